@@ -1,0 +1,158 @@
+"""The EAGLE3 draft: one decoder layer that reads three of the target's layers.
+
+Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are kept in fp32 and
+cast to the dtype of the activations where they are used (free when both are fp32): the gradients of the K steps then
+add up in fp32 whatever the model computes in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eagle3.draft.attention import Backend
+from eagle3.draft.rope import Rope
+
+
+@dataclass
+class DraftConfig:
+    """Shape of a draft. `target_hidden_size` is that of one auxiliary layer; `vocab_size` is the target's."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that follows the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class GatedDown(torch.autograd.Function):
+    """(silu(gate) * up) @ down^T that keeps only gate and up: a third less than autograd would keep of an MLP."""
+
+    @staticmethod
+    def forward(ctx, gate, up, down):
+        ctx.save_for_backward(gate, up, down)
+        return F.linear(F.silu(gate).mul_(up), down)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, down = ctx.saved_tensors
+        activated = F.silu(gate)
+        grad_down = grad.flatten(0, -2).T @ (activated * up).flatten(0, -2)
+        grad_product = grad @ down
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        return grad_gate, grad_product.mul_(activated), grad_down
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return GatedDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight.to(x.dtype))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(2 * config.hidden_size, heads)
+        self.k_proj = Linear(2 * config.hidden_size, kv_heads)
+        self.v_proj = Linear(2 * config.hidden_size, kv_heads)
+        self.o_proj = Linear(heads, config.hidden_size)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+
+class Draft(nn.Module):
+    """fc, one layer, a norm and a head over the draft vocabulary.
+
+    The steps of a forward pass are methods, because training (`ttt.unroll`) and serving (`decode`) walk them over
+    different keys; neither knows the other's.
+    """
+
+    def __init__(self, config: DraftConfig, attention: type[Backend], t2d: torch.Tensor, d2t: torch.Tensor):
+        """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.fc = Linear(3 * config.target_hidden_size, config.hidden_size)
+        self.midlayer = Layer(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
+        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("d2t", d2t)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+
+    @property
+    def target_ids(self) -> torch.Tensor:
+        """int64 [Vd]: the target's id of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def project_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """The embedding half of q, k, v before rotation: [n, D] -> [n, (H + 2G) d].
+
+        It depends on the token alone, so one call serves every step that reads the token.
+        """
+        return F.linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(embeddings.dtype, 0))
+
+    def qkv_weight(self, dtype: torch.dtype, half: int) -> torch.Tensor:
+        """[(H + 2G) d, D]: the columns of q, k, v that read the embedding (half 0) or the hidden state (half 1)."""
+        attention, size = self.midlayer.self_attn, self.config.hidden_size
+        columns = slice(half * size, (half + 1) * size)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return torch.cat([p.weight[:, columns] for p in projections]).to(dtype)
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[n, (H + 2G) d] -> q [n,H,d], k [n,G,d], v [n,G,d]."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        return qkv.unflatten(-1, (-1, self.config.head_dim)).split((heads, kv_heads, kv_heads), dim=-2)
+
+    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Output projection, residual and MLP: hidden [n,D] and attended [n,H,d] -> the next hidden [n,D]."""
+        hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
+        return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n,D] -> [n,Vd]; training never calls this on more than a chunk (see `loss`)."""
+        return self.lm_head(self.norm(hidden))

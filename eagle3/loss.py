@@ -1,0 +1,125 @@
+"""Teacher-major fused soft-target loss: no [tokens, vocabulary] tensor exists, forward or backward.
+
+A teacher row serves every (row, step) pair that predicts its next token, so the loss waits for the whole unroll and
+then walks chunks of teacher rows: teacher probabilities once, the students' logits, loss, accuracy, and the gradients
+in place. M pairs in order of their teacher, U teacher rows, Vd draft vocabulary, D and H hidden sizes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from eagle3.data.packing import Batch
+from eagle3.draft.model import Draft
+from eagle3.target.features import Features
+
+Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class LossOutput:
+    """`loss` is the weighted sum over pairs, not yet divided by the normaliser; it alone carries gradients.
+
+    `step_loss`, `step_correct` fp32 [K]: unweighted sums over the step's pairs. `correct` bool [M]: the draft's
+    argmax is the target's argmax over the full vocabulary.
+    """
+
+    loss: torch.Tensor
+    step_loss: torch.Tensor
+    step_correct: torch.Tensor
+    correct: torch.Tensor
+
+
+def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of `logits` [m,Vd] against probabilities `teacher` [m,Vd]: value [m], gradient [m,Vd].
+
+    KL divergence up to the teacher's entropy, which no gradient sees (EAGLE-3, arXiv 2503.01840).
+    """
+    logsumexp = logits.logsumexp(-1, keepdim=True)
+    value = logsumexp[:, 0] - torch.linalg.vecdot(teacher, logits)
+    return value, (logits - logsumexp).exp_().sub_(teacher)
+
+
+def lk(logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """LK loss, adaptive form (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta acceptance).
+
+    acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w is a constant to
+    the gradient, and is taken pair by pair.
+    """
+    cross_entropy, kl_gradient = kl(logits, teacher)
+    student = kl_gradient + teacher
+    acceptance = torch.minimum(student, teacher).sum(-1, keepdim=True)
+    weight = (-eta * acceptance).exp()
+    below = (student < teacher).to(student.dtype)
+    rate = (student * below).sum(-1, keepdim=True)
+    entropy = torch.special.entr(teacher).sum(-1)
+    value = weight[:, 0] * (cross_entropy - entropy) + (1 - weight[:, 0]) * (1 - acceptance[:, 0])
+    return value, weight * kl_gradient + (1 - weight) * student * (rate - below)
+
+
+class FusedLoss(torch.autograd.Function):
+    """Sum of weighted pairwise losses; writes d(loss)/d(students) and d(loss)/d(lm_head) while going forward."""
+
+    @staticmethod
+    def forward(ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights, pointwise, chunk):
+        want_gradients = any(ctx.needs_input_grad[:2])
+        losses = weights.new_zeros(len(students_MD))
+        correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
+        grad_students = torch.zeros_like(students_MD) if want_gradients else None
+        grad_head = torch.zeros_like(lm_head_VD) if want_gradients else None
+        head = lm_head_VD.to(students_MD.dtype)
+        for start in range(0, len(teachers_UH), chunk):
+            stop = min(start + chunk, len(teachers_UH))
+            pairs = slice(int(batch.pairs_before[start]), int(batch.pairs_before[stop]))
+            if pairs.start == pairs.stop:
+                continue
+            teacher = (teachers_UH[start:stop] @ head_VH.T).to(weights.dtype).softmax(-1)
+            logits = (students_MD[pairs] @ head.T).to(weights.dtype)
+            losses[pairs], grad = pointwise(logits, teacher[batch.pair_teacher[pairs] - start])
+            correct[pairs] = target_ids[logits.argmax(-1)] == argmax[batch.pair_teacher[pairs]]
+            if want_gradients:
+                grad = grad.mul_(weights[pairs, None]).to(students_MD.dtype)
+                torch.mm(grad, head, out=grad_students[pairs])
+                grad_head += grad.T @ students_MD[pairs]
+        ctx.save_for_backward(grad_students, grad_head)
+        ctx.mark_non_differentiable(losses, correct)
+        return (losses * weights).sum(), losses, correct
+
+    @staticmethod
+    def backward(ctx, grad, *unused):
+        grad_students, grad_head = ctx.saved_tensors
+        return grad_students * grad.to(grad_students.dtype), grad_head * grad.to(grad_head.dtype), *[None] * 8
+
+
+class SoftTargetLoss:
+    """The loss of a batch: what `loss=...` instantiates."""
+
+    def __init__(self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 4096, **options: float):
+        """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time; options to `pointwise`."""
+        self.pointwise = partial(pointwise, **options)
+        self.gamma, self.chunk_rows = gamma, chunk_rows
+
+    def __call__(
+        self, draft: Draft, hidden_ND: torch.Tensor, features: Features, batch: Batch, draft_head: torch.Tensor
+    ) -> LossOutput:
+        """`hidden_ND` is what `unroll` returned; `draft_head` [Vd,H]: the target head's rows of the draft vocabulary.
+
+        A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the accuracy it counts
+        regardless, as a miss.
+        """
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        teachers = torch.nn.functional.pad(features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1))
+        argmax = torch.nn.functional.pad(features.argmax, (0, 1))
+        powers = torch.tensor([self.gamma**k for k in range(len(batch.row_counts))], dtype=wide).to(argmax.device)
+        counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
+        students = draft.norm(hidden_ND[batch.pair_index])
+        loss, losses, correct = FusedLoss.apply(
+            students, draft.lm_head.weight, teachers, draft_head, batch, draft.target_ids, argmax,
+            powers[batch.pair_step] * counted, self.pointwise, self.chunk_rows,
+        )  # fmt: skip
+        sums = losses.new_zeros(2, len(batch.row_counts))
+        sums[0].index_add_(0, batch.pair_step, losses * counted)
+        sums[1].index_add_(0, batch.pair_step, correct.to(wide))
+        return LossOutput(loss, *sums, correct)
