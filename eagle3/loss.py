@@ -7,11 +7,11 @@ in place. M pairs in order of their teacher, U teacher rows, Vd draft vocabulary
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from eagle3.data.packing import Batch
+from eagle3.data.packing import Batch, SupervisedMask
+from eagle3.data.supervision import serving
 from eagle3.draft.model import Draft
 from eagle3.target.features import Features
 
@@ -96,10 +96,14 @@ class FusedLoss(torch.autograd.Function):
 class SoftTargetLoss:
     """The loss of a batch: what `loss=...` instantiates."""
 
-    def __init__(self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 4096, **options: float):
-        """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time; options to `pointwise`."""
-        self.pointwise = partial(pointwise, **options)
-        self.gamma, self.chunk_rows = gamma, chunk_rows
+    def __init__(
+        self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 4096, mask: SupervisedMask = serving
+    ):
+        """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.
+
+        `mask` says which pairs count; the loader applies it, because it needs no target.
+        """
+        self.pointwise, self.gamma, self.chunk_rows, self.mask = pointwise, gamma, chunk_rows, mask
 
     def __call__(
         self, draft: Draft, hidden_ND: torch.Tensor, features: Features, batch: Batch, draft_head: torch.Tensor

@@ -16,15 +16,16 @@ from eagle3.tiny.facts import class_of, function_of
 from eagle3.tiny.questions import KINDS, fenced, outline, skeleton
 
 PYTHON = "3.11.7"
-SHA256 = "unset"
+SHA256 = "c54708e246fc5eff9e56973a41e7521d3b58f0724c02b93ba9f6956a7ad708ce"
 # modules whose functions appear in no training conversation, about 6 % of the text: only for evaluation
-HELD_OUT = frozenset(
+HELD_OUT = (
     "calendar configparser csv email.contentmanager fnmatch fractions graphlib heapq http.cookies json.encoder "
-    "multiprocessing.process pprint queue sched shlex statistics tempfile textwrap types xml.dom zipapp".split()
+    "multiprocessing.process pprint queue sched shlex statistics tempfile textwrap types xml.dom zipapp"
 )
-TWO_TURNS = 0.15  # share of the conversations
-MAX_SOURCE = 640  # characters of source shown in a question
-MAX_CHARACTERS = 1150  # of a conversation: about 400 tokens
+HELD_OUT = frozenset(HELD_OUT.split())
+TWO_TURNS = 0.26  # of the conversations about one function; gives 15 % of all
+MAX_SOURCE = 420  # characters of source shown in a question
+MAX_CHARACTERS = 1000  # of a conversation: about 350 tokens
 SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "encodings", "__pycache__"}
 SKIPPED |= {"ensurepip", "pydoc_data", "lib-dynload"}
 
@@ -67,7 +68,7 @@ def about_function(f, how_many, pick):
         if first is None:
             continue
         turns = [first]
-        if pick.random() < TWO_TURNS * 1.2:  # some second turns do not apply
+        if pick.random() < TWO_TURNS:
             second = turn(pick.choice([k for k in kinds if k is not kind]), f, True, pick)
             turns += [second] if second else []
         made.append((kind.__name__, turns))
@@ -93,23 +94,31 @@ def about_module(module, tree, seen):
             f = function_of(node, getattr(node, "is_method", False))
             if f and f.source not in seen and 60 <= len(f.source) <= MAX_SOURCE:
                 seen.add(f.source)
-                yield from about_function(f, 1 + (pick.random() < 0.35), pick)
+                yield from about_function(f, 1 + (pick.random() < 0.08), pick)
 
 
 def conversations():
     """-> (training rows, held-out rows): {"id", "module", "kind", "messages"}; raises unless they are the pinned ones."""
     if platform.python_version() != PYTHON:
-        raise SystemExit(f"The corpus is pinned to Python {PYTHON}; run this step with it, not {platform.python_version()}.")
+        raise SystemExit(
+            f"The corpus is pinned to Python {PYTHON}; run this step with it, not {platform.python_version()}."
+        )
     seen, rows = set(), []
     # training modules first: a held-out function that also stands in one of them is then dropped
     for module, tree in sorted(modules(), key=lambda entry: entry[0] in HELD_OUT):
         for number, (kind, turns) in enumerate(about_module(module, tree, seen)):
             messages = [
-                {"role": role, "content": text} for pair in turns for role, text in zip(("user", "assistant"), pair)
+                {"role": role, "content": text}
+                for pair in turns
+                for role, text in zip(("user", "assistant"), pair)
             ]
             if sum(len(m["content"]) for m in messages) <= MAX_CHARACTERS:
-                rows.append({"id": f"{module}-{number}", "module": module, "kind": kind, "messages": messages})
+                rows.append(
+                    {"id": f"{module}-{number}", "module": module, "kind": kind, "messages": messages}
+                )
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    if SHA256 != "unset" and digest != SHA256:
-        raise SystemExit(f"The conversations have sha256 {digest} instead of {SHA256}: this standard library differs.")
+    if digest != SHA256:
+        raise SystemExit(
+            f"The conversations have sha256 {digest} instead of {SHA256}: this standard library differs."
+        )
     return [r for r in rows if r["module"] not in HELD_OUT], [r for r in rows if r["module"] in HELD_OUT]

@@ -7,18 +7,19 @@ drafter that only repeats the prompt does not win.
 
 import ast
 
-VERBS = set(
+VERBS = (
     "add append apply build call change check clear close compare compile compute construct convert copy create decode "
     "define delete determine display do encode ensure escape execute extract fetch fill find finish flush format "
     "generate get give handle implement indicate initialize insert invoke iterate join list load look make map mark "
     "merge move open parse pop print process produce provide push put raise read receive record register release "
     "remove rename replace report reset resolve retrieve return run save scan search select send set show split start "
-    "stop store strip take test tell transform turn update use validate wait walk wrap write yield".split()
+    "stop store strip take test tell transform turn update use validate wait walk wrap write yield"
 )
+VERBS = set(VERBS.split())
 
 
 def third_person(sentence):
-    """"Return the size" -> "returns the size"; None where the first word is not a verb we know."""
+    """ "Return the size" -> "returns the size"; None where the first word is not a verb we know."""
     verb, _, rest = sentence.partition(" ")
     verb = verb.lower()
     if verb in VERBS:
@@ -103,7 +104,9 @@ def write(f, shown, pick):
     if f.returns:
         hints.append(f"return {names(f.returns, 2)}")
     hint = f" It should {' and '.join(hints)}." if hints and pick.random() < 0.7 else ""
-    lead = pick.choice(["Write a Python {}", "Write a {}", "Implement a {}", "Please write the {}"]).format(kind_of(f))
+    lead = pick.choice(["Write a Python {}", "Write a {}", "Implement a {}", "Please write the {}"]).format(
+        kind_of(f)
+    )
     lines = f.source.split("\n")
     source = "\n".join([lines[0], f'    """{f.summary}."""', *lines[1:]])
     return [f"{lead} `{head}` that {action}.{hint}"], None, fenced(source)
@@ -112,7 +115,11 @@ def write(f, shown, pick):
 def document(f, shown, pick):
     if not f.parameters:
         return None
-    ask = ["Write a docstring for this function.", "Document this function.", f"Write a docstring for `{f.name}`."]
+    ask = [
+        "Write a docstring for this function.",
+        "Document this function.",
+        f"Write a docstring for `{f.name}`.",
+    ]
     follow = ["Write a docstring for it.", "Document it.", "Now write its docstring."]
     told = [f.summary or f"{f.name.strip('_').replace('_', ' ').capitalize()}", "", "Args:"]
     for p in f.parameters:
@@ -129,7 +136,10 @@ def document(f, shown, pick):
 def parameters(f, shown, pick):
     if not f.parameters:
         return None
-    ask = [f"What are the parameters of `{f.name}`?", "List the parameters of this function and their defaults."]
+    ask = [
+        f"What are the parameters of `{f.name}`?",
+        "List the parameters of this function and their defaults.",
+    ]
     follow = ["What are its parameters?", "List its parameters.", "Which arguments does it take?"]
     lines = [f"The {kind_of(f)} `{f.name}` has {count(f.parameters, 'parameter')}:", ""]
     for p in f.parameters:
@@ -140,7 +150,9 @@ def parameters(f, shown, pick):
 
 def arguments(f):
     """Source of the arguments of an example call: required ones by name, optional ones with their default."""
-    shown = [p.name if p.default is None else f"{p.name}={p.default}" for p in f.parameters if p.default != ""]
+    shown = [
+        p.name if p.default is None else f"{p.name}={p.default}" for p in f.parameters if p.default != ""
+    ]
     return ", ".join(shown)
 
 
@@ -162,7 +174,12 @@ def unit_test(f, shown, pick):
     follow = ["Write a unit test for it.", "Now write a test.", "Can you add a unit test?"]
     title = "".join(word.capitalize() for word in f.name.split("_"))
     call = f"{'self.subject.' if f.is_method else ''}{f.name}({arguments(f)})"
-    lines = ["import unittest", "", f"class Test{title}(unittest.TestCase):", f"    def test_{f.name.strip('_')}(self):"]
+    lines = [
+        "import unittest",
+        "",
+        f"class Test{title}(unittest.TestCase):",
+        f"    def test_{f.name.strip('_')}(self):",
+    ]
     lines += [f"        {p.name} = None" for p in f.parameters if p.default is None]
     if f.raises and not f.returns_value:
         lines += [f"        with self.assertRaises({f.raises[0]}):", f"            {call}"]
@@ -194,10 +211,15 @@ def returned(f, shown, pick):
 
 
 def hints(f, shown, pick):
-    types = {p.name: type(ast.literal_eval(p.default)).__name__ for p in f.parameters if is_literal(p.default)}
+    types = {
+        p.name: type(ast.literal_eval(p.default)).__name__ for p in f.parameters if is_literal(p.default)
+    }
     if not types or len(types) > 5:
         return None
-    ask = [f"Add type hints to the signature of `{f.name}`.", "Which type hints follow from the defaults here?"]
+    ask = [
+        f"Add type hints to the signature of `{f.name}`.",
+        "Which type hints follow from the defaults here?",
+    ]
     follow = ["Add type hints to its signature.", "Which type hints would you add?"]
     told = [f"{p.name}: {types[p.name]} = {p.default}" if p.name in types else p.name for p in f.parameters]
     told = ", ".join((["self"] if f.is_method else []) + told)
@@ -220,7 +242,10 @@ def rename(f, shown, pick):
     plain = [p.name for p in f.parameters if p.default != ""]
     if not plain or len(f.source) > 300 or not shown:
         return None
-    old, new = pick.choice(plain), pick.choice(["value", "item", "data", "source", "text", "other", "first", "entry"])
+    old, new = (
+        pick.choice(plain),
+        pick.choice(["value", "item", "data", "source", "text", "other", "first", "entry"]),
+    )
     if new in f.source:
         return None
     tree = ast.parse(f.source)
@@ -230,7 +255,11 @@ def rename(f, shown, pick):
         elif isinstance(node, ast.arg) and node.arg == old:
             node.arg = new
     ask = [f"Rename the parameter `{old}` to `{new}`.", f"Use `{new}` instead of `{old}` in this function."]
-    return ask, None, f"{fenced(ast.unparse(tree))}\n\nThe parameter `{old}` of `{f.name}` is now called `{new}`."
+    return (
+        ask,
+        None,
+        f"{fenced(ast.unparse(tree))}\n\nThe parameter `{old}` of `{f.name}` is now called `{new}`.",
+    )
 
 
 def skeleton(c, pick):
@@ -253,7 +282,7 @@ def outline(c, pick):
     lines = [f"class {c.name}({', '.join(c.bases)}):" if c.bases else f"class {c.name}:"]
     told, size, told_of = [], 0, []
     for m in c.methods:
-        if size + len(m.source) > 520:
+        if size + len(m.source) > 400:
             continue
         size += len(m.source)
         lines += ["", *[f"    {line}" for line in m.source.split("\n")]]

@@ -1,0 +1,69 @@
+"""What drafting is worth without a model: the two cheapest drafts, walked over a known greedy answer."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+NGRAM = 3
+
+
+def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """int64 [V]: the most frequent successor of each token in these texts (ids [n] each), -1 where none was seen.
+
+    Of equally frequent successors the smallest id wins.
+    """
+    pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
+    pairs, counts = pairs.unique(return_counts=True)
+    first, second = pairs // vocab_size, pairs % vocab_size
+    rank = counts * vocab_size + (vocab_size - 1 - second)
+    best = torch.full((vocab_size,), -1).scatter_reduce(0, first, rank, "amax")
+    return torch.where(best < 0, -1, vocab_size - 1 - best % vocab_size)
+
+
+def bigram(successors: list[int], text: list[int], draft_length: int) -> list[int]:
+    """A chain of most frequent successors, ended by a token that has none."""
+    drafted = []
+    token = successors[text[-1]]
+    while token >= 0 and len(drafted) < draft_length:
+        drafted.append(token)
+        token = successors[token]
+    return drafted
+
+
+def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
+    """What followed the latest earlier occurrence of the longest n-gram, n = 3 down to 1, that ends the text."""
+    best_length = best_end = 0
+    for end in range(len(text) - 1, 0, -1):
+        if text[end - 1] != text[-1]:
+            continue
+        length = 1
+        while length < min(NGRAM, end) and text[end - 1 - length] == text[-1 - length]:
+            length += 1
+        if length > best_length:
+            best_length, best_end = length, end
+        if length == NGRAM:
+            break
+    return text[best_end : best_end + draft_length] if best_length else []
+
+
+def acceptance_of(
+    drafts_at: Callable[[list[int], int], list[int]],
+    prompt_ids: list[int],
+    answer_ids: list[int],
+    draft_length: int,
+) -> list[int]:
+    """Tokens committed by each verification round when `drafts_at(text, draft_length)` drafts for a greedy target.
+
+    Rounds are those of `eagle3.decode`: the first answer token comes from the prefill, a round commits the accepted
+    drafts and one token of the target, the last one what is left of the answer.
+    """
+    text, emitted = prompt_ids + answer_ids[:1], []
+    while left := answer_ids[len(text) - len(prompt_ids) :]:
+        accepted = 0
+        for drafted, wanted in zip(drafts_at(text, draft_length), left, strict=False):
+            if drafted != wanted:
+                break
+            accepted += 1
+        emitted.append(min(accepted + 1, len(left)))
+        text = text + left[: emitted[-1]]
+    return emitted

@@ -1,0 +1,143 @@
+"""Every check that can be made before a model loads.
+
+Nodes with a `_target_` are bound to the signature of what they name. A mistake is one ConfigError sentence with the
+key, what is allowed, and the nearest name.
+"""
+
+import inspect
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_object
+
+from eagle3.config import RunConfig, nearest
+from eagle3.errors import ConfigError
+from eagle3.pipeline import STAGES
+from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
+
+TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError for the first value, path or pair that cannot work; looks at files but loads no model."""
+    check_fields(config, "")
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
+    for key in ("mode", "target", "loss", "optimizer", "scheduler", "benchmark", "logger"):
+        check_node(getattr(config, key), key)
+    check_node(config.draft.attention, "draft.attention")
+    if not config.optimizer.get("lr", 1) > 0:
+        raise ConfigError(f"optimizer.lr={config.optimizer['lr']} must be above 0")
+    if config.parallel.ulysses * config.parallel.ring > config.launch.nproc_per_node * config.launch.nnodes:
+        raise ConfigError(
+            f"parallel.ulysses x parallel.ring = {config.parallel.ulysses * config.parallel.ring} needs that many "
+            f"processes, but launch.nproc_per_node x launch.nnodes is {config.launch.nproc_per_node}"
+        )
+    if config.data.max_length > config.train.tokens_per_step:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} must be at most "
+            f"train.tokens_per_step={config.train.tokens_per_step}, or a document would not fit into a micro-step"
+        )
+    check_files(config)
+    check_against_target(config)
+
+
+def check_fields(section: Any, prefix: str) -> None:
+    """Ranges and choices of a dataclass, recursively."""
+    for f in fields(section):
+        key, value = f"{prefix}{f.name}", getattr(section, f.name)
+        if is_dataclass(value):
+            check_fields(value, f"{key}.")
+            continue
+        low, high, choices = (f.metadata.get(name) for name in ("low", "high", "choices"))
+        if value is None:
+            continue
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+        if low is not None and not value >= low:
+            raise ConfigError(f"{key}={value} must be at least {low}")
+        if high is not None and not value <= high:
+            raise ConfigError(f"{key}={value} must be at most {high}")
+
+
+def check_node(node: dict[str, Any], key: str) -> None:
+    """Bind a node with `_target_` to the signature of what it names, recursively."""
+    target = node.get("_target_")
+    if target is not None:
+        if not target.startswith(TARGET_PREFIXES):
+            raise ConfigError(f"{key}._target_={target} must start with one of {', '.join(TARGET_PREFIXES)}")
+        try:
+            called = get_object(target)
+        except Exception as error:
+            raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error
+        parameters = inspect.signature(called).parameters
+        hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
+        for name, value in node.items():
+            if name in ("_target_", "_partial_"):
+                continue
+            if name not in parameters:
+                raise ConfigError(
+                    f"{key}.{name} is unknown to {target}; allowed: {', '.join(parameters)}"
+                    f"{nearest(name, list(parameters))}"
+                )
+            if name in hints and not fits(value, hints[name]):
+                wanted = getattr(hints[name], "__name__", str(hints[name]))
+                raise ConfigError(f"{key}.{name}={value} is a {type(value).__name__}, but {target} takes {wanted}")
+    for name, value in node.items():
+        if isinstance(value, dict):
+            check_node(value, f"{key}.{name}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit anything."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value if arguments)
+    if hint in (bool, str, int, type(None)):
+        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return inspect.isclass(hint) is False or isinstance(value, (dict, hint)) or hint is Any
+
+
+def check_files(config: RunConfig) -> None:
+    """Paths that the run will read, where they are local."""
+    needed = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
+    needed |= {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
+    needed |= {"draft_path": config.draft_path}
+    for key, path in needed.items():
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{key}={path} does not exist; give a local file or folder")
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        if config.model.path.startswith((".", "/", "~")):
+            raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path={folder} has no config.json, so it is not a transformers model")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ConfigError(f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json")
+
+
+def check_against_target(config: RunConfig) -> None:
+    """What only the target's config can tell: layers and vocabulary."""
+    target = text_config(config.model.path, config.model.revision, config.model.trust_remote_code)
+    check_supported(target)
+    layers = config.model.aux_layer_ids
+    if layers is None:
+        default_aux_layer_ids(target.num_hidden_layers)
+    elif len(layers) != 3 or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers:
+        raise ConfigError(
+            f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
+            "low to high"
+        )
+    if config.draft.vocab_size > target.vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"
+        )

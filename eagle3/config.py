@@ -1,0 +1,188 @@
+"""The typed root of the configuration, and what a resumed run keeps of it. Fields carry their allowed range."""
+
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
+
+from eagle3.errors import ConfigError
+
+
+def ranged(default: Any, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field whose value must lie in [low, high]."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass
+class Model:
+    """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers, derived if null."""
+
+    path: str = MISSING
+    revision: Optional[str] = None
+    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]})
+    trust_remote_code: bool = False
+    aux_layer_ids: Optional[list[int]] = None
+
+
+@dataclass
+class Data:
+    """Conversations: JSON or JSONL rows with `messages` or `conversations`; `eval_path` null holds some out of `path`."""
+
+    path: str = MISSING
+    eval_path: Optional[str] = None
+    num_samples: Optional[int] = ranged(None, 1)
+    max_length: int = ranged(2048, 4)
+    system_prompt: Optional[str] = None
+    train_only_last_turn: bool = False
+    on_reject: str = field(default="skip", metadata={"choices": ["skip", "fail"]})
+
+
+@dataclass
+class DraftSection:
+    """`config` is a JSON file with the draft's shape (else derived); `init_from` an exported draft to start from."""
+
+    ttt_steps: int = ranged(7, 1, 16)
+    vocab_size: int = ranged(32000, 1)
+    config: Optional[str] = None
+    init_from: Optional[str] = None
+    attention: dict[str, Any] = MISSING
+
+
+@dataclass
+class Train:
+    epochs: int = ranged(2, 1)
+    max_steps: Optional[int] = ranged(None, 1)
+    tokens_per_step: int = ranged(16384, 4)
+    documents_per_update: Optional[int] = ranged(None, 1)
+    grad_accum: int = ranged(1, 1)
+    max_grad_norm: float = ranged(0.5, 0)
+    save_every: int = ranged(1000, 1)
+    eval_every: int = ranged(500, 1)
+    log_every: int = ranged(10, 1)
+    keep_last: int = ranged(2, 1)
+    resume: str = "auto"
+    deterministic: bool = False
+
+
+@dataclass
+class Eval:
+    """The held-out prompts that the target answers once; `best` is chosen by acceptance at `draft_length`."""
+
+    num_prompts: int = ranged(64, 1)
+    max_new_tokens: int = ranged(256, 2)
+    draft_length: int = ranged(5, 1, 16)
+    batch_size: int = ranged(16, 1)
+
+
+@dataclass
+class Parallel:
+    ulysses: int = ranged(1, 1)
+    ring: int = ranged(1, 1)
+
+
+@dataclass
+class Launch:
+    nproc_per_node: int = ranged(1, 1, 1)
+    nnodes: int = ranged(1, 1, 1)
+    threads: Optional[int] = ranged(None, 1)
+
+
+@dataclass
+class RunConfig:
+    name: str = "eagle3"
+    seed: int = ranged(0, 0)
+    stages: list[str] = MISSING
+    device: str = field(default="auto", metadata={"choices": ["auto", "cpu", "cuda"]})
+    cache_dir: str = MISSING
+    draft_path: Optional[str] = None
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    mode: dict[str, Any] = MISSING
+    target: dict[str, Any] = MISSING
+    draft: DraftSection = field(default_factory=DraftSection)
+    loss: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    scheduler: dict[str, Any] = MISSING
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    parallel: Parallel = field(default_factory=Parallel)
+    benchmark: dict[str, Any] = MISSING
+    logger: dict[str, Any] = MISSING
+    launch: Launch = field(default_factory=Launch)
+
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+# What may change when a run is resumed, because no weight depends on it.
+RESUME_FREE = {
+    "stages", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
+    "train.save_every", "train.eval_every", "train.log_every", "train.keep_last",
+}  # fmt: skip
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
+
+
+def run_folder(resume: str, default: str) -> str:
+    """Hydra's run dir: the run that `train.resume` names, else a new one."""
+    if resume == "auto":
+        return default
+    if not is_run(resume):
+        raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give outputs/<name>/<date>, or auto")
+    return resume
+
+
+OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
+OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).parent / path), replace=True)
+
+
+def typed(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
+    """The composed config as a RunConfig; that of the run being resumed, where there is one.
+
+    A resumed run takes its config from its run.json; raises ConfigError when an override asks for a different draft.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
+    if not is_run(run_dir):
+        return OmegaConf.to_object(composed)
+    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), json.loads((run_dir / "run.json").read_text())["config"])
+    resumed = composed
+    if composed.train.resume != "auto":
+        resumed = OmegaConf.merge(saved)
+        for override in overrides:
+            key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
+            if OmegaConf.select(composed, key) is not None:
+                OmegaConf.update(resumed, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+    for key, before, now in differences(flat(saved), flat(resumed)):
+        raise ConfigError(f"{key}={now} differs from the run in {run_dir}, which has {before}; start a new run instead")
+    return OmegaConf.to_object(resumed)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested config -> {"a.b": value}."""
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True, structured_config_mode=SCMode.DICT)
+    if not isinstance(config, dict):
+        return {prefix: config}
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        values |= flat(value, f"{prefix}.{name}" if prefix else str(name))
+    return values
+
+
+def differences(saved: dict[str, Any], resumed: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of every value that a resumed run may not change."""
+    fixed = [k for k in {**saved, **resumed} if k not in RESUME_FREE and k.split(".")[0] not in RESUME_FREE]
+    return [(k, saved.get(k), resumed.get(k)) for k in fixed if saved.get(k) != resumed.get(k)]
+
+
+def nearest(word: str, names: list[str]) -> str:
+    """`; did you mean X?` for the closest of `names`, or nothing when none is close."""
+    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""

@@ -1,0 +1,29 @@
+"""The draft vocabulary: which target tokens the draft can propose."""
+
+import numpy as np
+import torch
+
+
+def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:
+    """int64 [size] ascending target ids: `always`, then by count descending, id ascending.
+
+    `counts` int64 [V] over supervised tokens. Ties, and what is missing when too few tokens are seen, go to the lowest
+    ids.
+    """
+    order = np.argsort(-counts, kind="stable")
+    forced = np.array(sorted(always), dtype=np.int64)[:size]
+    rest = order[~np.isin(order, forced)][: size - len(forced)]
+    return np.sort(np.concatenate([forced, rest])).astype(np.int64)
+
+
+def coverage(counts: np.ndarray, vocab: np.ndarray) -> float:
+    """The share of counted tokens that lie in the vocabulary."""
+    return float(counts[vocab].sum() / max(1, counts.sum()))
+
+
+def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id + d2t[draft id])."""
+    ids = torch.from_numpy(np.asarray(vocab, dtype=np.int64))
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[ids] = True
+    return t2d, ids - torch.arange(len(ids))

@@ -1,0 +1,13 @@
+"""The two errors a user sees as one sentence, without a traceback."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work; `run.py` exits with 2 before anything is loaded."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """The run met something it cannot go on with (data, files, a model); `run.py` exits with 1."""
+
+    exit_code = 1

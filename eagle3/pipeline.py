@@ -1,0 +1,295 @@
+"""The stages of a run, what each reads and what each leaves behind."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from eagle3 import checkpoint, evaluate, export, generate
+from eagle3.artefact import artefact, describe_file, facts
+from eagle3.config import RunConfig
+from eagle3.data import prepare
+from eagle3.data.loader import Loader
+from eagle3.data.packing import Batch
+from eagle3.data.vocab import vocab_tensors
+from eagle3.distributed import choose_device
+from eagle3.draft.initial import new_draft
+from eagle3.draft.model import Draft
+from eagle3.errors import ConfigError, RunError
+from eagle3.logger import JsonLines, redact
+from eagle3.report import summary_table, write_report
+from eagle3.target.features import Features
+from eagle3.target.hf import HFTarget, describe
+from eagle3.train import Trainer, fit
+
+console = Console()
+
+
+class Run:
+    """One job: its config, its folder, and what several stages share, made when first asked for."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, overrides: list[str]):
+        self.config, self.run_dir, self.overrides = config, run_dir, overrides
+        self.device = choose_device(config.device)
+        self.tracker = instantiate(config.logger)
+        self.inputs: dict[str, Any] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        model = self.config.model
+        return AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+    @cached_property
+    def target(self) -> HFTarget:
+        model = self.config.model
+        return instantiate(self.config.target)(
+            model.path,
+            self.device,
+            aux_layer_ids=model.aux_layer_ids,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @cached_property
+    def prepared_path(self) -> Path:
+        config = self.config
+        options = prepare.Preparation(
+            path=config.data.path,
+            eval_path=config.data.eval_path,
+            num_samples=config.data.num_samples,
+            max_length=config.data.max_length,
+            system_prompt=config.data.system_prompt,
+            only_last_turn=config.data.train_only_last_turn,
+            on_reject=config.data.on_reject,
+            num_heldout=config.eval.num_prompts,
+            vocab_size=self.target.config.vocab_size,
+            draft_vocab_size=config.draft.vocab_size,
+        )
+        files = {name: describe_file(p) for name in ("path", "eval_path") if (p := getattr(options, name))}
+        tokenizer = {"vocab": self.tokenizer.get_vocab(), "template": self.tokenizer.chat_template}
+        if self.tokenizer.chat_template is None:
+            raise RunError(f"the tokenizer of model.path={config.model.path} has no chat template; add one to its folder")
+        inputs = dataclasses.asdict(options) | {"files": files, "tokenizer": tokenizer}
+        del inputs["path"], inputs["eval_path"]
+        return artefact(
+            config.cache_dir, "prepared", inputs, lambda folder: prepare.write(folder, self.tokenizer, options)
+        )
+
+    @cached_property
+    def prepared(self) -> prepare.Prepared:
+        return prepare.load(self.prepared_path)
+
+    @cached_property
+    def answers_path(self) -> Path:
+        config, model = self.config, self.config.model
+        inputs = {
+            "target": describe(model.path, model.revision),
+            "dtype": str(self.target.model.dtype),
+            "aux_layer_ids": self.target.aux_layer_ids,
+            "prompts": self.prepared.heldout,
+            "max_new_tokens": config.eval.max_new_tokens,
+        }
+        return artefact(
+            config.cache_dir,
+            "generated",
+            inputs,
+            lambda folder: generate.write(
+                folder, self.target, self.prepared.heldout, config.eval.max_new_tokens, config.eval.batch_size
+            ),
+        )
+
+    @cached_property
+    def answers(self) -> list[generate.Answer]:
+        return generate.load(self.answers_path, self.prepared.heldout)
+
+    @cached_property
+    def vocab(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """t2d bool [V] and d2t int64 [Vd] of the prepared data."""
+        return vocab_tensors(self.prepared.vocab, self.target.config.vocab_size)
+
+    @property
+    def draft_folder(self) -> Path:
+        return Path(self.config.draft_path) if self.config.draft_path else self.run_dir / "draft"
+
+    def write_info(self) -> None:
+        """run.json: what this run was made from, rewritten as stages add what they learn."""
+        info = {
+            "config": redact(dataclasses.asdict(self.config)),
+            "overrides": redact(self.overrides),
+            "versions": {name: version(name) for name in ("torch", "transformers", "hydra-core", "datasets")},
+            "python": platform.python_version(),
+            "git": git_commit(),
+            "hardware": hardware(self.device),
+            "seeds": {"seed": self.config.seed},
+            "inputs": self.inputs,
+        }
+        path = self.run_dir / "run.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(info, indent=1, default=str))
+        os.replace(partial, path)
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `+` when files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+
+
+def online(run: Run) -> Callable[[Batch], Features]:
+    """`mode=online`: the target says its Features batch by batch."""
+    return run.target
+
+
+def prepare_stage(run: Run) -> None:
+    learnt = facts(run.prepared_path)
+    rejected = ", ".join(f"{count} x {reason}" for reason, count in learnt["rejected"].items())
+    console.print(
+        f"prepare: {learnt['documents']} conversations, {learnt['tokens']:,} tokens, "
+        f"{learnt['supervised_tokens'] / learnt['tokens']:.0%} supervised; draft vocabulary covers "
+        f"{learnt['vocab_coverage']:.2%}; {learnt['heldout_prompts']} held-out prompts"
+    )
+    if rejected:
+        console.print(f"prepare: rejected {rejected}; see {run.prepared_path / 'rejects.jsonl'}")
+    run.inputs["prepared"] = learnt | {"path": str(run.prepared_path)}
+
+
+def generate_stage(run: Run) -> None:
+    learnt = facts(run.answers_path)
+    console.print(f"generate: {learnt['answers']} answers of the target, {learnt['answer_tokens']:,} tokens")
+    run.inputs["generated"] = learnt | {"path": str(run.answers_path)}
+
+
+def draft_for(run: Run) -> Draft:
+    torch.manual_seed(run.config.seed)
+    attention = instantiate(run.config.draft.attention)
+    return new_draft(run.config.draft, attention, run.target, *run.vocab).to(run.device)
+
+
+def train_stage(run: Run) -> None:
+    config, target = run.config, run.target
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    loss = instantiate(config.loss)
+    draft = draft_for(run)
+    draft_head = target.head[draft.target_ids]
+    loader = Loader(
+        run.prepared,
+        draft.t2d.cpu(),
+        loss.mask,
+        config.draft.ttt_steps,
+        epochs=config.train.epochs,
+        max_steps=config.train.max_steps,
+        tokens_per_step=config.train.tokens_per_step,
+        grad_accum=config.train.grad_accum,
+        documents_per_update=config.train.documents_per_update,
+        seed=config.seed,
+    )
+    optimizer = instantiate(config.optimizer)(draft.parameters())
+    scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
+    features_of = instantiate(config.mode, run)
+    trainer = Trainer(
+        draft, target.embedding, draft_head, features_of, loss, loader, optimizer, scheduler, config.train.max_grad_norm
+    )
+    last = run.run_dir / "checkpoints" / "last"
+    if last.exists():
+        trainer.restore(checkpoint.load(last))
+        console.print(f"train: resumed after update {trainer.update} of {loader.total_updates}")
+    steps = max(config.draft.ttt_steps, config.eval.draft_length)
+    held_out = evaluate.batches(run.answers, draft.t2d, steps, config.train.tokens_per_step, run.device)
+
+    def measure(draft: Draft) -> evaluate.Evaluation:
+        return evaluate.evaluate(draft, target.embedding, draft_head, loss, held_out, config.eval.draft_length)
+
+    metrics_file = JsonLines(run.run_dir / "metrics.jsonl", resume_step=trainer.update if last.exists() else None)
+    fit(
+        trainer,
+        measure,
+        run.run_dir,
+        metrics_file,
+        run.tracker.log,
+        save_every=config.train.save_every,
+        eval_every=config.train.eval_every,
+        log_every=config.train.log_every,
+        keep_last=config.train.keep_last,
+    )
+    trainer.draft.load_state_dict(checkpoint.load(run.run_dir / "checkpoints" / "best")["draft"])
+    best = measure(trainer.draft)
+    (run.run_dir / "evaluation.json").write_text(json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update}))
+    console.print(
+        f"train: best acceptance length {best.acceptance_length[best.draft_length - 1]:.2f} "
+        f"at draft length {best.draft_length}, update {trainer.best_update}"
+    )
+
+
+def export_stage(run: Run) -> None:
+    best = run.run_dir / "checkpoints" / "best"
+    if not best.exists():
+        raise RunError(f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages")
+    draft = draft_for(run)
+    draft.load_state_dict(checkpoint.load(best)["draft"])
+    export.write_draft(draft, run.run_dir / "draft", run.target.config, run.target.aux_layer_ids)
+    console.print(f"export: {run.run_dir / 'draft'}")
+
+
+def benchmark_stage(run: Run) -> None:
+    if not run.draft_folder.exists():
+        raise ConfigError("stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it")
+    draft = export.read_draft(run.draft_folder, instantiate(run.config.draft.attention), run.target.config)
+    instantiate(run.config.benchmark, run, draft.to(run.device).eval())
+
+
+STAGES = {
+    "prepare": prepare_stage,
+    "generate": generate_stage,
+    "train": train_stage,
+    "export": export_stage,
+    "benchmark": benchmark_stage,
+}
+
+
+def result(run_dir: Path) -> float | None:
+    """The acceptance length that `run.py` returns: the benchmark's first, else the evaluation's."""
+    benchmark, evaluation = run_dir / "benchmark.json", run_dir / "evaluation.json"
+    if benchmark.exists():
+        rows = [row for rows in json.loads(benchmark.read_text())["suites"].values() for row in rows]
+        return next((row["acceptance_length"] for row in rows if "acceptance_length" in row), None)
+    if evaluation.exists():
+        values = json.loads(evaluation.read_text())
+        return values["acceptance_length"][values["draft_length"] - 1]
+    return None
+
+
+def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """Run the stages in order, then write the report; returns what `result` says."""
+    run = Run(config, run_dir, overrides)
+    run.write_info()
+    for stage in config.stages:
+        STAGES[stage](run)
+        run.write_info()
+    report = write_report(run_dir)
+    console.print(summary_table(run_dir))
+    console.print(f"report: {report}")
+    return result(run_dir)

@@ -1,0 +1,165 @@
+"""A transformers model as the target: packed hidden states, without logits of all rows and without patching it."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
+from eagle3.data.packing import Batch
+from eagle3.errors import ConfigError, RunError
+from eagle3.target.features import Features
+
+
+def text_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of the language model at `path`; raises ConfigError when there is none."""
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.path={path} is not a model that transformers can read: {reason}") from error
+    return config.get_text_config()
+
+
+def default_aux_layer_ids(num_layers: int) -> list[int]:
+    """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
+    if num_layers < 7:
+        raise ConfigError(
+            f"the target has {num_layers} layers, too few for the default auxiliary layers: "
+            f"set model.aux_layer_ids to three of 0..{num_layers - 1}, e.g. model.aux_layer_ids=[0,1,{num_layers - 1}]"
+        )
+    return [1, num_layers // 2 - 1, num_layers - 4]
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
+    for name, neutral in (("final_logit_softcapping", None), ("logits_scaling", 1), ("logit_scale", 1)):
+        if getattr(config, name, neutral) not in (neutral, None):
+            raise ConfigError(f"the target's {name}={getattr(config, name)} changes its logits; it is not supported")
+
+
+def choose_attention(config: PretrainedConfig) -> str | None:
+    """`packed` where it computes what the model means, else None: what transformers chooses itself."""
+    special = ("attention_chunk_size", "attn_logit_softcapping")
+    if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
+        return None
+    return "packed"
+
+
+class HFTarget:
+    """`target(batch) -> Features`, and the pieces that decoding needs.
+
+    `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        device: torch.device,
+        aux_layer_ids: list[int] | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        attention: str = "auto",
+    ):
+        self.config = text_config(path, revision, trust_remote_code)
+        check_supported(self.config)
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=choose_attention(self.config) if attention == "auto" else attention,
+            )
+        except (OSError, ValueError) as error:
+            raise RunError(f"the target at {path} does not load: {str(error).splitlines()[0]}") from error
+        self.model.eval().requires_grad_(False).to(device)
+        self.device, self.path = device, path
+        decoder = self.model.get_decoder()
+        self.decoder = decoder
+        self.aux_layer_ids = aux_layer_ids or default_aux_layer_ids(self.config.num_hidden_layers)
+        self.captured: dict[int, torch.Tensor] = {}
+        layers = find_layers(decoder, self.config.num_hidden_layers)
+        for layer_id in self.aux_layer_ids:
+            layers[layer_id].register_forward_hook(self.capture(layer_id))
+
+    def capture(self, layer_id: int):
+        def hook(module, inputs, output):
+            self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        eos = self.model.generation_config.eos_token_id
+        eos = self.config.eos_token_id if eos is None else eos
+        return set(eos) if isinstance(eos, list) else {eos} - {None}
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [n,H] -> logits [n,V]."""
+        return hidden @ self.head.T
+
+    @torch.no_grad()
+    def states(self, input_ids, position_ids, cache=None, documents=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [T], [T] -> aux_hidden_states [T,3H] and last_hidden_states [T,H] (after the final norm).
+
+        With `documents` the T tokens are packed documents; with `cache` they continue it.
+        """
+        output = self.decoder(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            documents=documents,
+        )
+        aux = torch.cat([self.captured[layer_id][0] for layer_id in self.aux_layer_ids], dim=-1)
+        self.captured.clear()
+        return aux, output.last_hidden_state[0]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Features:
+        aux, last = self.states(batch.input_ids, batch.position_ids, documents=batch.documents)
+        last = last[batch.teacher_rows]
+        return Features(aux, last, *head_statistics(last, self.head))
+
+
+def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
+    """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, a chunk of rows at a time."""
+    wide = torch.promote_types(last.dtype, torch.float32)
+    argmax, logsumexp = [], []
+    for rows in last.split(max(1, chunk_bytes // (4 * len(head)))):
+        logits = (rows @ head.T).to(wide)
+        argmax.append(logits.argmax(-1))
+        logsumexp.append(logits.logsumexp(-1))
+    return torch.cat(argmax), torch.cat(logsumexp)
+
+
+def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:
+    """The list of decoder layers, whatever the model calls it."""
+    for module in decoder.children():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise RunError(f"{type(decoder).__name__} has no list of its {num_layers} decoder layers among its children")
+
+
+def describe(path: str, revision: str | None) -> dict:
+    """What a target is, for fingerprints: its id and, for a folder, config, file sizes and safetensors headers."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"path": path, "revision": revision}
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little"))
+        files[file.name] = [file.stat().st_size, json.loads(header)]
+    return {"config": json.loads((folder / "config.json").read_text()), "files": files}

@@ -1,0 +1,59 @@
+"""From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see --help)."""
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from eagle3 import config as configuration
+from eagle3.errors import ConfigError, RunError
+from eagle3.mistakes import explain
+
+MISTAKES = (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError)
+SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and `stop` decides what is shown
+
+
+def stop(error: Exception) -> None:
+    """End with one sentence and its exit code, or with the traceback where that was asked for."""
+    if SHOW_TRACEBACK:
+        raise error
+    message, exit_code = explain(error, Path(__file__).parent / "conf")
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="run")
+def job(composed: DictConfig) -> float | None:
+    """One job of a run or sweep; returns its acceptance length, so that a sweeper can maximise it."""
+    hydra_config = HydraConfig.get()
+    run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
+    try:
+        config = configuration.typed(composed, run_dir, overrides)
+        from eagle3.checks import check  # torch and transformers load here, after the config has been understood
+        from eagle3.distributed import launch
+
+        check(config)
+        return launch(config, run_dir, overrides)
+    except MISTAKES as error:
+        stop(error)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        job()
+    except MISTAKES as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

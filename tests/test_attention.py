@@ -1,0 +1,92 @@
+import pytest
+import torch
+from reference import relative_error
+
+from eagle3.draft.attention import Auto, Dense, Documents, FlashCPU, attend
+
+LENGTHS = [5, 1, 12, 3]
+# Rows in the order of need, not of place; none from the document of one token.
+ROWS = torch.tensor([16, 3, 4, 20, 9, 6, 0, 17])
+
+
+def inputs(dtype, heads, kv_heads, steps, head_dim=8):
+    """q [N,H,d], k and v [T,G,d], and later keys and values, each longer than what comes after it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, head_dim, generator=generator).to(dtype).requires_grad_()
+
+    length, count = sum(LENGTHS), len(ROWS)
+    later = [(normal(count + steps - i, kv_heads), normal(count + steps - i, kv_heads)) for i in range(steps)]
+    return normal(count, heads), normal(length, kv_heads), normal(length, kv_heads), later
+
+
+def plain(q, k, v, later):
+    """A row at a time, over exactly the keys it may see."""
+    groups, starts = q.shape[1] // k.shape[1], [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
+    outputs = []
+    for n, row in enumerate(ROWS.tolist()):
+        start = max(s for s in starts if s <= row)
+        keys = torch.cat([k[start : row + 1], *(key[n : n + 1] for key, _ in later)]).repeat_interleave(
+            groups, dim=1
+        )
+        values = torch.cat([v[start : row + 1], *(x[n : n + 1] for _, x in later)]).repeat_interleave(
+            groups, dim=1
+        )
+        probabilities = (torch.einsum("hd,jhd->hj", q[n], keys) * q.shape[-1] ** -0.5).softmax(-1)
+        outputs.append(torch.einsum("hj,jhd->hd", probabilities, values))
+    return torch.stack(outputs)
+
+
+def errors(backend, dtype, heads=4, kv_heads=2, steps=3, want=torch.float64):
+    """Relative errors of the output and of every gradient, against the plain form in `want`."""
+    documents = Documents(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
+    results = []
+    for kind in (dtype, want):
+        q, k, v, later = inputs(kind, heads, kv_heads, steps)
+        out = (
+            plain(q, k, v, later)
+            if kind is want and results
+            else attend(backend, documents, ROWS, q, k, v, later)
+        )
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        leaves = [q, k, v, *(x for pair in later for x in pair)]
+        results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
+    return [
+        relative_error(value.detach(), expected.detach()) for value, expected in zip(*results, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize("steps", [0, 1, 6])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 3e-2)]
+)
+def test_output_and_every_gradient(backend, heads, kv_heads, steps, dtype, tolerance):
+    assert max(errors(backend, dtype, heads, kv_heads, steps)) < tolerance
+
+
+def test_the_total_matters_in_backward():
+    """A backward that normalises over the causal keys alone, as if d(lse) were zero, is far off; so this suite sees it."""
+
+    class Unmerged(Dense):
+        @staticmethod
+        def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
+            own_out, own_lse = Dense.forward(q, rows, k, v, documents, scale)
+            share = (own_lse - lse).exp()[..., None].to(q.dtype)
+            return Dense.backward(grad_out * share, q, rows, k, v, own_out, own_lse, documents, scale)
+
+    out, grad_q, grad_k, grad_v, *later = errors(Unmerged, torch.float64)
+    assert max(out, grad_v, *later) < 1e-12
+    assert grad_q > 0.05 and grad_k > 0.05
+
+
+def test_rows_that_no_one_asks_for_get_no_gradient():
+    documents = Documents(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
+    q, k, v, later = inputs(torch.float64, 4, 2, 2)
+    attend(FlashCPU, documents, ROWS, q, k, v, later).sum().backward()
+    unseen = torch.tensor([5, 18, 19])
+    assert unseen.tolist() == [5, 18, 19] and not v.grad[[5]].any()
+    for key, value in later:
+        assert not key.grad[len(ROWS) :].any() and not value.grad[len(ROWS) :].any()

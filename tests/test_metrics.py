@@ -1,0 +1,185 @@
+"""The meter against sums written out by hand."""
+
+import math
+import threading
+import time
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eagle3 import metrics
+from eagle3.metrics import Meter, peak_flops
+
+GAMMA = 0.8
+
+
+def add_two(meter):
+    meter.add(torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 0.0)
+    meter.add(torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
+
+
+def test_loss_and_accuracy_are_ratios_of_sums():
+    meter = Meter(2, GAMMA)
+    add_two(meter)
+    read = meter.read()
+    assert read["loss/step_0"] == pytest.approx(8 / 20)
+    assert read["loss/step_1"] == pytest.approx(12 / 20)
+    assert read["loss"] == pytest.approx((8 + GAMMA * 12) / 20)
+    assert read["accuracy/step_0"] == pytest.approx(5 / 20)
+    assert read["accuracy/step_1"] == pytest.approx(3 / 20)
+    assert read["supervised_tokens"] == 20
+
+
+def test_names_are_those_of_the_contract():
+    meter = Meter(1, GAMMA, flops_per_token=1e9)
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 1, 1, 0.0)
+    assert set(meter.read()) == {
+        "loss", "loss/step_0", "accuracy/step_0", "tokens_per_second", "supervised_tokens", "data_wait_fraction",
+        "peak_memory_bytes",
+    }  # fmt: skip
+
+
+def test_read_begins_a_new_window():
+    meter = Meter(2, GAMMA)
+    add_two(meter)
+    meter.read()
+    meter.add(torch.tensor([1.0, 1.0]), torch.tensor([1, 1]), [4, 2], 2, 1, 1, 0.0)
+    read = meter.read()
+    assert read["loss"] == pytest.approx((1 + GAMMA) / 2)
+    assert read["accuracy/step_0"] == pytest.approx(0.25)
+    assert read["supervised_tokens"] == 1
+
+
+def test_steps_without_a_pair_are_nan():
+    meter = Meter(2, GAMMA)
+    meter.add(torch.tensor([1.0, 0.0]), torch.tensor([1, 0]), [2, 0], 2, 1, 1, 0.0)
+    read = meter.read()
+    assert read["accuracy/step_0"] == 0.5 and math.isnan(read["accuracy/step_1"])
+    assert read["loss"] == 0.5
+
+
+def test_many_small_sums_keep_their_digits():
+    meter = Meter(1, GAMMA)
+    meter.add(torch.tensor([2.0**25]), torch.zeros(1), [1], 1, 1, 1, 0.0)
+    for _ in range(100):
+        meter.add(torch.ones(1), torch.zeros(1), [0], 0, 0, 0, 0.0)
+    assert meter.read()["loss"] == 2**25 + 100
+
+
+def test_rates_count_training_time_only(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = Meter(1, GAMMA)
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 300, 1, 0.5)
+    clock[0] += 5
+    meter.leave_out(3.0)
+    read = meter.read()
+    assert read["tokens_per_second"] == 150
+    assert read["data_wait_fraction"] == 0.25
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 300, 1, 0.0)
+    clock[0] += 3
+    read = meter.read()
+    assert read["tokens_per_second"] == 100
+    assert read["data_wait_fraction"] == 0
+
+
+def test_two_processes_read_the_same_global_numbers(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    shares, barrier, read = {}, threading.Barrier(2), {}
+    meters = {rank: Meter(2, GAMMA) for rank in range(2)}
+    meters[0].add(torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 1.0)
+    meters[1].add(torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
+    clock[0] = 2.0
+
+    def work(rank):
+        def all_reduce(sums):
+            shares[rank] = sums
+            barrier.wait(timeout=10)
+            return shares[0] + shares[1]
+
+        read[rank] = meters[rank].read(all_reduce)
+        read[rank].pop("peak_memory_bytes")
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read[0] == read[1]
+    assert read[0]["loss"] == pytest.approx((8 + GAMMA * 12) / 20)
+    assert read[0]["accuracy/step_1"] == pytest.approx(3 / 20)
+    assert read[0]["tokens_per_second"] == 80
+    assert read[0]["data_wait_fraction"] == 0.25
+
+
+class NoSync(TorchDispatchMode):
+    """Fails where a tensor's value is asked for on the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function), function
+        return function(*args, **(kwargs or {}))
+
+
+def test_adding_never_waits_for_the_device():
+    meter = Meter(2, GAMMA)
+    with NoSync():
+        add_two(meter)
+    assert meter.read()["supervised_tokens"] == 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu():
+    meter = Meter(2, GAMMA, "cuda", flops_per_token=1e9)
+    sums = [torch.tensor([6.0, 4.0], device="cuda"), torch.tensor([3.0, 1.0], device="cuda")]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meter.add(*sums, [10, 5], 20, 100, 10, 0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    read = meter.read()
+    assert read["loss"] == pytest.approx((6 + GAMMA * 4) / 20)
+    assert read["peak_memory_bytes"] == torch.cuda.max_memory_allocated()
+    assert ("mfu" in read) == (peak_flops(torch.cuda.get_device_name()) is not None)
+
+
+def test_mfu_is_model_flops_over_the_peak_of_all_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(metrics, "peak_memory_bytes", lambda device: 0)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = Meter(1, GAMMA, flops_per_token=989e9)
+    meter.device = FakeGpu()
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 500, 1, 0.0)
+    clock[0] = 1.0
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
+    assert meter.read()["mfu"] == pytest.approx(0.5)
+
+
+class FakeGpu:
+    type = "cuda"
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_of_known_cards_only(name, flops):
+    assert peak_flops(name) == flops
+
+
+def test_resident_memory_is_in_bytes():
+    peak = Meter(1, GAMMA).read()["peak_memory_bytes"]
+    assert 50e6 < peak < 1e12

@@ -1,0 +1,88 @@
+"""The whole fast path, from documents to gradients, against tests/reference.py."""
+
+import pytest
+import torch
+from reference import random_case, relative_error
+
+from eagle3.draft.attention import Auto, Dense, FlashCPU
+
+
+def compare(case, **options):
+    """Largest relative errors of the losses and of the gradients, those expected being computed in float64."""
+    out, batch = case.fast(**options)
+    gradients = case.gradients(out.loss / batch.normaliser)
+    options.pop("chunk_rows", None)
+    wide = case.to(torch.float64)
+    expected = wide.dense(**options)
+    expected_gradients = wide.gradients(expected.loss)
+    losses = max(
+        relative_error(out.loss.detach() / batch.normaliser, expected.loss.detach()),
+        relative_error(out.step_loss / batch.normaliser, expected.step_loss),
+    )
+    assert out.step_correct.tolist() == expected.correct.sum((0, 1)).tolist()
+    return losses, max(relative_error(gradients[name], expected_gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto])
+@pytest.mark.parametrize("mask", ["serving", "shifted"])
+@pytest.mark.parametrize("pointwise", ["kl", "lk"])
+@pytest.mark.parametrize("draft_vocab_size", [30, 50])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_losses_and_gradients(backend, mask, pointwise, draft_vocab_size, dtype, tolerance):
+    case = random_case(backend, dtype=dtype, draft_vocab_size=draft_vocab_size)
+    losses, gradients = compare(case, mask=mask, pointwise=pointwise)
+    assert losses < tolerance / 2 and gradients < tolerance
+
+
+@pytest.mark.parametrize("mask", ["serving", "shifted"])
+@pytest.mark.parametrize("ttt_steps", [1, 2, 9])
+def test_any_number_of_steps(mask, ttt_steps):
+    """With nine steps, no document has a token left to supervise at the last ones under `serving`."""
+    assert max(compare(random_case(Auto, lengths=(6, 9, 4), seed=3), mask=mask, ttt_steps=ttt_steps)) < 1e-12
+
+
+@pytest.mark.parametrize("mask", ["serving", "shifted"])
+def test_the_order_of_documents_does_not_matter(mask):
+    case = random_case(Auto)
+    order = [4, 0, 6, 2, 5, 1, 3]
+    (first, _), (second, _) = case.fast(mask=mask), case.fast(mask=mask, order=order)
+    assert relative_error(second.step_loss, first.step_loss) < 1e-13
+    expected = case.gradients(first.loss)
+    for name, gradient in case.gradients(second.loss).items():
+        assert relative_error(gradient, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("mask", ["serving", "shifted"])
+def test_documents_add_up(mask):
+    """Sums before the division, so micro-steps and replicas can be added."""
+    case = random_case(Auto)
+    together, batch = case.fast(mask=mask)
+    alone = [case.fast(mask=mask, order=[i]) for i in range(len(case.lengths))]
+    assert relative_error(sum(out.step_loss for out, _ in alone), together.step_loss) < 1e-13
+    assert sum(torch.tensor(one.pair_counts) for _, one in alone).tolist() == batch.pair_counts
+    expected = case.gradients(together.loss)
+    for name, gradient in case.gradients(sum(out.loss for out, _ in alone)).items():
+        assert relative_error(gradient, expected[name]) < 1e-12, name
+
+
+def test_nothing_to_supervise():
+    """A batch of prompts alone gives a loss of zero that can still be differentiated."""
+    case = random_case(Auto)
+    case.loss_mask[:] = False
+    out, batch = case.fast()
+    assert out.loss.item() == 0 and batch.pair_counts == [0] * 5
+    out.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in case.draft.parameters())
+
+
+def test_bfloat16_keeps_gradients_in_float32():
+    case = random_case(Auto, dtype=torch.float32)
+    expected, _ = case.fast()
+    expected_gradients = case.gradients(expected.loss)
+    for name in ("embedding", "head", "aux", "last_hidden"):
+        setattr(case, name, getattr(case, name).bfloat16())
+    out, _ = case.fast()
+    assert relative_error(out.loss.detach(), expected.loss.detach()) < 0.02
+    for name, gradient in case.gradients(out.loss).items():
+        assert gradient.dtype == torch.float32
+        assert relative_error(gradient, expected_gradients[name]) < 0.1, name
