@@ -4,6 +4,7 @@ Nodes with a `_target_` are bound to the signature of what they name. A mistake 
 key, what is allowed, and the nearest name.
 """
 
+import importlib
 import inspect
 import types
 import typing
@@ -11,8 +12,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
-
+from eagle3.benchmark.builtin import draft_length
+from eagle3.benchmark.suites import parse
 from eagle3.config import RunConfig, nearest
 from eagle3.errors import ConfigError
 from eagle3.pipeline import STAGES
@@ -42,6 +43,10 @@ def check(config: RunConfig) -> None:
             f"data.max_length={config.data.max_length} must be at most "
             f"train.tokens_per_step={config.train.tokens_per_step}, or a document would not fit into a micro-step"
         )
+    for benchmark_config in config.benchmark.get("configs", []):
+        draft_length(list(benchmark_config))
+    for suite in config.benchmark.get("suites", []):
+        parse(suite)
     check_files(config)
     check_against_target(config)
 
@@ -70,10 +75,7 @@ def check_node(node: dict[str, Any], key: str) -> None:
     if target is not None:
         if not target.startswith(TARGET_PREFIXES):
             raise ConfigError(f"{key}._target_={target} must start with one of {', '.join(TARGET_PREFIXES)}")
-        try:
-            called = get_object(target)
-        except Exception as error:
-            raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error
+        called = find(target, key)
         parameters = inspect.signature(called).parameters
         hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
         for name, value in node.items():
@@ -90,6 +92,15 @@ def check_node(node: dict[str, Any], key: str) -> None:
     for name, value in node.items():
         if isinstance(value, dict):
             check_node(value, f"{key}.{name}")
+
+
+def find(target: str, key: str) -> Any:
+    """The class or function that a dotted name means."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error
 
 
 def fits(value: Any, hint: Any) -> bool:

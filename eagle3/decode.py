@@ -1,9 +1,10 @@
 """Reference speculative decoding: batch 1, a chain of drafts, greedy or sampled, lossless either way.
 
-The draft keeps what serving engines keep. Position t of the text, once the target has processed it, owns row t: input
-(fc(g_t), E[x_{t+1}]), key and value at slot t, rotated by position t. Drafts in flight are the newest row's later
-steps: step k reads the previous un-normalised output and draft k, and its key takes slot t + k, rotated by t + k. Slots
-therefore equal positions, and the rows of accepted tokens overwrite the drafts' slots. The result equals `ttt.unroll`.
+The draft keeps what serving engines keep. Position t of the text, once the target has processed it, owns row t:
+input (fc(g_t), E[x_{t+1}]), key and value at slot t, rotated by position t. Drafts in flight are the newest row's
+later steps: step k reads the previous un-normalised output and draft k, and its key takes slot t + k, rotated by
+t + k. Slots therefore equal positions, and the rows of accepted tokens overwrite the drafts' slots. The result
+equals `ttt.unroll`.
 
 n new rows, D hidden size, H query and G key/value heads of size d, L draft length, V and Vd vocabularies.
 """
@@ -22,10 +23,11 @@ from eagle3.draft.rope import rotate
 
 @dataclass
 class Generation:
-    """`ids`: new tokens, the first of them from the prefill. `emitted`, `accepted`: per verification round the tokens
-    it committed and how many of them were drafted; what lies behind an end of sequence or `max_new_tokens` is neither.
+    """`ids`: new tokens, the first of them from the prefill.
 
-    `prefill_seconds` covers the prompt through the target and the draft.
+    `emitted` and `accepted`: per verification round the tokens it committed and how many of them were drafted; what
+    lies behind an end of sequence or `max_new_tokens` is neither. `prefill_seconds` covers the prompt through the
+    target and the draft.
     """
 
     ids: list[int]
@@ -51,14 +53,14 @@ class Greedy:
         return scores.argmax(-1)
 
     def verify(self, drafted, draft_scores, target_scores, target_ids) -> torch.Tensor:
-        """Drafts [L] against the target's scores [L+1,V] -> committed tokens: accepted drafts and one of the target."""
+        """Drafts [L] and the target's scores [L+1,V] -> committed ids: accepted drafts and one of the target."""
         best = target_scores.argmax(-1)
         accepted = (best[:-1] == drafted).cumprod(0).sum()
         return best[: int(accepted) + 1]
 
 
 class Sample:
-    """Sampling at a temperature, by rejection: tokens are distributed as the target's whatever the draft proposes.
+    """Sampling by rejection: tokens are distributed as the target's, whatever the draft proposes.
 
     Draft d is accepted with probability min(1, p(d) / q(d)); the first rejected one is replaced by a sample of
     max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192).
@@ -89,27 +91,23 @@ class Sample:
 
 
 class Drafter:
-    """A draft with its keys and values for one text of at most `capacity` positions, drafts in flight included."""
+    """A draft with its keys and values for a text of at most `capacity` positions, drafts in flight included."""
 
     def __init__(self, draft: Draft, embedding: torch.Tensor, capacity: int):
         """`embedding` [V,D] is the target's; its dtype is the one computed in."""
         dtype, config = embedding.dtype, draft.config
         if draft.lm_head.weight.dtype != dtype:
-            draft = copy.deepcopy(draft).to(
-                dtype
-            )  # once, where the layers would cast their weights at every call
+            draft = copy.deepcopy(draft).to(dtype)  # once, where the layers would cast their weights at every call
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
         self.qkv_weight = torch.cat([draft.qkv_weight(dtype, 0), draft.qkv_weight(dtype, 1)], dim=1)
-        with torch.inference_mode(
-            False
-        ):  # the draft keeps the tables, and training could not use inference tensors
+        with torch.inference_mode(False):  # the draft keeps the tables, and training could not use inference tensors
             self.cos, self.sin = draft.rope(torch.arange(capacity, device=embedding.device), capacity)
         kv_heads = config.num_key_value_heads
         self.keys, self.values = embedding.new_empty(2, 1, kv_heads, capacity, config.head_dim).unbind()
         self.length = 0
 
     def project(self, token_ids: torch.Tensor, hidden: torch.Tensor, first: int) -> torch.Tensor:
-        """Fill n slots from `first` with keys and values of int64 [n] and [n,D]; -> q [H,d] of the last row."""
+        """Fill n slots from `first`, given int64 [n] and hidden [n,D]; returns q [H,d] of the last row."""
         layer, config = self.draft.midlayer, self.draft.config
         embedded = layer.input_layernorm(F.embedding(token_ids, self.embedding))
         qkv = F.linear(torch.cat([embedded, layer.hidden_norm(hidden)], dim=-1), self.qkv_weight)
@@ -122,7 +120,7 @@ class Drafter:
         return qk[-1, :heads]
 
     def read(self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor) -> None:
-        """Add the rows of n positions that the target has processed: features [n,3H] and the tokens behind them."""
+        """Add the rows of n positions that the target has processed: their features and the tokens behind them."""
         hidden = self.draft.fc(aux_hidden_states.to(self.embedding.dtype))
         self.query, self.hidden = self.project(next_ids, hidden, self.length), hidden[-1:]
         self.length += len(next_ids)
@@ -130,13 +128,11 @@ class Drafter:
     def attend(self, query: torch.Tensor, length: int) -> torch.Tensor:
         """[H,d] over the first `length` slots -> [1,H,d]; the heads of a group go in as query rows."""
         grouped = query.reshape(1, self.keys.shape[1], -1, query.shape[-1])
-        attended = F.scaled_dot_product_attention(
-            grouped, self.keys[:, :, :length], self.values[:, :, :length]
-        )
+        attended = F.scaled_dot_product_attention(grouped, self.keys[:, :, :length], self.values[:, :, :length])
         return attended.reshape(1, -1, query.shape[-1])
 
     def chain(self, draft_length: int, rule) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Draft behind the newest row: target ids int64 [L] and each step's scores [1,Vd]; the host never waits."""
+        """Draft behind the newest row: target ids int64 [L] and each step's scores [1,Vd], with no host sync."""
         query, hidden, drafted, scores = self.query, self.hidden, [], []
         for step in range(draft_length):
             if step > 0:
@@ -189,9 +185,7 @@ def speculate(
     while len(ids) < max_new_tokens and ids[-1] not in eos:
         drafted, draft_scores = drafter.chain(draft_length, rule)
         here = prompt + len(ids) - 1
-        aux, last = target.states(
-            torch.cat([newest, drafted]), positions[here : here + draft_length + 1], cache
-        )
+        aux, last = target.states(torch.cat([newest, drafted]), positions[here : here + draft_length + 1], cache)
         scores = rule.scores(target.lm_head(last))
         committed = rule.verify(drafted, draft_scores, scores, drafter.target_ids)
         cache.crop(len(committed) - draft_length - 1)  # a negative number: how many to forget
@@ -212,7 +206,7 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Generation:
-    """The same answer without a draft, one token a forward pass: the baseline that `speculate` must equal and beat."""
+    """The same answer without a draft, a token per forward pass: what `speculate` must equal and beat."""
     rule = Sample(temperature, generator) if temperature else Greedy()
     prompt, device = len(input_ids), input_ids.device
     positions = torch.arange(prompt + max_new_tokens, device=device)

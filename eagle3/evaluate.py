@@ -27,7 +27,7 @@ class EvaluationBatch:
 
 @dataclass
 class Evaluation:
-    """Means over the rounds of all held-out answers; `acceptance_length[L - 1]` is that of draft length L.
+    """Means over the rounds of all held-out answers; `acceptance_length[L]` is that of draft length L.
 
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted; it, `first_round` (tokens of
     the first round after the prompt) and `loop_free` (acceptance length without answers that loop) are at
@@ -35,7 +35,7 @@ class Evaluation:
     """
 
     draft_length: int
-    acceptance_length: list[float]
+    acceptance_length: dict[int, float]
     accepted_at: list[float]
     first_round: float
     loop_free: float
@@ -45,7 +45,7 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         at = {f"eval/accepted_at_{k + 1}": value for k, value in enumerate(self.accepted_at)}
-        return {"eval/acceptance_length": self.acceptance_length[self.draft_length - 1], "eval/loss": self.loss, **at}
+        return {"eval/acceptance_length": self.acceptance_length[self.draft_length], "eval/loss": self.loss, **at}
 
 
 def batches(
@@ -129,7 +129,7 @@ def summarise(walks: list[tuple[Answer, torch.Tensor]], draft_length: int, loss:
     at = accepted_at(walks, draft_length)
     return Evaluation(
         draft_length=draft_length,
-        acceptance_length=[mean_length(walks, length) for length in range(1, steps + 1)],
+        acceptance_length={length: mean_length(walks, length) for length in range(1, steps + 1)},
         accepted_at=[at[k] / max(1, len(counted)) for k in range(draft_length)],
         first_round=sum(answer[0] for answer in rounds if answer) / max(1, sum(1 for answer in rounds if answer)),
         loop_free=mean_length(free, draft_length),

@@ -60,11 +60,7 @@ def redact(config: Any) -> Any:
     Also inside overrides (`hub.token=...`), URLs with a login, and wherever a string looks like a known access token.
     """
     if isinstance(config, dict):
-        hidden = {
-            key
-            for key, value in config.items()
-            if is_secret(str(key)) and value not in (None, "", True, False)
-        }
+        hidden = {key for key, value in config.items() if is_secret(str(key)) and value not in (None, "", True, False)}
         return {key: REDACTED if key in hidden else redact(value) for key, value in config.items()}
     if isinstance(config, list | tuple):
         return [redact(value) for value in config]
@@ -81,9 +77,7 @@ def hide_assigned(text: str) -> str:
     whole = OVERRIDE.match(text)
     if whole and is_secret(whole[0].rstrip("=")):
         return whole[0] + REDACTED
-    return ASSIGNMENT.sub(
-        lambda match: match[1] + match[2] + REDACTED if is_secret(match[1]) else match[0], text
-    )
+    return ASSIGNMENT.sub(lambda match: match[1] + match[2] + REDACTED if is_secret(match[1]) else match[0], text)
 
 
 def finite(value: Any) -> Any:
@@ -117,9 +111,7 @@ class JsonLines:
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts the file anew, or keeps what an earlier part of the run wrote up to and including `resume_step`."""
         self.path = Path(path)
-        kept = (
-            [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        )
+        kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
         fresh = self.path.with_name(self.path.name + ".partial")
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(fresh, self.path)
@@ -167,9 +159,7 @@ class Wandb:
         if mode not in (None, "online", "offline", "disabled"):
             raise ConfigError(f"logger.mode must be null, online, offline or disabled, not {mode!r}.")
         if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                "logger=wandb needs the wandb package: pip install wandb, or take logger=jsonl."
-            )
+            raise ConfigError("logger=wandb needs the wandb package: pip install wandb, or take logger=jsonl.")
         self.options = {"project": project, "entity": entity, "group": group, "mode": mode, "tags": tags}
         self.run = None
 
@@ -205,9 +195,7 @@ class Wandb:
         if path.suffix == ".html":
             self.run.log({path.stem: wandb.Html(path.read_text(), inject=False)})
         else:
-            self.run.log_artifact(
-                str(path), name=re.sub(r"[^\w.-]", "_", f"{path.name}-{self.run.id}"), type="file"
-            )
+            self.run.log_artifact(str(path), name=re.sub(r"[^\w.-]", "_", f"{path.name}-{self.run.id}"), type="file")
 
     def finish(self, exit_code: int = 0) -> None:
         """Uploads what is left and ends the background service; does nothing when no run was started."""

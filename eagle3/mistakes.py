@@ -42,10 +42,10 @@ def wrong_value(error: Exception, conf: Path) -> str:
     """A key that does not exist, or a value of the wrong type."""
     text = str(error.__cause__ or error) + "\n" + str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
-    conversion = re.search(r"Value '(.*)' of type '(\w+)' could not be converted to (\w+)", text, re.DOTALL)
+    conversion = re.search(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", text)
     key = re.search(r"full_key: (\S+)", text)
     if conversion:
-        return f"{key[1] if key else 'a value'}={conversion[1]} must be a {conversion[3].lower()}"
+        return f"{key[1] if key else 'a value'}={conversion[1]} must be of type {conversion[2].lower()}"
     if unknown:
         return f"{unknown[1]} is no key of the config{nearest(unknown[1], known_keys(conf))}"
     no_group = re.search(r"Could not find match for '?([\w/@]+)'?|No match in the defaults list for '([\w/@]+)'", text)

@@ -28,11 +28,12 @@ from eagle3.draft.initial import new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.logger import JsonLines, redact
-from eagle3.report import summary_table, write_report
+from eagle3.report import benchmark_table, summary_table, write_report
 from eagle3.target.features import Features
 from eagle3.target.hf import HFTarget, describe
 from eagle3.train import Trainer, fit
 
+PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "safetensors", "numpy")
 console = Console()
 
 
@@ -43,6 +44,7 @@ class Run:
         self.config, self.run_dir, self.overrides = config, run_dir, overrides
         self.device = choose_device(config.device)
         self.tracker = instantiate(config.logger)
+        self.tracker_id: str | None = None
         self.inputs: dict[str, Any] = {}
 
     @cached_property
@@ -130,8 +132,8 @@ class Run:
         info = {
             "config": redact(dataclasses.asdict(self.config)),
             "overrides": redact(self.overrides),
-            "versions": {name: version(name) for name in ("torch", "transformers", "hydra-core", "datasets")},
-            "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "tracker_id": self.tracker_id,
             "git": git_commit(),
             "hardware": hardware(self.device),
             "seeds": {"seed": self.config.seed},
@@ -239,7 +241,7 @@ def train_stage(run: Run) -> None:
     best = measure(trainer.draft)
     (run.run_dir / "evaluation.json").write_text(json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update}))
     console.print(
-        f"train: best acceptance length {best.acceptance_length[best.draft_length - 1]:.2f} "
+        f"train: best acceptance length {best.acceptance_length[best.draft_length]:.2f} "
         f"at draft length {best.draft_length}, update {trainer.best_update}"
     )
 
@@ -278,18 +280,33 @@ def result(run_dir: Path) -> float | None:
         return next((row["acceptance_length"] for row in rows if "acceptance_length" in row), None)
     if evaluation.exists():
         values = json.loads(evaluation.read_text())
-        return values["acceptance_length"][values["draft_length"] - 1]
+        return values["acceptance_length"][str(values["draft_length"])]
     return None
 
 
 def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
     """Run the stages in order, then write the report; returns what `result` says."""
     run = Run(config, run_dir, overrides)
-    run.write_info()
-    for stage in config.stages:
-        STAGES[stage](run)
+    info = run_dir / "run.json"
+    before = json.loads(info.read_text()) if info.exists() else {}
+    run.inputs = before.get("inputs", {})
+    settings = dataclasses.asdict(config) | {"overrides": overrides}
+    run.tracker_id = run.tracker.start(str(run_dir), config.name, settings, before.get("tracker_id"))
+    exit_code = 1
+    try:
         run.write_info()
-    report = write_report(run_dir)
+        for stage in config.stages:
+            STAGES[stage](run)
+            run.write_info()
+        report = write_report(run_dir)
+        benchmark = run_dir / "benchmark.json"
+        if benchmark.exists():
+            run.tracker.table("benchmark", *benchmark_table(json.loads(benchmark.read_text())))
+        run.tracker.file(report)
+        exit_code = 0
+    finally:
+        run.tracker.finish(exit_code)
     console.print(summary_table(run_dir))
     console.print(f"report: {report}")
+    console.print(f"next: python run.py 'stages=[benchmark]' draft_path={run.draft_folder} benchmark.temperature=1")
     return result(run_dir)

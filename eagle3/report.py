@@ -27,13 +27,16 @@ COLUMNS = {
     "acceptance_length": "acceptance length",
     "interval95": "95 % interval",
     "acceptance_length_loop_free": "without loops",
+    "loops": "answers that loop",
     "first_round": "first round",
     "bigram": "bigram",
     "prompt_lookup": "prompt look-up",
     "tokens_per_second": "tokens/s",
     "baseline_tokens_per_second": "tokens/s without draft",
     "speedup": "speedup",
+    "speedup_interval95": "95 % interval of speedup",
     "lossless": "lossless",
+    "tie_gap": "widest tie",
 }
 SUMMARY = {
     "acceptance_length": "acceptance\nlength",
@@ -106,50 +109,32 @@ def write_report(run_dir: str | Path) -> Path:
     metrics = read_metrics(run_dir / "metrics.jsonl")
     name = str(run.get("config", {}).get("name") or run_dir.name)
     rows = benchmark_rows(benchmark)
-    columns = benchmark_columns(rows)
-    figures = {
-        "Acceptance": [
-            draft_length_figure(evaluation),
-            position_figure(rows, evaluation, metrics),
-            evaluation_figure(metrics),
-        ],
-        "Training": [
-            loss_figure(metrics),
-            steps_figure(metrics, "loss", "Unweighted, for each step of the unroll."),
-            steps_figure(
-                metrics,
-                "accuracy",
-                "Share of supervised tokens whose best drafted token is the target's best.",
-            ),
-        ],
-    }
+    columns, lengths = benchmark_columns(rows), by_draft_length(evaluation)
+    accuracy_note = "Share of supervised tokens whose best drafted token is the target's best."
+    acceptance = [
+        draft_length_figure(evaluation),
+        position_figure(rows, evaluation, metrics),
+        evaluation_figure(metrics),
+    ]
+    training = [loss_figure(metrics), steps_figure(metrics, "loss", "Unweighted, for each step of the unroll.")]
+    training.append(steps_figure(metrics, "accuracy", accuracy_note))
     facts = {
         "Training": training_facts(metrics),
-        "Held-out evaluation": scalars(
-            {key: evaluation[key] for key in evaluation if key != "acceptance_length"}
-        ),
-        "Benchmark protocol": scalars(benchmark.get("protocol", {})),
-        "Other benchmark values": scalars(
-            {key: benchmark[key] for key in benchmark if key not in ("suites", "protocol")}
-        ),
+        "Held-out evaluation": scalars(without(evaluation, "acceptance_length") if lengths else evaluation),
+        "Benchmark protocol": scalars(benchmark.get("protocol")),
+        "Other benchmark values": scalars(without(benchmark, "suites", "protocol")),
     }
-    folded = {
-        "Configuration": run.get("config"),
-        "Overrides": run.get("overrides"),
-        "Hardware": run.get("hardware"),
-    }
-    folded |= {"Versions": run.get("versions"), "Git": run.get("git")}
-    folded |= {"Seeds": run.get("seeds"), "Inputs": run.get("inputs")}
+    folded = ("config", "overrides", "hardware", "versions", "git", "seeds", "inputs")
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE_TEMPLATE)
     html = page.render(
         name=name,
         headline=headline(rows, evaluation, metrics),
         tiles=tiles(rows, evaluation, metrics, run),
-        sections={title: [figure for figure in row if figure] for title, row in figures.items()},
+        sections={"Acceptance": list(filter(None, acceptance)), "Training": list(filter(None, training))},
         columns=[(COLUMNS.get(key, key.replace("_", " ")), key) for key in columns],
         cells=[[cell(key, row.get(key)) for key in columns] for row in rows],
         facts={title: values for title, values in facts.items() if values},
-        folded={title: as_yaml(value) for title, value in folded.items() if value},
+        folded={key.capitalize(): as_yaml(run[key]) for key in folded if run.get(key)},
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
@@ -159,13 +144,10 @@ def write_report(run_dir: str | Path) -> Path:
 def summary_table(run_dir: str | Path) -> Table:
     """What a run achieved, for the terminal: acceptance length by draft length, then the benchmark."""
     run_dir = Path(run_dir)
-    evaluation, rows = (
-        read_json(run_dir / "evaluation.json"),
-        benchmark_rows(read_json(run_dir / "benchmark.json")),
-    )
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title_justify="left", caption_justify="left"
-    )
+    evaluation = read_json(run_dir / "evaluation.json")
+    rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title_justify="left")
+    table.caption_justify = "left"
     table.title = Text(f"Result of {run_dir.name}")
     table.add_column("draft", overflow="fold")
     found = [key for key in SUMMARY if any(row.get(key) is not None for row in rows)]
@@ -216,7 +198,7 @@ def cell(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
-        joint = " – " if key == "interval95" else ", "
+        joint = " – " if key.endswith("interval95") else ", "
         return joint.join(cell(key, inner) for inner in value)
     if isinstance(value, dict):
         return ", ".join(f"{name} {cell(name, inner)}" for name, inner in value.items())
@@ -263,31 +245,30 @@ def headline(rows: list[dict], evaluation: dict, metrics: list[dict]) -> str:
         sentence = f"Acceptance length {accepted} on {where}"
         sentence += f", {speed} times the speed of decoding without the draft. " if speed else ". "
         return sentence + LOSSLESS[losslessness(rows)]
-    lengths = by_draft_length(evaluation)
-    if lengths:
-        return f"Acceptance length {lengths[-1][1]:.2f} on held-out prompts with {lengths[-1][0]} drafted tokens; no benchmark was run."
+    measured = held_out(evaluation)
+    if measured:
+        length, accepted = measured
+        return (
+            f"Acceptance length {accepted:.2f} on held-out prompts with {length} drafted tokens; no benchmark was run."
+        )
     best = best_evaluation(metrics)
     if best:
-        return (
-            f"Acceptance length {best[1]:.2f} on held-out prompts at update {best[0]}; no benchmark was run."
-        )
+        return f"Acceptance length {best[1]:.2f} on held-out prompts at update {best[0]}; no benchmark was run."
     return "No acceptance length was measured."
 
 
 def tiles(rows: list[dict], evaluation: dict, metrics: list[dict], run: dict) -> list[tuple[str, str]]:
     """(what, value) of the row of large numbers."""
-    lengths, best, coverage = by_draft_length(evaluation), best_evaluation(metrics), find_coverage(run)
+    measured, best, coverage = held_out(evaluation), best_evaluation(metrics), find_coverage(run)
     speed = span(rows, "speedup", "{:.2f}")
-    held_out = (
-        (f"held-out, {lengths[-1][0]} drafted", lengths[-1][1]) if lengths else ("held-out", best and best[1])
-    )
+    held_out_tile = (f"held-out, {measured[0]} drafted", measured[1]) if measured else ("held-out", best and best[1])
     found = [
         ("acceptance length", span(rows, "acceptance_length", "{:.2f}")),
         ("speedup", speed and f"{speed}×"),
         ("tokens/s with draft", span(rows, "tokens_per_second", "{:,.0f}")),
         ("tokens/s without", span(rows, "baseline_tokens_per_second", "{:,.0f}")),
         ("lossless", losslessness(rows)),
-        (held_out[0], held_out[1] and f"{held_out[1]:.2f}"),
+        (held_out_tile[0], held_out_tile[1] and f"{held_out_tile[1]:.2f}"),
         ("draft vocabulary coverage", coverage and f"{coverage:.1%}"),
     ]
     return [(what, value) for what, value in found if value]
@@ -323,14 +304,20 @@ def training_facts(metrics: list[dict]) -> dict[str, str]:
 
 
 def scalars(values: Any, prefix: str = "") -> dict[str, str]:
-    """The plain values, short lists included, of nested dicts: `a.b` -> as shown."""
+    """The plain values and short lists of nested dicts: `a.b` -> as shown."""
     found = {}
     for key, value in values.items() if isinstance(values, dict) else ():
         if isinstance(value, dict):
             found |= scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            found[f"{prefix}{key}"] = f"{value:.4g}"
         elif is_plain(value) or (len(value) <= 16 and all(map(is_plain, value))):
-            found[f"{prefix}{key}"] = f"{value:.4g}" if isinstance(value, float) else cell(str(key), value)
+            found[f"{prefix}{key}"] = cell(str(key), value)
     return found
+
+
+def without(values: dict, *keys: str) -> dict:
+    return {key: value for key, value in values.items() if key not in keys}
 
 
 def by_draft_length(evaluation: dict) -> list[tuple[int, float]]:
@@ -339,10 +326,15 @@ def by_draft_length(evaluation: dict) -> list[tuple[int, float]]:
     if not isinstance(lengths, dict):
         return []
     return sorted(
-        (int(length), value)
-        for length, value in lengths.items()
-        if str(length).isdigit() and value is not None
+        (int(length), value) for length, value in lengths.items() if str(length).isdigit() and value is not None
     )
+
+
+def held_out(evaluation: dict) -> tuple[int, float] | None:
+    """(draft length, acceptance length) at the `draft_length` of the evaluation, else at the longest measured."""
+    lengths = by_draft_length(evaluation)
+    chosen = [pair for pair in lengths if pair[0] == evaluation.get("draft_length")] or lengths[-1:]
+    return chosen[0] if chosen else None
 
 
 def best_evaluation(metrics: list[dict]) -> tuple[int, float] | None:
@@ -375,9 +367,7 @@ def ramp(index: int, count: int) -> str:
 def draw(paint, title: str, note: str, alt: str) -> dict:
     """A figure for the page: `paint(axes)` on fresh axes, as inline SVG in CSS colours."""
     with matplotlib.rc_context({**RC, "svg.hashsalt": title}), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # glyphs that matplotlib's font lacks; the browser's own font has them
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's font lacks; the browser's own font has them
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         paint(axes)
@@ -471,9 +461,7 @@ def draft_length_figure(evaluation: dict) -> dict | None:
     def paint(axes):
         axes.plot(*zip(*points, strict=True), color=ACCENT, marker="o", markersize=5)
         for point in points:
-            axes.annotate(
-                f"{point[1]:.2f}", point, (-3, 5), textcoords="offset points", ha="right", fontsize=8
-            )
+            axes.annotate(f"{point[1]:.2f}", point, (-3, 5), textcoords="offset points", ha="right", fontsize=8)
         axes.set_ylim(bottom=1)
         axes.margins(x=0.1, y=0.15)
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -489,14 +477,12 @@ def position_figure(rows: list[dict], evaluation: dict, metrics: list[dict]) -> 
     for row in rows:
         if row.get("accepted_by_position") and row["suite"] not in lines and len(lines) < MAX_SUITES:
             lines[row["suite"]] = row["accepted_by_position"]
-    if not lines and evaluation.get("accepted_by_position"):
-        lines["held-out prompts"] = evaluation["accepted_by_position"]
+    if not lines and evaluation.get("accepted_at"):
+        lines["held-out prompts"] = evaluation["accepted_at"]
     if not lines:
         keys = step_keys(metrics, "eval/accepted_at_")
         lines["held-out prompts"] = [series(metrics, key)[-1][1] for key in keys if series(metrics, key)]
-    lines = {
-        name: list(line.values()) if isinstance(line, dict) else line for name, line in lines.items() if line
-    }
+    lines = {name: list(line.values()) if isinstance(line, dict) else line for name, line in lines.items() if line}
     if not lines:
         return None
 
@@ -516,7 +502,7 @@ def position_figure(rows: list[dict], evaluation: dict, metrics: list[dict]) -> 
         axes.set_xlabel("position in the draft")
 
     hidden = len({row["suite"] for row in rows if row.get("accepted_by_position")}) - len(lines)
-    note = "How often the drafted token at each position was accepted"
+    note = "Share of rounds in which the drafted token at each position was accepted"
     note += f"; {hidden} more suites are in the table." if hidden > 0 else "."
     return draw(paint, "Accepted by position", note, "Share accepted by position in the draft")
 
@@ -557,7 +543,7 @@ h3 { font-size: .95rem; margin: 0 0 .5rem; }
 .headline { font-size: 1.1rem; max-width: 46rem; margin: .6rem 0 1.6rem; color: var(--muted); overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
 .tile { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
-.tile b { display: block; font-size: 1.35rem; line-height: 1.3; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.tile b { display: block; font-size: 1.35rem; line-height: 1.3; white-space: nowrap; }
 .tile span { color: var(--muted); font-size: .82rem; }
 .yes { color: var(--good); } .no { color: var(--bad); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 2rem 2.5rem; }
@@ -577,7 +563,8 @@ td.strong { font-weight: 650; }
 .facts td:first-child { color: var(--muted); }
 details { border-top: 1px solid var(--line); } details:last-child { border-bottom: 1px solid var(--line); }
 summary { cursor: pointer; padding: .6rem 0; font-weight: 550; }
-pre { margin: 0 0 1rem; padding: .9rem 1rem; background: var(--panel); border-radius: .5rem; overflow-x: auto; font-size: .8rem; }
+pre { margin: 0 0 1rem; padding: .9rem 1rem; background: var(--panel); border-radius: .5rem; }
+pre { overflow-x: auto; font-size: .8rem; }
 </style>
 </head>
 <body>
@@ -586,7 +573,7 @@ pre { margin: 0 0 1rem; padding: .9rem 1rem; background: var(--panel); border-ra
 <p class="headline">{{ headline }}</p>
 <div class="tiles">
 {% for what, value in tiles %}
-<div class="tile"><b{% if what == "lossless" %} class="{{ value }}"{% endif %}>{{ value }}</b><span>{{ what }}</span></div>
+<div class="tile"><b class="{{ value if what == "lossless" }}">{{ value }}</b><span>{{ what }}</span></div>
 {% endfor %}
 </div>
 {% if cells %}
@@ -610,7 +597,8 @@ pre { margin: 0 0 1rem; padding: .9rem 1rem; background: var(--panel); border-ra
 <h2>{{ title }}</h2>
 <div class="figures">
 {% for figure in figures %}
-<figure aria-label="{{ figure.alt }}"><h3>{{ figure.title }}</h3>{{ figure.svg }}<figcaption>{{ figure.note }}</figcaption></figure>
+<figure aria-label="{{ figure.alt }}"><h3>{{ figure.title }}</h3>{{ figure.svg }}
+<figcaption>{{ figure.note }}</figcaption></figure>
 {% endfor %}
 </div>
 {% endfor %}

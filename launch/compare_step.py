@@ -1,8 +1,8 @@
 """What one training step costs (forward and backward of the draft, features given), all contenders in one run.
 
-    python launch/compare_step.py                                    # against plain padded dense attention
-    python launch/compare_step.py --peer specforge                   # and against SpecForge, a document at a time
-    python launch/compare_step.py --supervised 0.3 0.6 0.92 --repeats 5
+    python launch/compare_step.py                            # against plain padded dense attention
+    python launch/compare_step.py --peer specforge           # against SpecForge, a document at a time without padding
+    python launch/compare_step.py --peer dense specforge --supervised 0.3 0.6 0.92 --repeats 5
 
 `--peer specforge` wants `pip install --no-deps specforge==0.2.0`. Its core needs triton for the loss alone, which has a
 torch reference beside it: that one runs here, compiled when `--compile` is given. SpecForge is handed the target's
@@ -37,14 +37,14 @@ from torch.utils.flop_counter import (
 root = Path(__file__).parents[1]
 sys.path[:0] = [str(root), str(root / "tests")]
 
-from reference import Case, dense_loss, relative_error
+from reference import Case, dense_loss, relative_error  # noqa: E402
 
-from eagle3.data import supervision
-from eagle3.data.packing import pack
-from eagle3.draft.attention import Auto
-from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loss import SoftTargetLoss, kl
-from eagle3.ttt import unroll
+from eagle3.data import supervision  # noqa: E402
+from eagle3.data.packing import pack  # noqa: E402
+from eagle3.draft.attention import Auto  # noqa: E402
+from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
+from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
+from eagle3.ttt import unroll  # noqa: E402
 
 TTT_STEPS, GAMMA, TURN_TOKENS = 7, 0.8, 200
 aten = torch.ops.aten
@@ -63,7 +63,8 @@ def flash_backward_flops(grad_out, q, k, v, *args, **kwargs) -> int:
 def draw_case(share: float, documents: int, seed: int) -> Case:
     """Documents of lognormal length (mean 300, at most 1024) in turns of 200 tokens, of which `share` are answers.
 
-    98 % of the tokens lie in the draft vocabulary, as in chat data. The rest is noise.
+    Of the draws whose own mean is within 30 of that, the one with the median share of padding. 98 % of the tokens lie
+    in the draft vocabulary, as in chat data. The rest is noise.
     """
     generator = torch.Generator().manual_seed(seed)
     vocab_size, draft_vocab_size, size = 16384, 4096, 512
@@ -81,7 +82,10 @@ def draw_case(share: float, documents: int, seed: int) -> Case:
     t2d[target_ids] = True
     torch.manual_seed(seed)
     draft = Draft(config, Auto, t2d, target_ids - torch.arange(draft_vocab_size))
-    lengths = (5.46 + 0.7 * normal(documents)).exp().long().clamp(32, 1024).tolist()
+    draws = (5.46 + 0.7 * normal(1000, documents)).exp().long().clamp(32, 1024)
+    draws = draws[(draws.float().mean(1) - 300).abs() < 30]
+    by_padding = (draws.amax(1) / draws.float().mean(1)).argsort()
+    lengths = draws[by_padding[len(draws) // 2]].tolist()
     places = torch.arange(max(lengths))
     within = places < torch.tensor(lengths)[:, None]
     turns = torch.tensor([max(1, round(length / TURN_TOKENS)) for length in lengths])[:, None]
@@ -159,9 +163,7 @@ def specforge(case: Case, mask: str):
     model.LogSoftmaxLoss.apply = specforge.core.loss._compute_loss
     shape = {name: value for name, value in vars(case.draft.config).items() if name != "initializer_range"}
     theirs = LlamaForCausalLMEagle3(LlamaConfig(**shape, pad_token_id=0), attention_backend="sdpa")
-    names = theirs.load_state_dict(
-        case.draft.state_dict() | {"embed_tokens.weight": case.embedding}, strict=False
-    )
+    names = theirs.load_state_dict(case.draft.state_dict() | {"embed_tokens.weight": case.embedding}, strict=False)
     assert not names.missing_keys and not names.unexpected_keys, names
     theirs.embed_tokens.requires_grad_(False)
     trainer = model.OnlineEagle3Model(theirs, length=TTT_STEPS, attention_backend="sdpa")
@@ -198,10 +200,14 @@ CONTENDERS = {
     "this trainer, shifted": (this_trainer, "shifted"),
     "SpecForge": (specforge, "shifted"),
 }
+PEERS = {"dense": ["this trainer", "padded dense"], "specforge": ["this trainer, shifted", "SpecForge"]}
 
 
-def saved_bytes(step, module: torch.nn.Module, inputs: list) -> int:
-    """The most bytes kept for backward at one time; contenders that step through documents free them in between."""
+def saved_bytes(step, module: torch.nn.Module, inputs: list) -> tuple[float, int]:
+    """What `step` returns, and the most bytes kept for backward at one time.
+
+    Contenders that go through the documents one by one free them in between.
+    """
     tensors = [*module.parameters(), *module.buffers(), *(x for x in inputs if isinstance(x, torch.Tensor))]
     known = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     alive, most = {}, 0
@@ -223,8 +229,8 @@ def saved_bytes(step, module: torch.nn.Module, inputs: list) -> int:
                     alive[self.key] = count - 1, size
 
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        step()
-    return most
+        loss = step()
+    return loss, most
 
 
 def resident(field: str) -> int:
@@ -238,25 +244,21 @@ def peak_bytes(name: str, share: float, options: argparse.Namespace) -> int:
     command = [sys.executable, __file__, "--peak_of", name, "--supervised", str(share)]
     command += ["--documents", str(options.documents), "--seed", str(options.seed)]
     command += ["--compile"] if options.compile else []
-    return json.loads(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def measure(share: float, options: argparse.Namespace, console: Console) -> None:
     case = draw_case(share, options.documents, options.seed)
-    names = [name for name in CONTENDERS if name != "SpecForge" or options.peer == "specforge"]
+    names = list(dict.fromkeys(["this trainer", *(name for peer in options.peer for name in PEERS[peer])]))
     prepared = {name: CONTENDERS[name][0](case, CONTENDERS[name][1]) for name in names}
 
     losses, gradients, flops, saved = {}, {}, {}, {}
     for name, (step, module, inputs) in prepared.items():
         module.zero_grad()
-        losses[name] = step()
-        gradients[name] = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-        saved[name] = saved_bytes(step, module, inputs)
         with FlopCounterMode(display=False) as counter:
-            step()
+            losses[name], saved[name] = saved_bytes(step, module, inputs)
         flops[name] = counter.get_total_flops()
+        gradients[name] = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
     seconds = {name: [] for name in names}
     for _ in range(options.repeats):
         for name, (step, module, _) in prepared.items():
@@ -284,26 +286,20 @@ def measure(share: float, options: argparse.Namespace, console: Console) -> None
             f"{flops[name] / flops[own]:.2f}", f"{saved[name] / saved[own]:.2f}", f"{peaks[name] / peaks[own]:.2f}",
         )  # fmt: skip
     console.print(table)
-    for ours, theirs in (("this trainer", "padded dense"), ("this trainer, shifted", "SpecForge")):
-        if theirs in names:
-            worst = max(relative_error(gradients[theirs][n], g) for n, g in gradients[ours].items())
-            console.print(
-                f"{theirs} against {ours}: loss differs by {abs(losses[theirs] / losses[ours] - 1):.1e}, "
-                f"gradients by at most {worst:.1e}"
-            )
+    for ours, theirs in (PEERS[peer] for peer in options.peer):
+        worst = max(relative_error(gradients[theirs][n], g) for n, g in gradients[ours].items())
+        factor = statistics.median(seconds[theirs]) / statistics.median(seconds["this trainer"])
+        console.print(
+            f"{theirs} against {ours}: loss differs by {abs(losses[theirs] / losses[ours] - 1):.1e}, gradients by at "
+            f"most {worst:.1e}; it takes {factor:.2f} times the CPU-seconds of this trainer with its own mask"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--supervised", type=float, nargs="+", default=[0.6], help="share of tokens in answers"
-    )
-    parser.add_argument("--peer", choices=["specforge"])
-    parser.add_argument(
-        "--compile", action="store_true", help="let SpecForge compile what it marks with torch.compile"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--supervised", type=float, nargs="+", default=[0.6], help="share of tokens in answers")
+    parser.add_argument("--peer", choices=list(PEERS), nargs="+", default=["dense"])
+    parser.add_argument("--compile", action="store_true", help="let SpecForge compile what it marks with torch.compile")
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

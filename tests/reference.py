@@ -65,9 +65,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-x[..., half:], x[..., :half]], dim=-1)
 
 
-def pair_losses(
-    logits: torch.Tensor, teacher: torch.Tensor, pointwise: str, eta: float = 3.0
-) -> torch.Tensor:
+def pair_losses(logits: torch.Tensor, teacher: torch.Tensor, pointwise: str, eta: float = 3.0) -> torch.Tensor:
     """[B,L] losses of logits [B,L,S] against probabilities [B,L,S]."""
     log_student = logits.log_softmax(-1)
     cross_entropy = -(teacher * log_student).sum(-1)
@@ -142,9 +140,7 @@ def dense_loss(
         loss = loss + gamma**k * step_loss[-1]
         correct.append((t2d.nonzero()[:, 0][logits.argmax(-1)] == truth) & gates[k])
         step_accuracy.append(correct[-1].sum() / gates[k].sum())
-    return DenseOutput(
-        loss, torch.stack(step_loss).detach(), torch.stack(step_accuracy), torch.stack(correct, -1)
-    )
+    return DenseOutput(loss, torch.stack(step_loss).detach(), torch.stack(step_accuracy), torch.stack(correct, -1))
 
 
 @dataclass
@@ -162,17 +158,13 @@ class Case:
 
     def documents(self, order=None) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
         chosen = range(len(self.lengths)) if order is None else order
-        return [
-            (i, self.input_ids[i, : self.lengths[i]], self.loss_mask[i, : self.lengths[i]]) for i in chosen
-        ]
+        return [(i, self.input_ids[i, : self.lengths[i]], self.loss_mask[i, : self.lengths[i]]) for i in chosen]
 
     def to(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype."""
         draft = copy.deepcopy(self.draft).to(dtype)
         tensors = {
-            name: x.to(dtype)
-            for name, x in vars(self).items()
-            if name in ("embedding", "head", "aux", "last_hidden")
+            name: x.to(dtype) for name, x in vars(self).items() if name in ("embedding", "head", "aux", "last_hidden")
         }
         return replace(self, draft=draft, **tensors)
 

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,9 +38,7 @@ class Cycle:
 def make_draft(target):
     vocab_size, hidden = target.embedding.shape
     config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
-    return Draft(
-        config, FlashCPU, torch.ones(vocab_size, dtype=torch.bool), torch.zeros(vocab_size, dtype=torch.long)
-    )
+    return Draft(config, FlashCPU, torch.ones(vocab_size, dtype=torch.bool), torch.zeros(vocab_size, dtype=torch.long))
 
 
 @pytest.fixture
@@ -134,9 +133,7 @@ def turns(*contents):
 
 def test_heldout_prompts_end_with_the_question(tmp_path):
     path = tmp_path / "eval.jsonl"
-    path.write_text(
-        "".join(json.dumps({"messages": turns(*t)}) + "\n" for t in (["q", "r"], ["q", "r", "s"], ["x"]))
-    )
+    path.write_text("".join(json.dumps({"messages": turns(*t)}) + "\n" for t in (["q", "r"], ["q", "r", "s"], ["x"])))
     prompts = load(["heldout:2"], Words(), str(path))
     assert [text_of(p) for p in prompts] == ["<u>q<a>", "<u>q<a>r<u>s<a>"]
     assert [(p.id, p.suite) for p in prompts] == [("eval.jsonl:1", "heldout"), ("eval.jsonl:2", "heldout")]
@@ -175,8 +172,7 @@ def test_configs_that_need_an_engine(config):
 
 
 def test_yaml_fits_the_signature():
-    with open("conf/benchmark/builtin.yaml") as file:
-        node = yaml.safe_load(file)
+    node = yaml.safe_load((Path(__file__).parents[1] / "conf/benchmark/builtin.yaml").read_text())
     check_node(node, "benchmark")
     assert [draft_length(config) for config in node["configs"]] == [5]
     assert [parse(spec) for spec in node["suites"]] == [("heldout", 48)]
@@ -201,9 +197,7 @@ def test_run_reports_every_suite_and_config(target, prompts):
     }
     chain, alone = result["suites"]["one"]
     assert (chain["num_prompts"], result["suites"]["two"][0]["num_prompts"]) == (3, 2)
-    assert (
-        chain["bigram"] == 11 / 3 and chain["prompt_lookup"] == 1
-    )  # 11 tokens: rounds of 4, 4, 3; nothing repeats
+    assert chain["bigram"] == 11 / 3 and chain["prompt_lookup"] == 1  # 11 tokens: rounds of 4, 4, 3; nothing repeats
     assert chain["lossless"] is True and alone["lossless"] is True
     assert alone["acceptance_length"] == alone["bigram"] == 1 and alone["accepted_by_position"] == []
     assert len(chain["accepted_by_position"]) == 3
@@ -236,17 +230,13 @@ class Job:
 
 
 def test_stage_writes_benchmark_json(tmp_path, target):
-    (tmp_path / "heldout.jsonl").write_text(
-        "".join(f'{{"id": "h{i}", "input_ids": [{i}, 3]}}\n' for i in range(3))
-    )
+    (tmp_path / "heldout.jsonl").write_text("".join(f'{{"id": "h{i}", "input_ids": [{i}, 3]}}\n' for i in range(3)))
     result = run(Job(tmp_path, target), make_draft(target), ((1, 2, 1, 3),), ("heldout:2",), 6, 0.0)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     (row,) = result["suites"]["heldout"]
     assert row["num_prompts"] == 2 and row["config"] == [1, 2, 1, 3] and row["lossless"] is True
     assert row["bigram"] == 5 / 2
-    assert (
-        result["protocol"]["suites"] == ["heldout:2"] and result["protocol"]["system_prompt"] == "as prepared"
-    )
+    assert result["protocol"]["suites"] == ["heldout:2"] and result["protocol"]["system_prompt"] == "as prepared"
 
 
 def test_stage_puts_its_own_system_prompt_before_conversations(tmp_path):
@@ -295,9 +285,7 @@ def test_acceptance_figures():
     assert low == pytest.approx(7 / 3) and high == pytest.approx(3.9)
     assert acceptance(trials_of(generations), 3, seed=0) == row
     empty = acceptance(trials_of([generation([9], [])]), 1, seed=0)
-    assert empty["acceptance_length"] is empty["interval95"] is None and empty["accepted_by_position"] == [
-        None
-    ]
+    assert empty["acceptance_length"] is empty["interval95"] is None and empty["accepted_by_position"] == [None]
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
@@ -337,9 +325,7 @@ def test_lossless_or_tie(gap, second, expected):
 
     target = SimpleNamespace(embedding=torch.zeros(3, 3), states=states, lm_head=lambda last: logits)
     drafted = [5, 6, 0, 7] if second is None else [5, 6, second, 8]
-    trial = Trial(
-        Prompt("p", "s", torch.tensor([9, 9])), generation([5, 6, 0, 7], []), generation(drafted, [])
-    )
+    trial = Trial(Prompt("p", "s", torch.tensor([9, 9])), generation([5, 6, 0, 7], []), generation(drafted, []))
     row = losslessness(target, [trial, trial])
     assert row["lossless"] == expected
     if expected is True:

@@ -41,16 +41,7 @@ def make_draft(target, draft_vocab_size, seed=0):
     kept = torch.randperm(vocab_size)[:draft_vocab_size].sort().values
     t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, kept, True)
     config = DraftConfig(
-        hidden,
-        2 * hidden,
-        4,
-        2,
-        hidden // 4,
-        vocab_size,
-        draft_vocab_size,
-        hidden,
-        512,
-        initializer_range=0.15,
+        hidden, 2 * hidden, 4, 2, hidden // 4, vocab_size, draft_vocab_size, hidden, 512, initializer_range=0.15
     )
     return Draft(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
 
@@ -101,9 +92,7 @@ class Forced(Greedy):
 def teacher_forced(draft, embedding, aux, batch, ttt_steps):
     """Logits of `unroll` by (row, step)."""
     outputs = draft.logits(unroll(draft, embedding, aux, batch)).split(batch.row_counts)
-    return {
-        (int(row), k): x for k in range(ttt_steps) for row, x in zip(batch.rows, outputs[k], strict=False)
-    }
+    return {(int(row), k): x for k in range(ttt_steps) for row, x in zip(batch.rows, outputs[k], strict=False)}
 
 
 def test_chain_equals_unroll(target):
@@ -239,9 +228,7 @@ class Markov:
 
     def __init__(self, vocab_size, hidden):
         random = torch.Generator().manual_seed(0)
-        self.embedding, self.head = (
-            torch.randn(2, vocab_size, hidden, generator=random, dtype=torch.float64) * 0.6
-        )
+        self.embedding, self.head = torch.randn(2, vocab_size, hidden, generator=random, dtype=torch.float64) * 0.6
         self.eos_token_ids = set()
 
     def states(self, input_ids, position_ids, cache=None):
@@ -269,7 +256,8 @@ def chi_square(counts, probabilities):
     return float(torch.special.gammaincc((len(merge[0]) - 1) / torch.tensor(2.0).double(), statistic / 2))
 
 
-def count_pairs(small, runs, seed):
+def p_value(small, runs, seed):
+    """Of answer tokens 1 and 2 over `runs` sampled answers."""
     target, draft, prompt, probabilities = small
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(24, 24)
@@ -280,13 +268,13 @@ def count_pairs(small, runs, seed):
 
 
 def test_samples_are_distributed_as_the_target(small):
-    assert count_pairs(small, 2500, seed=0) > 0.01
+    assert p_value(small, 2000, seed=0) > 0.01
 
 
-@pytest.mark.parametrize("broken", [AlwaysAccept, NoResidual])
-def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken):
+@pytest.mark.parametrize("broken, runs", [(AlwaysAccept, 300), (NoResidual, 1200)])
+def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken, runs):
     monkeypatch.setattr(decode, "Sample", broken)
-    assert count_pairs(small, 1500, seed=0) < 1e-6
+    assert p_value(small, runs, seed=0) < 1e-6
 
 
 def test_sampling_is_reproducible_and_survives_equal_distributions(target, trained, prompts):

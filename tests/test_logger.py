@@ -171,17 +171,13 @@ def test_wandb_without_a_login_is_one_sentence(tmp_path):
     code = "import sys, eagle3.logger as l; l.Wandb('p', mode='online').start(sys.argv[1], 'n', {})"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_API_KEY": ""}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(
-        command, cwd=ROOT, timeout=60, capture_output=True, text=True, env=environment, check=False
-    )
+    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True, env=environment, check=False)
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ") and "logger.mode=offline" in last
 
 
 def test_importing_and_choosing_jsonl_does_not_import_wandb():
-    code = (
-        "import sys, eagle3.logger as l; l.NoTracker().start('.', 'n', {}); sys.exit('wandb' in sys.modules)"
-    )
+    code = "import sys, eagle3.logger as l; l.NoTracker().start('.', 'n', {}); sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, timeout=60).returncode == 0
 
 
@@ -263,9 +259,7 @@ def test_offline_run_holds_the_curves(offline_run):
         if "loss" in items:
             curves.append(tuple(json.loads(items[key]) for key in ("step", "loss", "accuracy/step_0")))
     assert curves == [(1, 3.0, 0.1), (2, 1.5, 0.2), (3, 1.0, pytest.approx(0.3))]
-    assert any(
-        record.metric.glob_name == "*" and record.metric.step_metric == "step" for record in offline_run[3]
-    )
+    assert any(record.metric.glob_name == "*" and record.metric.step_metric == "step" for record in offline_run[3])
 
 
 def test_offline_run_holds_table_report_and_file(offline_run):
@@ -276,9 +270,7 @@ def test_offline_run_holds_table_report_and_file(offline_run):
     assert table["data"] == [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
-    artifacts = [record.request.log_artifact.artifact for record in records] + [
-        record.artifact for record in records
-    ]
+    artifacts = [record.request.log_artifact.artifact for record in records] + [record.artifact for record in records]
     assert any(artifact.name.startswith("notes.txt-") for artifact in artifacts)
 
 

@@ -92,9 +92,7 @@ def test_rows_are_nested_and_no_more_than_needed(batch, mask):
         for k in range(step + 1):
             needed[k].add(row)
     assert [set(batch.rows[:count].tolist()) for count in batch.row_counts] == needed
-    assert len(batch.rows) == batch.row_counts[0] and batch.row_counts == sorted(
-        batch.row_counts, reverse=True
-    )
+    assert len(batch.rows) == batch.row_counts[0] and batch.row_counts == sorted(batch.row_counts, reverse=True)
 
 
 def test_teacher_rows_follow_from_the_loss_mask_alone(batch):

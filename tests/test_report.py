@@ -1,4 +1,4 @@
-"""The page as a browser's parser sees it: what it says, that nothing in it runs and nothing is loaded from elsewhere."""
+"""The page as a browser's parser sees it: what it says, that nothing in it runs or is loaded from elsewhere."""
 
 import io
 import json
@@ -77,11 +77,7 @@ def write(run_dir, **files):
 def training(updates):
     for step in range(1, updates + 1):
         row = {"step": step, "loss": 3 / step, "tokens_per_second": 1000.0, "peak_memory_bytes": 2**31}
-        yield (
-            row
-            | {f"loss/step_{k}": 1 / step + k for k in range(7)}
-            | {f"accuracy/step_{k}": 0.5 for k in range(7)}
-        )
+        yield (row | {f"loss/step_{k}": 1 / step + k for k in range(7)} | {f"accuracy/step_{k}": 0.5 for k in range(7)})
 
 
 METRICS = [
@@ -131,11 +127,7 @@ def test_nothing_runs_and_nothing_is_loaded(page):
             if name in ("src", "href", "xlink:href", "action"):
                 assert value.startswith("#"), (tag, value)
     assert not re.findall(r"https?://|@import|url\((?!#)", page)
-    policy = [
-        meta["content"]
-        for meta in parsed.named("meta")
-        if meta.get("http-equiv") == "Content-Security-Policy"
-    ]
+    policy = [meta["content"] for meta in parsed.named("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -164,10 +156,7 @@ def test_benchmark_table_has_baselines_and_unknown_columns(page):
     assert values["bigram"] == "1.18" and values["prompt look-up"] == "1.31"
     assert values["speedup"] == "1.52×" and values["lossless"] == "yes"
     assert values["batch, steps, top-k, verify"] == "4, 3, 1, 4"
-    assert (
-        values["drafter version"] == "–"
-        and dict(zip(header, second, strict=True))["drafter version"] == "v<2>"
-    )
+    assert values["drafter version"] == "–" and dict(zip(header, second, strict=True))["drafter version"] == "v<2>"
     assert "accepted by position" not in header and "without loops" not in header
 
 
@@ -199,6 +188,13 @@ def test_figures(page):
 def test_secrets_are_not_shown(page):
     assert "SESAME" not in page and REDACTED in " ".join(Page(page).text["pre"])
     assert "tokens_per_step: 4096" in page
+
+
+def test_the_draft_length_of_the_evaluation_is_the_headline(tmp_path):
+    run_dir = write(tmp_path, evaluation={**EVALUATION, "draft_length": 2, "accepted_at": [0.6, 0.5]})
+    parsed = Page(write_report(run_dir).read_text())
+    assert parsed.text["p"][0].startswith("Acceptance length 2.10 on held-out prompts with 2 drafted tokens")
+    assert len(parsed.named("figure")) == 2
 
 
 def test_draft_lengths_are_in_numeric_order(tmp_path):
@@ -249,10 +245,10 @@ def test_accepted_by_position_without_a_benchmark(tmp_path):
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
-    metrics = [
-        *training(5000),
-        *({"step": s, "eval/acceptance_length": 2 + (s == 777)} for s in range(1, 2000, 2)),
-    ]
+    metrics = list(training(5000))
+    for row in metrics:
+        row.update({f"loss/step_{k}": math.sin(row["step"] ** 2 + k) for k in range(7)})
+    metrics += [{"step": s, "eval/acceptance_length": 2 + (s == 777)} for s in range(1, 2000, 2)]
     path = write_report(write(tmp_path, metrics=metrics))
     assert path.stat().st_size < 300_000
     assert "best 3.00 at update 777" in path.read_text()
@@ -280,9 +276,7 @@ def test_table_for_a_tracker_is_plain(tmp_path):
     columns, rows = benchmark_table(BENCHMARK)
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
-    assert (
-        first["config"] == "4, 3, 1, 4" and first["acceptance_length"] == 2.41 and first["lossless"] is True
-    )
+    assert first["config"] == "4, 3, 1, 4" and first["acceptance_length"] == 2.41 and first["lossless"] is True
     assert all(value is None or isinstance(value, bool | int | float | str) for row in rows for value in row)
 
 

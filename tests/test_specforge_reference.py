@@ -32,9 +32,7 @@ def fold(gradient: torch.Tensor) -> torch.Tensor:
 
 def bf16(planes: np.ndarray) -> torch.Tensor:
     """High and low bytes uint8 [2, ...] of bf16 numbers -> fp32 [...]."""
-    return torch.from_numpy(
-        ((planes[0].astype(np.int32) << 24) | (planes[1].astype(np.int32) << 16)).view(np.float32)
-    )
+    return torch.from_numpy(((planes[0].astype(np.int32) << 24) | (planes[1].astype(np.int32) << 16)).view(np.float32))
 
 
 class Fixture:
@@ -61,9 +59,7 @@ class Fixture:
         prenorm = packed(bf16(arrays["last_hidden_prenorm"]))[self.batch.teacher_rows]
         last = torch.nn.functional.rms_norm(prenorm, (256,), bf16(arrays["target_norm"]), 1e-5)
         argmax = packed(torch.from_numpy(arrays["argmax"]).long())[self.batch.teacher_rows]
-        self.features = Features(
-            packed(bf16(arrays["aux_hidden_states"])), last, argmax, torch.zeros(len(argmax))
-        )
+        self.features = Features(packed(bf16(arrays["aux_hidden_states"])), last, argmax, torch.zeros(len(argmax)))
 
     def __call__(self):
         hidden = unroll(self.draft, self.embedding, self.features.aux_hidden_states, self.batch)
@@ -93,14 +89,10 @@ def test_losses_and_gradients(expected, name):
 
 def test_ten_updates_of_adamw(expected):
     fixture = Fixture("full", [256, 256])
-    optimizer = torch.optim.AdamW(
-        fixture.draft.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )
+    optimizer = torch.optim.AdamW(fixture.draft.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     for losses in expected["adamw_trajectory"]:
         out, loss = fixture()
-        assert [*(out.step_loss / fixture.batch.normaliser).tolist(), loss.item()] == pytest.approx(
-            losses, rel=1e-4
-        )
+        assert [*(out.step_loss / fixture.batch.normaliser).tolist(), loss.item()] == pytest.approx(losses, rel=1e-4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

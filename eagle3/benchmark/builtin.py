@@ -22,7 +22,7 @@ from eagle3.loops import is_loop
 RESAMPLES = 2000
 WARM_UP_TOKENS = 8
 BIGRAM_CONVERSATIONS = 20_000
-TIMING = "decode only, prompt excluded; on every prompt the target alone and with the draft in turn, after a warm-up"
+TIMING = "decode only, prompt excluded; per prompt the target alone and with the draft in turn, after a warm-up"
 
 
 @dataclass
@@ -36,13 +36,11 @@ class Trial:
 
 def draft_length(config: list[int]) -> int:
     """Steps of [batch, steps, topk, verify_tokens]; raises ConfigError where only an engine can run it."""
-    if config == [1, 0, 0, 0] or (
-        len(config) == 4 and config[1] > 0 and config == [1, config[1], 1, config[1] + 1]
-    ):
+    if config == [1, 0, 0, 0] or (len(config) == 4 and config[1] > 0 and config == [1, config[1], 1, config[1] + 1]):
         return config[1]
     raise ConfigError(
-        f"benchmark.configs={config} is not for the built-in benchmark, which takes chains [1, steps, 1, steps + 1] and "
-        "the target alone [1, 0, 0, 0]; batches and trees need an engine, such as benchmark=sglang"
+        f"benchmark.configs={config} is not for the built-in benchmark, which takes chains [1, steps, 1, steps + 1] "
+        "and the target alone [1, 0, 0, 0]; batches and trees need an engine, such as benchmark=sglang"
     )
 
 
@@ -62,9 +60,7 @@ def run(
     # what `prepare` holds out is tokenised with data.system_prompt; another one needs the conversations
     heldout = job.prepared_path / "heldout.jsonl" if system_prompt is None else job.config.data.eval_path
     if heldout is None:
-        raise ConfigError(
-            "benchmark.system_prompt needs data.eval_path; set it, or data.system_prompt instead"
-        )
+        raise ConfigError("benchmark.system_prompt needs data.eval_path; set it, or data.system_prompt instead")
     prompts = load(suites, job.tokenizer, str(heldout), system_prompt)
     sampled = range(min(len(job.prepared), BIGRAM_CONVERSATIONS))
     successors = bigram_table((job.prepared.document(i)[1] for i in sampled), len(job.target.embedding))
@@ -138,13 +134,7 @@ def device_name(device: torch.device) -> str:
 
 
 def decode(
-    target,
-    draft: Draft,
-    temperature: float,
-    seed: int,
-    input_ids: torch.Tensor,
-    steps: int,
-    max_new_tokens: int,
+    target, draft: Draft, temperature: float, seed: int, input_ids: torch.Tensor, steps: int, max_new_tokens: int
 ) -> Generation:
     """One answer; `steps` 0 is the target alone."""
     input_ids = input_ids.to(target.embedding.device)
@@ -162,7 +152,7 @@ def measure(
 ) -> Iterator[list[Trial]]:
     """For each prompt a trial per draft length.
 
-    The order of the runs turns round from prompt to prompt, so that a machine that grows slower favours none of them.
+    The order of the runs turns round from prompt to prompt, so that a machine that grows slower favours none.
     """
     runs = [0, *lengths]
     for number, prompt in enumerate(prompts):
@@ -186,17 +176,11 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     free = [g for g in generations if not is_loop(g.ids)]
     return {
         "acceptance_length": ratio(emitted.sum(), rounds.sum()),
-        "interval95": interval95(
-            lambda picked: emitted[picked].sum(1) / rounds[picked].sum(1), len(trials), seed
-        ),
-        "acceptance_length_loop_free": ratio(
-            sum(sum(g.emitted) for g in free), sum(len(g.emitted) for g in free)
-        ),
+        "interval95": interval95(lambda picked: emitted[picked].sum(1) / rounds[picked].sum(1), len(trials), seed),
+        "acceptance_length_loop_free": ratio(sum(sum(g.emitted) for g in free), sum(len(g.emitted) for g in free)),
         "loops": len(generations) - len(free),
         "first_round": ratio(sum(first), len(first)),
-        "accepted_by_position": [
-            ratio(sum(a >= i for a in accepted), len(accepted)) for i in range(1, steps + 1)
-        ],
+        "accepted_by_position": [ratio(sum(a >= i for a in accepted), len(accepted)) for i in range(1, steps + 1)],
     }
 
 
@@ -218,16 +202,14 @@ def speed(trials: list[Trial], seed: int) -> dict:
     }
 
 
-def simulated(
-    drafts_at: Callable[[list[int], int], list[int]], trials: list[Trial], steps: int
-) -> float | None:
+def simulated(drafts_at: Callable[[list[int], int], list[int]], trials: list[Trial], steps: int) -> float | None:
     """Acceptance length of a draft without a model, on what the target answers alone."""
     walks = [acceptance_of(drafts_at, t.prompt.input_ids.tolist(), t.alone.ids, steps) for t in trials]
     return ratio(sum(map(sum, walks)), sum(map(len, walks)))
 
 
 def losslessness(target, trials: list[Trial]) -> dict:
-    """`lossless`: True; False; or "tie" where answers differ only after near ties, `tie_gap` being the widest."""
+    """`lossless`: True; False; or "tie" if answers differ only after near ties, `tie_gap` being the widest."""
     gaps = [first_difference(target, t) for t in trials if t.drafted.ids != t.alone.ids]
     if not gaps:
         return {"lossless": True}
@@ -238,7 +220,8 @@ def losslessness(target, trials: list[Trial]) -> dict:
 
 @torch.inference_mode()
 def first_difference(target, trial: Trial) -> float:
-    """How far apart the target's logits of the first two different tokens are, relative to its largest logit."""
+    """The first tokens that differ: how far the lower one lies below the target's best, relative to its largest
+    absolute logit."""
     pairs = zip(trial.alone.ids, trial.drafted.ids, strict=False)
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
     if place is None:
@@ -260,9 +243,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return float(numerator / denominator) if denominator else None
 
 
-def interval95(
-    statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int, seed: int
-) -> list[float] | None:
+def interval95(statistic: Callable[[torch.Tensor], torch.Tensor], prompts: int, seed: int) -> list[float] | None:
     """Bootstrap over prompts: `statistic` of int64 [R,P], the prompts of every resample -> [R]."""
     picked = torch.randint(prompts, (RESAMPLES, prompts), generator=torch.Generator().manual_seed(seed))
     values = statistic(picked)

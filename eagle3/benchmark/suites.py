@@ -16,7 +16,7 @@ from eagle3.errors import ConfigError, RunError
 
 @dataclass
 class Question:
-    """What a suite asks: a conversation up to the turn to be answered, or its `input_ids` where it comes tokenised."""
+    """What a suite asks: a conversation up to the turn to be answered, or its `input_ids` if it comes tokenised."""
 
     id: str
     messages: Messages | None = None
@@ -33,7 +33,7 @@ class Prompt:
 
 
 def heldout(path: str) -> Iterator[Question]:
-    """Rows of a JSONL: `messages` (or `conversations`), or `id` and `input_ids` as the stage `prepare` holds out."""
+    """Rows of a JSONL: `messages` (or `conversations`), or `id` and `input_ids` as `prepare` holds them out."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -43,9 +43,7 @@ def heldout(path: str) -> Iterator[Question]:
                 else:
                     yield Question(f"{Path(path).name}:{number}", messages=read_messages(row))
             except (ValueError, TypeError, KeyError) as error:
-                raise RunError(
-                    f"{path}, line {number}: not a prompt of the suite heldout ({error})"
-                ) from error
+                raise RunError(f"{path}, line {number}: not a prompt of the suite heldout ({error})") from error
 
 
 SUITES: dict[str, Callable[[str], Iterator[Question]]] = {"heldout": heldout}
@@ -55,13 +53,9 @@ def parse(spec: str) -> tuple[str, int | None]:
     """`name:num_prompts`, or `name` for all of them (None). Raises ConfigError."""
     name, colon, count = spec.partition(":")
     if name not in SUITES:
-        raise ConfigError(
-            f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)}, each with :num_prompts"
-        )
+        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)}, each with :num_prompts")
     if colon and not (count.isdecimal() and int(count) > 0):
-        raise ConfigError(
-            f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48"
-        )
+        raise ConfigError(f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48")
     return name, int(count) if colon else None
 
 
@@ -81,9 +75,7 @@ def load(
     return prompts
 
 
-def tokenise(
-    question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None
-) -> torch.Tensor:
+def tokenise(question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> torch.Tensor:
     """int64 [n]."""
     if question.input_ids is not None:
         if system_prompt is not None:

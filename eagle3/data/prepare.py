@@ -70,16 +70,17 @@ def split(rows: list[Row], options: Preparation) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows: from `eval_path`, else the conversations with the lowest hashes."""
     if options.eval_path is not None:
         return rows, list(read_rows(options.eval_path))[: options.num_heldout]
-    hashes = sorted({conversation_hash(row.messages) for row in rows if row.messages})
-    if len(hashes) <= options.num_heldout:
+    answered = {
+        conversation_hash(row.messages): row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"
+    }
+    if 0 < len(answered) <= options.num_heldout:
         raise RunError(
-            f"data.path={options.path} has {len(hashes)} different conversations, too few to hold out "
+            f"data.path={options.path} has {len(answered)} different conversations, too few to hold out "
             f"eval.num_prompts={options.num_heldout}; lower it or give data.eval_path"
         )
-    chosen = set(hashes[: options.num_heldout])
+    chosen = sorted(answered)[: options.num_heldout]
     train = [row for row in rows if not row.messages or conversation_hash(row.messages) not in chosen]
-    held = {conversation_hash(row.messages): row for row in rows if row.messages}
-    return train, [held[name] for name in hashes[: options.num_heldout]]
+    return train, [answered[name] for name in chosen]
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerBase, options: Preparation) -> dict:

@@ -23,7 +23,7 @@ def coverage(counts: np.ndarray, vocab: np.ndarray) -> float:
 
 def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id + d2t[draft id])."""
-    ids = torch.from_numpy(np.asarray(vocab, dtype=np.int64))
+    ids = torch.from_numpy(np.array(vocab, dtype=np.int64))
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[ids] = True
     return t2d, ids - torch.arange(len(ids))

@@ -1,13 +1,12 @@
 """Attention of packed documents for transformers models, registered under the name `packed`.
 
 transformers' own choices either build a [T, T] mask (sdpa) or need a package (flash-attn). This one gives each document
-to a flash kernel; with a cache, or with padding, it hands over to transformers' sdpa.
+to a flash kernel; with a cache, or with padding, it is torch's SDPA under transformers' mask.
 """
 
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
@@ -21,7 +20,11 @@ def packed_attention(
         whole = attention_mask is None and query.shape[2] == key.shape[2]
         if whole and sliding_window is not None and query.shape[2] > sliding_window:
             attention_mask = sliding_band(query.shape[2], sliding_window, query.device)[None, None]
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        causal = attention_mask is None and query.shape[2] > 1
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
     longest = max(documents.lengths)
     windowed = sliding_window is not None and longest > sliding_window
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):

@@ -100,7 +100,7 @@ def converse(model, tokenizer, rows, temperatures, turns, what):
             text = tokenizer.decode(ids[:-1])
             # a special token in the text, or blanks at its ends, would not survive the chat template
             fine = ids[-1] == eot and not is_loop(ids) and text and text == text.strip() and "<|" not in text
-            dialogues[i] = question + [{"role": "assistant", "content": text}] if fine else None
+            dialogues[i] = [*question, {"role": "assistant", "content": text}] if fine else None
     return dialogues
 
 
@@ -128,7 +128,7 @@ def eval_prompts(model, tokenizer, rows):
     for row, first in zip(rows, firsts, strict=True):
         if first is None:
             continue
-        messages = first + [row["messages"][-2]]
+        messages = [*first, row["messages"][-2]]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(ids) <= EVAL_PROMPT_TOKENS:
             made = {"id": row["id"], "module": row["module"], "kind": row["kind"], "messages": messages}
@@ -138,7 +138,7 @@ def eval_prompts(model, tokenizer, rows):
 
 
 def report(model, tokenizer, rows, references):
-    """Prints, for the greedy answers to `rows`: shares that loop and end, and how the names of the prompt are copied."""
+    """Prints, of the greedy answers to `rows`: how many loop, end, and copy the names of the prompt."""
     expected = [len(r) for r in references]
     answers = answer_all(
         model,
@@ -167,7 +167,8 @@ def report(model, tokenizer, rows, references):
     n = len(rows)
     print(
         f"{n} held-out prompts, greedy, at most {EVAL_NEW_TOKENS} tokens: {total['loops'] / n:.1%} loop, "
-        f"{total['ends'] / n:.1%} end, {total['exact'] / n:.1%} equal the reference, mean length {total['tokens'] / n:.0f}, "
+        f"{total['ends'] / n:.1%} end, {total['exact'] / n:.1%} equal the reference, "
+        f"mean length {total['tokens'] / n:.0f} tokens, "
         f"{total['copied'] / total['wanted']:.1%} of the {total['wanted']} names copied"
     )
 

@@ -13,7 +13,8 @@ import warnings
 from pathlib import Path
 
 from eagle3.tiny.facts import class_of, function_of
-from eagle3.tiny.questions import KINDS, fenced, outline, skeleton
+from eagle3.tiny.questions import KINDS, outline, skeleton
+from eagle3.tiny.wording import fenced
 
 PYTHON = "3.11.7"
 SHA256 = "c54708e246fc5eff9e56973a41e7521d3b58f0724c02b93ba9f6956a7ad708ce"
@@ -98,7 +99,7 @@ def about_module(module, tree, seen):
 
 
 def conversations():
-    """-> (training rows, held-out rows): {"id", "module", "kind", "messages"}; raises unless they are the pinned ones."""
+    """-> (training rows, held-out rows) of {"id", "module", "kind", "messages"}; refuses any but the pinned ones."""
     if platform.python_version() != PYTHON:
         raise SystemExit(
             f"The corpus is pinned to Python {PYTHON}; run this step with it, not {platform.python_version()}."

@@ -12,8 +12,8 @@ SPECIALS = [
     "<|eot_id|>",
     "<|pad|>",
 ]
-# Indentation, words, single digits, underscores, punctuation: a name is cut the same way wherever it stands, so that the
-# model can copy it.
+# Indentation, words, single digits, underscores, punctuation: a name is cut the same way wherever it stands, so that
+# the model can copy it.
 PIECES = Regex(r" {2,}| ?\p{L}+|\p{N}|_+| ?[^\s\p{L}\p{N}_]+\n*|\n+|\s")
 TEMPLATE = """\
 {{- bos_token }}

@@ -53,7 +53,7 @@ def encode_rows(tokenizer, rows):
 
 
 def batches(rows, epoch):
-    """Batches of row numbers of similar length in random order; padding stands right, where causal attention ignores it."""
+    """Batches of rows (numbers) of similar length in random order; causal attention ignores padding on the right."""
     shuffle = random.Random(f"{SEED}:{epoch}")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + 12 * shuffle.random())
     made, batch = [], []
@@ -133,7 +133,7 @@ def save_target(model, tokenizer, folder):
     staging.rmdir()
 
 
-def train(tokenizer, training, held_out, work, target, epochs=3, lr=2e-3):
+def train(tokenizer, training, held_out, work, target, epochs=2.25, lr=2e-3):
     """Trains up to `epochs` and writes `target`; continues from `work`/state.pt.
 
     One process a core, each with its part of every batch: threads that meet after every operation get little done on a
@@ -163,9 +163,8 @@ def worker(rank, rendezvous, tokenizer, rows, unseen, work, target, epochs, lr):
 
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": done}
-        rename_into(
-            state_path, lambda path: torch.save(state | {"spent": spent + time.time() - started}, path)
-        )
+        state["spent"] = spent + time.time() - started  # seconds
+        rename_into(state_path, lambda path: torch.save(state, path))
         save_target(model, tokenizer, target)
 
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=rank > 0) as progress:
@@ -191,9 +190,8 @@ def worker(rank, rendezvous, tokenizer, rows, unseen, work, target, epochs, lr):
                 seconds = time.time() - started
                 line = f"step {done}/{len(steps)} epoch {epoch} answer loss {recent:.4f} {seen / seconds:.0f} tokens/s"
                 line += f" ETA {(len(steps) - done) * seconds / (done - first):.0f} s"
-                progress.console.print(
-                    line + (f" held-out {evaluate(model, unseen):.4f}" if ends_epoch else "")
-                )
+                line += f" held-out {evaluate(model, unseen):.4f}" if ends_epoch else ""
+                progress.console.print(line)
             if time.time() - saved_at > SAVE_EVERY or done == len(steps):
                 save()
                 saved_at = time.time()

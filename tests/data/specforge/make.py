@@ -6,7 +6,8 @@ The arrays in FOLDER were made with the registry package specforge 0.2.0 in fp32
 `inputs_padded`, `expected_full` and `expected_padded` (safetensors) and `adamw_trajectory.json`. To keep the fixture
 below 3 MB, only the embeddings of ids that occur, the last hidden states that teach, and the head's rows of the draft
 vocabulary are kept, with the argmax over the whole vocabulary computed beforehand; bf16 numbers are stored as two
-planes of bytes, high and low, because that compresses by a third. A gradient is folded to 256 numbers (see `fold` in test_specforge_reference.py).
+planes of bytes, high and low, because that compresses by a third. A gradient is folded to 256 numbers (see `fold` in
+test_specforge_reference.py).
 """
 
 import json
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 here = Path(__file__).parent
 sys.path.insert(0, str(here.parents[1]))
 
-from test_specforge_reference import fold
+from test_specforge_reference import fold  # noqa: E402
 
 
 def planes(values: torch.Tensor) -> np.ndarray:
@@ -60,9 +61,7 @@ for case, lengths in (("full", [256, 256]), ("padded", [256, 200])):
         "correct": expected["acc_corrects"].tolist(),
         "supervised": expected["acc_denoms"].tolist(),
     }
-    arrays[f"{case}.loss_mask"] = (
-        load_file(folder / f"inputs_{case}.safetensors")["loss_mask"].numpy().astype(bool)
-    )
+    arrays[f"{case}.loss_mask"] = load_file(folder / f"inputs_{case}.safetensors")["loss_mask"].numpy().astype(bool)
     arrays |= {f"{case}.{name}": fold(x).numpy() for name, x in expected.items() if name.startswith("grad.")}
 np.savez_compressed(here / "case.npz", **arrays)
 (here / "expected.json").write_text(json.dumps(results))

@@ -1,0 +1,128 @@
+"""Every mistake on the command line is one sentence with exit code 2, before anything loads."""
+
+import itertools
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from eagle3 import config as configuration
+from eagle3.checks import check, fits
+from eagle3.errors import ConfigError
+from eagle3.mistakes import explain
+
+CONF = ROOT / "conf"
+COMPOSITION_MISTAKES = {
+    "trian.epochs=3": "trian.epochs is no key of the config; did you mean train.epochs?",
+    "optimizer.lrr=3": "optimizer.lrr is no key of the config; did you mean optimizer.lr?",
+    "modl=hf": "modl is no key of the config; did you mean model?",
+    "model=lama3-8b": "model=lama3-8b is unknown; allowed: hf, llama3-8b, qwen3-8b, tiny; did you mean llama3-8b?",
+    "loss/mask=servin": "loss/mask=servin is unknown; allowed: serving, shifted; did you mean serving?",
+    "train.epochs=abc": "train.epochs=abc must be of type integer",
+    "train.deterministic=7x": "train.deterministic=7x must be of type bool",
+    "model=hf": "model.path has no value; set model.path=...",
+    "+loss.gama=0.5": "loss.gama is unknown to eagle3.loss.SoftTargetLoss",
+}
+VALUE_MISTAKES = {
+    "train.epochs=0": "train.epochs=0 must be at least 1",
+    "draft.ttt_steps=17": "draft.ttt_steps=17 must be at most 16",
+    "optimizer.lr=abc": "optimizer.lr=abc is a str, but torch.optim.AdamW takes float",
+    "optimizer.lr=-1": "optimizer.lr=-1 must be above 0",
+    "optimizer._target_=os.system": "optimizer._target_=os.system must start with one of eagle3., torch., transformers.",
+    "optimizer._target_=torch.optim.Adan": "optimizer._target_=torch.optim.Adan cannot be imported",
+    "loss.gamma=high": "loss.gamma=high is a str, but eagle3.loss.SoftTargetLoss takes float",
+    "stages=[prepar]": "stages=prepar is unknown; allowed: prepare, generate, train, export, benchmark; did you mean prepare?",
+    "model.dtype=float23": "model.dtype=float23 is not one of auto, float32, bfloat16, float16; did you mean float32?",
+    "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of 0..9, low to high",
+    "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9",
+    "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocabulary of 2048",
+    "data.max_length=4096": "data.max_length=4096 must be at most train.tokens_per_step=",
+    "data.path=no.jsonl": "data.path=no.jsonl does not exist",
+    "draft_path=nowhere": "draft_path=nowhere does not exist",
+    "model.path=./nowhere": "model.path=nowhere is not a folder",
+    "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 needs that many processes",
+    "benchmark.configs=[[4,7,10,60]]": "trees need an engine",
+    "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
+    "launch.nproc_per_node=8": "launch.nproc_per_node=8 must be at most 1",
+    "benchmark.max_new_token=8": "benchmark.max_new_token is no key of the config; did you mean benchmark.max_new_tokens?",
+}
+
+
+def composed(*overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("run", overrides=["name=x", *overrides], return_hydra_config=False)
+
+
+@pytest.mark.parametrize("override", VALUE_MISTAKES | COMPOSITION_MISTAKES)
+def test_mistakes_are_one_sentence(override, tmp_path):
+    with pytest.raises(Exception) as raised:
+        config = configuration.typed(composed(override), tmp_path, [override])
+        assert not override.startswith("train.resume"), "the resolver of hydra.run.dir is tested through the command"
+        check(config)
+    message, exit_code = explain(raised.value, CONF)
+    assert (VALUE_MISTAKES | COMPOSITION_MISTAKES)[override] in message
+    assert exit_code == 2 and "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["train.epochs=0", "trian.epochs=3", "train.resume=/nowhere", "model=hf"])
+def test_the_command_exits_with_2_and_one_line(override, tmp_path):
+    began = time.time()
+    command = [sys.executable, str(ROOT / "run.py"), override, f"hydra.run.dir={tmp_path}"][: 3 if "resume" in override else 4]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    assert time.time() - began < 30, "10 s on a machine that does nothing else"
+
+
+def test_tracebacks_on_request(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "train.epochs=0", f"hydra.run.dir={tmp_path}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"HYDRA_FULL_ERROR": "1", "PATH": "/usr/bin:/bin"})
+    assert "Traceback" in result.stderr and "ConfigError" in result.stderr
+
+
+def groups():
+    for path in sorted(CONF.glob("*/**/*.yaml")):
+        yield f"{path.parent.relative_to(CONF)}={path.stem}"
+
+
+@pytest.mark.parametrize("option", groups())
+def test_every_option_composes_and_binds(option, tmp_path):
+    """Each file of conf/ is reachable, typed and bound to a signature; hub models are not fetched."""
+    overrides = [option]
+    if option.startswith("model="):
+        overrides += ["draft.vocab_size=1000"]
+        if option == "model=hf":
+            overrides += ["model.path=x/y"]
+    if option == "data=jsonl":
+        overrides += ["data.path=run.py"]
+    config = configuration.typed(composed(*overrides), tmp_path, overrides)
+    config.model.path, config.draft.vocab_size = composed().model.path, 1000
+    check(config)
+
+
+def test_target_without_a_tokenizer(target_folder, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(target_folder / file)
+    config = configuration.typed(composed("model=hf", f"model.path={tmp_path}"), tmp_path, [])
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        check(config)
+
+
+def test_yaml_values_against_type_hints():
+    cases = [(1, float), ([1.0, 2], list[float]), (None, str | None), ("a", str), ([0.9, 0.99], tuple[float, float])]
+    assert all(fits(value, hint) for value, hint in cases)
+    wrong = [(True, int), ("1", float), (1.5, int), ("x", list[int]), (["x"], list[int]), (True, float)]
+    assert not any(fits(value, hint) for value, hint in wrong)
+
+
+def test_every_section_of_the_reference_exists():
+    """A typed field without a place in conf/ would be a key that --help does not show."""
+    keys = set(configuration.flat(composed()))
+    typed = set(configuration.flat(configuration.OmegaConf.structured(configuration.RunConfig), ""))
+    missing = {key for key in typed if not any(k == key or k.startswith(f"{key}.") for k in keys)}
+    assert not missing, sorted(itertools.islice(missing, 5))

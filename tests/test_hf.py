@@ -1,0 +1,118 @@
+"""The transformers target: packed states equal each document's own, for the families the draft is derived from."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from eagle3.data.packing import pack
+from eagle3.data.supervision import serving
+from eagle3.draft.initial import derive_config
+from eagle3.errors import ConfigError
+from eagle3.target.hf import HFTarget, default_aux_layer_ids, text_config
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MOE = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **MOE),
+    "mistral-window": MistralConfig(**SHAPE, sliding_window=8),
+    "gemma3-window": Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=8),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[request.param]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def documents(lengths):
+    torch.manual_seed(1)
+    return [(i, torch.randint(0, 96, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate(lengths)]
+
+
+def test_packed_features_equal_each_document_alone(family):
+    target = HFTarget(str(family), torch.device("cpu"), dtype="float32")
+    assert target.aux_layer_ids == [1, 3, 4]
+    docs = documents([13, 1, 30, 7])
+    batch = pack(docs, torch.ones(96, dtype=torch.bool), 7, serving)
+    features = target(batch)
+    plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager", dtype=torch.float32).eval()
+    aux, last, logits = [], [], []
+    for _, ids, _ in docs:
+        with torch.no_grad():
+            output = plain(input_ids=ids[None], output_hidden_states=True)
+        aux.append(torch.cat([output.hidden_states[i][0] for i in (2, 4, 5)], dim=-1))
+        last.append(output.hidden_states[-1][0])
+        logits.append(output.logits[0])
+    logits = torch.cat(logits)[batch.teacher_rows]
+    torch.testing.assert_close(features.aux_hidden_states, torch.cat(aux), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.last_hidden_states, torch.cat(last)[batch.teacher_rows], rtol=1e-4, atol=1e-5)
+    assert torch.equal(features.argmax, logits.argmax(-1))
+    torch.testing.assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_states_continue_a_cache(family):
+    target = HFTarget(str(family), torch.device("cpu"), dtype="float32")
+    ids, places = documents([30])[0][1], torch.arange(30)
+    whole_aux, whole_last = target.states(ids, places)
+    cache = DynamicCache(config=target.config)
+    target.states(ids[:20], places[:20], cache)
+    aux, last = target.states(ids[20:], places[20:], cache)
+    torch.testing.assert_close(aux, whole_aux[20:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(last, whole_last[20:], rtol=1e-4, atol=1e-5)
+
+
+def test_draft_shape_is_derived(family):
+    config = text_config(str(family))
+    draft = derive_config(config, 32)
+    assert draft.hidden_size == draft.target_hidden_size == 64
+    assert draft.head_dim == (getattr(config, "head_dim", None) or 16)
+    assert (draft.num_attention_heads, draft.num_key_value_heads) == (4, 2)
+    assert draft.max_position_embeddings == 256
+    assert (draft.vocab_size, draft.draft_vocab_size) == (96, 32)
+
+
+def test_rope_theta_is_derived():
+    assert derive_config(FAMILIES["llama"], 8).rope_theta == 5e5
+    assert derive_config(FAMILIES["qwen3"], 8).rope_theta == FAMILIES["qwen3"].rope_parameters["rope_theta"]
+
+
+def test_aux_layers_of_shallow_and_deep_targets():
+    assert default_aux_layer_ids(32) == [1, 15, 28]
+    assert default_aux_layer_ids(7) == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
+        default_aux_layer_ids(6)
+
+
+def test_logit_changes_are_refused(tmp_path):
+    config = FAMILIES["gemma3-window"].__class__(**SHAPE, final_logit_softcapping=30.0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="final_logit_softcapping"):
+        HFTarget(str(tmp_path), torch.device("cpu"))
+
+
+def test_not_a_model(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path"):
+        HFTarget(str(tmp_path), torch.device("cpu"))

@@ -1,0 +1,243 @@
+"""The whole pipeline on an untrained target: what is written, reuse, resuming bit for bit, interruption, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
+
+from eagle3 import config as configuration
+from eagle3.checks import check
+from eagle3.distributed import launch
+from eagle3.errors import ConfigError, RunError
+
+SMALL = [
+    "model=hf",
+    "model.dtype=float32",
+    "name=test",
+    "data=jsonl",
+    "data.max_length=96",
+    "draft.vocab_size=300",
+    "draft.ttt_steps=3",
+    "eval.num_prompts=3",
+    "eval.max_new_tokens=12",
+    "eval.draft_length=3",
+    "train.tokens_per_step=192",
+    "train.max_steps=6",
+    "train.log_every=1",
+    "train.eval_every=2",
+    "train.save_every=2",
+    "optimizer.lr=1e-3",
+    "benchmark.suites=[heldout:2]",
+    "benchmark.configs=[[1,3,1,4]]",
+    "benchmark.max_new_tokens=8",
+]
+TRAIN_ONLY = "stages=[prepare,generate,train]"
+
+
+@pytest.fixture(scope="module")
+def settings(target_folder, tmp_path_factory):
+    """Overrides for a run of seconds; the cache is shared, as it is between a user's runs."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
+    rows = [
+        [f"Say {words[i % 10]} and {words[i // 4]} {i}.", " ".join(words[(i * j) % 10] for j in range(3, 25))]
+        for i in range(40)
+    ]
+    lines = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in rows]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [*SMALL, f"model.path={target_folder}", f"data.path={folder / 'chat.jsonl'}", f"cache_dir={folder / 'cache'}"]
+
+
+def compose_config(overrides, run_dir):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("run", overrides=overrides)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return configuration.typed(composed, run_dir, overrides)
+
+
+def run(overrides, run_dir):
+    config = compose_config(overrides, run_dir)
+    check(config)
+    return launch(config, run_dir, overrides)
+
+
+def run_command(*overrides, **options):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *overrides], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+def losses(run_dir):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished")
+    value = run(settings, run_dir)
+    return run_dir, value
+
+
+def test_everything_is_written(finished, settings):
+    run_dir, value = finished
+    info = json.loads((run_dir / "run.json").read_text())
+    assert info["config"]["optimizer"]["lr"] == 1e-3 and info["overrides"] == settings
+    assert info["versions"]["torch"] == torch.__version__ and info["seeds"] == {"seed": 0}
+    assert 0 < info["inputs"]["prepared"]["vocab_coverage"] <= 1
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    named = {"loss", "loss/step_2", "accuracy/step_2", "lr", "grad_norm", "tokens_per_second", "supervised_tokens"}
+    assert named | {"data_wait_fraction", "peak_memory_bytes"} <= trained[0].keys()
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    evaluated = [row for row in rows if "eval/acceptance_length" in row]
+    assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
+    checkpoints = run_dir / "checkpoints"
+    assert os.readlink(checkpoints / "last") == "step_6" and (checkpoints / "best" / "state.pt").exists()
+    assert load_file(run_dir / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
+    benchmark = json.loads((run_dir / "benchmark.json").read_text())
+    (row,) = benchmark["suites"]["heldout"]
+    assert row["lossless"] is True and value == row["acceptance_length"] >= 1
+    assert "<svg" in (run_dir / "report.html").read_text()
+
+
+def test_evaluation_and_benchmark_agree(finished):
+    """The walk over cached text and real decoding of the exported draft (bf16) see about the same drafts."""
+    run_dir, value = finished
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert abs(evaluation["acceptance_length"]["3"] - value) < 1
+
+
+def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, settings, tmp_path, monkeypatch):
+    from eagle3 import generate
+    from eagle3.data import prepare
+
+    for module in (prepare, generate):
+        monkeypatch.setattr(module, "write", lambda *args: pytest.fail("an artefact was made again"))
+    run([*settings, TRAIN_ONLY], tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(finished[0])
+
+
+def stop_after(update, monkeypatch):
+    """SIGINT arrives during the given update, as Ctrl-C would."""
+    from eagle3.train import Trainer
+
+    original = Trainer.train_on
+
+    def train_on(self, *args):
+        if self.update + 1 == update:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(Trainer, "train_on", train_on)
+
+
+@pytest.mark.parametrize("how", ["auto", "path"])
+def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeypatch, capsys, how):
+    run_dir = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(SystemExit) as stopped:
+            run([*settings, TRAIN_ONLY], run_dir)
+    assert stopped.value.code == 130
+    assert f"train.resume={run_dir}" in capsys.readouterr().out.replace("\n", "")
+    assert os.readlink(run_dir / "checkpoints" / "last") == "step_3"
+    torch.manual_seed(12345)  # a new process starts with another state
+    run([*settings, TRAIN_ONLY] if how == "auto" else [f"train.resume={run_dir}", TRAIN_ONLY], run_dir)
+    assert losses(run_dir) == losses(finished[0])
+    final = [torch.load(d / "checkpoints/last/state.pt", weights_only=True) for d in (run_dir, finished[0])]
+    for name, tensor in final[0]["draft"].items():
+        assert torch.equal(tensor, final[1]["draft"][name])
+    states = [state["optimizer"]["state"] for state in final]
+    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+
+
+def test_a_run_is_not_resumed_as_another(finished, settings):
+    run_dir, _ = finished
+    with pytest.raises(ConfigError, match=r"optimizer\.lr=0\.5 differs .* has 0\.001"):
+        compose_config([*settings, "optimizer.lr=0.5"], run_dir)
+    with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs"):
+        compose_config([f"train.resume={run_dir}", "draft.ttt_steps=4"], run_dir)
+    kept = compose_config([f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir)
+    assert kept.train.keep_last == 9 and kept.stages == ["export"] and kept.optimizer["lr"] == 1e-3
+
+
+def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch):
+    from eagle3 import pipeline
+
+    poisoned = {2}
+
+    def online(run):
+        count = [0]
+
+        def features_of(batch):
+            features = run.target(batch)
+            count[0] += 1
+            if count[0] in poisoned or count[0] > 20:
+                features.aux_hidden_states[0] = float("nan")
+            return features
+
+        return features_of
+
+    monkeypatch.setattr(pipeline, "online", online)
+    run([*settings, TRAIN_ONLY, "train.max_steps=4"], tmp_path / "one")
+    rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_updates"] for row in rows if "loss" in row] == [0, 1, 1, 1]
+    assert all(torch.isfinite(t).all() for t in draft_of(tmp_path / "one").values())
+    poisoned.update(range(20))
+    with pytest.raises(RunError, match=r"last 5 updates were not finite.*non_finite_batch\.pt"):
+        run([*settings, TRAIN_ONLY, "train.max_steps=9"], tmp_path / "many")
+    assert (tmp_path / "many" / "non_finite_batch.pt").exists()
+
+
+def draft_of(run_dir: Path):
+    return torch.load(run_dir / "checkpoints/last/state.pt", weights_only=True)["draft"]
+
+
+def test_checkpoints_are_pruned_but_the_best_is_kept(finished):
+    kept = sorted(path.name for path in (finished[0] / "checkpoints").glob("step_*"))
+    best = os.readlink(finished[0] / "checkpoints" / "best")
+    assert set(kept) == {best, "step_4", "step_6"}
+
+
+def test_a_cut_checkpoint_says_so(finished, settings, tmp_path):
+    from eagle3 import checkpoint
+
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "state.pt").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(RunError, match="cannot be read"):
+        checkpoint.load(tmp_path / "step_1")
+
+
+def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
+    sweep = [f"hydra.sweep.dir={tmp_path}", "-m", "optimizer.lr=1e-4,5e-4", "train.max_steps=2", TRAIN_ONLY]
+    result = run_command(*settings, *sweep)
+    assert result.returncode == 0, result.stderr
+    rates = [json.loads((tmp_path / n / "run.json").read_text())["config"]["optimizer"]["lr"] for n in ("0", "1")]
+    assert rates == [1e-4, 5e-4]
+    assert all((tmp_path / n / ".hydra" / "config.yaml").exists() for n in ("0", "1"))
+
+
+def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
+    arguments = [*settings, TRAIN_ONLY, "train.max_steps=10000", f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    give_up = time.time() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.time() < give_up:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    state = torch.load(tmp_path / "run/checkpoints/last/state.pt", weights_only=True)
+    assert state["update"] >= 3
