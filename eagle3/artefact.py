@@ -42,7 +42,9 @@ def artefact(cache_dir: str, kind: str, inputs: dict[str, Any], write: Callable[
             partial = path.with_suffix(".partial")
             partial.mkdir(exist_ok=True)
             facts = write(partial)
-            (partial / "artefact.json").write_text(json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str))
+            (partial / "artefact.json").write_text(
+                json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
+            )
             partial.rename(path)
     except OSError as error:
         raise RunError(f"cache_dir={cache_dir} cannot be written: {error}; name another one") from error

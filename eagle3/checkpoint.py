@@ -50,4 +50,6 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise RunError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); resume from another") from error
+        raise RunError(
+            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); resume from another"
+        ) from error

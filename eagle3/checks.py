@@ -143,7 +143,9 @@ def check_against_target(config: RunConfig) -> None:
     layers = config.model.aux_layer_ids
     if layers is None:
         default_aux_layer_ids(target.num_hidden_layers)
-    elif len(layers) != 3 or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers:
+    elif (
+        len(layers) != 3 or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers
+    ):
         raise ConfigError(
             f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
             "low to high"

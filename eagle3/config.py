@@ -133,7 +133,9 @@ def run_folder(resume: str, default: str) -> str:
     if resume == "auto":
         return default
     if not is_run(resume):
-        raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give outputs/<name>/<date>, or auto")
+        raise ConfigError(
+            f"train.resume={resume} is no run folder with a checkpoint; give outputs/<name>/<date>, or auto"
+        )
     return resume
 
 

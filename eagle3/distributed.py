@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
 

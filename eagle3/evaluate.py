@@ -65,7 +65,9 @@ def batches(
         features = Features(
             *(torch.cat([getattr(answer.features, f.name) for answer in group]) for f in fields(Features))
         )
-        packed.append(EvaluationBatch(pack(documents, t2d.cpu(), steps, serving).to(device), features.to(device), group))
+        packed.append(
+            EvaluationBatch(pack(documents, t2d.cpu(), steps, serving).to(device), features.to(device), group)
+        )
     return packed
 
 

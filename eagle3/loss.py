@@ -63,7 +63,9 @@ class FusedLoss(torch.autograd.Function):
     """Sum of weighted pairwise losses; writes d(loss)/d(students) and d(loss)/d(lm_head) while going forward."""
 
     @staticmethod
-    def forward(ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights, pointwise, chunk):
+    def forward(
+        ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights, pointwise, chunk
+    ):
         want_gradients = any(ctx.needs_input_grad[:2])
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)

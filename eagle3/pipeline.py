@@ -84,7 +84,9 @@ class Run:
         files = {name: describe_file(p) for name in ("path", "eval_path") if (p := getattr(options, name))}
         tokenizer = {"vocab": self.tokenizer.get_vocab(), "template": self.tokenizer.chat_template}
         if self.tokenizer.chat_template is None:
-            raise RunError(f"the tokenizer of model.path={config.model.path} has no chat template; add one to its folder")
+            raise RunError(
+                f"the tokenizer of model.path={config.model.path} has no chat template; add one to its folder"
+            )
         inputs = dataclasses.asdict(options) | {"files": files, "tokenizer": tokenizer}
         del inputs["path"], inputs["eval_path"]
         return artefact(
@@ -258,7 +260,9 @@ def export_stage(run: Run) -> None:
 
 def benchmark_stage(run: Run) -> None:
     if not run.draft_folder.exists():
-        raise ConfigError("stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it")
+        raise ConfigError(
+            "stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it"
+        )
     draft = export.read_draft(run.draft_folder, instantiate(run.config.draft.attention), run.target.config)
     instantiate(run.config.benchmark, run, draft.to(run.device).eval())
 

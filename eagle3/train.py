@@ -193,7 +193,13 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int) -> Iterator[Callable[..., None]]:
     """A bar with ETA, the latest loss and acceptance length; yields `show(update, loss=, acceptance=)`."""
-    columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")]
+    columns = [
+        TextColumn("train"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    ]
     latest: dict[str, float] = {}
     with Progress(*columns) as progress:
         task = progress.add_task("train", total=total, completed=done, text="")

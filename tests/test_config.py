@@ -72,7 +72,9 @@ def test_mistakes_are_one_sentence(override, tmp_path):
 @pytest.mark.parametrize("override", ["train.epochs=0", "trian.epochs=3", "train.resume=/nowhere", "model=hf"])
 def test_the_command_exits_with_2_and_one_line(override, tmp_path):
     began = time.time()
-    command = [sys.executable, str(ROOT / "run.py"), override, f"hydra.run.dir={tmp_path}"][: 3 if "resume" in override else 4]
+    command = [sys.executable, str(ROOT / "run.py"), override, f"hydra.run.dir={tmp_path}"][
+        : 3 if "resume" in override else 4
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
@@ -81,7 +83,9 @@ def test_the_command_exits_with_2_and_one_line(override, tmp_path):
 
 def test_tracebacks_on_request(tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), "train.epochs=0", f"hydra.run.dir={tmp_path}"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"HYDRA_FULL_ERROR": "1", "PATH": "/usr/bin:/bin"})
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"HYDRA_FULL_ERROR": "1", "PATH": "/usr/bin:/bin"}
+    )
     assert "Traceback" in result.stderr and "ConfigError" in result.stderr
 
 

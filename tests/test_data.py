@@ -138,6 +138,7 @@ def test_prepare_fails_on_request_and_on_nothing_left(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "b.jsonl", [{"messages": chat(f"q{i}")} for i in range(4)])
     with pytest.raises(RunError, match=r"none of 4 rows.*no assistant turn"):
         prepare.write(tmp_path, tokenizer, options(path))
+    path = write_jsonl(tmp_path / "c.jsonl", rows_of(4))
     with pytest.raises(RunError, match=r"too few to hold out eval\.num_prompts"):
         prepare.write(tmp_path, tokenizer, options(path, num_heldout=4))
 
@@ -155,7 +156,7 @@ def test_plans_depend_on_the_seed_alone():
 def test_micro_steps_hold_every_document_once():
     lengths = np.random.default_rng(1).integers(10, 100, 40)
     steps = fill_micro_steps(np.arange(40), lengths, 128)
-    assert sorted(sum(steps, [])) == list(range(40))
+    assert sorted(i for step in steps for i in step) == list(range(40))
     assert all(sum(lengths[i] for i in step) <= 128 for step in steps)
 
 

@@ -55,7 +55,12 @@ def settings(target_folder, tmp_path_factory):
     ]
     lines = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in rows]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [*SMALL, f"model.path={target_folder}", f"data.path={folder / 'chat.jsonl'}", f"cache_dir={folder / 'cache'}"]
+    return [
+        *SMALL,
+        f"model.path={target_folder}",
+        f"data.path={folder / 'chat.jsonl'}",
+        f"cache_dir={folder / 'cache'}",
+    ]
 
 
 def compose_config(overrides, run_dir):
@@ -128,6 +133,14 @@ def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, s
         monkeypatch.setattr(module, "write", lambda *args: pytest.fail("an artefact was made again"))
     run([*settings, TRAIN_ONLY], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
+
+
+def test_wandb_follows_a_run(settings, tmp_path):
+    run([*settings, TRAIN_ONLY, "train.max_steps=2", "logger=wandb", "logger.mode=offline"], tmp_path)
+    (recorded,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert json.loads((tmp_path / "run.json").read_text())["tracker_id"] in recorded.name
+    content = recorded.read_bytes()
+    assert b"eval/acceptance_length" in content and b"report" in content and b"ttt_steps" in content
 
 
 def stop_after(update, monkeypatch):
@@ -219,6 +232,15 @@ def test_a_cut_checkpoint_says_so(finished, settings, tmp_path):
     (tmp_path / "step_1" / "state.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(RunError, match="cannot be read"):
         checkpoint.load(tmp_path / "step_1")
+
+
+def test_folders_that_cannot_be_written(settings, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match=r"cache_dir=.* cannot be written"):
+        run([*settings, TRAIN_ONLY, f"cache_dir={tmp_path / 'file' / 'cache'}"], tmp_path / "run")
+    result = run_command(*settings, f"hydra.run.dir={tmp_path / 'file' / 'run'}")
+    assert result.returncode == 1 and result.stderr.startswith("error: Not a directory"), result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):

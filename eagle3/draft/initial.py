@@ -40,7 +40,9 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
     shape = {f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None}
     for name in ("vocab_size", "max_position_embeddings", "rope_theta", "target_hidden_size"):
         if name in shape and shape[name] != getattr(derived, name):
-            raise ConfigError(f"draft.config={path}: {name}={shape[name]}, but the target's is {getattr(derived, name)}")
+            raise ConfigError(
+                f"draft.config={path}: {name}={shape[name]}, but the target's is {getattr(derived, name)}"
+            )
     return replace(derived, **shape)
 
 

@@ -64,17 +64,14 @@ def generate(model, prompts, temperatures, max_new_tokens, generator):
 def answer_all(model, tokenizer, dialogues, temperatures, expected, max_new_tokens, what):
     """Messages that end in a user turn -> answers (ids). `expected`: likely lengths, so that a batch ends together."""
     prompts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        for messages in dialogues
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for messages in dialogues
     ]
     order = sorted(range(len(prompts)), key=lambda i: (expected[i] // 60, len(prompts[i])))
     starts = range(0, len(order), BATCH)
     generator, answers = torch.Generator().manual_seed(SEED), [None] * len(order)
     for start in track(starts, what):
         batch = order[start : start + BATCH]
-        made = generate(
-            model, [prompts[i] for i in batch], [temperatures[i] for i in batch], max_new_tokens, generator
-        )
+        made = generate(model, [prompts[i] for i in batch], [temperatures[i] for i in batch], max_new_tokens, generator)
         for i, answer in zip(batch, made, strict=True):
             answers[i] = answer
     return answers
@@ -87,15 +84,11 @@ def converse(model, tokenizer, rows, temperatures, turns, what):
     """
     eot, dialogues = model.config.eos_token_id, [[] for _ in rows]
     for turn in range(turns):
-        asked = [
-            i for i, row in enumerate(rows) if dialogues[i] is not None and len(row["messages"]) > 2 * turn
-        ]
+        asked = [i for i, row in enumerate(rows) if dialogues[i] is not None and len(row["messages"]) > 2 * turn]
         questions = [dialogues[i] + [rows[i]["messages"][2 * turn]] for i in asked]
         expected = [len(rows[i]["messages"][2 * turn + 1]["content"]) for i in asked]
         chosen = [temperatures[i] for i in asked]
-        answers = answer_all(
-            model, tokenizer, questions, chosen, expected, MAX_NEW_TOKENS, f"{what}, turn {turn + 1}"
-        )
+        answers = answer_all(model, tokenizer, questions, chosen, expected, MAX_NEW_TOKENS, f"{what}, turn {turn + 1}")
         for i, question, ids in zip(asked, questions, answers, strict=True):
             text = tokenizer.decode(ids[:-1])
             # a special token in the text, or blanks at its ends, would not survive the chat template
@@ -154,9 +147,7 @@ def report(model, tokenizer, rows, references):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         asked = set(NAME.findall(row["messages"][-1]["content"]))
         wanted = asked & {
-            name
-            for code in re.findall(r"`([^`\n]+)`|def (.+)", reference)
-            for name in NAME.findall(code[0] or code[1])
+            name for code in re.findall(r"`([^`\n]+)`|def (.+)", reference) for name in NAME.findall(code[0] or code[1])
         }
         total["loops"] += is_loop(ids)
         total["ends"] += ids[-1] == model.config.eos_token_id
@@ -182,7 +173,5 @@ def make_answers(tokenizer, training, held_out, out, count=CONVERSATIONS):
     rows = training_answers(model, tokenizer, training, count)
     write_rows(out / "conversations.jsonl", rows)
     sizes = [len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) for r in rows]
-    print(
-        f"{len(rows)} of {min(count, len(training))} conversations kept, {sum(sizes)} tokens, longest {max(sizes)}"
-    )
+    print(f"{len(rows)} of {min(count, len(training))} conversations kept, {sum(sizes)} tokens, longest {max(sizes)}")
     print("at temperature", dict(Counter(r["temperature"] for r in rows)))

@@ -109,17 +109,11 @@ def conversations():
     for module, tree in sorted(modules(), key=lambda entry: entry[0] in HELD_OUT):
         for number, (kind, turns) in enumerate(about_module(module, tree, seen)):
             messages = [
-                {"role": role, "content": text}
-                for pair in turns
-                for role, text in zip(("user", "assistant"), pair)
+                {"role": role, "content": text} for pair in turns for role, text in zip(("user", "assistant"), pair)
             ]
             if sum(len(m["content"]) for m in messages) <= MAX_CHARACTERS:
-                rows.append(
-                    {"id": f"{module}-{number}", "module": module, "kind": kind, "messages": messages}
-                )
+                rows.append({"id": f"{module}-{number}", "module": module, "kind": kind, "messages": messages})
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     if digest != SHA256:
-        raise SystemExit(
-            f"The conversations have sha256 {digest} instead of {SHA256}: this standard library differs."
-        )
+        raise SystemExit(f"The conversations have sha256 {digest} instead of {SHA256}: this standard library differs.")
     return [r for r in rows if r["module"] not in HELD_OUT], [r for r in rows if r["module"] in HELD_OUT]

@@ -50,9 +50,7 @@ def first_sentence(node):
     """First sentence of the docstring on one line without its full stop, or "" when there is none worth quoting."""
     text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     sentence = text.split(". ")[0].rstrip(".: ")
-    usable = (
-        12 <= len(sentence) <= 130 and sentence[0].isupper() and "`" not in sentence and sentence.isascii()
-    )
+    usable = 12 <= len(sentence) <= 130 and sentence[0].isupper() and "`" not in sentence and sentence.isascii()
     return sentence if usable else ""
 
 
@@ -83,9 +81,7 @@ def function_of(node, is_method):
     parts = list(ast.walk(bare))
     returned = [p.value for p in parts if isinstance(p, ast.Return) and p.value]
     raised = [p.exc for p in parts if isinstance(p, ast.Raise) and p.exc]
-    assigned = [
-        t for p in parts if isinstance(p, ast.Assign) for t in p.targets if isinstance(t, ast.Attribute)
-    ]
+    assigned = [t for p in parts if isinstance(p, ast.Assign) for t in p.targets if isinstance(t, ast.Attribute)]
     loops = [(ast.unparse(p.target), ast.unparse(p.iter)) for p in parts if isinstance(p, ast.For)]
     return Function(
         name=node.name,

@@ -21,9 +21,7 @@ def read_rows(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder for the corpus and the training state"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder for the corpus and the training state")
     parser.add_argument("--out", type=Path, default=HERE, help="where target/ and the two JSONL files go")
     parser.add_argument("steps", nargs="*", default=STEPS, help=f"of {', '.join(STEPS)}; all by default")
     options = parser.parse_args()

@@ -68,9 +68,7 @@ def write(f, shown, pick):
     if f.returns:
         hints.append(f"return {names(f.returns, 2)}")
     hint = f" It should {' and '.join(hints)}." if hints and pick.random() < 0.7 else ""
-    lead = pick.choice(["Write a Python {}", "Write a {}", "Implement a {}", "Please write the {}"]).format(
-        kind_of(f)
-    )
+    lead = pick.choice(["Write a Python {}", "Write a {}", "Implement a {}", "Please write the {}"]).format(kind_of(f))
     lines = f.source.split("\n")
     source = "\n".join([lines[0], f'    """{f.summary}."""', *lines[1:]])
     return [f"{lead} `{head}` that {action}.{hint}"], None, fenced(source)
@@ -114,9 +112,7 @@ def parameters(f, shown, pick):
 
 def arguments(f):
     """Source of the arguments of an example call: required ones by name, optional ones with their default."""
-    shown = [
-        p.name if p.default is None else f"{p.name}={p.default}" for p in f.parameters if p.default != ""
-    ]
+    shown = [p.name if p.default is None else f"{p.name}={p.default}" for p in f.parameters if p.default != ""]
     return ", ".join(shown)
 
 
@@ -175,9 +171,7 @@ def returned(f, shown, pick):
 
 
 def hints(f, shown, pick):
-    types = {
-        p.name: type(ast.literal_eval(p.default)).__name__ for p in f.parameters if is_literal(p.default)
-    }
+    types = {p.name: type(ast.literal_eval(p.default)).__name__ for p in f.parameters if is_literal(p.default)}
     if not types or len(types) > 5:
         return None
     ask = [

@@ -55,9 +55,7 @@ def train_tokenizer(rows):
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|pad|>",
-        additional_special_tokens=[
-            s for s in SPECIALS if s not in ("<|begin_of_text|>", "<|eot_id|>", "<|pad|>")
-        ],
+        additional_special_tokens=[s for s in SPECIALS if s not in ("<|begin_of_text|>", "<|eot_id|>", "<|pad|>")],
         model_max_length=2048,
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,

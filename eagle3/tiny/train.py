@@ -40,9 +40,7 @@ def new_model(tokenizer):
         **{f"{name}_token_id": number for name, number in ids.items()},
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        do_sample=False, **{f"{n}_token_id": i for n, i in ids.items()}
-    )
+    model.generation_config = GenerationConfig(do_sample=False, **{f"{n}_token_id": i for n, i in ids.items()})
     return model
 
 
@@ -111,9 +109,7 @@ def rename_into(path, write):
 
 def write_rows(path, rows):
     """One JSON object a line."""
-    rename_into(
-        path, lambda p: p.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    )
+    rename_into(path, lambda p: p.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)))
 
 
 def save_target(model, tokenizer, folder):
@@ -133,7 +129,7 @@ def save_target(model, tokenizer, folder):
     staging.rmdir()
 
 
-def train(tokenizer, training, held_out, work, target, epochs=2.25, lr=2e-3):
+def train(tokenizer, training, held_out, work, target, epochs=3, lr=2e-3):
     """Trains up to `epochs` and writes `target`; continues from `work`/state.pt.
 
     One process a core, each with its part of every batch: threads that meet after every operation get little done on a

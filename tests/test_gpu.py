@@ -1,0 +1,96 @@
+"""What only a CUDA device can show: attention kernels, bf16 training, the packed target; against fp32 on the CPU."""
+
+import pytest
+import torch
+
+from eagle3.data.packing import pack
+from eagle3.data.supervision import serving
+from eagle3.draft.attention import Auto, Dense, Documents, FlashAttn, FlashCUDA, attend
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.loss import SoftTargetLoss, kl
+from eagle3.target.features import Features
+from eagle3.target.hf import HFTarget
+from eagle3.ttt import unroll
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+LENGTHS = [130, 1, 77, 300]
+
+
+def closeness(values, reference):
+    """Relative distance in norm."""
+    return float((values.double().cpu() - reference.double().cpu()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("backend", [FlashCUDA, FlashAttn, Auto])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_kernels_equal_dense(backend, head_dim):
+    if backend is FlashAttn:
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    total = sum(LENGTHS)
+    rows = torch.randperm(total)[: total // 2].cuda()
+    cu = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
+    documents = Documents(cu, LENGTHS)
+
+    def tensors(*shape):
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    n = len(rows)
+    inputs = [tensors(n, 8, head_dim), tensors(total, 2, head_dim), tensors(total, 2, head_dim)]
+    later = [(tensors(n + 5, 2, head_dim), tensors(n + 5, 2, head_dim)) for _ in range(2)]
+    grad = torch.randn(n, 8, head_dim, device="cuda", dtype=torch.bfloat16)
+    flat = [*inputs, *(x for pair in later for x in pair)]
+    out = attend(backend, documents, rows, *inputs, later)
+    grads = torch.autograd.grad(out, flat, grad)
+    wide = [x.detach().double().requires_grad_() for x in flat]
+    pairs = list(zip(wide[3::2], wide[4::2], strict=True))
+    expected = attend(Dense, documents, rows, *wide[:3], pairs)
+    expected_grads = torch.autograd.grad(expected, wide, grad.double())
+    assert closeness(out, expected) < 1e-2
+    assert all(closeness(g, e) < 2e-2 for g, e in zip(grads, expected_grads, strict=True))
+
+
+def test_bf16_training_step_is_near_fp32():
+    torch.manual_seed(0)
+    config = DraftConfig(256, 512, 4, 2, 64, 1000, 400, 256, 1024)
+    t2d = torch.arange(1000) < 400
+    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64))
+    documents = [(i, torch.randint(400, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)]
+    batch = pack(documents, t2d, 7, serving)
+    embedding, head = torch.randn(1000, 256), torch.randn(400, 256) * 0.1
+    teachers = len(batch.teacher_rows)
+    features = Features(
+        torch.randn(sum(LENGTHS), 768),
+        torch.randn(teachers, 256),
+        torch.randint(400, (teachers,)),
+        torch.zeros(teachers),
+    )
+
+    def gradients(device, dtype):
+        draft.to(device).zero_grad()
+        here, moved = batch.to(torch.device(device)), features.to(torch.device(device))
+        table, rows = embedding.to(device, dtype), head.to(device, dtype)
+        hidden = unroll(draft, table, moved.aux_hidden_states, here)
+        output = SoftTargetLoss(kl)(draft, hidden, moved, here, rows)
+        (output.loss / batch.normaliser).backward()
+        return float(output.loss), {name: p.grad.cpu().clone() for name, p in draft.named_parameters()}
+
+    loss, expected = gradients("cpu", torch.float32)
+    assert gradients("cuda", torch.float32)[0] == pytest.approx(loss, rel=1e-4)
+    half_loss, half = gradients("cuda", torch.bfloat16)
+    assert half_loss == pytest.approx(loss, rel=2e-2)
+    assert all(closeness(half[name], expected[name]) < 0.1 for name in expected)
+
+
+def test_packed_target_on_cuda(target_folder):
+    documents = [(i, torch.randint(2048, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)]
+    batch = pack(documents, torch.ones(2048, dtype=torch.bool), 3, serving)
+    expected = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")(batch)
+    device = torch.device("cuda")
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 3e-2)):
+        features = HFTarget(str(target_folder), device, dtype=dtype)(batch.to(device))
+        assert closeness(features.aux_hidden_states, expected.aux_hidden_states) < tolerance
+        assert closeness(features.last_hidden_states, expected.last_hidden_states) < tolerance
