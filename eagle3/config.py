@@ -30,7 +30,7 @@ class Model:
 
 @dataclass
 class Data:
-    """Conversations: JSON or JSONL rows with `messages` or `conversations`; `eval_path` null holds some out of `path`."""
+    """Rows with `messages` or `conversations`; without `eval_path`, some conversations of `path` are held out."""
 
     path: str = MISSING
     eval_path: Optional[str] = None

@@ -185,8 +185,8 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
     path = run_dir / "non_finite_batch.pt"
     torch.save([batch.input_ids for batch in update.batches], path)
     raise RunError(
-        f"the gradients of the last {int(trainer.skipped_in_a_row)} updates were not finite; the last batch is in {path}: "
-        "lower optimizer.lr or look at the data"
+        f"the gradients of the last {int(trainer.skipped_in_a_row)} updates were not finite; lower optimizer.lr or "
+        f"look at the last batch, saved in {path}"
     )
 
 

@@ -32,10 +32,10 @@ VALUE_MISTAKES = {
     "draft.ttt_steps=17": "draft.ttt_steps=17 must be at most 16",
     "optimizer.lr=abc": "optimizer.lr=abc is a str, but torch.optim.AdamW takes float",
     "optimizer.lr=-1": "optimizer.lr=-1 must be above 0",
-    "optimizer._target_=os.system": "optimizer._target_=os.system must start with one of eagle3., torch., transformers.",
+    "optimizer._target_=os.system": "os.system must start with one of eagle3., torch., transformers.",
     "optimizer._target_=torch.optim.Adan": "optimizer._target_=torch.optim.Adan cannot be imported",
     "loss.gamma=high": "loss.gamma=high is a str, but eagle3.loss.SoftTargetLoss takes float",
-    "stages=[prepar]": "stages=prepar is unknown; allowed: prepare, generate, train, export, benchmark; did you mean prepare?",
+    "stages=[prepar]": "allowed: prepare, generate, train, export, benchmark; did you mean prepare?",
     "model.dtype=float23": "model.dtype=float23 is not one of auto, float32, bfloat16, float16; did you mean float32?",
     "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of 0..9, low to high",
     "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9",
@@ -48,7 +48,7 @@ VALUE_MISTAKES = {
     "benchmark.configs=[[4,7,10,60]]": "trees need an engine",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
     "launch.nproc_per_node=8": "launch.nproc_per_node=8 must be at most 1",
-    "benchmark.max_new_token=8": "benchmark.max_new_token is no key of the config; did you mean benchmark.max_new_tokens?",
+    "benchmark.max_new_token=8": "is no key of the config; did you mean benchmark.max_new_tokens?",
 }
 
 
