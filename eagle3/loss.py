@@ -99,7 +99,7 @@ class SoftTargetLoss:
     """The loss of a batch: what `loss=...` instantiates."""
 
     def __init__(
-        self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 4096, mask: SupervisedMask = serving
+        self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 1024, mask: SupervisedMask = serving
     ):
         """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.
 

@@ -38,7 +38,7 @@ def unroll(draft: Draft, embedding: torch.Tensor, aux_hidden_states_TA: torch.Te
     hidden, normed, later, outputs = hidden_TD[rows], normed_TD[rows], [], []
     ends, positions = batch.document_ends[rows], batch.position_ids[rows]
     for step, count in enumerate(batch.row_counts):
-        if count == 0:
+        if count == 0 and step > 0:  # step 0 always runs, so that every weight gets a gradient on every rank
             break
         embedded = read_tokens(rows[:count] + step + 1, ends[:count])
         cos, sin = draft.rope(positions[:count] + step, batch.max_length + step)
