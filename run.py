@@ -42,6 +42,10 @@ def job(composed: DictConfig) -> float | None:
         return launch(config, run_dir, overrides)
     except MISTAKES as error:
         stop(error)
+    except KeyboardInterrupt:
+        again = f"train.resume={run_dir}" if configuration.is_run(run_dir) else " ".join(overrides)
+        print(f"interrupted; go on with: python run.py {again}", file=sys.stderr)
+        sys.exit(130)
 
 
 def main() -> None:
@@ -50,9 +54,6 @@ def main() -> None:
         job()
     except MISTAKES as error:
         stop(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

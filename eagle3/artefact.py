@@ -34,20 +34,20 @@ def artefact(cache_dir: str, kind: str, inputs: dict[str, Any], write: Callable[
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
         return path
+    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if (path / "artefact.json").is_file():
-                return path
-            partial = path.with_suffix(".partial")
-            partial.mkdir(exist_ok=True)
-            facts = write(partial)
-            (partial / "artefact.json").write_text(
-                json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
-            )
-            partial.rename(path)
+        lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise RunError(f"cache_dir={cache_dir} cannot be written: {error}; name another one") from error
+    with lock:
+        if (path / "artefact.json").is_file():
+            return path
+        partial.mkdir(exist_ok=True)
+        learnt = write(partial)
+        content = json.dumps({"inputs": inputs, "facts": learnt}, indent=1, default=str)
+        (partial / "artefact.json").write_text(content)
+        partial.rename(path)
     return path
 
 

@@ -10,8 +10,8 @@ import torch
 from eagle3.errors import RunError
 
 
-def save(folder: Path, update: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Write `folder/step_<update>/state.pt`, point `last` at it, and prune all but `keep_last` and `best`."""
+def save(folder: Path, update: int, state: dict[str, Any], keep_last: int, best: bool = False) -> Path:
+    """Write `folder/step_<update>/state.pt`, point `last` (and `best`) at it, prune all but `keep_last` and `best`."""
     path, partial = folder / f"step_{update}", folder / f"step_{update}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -22,6 +22,8 @@ def save(folder: Path, update: int, state: dict[str, Any], keep_last: int) -> Pa
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
+        if best:  # before `last`: killed between the two, the resumed run evaluates this update again
+            link(folder / "best", path.name)
         link(folder / "last", path.name)
         prune(folder, keep_last)
     except OSError as error:
@@ -40,9 +42,8 @@ def link(name: Path, to: str) -> None:
 def prune(folder: Path, keep_last: int) -> None:
     kept = {os.readlink(folder / name) for name in ("last", "best") if (folder / name).is_symlink()}
     steps = sorted(folder.glob("step_*[0-9]"), key=lambda p: int(p.name.removeprefix("step_")))
-    for path in steps[:-keep_last]:
-        if path.name not in kept:
-            shutil.rmtree(path)
+    for path in [*(step for step in steps[:-keep_last] if step.name not in kept), *folder.glob("step_*.partial")]:
+        shutil.rmtree(path)
 
 
 def load(path: Path) -> dict[str, Any]:

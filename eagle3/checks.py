@@ -15,11 +15,24 @@ from typing import Any
 from eagle3.benchmark.builtin import draft_length
 from eagle3.benchmark.suites import parse
 from eagle3.config import RunConfig, nearest
+from eagle3.data.chat import load_tokenizer
+from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.pipeline import STAGES
 from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
 
 TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")
+RANGES = {
+    "optimizer.lr": (1e-12, 1e3),
+    "optimizer.betas": (0, 1),
+    "optimizer.weight_decay": (0, 1e3),
+    "scheduler.warmup_ratio": (0, 1),
+    "scheduler.min_ratio": (0, 1),
+    "loss.gamma": (0, 1),
+    "loss.chunk_rows": (1, 1 << 30),
+    "benchmark.temperature": (0, 100),
+    "benchmark.max_new_tokens": (2, 1 << 20),
+}
 
 
 def check(config: RunConfig) -> None:
@@ -31,8 +44,7 @@ def check(config: RunConfig) -> None:
     for key in ("mode", "target", "loss", "optimizer", "scheduler", "benchmark", "logger"):
         check_node(getattr(config, key), key)
     check_node(config.draft.attention, "draft.attention")
-    if not config.optimizer.get("lr", 1) > 0:
-        raise ConfigError(f"optimizer.lr={config.optimizer['lr']} must be above 0")
+    check_ranges(config)
     if config.parallel.ulysses * config.parallel.ring > config.launch.nproc_per_node * config.launch.nnodes:
         raise ConfigError(
             f"parallel.ulysses x parallel.ring = {config.parallel.ulysses * config.parallel.ring} needs that many "
@@ -49,6 +61,21 @@ def check(config: RunConfig) -> None:
         parse(suite)
     check_files(config)
     check_against_target(config)
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Ranges of values in nodes with a `_target_`, which no typed field holds."""
+    for key, (low, high) in RANGES.items():
+        section, name = key.split(".")
+        values = getattr(config, section).get(name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{key}={values} must be within {low:g} and {high:g}")
+    for key in ("stages", "benchmark.suites", "benchmark.configs"):
+        section, _, name = key.partition(".")
+        values = getattr(config, section).get(name) if name else config.stages
+        if values == []:
+            raise ConfigError(f"{key} is empty; name at least one")
 
 
 def check_fields(section: Any, prefix: str) -> None:
@@ -123,8 +150,10 @@ def check_files(config: RunConfig) -> None:
     needed |= {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
     needed |= {"draft_path": config.draft_path}
     for key, path in needed.items():
-        if path is not None and not Path(path).exists():
-            raise ConfigError(f"{key}={path} does not exist; give a local file or folder")
+        wanted = Path.is_dir if key in ("draft_path", "draft.init_from") else Path.is_file
+        if path is not None and not wanted(Path(path)):
+            kind = "folder" if wanted is Path.is_dir else "file"
+            raise ConfigError(f"{key}={path} does not exist; give a local {kind}")
     folder = Path(config.model.path)
     if not folder.is_dir():
         if config.model.path.startswith((".", "/", "~")):
@@ -150,7 +179,14 @@ def check_against_target(config: RunConfig) -> None:
             f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
             "low to high"
         )
+    if config.data.max_length > target.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length={config.data.max_length} must be at most the target's max_position_embeddings="
+            f"{target.max_position_embeddings}"
+        )
+    load_tokenizer(config.model.path, config.model.revision, config.model.trust_remote_code)
     if config.draft.vocab_size > target.vocab_size:
         raise ConfigError(
             f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"
         )
+    draft_config(config.draft, target)

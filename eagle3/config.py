@@ -59,7 +59,7 @@ class Train:
     tokens_per_step: int = ranged(16384, 4)
     documents_per_update: Optional[int] = ranged(None, 1)
     grad_accum: int = ranged(1, 1)
-    max_grad_norm: float = ranged(0.5, 0)
+    max_grad_norm: float = ranged(0.5, 1e-9)
     save_every: int = ranged(1000, 1)
     eval_every: int = ranged(500, 1)
     log_every: int = ranged(10, 1)
@@ -140,6 +140,9 @@ def run_folder(resume: str, default: str) -> str:
 
 
 OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
+OmegaConf.register_new_resolver(
+    "hydra_folder", lambda resume: ".hydra" if resume == "auto" else ".hydra/resumed", replace=True
+)
 OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).parent / path), replace=True)
 
 
@@ -151,15 +154,18 @@ def typed(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfi
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
+    resume = composed.train.resume
+    if resume != "auto" and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
+        raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, given without hydra.run.dir and -m")
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), json.loads((run_dir / "run.json").read_text())["config"])
     resumed = composed
-    if composed.train.resume != "auto":
-        resumed = OmegaConf.merge(saved)
+    if resume != "auto":
+        resumed, keys = OmegaConf.merge(saved), flat(composed)
         for override in overrides:
             key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
-            if OmegaConf.select(composed, key) is not None:
+            if key in keys or any(k.startswith(f"{key}.") for k in keys):
                 OmegaConf.update(resumed, key, OmegaConf.select(composed, key), merge=False, force_add=True)
     for key, before, now in differences(flat(saved), flat(resumed)):
         raise ConfigError(f"{key}={now} differs from the run in {run_dir}, which has {before}; start a new run instead")

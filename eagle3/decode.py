@@ -99,7 +99,7 @@ class Drafter:
         if draft.lm_head.weight.dtype != dtype:
             draft = copy.deepcopy(draft).to(dtype)  # once, where the layers would cast their weights at every call
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
-        self.qkv_weight = torch.cat([draft.qkv_weight(dtype, 0), draft.qkv_weight(dtype, 1)], dim=1)
+        self.qkv_weight = torch.cat([draft.qkv_weight(0), draft.qkv_weight(1)], dim=1)
         with torch.inference_mode(False):  # the draft keeps the tables, and training could not use inference tensors
             self.cos, self.sin = draft.rope(torch.arange(capacity, device=embedding.device), capacity)
         kv_heads = config.num_key_value_heads

@@ -1,5 +1,6 @@
 """Where a run computes."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,4 +22,7 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
 
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.train.deterministic)
     return execute(config, run_dir, overrides)

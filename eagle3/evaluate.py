@@ -48,10 +48,8 @@ class Evaluation:
         return {"eval/acceptance_length": self.acceptance_length[self.draft_length], "eval/loss": self.loss, **at}
 
 
-def batches(
-    answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int, device: torch.device
-) -> list[EvaluationBatch]:
-    """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer)."""
+def batches(answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int) -> list[EvaluationBatch]:
+    """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer); kept on the host."""
     groups, used = [[]], 0
     for answer in answers:
         if used + len(answer.input_ids) > tokens_per_step and groups[-1]:
@@ -65,9 +63,7 @@ def batches(
         features = Features(
             *(torch.cat([getattr(answer.features, f.name) for answer in group]) for f in fields(Features))
         )
-        packed.append(
-            EvaluationBatch(pack(documents, t2d.cpu(), steps, serving).to(device), features.to(device), group)
-        )
+        packed.append(EvaluationBatch(pack(documents, t2d.cpu(), steps, serving), features, group))
     return packed
 
 
@@ -82,11 +78,12 @@ def evaluate(
 ) -> Evaluation:
     total_loss, rows, walks = 0.0, 0, []
     for item in batches:
-        hidden = unroll(draft, embedding, item.features.aux_hidden_states, item.batch)
-        output = loss(draft, hidden, item.features, item.batch, draft_head)
+        batch, features = item.batch.to(embedding.device), item.features.to(embedding.device)
+        hidden = unroll(draft, embedding, features.aux_hidden_states, batch)
+        output = loss(draft, hidden, features, batch, draft_head)
         total_loss += float(output.loss)
-        rows += item.batch.normaliser
-        accepted_TK = accepted_pairs(item.batch, output.correct).cpu()
+        rows += batch.normaliser
+        accepted_TK = accepted_pairs(batch, output.correct).cpu()
         start = 0
         for answer, length in zip(item.answers, item.batch.documents.lengths, strict=True):
             walks.append((answer, accepted_TK[start : start + length]))

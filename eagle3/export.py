@@ -70,8 +70,12 @@ def write_draft(draft: Draft, folder: Path, target: PretrainedConfig, aux_layer_
     os.replace(partial, folder)
 
 
-def read_draft(folder: Path, attention: Backend, target: PretrainedConfig) -> Draft:
-    """Load a portable draft in fp32. Raises RunError on any missing, unknown or misshapen tensor, or another target."""
+def read_draft(folder: Path, attention: Backend, target: PretrainedConfig, aux_layer_ids: list[int]) -> Draft:
+    """Load a portable draft in fp32. Raises RunError on any missing, unknown or misshapen tensor, or another target.
+
+    Where config.json names the auxiliary layers they must be `aux_layer_ids`: a wrong guess costs most of the
+    acceptance and shows nowhere else.
+    """
     try:
         values = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
@@ -85,6 +89,11 @@ def read_draft(folder: Path, attention: Backend, target: PretrainedConfig) -> Dr
     for name, ours in (("vocab_size", config.vocab_size), ("hidden_size", config.target_hidden_size)):
         if ours != getattr(target, name):
             raise RunError(f"draft at {folder} is for a target with {name}={ours}, not {getattr(target, name)}")
+    read = (values.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids", aux_layer_ids)
+    if read != aux_layer_ids:
+        raise RunError(f"draft at {folder} reads layers {read}, not {aux_layer_ids}; set model.aux_layer_ids={read}")
+    if config.hidden_act != "silu":
+        raise RunError(f"draft at {folder} has hidden_act={config.hidden_act}; only silu is supported")
     t2d = tensors.pop("t2d", torch.ones(config.vocab_size, dtype=torch.bool))
     d2t = tensors.pop("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
     draft = Draft(config, attention, t2d, d2t)

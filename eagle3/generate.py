@@ -120,4 +120,5 @@ def load(folder: Path, prompts: list[dict]) -> list[Answer]:
         for i, index in enumerate(tensors["index"].tolist()):
             features = Features(aux[i], last[i], argmax[i], lse[i])
             answers[index] = Answer(prompts[index]["id"], ids[i], prompt_lengths[i], features)
+    assert sorted(answers) == list(range(len(prompts))), "a generated artefact must answer every prompt"
     return [answers[index] for index in sorted(answers)]

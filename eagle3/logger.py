@@ -8,76 +8,41 @@ import json
 import math
 import os
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from eagle3.errors import ConfigError
 
 REDACTED = "<redacted>"
-SECRET_WORDS = {
-    "apikey", "authorization", "authtoken", "accesstoken", "bearer", "credential", "credentials", "hftoken",
-    "passphrase", "passwd", "password", "passwords", "secret", "secrets",
-}  # fmt: skip
-SECRET_PAIRS = {
-    ("api", "key"),
-    ("api", "keys"),
-    ("access", "key"),
-    ("private", "key"),
-    ("wandb", "key"),
-    ("ssh", "key"),
-}
-LOGIN_WORDS = {"access", "api", "auth", "bearer", "hf", "hub", "login", "refresh", "session", "wandb"}
-# A token of text rather than of a login: `eos_token`, `bytes_per_token`, `token_id`.
-TEXT_TOKEN_BEFORE = {
-    "additional", "assistant", "audio", "begin", "bos", "cls", "each", "end", "eos", "first", "image", "last", "mask",
-    "max", "min", "next", "num", "pad", "per", "sep", "special", "start", "stop", "turn", "unk", "user", "video",
-}  # fmt: skip
-TEXT_TOKEN_AFTER = {"budget", "count", "counts", "dtype", "id", "ids", "index", "ratio", "type", "types"}
-KNOWN_SECRETS = re.compile(r"\b(hf_|gh[pousr]_|github_pat_|sk-|wandb_v1_)[A-Za-z0-9_-]{16,}")
-URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-OVERRIDE = re.compile(r"[+~]{0,2}[\w./@-]+=")
-ASSIGNMENT = re.compile(r"([\w.@/-]+)(\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,&}\])]+)")
-
-
-def is_secret(key: str) -> bool:
-    """Whether a config key names something to hide: a login's token, not the tokens of a text."""
-    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", key.rsplit(".", 1)[-1])]
-    if SECRET_WORDS.intersection(words) or SECRET_PAIRS.intersection(pairwise(words)):
-        return True
-    if "tokens" in words:
-        return not LOGIN_WORDS.isdisjoint(words)
-    if "token" not in words:
-        return False
-    place = words.index("token")
-    before, after = words[:place][-1:], words[place + 1 :][:1]
-    return TEXT_TOKEN_BEFORE.isdisjoint(before) and TEXT_TOKEN_AFTER.isdisjoint(after)
+# A key that holds a login; a token of text (`eos_token`, `bytes_per_token`) is none, nor are `tokens_per_step`.
+TEXT_TOKENS = r"(?<!bos_|eos_|pad_|unk_|sep_|cls_)(?<!mask_|_per_)(?<!image_)"
+SECRET = (
+    r"(?:secret|passw|passphrase|credential|authorization|(?:api|access|private)[_-]?key|auth_?token)\w*"
+    rf"|{TEXT_TOKENS}token\b"
+)
+VALUE = r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^\s,&}\])]+"
+ASSIGNED = re.compile(rf"((?:{SECRET})['\"]?\s*[=:]\s*)({VALUE})", re.I)
+SECRET_KEY = re.compile(SECRET, re.I)
+# Access tokens by their look, and the login in `https://user:password@host`.
+KNOWN_SECRETS = re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|wandb_v1_)[\w-]{16,}|(?<=://)[^/@\s]+(?=@)")
 
 
 def redact(config: Any) -> Any:
     """A copy of `config` (nested dicts, lists, values) whose secrets read `<redacted>`; empty ones stay as they are.
 
-    Also inside overrides (`hub.token=...`), URLs with a login, and wherever a string looks like a known access token.
+    Also inside overrides (`hub.token=...`) and URLs, and wherever a string looks like a known access token.
     """
     if isinstance(config, dict):
-        hidden = {key for key, value in config.items() if is_secret(str(key)) and value not in (None, "", True, False)}
-        return {key: REDACTED if key in hidden else redact(value) for key, value in config.items()}
+        return {k: REDACTED if value and SECRET_KEY.search(str(k)) else redact(value) for k, value in config.items()}
     if isinstance(config, list | tuple):
         return [redact(value) for value in config]
     if not isinstance(config, str):
         return config
-    text = URL_LOGIN.sub(REDACTED, KNOWN_SECRETS.sub(REDACTED, config))
-    if OVERRIDE.match(text) or "://" in text:
-        text = hide_assigned(text)
-    return text
-
-
-def hide_assigned(text: str) -> str:
-    """`text` without the values that are assigned to secret keys in it: `a.token=x`, `a={token:x}`, `?token=x`."""
-    whole = OVERRIDE.match(text)
-    if whole and is_secret(whole[0].rstrip("=")):
-        return whole[0] + REDACTED
-    return ASSIGNMENT.sub(lambda match: match[1] + match[2] + REDACTED if is_secret(match[1]) else match[0], text)
+    text = KNOWN_SECRETS.sub(REDACTED, config)
+    key, assigns, _ = text.partition("=")
+    if assigns and re.fullmatch(r"[+~]{0,2}[\w./@-]+", key) and SECRET_KEY.search(key):
+        return f"{key}={REDACTED}"
+    return ASSIGNED.sub(rf"\1{REDACTED}", text) if assigns else text
 
 
 def finite(value: Any) -> Any:

@@ -49,10 +49,9 @@ class Meter:
         ttt_steps: int,
         gamma: float,
         device: torch.device | str = "cpu",
-        flops_per_token: float | None = None,
     ):
-        """`gamma` weights the loss of step k by gamma^k; `flops_per_token`: forward and backward, for `mfu`."""
-        self.gamma, self.device, self.flops_per_token = gamma, torch.device(device), flops_per_token
+        """`gamma` weights the loss of step k by gamma^k."""
+        self.gamma, self.device = gamma, torch.device(device)
         self.device_sums = torch.zeros(2, ttt_steps, dtype=torch.float64, device=self.device)
         self.counts = [0] * ttt_steps
         self.restart()
@@ -61,9 +60,20 @@ class Meter:
         """Forgets the sums and sets the clock anew."""
         self.device_sums.zero_()
         self.counts = [0] * len(self.counts)
-        self.normaliser = self.tokens = self.supervised_tokens = 0
+        self.normaliser = self.tokens = self.supervised_tokens = self.flops = 0
         self.data_wait_seconds = self.left_out_seconds = 0.0
         self.began = time.perf_counter()
+
+    def state(self) -> dict:
+        """What a resumed run needs for its first window to hold what an uninterrupted one's would."""
+        names = ("counts", "normaliser", "tokens", "supervised_tokens", "flops")
+        return {"device_sums": self.device_sums.clone()} | {name: getattr(self, name) for name in names}
+
+    def restore(self, state: dict) -> None:
+        self.restart()
+        self.device_sums.copy_(state["device_sums"])
+        for name in state.keys() - {"device_sums"}:
+            setattr(self, name, state[name])
 
     def leave_out(self, seconds: float) -> None:
         """Keeps time that was not training (an evaluation, a checkpoint) out of the rates."""
@@ -78,6 +88,7 @@ class Meter:
         tokens: int,
         supervised_tokens: int,
         data_wait_seconds: float,
+        flops: float = 0.0,
     ) -> None:
         """One micro-step of this process: sums [K] over the pairs of each step on the device, the rest on the host.
 
@@ -90,6 +101,7 @@ class Meter:
         self.tokens += tokens
         self.supervised_tokens += supervised_tokens
         self.data_wait_seconds += data_wait_seconds
+        self.flops += flops
 
     def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = local) -> dict[str, float]:
         """The metrics since the last read, which begins the next window; this waits for the device.
@@ -99,12 +111,12 @@ class Meter:
         """
         self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.left_out_seconds, 1e-9)
-        host = [self.normaliser, self.tokens, self.supervised_tokens, self.data_wait_seconds, seconds, 1.0]
+        host = [self.normaliser, self.tokens, self.supervised_tokens, self.data_wait_seconds, seconds, self.flops, 1.0]
         host = torch.tensor([*self.counts, *host], dtype=torch.float64).to(self.device)
         sums = all_reduce(torch.cat([self.device_sums.flatten(), host])).tolist()
         ttt_steps = len(self.counts)
         step_loss, correct, counts = (sums[i * ttt_steps : (i + 1) * ttt_steps] for i in range(3))
-        normaliser, tokens, supervised_tokens, waited, seconds, processes = sums[3 * ttt_steps :]
+        normaliser, tokens, supervised_tokens, waited, seconds, flops, processes = sums[3 * ttt_steps :]
 
         step_loss = [ratio(value, normaliser) for value in step_loss]
         metrics = {"loss": sum(self.gamma**k * value for k, value in enumerate(step_loss))}
@@ -115,8 +127,8 @@ class Meter:
         metrics["data_wait_fraction"] = waited / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if peak and self.flops_per_token:
-            metrics["mfu"] = tokens * self.flops_per_token / (seconds * peak)
+        if peak and flops:
+            metrics["mfu"] = flops / (seconds * peak)
         self.restart()
         return metrics
 

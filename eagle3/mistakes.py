@@ -24,7 +24,9 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return wrong_value(error, conf), 2
     if isinstance(error, OSError):
-        return f"{error.strerror or error}: {error.filename or 'a file'}; name another folder or free it", 1
+        if error.filename is None:
+            return " ".join(str(error).split()), 1
+        return f"{error.strerror}: {error.filename}; name another folder or free it", 1
     return str(error), 1
 
 
@@ -48,6 +50,9 @@ def wrong_value(error: Exception, conf: Path) -> str:
         return f"{key[1] if key else 'a value'}={conversion[1]} must be of type {conversion[2].lower()}"
     if unknown:
         return f"{unknown[1]} is no key of the config{nearest(unknown[1], known_keys(conf))}"
+    merged = re.search(r"Error merging override (\S+?)=(\S+)", text)
+    if merged:
+        return f"{merged[1]}={merged[2]} has the wrong type; write a list as '{merged[1]}=[{merged[2].strip('[]')}]'"
     no_group = re.search(r"Could not find match for '?([\w/@]+)'?|No match in the defaults list for '([\w/@]+)'", text)
     if no_group:
         return f"{no_group[1] or no_group[2]} is no config group{nearest(no_group[1] or no_group[2], known_keys(conf))}"

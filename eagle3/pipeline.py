@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable
 from functools import cached_property
@@ -14,23 +15,24 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from eagle3 import checkpoint, evaluate, export, generate
 from eagle3.artefact import artefact, describe_file, facts
 from eagle3.config import RunConfig
 from eagle3.data import prepare
+from eagle3.data.chat import load_tokenizer
 from eagle3.data.loader import Loader
 from eagle3.data.packing import Batch
 from eagle3.data.vocab import vocab_tensors
 from eagle3.distributed import choose_device
-from eagle3.draft.initial import new_draft
+from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.logger import JsonLines, redact
 from eagle3.report import benchmark_table, summary_table, write_report
 from eagle3.target.features import Features
-from eagle3.target.hf import HFTarget, describe
+from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
 from eagle3.train import Trainer, fit
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "safetensors", "numpy")
@@ -41,18 +43,26 @@ class Run:
     """One job: its config, its folder, and what several stages share, made when first asked for."""
 
     def __init__(self, config: RunConfig, run_dir: Path, overrides: list[str]):
-        self.config, self.run_dir, self.overrides = config, run_dir, overrides
+        before = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
+        self.config, self.run_dir = config, run_dir
+        self.overrides, self.resumed_with = before.get("overrides", overrides), overrides if before else None
+        self.inputs: dict[str, Any] = before.get("inputs", {})
+        self.tracker_id: str | None = before.get("tracker_id")
         self.device = choose_device(config.device)
         self.tracker = instantiate(config.logger)
-        self.tracker_id: str | None = None
-        self.inputs: dict[str, Any] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.config.model.path, self.config.model.revision, self.config.model.trust_remote_code)
+
+    @cached_property
+    def target_config(self) -> PretrainedConfig:
         model = self.config.model
-        return AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        return text_config(model.path, model.revision, model.trust_remote_code)
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        return self.config.model.aux_layer_ids or default_aux_layer_ids(self.target_config.num_hidden_layers)
 
     @cached_property
     def target(self) -> HFTarget:
@@ -60,7 +70,7 @@ class Run:
         return instantiate(self.config.target)(
             model.path,
             self.device,
-            aux_layer_ids=model.aux_layer_ids,
+            aux_layer_ids=self.aux_layer_ids,
             revision=model.revision,
             dtype=model.dtype,
             trust_remote_code=model.trust_remote_code,
@@ -78,15 +88,11 @@ class Run:
             only_last_turn=config.data.train_only_last_turn,
             on_reject=config.data.on_reject,
             num_heldout=config.eval.num_prompts,
-            vocab_size=self.target.config.vocab_size,
+            vocab_size=self.target_config.vocab_size,
             draft_vocab_size=config.draft.vocab_size,
         )
         files = {name: describe_file(p) for name in ("path", "eval_path") if (p := getattr(options, name))}
         tokenizer = {"vocab": self.tokenizer.get_vocab(), "template": self.tokenizer.chat_template}
-        if self.tokenizer.chat_template is None:
-            raise RunError(
-                f"the tokenizer of model.path={config.model.path} has no chat template; add one to its folder"
-            )
         inputs = dataclasses.asdict(options) | {"files": files, "tokenizer": tokenizer}
         del inputs["path"], inputs["eval_path"]
         return artefact(
@@ -101,11 +107,12 @@ class Run:
     def answers_path(self) -> Path:
         config, model = self.config, self.config.model
         inputs = {
-            "target": describe(model.path, model.revision),
+            "target": describe(model.path, model.revision, model.trust_remote_code),
             "dtype": str(self.target.model.dtype),
-            "aux_layer_ids": self.target.aux_layer_ids,
+            "aux_layer_ids": self.aux_layer_ids,
             "prompts": self.prepared.heldout,
             "max_new_tokens": config.eval.max_new_tokens,
+            "batch_size": config.eval.batch_size,
         }
         return artefact(
             config.cache_dir,
@@ -123,7 +130,7 @@ class Run:
     @cached_property
     def vocab(self) -> tuple[torch.Tensor, torch.Tensor]:
         """t2d bool [V] and d2t int64 [Vd] of the prepared data."""
-        return vocab_tensors(self.prepared.vocab, self.target.config.vocab_size)
+        return vocab_tensors(self.prepared.vocab, self.target_config.vocab_size)
 
     @property
     def draft_folder(self) -> Path:
@@ -134,6 +141,7 @@ class Run:
         info = {
             "config": redact(dataclasses.asdict(self.config)),
             "overrides": redact(self.overrides),
+            "resumed_with": redact(self.resumed_with),
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "tracker_id": self.tracker_id,
             "git": git_commit(),
@@ -176,6 +184,8 @@ def prepare_stage(run: Run) -> None:
         f"{learnt['supervised_tokens'] / learnt['tokens']:.0%} supervised; draft vocabulary covers "
         f"{learnt['vocab_coverage']:.2%}; {learnt['heldout_prompts']} held-out prompts"
     )
+    if learnt["cut_to_max_length"]:
+        console.print(f"prepare: {learnt['cut_to_max_length']} conversations were cut to data.max_length")
     if rejected:
         console.print(f"prepare: rejected {rejected}; see {run.prepared_path / 'rejects.jsonl'}")
     run.inputs["prepared"] = learnt | {"path": str(run.prepared_path)}
@@ -195,7 +205,6 @@ def draft_for(run: Run) -> Draft:
 
 def train_stage(run: Run) -> None:
     config, target = run.config, run.target
-    torch.use_deterministic_algorithms(config.train.deterministic)
     loss = instantiate(config.loss)
     draft = draft_for(run)
     draft_head = target.head[draft.target_ids]
@@ -215,14 +224,23 @@ def train_stage(run: Run) -> None:
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     features_of = instantiate(config.mode, run)
     trainer = Trainer(
-        draft, target.embedding, draft_head, features_of, loss, loader, optimizer, scheduler, config.train.max_grad_norm
+        draft,
+        target.embedding,
+        draft_head,
+        features_of,
+        loss,
+        loader,
+        optimizer,
+        scheduler,
+        config.train.max_grad_norm,
+        inputs={"the prepared data": run.prepared_path.name, "the target's answers": run.answers_path.name},
     )
     last = run.run_dir / "checkpoints" / "last"
     if last.exists():
         trainer.restore(checkpoint.load(last))
         console.print(f"train: resumed after update {trainer.update} of {loader.total_updates}")
     steps = max(config.draft.ttt_steps, config.eval.draft_length)
-    held_out = evaluate.batches(run.answers, draft.t2d, steps, config.train.tokens_per_step, run.device)
+    held_out = evaluate.batches(run.answers, draft.t2d, steps, config.train.tokens_per_step)
 
     def measure(draft: Draft) -> evaluate.Evaluation:
         return evaluate.evaluate(draft, target.embedding, draft_head, loss, held_out, config.eval.draft_length)
@@ -252,9 +270,11 @@ def export_stage(run: Run) -> None:
     best = run.run_dir / "checkpoints" / "best"
     if not best.exists():
         raise RunError(f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages")
-    draft = draft_for(run)
-    draft.load_state_dict(checkpoint.load(best)["draft"])
-    export.write_draft(draft, run.run_dir / "draft", run.target.config, run.target.aux_layer_ids)
+    state = checkpoint.load(best)["draft"]
+    config = draft_config(run.config.draft, run.target_config)
+    draft = Draft(config, instantiate(run.config.draft.attention), state["t2d"], state["d2t"])
+    draft.load_state_dict(state)
+    export.write_draft(draft, run.run_dir / "draft", run.target_config, run.aux_layer_ids)
     console.print(f"export: {run.run_dir / 'draft'}")
 
 
@@ -263,7 +283,8 @@ def benchmark_stage(run: Run) -> None:
         raise ConfigError(
             "stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it"
         )
-    draft = export.read_draft(run.draft_folder, instantiate(run.config.draft.attention), run.target.config)
+    attention = instantiate(run.config.draft.attention)
+    draft = export.read_draft(run.draft_folder, attention, run.target_config, run.aux_layer_ids)
     instantiate(run.config.benchmark, run, draft.to(run.device).eval())
 
 
@@ -281,7 +302,7 @@ def result(run_dir: Path) -> float | None:
     benchmark, evaluation = run_dir / "benchmark.json", run_dir / "evaluation.json"
     if benchmark.exists():
         rows = [row for rows in json.loads(benchmark.read_text())["suites"].values() for row in rows]
-        return next((row["acceptance_length"] for row in rows if "acceptance_length" in row), None)
+        return next((row["acceptance_length"] for row in rows if row["config"][1] > 0), None)
     if evaluation.exists():
         values = json.loads(evaluation.read_text())
         return values["acceptance_length"][str(values["draft_length"])]
@@ -291,11 +312,8 @@ def result(run_dir: Path) -> float | None:
 def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
     """Run the stages in order, then write the report; returns what `result` says."""
     run = Run(config, run_dir, overrides)
-    info = run_dir / "run.json"
-    before = json.loads(info.read_text()) if info.exists() else {}
-    run.inputs = before.get("inputs", {})
-    settings = dataclasses.asdict(config) | {"overrides": overrides}
-    run.tracker_id = run.tracker.start(str(run_dir), config.name, settings, before.get("tracker_id"))
+    settings = dataclasses.asdict(config) | {"overrides": run.overrides}
+    run.tracker_id = run.tracker.start(str(run_dir), config.name, settings, run.tracker_id)
     exit_code = 1
     try:
         run.write_info()
@@ -312,5 +330,9 @@ def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | N
         run.tracker.finish(exit_code)
     console.print(summary_table(run_dir))
     console.print(f"report: {report}")
-    console.print(f"next: python run.py 'stages=[benchmark]' draft_path={run.draft_folder} benchmark.temperature=1")
+    kept = [
+        o for o in run.overrides if o.split("=")[0] not in ("stages", "draft_path", "train.resume", "hydra.run.dir")
+    ]
+    again = shlex.join([*kept, "stages=[benchmark]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
+    console.print(f"next, the same draft when sampling: python run.py {again}", soft_wrap=True)
     return result(run_dir)

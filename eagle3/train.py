@@ -15,14 +15,14 @@ from eagle3 import checkpoint
 from eagle3.data.loader import Loader, Update
 from eagle3.data.packing import Batch
 from eagle3.draft.model import Draft
-from eagle3.errors import RunError
+from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import Evaluation
 from eagle3.logger import JsonLines
 from eagle3.loss import SoftTargetLoss
 from eagle3.metrics import Meter
 from eagle3.optim import step_if_finite
 from eagle3.target.features import Features
-from eagle3.ttt import unroll
+from eagle3.ttt import training_flops, unroll
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -45,12 +45,15 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         scheduler: torch.optim.lr_scheduler.LRScheduler,
         max_grad_norm: float,
+        inputs: dict[str, str],
     ):
-        """`embedding` [V,D] and `draft_head` [Vd,H] are the target's, frozen."""
+        """`embedding` [V,D] and `draft_head` [Vd,H] are the target's, frozen; `inputs` the fingerprints of the rest."""
+        self.inputs = inputs
         self.draft, self.embedding, self.draft_head = draft, embedding, draft_head
         self.features_of, self.loss, self.loader = features_of, loss, loader
         self.optimizer, self.scheduler, self.max_grad_norm = optimizer, scheduler, max_grad_norm
         self.device = embedding.device
+        self.meter = Meter(loader.ttt_steps, loss.gamma, self.device)
         self.update, self.best, self.best_update = 0, -math.inf, 0
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -65,22 +68,33 @@ class Trainer:
             "best": self.best,
             "best_update": self.best_update,
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "meter": self.meter.state(),
+            "inputs": self.inputs,
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; raises ConfigError when data or target are not those it was trained on."""
+        for name, fingerprint in state["inputs"].items():
+            if self.inputs[name] != fingerprint:
+                raise ConfigError(
+                    f"{name} is {self.inputs[name]}, but the checkpoint has {fingerprint}; start a new run"
+                )
         self.draft.load_state_dict(state["draft"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.loader.state = dict(state["loader"])
         self.update, self.best, self.best_update = state["update"], state["best"], state["best_update"]
         self.skipped.copy_(state["skipped"])
+        self.skipped_in_a_row.copy_(state["skipped_in_a_row"])
+        self.meter.restore(state["meter"])
         torch.set_rng_state(state["rng"])
         if state["rng_cuda"]:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
 
-    def train_on(self, update: Update, meter: Meter, waited: float) -> torch.Tensor:
+    def train_on(self, update: Update, waited: float) -> torch.Tensor:
         """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the device."""
         for batch in update.batches:
             batch = batch.to(self.device)
@@ -88,7 +102,7 @@ class Trainer:
             hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden, features, batch, self.draft_head)
             (output.loss / update.normaliser).backward()
-            meter.add(
+            self.meter.add(
                 output.step_loss,
                 output.step_correct,
                 batch.pair_counts,
@@ -96,6 +110,7 @@ class Trainer:
                 tokens=len(batch.input_ids),
                 supervised_tokens=batch.pair_counts[0],
                 data_wait_seconds=waited,
+                flops=training_flops(self.draft.config, batch),
             )
             waited = 0.0
         parameters = list(self.draft.parameters())
@@ -140,7 +155,7 @@ def fit(
 ) -> None:
     """Train until the loader's last update; keeps `last` and `best` (by `eval/acceptance_length`) checkpoints."""
     folder, total = run_dir / "checkpoints", trainer.loader.total_updates
-    meter = Meter(trainer.loader.ttt_steps, trainer.loss.gamma, trainer.device)
+    meter = trainer.meter
 
     def log(metrics: dict[str, float]) -> None:
         metrics_file.log(metrics, trainer.update)
@@ -152,7 +167,7 @@ def fit(
             began = time.perf_counter()
             update = next(updates)
             lr = trainer.scheduler.get_last_lr()[0]
-            norm = trainer.train_on(update, meter, time.perf_counter() - began)
+            norm = trainer.train_on(update, time.perf_counter() - began)
             last = trainer.update == total
             if trainer.update % log_every == 0 or last:
                 refuse_endless_skipping(trainer, update, run_dir)
@@ -167,12 +182,11 @@ def fit(
                 show(trainer.update, acceptance=evaluation["eval/acceptance_length"])
                 if evaluation["eval/acceptance_length"] > trainer.best:
                     trainer.best, trainer.best_update = evaluation["eval/acceptance_length"], trainer.update
-                    checkpoint.save(folder, trainer.update, trainer.state(), keep_last)
-                    checkpoint.link(folder / "best", f"step_{trainer.update}")
+                    checkpoint.save(folder, trainer.update, trainer.state(), keep_last, best=True)
                     due = False
             if due:
                 checkpoint.save(folder, trainer.update, trainer.state(), keep_last)
-            if received["signal"] is not None and not last:
+            if received["signal"] is not None:
                 print(f"\nstopped after update {trainer.update}; go on with: python run.py train.resume={run_dir}")
                 raise Interrupted(128 + received["signal"])
             meter.leave_out(time.perf_counter() - began)

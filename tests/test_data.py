@@ -119,7 +119,7 @@ def test_prepare_counts_every_row(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", rows_of(10) + bad)
     learnt = prepare.write(tmp_path, tokenizer, options(path))
     prepared = prepare.load(tmp_path)
-    assert learnt["rows"] == learnt["documents"] + sum(learnt["rejected"].values())
+    assert learnt["rows"] == learnt["documents"] + learnt["held_out_rows"] + sum(learnt["rejected"].values())
     assert learnt["rejected"] == {"broken JSON": 1, "no assistant turn": 1}
     assert learnt["cut_to_max_length"] == 1 and max(prepared.lengths) == 128
     assert len(prepared) == learnt["documents"] and len(prepared.heldout) == 2
@@ -141,6 +141,34 @@ def test_prepare_fails_on_request_and_on_nothing_left(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "c.jsonl", rows_of(4))
     with pytest.raises(RunError, match=r"too few to hold out eval\.num_prompts"):
         prepare.write(tmp_path, tokenizer, options(path, num_heldout=4))
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path, tokenizer):
+    """Another answer to a held-out question is left out too, and what cannot be held out is listed."""
+    rows = rows_of(6)
+    siblings = [{"messages": chat(row["messages"][0]["content"], "Something else entirely.")} for row in rows]
+    path = write_jsonl(tmp_path / "a.jsonl", rows + siblings)
+    learnt = prepare.write(tmp_path, tokenizer, options(path))
+    assert learnt["heldout_prompts"] == 2 and learnt["held_out_rows"] == 4 and learnt["documents"] == 8
+    evaluation = write_jsonl(tmp_path / "e.jsonl", ["{broken", {"messages": chat("word " * 200)}, rows[0], rows[1]])
+    learnt = prepare.write(tmp_path, tokenizer, options(path, eval_path=str(evaluation), num_heldout=1))
+    assert learnt["rejected"] == {"broken JSON": 1, "held-out prompt longer than data.max_length": 1}
+    assert learnt["held_out_rows"] == 2 and learnt["documents"] == 10 and learnt["heldout_prompts"] == 1
+
+
+def test_templates_that_think_in_the_last_turn_only(tokenizer):
+    original = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|eot_id|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    )
+    try:
+        encoded = encode(tokenizer, chat("a", "the first answer", "c", "the second answer"))
+    finally:
+        tokenizer.chat_template = original
+    text = tokenizer.decode([i for i, m in zip(encoded.input_ids, encoded.loss_mask, strict=True) if m])
+    assert text == "the first answer<|eot_id|><think>\n\n</think>\n\nthe second answer<|eot_id|>"
 
 
 def test_plans_depend_on_the_seed_alone():

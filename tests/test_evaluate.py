@@ -42,7 +42,7 @@ def draft(target, answers):
     t2d, d2t = vocab_tensors(torch.cat([seen, others]).unique().numpy(), 2048)
     draft = Draft(derive_config(target.config, len(d2t)), FlashCPU, t2d, d2t)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    item = batches(answers, t2d, 4, 4096, torch.device("cpu"))[0]
+    item = batches(answers, t2d, 4, 4096)[0]
     from eagle3.ttt import unroll
 
     for _ in range(40):
@@ -56,7 +56,7 @@ def draft(target, answers):
 
 @pytest.mark.parametrize("tokens_per_step", [32, 4096])
 def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
-    packed = batches(answers, draft.t2d, STEPS, tokens_per_step, torch.device("cpu"))
+    packed = batches(answers, draft.t2d, STEPS, tokens_per_step)
     evaluation = evaluate(draft, target.embedding, target.head[draft.target_ids], SoftTargetLoss(kl), packed, 4)
     assert 1.3 < evaluation.acceptance_length[4] < 5
     for length in range(1, STEPS + 1):

@@ -76,7 +76,7 @@ def test_config(folder):
 
 
 def test_round_trip(folder, draft, target):
-    loaded = read_draft(folder, Auto, target)
+    loaded = read_draft(folder, Auto, target, [1, 3, 4])
     for name, parameter in draft.named_parameters():
         assert torch.equal(loaded.state_dict()[name], parameter.bfloat16().float())
     assert torch.equal(loaded.target_ids, draft.target_ids) and loaded.config == draft.config
@@ -86,7 +86,7 @@ def test_whole_vocabulary_ships_no_maps(target, tmp_path):
     t2d, d2t = vocab_tensors(torch.arange(2048).numpy(), 2048)
     write_draft(Draft(derive_config(target, 2048), Auto, t2d, d2t), tmp_path / "draft", target, [1, 3, 4])
     assert not {"t2d", "d2t"} & load_file(tmp_path / "draft" / "model.safetensors").keys()
-    assert torch.equal(read_draft(tmp_path / "draft", Auto, target).target_ids, torch.arange(2048))
+    assert torch.equal(read_draft(tmp_path / "draft", Auto, target, [1, 3, 4]).target_ids, torch.arange(2048))
 
 
 @pytest.mark.parametrize(
@@ -102,15 +102,17 @@ def test_whole_vocabulary_ships_no_maps(target, tmp_path):
 def test_damaged_drafts_are_refused(folder, target, edit, message):
     change(folder, edit)
     with pytest.raises(RunError, match=message):
-        read_draft(folder, Auto, target)
+        read_draft(folder, Auto, target, [1, 3, 4])
 
 
 def test_another_target_and_no_draft(folder, target, tmp_path):
+    with pytest.raises(RunError, match=r"reads layers \[1, 3, 4\], not \[0, 3, 4\]"):
+        read_draft(folder, Auto, target, [0, 3, 4])
     target.vocab_size = 99
     with pytest.raises(RunError, match="vocab_size=2048, not 99"):
-        read_draft(folder, Auto, target)
+        read_draft(folder, Auto, target, [1, 3, 4])
     with pytest.raises(RunError, match="cannot be read"):
-        read_draft(tmp_path / "nothing", Auto, target)
+        read_draft(tmp_path / "nothing", Auto, target, [1, 3, 4])
 
 
 def test_non_finite_weights_are_not_exported(draft, target, tmp_path):

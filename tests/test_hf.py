@@ -8,6 +8,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -17,7 +18,7 @@ from eagle3.data.packing import pack
 from eagle3.data.supervision import serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
-from eagle3.target.hf import HFTarget, default_aux_layer_ids, text_config
+from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
 
 SHAPE = {
     "vocab_size": 96,
@@ -111,6 +112,35 @@ def test_logit_changes_are_refused(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
         HFTarget(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_head_that_is_not_a_product_is_refused(tmp_path):
+    config = PhiConfig(**{**SHAPE, "num_key_value_heads": 4})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.lm_head.bias.data.normal_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="changes its logits behind the head"):
+        HFTarget(str(tmp_path), torch.device("cpu"), dtype="float32")
+
+
+def test_a_target_is_described_by_its_weights(tmp_path):
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    model.save_pretrained(tmp_path)
+    before = describe(str(tmp_path), None)
+    assert describe(str(tmp_path), None) == before
+    model.lm_head.weight.data[3, 3] += 1
+    model.save_pretrained(tmp_path)
+    assert describe(str(tmp_path), None) != before
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_own_attention_agrees(target_folder, attention):
+    ids = [(i, torch.randint(0, 2048, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate([13, 1, 30])]
+    batch = pack(ids, torch.ones(2048, dtype=torch.bool), 3, serving)
+    ours = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")(batch)
+    theirs = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32", attention=attention)(batch)
+    torch.testing.assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5)
 
 
 def test_not_a_model(tmp_path):

@@ -32,8 +32,8 @@ def test_loss_and_accuracy_are_ratios_of_sums():
 
 
 def test_names_are_those_of_the_contract():
-    meter = Meter(1, GAMMA, flops_per_token=1e9)
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 1, 1, 0.0)
+    meter = Meter(1, GAMMA)
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 1, 1, 0.0, flops=1e9)
     assert set(meter.read()) == {
         "loss", "loss/step_0", "accuracy/step_0", "tokens_per_second", "supervised_tokens", "data_wait_fraction",
         "peak_memory_bytes",
@@ -131,12 +131,12 @@ def test_adding_never_waits_for_the_device():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
-    meter = Meter(2, GAMMA, "cuda", flops_per_token=1e9)
+    meter = Meter(2, GAMMA, "cuda")
     sums = [torch.tensor([6.0, 4.0], device="cuda"), torch.tensor([3.0, 1.0], device="cuda")]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        meter.add(*sums, [10, 5], 20, 100, 10, 0.0)
+        meter.add(*sums, [10, 5], 20, 100, 10, 0.0, flops=1e9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     read = meter.read()
@@ -150,9 +150,9 @@ def test_mfu_is_model_flops_over_the_peak_of_all_gpus(monkeypatch):
     monkeypatch.setattr(metrics, "peak_memory_bytes", lambda device: 0)
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    meter = Meter(1, GAMMA, flops_per_token=989e9)
+    meter = Meter(1, GAMMA)
     meter.device = FakeGpu()
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 500, 1, 0.0)
+    meter.add(torch.ones(1), torch.ones(1), [1], 1, 500, 1, 0.0, flops=500 * 989e9)
     clock[0] = 1.0
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
     assert meter.read()["mfu"] == pytest.approx(0.5)

@@ -33,6 +33,7 @@ SMALL = [
     "eval.draft_length=3",
     "train.tokens_per_step=192",
     "train.max_steps=6",
+    "train.epochs=9",
     "train.log_every=1",
     "train.eval_every=2",
     "train.save_every=2",
@@ -157,6 +158,32 @@ def stop_after(update, monkeypatch):
     monkeypatch.setattr(Trainer, "train_on", train_on)
 
 
+def test_a_resumed_window_of_the_log_is_whole(finished, settings, tmp_path, monkeypatch):
+    """Stopped between two log lines, the next line still averages all updates since the last."""
+    often = [*settings, TRAIN_ONLY, "train.log_every=2"]
+    run(often, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(SystemExit):
+            run(often, tmp_path / "stopped")
+    run(often, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_run_is_not_resumed_on_other_data(settings, tmp_path, monkeypatch):
+    own = tmp_path / "chat.jsonl"
+    original = next(s for s in settings if s.startswith("data.path=")).removeprefix("data.path=")
+    own.write_text(Path(original).read_text())
+    changed = [*settings, TRAIN_ONLY, f"data.path={own}"]
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(SystemExit):
+            run(changed, tmp_path / "run")
+    own.write_text("".join(own.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(ConfigError, match=r"the prepared data is \w+, but the checkpoint has \w+"):
+        run(changed, tmp_path / "run")
+
+
 @pytest.mark.parametrize("how", ["auto", "path"])
 def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeypatch, capsys, how):
     run_dir = tmp_path / "stopped"
@@ -253,7 +280,13 @@ def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
 
 
 def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
-    arguments = [*settings, TRAIN_ONLY, "train.max_steps=10000", f"hydra.run.dir={tmp_path / 'run'}"]
+    arguments = [
+        *settings,
+        TRAIN_ONLY,
+        "train.max_steps=10000",
+        "train.epochs=3000",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
     process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE)
     metrics = tmp_path / "run" / "metrics.jsonl"
     give_up = time.time() + 120

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from eagle3.logger import REDACTED
-from eagle3.report import benchmark_table, read_json, summary_table, write_report
+from eagle3.report import benchmark_table, summary_table, write_report
+from eagle3.report.summary import read_json
 
 EVIL = "<script>alert(1)</script>"
 
@@ -48,25 +49,31 @@ class Page(HTMLParser):
 
 
 def result(acceptance_length, speedup, lossless, **more):
+    """A row as the built-in benchmark writes it."""
     return {
-        "config": [4, 3, 1, 4],
+        "config": [1, 3, 1, 4],
+        "num_prompts": 80,
         "acceptance_length": acceptance_length,
         "interval95": [acceptance_length - 0.1, acceptance_length + 0.1],
+        "acceptance_length_loop_free": 2.22,
+        "loops": 3,
+        "first_round": 1.75,
         "accepted_by_position": [0.7, 0.6, 0.5],
         "tokens_per_second": 100 * speedup,
         "baseline_tokens_per_second": 100.0,
         "speedup": speedup,
-        "lossless": lossless,
+        "speedup_interval95": [speedup - 0.2, speedup + 0.2],
         "bigram": 1.18,
         "prompt_lookup": 1.31,
-        "num_prompts": 80,
+        "lossless": lossless,
         **more,
     }
 
 
 def write(run_dir, **files):
+    """A run folder; run.json is always there."""
     run_dir.mkdir(exist_ok=True)
-    for name, content in files.items():
+    for name, content in {"run": RUN, **files}.items():
         if name == "metrics":
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
         else:
@@ -76,44 +83,55 @@ def write(run_dir, **files):
 
 def training(updates):
     for step in range(1, updates + 1):
-        row = {"step": step, "loss": 3 / step, "tokens_per_second": 1000.0, "peak_memory_bytes": 2**31}
-        yield (row | {f"loss/step_{k}": 1 / step + k for k in range(7)} | {f"accuracy/step_{k}": 0.5 for k in range(7)})
+        row = {"step": step, "loss": 3 / step, "tokens_per_second": 1000.0 + step, "data_wait_fraction": 0.01}
+        row |= {"peak_memory_bytes": 2**31}
+        yield row | {f"loss/step_{k}": 1 / step + k for k in range(7)} | {f"accuracy/step_{k}": 0.5 for k in range(7)}
 
 
 METRICS = [
     *training(40),
-    *({"step": s, "eval/acceptance_length": a} for s, a in ((10, 1.5), (20, 2.25), (40, 2.0))),
+    *({"step": s, "eval/acceptance_length": a, "eval/loss": 3.0} for s, a in ((10, 1.5), (20, 2.25), (40, 2.0))),
 ]
 RUN = {
     "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hub": {"token": "SESAME"}},
     "overrides": [f"name={EVIL}", "hub.token=SESAME"],
     "versions": {"torch": "2.13.0"},
-    "hardware": {"gpu": "H200 & co"},
-    "inputs": {"vocabulary": {"coverage": 0.9734}},
+    "tracker_id": None,
+    "git": "abcdef+",
+    "hardware": {"device": "cuda", "name": "H200 & co"},
+    "seeds": {"seed": 0},
+    "inputs": {"prepared": {"vocab_coverage": 0.9734, "documents": 12}},
 }
 BENCHMARK = {
     "suites": {
-        f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, True, drafter_version="v<2>")],
-        "$x_1$": [result(2.0, 1.2, "tie")],
+        f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)],
+        "$x_1$": [result(2.0, 1.2, True)],
     },
-    "protocol": {"temperature": 0.0, "system_prompt": EVIL},
+    "protocol": {"suites": ["mt:80", "x:80"], "temperature": 0.0, "system_prompt": EVIL, "max_new_tokens": 20000},
 }
 EVALUATION = {
-    "acceptance_length": {"10": 3.7, "2": 2.1, "1": 1.6},
+    "draft_length": 2,
+    "acceptance_length": {"1": 1.6, "2": 2.1, "10": 3.7},
+    "accepted_at": [0.6, 0.5],
+    "first_round": 1.95,
     "loop_free": 2.05,
-    "extra": {"prompts": 64},
+    "loops": 5,
+    "answers": 64,
+    "loss": 1.5,
+    "update": 20,
 }
+
+
+def printed(run_dir):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(run_dir))
+    return [line.rstrip() for line in console.export_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    run_dir = write(
-        tmp_path_factory.mktemp("report") / "run",
-        run=RUN,
-        metrics=METRICS,
-        benchmark=BENCHMARK,
-        evaluation=EVALUATION,
-    )
+    run_dir = tmp_path_factory.mktemp("report") / "run"
+    write(run_dir, metrics=METRICS, benchmark=BENCHMARK, evaluation=EVALUATION)
     return write_report(run_dir).read_text()
 
 
@@ -145,26 +163,31 @@ def test_headline_and_tiles(page):
     assert headline.startswith("Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed")
     assert "but for ties" in headline
     assert [text for text in parsed.text["b"] if text.strip()] == [
-        "2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "3.70", "97.3%",
+        "2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "2.10", "97.3%",
     ]  # fmt: skip
 
 
-def test_benchmark_table_has_baselines_and_unknown_columns(page):
+def test_benchmark_table(page):
     header, first, second, _ = [row for row in Page(page).rows if len(row) > 5]
-    values = dict(zip(header, first, strict=True))
-    assert values["acceptance length"] == "2.41" and values["95 % interval"] == "2.31 – 2.51"
-    assert values["bigram"] == "1.18" and values["prompt look-up"] == "1.31"
-    assert values["speedup"] == "1.52×" and values["lossless"] == "yes"
-    assert values["batch, steps, top-k, verify"] == "4, 3, 1, 4"
-    assert values["drafter version"] == "–" and dict(zip(header, second, strict=True))["drafter version"] == "v<2>"
-    assert "accepted by position" not in header and "without loops" not in header
+    assert header == [
+        "suite", "batch, steps, top-k, verify", "prompts", "acceptance length", "95 % interval", "tokens/s with draft",
+        "tokens/s without draft", "speedup", "95 % interval of speedup", "lossless", "widest tie",
+        "acceptance, first round", "acceptance, loops left out", "answers that loop", "acceptance, bigram",
+        "acceptance, prompt look-up",
+    ]  # fmt: skip
+    assert first == [
+        f"mt {EVIL}", "1, 3, 1, 4", "80", "2.41", "2.31 – 2.51", "152", "100", "1.52×", "1.32 – 1.72", "yes", "–",
+        "1.75", "2.22", "3", "1.18", "1.31",
+    ]  # fmt: skip
+    assert second[9:11] == ["tie", "0.00123"]
 
 
-def test_facts_of_evaluation_and_protocol(page):
+def test_facts(page):
     facts = {row[0]: row[1] for row in Page(page).rows if len(row) == 2}
-    assert facts["loop_free"] == "2.05" and facts["extra.prompts"] == "64"
-    assert facts["temperature"] == "0" and facts["system_prompt"] == EVIL
-    assert facts["updates"] == "40" and facts["best update"] == "20" and facts["peak memory"] == "2.00 GiB"
+    assert facts["loop free"] == "2.05" and facts["answers"] == "64" and "acceptance length" not in facts
+    assert facts["temperature"] == "0.00" and facts["system prompt"] == EVIL and facts["max new tokens"] == "20,000"
+    assert facts["updates"] == "40" and facts["update"] == "20" and facts["peak memory"] == "2.00 GiB"
+    assert facts["median tokens per second"] == "1,021"
 
 
 def test_figures(page):
@@ -190,18 +213,11 @@ def test_secrets_are_not_shown(page):
     assert "tokens_per_step: 4096" in page
 
 
-def test_the_draft_length_of_the_evaluation_is_the_headline(tmp_path):
-    run_dir = write(tmp_path, evaluation={**EVALUATION, "draft_length": 2, "accepted_at": [0.6, 0.5]})
-    parsed = Page(write_report(run_dir).read_text())
-    assert parsed.text["p"][0].startswith("Acceptance length 2.10 on held-out prompts with 2 drafted tokens")
-    assert len(parsed.named("figure")) == 2
-
-
-def test_draft_lengths_are_in_numeric_order(tmp_path):
-    run_dir = write(tmp_path, evaluation=EVALUATION)
-    assert Page(write_report(run_dir).read_text()).text["p"] == [
-        "Acceptance length 3.70 on held-out prompts with 10 drafted tokens; no benchmark was run."
-    ]
+def test_training_without_a_benchmark(tmp_path):
+    parsed = Page(write_report(write(tmp_path, evaluation=EVALUATION)).read_text())
+    (headline,) = parsed.text["p"]
+    assert headline == "Acceptance length 2.10 on held-out prompts with 2 drafted tokens; no benchmark was run."
+    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["text"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +226,7 @@ def test_draft_lengths_are_in_numeric_order(tmp_path):
         ([True, True], "is lossless"),
         ([True, False], "is NOT lossless"),
         ([True, "tie"], "ties"),
-        ([None], "not checked"),
+        ([None], "at temperature 0 only"),
     ],
 )
 def test_losslessness_is_that_of_the_worst_row(tmp_path, lossless, said):
@@ -219,29 +235,24 @@ def test_losslessness_is_that_of_the_worst_row(tmp_path, lossless, said):
     assert headline.startswith("Acceptance length 2.00 on mtbench, 1.50 times") and said in headline
 
 
-def test_a_run_folder_with_nothing_in_it(tmp_path):
-    parsed = Page(write_report(write(tmp_path / "empty")).read_text())
-    assert parsed.text["h1"] == ["empty"] and parsed.text["p"] == ["No acceptance length was measured."]
-    assert not parsed.named("figure")
+def test_a_run_that_measured_nothing(tmp_path):
+    parsed = Page(write_report(write(tmp_path)).read_text())
+    assert parsed.text["p"] == ["No acceptance length was measured."] and not parsed.named("figure")
+    assert printed(tmp_path) == []
 
 
-def test_missing_keys_and_null_values(tmp_path):
-    rows = [
-        {"step": 1, "loss": None, "accuracy/step_0": None},
-        {"step": 2, "loss": 2.0, "accuracy/step_0": 0.1},
-    ]
-    rows.append({"step": 2, "eval/acceptance_length": None})
-    suites = {"a": [{}], "b": {"acceptance_length": 2.0, "interval95": None, "speedup": math.nan}}
-    write(tmp_path, metrics=rows, benchmark={"suites": suites}, evaluation={"acceptance_length": 2.0}, run={})
-    (headline,) = Page(write_report(tmp_path).read_text()).text["p"]
-    assert headline.startswith("Acceptance length 2.00 on 2 suites. ")
-    assert summary_table(tmp_path).row_count == 2
-
-
-def test_accepted_by_position_without_a_benchmark(tmp_path):
-    write(tmp_path, metrics=[{"step": 5, "eval/accepted_at_1": 0.6, "eval/accepted_at_2": 0.5}])
-    (figure,) = Page(write_report(tmp_path).read_text()).named("figure")
-    assert figure["aria-label"] == "Share accepted by position in the draft"
+def test_values_that_could_not_be_measured(tmp_path):
+    """The target alone has no rounds, a step without a pair no accuracy, and updates may be logged after others."""
+    rows = [{"step": 1, "eval/acceptance_length": 1.5}, *training(2)]
+    rows[1] |= {"loss": None, "accuracy/step_0": None}
+    rows[2] |= {"accuracy/step_0": None}
+    alone = dict.fromkeys(["acceptance_length", "interval95", "acceptance_length_loop_free", "first_round"])
+    alone = result(1.0, 1.0, True) | alone | {"config": [1, 0, 0, 0], "accepted_by_position": []}
+    write(tmp_path, metrics=rows, benchmark={"suites": {"a": [alone, result(2.0, 1.5, True)]}, "protocol": {}})
+    parsed = Page(write_report(tmp_path).read_text())
+    assert parsed.text["p"][0].startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
+    assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["text"]
+    assert "–" in " ".join(printed(tmp_path))
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
@@ -259,24 +270,34 @@ def test_the_same_files_give_the_same_page(tmp_path):
     assert write_report(tmp_path).read_text() == write_report(tmp_path).read_text()
 
 
-def test_summary_table_in_a_narrow_terminal(tmp_path):
+def test_summary_in_a_narrow_terminal(tmp_path):
     write(tmp_path, benchmark={"suites": {"mt[bold]": [result(2.41, 1.52, True)]}}, evaluation=EVALUATION)
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table(tmp_path))
-    lines = [line.split() for line in console.export_text().splitlines()]
-    assert ["1", "drafted", "1.60"] in lines and ["10", "drafted", "3.70"] in lines
-    assert ["mt[bold]", "2.41", "152", "100", "1.52×", "yes", "1.18", "1.31"] in lines
+    lines = printed(tmp_path)
+    assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
+    found = dict(re.split(r"  +", line.strip()) for line in lines if re.search(r"\S  +\S", line))
+    assert list(found.items()) == [
+        ("1 drafted", "1.60"), ("2 drafted", "2.10"), ("10 drafted", "3.70"),
+        ("2 drafted, first round", "1.95"), ("2 drafted, loops left out", "2.05"),
+        ("prompts", "80"), ("acceptance length", "2.41"), ("tokens/s with draft", "152"),
+        ("tokens/s without draft", "100"), ("speedup", "1.52×"), ("lossless", "yes"),
+        ("acceptance, first round", "1.75"), ("acceptance, loops left out", "2.22"),
+        ("acceptance, bigram", "1.18"), ("acceptance, prompt look-up", "1.31"),
+    ]  # fmt: skip
 
 
-def test_summary_table_without_a_benchmark_has_no_empty_columns(tmp_path):
-    assert len(summary_table(write(tmp_path, evaluation=EVALUATION)).columns) == 2
+def test_summary_of_many_suites_stays_narrow(tmp_path):
+    suites = {f"a_suite_with_a_long_name_{n}": [result(1.0 + n, 1.5, "tie")] for n in range(6)}
+    lines = printed(write(tmp_path, benchmark={"suites": suites}))
+    assert all(len(line) <= 80 for line in lines)
+    shown = [line.split()[2:] for line in lines if line.strip().startswith("acceptance length")]
+    assert shown == [["1.00", "2.00", "3.00", "4.00"], ["5.00", "6.00"]]
 
 
 def test_table_for_a_tracker_is_plain(tmp_path):
     columns, rows = benchmark_table(BENCHMARK)
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
-    assert first["config"] == "4, 3, 1, 4" and first["acceptance_length"] == 2.41 and first["lossless"] is True
+    assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41 and first["lossless"] is True
     assert all(value is None or isinstance(value, bool | int | float | str) for row in rows for value in row)
 
 

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eagle3.data.sources import RowError
+from eagle3.errors import ConfigError
 
 Messages = list[dict[str, str]]
 
@@ -17,11 +18,36 @@ class Encoded:
     loss_mask: list[int]
 
 
+SYSTEM_PROMPTS = {
+    # From the Llama 2 release; SpecForge's `llama3` template puts it before conversations that have none.
+    "llama2": (
+        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
+        "being safe. Your answers should not include any harmful, unethical, racist, sexist, toxic, "
+        "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive "
+        "in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why "
+        "instead of answering something not correct. If you don't know the answer to a question, please don't"
+        " share false information."
+    )
+}
+
+
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """Put `system_prompt` first where a conversation has no system message of its own."""
+    """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has none of its own."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
+    system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def load_tokenizer(path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The target's tokenizer; raises ConfigError when there is none, or none that can render a chat."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={path} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"the tokenizer of model.path={path} has no chat template; add chat_template.jinja beside it")
+    return tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, only_last_turn: bool = False) -> Encoded:
@@ -39,16 +65,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Messages, only_last_tur
 
 
 def assistant_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
-    """Where each assistant turn (content and end of turn) lies in the rendered text: [start, stop) in characters."""
+    """Where each assistant turn (content and end of turn) lies in the rendered text: [start, stop) in characters.
+
+    Templates may render earlier turns differently from the last (Qwen3 gives the last an empty thinking block), so a
+    turn is found by its content behind what the template renders for the turns before it.
+    """
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        content = message["content"].strip()
         before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = text if i + 1 == len(messages) else tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-        if not text.startswith(after) or not after.startswith(before):
+        alone = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False).rstrip()
+        end_of_turn = alone[alone.rfind(content) + len(content) :]
+        stop = text.find(content, len(before)) + len(content)
+        found = text.startswith(before) and content in alone and stop >= len(before) + len(content)
+        if not found or not text.startswith(end_of_turn, stop):
             raise RowError("the chat template renders a turn differently once others follow")
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((len(before), stop + len(end_of_turn)))
     return spans
 
 

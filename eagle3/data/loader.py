@@ -75,8 +75,8 @@ class Loader:
         self.plan = lambda epoch: plan_epoch(
             self.lengths, seed, epoch, tokens_per_step * grad_accum, documents_per_update
         )
-        planned = [len(self.plan(epoch)) for epoch in range(epochs if max_steps is None else 0)]
-        self.total_updates = sum(planned) if max_steps is None else max_steps
+        planned = sum(len(self.plan(epoch)) for epoch in range(epochs))
+        self.total_updates = planned if max_steps is None else min(planned, max_steps)
         self.state = {"epoch": 0, "update": 0}
 
     def pack_update(self, documents: np.ndarray) -> Update:

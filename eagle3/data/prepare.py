@@ -16,6 +16,8 @@ from eagle3.data.sources import Row, RowError, read_rows
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.errors import RunError
 
+Rejects = list[tuple[Row, str]]
+
 
 @dataclass
 class Prepared:
@@ -62,35 +64,50 @@ class Preparation:
     draft_vocab_size: int
 
 
-def conversation_hash(messages: Messages) -> str:
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+def prompt_hash(messages: Messages) -> str:
+    """Equal for conversations that ask the same, whatever the last answer is."""
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def split(rows: list[Row], options: Preparation) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows: from `eval_path`, else the conversations with the lowest hashes."""
-    if options.eval_path is not None:
-        return rows, list(read_rows(options.eval_path))[: options.num_heldout]
-    answered = {
-        conversation_hash(row.messages): row for row in rows if row.messages and row.messages[-1]["role"] == "assistant"
-    }
-    if 0 < len(answered) <= options.num_heldout:
-        raise RunError(
-            f"data.path={options.path} has {len(answered)} different conversations, too few to hold out "
-            f"eval.num_prompts={options.num_heldout}; lower it or give data.eval_path"
-        )
-    chosen = sorted(answered)[: options.num_heldout]
-    train = [row for row in rows if not row.messages or conversation_hash(row.messages) not in chosen]
-    return train, [answered[name] for name in chosen]
+def hold_out(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Preparation, rejects: Rejects) -> list[dict]:
+    """Prompts for evaluation, {"id", "hash", "input_ids"}: of `eval_path`, else those of `rows` with the lowest hashes.
+
+    What `eval_path` holds but cannot be used goes to `rejects`.
+    """
+    candidates = list(read_rows(options.eval_path)) if options.eval_path is not None else rows
+    if options.eval_path is None:
+        by_hash = {prompt_hash(r.messages): r for r in rows if r.messages and r.messages[-1]["role"] == "assistant"}
+        if 0 < len(by_hash) <= options.num_heldout:
+            raise RunError(
+                f"data.path={options.path} has {len(by_hash)} different prompts, too few to hold out "
+                f"eval.num_prompts={options.num_heldout}; lower it or give data.eval_path"
+            )
+        candidates = [by_hash[name] for name in sorted(by_hash)]
+    prompts = []
+    for row in candidates:
+        ids = [] if row.messages is None else encode_prompt(tokenizer, with_system(row.messages, options.system_prompt))
+        if 0 < len(ids) <= options.max_length:
+            name = f"{Path(row.file).name}:{row.line}"
+            prompts.append({"id": name, "hash": prompt_hash(row.messages), "input_ids": ids})
+        elif options.eval_path is not None:
+            rejects.append((row, row.reason or "held-out prompt longer than data.max_length"))
+        if len(prompts) == options.num_heldout:
+            break
+    return prompts
 
 
 def write(folder: Path, tokenizer: PreTrainedTokenizerBase, options: Preparation) -> dict:
     """Fill `folder`; returns the facts: rows, documents, tokens, supervised tokens, rejects by reason, coverage."""
-    rows, heldout_rows = split(list(read_rows(options.path))[: options.num_samples], options)
-    if not rows:
-        raise RunError(f"data.path={options.path} has no rows; give a file with one conversation a line")
-    ids, masks, lengths, cut = [], [], [], 0
-    rejects: list[tuple[Row, str]] = []
+    rows = list(read_rows(options.path))[: options.num_samples]
+    rejects: Rejects = []
+    heldout = hold_out(rows, tokenizer, options, rejects)
+    asked, held_rows = {prompt["hash"] for prompt in heldout}, 0
+    ids, masks, cut = [], [], 0
     for row in track(rows, description="prepare", transient=True):
+        if row.messages is not None and prompt_hash(row.messages) in asked:
+            held_rows += 1
+            continue
         try:
             encoded = encode_row(row, tokenizer, options)
         except RowError as error:
@@ -99,36 +116,33 @@ def write(folder: Path, tokenizer: PreTrainedTokenizerBase, options: Preparation
         cut += len(encoded.input_ids) > options.max_length
         ids.append(np.array(encoded.input_ids[: options.max_length], dtype=np.int32))
         masks.append(np.array(encoded.loss_mask[: options.max_length], dtype=bool))
-        lengths.append(len(ids[-1]))
     write_rejects(folder / "rejects.jsonl", rejects, options)
+    reasons = Counter(reason for _, reason in rejects)
     if not ids:
-        reasons = ", ".join(f"{n} x {reason}" for reason, n in Counter(reason for _, reason in rejects).items())
-        raise RunError(f"data.path={options.path}: none of {len(rows)} rows can be trained on ({reasons})")
-    heldout = heldout_prompts(heldout_rows, tokenizer, options)
+        told = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
+        raise RunError(f"data.path={options.path}: none of {len(rows)} rows can be trained on ({told})")
+    if not heldout:
+        raise RunError(f"data.eval_path={options.eval_path or options.path} has no prompt within data.max_length")
     flat_ids, flat_mask = np.concatenate(ids), np.concatenate(masks)
     counts = np.bincount(flat_ids[flat_mask], minlength=options.vocab_size)
-    ends = {flat_ids[i] for i in np.flatnonzero(flat_mask & ~np.append(flat_mask[1:], False))}
-    vocab = choose_vocab(counts, options.draft_vocab_size, end_of_turn(tokenizer) & {int(i) for i in ends})
+    ends = flat_ids[flat_mask & ~np.append(flat_mask[1:], False)].tolist()
+    vocab = choose_vocab(counts, options.draft_vocab_size, set(tokenizer.all_special_ids) & set(ends))
     np.save(folder / "input_ids.npy", flat_ids)
     np.save(folder / "loss_mask.npy", flat_mask)
-    np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, ids)], dtype=np.int64))
     np.save(folder / "vocab.npy", vocab)
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in heldout))
+    (folder / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in heldout))
     return {
         "rows": len(rows),
-        "documents": len(lengths),
+        "documents": len(ids),
+        "held_out_rows": held_rows,
         "tokens": len(flat_ids),
         "supervised_tokens": int(flat_mask.sum()),
         "cut_to_max_length": int(cut),
-        "rejected": dict(Counter(reason for _, reason in rejects)),
+        "rejected": dict(reasons),
         "heldout_prompts": len(heldout),
         "vocab_coverage": coverage(counts, vocab),
     }
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Special tokens; one that closes an assistant turn always belongs to the draft vocabulary."""
-    return set(tokenizer.all_special_ids)
 
 
 def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, options: Preparation):
@@ -142,23 +156,9 @@ def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, options: Preparatio
     return encoded
 
 
-def write_rejects(path: Path, rejects: list[tuple[Row, str]], options: Preparation) -> None:
+def write_rejects(path: Path, rejects: Rejects, options: Preparation) -> None:
     lines = [{"file": row.file, "line": row.line, "reason": reason} for row, reason in rejects]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if rejects and options.on_reject == "fail":
         row, reason = rejects[0]
         raise RunError(f"{row.file}, line {row.line}: {reason} (data.on_reject=skip would count it and go on)")
-
-
-def heldout_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Preparation) -> list[dict]:
-    """Held-out rows as {"id", "input_ids"}: everything up to the last assistant turn, which is left out."""
-    prompts = []
-    for row in rows:
-        if row.messages is None:
-            continue
-        ids = encode_prompt(tokenizer, with_system(row.messages, options.system_prompt))
-        if len(ids) <= options.max_length:
-            prompts.append({"id": f"{Path(row.file).name}:{row.line}", "input_ids": ids})
-    if not prompts:
-        raise RunError(f"data.eval_path={options.eval_path or options.path} has no prompt within data.max_length")
-    return prompts

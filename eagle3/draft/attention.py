@@ -202,15 +202,16 @@ class Attend(torch.autograd.Function):
         )
         grouped = (k.shape[1], -1)
         q_grouped, grad_grouped = q.unflatten(1, grouped), grad_out.unflatten(1, grouped)
-        delta = (grad_out * out).sum(-1).unflatten(1, grouped)
+        delta = (grad_out * out).sum(-1, dtype=lse.dtype).unflatten(1, grouped)
         grads = []
         for key, value in zip(later[::2], later[1::2], strict=True):
-            p = (own_scores(q_grouped, key, ctx.scale) - lse).exp().to(q.dtype).unflatten(1, grouped)
-            grad_score = p * ((grad_grouped * value[: len(q), :, None]).sum(-1) - delta) * ctx.scale
+            p = (own_scores(q_grouped, key, ctx.scale) - lse).exp().unflatten(1, grouped)
+            grad_p = (grad_grouped * value[: len(q), :, None]).sum(-1, dtype=lse.dtype)
+            grad_score = (p * (grad_p - delta) * ctx.scale).to(q.dtype)
             grad_q += (grad_score[..., None] * key[: len(q), :, None]).flatten(1, 2)
             grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
             grad_key[: len(q)] = (grad_score[..., None] * q_grouped).sum(2)
-            grad_value[: len(q)] = (p[..., None] * grad_grouped).sum(2)
+            grad_value[: len(q)] = (p.to(q.dtype)[..., None] * grad_grouped).sum(2)
             grads += [grad_key, grad_value]
         return None, None, None, grad_q, grad_k, grad_v, *grads
 

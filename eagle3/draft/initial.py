@@ -35,15 +35,28 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
 
 
 def read_config(path: str, derived: DraftConfig) -> DraftConfig:
-    """The shape in a JSON file of the guides' kind; what it does not name is derived. Raises ConfigError."""
-    values = json.loads(Path(path).read_text())
-    shape = {f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None}
-    for name in ("vocab_size", "max_position_embeddings", "rope_theta", "target_hidden_size"):
+    """The shape in a JSON file of the guides' kind; what it does not name is derived. Raises ConfigError.
+
+    Maximum positions and RoPE theta are always the target's: the guides' files carry the training length.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+        shape = {f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"draft.config={path} is not a JSON object with the draft's shape: {error}") from error
+    for name in ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "hidden_act"):
         if name in shape and shape[name] != getattr(derived, name):
             raise ConfigError(
-                f"draft.config={path}: {name}={shape[name]}, but the target's is {getattr(derived, name)}"
+                f"draft.config={path}: {name}={shape[name]}, but it must be {getattr(derived, name)} here"
             )
-    return replace(derived, **shape)
+    kept = {"max_position_embeddings": derived.max_position_embeddings, "rope_theta": derived.rope_theta}
+    return replace(derived, **shape | kept)
+
+
+def draft_config(section: DraftSection, target: PretrainedConfig) -> DraftConfig:
+    """The shape that the config asks for. Raises ConfigError."""
+    derived = derive_config(target, section.vocab_size)
+    return derived if section.config is None else read_config(section.config, derived)
 
 
 def new_draft(
@@ -53,11 +66,7 @@ def new_draft(
     from eagle3.export import read_draft
 
     if section.init_from is not None:
-        return read_draft(Path(section.init_from), attention, target.config)
-    config = derive_config(target.config, len(d2t))
-    if section.config is not None:
-        config = read_config(section.config, config)
-    draft = Draft(config, attention, t2d, d2t)
-    if config.hidden_size == target.config.hidden_size:
-        draft.lm_head.weight.data.copy_(target.head[draft.target_ids.to(target.head.device)])
+        return read_draft(Path(section.init_from), attention, target.config, target.aux_layer_ids)
+    draft = Draft(draft_config(section, target.config), attention, t2d, d2t)
+    draft.lm_head.weight.data.copy_(target.head[draft.target_ids.to(target.head.device)])
     return draft

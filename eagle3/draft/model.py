@@ -34,6 +34,11 @@ class DraftConfig:
     initializer_range: float = 0.02
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight^T in the dtype of x; the gradient of the weight has the weight's own dtype."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 class Linear(nn.Linear):
     """A linear layer without bias that follows the dtype of its input."""
 
@@ -41,7 +46,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -134,14 +139,14 @@ class Draft(nn.Module):
 
         It depends on the token alone, so one call serves every step that reads the token.
         """
-        return F.linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(embeddings.dtype, 0))
+        return linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(0))
 
-    def qkv_weight(self, dtype: torch.dtype, half: int) -> torch.Tensor:
+    def qkv_weight(self, half: int) -> torch.Tensor:
         """[(H + 2G) d, D]: the columns of q, k, v that read the embedding (half 0) or the hidden state (half 1)."""
         attention, size = self.midlayer.self_attn, self.config.hidden_size
         columns = slice(half * size, (half + 1) * size)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return torch.cat([p.weight[:, columns] for p in projections]).to(dtype)
+        return torch.cat([p.weight[:, columns] for p in projections])
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[n, (H + 2G) d] -> q [n,H,d], k [n,G,d], v [n,G,d]."""

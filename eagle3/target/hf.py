@@ -1,6 +1,6 @@
 """A transformers model as the target: packed hidden states, without logits of all rows and without patching it."""
 
-import json
+import hashlib
 from pathlib import Path
 
 import torch
@@ -84,12 +84,22 @@ class HFTarget:
         layers = find_layers(decoder, self.config.num_hidden_layers)
         for layer_id in self.aux_layer_ids:
             layers[layer_id].register_forward_hook(self.capture(layer_id))
+        self.check_head()
 
     def capture(self, layer_id: int):
         def hook(module, inputs, output):
             self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Raise ConfigError where the model's logits are not last hidden states times the head (a bias, a scale)."""
+        ids = torch.arange(3, device=self.device)
+        theirs = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
+        ours = self.lm_head(self.states(ids, ids)[1]).double()
+        if (theirs - ours).norm() > 0.02 * theirs.norm():
+            raise ConfigError(f"the target at {self.path} changes its logits behind the head; it is not supported")
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -152,14 +162,21 @@ def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleLis
     raise RunError(f"{type(decoder).__name__} has no list of its {num_layers} decoder layers among its children")
 
 
-def describe(path: str, revision: str | None) -> dict:
-    """What a target is, for fingerprints: its id and, for a folder, config, file sizes and safetensors headers."""
+def describe(path: str, revision: str | None, trust_remote_code: bool = False) -> dict:
+    """What a target is, for fingerprints: a hub id with its commit, or what a folder holds.
+
+    Of weight files the size and 64 blocks of a mebibyte spread over them: all of a small one, seconds for a large one.
+    """
     folder = Path(path)
     if not folder.is_dir():
-        return {"path": path, "revision": revision}
+        commit = getattr(text_config(path, revision, trust_remote_code), "_commit_hash", None)
+        return {"path": path, "revision": revision, "commit": commit}
     files = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        digest, size = hashlib.sha256(), file.stat().st_size
         with file.open("rb") as stream:
-            header = stream.read(int.from_bytes(stream.read(8), "little"))
-        files[file.name] = [file.stat().st_size, json.loads(header)]
-    return {"config": json.loads((folder / "config.json").read_text()), "files": files}
+            for block in range(64):
+                stream.seek(block * size // 64)
+                digest.update(stream.read(1 << 20))
+        files[file.name] = [size, digest.hexdigest()]
+    return files

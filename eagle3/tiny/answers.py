@@ -6,13 +6,14 @@ from collections import Counter, defaultdict
 
 import torch
 from rich.progress import track
+from torch import multiprocessing
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from eagle3.loops import is_loop
-from eagle3.tiny.train import SEED, write_rows
+from eagle3.tiny.train import PROCESSES, SEED, write_rows
 
 TEMPERATURES = [(0.0, 0.40), (0.7, 0.35), (1.0, 0.25)]  # and the share of the conversations
-CONVERSATIONS = 5800  # asked for; about 700,000 tokens are left
+CONVERSATIONS = 5000  # asked for; about 700,000 tokens are left
 MAX_NEW_TOKENS = 192
 EVAL_PROMPTS = 144
 EVAL_PROMPT_TOKENS = 250
@@ -61,34 +62,50 @@ def generate(model, prompts, temperatures, max_new_tokens, generator):
     return answers
 
 
-def answer_all(model, tokenizer, dialogues, temperatures, expected, max_new_tokens, what):
+def load(folder):
+    """Gives a process of the pool its copy of the target."""
+    global model
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def answer_batch(job):
+    """(prompts, temperatures, max_new_tokens, seed) -> answers; runs in the pool."""
+    *arguments, seed = job
+    return generate(model, *arguments, torch.Generator().manual_seed(seed))
+
+
+def answer_all(pool, tokenizer, dialogues, temperatures, expected, max_new_tokens, what):
     """Messages that end in a user turn -> answers (ids). `expected`: likely lengths, so that a batch ends together."""
     prompts = [
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) for messages in dialogues
     ]
     order = sorted(range(len(prompts)), key=lambda i: (expected[i] // 60, len(prompts[i])))
-    starts = range(0, len(order), BATCH)
-    generator, answers = torch.Generator().manual_seed(SEED), [None] * len(order)
-    for start in track(starts, what):
-        batch = order[start : start + BATCH]
-        made = generate(model, [prompts[i] for i in batch], [temperatures[i] for i in batch], max_new_tokens, generator)
+    starts = reversed(range(0, len(order), BATCH))  # the long answers first, so that no process waits at the end
+    batches = [order[start : start + BATCH] for start in starts]
+    jobs = [
+        ([prompts[i] for i in batch], [temperatures[i] for i in batch], max_new_tokens, SEED + number)
+        for number, batch in enumerate(batches)
+    ]
+    answers = [None] * len(prompts)
+    for batch, made in zip(batches, track(pool.imap(answer_batch, jobs), what, len(jobs)), strict=True):
         for i, answer in zip(batch, made, strict=True):
             answers[i] = answer
     return answers
 
 
-def converse(model, tokenizer, rows, temperatures, turns, what):
+def converse(pool, tokenizer, rows, temperatures, turns, what):
     """Lets the target answer the first `turns` questions of the rows (those that have fewer: all of theirs).
 
     -> [messages, or None where an answer loops or does not end by itself]
     """
-    eot, dialogues = model.config.eos_token_id, [[] for _ in rows]
+    eot, dialogues = tokenizer.eos_token_id, [[] for _ in rows]
     for turn in range(turns):
         asked = [i for i, row in enumerate(rows) if dialogues[i] is not None and len(row["messages"]) > 2 * turn]
         questions = [dialogues[i] + [rows[i]["messages"][2 * turn]] for i in asked]
         expected = [len(rows[i]["messages"][2 * turn + 1]["content"]) for i in asked]
         chosen = [temperatures[i] for i in asked]
-        answers = answer_all(model, tokenizer, questions, chosen, expected, MAX_NEW_TOKENS, f"{what}, turn {turn + 1}")
+        answers = answer_all(pool, tokenizer, questions, chosen, expected, MAX_NEW_TOKENS, f"{what}, turn {turn + 1}")
         for i, question, ids in zip(asked, questions, answers, strict=True):
             text = tokenizer.decode(ids[:-1])
             # a special token in the text, or blanks at its ends, would not survive the chat template
@@ -97,13 +114,13 @@ def converse(model, tokenizer, rows, temperatures, turns, what):
     return dialogues
 
 
-def training_answers(model, tokenizer, rows, count):
+def training_answers(pool, tokenizer, rows, count):
     """-> rows of conversations.jsonl in random order."""
     pick = random.Random(SEED)
     rows = pick.sample(rows, min(count, len(rows)))
     kinds, shares = zip(*TEMPERATURES, strict=True)
     temperatures = pick.choices(kinds, shares, k=len(rows))
-    dialogues = converse(model, tokenizer, rows, temperatures, 2, "training answers")
+    dialogues = converse(pool, tokenizer, rows, temperatures, 2, "training answers")
     return [
         {"id": row["id"], "messages": messages, "temperature": temperature}
         for row, messages, temperature in zip(rows, dialogues, temperatures, strict=True)
@@ -111,11 +128,11 @@ def training_answers(model, tokenizer, rows, count):
     ]
 
 
-def eval_prompts(model, tokenizer, rows):
+def eval_prompts(pool, tokenizer, rows):
     """-> (rows of eval.jsonl, their reference answers): the kinds take turns, so any first N are a fair mix."""
     random.Random(SEED).shuffle(rows)
     firsts = converse(
-        model, tokenizer, [r | {"messages": r["messages"][:-2]} for r in rows], [0.0] * len(rows), 1, "eval"
+        pool, tokenizer, [r | {"messages": r["messages"][:-2]} for r in rows], [0.0] * len(rows), 1, "eval"
     )
     by_kind = defaultdict(list)
     for row, first in zip(rows, firsts, strict=True):
@@ -130,11 +147,11 @@ def eval_prompts(model, tokenizer, rows):
     return [by_kind[kind][n] for n, kind in turns[:EVAL_PROMPTS]]
 
 
-def report(model, tokenizer, rows, references):
+def report(pool, tokenizer, rows, references):
     """Prints, of the greedy answers to `rows`: how many loop, end, and copy the names of the prompt."""
     expected = [len(r) for r in references]
     answers = answer_all(
-        model,
+        pool,
         tokenizer,
         [r["messages"] for r in rows],
         [0.0] * len(rows),
@@ -150,7 +167,7 @@ def report(model, tokenizer, rows, references):
             name for code in re.findall(r"`([^`\n]+)`|def (.+)", reference) for name in NAME.findall(code[0] or code[1])
         }
         total["loops"] += is_loop(ids)
-        total["ends"] += ids[-1] == model.config.eos_token_id
+        total["ends"] += ids[-1] == tokenizer.eos_token_id
         total["exact"] += text.strip() == reference.strip()
         total["wanted"] += len(wanted)
         total["copied"] += sum(bool(re.search(rf"\b{re.escape(name)}\b", text)) for name in wanted)
@@ -166,11 +183,11 @@ def report(model, tokenizer, rows, references):
 
 def make_answers(tokenizer, training, held_out, out, count=CONVERSATIONS):
     """Writes conversations.jsonl and eval.jsonl under `out` with the target that stands there."""
-    model = AutoModelForCausalLM.from_pretrained(out / "target", dtype=torch.float32).eval()
-    pairs = eval_prompts(model, tokenizer, held_out)
-    write_rows(out / "eval.jsonl", [row for row, _ in pairs])
-    report(model, tokenizer, [row for row, _ in pairs], [reference for _, reference in pairs])
-    rows = training_answers(model, tokenizer, training, count)
+    with multiprocessing.get_context("spawn").Pool(PROCESSES, load, (out / "target",)) as pool:
+        pairs = eval_prompts(pool, tokenizer, held_out)
+        write_rows(out / "eval.jsonl", [row for row, _ in pairs])
+        report(pool, tokenizer, [row for row, _ in pairs], [reference for _, reference in pairs])
+        rows = training_answers(pool, tokenizer, training, count)
     write_rows(out / "conversations.jsonl", rows)
     sizes = [len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) for r in rows]
     print(f"{len(rows)} of {min(count, len(training))} conversations kept, {sum(sizes)} tokens, longest {max(sizes)}")

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from eagle3.tiny.answers import make_answers
 from eagle3.tiny.corpus import conversations
-from eagle3.tiny.tokenizer import train_tokenizer
+from eagle3.tiny.tokenizer import save_tokenizer, train_tokenizer
 from eagle3.tiny.train import train, write_rows
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ def main():
         write_rows(work / "held_out.jsonl", held_out)
     training, held_out = read_rows(work / "training.jsonl"), read_rows(work / "held_out.jsonl")
     if "tokenizer" in options.steps:
-        train_tokenizer(training).save_pretrained(target)
+        save_tokenizer(train_tokenizer(training), target)
     tokenizer = AutoTokenizer.from_pretrained(target)
     if "train" in options.steps:
         train(tokenizer, training, held_out, work, target)

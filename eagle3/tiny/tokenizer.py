@@ -1,5 +1,7 @@
 """The tokenizer of the tiny target: 2,048 byte-level BPE tokens and a chat template like Llama 3's."""
 
+import json
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +62,18 @@ def train_tokenizer(rows):
         chat_template=TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def save_tokenizer(tokenizer, folder):
+    """Writes the tokenizer so that transformers 4, which the serving engines use, reads it too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def encode(tokenizer, messages):

@@ -12,7 +12,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import distributed, multiprocessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from eagle3.tiny.tokenizer import VOCAB_SIZE, encode
+from eagle3.tiny.tokenizer import VOCAB_SIZE, encode, save_tokenizer
 
 SEED = 0
 PROMPT_WEIGHT = 0.3  # of a prompt token's loss, an answer token counting 1
@@ -120,7 +120,7 @@ def save_target(model, tokenizer, folder):
     model.config.dtype = torch.bfloat16
     model.save_pretrained(staging, state_dict=weights)
     model.config.dtype = dtype
-    tokenizer.save_pretrained(staging)
+    save_tokenizer(tokenizer, staging)
     config = json.loads((staging / "config.json").read_text()) | {"dtype": "bfloat16"}
     (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def save_target(model, tokenizer, folder):
     staging.rmdir()
 
 
-def train(tokenizer, training, held_out, work, target, epochs=3, lr=2e-3):
+def train(tokenizer, training, held_out, work, target, epochs=4, lr=2e-3):
     """Trains up to `epochs` and writes `target`; continues from `work`/state.pt.
 
     One process a core, each with its part of every batch: threads that meet after every operation get little done on a
@@ -187,7 +187,7 @@ def worker(rank, rendezvous, tokenizer, rows, unseen, work, target, epochs, lr):
                 line = f"step {done}/{len(steps)} epoch {epoch} answer loss {recent:.4f} {seen / seconds:.0f} tokens/s"
                 line += f" ETA {(len(steps) - done) * seconds / (done - first):.0f} s"
                 line += f" held-out {evaluate(model, unseen):.4f}" if ends_epoch else ""
-                progress.console.print(line)
+                progress.console.print(line, soft_wrap=True)
             if time.time() - saved_at > SAVE_EVERY or done == len(steps):
                 save()
                 saved_at = time.time()

@@ -1,0 +1,1 @@
+"""The embedded default: a small target, its tokenizer and its conversations."""
