@@ -44,6 +44,7 @@ def check(config: RunConfig) -> None:
     for key in ("mode", "target", "loss", "optimizer", "scheduler", "benchmark", "logger"):
         check_node(getattr(config, key), key)
     check_node(config.draft.attention, "draft.attention")
+    check_node(config.draft.initial, "draft.initial")
     check_ranges(config)
     if config.parallel.ulysses * config.parallel.ring > config.launch.nproc_per_node * config.launch.nnodes:
         raise ConfigError(

@@ -50,6 +50,7 @@ class DraftSection:
     config: Optional[str] = None
     init_from: Optional[str] = None
     attention: dict[str, Any] = MISSING
+    initial: dict[str, Any] = MISSING
 
 
 @dataclass

@@ -36,7 +36,7 @@ from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_con
 from eagle3.train import Trainer, fit
 
 PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "safetensors", "numpy")
-console = Console()
+console = Console(markup=False)
 
 
 class Run:
@@ -199,8 +199,8 @@ def generate_stage(run: Run) -> None:
 
 def draft_for(run: Run) -> Draft:
     torch.manual_seed(run.config.seed)
-    attention = instantiate(run.config.draft.attention)
-    return new_draft(run.config.draft, attention, run.target, *run.vocab).to(run.device)
+    attention, initial = instantiate(run.config.draft.attention), instantiate(run.config.draft.initial)
+    return new_draft(run.config.draft, attention, initial, run.target, *run.vocab).to(run.device)
 
 
 def train_stage(run: Run) -> None:
@@ -330,9 +330,8 @@ def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | N
         run.tracker.finish(exit_code)
     console.print(summary_table(run_dir))
     console.print(f"report: {report}")
-    kept = [
-        o for o in run.overrides if o.split("=")[0] not in ("stages", "draft_path", "train.resume", "hydra.run.dir")
-    ]
-    again = shlex.join([*kept, "stages=[benchmark]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
+    dropped = ("stages", "draft_path", "train.resume", "hydra.run.dir", "benchmark.temperature")
+    again = [o for o in run.overrides if o.split("=")[0] not in dropped]
+    again = shlex.join([*again, "stages=[benchmark]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
     console.print(f"next, the same draft when sampling: python run.py {again}", soft_wrap=True)
     return result(run_dir)

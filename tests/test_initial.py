@@ -1,0 +1,47 @@
+"""The induction start copies what followed a token earlier in the text, before any training."""
+
+import torch
+
+from eagle3.data.packing import pack
+from eagle3.data.supervision import serving
+from eagle3.draft.attention import Auto
+from eagle3.draft.initial import induction, random
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.loss import SoftTargetLoss, kl
+from eagle3.target.features import Features
+from eagle3.ttt import unroll
+
+
+def copied_share(initial) -> float:
+    """Of a random text said twice, the share of the second half that the untrained draft predicts at step 0."""
+    torch.manual_seed(0)
+    size, vocab = 128, 256
+    config = DraftConfig(size, 128, 4, 2, 64, vocab, vocab, size, 512)
+    t2d, d2t = torch.ones(vocab, dtype=torch.bool), torch.zeros(vocab, dtype=torch.int64)
+    embedding, head = torch.randn(vocab, size), torch.randn(vocab, size)
+    draft = Draft(config, Auto, t2d, d2t)
+    initial(draft, embedding, head)
+    ids = torch.randperm(vocab)[:60].repeat(2)
+    batch = pack([(0, ids, torch.arange(120) >= 60)], t2d, 1, serving)
+    aux = torch.cat([embedding[ids] + 0.5 * torch.randn(120, size), torch.randn(120, 2 * size)], dim=-1)
+    rows = batch.teacher_rows
+    features = Features(aux, torch.randn(len(rows), size), ids.roll(-1)[rows], torch.zeros(len(rows)))
+    with torch.no_grad():
+        hidden = unroll(draft, embedding, aux, batch)
+        return float(SoftTargetLoss(kl)(draft, hidden, features, batch, head).correct.float().mean())
+
+
+def test_induction_copies_before_training():
+    assert copied_share(induction) > 0.25
+    assert copied_share(random) < 0.05
+
+
+def test_the_head_starts_as_the_targets():
+    config = DraftConfig(32, 64, 4, 2, 16, 50, 20, 32, 512)
+    t2d = torch.arange(50) % 5 < 2
+    d2t = t2d.nonzero()[:, 0] - torch.arange(20)
+    head, embedding = torch.randn(50, 32), torch.randn(50, 32)
+    for initial in (random, induction):
+        draft = Draft(config, Auto, t2d, d2t)
+        initial(draft, embedding, head)
+        assert torch.equal(draft.lm_head.weight, head[t2d])
