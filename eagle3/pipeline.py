@@ -330,8 +330,9 @@ def execute(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | N
         run.tracker.finish(exit_code)
     console.print(summary_table(run_dir))
     console.print(f"report: {report}")
-    dropped = ("stages", "draft_path", "train.resume", "hydra.run.dir", "benchmark.temperature")
-    again = [o for o in run.overrides if o.split("=")[0] not in dropped]
-    again = shlex.join([*again, "stages=[benchmark]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
-    console.print(f"next, the same draft when sampling: python run.py {again}", soft_wrap=True)
+    if run.draft_folder.exists():
+        dropped = ("stages", "draft_path", "train.resume", "hydra.run.dir", "benchmark.temperature")
+        again = [o for o in run.overrides if o.split("=")[0] not in dropped]
+        again = shlex.join([*again, "stages=[benchmark]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
+        console.print(f"next, the same draft when sampling: python run.py {again}", soft_wrap=True)
     return result(run_dir)
