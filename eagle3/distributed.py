@@ -20,7 +20,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: returning and zeroing them again costs a quarter of a CPU step's time."""
+    """Tell glibc to keep large freed blocks: returning and zeroing them again costs a sixth of a CPU step's time."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
