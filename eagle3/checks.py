@@ -14,8 +14,9 @@ from typing import Any
 
 from eagle3.benchmark.builtin import draft_length
 from eagle3.benchmark.suites import parse
-from eagle3.config import RunConfig, nearest
+from eagle3.config import Data, RunConfig, nearest
 from eagle3.data.chat import load_tokenizer
+from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.pipeline import STAGES
@@ -41,7 +42,9 @@ def check(config: RunConfig) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
-    for key in ("mode", "target", "loss", "optimizer", "scheduler", "benchmark", "logger"):
+    if "regenerate" in config.stages and "prepare" in config.stages[: config.stages.index("regenerate")]:
+        raise ConfigError("stages: regenerate must come before prepare, which reads what it writes")
+    for key in ("mode", "target", "regenerate", "loss", "optimizer", "scheduler", "benchmark", "logger"):
         check_node(getattr(config, key), key)
     check_node(config.draft.attention, "draft.attention")
     check_node(config.draft.initial, "draft.initial")
@@ -107,7 +110,7 @@ def check_node(node: dict[str, Any], key: str) -> None:
         parameters = inspect.signature(called).parameters
         hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
         for name, value in node.items():
-            if name in ("_target_", "_partial_"):
+            if name in ("_target_", "_partial_", "_convert_"):
                 continue
             if name not in parameters:
                 raise ConfigError(
@@ -147,8 +150,8 @@ def fits(value: Any, hint: Any) -> bool:
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
-    needed = {"data.path": config.data.path, "data.eval_path": config.data.eval_path}
-    needed |= {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
+    check_data(config.data)
+    needed = {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
     needed |= {"draft_path": config.draft_path}
     for key, path in needed.items():
         wanted = Path.is_dir if key in ("draft_path", "draft.init_from") else Path.is_file
@@ -164,6 +167,19 @@ def check_files(config: RunConfig) -> None:
         raise ConfigError(f"model.path={folder} has no config.json, so it is not a transformers model")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json")
+
+
+def check_data(data: Data) -> None:
+    """That data comes from `path` or from `sources`, and that what looks like a local path exists."""
+    if (data.path is None) == (not data.sources):
+        raise ConfigError("data.path and data.sources exclude each other; set one of them, such as data.path=<file>")
+    paths = {"data.path": data.path, "data.eval_path": data.eval_path}
+    paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    for name, source in data.sources.items():
+        check_fields(source, f"data.sources.{name}.")
+    for key, path in paths.items():
+        if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
+            raise ConfigError(f"{key}={path} does not exist; give a local file or folder, a hub id, or an address")
 
 
 def check_against_target(config: RunConfig) -> None:
@@ -185,7 +201,8 @@ def check_against_target(config: RunConfig) -> None:
             f"data.max_length={config.data.max_length} must be at most the target's max_position_embeddings="
             f"{target.max_position_embeddings}"
         )
-    load_tokenizer(config.model.path, config.model.revision, config.model.trust_remote_code)
+    model = config.model
+    load_tokenizer(model.path, model.revision, model.trust_remote_code, config.data.chat_template)
     if config.draft.vocab_size > target.vocab_size:
         raise ConfigError(
             f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"

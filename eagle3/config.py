@@ -29,16 +29,43 @@ class Model:
 
 
 @dataclass
-class Data:
-    """Rows with `messages` or `conversations`; without `eval_path`, some conversations of `path` are held out."""
+class Source:
+    """One dataset of a mix; `weight` is how often an epoch passes over it (0.5: over half of its rows)."""
 
     path: str = MISSING
+    subset: Optional[str] = None
+    split: str = "train"
+    weight: float = ranged(1.0, 0, 100)
+
+
+@dataclass
+class Data:
+    """`path`: a file, a folder, a hub id or an fsspec address; or `sources`, several of them by name.
+
+    `num_samples` rows are read of each. Without `eval_path`, some conversations are held out.
+    """
+
+    path: Optional[str] = MISSING
+    subset: Optional[str] = None
+    split: str = "train"
+    sources: dict[str, Source] = field(default_factory=dict)
     eval_path: Optional[str] = None
     num_samples: Optional[int] = ranged(None, 1)
+    num_proc: Optional[int] = ranged(None, 1)
     max_length: int = ranged(2048, 4)
+    chat_template: str = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    preformatted: bool = False
     system_prompt: Optional[str] = None
     train_only_last_turn: bool = False
     on_reject: str = field(default="skip", metadata={"choices": ["skip", "fail"]})
+
+
+@dataclass
+class View:
+    """How many conversations `stages=[view]` shows."""
+
+    num_samples: int = ranged(5, 1)
 
 
 @dataclass
@@ -102,6 +129,8 @@ class RunConfig:
     draft_path: Optional[str] = None
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    view: View = field(default_factory=View)
+    regenerate: dict[str, Any] = MISSING
     mode: dict[str, Any] = MISSING
     target: dict[str, Any] = MISSING
     draft: DraftSection = field(default_factory=DraftSection)
@@ -121,7 +150,7 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 # What may change when a run is resumed, because no weight depends on it.
 RESUME_FREE = {
     "stages", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
-    "train.save_every", "train.eval_every", "train.log_every", "train.keep_last",
+    "data.num_proc", "view", "regenerate", "train.save_every", "train.eval_every", "train.log_every", "train.keep_last",
 }  # fmt: skip
 
 

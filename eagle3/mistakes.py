@@ -11,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from eagle3.config import flat, nearest
 from eagle3.errors import ConfigError, RunError
 
+OPEN = ("data.sources", "data.chat_template_kwargs", "regenerate.extra_body")  # sections that take any key
+
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     """-> (sentence, exit code). Exceptions that wrap one of ours are seen through."""
@@ -48,9 +50,13 @@ def wrong_value(error: Exception, conf: Path) -> str:
     key = re.search(r"full_key: (\S+)", text)
     if conversion:
         return f"{key[1] if key else 'a value'}={conversion[1]} must be of type {conversion[2].lower()}"
+    if unknown and any(unknown[1] == key or unknown[1].startswith(f"{key}.") for key in OPEN):
+        return f"{unknown[1]} is new to the config: put + before it, as +{unknown[1]}=..."
     if unknown:
         return f"{unknown[1]} is no key of the config{nearest(unknown[1], known_keys(conf))}"
     merged = re.search(r"Error merging override (\S+?)=(\S+)", text)
+    if merged and merged[1].startswith("+data.sources."):
+        return f"{merged[1]} is no source yet: write '+data.sources={{{merged[1].split('.')[2]}: {{path: ...}}}}'"
     if merged:
         return f"{merged[1]}={merged[2]} has the wrong type; write a list as '{merged[1]}=[{merged[2].strip('[]')}]'"
     no_group = re.search(r"Could not find match for '?([\w/@]+)'?|No match in the defaults list for '([\w/@]+)'", text)

@@ -9,33 +9,37 @@ import subprocess
 from collections.abc import Callable
 from functools import cached_property
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from rich.console import Console
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 
 from eagle3 import checkpoint, evaluate, export, generate
-from eagle3.artefact import artefact, describe_file, facts
+from eagle3.artefact import artefact, facts
 from eagle3.config import RunConfig
-from eagle3.data import prepare
-from eagle3.data.chat import load_tokenizer
+from eagle3.data import prepare, view
+from eagle3.data.chat import Chat, load_tokenizer
+from eagle3.data.encoder import Preparation
 from eagle3.data.loader import Loader
 from eagle3.data.packing import Batch
+from eagle3.data.sources import DataFile, Source, SourceFiles, find_files, read_rows
 from eagle3.data.vocab import vocab_tensors
 from eagle3.distributed import choose_device
 from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.logger import JsonLines, redact
-from eagle3.report import benchmark_table, summary_table, write_report
+from eagle3.report import benchmark_table, prepared_table, summary_table, write_report
 from eagle3.target.features import Features
 from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
 from eagle3.train import Trainer, fit
 
-PACKAGES = ("torch", "transformers", "hydra-core", "omegaconf", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
+HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}  # of `regenerate`: no answer depends on them
 console = Console(markup=False)
 
 
@@ -50,10 +54,6 @@ class Run:
         self.tracker_id: str | None = before.get("tracker_id")
         self.device = choose_device(config.device)
         self.tracker = instantiate(config.logger)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.config.model.path, self.config.model.revision, self.config.model.trust_remote_code)
 
     @cached_property
     def target_config(self) -> PretrainedConfig:
@@ -77,27 +77,77 @@ class Run:
         )
 
     @cached_property
+    def chat(self) -> Chat:
+        model, data = self.config.model, self.config.data
+        tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code, data.chat_template)
+        return Chat(tokenizer, data.chat_template_kwargs)
+
+    @cached_property
+    def given_sources(self) -> SourceFiles:
+        """The files that `data` names."""
+        data = self.config.data
+        sources = [Source(**vars(source)) for source in data.sources.values()]
+        sources = sources or [Source(data.path, data.subset, data.split)]
+        return [(source, find_files(source, self.config.cache_dir)) for source in sources]
+
+    @cached_property
+    def sources(self) -> SourceFiles:
+        """What `prepare` reads: the given files, or what the target answered again when `regenerate` is a stage."""
+        if "regenerate" not in self.config.stages:
+            return self.given_sources
+        again = [
+            Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
+            for path, (source, _) in zip(self.regenerated_paths, self.given_sources, strict=True)
+        ]
+        return [(source, find_files(source, self.config.cache_dir)) for source in again]
+
+    @cached_property
+    def regenerated_paths(self) -> list[Path]:
+        """The target's own answers to the prompts of each source; of one weighted below 1, only to its share."""
+        return [self.regenerated(source, found) for source, found in self.given_sources]
+
+    def regenerated(self, source: Source, files: list[DataFile]) -> Path:
+        config, model = self.config, self.config.model
+        inputs = {
+            "files": [file.identity for file in files],
+            "share": min(1.0, source.weight),
+            "num_samples": config.data.num_samples,
+            "system_prompt": config.data.system_prompt,
+            "max_length": config.data.max_length,
+            "chat": self.chat.identity,
+            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "answers": {k: v for k, v in config.regenerate.items() if k not in HOW_TO_ASK},
+        }
+        rows = read_rows(files, config.data.num_samples, share=min(1.0, source.weight))
+        write = instantiate(config.regenerate)
+        return artefact(config.cache_dir, "regenerated", inputs, lambda folder: write(self, rows, folder))
+
+    @cached_property
     def prepared_path(self) -> Path:
-        config = self.config
-        options = prepare.Preparation(
-            path=config.data.path,
-            eval_path=config.data.eval_path,
-            num_samples=config.data.num_samples,
-            max_length=config.data.max_length,
-            system_prompt=config.data.system_prompt,
-            only_last_turn=config.data.train_only_last_turn,
-            on_reject=config.data.on_reject,
+        config, data = self.config, self.config.data
+        options = Preparation(
+            num_samples=data.num_samples,
+            max_length=data.max_length,
+            preformatted=data.preformatted,
+            system_prompt=data.system_prompt,
+            only_last_turn=data.train_only_last_turn,
+            on_reject=data.on_reject,
             num_heldout=config.eval.num_prompts,
             vocab_size=self.target_config.vocab_size,
             draft_vocab_size=config.draft.vocab_size,
         )
-        files = {name: describe_file(p) for name in ("path", "eval_path") if (p := getattr(options, name))}
-        tokenizer = {"vocab": self.tokenizer.get_vocab(), "template": self.tokenizer.chat_template}
-        inputs = dataclasses.asdict(options) | {"files": files, "tokenizer": tokenizer}
-        del inputs["path"], inputs["eval_path"]
-        return artefact(
-            config.cache_dir, "prepared", inputs, lambda folder: prepare.write(folder, self.tokenizer, options)
-        )
+        eval_files = find_files(Source(data.eval_path), config.cache_dir) if data.eval_path else []
+        inputs = dataclasses.asdict(options) | {
+            "sources": [[source.weight, [file.identity for file in found]] for source, found in self.sources],
+            "eval": [file.identity for file in eval_files],
+            "chat": self.chat.identity,
+        }
+        num_proc = data.num_proc or len(os.sched_getaffinity(0))
+
+        def write(folder: Path) -> dict:
+            return prepare.write(folder, self.chat, options, self.sources, eval_files, num_proc)
+
+        return artefact(config.cache_dir, "prepared", inputs, write)
 
     @cached_property
     def prepared(self) -> prepare.Prepared:
@@ -176,18 +226,34 @@ def online(run: Run) -> Callable[[Batch], Features]:
     return run.target
 
 
+def view_stage(run: Run) -> None:
+    config = run.config
+    rows = chain.from_iterable(read_rows(found, None, config.data.preformatted) for _, found in run.sources)
+    samples = view.collect(rows, run.chat, config.data, config.view.num_samples)
+    view.show(samples, console)
+    view.write_page(samples, run.run_dir / "view.html")
+    console.print(f"view: {run.run_dir / 'view.html'}")
+
+
+def regenerate_stage(run: Run) -> None:
+    run.inputs["regenerated"] = []
+    for path in run.regenerated_paths:
+        learnt = facts(path)
+        console.print(
+            f"regenerate: {learnt['answered']:,} of {learnt['rows']:,} conversations answered again, "
+            f"{path / 'conversations.jsonl'}",
+            soft_wrap=True,
+        )
+        for reason, count in learnt["rejected"].items():
+            console.print(f"regenerate: rejected {count:,} x {reason}")
+        run.inputs["regenerated"].append(learnt | {"path": str(path)})
+
+
 def prepare_stage(run: Run) -> None:
     learnt = facts(run.prepared_path)
-    rejected = ", ".join(f"{count} x {reason}" for reason, count in learnt["rejected"].items())
-    console.print(
-        f"prepare: {learnt['documents']} conversations, {learnt['tokens']:,} tokens, "
-        f"{learnt['supervised_tokens'] / learnt['tokens']:.0%} supervised; draft vocabulary covers "
-        f"{learnt['vocab_coverage']:.2%}; {learnt['heldout_prompts']} held-out prompts"
-    )
-    if learnt["cut_to_max_length"]:
-        console.print(f"prepare: {learnt['cut_to_max_length']} conversations were cut to data.max_length")
-    if rejected:
-        console.print(f"prepare: rejected {rejected}; see {run.prepared_path / 'rejects.jsonl'}")
+    console.print(prepared_table(learnt))
+    if learnt["rejected"] or learnt["heldout_rejected"]:
+        console.print(f"prepare: rejected rows are listed in {run.prepared_path / 'rejects.jsonl'}", soft_wrap=True)
     run.inputs["prepared"] = learnt | {"path": str(run.prepared_path)}
 
 
@@ -289,6 +355,8 @@ def benchmark_stage(run: Run) -> None:
 
 
 STAGES = {
+    "view": view_stage,
+    "regenerate": regenerate_stage,
     "prepare": prepare_stage,
     "generate": generate_stage,
     "train": train_stage,

@@ -113,14 +113,11 @@ def test_parse_names_what_is_wrong(spec):
 
 
 class Words:
-    """A tokenizer of characters, with a template that marks roles."""
+    """A chat of characters, with a template that marks roles."""
 
-    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-        assert not tokenize and add_generation_prompt
-        return "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"
-
-    def __call__(self, text, add_special_tokens):
-        return {"input_ids": [ord(c) for c in text]}
+    def encode_prompt(self, messages):
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        return [ord(c) for c in "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"]
 
 
 def text_of(prompt):
@@ -218,7 +215,7 @@ class Job:
 
     def __init__(self, run_dir, target, eval_path=None):
         self.run_dir = self.prepared_path = run_dir
-        self.target, self.tokenizer = target, Words()
+        self.target, self.chat = target, Words()
         data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared")
         self.config = SimpleNamespace(seed=0, data=data)
 

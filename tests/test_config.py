@@ -29,6 +29,9 @@ COMPOSITION_MISTAKES = {
     "stages=train": "stages=train has the wrong type; write a list as 'stages=[train]'",
     "train.resume=conf": "train.resume=conf must be a run with a checkpoint",
     "model=hf": "model.path has no value; set model.path=...",
+    "+data.sources.a.path=a/b": "+data.sources.a.path is no source yet: write '+data.sources={a: {path: ...}}'",
+    "data.sources={a:{path:a/b}}": "data.sources is new to the config: put + before it, as +data.sources=...",
+    "data.chat_template_kwargs.enable_thinking=false": "put + before it, as +data.chat_template_kwargs.enable_thinking",
     "+loss.gama=0.5": "loss.gama is unknown to eagle3.loss.SoftTargetLoss",
 }
 VALUE_MISTAKES = {
@@ -39,7 +42,7 @@ VALUE_MISTAKES = {
     "optimizer._target_=os.system": "os.system must start with one of eagle3., torch., transformers.",
     "optimizer._target_=torch.optim.Adan": "optimizer._target_=torch.optim.Adan cannot be imported",
     "loss.gamma=high": "loss.gamma=high is a str, but eagle3.loss.SoftTargetLoss takes float",
-    "stages=[prepar]": "allowed: prepare, generate, train, export, benchmark; did you mean prepare?",
+    "stages=[prepar]": "allowed: view, regenerate, prepare, generate, train, export, benchmark; did you mean prepare?",
     "model.dtype=float23": "model.dtype=float23 is not one of auto, float32, bfloat16, float16; did you mean float32?",
     "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of 0..9, low to high",
     "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9",
@@ -60,7 +63,12 @@ VALUE_MISTAKES = {
     "benchmark.temperature=-1": "benchmark.temperature=-1 must be within 0",
     "train.max_grad_norm=0": "train.max_grad_norm=0.0 must be at least",
     "draft.config=run.py": "draft.config=run.py is not a JSON object with the draft's shape",
-    "data.path=conf": "data.path=conf does not exist; give a local file",
+    "data.path=conf/nowhere.json": "data.path=conf/nowhere.json does not exist; give a local file or folder, a hub id",
+    "data.path=null": "data.path and data.sources exclude each other; set one of them",
+    "+data.sources={a:{path:a/b}}": "data.path and data.sources exclude each other; set one of them",
+    "data.chat_template=lama3": "data.chat_template=lama3 is none of auto, chatml,",
+    "data.num_proc=0": "data.num_proc=0 must be at least 1",
+    "stages=[prepare,regenerate]": "stages: regenerate must come before prepare, which reads what it writes",
     "launch.nproc_per_node=8": "launch.nproc_per_node=8 must be at most 1",
     "benchmark.max_new_token=8": "is no key of the config; did you mean benchmark.max_new_tokens?",
 }
@@ -118,6 +126,7 @@ def test_every_option_composes_and_binds(option, tmp_path):
         overrides += ["data.path=run.py"]
     config = configuration.typed(composed(*overrides), tmp_path, overrides)
     config.model.path, config.draft.vocab_size = composed().model.path, 1000
+    config.data.max_length = min(config.data.max_length, 2048)  # what the stand-in takes
     check(config)
 
 

@@ -61,7 +61,7 @@ def run(
     heldout = job.prepared_path / "heldout.jsonl" if system_prompt is None else job.config.data.eval_path
     if heldout is None:
         raise ConfigError("benchmark.system_prompt needs data.eval_path; set it, or data.system_prompt instead")
-    prompts = load(suites, job.tokenizer, str(heldout), system_prompt)
+    prompts = load(suites, job.chat, str(heldout), system_prompt)
     sampled = range(min(len(job.prepared), BIGRAM_CONVERSATIONS))
     successors = bigram_table((job.prepared.document(i)[1] for i in sampled), len(job.target.embedding))
     result = benchmark(

@@ -7,10 +7,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from eagle3.data.chat import Messages, encode_prompt, with_system
-from eagle3.data.sources import read_messages
+from eagle3.data.chat import Chat, Messages, with_system
+from eagle3.data.sources import Source, find_files, read_rows
 from eagle3.errors import ConfigError, RunError
 
 
@@ -33,17 +32,16 @@ class Prompt:
 
 
 def heldout(path: str) -> Iterator[Question]:
-    """Rows of a JSONL: `messages` (or `conversations`), or `id` and `input_ids` as `prepare` holds them out."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                if "input_ids" in row:
-                    yield Question(row["id"], input_ids=row["input_ids"])
-                else:
-                    yield Question(f"{Path(path).name}:{number}", messages=read_messages(row))
-            except (ValueError, TypeError, KeyError) as error:
-                raise RunError(f"{path}, line {number}: not a prompt of the suite heldout ({error})") from error
+    """Prompts as `prepare` holds them out (JSON Lines with `id` and `input_ids`), or the rows of a dataset."""
+    if Path(path).name == "heldout.jsonl":
+        for line in Path(path).read_text().splitlines():
+            row = json.loads(line)
+            yield Question(row["id"], input_ids=row["input_ids"])
+        return
+    for row in read_rows(find_files(Source(path), ".cache")):
+        if row.conversation is None:
+            raise RunError(f"{row.file}, line {row.line}: not a prompt of the suite heldout ({row.reason})")
+        yield Question(f"{Path(row.file).name}:{row.line}", messages=row.conversation.messages)
 
 
 SUITES: dict[str, Callable[[str], Iterator[Question]]] = {"heldout": heldout}
@@ -59,9 +57,7 @@ def parse(spec: str) -> tuple[str, int | None]:
     return name, int(count) if colon else None
 
 
-def load(
-    specs: list[str], tokenizer: PreTrainedTokenizerBase, heldout_path: str, system_prompt: str | None = None
-) -> list[Prompt]:
+def load(specs: list[str], chat: Chat, heldout_path: str, system_prompt: str | None = None) -> list[Prompt]:
     """The first num_prompts prompts of every suite (fewer where it has fewer), in order.
 
     `system_prompt` goes before conversations that have none.
@@ -71,11 +67,11 @@ def load(
         questions = list(islice(SUITES[name](heldout_path), count))
         if not questions:
             raise RunError(f"benchmark.suites names {name}, but {heldout_path} holds no prompt")
-        prompts += [Prompt(q.id, name, tokenise(q, tokenizer, system_prompt)) for q in questions]
+        prompts += [Prompt(q.id, name, tokenise(q, chat, system_prompt)) for q in questions]
     return prompts
 
 
-def tokenise(question: Question, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> torch.Tensor:
+def tokenise(question: Question, chat: Chat, system_prompt: str | None) -> torch.Tensor:
     """int64 [n]."""
     if question.input_ids is not None:
         if system_prompt is not None:
@@ -84,4 +80,4 @@ def tokenise(question: Question, tokenizer: PreTrainedTokenizerBase, system_prom
                 "set data.eval_path to conversations, or data.system_prompt instead"
             )
         return torch.tensor(question.input_ids)
-    return torch.tensor(encode_prompt(tokenizer, with_system(question.messages, system_prompt)))
+    return torch.tensor(chat.encode_prompt(with_system(question.messages, system_prompt)))

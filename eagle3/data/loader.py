@@ -1,5 +1,6 @@
 """Which documents each update trains on, and their packed batches. The order depends on the seed and nothing else."""
 
+import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,17 @@ def plan_epoch(
     return [*updates, order[start:]]
 
 
+def split(documents: np.ndarray, costs: np.ndarray, replicas: int) -> list[np.ndarray]:
+    """Deal an update's documents to replicas: the costliest first, each to the one with the least so far."""
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    loads = [(0, replica) for replica in range(replicas)]
+    for index in sorted(documents.tolist(), key=lambda i: (-costs[i], i)):
+        load, replica = heapq.heappop(loads)
+        shares[replica].append(index)
+        heapq.heappush(loads, (load + int(costs[index]), replica))
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
 def fill_micro_steps(documents: np.ndarray, lengths: np.ndarray, tokens_per_step: int) -> list[list[int]]:
     """First fit, longest first: as few micro-steps of at most `tokens_per_step` tokens as that finds."""
     steps: list[list[int]] = []
@@ -53,7 +65,9 @@ def fill_micro_steps(documents: np.ndarray, lengths: np.ndarray, tokens_per_step
 class Loader:
     """Iterates over updates from where `state` says; packs one update ahead in a thread.
 
-    State is (epoch, update within the epoch): taking it up again reads nothing that was consumed.
+    State is (epoch, update within the epoch): taking it up again reads nothing that was consumed. An update's
+    documents are fixed for all replicas together; this one packs its share, so that the order of training does not
+    depend on how many there are.
     """
 
     def __init__(
@@ -68,21 +82,25 @@ class Loader:
         grad_accum: int,
         documents_per_update: int | None,
         seed: int,
+        replica: int = 0,
+        replicas: int = 1,
     ):
         self.prepared, self.t2d, self.mask, self.ttt_steps = prepared, t2d, mask, ttt_steps
         self.tokens_per_step = tokens_per_step
-        self.lengths = prepared.lengths
-        self.plan = lambda epoch: plan_epoch(
-            self.lengths, seed, epoch, tokens_per_step * grad_accum, documents_per_update
-        )
+        self.lengths, self.replica, self.replicas = prepared.lengths, replica, replicas
+        # the target passes over every token, the unroll over the supervised ones, at about the same cost each
+        self.costs = self.lengths + prepared.supervised
+        tokens_per_update = tokens_per_step * grad_accum * replicas
+        self.plan = lambda epoch: plan_epoch(self.lengths, seed, epoch, tokens_per_update, documents_per_update)
         planned = sum(len(self.plan(epoch)) for epoch in range(epochs))
         self.total_updates = planned if max_steps is None else min(planned, max_steps)
         self.state = {"epoch": 0, "update": 0}
 
     def pack_update(self, documents: np.ndarray) -> Update:
+        mine = split(documents, self.costs, self.replicas)[self.replica]
         batches = [
             pack([self.prepared.document(i) for i in indices], self.t2d, self.ttt_steps, self.mask)
-            for indices in fill_micro_steps(documents, self.lengths, self.tokens_per_step)
+            for indices in fill_micro_steps(mine, self.lengths, self.tokens_per_step)
         ]
         return Update(batches, sum(batch.normaliser for batch in batches))
 

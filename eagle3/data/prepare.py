@@ -1,164 +1,259 @@
-"""Conversations -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are memory-mapped."""
+"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are memory-mapped.
 
-import hashlib
+Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so that the artefact does
+not depend on how many there were. Memory holds a few chunks and 42 bytes a row. A killed call goes on at the last part
+it finished.
+"""
+
 import json
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from eagle3.data.chat import Messages, encode, encode_prompt, with_system
-from eagle3.data.sources import Row, RowError, read_rows
+from eagle3.data.chat import Chat
+from eagle3.data.encoder import RECORD, Chunk, Encoder, Preparation, encode_in_order, opening_hash
+from eagle3.data.rows import RowError
+from eagle3.data.sources import DataFile, SourceFiles, raw_rows, read_rows
 from eagle3.data.vocab import choose_vocab, coverage
+from eagle3.data.writer import Writer
 from eagle3.errors import RunError
 
-Rejects = list[tuple[Row, str]]
+CHUNK_ROWS = 128
+PART_CHUNKS = 64
+EXAMPLE_LETTERS = 2000
+DUPLICATE = "duplicate row"
+INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4")])
 
 
 @dataclass
 class Prepared:
-    """The artefact of `prepare`, memory-mapped. Document i is `offsets[i]:offsets[i + 1]` of the flat arrays."""
+    """The artefact of `prepare`, memory-mapped: `index` has a record (start, length, supervised) for each document."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
-    offsets: np.ndarray
+    index: np.ndarray
     vocab: np.ndarray
     heldout: list[dict]
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.index)
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return self.index["length"].astype(np.int64)
 
-    def document(self, index: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(index, input_ids int32 [n], loss_mask bool [n])."""
-        span = slice(self.offsets[index], self.offsets[index + 1])
-        return index, torch.from_numpy(self.input_ids[span].copy()), torch.from_numpy(self.loss_mask[span].copy())
+    @property
+    def supervised(self) -> np.ndarray:
+        return self.index["supervised"].astype(np.int64)
+
+    def document(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """(number, input_ids int32 [n], loss_mask bool [n])."""
+        start, length, _ = self.index[number].item()
+        span = slice(start, start + length)
+        return number, torch.from_numpy(self.input_ids[span].copy()), torch.from_numpy(self.loss_mask[span].copy())
 
 
 def load(folder: Path) -> Prepared:
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("input_ids", "loss_mask", "offsets", "vocab")]
     heldout = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
-    return Prepared(*arrays, heldout)
+    return Prepared(
+        np.memmap(folder / "input_ids.bin", np.int32, "r"),
+        np.memmap(folder / "loss_mask.bin", bool, "r"),
+        np.load(folder / "index.npy", mmap_mode="r"),
+        np.load(folder / "vocab.npy"),
+        heldout,
+    )
 
 
-@dataclass
-class Preparation:
-    """What `write` needs to know; all of it is in the artefact's fingerprint."""
+def chunks_of(
+    sources: SourceFiles, num_samples: int | None, skip: int, show: Callable[[int, float], None]
+) -> Iterator[list]:
+    """Lists of (source, file, line, raw) behind the first `skip` rows; files are numbered through all sources.
 
-    path: str
-    eval_path: str | None
-    num_samples: int | None
-    max_length: int
-    system_prompt: str | None
-    only_last_turn: bool
-    on_reject: str
-    num_heldout: int
-    vocab_size: int
-    draft_vocab_size: int
-
-
-def prompt_hash(messages: Messages) -> str:
-    """Equal for conversations that ask the same, whatever the last answer is."""
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-def hold_out(rows: list[Row], tokenizer: PreTrainedTokenizerBase, options: Preparation, rejects: Rejects) -> list[dict]:
-    """Prompts for evaluation, {"id", "hash", "input_ids"}: of `eval_path`, else those of `rows` with the lowest hashes.
-
-    What `eval_path` holds but cannot be used goes to `rejects`.
+    `show` is told (file, share of it that was read) with every chunk.
     """
-    candidates = list(read_rows(options.eval_path)) if options.eval_path is not None else rows
-    if options.eval_path is None:
-        by_hash = {prompt_hash(r.messages): r for r in rows if r.messages and r.messages[-1]["role"] == "assistant"}
-        if 0 < len(by_hash) <= options.num_heldout:
+
+    def rows() -> Iterator[tuple]:
+        first = 0
+        for number, (_, files) in enumerate(sources):
+            located = ((number, first + i, *row) for i, file in enumerate(files) for row in raw_rows(file))
+            yield from islice(located, num_samples)
+            first += len(files)
+
+    remaining = islice(rows(), skip, None)
+    while chunk := list(islice(remaining, CHUNK_ROWS)):
+        show(chunk[-1][1], chunk[-1][4])
+        yield [row[:4] for row in chunk]
+
+
+def write(
+    folder: Path,
+    chat: Chat,
+    options: Preparation,
+    sources: SourceFiles,
+    eval_files: list[DataFile],
+    num_proc: int = 1,
+) -> dict:
+    """Fill `folder`; returns the facts: rows and what became of them, tokens, rejects by reason, coverage."""
+    files = [file for _, found in sources for file in found]
+    writer = Writer(folder, options, len(sources))
+    encode = Encoder(chat, options)
+    heldout, rejects = held_out_of(eval_files, encode) if eval_files else (None, [])
+    if heldout is not None:
+        writer.held.size = 0
+    columns = (TextColumn("prepare {task.fields[rows]:,} rows"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=float(len(files)), rows=writer.state.rows)
+        chunks = chunks_of(
+            sources,
+            options.num_samples,
+            writer.state.rows,
+            lambda file, share: progress.update(task, completed=file + share),
+        )
+        for number, chunk in enumerate(encode_in_order(encode, chunks, lambda: writer.held.below, num_proc), start=1):
+            writer.append(chunk)
+            progress.update(task, rows=writer.state.rows)
+            if options.on_reject == "fail":
+                fail_on_reject(chunk, writer.state.reasons, files)
+            if number % PART_CHUNKS == 0:
+                check_found(writer, 0.5)
+                writer.save()
+    check_found(writer, 0.01)
+    writer.save()
+    writer.close()
+    return finish(folder, chat.tokenizer, writer, sources, heldout, rejects)
+
+
+def check_found(writer: Writer, allowed: float) -> None:
+    """End with an example when the template's assistant turns are not found in more than that share of the rows."""
+    state = writer.state
+    if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= CHUNK_ROWS):
+        raise RunError(
+            f"assistant turns were not found in {state.not_found} of {state.rows} rows: data.chat_template does not "
+            f"fit the tokenizer or the data; this is how one was rendered:\n{state.example[:EXAMPLE_LETTERS]}"
+        )
+
+
+def fail_on_reject(chunk: Chunk, reasons: list[str], files: list[DataFile]) -> None:
+    for record in chunk.records[chunk.records["outcome"] > 0][:1]:
+        raise RunError(
+            f"{files[record['file']].name}, line {record['line']}: {reasons[record['outcome'] - 1]} "
+            "(data.on_reject=skip would count it and go on)"
+        )
+
+
+def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], list[dict]]:
+    """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line", "reason"}."""
+    prompts, rejects = [], []
+    for row in read_rows(files, preformatted=encode.options.preformatted):
+        try:
+            if row.conversation is None:
+                raise RowError(row.reason)
+            conversation = encode.with_system(row.conversation)
+            ids = encode.chat.prompt_of(conversation)
+            if not 0 < len(ids) <= encode.options.max_length:
+                raise RowError("held-out prompt longer than data.max_length")
+            name = f"{Path(row.file).name}:{row.line}"
+            prompts.append({"id": name, "hash": opening_hash(conversation, encode.chat), "input_ids": ids})
+        except RowError as error:
+            rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
+        if len(prompts) == encode.options.num_heldout:
+            break
+    if not prompts:
+        raise RunError(f"data.eval_path={files[0].name} has no prompt within data.max_length")
+    return prompts, rejects
+
+
+def finish(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    writer: Writer,
+    sources: SourceFiles,
+    heldout: list[dict] | None,
+    rejects: list[dict],
+) -> dict:
+    """Leave out duplicates and what is held out, choose the draft vocabulary, write the index; returns the facts."""
+    state, options = writer.state, writer.options
+    files = [file.name for _, found in sources for file in found]
+    rows = np.fromfile(folder / "rows.bin", RECORD)
+    outcome = rows["outcome"]
+    starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+    usable = np.flatnonzero(outcome == 0)
+    if not len(usable):
+        told = ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in Counter(outcome.tolist()).items())
+        raise RunError(f"data.path: none of {state.rows} rows can be trained on ({told or 'no rows'})")
+
+    reasons = [*state.reasons, DUPLICATE]
+    again = np.ones(len(usable), bool)
+    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
+    outcome[usable[again]] = len(reasons)
+    if heldout is None:
+        openings = len(np.unique(rows["opening"][usable]))
+        if openings <= options.num_heldout:
             raise RunError(
-                f"data.path={options.path} has {len(by_hash)} different prompts, too few to hold out "
+                f"data.path={files[0]} has {openings} different prompts, too few to hold out "
                 f"eval.num_prompts={options.num_heldout}; lower it or give data.eval_path"
             )
-        candidates = [by_hash[name] for name in sorted(by_hash)]
-    prompts = []
-    for row in candidates:
-        ids = [] if row.messages is None else encode_prompt(tokenizer, with_system(row.messages, options.system_prompt))
-        if 0 < len(ids) <= options.max_length:
-            name = f"{Path(row.file).name}:{row.line}"
-            prompts.append({"id": name, "hash": prompt_hash(row.messages), "input_ids": ids})
-        elif options.eval_path is not None:
-            rejects.append((row, row.reason or "held-out prompt longer than data.max_length"))
-        if len(prompts) == options.num_heldout:
-            break
-    return prompts
+        heldout = [
+            {"id": f"{Path(files[kept['file']]).name}:{kept['line']}", "hash": kept["hash"], "input_ids": kept["ids"]}
+            for _, kept in sorted(writer.held.kept.items())
+        ]
+        if not heldout:
+            raise RunError(f"data.path={files[0]} has no prompt within data.max_length to hold out")
+    held = (outcome == 0) & np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
 
+    weights = np.array([source.weight for source, _ in sources])[rows["source"]]
+    passes = np.floor(weights + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(np.int64)
+    trained = (outcome == 0) & ~held & (passes > 0)
+    index = np.empty(len(rows), INDEX)
+    index["start"], index["length"], index["supervised"] = starts, rows["tokens"], rows["supervised"]
+    np.save(folder / "index.npy", np.repeat(index[trained], passes[trained]))
 
-def write(folder: Path, tokenizer: PreTrainedTokenizerBase, options: Preparation) -> dict:
-    """Fill `folder`; returns the facts: rows, documents, tokens, supervised tokens, rejects by reason, coverage."""
-    rows = list(read_rows(options.path))[: options.num_samples]
-    rejects: Rejects = []
-    heldout = hold_out(rows, tokenizer, options, rejects)
-    asked, held_rows = {prompt["hash"] for prompt in heldout}, 0
-    ids, masks, cut = [], [], 0
-    for row in track(rows, description="prepare", transient=True):
-        if row.messages is not None and prompt_hash(row.messages) in asked:
-            held_rows += 1
-            continue
-        try:
-            encoded = encode_row(row, tokenizer, options)
-        except RowError as error:
-            rejects.append((row, str(error)))
-            continue
-        cut += len(encoded.input_ids) > options.max_length
-        ids.append(np.array(encoded.input_ids[: options.max_length], dtype=np.int32))
-        masks.append(np.array(encoded.loss_mask[: options.max_length], dtype=bool))
-    write_rejects(folder / "rejects.jsonl", rejects, options)
-    reasons = Counter(reason for _, reason in rejects)
-    if not ids:
-        told = ", ".join(f"{count} x {reason}" for reason, count in reasons.items())
-        raise RunError(f"data.path={options.path}: none of {len(rows)} rows can be trained on ({told})")
-    if not heldout:
-        raise RunError(f"data.eval_path={options.eval_path or options.path} has no prompt within data.max_length")
-    flat_ids, flat_mask = np.concatenate(ids), np.concatenate(masks)
-    counts = np.bincount(flat_ids[flat_mask], minlength=options.vocab_size)
-    ends = flat_ids[flat_mask & ~np.append(flat_mask[1:], False)].tolist()
-    vocab = choose_vocab(counts, options.draft_vocab_size, set(tokenizer.all_special_ids) & set(ends))
-    np.save(folder / "input_ids.npy", flat_ids)
-    np.save(folder / "loss_mask.npy", flat_mask)
-    np.save(folder / "offsets.npy", np.cumsum([0, *map(len, ids)], dtype=np.int64))
+    counts = writer.counts - untrained_counts(folder, rows, index, trained, writer.counts.shape)
+    counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
+    vocab = choose_vocab(counts, options.draft_vocab_size, set(tokenizer.all_special_ids) & set(state.ends))
     np.save(folder / "vocab.npy", vocab)
     (folder / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in heldout))
-    return {
+    bad = [
+        {"file": files[file], "line": line, "reason": reasons[place - 1]}
+        for file, line, place in rows[outcome > 0][["file", "line", "outcome"]].tolist()
+    ]
+    (folder / "rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in [*bad, *rejects]))
+    facts = {
         "rows": len(rows),
-        "documents": len(ids),
-        "held_out_rows": held_rows,
-        "tokens": len(flat_ids),
-        "supervised_tokens": int(flat_mask.sum()),
-        "cut_to_max_length": int(cut),
-        "rejected": dict(reasons),
+        "documents": int(trained.sum()),
+        "documents_per_epoch": int(passes[trained].sum()),
+        "held_out_rows": int(held.sum()),
+        "left_out_by_weight": int(((outcome == 0) & ~held & (passes == 0)).sum()),
+        "rejected": dict(Counter(reject["reason"] for reject in bad)),
+        "repaired": state.repaired,
+        "cut_to_max_length": state.cut,
+        "tokens": int((rows["tokens"] * passes)[trained].sum()),
+        "supervised_tokens": int((rows["supervised"] * passes)[trained].sum()),
         "heldout_prompts": len(heldout),
+        "heldout_rejected": dict(Counter(reject["reason"] for reject in rejects)),
         "vocab_coverage": coverage(counts, vocab),
+        "vocab_seen": int((counts > 0).sum()),
     }
+    writer.forget()
+    return facts
 
 
-def encode_row(row: Row, tokenizer: PreTrainedTokenizerBase, options: Preparation):
-    if row.messages is None:
-        raise RowError(row.reason)
-    encoded = encode(tokenizer, with_system(row.messages, options.system_prompt), options.only_last_turn)
-    mask = np.array(encoded.loss_mask[: options.max_length], dtype=bool)
-    if not (mask[1:] & mask[:-1])[1:].any():
-        too_long = len(encoded.loss_mask) > options.max_length
-        raise RowError("no assistant token within data.max_length" if too_long else "assistant turn too short")
-    return encoded
-
-
-def write_rejects(path: Path, rejects: Rejects, options: Preparation) -> None:
-    lines = [{"file": row.file, "line": row.line, "reason": reason} for row, reason in rejects]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if rejects and options.on_reject == "fail":
-        row, reason = rejects[0]
-        raise RunError(f"{row.file}, line {row.line}: {reason} (data.on_reject=skip would count it and go on)")
+def untrained_counts(
+    folder: Path, rows: np.ndarray, index: np.ndarray, trained: np.ndarray, shape: tuple
+) -> np.ndarray:
+    """Supervised tokens of documents that were written and are not trained on, int64 [sources, V]."""
+    counts = np.zeros(shape, np.int64)
+    ids = np.memmap(folder / "input_ids.bin", np.int32, "r")
+    mask = np.memmap(folder / "loss_mask.bin", bool, "r")
+    for place in np.flatnonzero(~trained & (rows["tokens"] > 0)).tolist():
+        start, length, _ = index[place].item()
+        span = slice(start, start + length)
+        np.add.at(counts[rows["source"][place]], ids[span][mask[span]], 1)
+    return counts

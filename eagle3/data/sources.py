@@ -1,83 +1,213 @@
-"""Rows of conversation files: each is given with the file and line it came from, or with what is wrong with it."""
+"""Where rows come from: local files, folders, hub datasets and remote addresses, one row at a time.
 
+A broken row never costs its file: JSON Lines are read line by line, and each row carries its file and place.
+"""
+
+import codecs
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from eagle3.errors import RunError
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-ROLES |= {role: role for role in ("system", "user", "assistant")}
+from eagle3.artefact import describe_file, fingerprint
+from eagle3.data.rows import Conversation, RowError, read_conversation
+from eagle3.errors import ConfigError, RunError
+
+JSON = (".jsonl", ".json", ".ndjson")
+PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = (*(kind + packed for kind in JSON for packed in PACKED), ".parquet")
+ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
+BLOCK = 1 << 22
+LONGEST_ITEM = 1 << 26
 
 
-class RowError(ValueError):
-    """One row cannot be used; the message is the reason it is counted under."""
+@dataclass
+class Source:
+    """`path`: a local file or folder, a hub id, or an fsspec address; `weight`: passes over it in an epoch."""
+
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+
+
+@dataclass
+class DataFile:
+    """`name` is what users know it by, `path` the local copy that is read, `identity` goes into fingerprints."""
+
+    name: str
+    path: str
+    identity: dict[str, Any]
+
+
+SourceFiles = list[tuple[Source, list[DataFile]]]
 
 
 @dataclass
 class Row:
-    """`messages` of one conversation, each {"role", "content"}, or the reason why the row has none."""
+    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the reason for none."""
 
     file: str
     line: int
-    messages: list[dict[str, str]] | None
+    conversation: Conversation | None
     reason: str | None = None
 
 
-def read_rows(path: str) -> Iterator[Row]:
-    """Rows of a JSONL file, or of a JSON file that holds a list. Raises RunError when the file holds no rows."""
-    text = Path(path).read_bytes()
-    if not text.strip():
-        raise RunError(f"data.path={path} is empty; give a file with one conversation a line")
-    if text.lstrip()[:1] == b"[":
-        yield from read_list(path, text)
+def may_be_remote(path: str) -> bool:
+    """Whether `path` has the form of an address or of a hub id (owner/name)."""
+    return "://" in path or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(SUFFIXES))
+
+
+def find_files(source: Source, cache_dir: str) -> list[DataFile]:
+    """The files of a source; remote ones are downloaded through `datasets`. Raises ConfigError or RunError.
+
+    What a hub id resolves to is noted under `cache_dir`, so that a machine without network finds it again.
+    """
+    local = Path(source.path).expanduser()
+    if local.is_file():
+        return [DataFile(str(local), str(local), describe_file(local))]
+    if local.is_dir():
+        found = sorted(path for path in local.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+        if not found:
+            raise ConfigError(f"data.path={source.path} holds no file that ends in {ALLOWED}")
+        return [DataFile(str(path), str(path), describe_file(path)) for path in found]
+    noted = Path(cache_dir) / "sources" / f"{fingerprint(asdict(source) | {'weight': None})}.json"
+    try:
+        files = download(source)
+    except ConfigError:
+        raise
+    except Exception as error:  # each file system and hub client raises its own kinds
+        if noted.is_file():
+            files = [DataFile(**file) for file in json.loads(noted.read_text())]
+            if all(Path(file.path).is_file() for file in files):
+                return files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RunError(
+            f"data.path={source.path} is no local file or folder, and it cannot be fetched: {reason}"
+        ) from error
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps([asdict(file) for file in files]))
+    return files
+
+
+def download(source: Source) -> list[DataFile]:
+    """The files of a hub id or an address, as `datasets` resolves them, in its cache."""
+    from datasets import DownloadManager, load_dataset_builder
+
+    if "://" in source.path:
+        kind = "parquet" if source.path.endswith(".parquet") else "json"
+        builder = load_dataset_builder(kind, data_files={source.split: source.path})
+    else:
+        builder = load_dataset_builder(source.path, source.subset)
+    splits = builder.config.data_files or {}
+    if source.split not in splits:
+        names = ", ".join(map(str, splits)) or "none"
+        raise ConfigError(f"data.split={source.split} is no split of {source.path}; it has: {names}")
+    urls = splits[source.split]
+    paths = DownloadManager().download(list(urls))
+    return [
+        DataFile(str(url), str(path), {"url": str(url), "origin": str(urls.origin_metadata)})
+        for url, path in zip(urls, paths, strict=True)
+    ]
+
+
+def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
+    """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item or a parquet row.
+
+    Blank lines do not count. Raises RunError for a file that holds no rows or cannot be read.
+    """
+    name = file.name.split("?")[0]
+    if not name.endswith(SUFFIXES):
+        raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
+    if name.endswith(".parquet"):
+        yield from parquet_rows(file)
         return
-    for line, raw in enumerate(text.splitlines(), start=1):
-        if not raw.strip():
+    size = Path(file.path).stat().st_size
+    with open(file.path, "rb") as disk:
+        with compr[infer_compression(name)](disk, mode="rb") as stream:
+            start = stream.read(BLOCK).lstrip(codecs.BOM_UTF8).lstrip()
+        if not start:
+            raise RunError(f"{file.name} is empty; give a file with one conversation a line")
+    with open(file.path, "rb") as disk, compr[infer_compression(name)](disk, mode="rb") as stream:
+        if start[:1] == b"[":
+            for number, item in enumerate(list_items(stream, file.name), start=1):
+                yield number, item, disk.tell() / size
+            return
+        for line, raw in enumerate(stream, start=1):
+            if raw.strip():
+                yield line, raw.removeprefix(codecs.BOM_UTF8), disk.tell() / size
+
+
+def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
+    """The items of a JSON list, parsed while it is read: memory holds one block and one item."""
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
+    decoder, text, place, opened = json.JSONDecoder(), "", 0, False
+    while True:
+        block = stream.read(BLOCK)
+        text, place = text[place:] + decode(block, final=not block), 0
+        while True:
+            while place < len(text) and text[place] in " \t\r\n,":
+                place += 1
+            if not opened and place < len(text):
+                place, opened = place + 1, True  # the bracket that `raw_rows` has seen
+                continue
+            if text[place : place + 1] == "]":
+                if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
+                    raise RunError(f"{name} goes on behind the end of its JSON list; give one list, or one row a line")
+                return
+            try:
+                item, stop = decoder.raw_decode(text, place)
+            except json.JSONDecodeError as error:
+                if not block or len(text) - place > LONGEST_ITEM:
+                    raise RunError(f"{name} is not JSON: {error.msg} near {text[place : place + 40]!r}") from error
+                break
+            if stop == len(text) and block:
+                break  # a number may go on in the next block
+            place = stop
+            yield item
+
+
+def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row, number / table.metadata.num_rows
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise RunError(f"{file.name} is no readable parquet file: {str(error).splitlines()[0]}") from error
+
+
+def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
+    """What `raw_rows` gave -> a conversation. Raises RowError."""
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RowError("bad UTF-8") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RowError("broken JSON") from error
+    return read_conversation(raw, preformatted)
+
+
+def read_rows(
+    files: list[DataFile], num_samples: int | None = None, preformatted: bool = False, share: float = 1.0
+) -> Iterator[Row]:
+    """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in this process."""
+    located = ((file, line, raw) for file in files for line, raw, _ in raw_rows(file))
+    for file, line, raw in islice(located, num_samples):
+        if share < 1 and int(fingerprint({"line": line}), 16) >= share * 2**64:
             continue
         try:
-            yield Row(path, line, read_messages(json.loads(raw.decode("utf-8"))))
-        except UnicodeDecodeError:
-            yield Row(path, line, None, "bad UTF-8")
-        except json.JSONDecodeError:
-            yield Row(path, line, None, "broken JSON")
+            yield Row(file.name, line, parse_row(raw, preformatted))
         except RowError as error:
-            yield Row(path, line, None, str(error))
-
-
-def read_list(path: str, text: bytes) -> Iterator[Row]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"data.path={path} is not JSON: {error}") from error
-    for number, value in enumerate(values, start=1):
-        try:
-            yield Row(path, number, read_messages(value))
-        except RowError as error:
-            yield Row(path, number, None, str(error))
-
-
-def read_messages(value: object) -> list[dict[str, str]]:
-    """One JSON row, `messages` (role, content) or `conversations` (from, value) -> messages. Raises RowError."""
-    if not isinstance(value, dict):
-        raise RowError("row is not an object")
-    turns = value.get("messages", value.get("conversations"))
-    if not isinstance(turns, list) or not turns:
-        raise RowError("no messages")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            raise RowError("message is not an object")
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES:
-            raise RowError("unknown role")
-        if not isinstance(content, str):
-            raise RowError("content is not text")
-        if not content.strip():
-            raise RowError("empty turn")
-        messages.append({"role": ROLES[role], "content": content})
-    speakers = [m["role"] for m in messages if m["role"] != "system"]
-    if speakers[::2] != ["user"] * len(speakers[::2]) or speakers[1::2] != ["assistant"] * len(speakers[1::2]):
-        raise RowError("turns do not alternate between user and assistant")
-    return messages
+            yield Row(file.name, line, None, str(error))

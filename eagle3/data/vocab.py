@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from eagle3.errors import RunError
+
 
 def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:
     """int64 [size] ascending target ids: `always`, then by count descending, id ascending.
@@ -22,8 +24,16 @@ def coverage(counts: np.ndarray, vocab: np.ndarray) -> float:
 
 
 def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id + d2t[draft id])."""
+    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id + d2t[draft id]).
+
+    Raises RunError where the ids are no subset of this target's vocabulary.
+    """
     ids = torch.from_numpy(np.array(vocab, dtype=np.int64))
+    if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise RunError(
+            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target, whose {vocab_size} "
+            "tokens it must name in ascending order; prepare the data again for it"
+        )
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[ids] = True
     return t2d, ids - torch.arange(len(ids))

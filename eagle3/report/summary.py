@@ -39,6 +39,37 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(), parse_constant=lambda name: None) if path.exists() else {}
 
 
+def prepared_table(learnt: dict) -> Table:
+    """What became of the rows that `prepare` read; the counts above the line add up to the rows."""
+    table = Table("prepare", "", box=SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    rows = {
+        "conversations to train on": learnt["documents"],
+        "held out, and what opens like them": learnt["held_out_rows"],
+    }
+    rows |= {"left out by weight": learnt["left_out_by_weight"]} if learnt["left_out_by_weight"] else {}
+    rows |= {f"rejected: {reason}": count for reason, count in learnt["rejected"].items()}
+    for name, count in rows.items():
+        table.add_row(Text(name), f"{count:,}")
+    table.add_section()
+    table.add_row("rows read", f"{learnt['rows']:,}")
+    table.add_section()
+    tokens, supervised = learnt["tokens"], learnt["supervised_tokens"]
+    more = {
+        "conversations an epoch passes over": f"{learnt['documents_per_epoch']:,}",
+        "tokens an epoch": f"{tokens:,}",
+        "supervised": f"{supervised / max(1, tokens):.1%}",
+        "cut to data.max_length": f"{learnt['cut_to_max_length']:,}",
+        "draft vocabulary covers": f"{learnt['vocab_coverage']:.2%} of supervised tokens",
+        "held-out prompts": f"{learnt['heldout_prompts']:,}",
+    }
+    more |= {f"repaired: {what}": f"{count:,}" for what, count in learnt["repaired"].items()}
+    more |= {f"held-out row rejected: {why}": f"{count:,}" for why, count in learnt["heldout_rejected"].items()}
+    for name, value in more.items():
+        table.add_row(Text(name), value)
+    return table
+
+
 def summary_table(run_dir: str | Path) -> Group:
     """What a run achieved, for a terminal of 80 columns: on the held-out prompts, then the benchmark."""
     run_dir = Path(run_dir)

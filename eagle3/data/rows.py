@@ -1,0 +1,151 @@
+"""One row of any chat dataset -> a conversation, or the reason why it is none."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "function_call": "assistant",
+    "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+FOLLOWS = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
+ANSWERS = ("output", "response", "answer", "solution", "completion")
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message is the reason it is counted under."""
+
+
+@dataclass
+class Conversation:
+    """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas, or a rendered `text`.
+
+    A message may carry `reasoning_content`, `tool_calls`, and `truncated` (the answer was cut, so it has no end of
+    turn). `repaired` says what was left out to make the row usable.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    text: str | None = None
+    repaired: str | None = None
+
+
+def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
+    """A row with `messages`, `conversations`, instruction and output; `text` if `preformatted`. Raises RowError."""
+    if not isinstance(row, dict):
+        raise RowError("row is not an object")
+    if preformatted:
+        if not isinstance(row.get("text"), str) or not row["text"].strip():
+            raise RowError("no text")
+        return Conversation([], text=row["text"])
+    turns = row.get("messages") or row.get("conversations") or from_columns(row)
+    if not isinstance(turns, list):
+        raise RowError("no messages")
+    messages = [read_message(turn) for turn in turns]
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    answers = first
+    while answers < len(messages) and messages[answers]["role"] == "assistant":
+        answers += 1
+    repaired = "leading assistant turn dropped" if first < answers < len(messages) else None
+    if repaired:
+        messages = messages[:first] + messages[answers:]
+    check_order(messages)
+    return Conversation(messages, read_tools(row.get("tools")), repaired=repaired)
+
+
+def from_columns(row: dict) -> list[Message] | None:
+    """instruction (with input) and output, under the names that datasets give them."""
+    question = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), None)
+    answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str)), None)
+    if question is None or answer is None:
+        return None
+    given = row.get("input")
+    if isinstance(given, str) and given.strip():
+        question = f"{question}\n\n{given}"
+    system = row.get("system")
+    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def read_message(turn: Any) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError("message is not an object")
+    name = turn.get("role") or turn.get("from")
+    if not isinstance(name, str) or name.lower() not in ROLES:
+        raise RowError("unknown role")
+    role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+        content = "".join(str(part["text"]) for part in content)
+    message: Message = {"role": role, "content": content}
+    calls = turn.get("tool_calls")
+    if name.lower() == "function_call":
+        calls, message["content"] = content, ""
+    if calls:
+        message["tool_calls"] = read_calls(calls)
+        message["content"] = message["content"] or ""
+    if not isinstance(message["content"], str):
+        raise RowError("content is not text")
+    reasoning = turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking")
+    if isinstance(reasoning, str) and reasoning.strip():
+        message["reasoning_content"] = reasoning
+    if not message["content"].strip() and not calls:
+        raise RowError("empty turn")
+    for key in ("name", "tool_call_id", "truncated"):
+        if turn.get(key):
+            message[key] = turn[key]
+    return message
+
+
+def read_calls(calls: Any) -> list[dict]:
+    """Tool calls, also as a JSON text; arguments become objects, which is what chat templates render."""
+    calls = parse(calls, "tool calls are not JSON")
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("tool call without a name")
+        arguments = parse(function.get("arguments") or {}, "tool call arguments are not JSON")
+        named = {"id": call["id"]} if call.get("id") else {}
+        read.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return read
+
+
+def read_tools(tools: Any) -> list[dict] | None:
+    """Schemas as a list or a JSON text; bare functions get the wrapper that templates expect."""
+    if not tools:
+        return None
+    tools = parse(tools, "tools are not JSON")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools are not a list of objects")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
+
+
+def parse(value: Any, reason: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowError(reason) from error
+
+
+def check_order(messages: list[Message]) -> None:
+    """Users and assistants alternate; results follow the assistant that called the tools."""
+    before = None
+    for place, message in enumerate(messages):
+        role = message["role"]
+        if role == "system":
+            if place > 0:
+                raise RowError("system message behind the first")
+            continue
+        if before not in FOLLOWS[role]:
+            raise RowError("turns do not alternate between user and assistant")
+        before = role
+    if before is None:
+        raise RowError("no messages")

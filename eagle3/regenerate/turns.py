@@ -1,0 +1,54 @@
+"""What of a row is asked again, and what of an answer is kept."""
+
+import re
+
+from eagle3.data.chat import with_system
+from eagle3.data.rows import Message, RowError
+from eagle3.data.sources import Row
+
+LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
+
+
+def prompts(row: Row, system_prompt: str | None) -> list[Message]:
+    """The system message, if any, and the user turns of a row. Raises RowError where they cannot be asked again."""
+    conversation = row.conversation
+    if conversation is None:
+        raise RowError(row.reason)
+    if conversation.text is not None:
+        raise RowError("preformatted text cannot be answered again")
+    if conversation.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in conversation.messages):
+        raise RowError("tool calls cannot be answered again")
+    kept = [m for m in with_system(conversation.messages, system_prompt) if m["role"] != "assistant"]
+    if any(LONE_SURROGATE.search(m["content"]) for m in kept):
+        raise RowError("bad UTF-8")
+    return [{"role": m["role"], "content": m["content"]} for m in kept]
+
+
+def history(messages: list[Message]) -> list[Message]:
+    """What is sent back in later turns: no reasoning, as chat templates of reasoning models drop it too."""
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def answer(content: str | None, reasoning: str | None, truncated: bool) -> Message | None:
+    """The assistant message, or None for an empty one; thinking within the content becomes `reasoning_content`."""
+    content, reasoning = (LONE_SURROGATE.sub("\ufffd", text or "") for text in (content, reasoning))
+    if not reasoning:
+        reasoning, content = split_thinking(content)
+    if not content.strip() and not (truncated and reasoning.strip()):
+        return None
+    message: Message = {"role": "assistant", "content": content}
+    if reasoning.strip():
+        message["reasoning_content"] = reasoning
+    if truncated:
+        message["truncated"] = True
+    return message
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """`<think>reasoning</think>answer` -> (reasoning, answer). The opening tag may have been part of the prompt."""
+    before, closed, behind = content.partition("</think>")
+    if closed:
+        return before.lstrip().removeprefix("<think>").strip(), behind.lstrip()
+    if content.lstrip().startswith("<think>"):
+        return content.lstrip().removeprefix("<think>").strip(), ""
+    return "", content

@@ -1,0 +1,108 @@
+"""Every shape of row that chat datasets have, and every way in which a row can be unusable."""
+
+import json
+
+import pytest
+
+from eagle3.data.rows import RowError, read_conversation
+
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+CALL_AS_TEXT = {"function": {"name": "add", "arguments": json.dumps({"x": 1})}}
+
+
+def chat(*turns):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": chat("a", "b")},
+        {"conversations": chat("a", "b")},
+        {"conversations": [{"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b"}]},
+        {"messages": None, "conversations": [{"from": "user", "value": "a"}, {"from": "bing", "value": "b"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
+        {"instruction": "a", "input": "", "output": "b"},
+        {"question": "a", "answer": "b"},
+        {"problem": "a", "solution": "b", "lang": "python"},
+        {"instruction": "a", "response": "b", "conversations": None},
+    ],
+)
+def test_shapes_that_say_the_same(row):
+    assert read_conversation(row).messages == [ASKED, ANSWERED]
+
+
+def test_system_and_input_are_kept():
+    row = {"system": "be kind", "instruction": "sum", "input": "1 2", "output": "3"}
+    assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "sum\n\n1 2", "3"]
+    row = {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]}
+    assert [m["role"] for m in read_conversation(row).messages] == ["system", "user"]
+
+
+def test_tools_and_reasoning():
+    function = {"name": "add", "parameters": {}}
+    row = {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": None, "tool_calls": [CALL_AS_TEXT]},
+            {"role": "tool", "content": "2", "tool_call_id": "7"},
+            {"role": "assistant", "content": "two", "reasoning_content": "hm"},
+        ],
+        "tools": json.dumps([function]),
+    }  # fmt: skip
+    read = read_conversation(row)
+    assert read.tools == [{"type": "function", "function": function}]
+    assert read.messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert read.messages[2]["tool_call_id"] == "7" and read.messages[3]["reasoning_content"] == "hm"
+    sharegpt = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "two"},
+    ]
+    read = read_conversation({"conversations": sharegpt})
+    assert read.messages[1]["tool_calls"] == [CALL] and [m["role"] for m in read.messages][2:] == ["tool", "assistant"]
+
+
+def test_a_conversation_that_starts_with_an_answer_loses_it_and_says_so():
+    read = read_conversation({"conversations": [{"from": "gpt", "value": "cut"}, *chat("a", "b")]})
+    assert read.messages == [ASKED, ANSWERED] and read.repaired == "leading assistant turn dropped"
+    assert read_conversation({"messages": [ASKED, ANSWERED]}).repaired is None
+
+
+def test_preformatted_text():
+    assert read_conversation({"text": "<u>a<a>b"}, preformatted=True).text == "<u>a<a>b"
+    with pytest.raises(RowError, match="no text"):
+        read_conversation({"messages": chat("a", "b")}, preformatted=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([], "not an object"),
+        ("text", "not an object"),
+        ({}, "no messages"),
+        ({"messages": []}, "no messages"),
+        ({"messages": "a"}, "no messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "no messages"),
+        ({"messages": ["a"]}, "not an object"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": 3, "content": "x"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "not text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
+        ({"messages": chat("a", " ")}, "empty turn"),
+        ({"messages": chat("a") + chat("b")}, "alternate"),
+        ({"messages": [ANSWERED]}, "alternate"),
+        ({"messages": [ASKED, ANSWERED, ANSWERED]}, "alternate"),
+        ({"messages": [ASKED, {"role": "tool", "content": "2"}]}, "alternate"),
+        ({"messages": [ASKED, {"role": "system", "content": "x"}, ANSWERED]}, "behind the first"),
+        ({"messages": chat("a", "b"), "tools": "{"}, "tools are not JSON"),
+        ({"messages": chat("a", "b"), "tools": ["x"]}, "tools are not a list"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "without a name"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments"),
+    ],
+)
+def test_bad_rows_have_a_reason(row, reason):
+    with pytest.raises(RowError, match=reason):
+        read_conversation(row)

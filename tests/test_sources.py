@@ -1,0 +1,169 @@
+"""Files, folders, addresses and hub datasets to rows, each with its place; broken ones never cost their neighbours."""
+
+import gzip
+import json
+
+import datasets
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from eagle3.data import sources
+from eagle3.data.sources import Source, find_files, may_be_remote, raw_rows, read_rows
+from eagle3.errors import ConfigError, RunError
+
+
+def row(i):
+    return {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+
+
+def lines(n):
+    return "".join(json.dumps(row(i)) + "\n" for i in range(n)).encode()
+
+
+def asked(rows):
+    return [r.conversation.messages[0]["content"] for r in rows]
+
+
+def read(path, tmp_path, **options):
+    return list(read_rows(find_files(Source(str(path)), str(tmp_path / "cache")), **options))
+
+
+@pytest.fixture
+def network_off(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("block", [7, 64, 1 << 22])
+@pytest.mark.parametrize("form", ["lines", "compressed", "list", "indented", "bom", "parquet"])
+def test_forms_that_hold_the_same(tmp_path, monkeypatch, form, block):
+    monkeypatch.setattr(sources, "BLOCK", block)
+    everything = [row(i) for i in range(9)]
+    path = tmp_path / {"compressed": "a.jsonl.gz", "parquet": "a.parquet", "list": "a.json"}.get(form, "a.jsonl")
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(everything), path, row_group_size=4)
+    else:
+        content = {
+            "lines": lines(9),
+            "compressed": gzip.compress(lines(9)),
+            "list": json.dumps(everything).encode(),
+            "indented": json.dumps(everything, indent=2).encode(),
+            "bom": b"\xef\xbb\xbf" + lines(9),
+        }[form]
+        path.write_bytes(content)
+    rows = read(path, tmp_path)
+    assert asked(rows) == [f"q{i}" for i in range(9)] and [r.line for r in rows] == list(range(1, 10))
+    assert asked(read(path, tmp_path, num_samples=4)) == ["q0", "q1", "q2", "q3"]
+    shares = [share for _, _, share in raw_rows(find_files(Source(str(path)), "")[0])]
+    assert shares == sorted(shares) and shares[-1] == 1
+
+
+def test_rows_are_named_by_file_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(1) + b"{broken\n\n\xff\xfe\n3\n" + lines(1))
+    found = [(r.line, r.reason) for r in read(path, tmp_path)]
+    assert found == [(1, None), (2, "broken JSON"), (4, "bad UTF-8"), (5, "row is not an object"), (6, None)]
+
+
+def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(
+        b"[" + lines(1).strip() + b', {"messages": [{"role": "us\xff", "content": "x"}]}, ' + lines(1) + b"]"
+    )
+    assert [r.reason for r in read(path, tmp_path)] == [None, "unknown role", None]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b'[{"a": 1}, {"b": ', "is not JSON"),
+        (b'[{"a": 1} {"b" 2}]', "is not JSON"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind the end"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=message):
+        read(path, tmp_path)
+
+
+def test_broken_parquet_and_unknown_kinds(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
+    with pytest.raises(RunError, match="no readable parquet"):
+        read(tmp_path / "a.parquet", tmp_path)
+    (tmp_path / "a.csv").write_text("a,b\n")
+    with pytest.raises(RunError, match=r"a\.csv is of no kind that can be read; allowed: \.jsonl"):
+        read(tmp_path / "a.csv", tmp_path)
+
+
+def test_a_folder_is_read_in_order_of_names(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "2.jsonl").write_bytes(lines(1))
+    (folder / "1.json").write_text(json.dumps([row(7)]))
+    (folder / "notes.txt").write_text("not data")
+    assert asked(read(folder, tmp_path)) == ["q7", "q0"]
+    with pytest.raises(ConfigError, match="holds no file that ends in"):
+        read(tmp_path / "empty", tmp_path) if (tmp_path / "empty").mkdir() is None else None
+
+
+def test_addresses_go_through_datasets(tmp_path):
+    """Any file system that fsspec knows: the one in memory stands for s3:// and its like."""
+    fsspec.filesystem("memory").pipe("/bucket/a.jsonl", lines(3))
+    found = find_files(Source("memory://bucket/*.jsonl"), str(tmp_path))
+    assert [file.name for file in found] == ["memory:///bucket/a.jsonl"]
+    assert asked(read_rows(found)) == ["q0", "q1", "q2"]
+
+
+def test_hub_datasets(tmp_path, monkeypatch):
+    """A folder with splits and subsets stands for the hub: `datasets` resolves both alike."""
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    for name, n in (("one", 2), ("two", 3)):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(i) for i in range(n)]), hub / f"{name}.parquet")
+    card = "configs:\n- config_name: main\n  data_files:\n  - {split: train_sft, path: one.parquet}\n"
+    card += "- config_name: other\n  data_files:\n  - {split: train_sft, path: two.parquet}\n"
+    (hub / "README.md").write_text(f"---\n{card}---\n")
+    load = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, subset: load(str(hub), subset))
+    source = Source("owner/name", "other", "train_sft")
+    found = find_files(source, str(tmp_path / "cache"))
+    assert asked(read_rows(found)) == ["q0", "q1", "q2"]
+    with pytest.raises(ConfigError, match=r"data\.split=train is no split of owner/name; it has: train_sft"):
+        find_files(Source("owner/name", "other"), str(tmp_path / "cache"))
+
+    def unreachable(path, subset):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    assert find_files(source, str(tmp_path / "cache")) == found, "what was fetched once is found without network"
+    with pytest.raises(RunError, match=r"data\.path=owner/else is no local file.*no network at all"):
+        find_files(Source("owner/else"), str(tmp_path / "cache"))
+
+
+def test_a_share_of_rows_is_always_the_same(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(200))
+    some = asked(read(tmp_path / "a.jsonl", tmp_path, share=0.3))
+    assert some == asked(read(tmp_path / "a.jsonl", tmp_path, share=0.3)) and 40 < len(some) < 80
+    assert set(some) < set(asked(read(tmp_path / "a.jsonl", tmp_path, share=0.6)))
+
+
+def test_identity_follows_the_content(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(2))
+    before = find_files(Source(str(path)), "")[0].identity
+    path.write_bytes(lines(3))
+    assert find_files(Source(str(path)), "")[0].identity != before
+
+
+@pytest.mark.parametrize(
+    ("path", "remote"),
+    [("owner/name", True), ("s3://b/a.jsonl", True), ("a.jsonl", False), ("data/a.json", False), ("/a/b", False),
+     ("./a", False), ("owner/name/more", False), ("HuggingFaceH4/ultrachat_200k", True)],
+)  # fmt: skip
+def test_what_may_be_remote(path, remote):
+    assert may_be_remote(path) == remote

@@ -1,0 +1,262 @@
+"""What `view` shows: token texts that join to the whole, colours and brackets, escaped HTML, rejected rows."""
+
+import io
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+from conftest import TINY
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from eagle3.config import Data
+from eagle3.data import view
+from eagle3.data.chat import NOT_FOUND, Chat, load_tokenizer
+from eagle3.data.rows import Conversation
+from eagle3.data.sources import Row, Source, find_files, read_rows
+from eagle3.errors import RunError
+
+NASTY = (
+    "<script>alert(1)</script> \"'&<!-- [bold]x[/bold] :smile: \x1b[31m\u202e\ttab\r\n\n"
+    " 你好 😀👨‍👩‍👧 e\u0301 a\ufffd\ufffdb "
+)
+TEXTS = {
+    "ascii": "plain words, 12 numbers\n\n    indented\n",
+    "cjk": "你好,世界。日本語のテキスト",
+    "emoji": "😀 👨‍👩‍👧‍👦🇩🇪 ok 🤷🏽‍♀️",
+    "replacement": "\ufffd a\ufffd\ufffd b\ufffd",
+    "replacements": "\ufffd" * 50,
+    "mixed": NASTY,
+}
+
+
+def row(answer: str, question: str = "Hi", line: int = 1, file: str = "a.jsonl") -> Row:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Row(file, line, Conversation(messages))
+
+
+def collect(tokenizer, *rows: Row, num_samples: int = 5, **options) -> view.Collected:
+    return view.collect(iter(rows), Chat(tokenizer), Data(path=None, **options), num_samples)
+
+
+def printed(collected: view.Collected, **options) -> str:
+    console = Console(file=io.StringIO(), markup=False, width=80, **options)
+    view.show(collected, console)
+    return console.file.getvalue()
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words begin with a ▁ that the first token loses, unknown characters are one token a byte."""
+    words = ["<s>", "</s>", "<unk>", "▁", "▁Hello", "▁world", "ha", "▁ha", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_pieces_join_to_the_decoded_text(tokenizer, text):
+    ids = [0, *tokenizer.encode(text, add_special_tokens=False), 4]
+    pieces = view.split_tokens(tokenizer, ids, [i % 2 for i in range(len(ids))])
+    assert "".join(piece.text for piece in pieces) == decode(tokenizer, ids)
+    assert [i for piece in pieces for i in piece.ids] == ids
+    assert [i for piece in pieces for i in piece.positions] == list(range(len(ids)))
+    assert [piece.special for piece in pieces] == [True, *[False] * (len(pieces) - 2), True]
+    # A piece holds several tokens only for the sake of one character.
+    assert all(len(piece.ids) == 1 or len(piece.text.strip()) == 1 for piece in pieces)
+    assert sum(piece.text.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+
+
+def test_pieces_of_cut_bytes_join_too(tokenizer):
+    ids = tokenizer.encode("a😀b", add_special_tokens=False)
+    for cut in ([*ids[:2]], [*ids[:3], 4, *ids[4:]], ids[2:]):
+        pieces = view.split_tokens(tokenizer, cut, [0] * len(cut))
+        assert "".join(piece.text for piece in pieces) == decode(tokenizer, cut)
+        assert [i for piece in pieces for i in piece.ids] == cut
+
+
+def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
+    words = ["<s>", "▁Hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>", "▁ha", "ha", "</s>", "▁", "▁Hello"]
+    for first in (0, 1, 9):
+        ids = byte_fallback.convert_tokens_to_ids(words[first:])
+        pieces = view.split_tokens(byte_fallback, ids, [0] * len(ids))
+        assert "".join(piece.text for piece in pieces) == decode(byte_fallback, ids)
+    assert [piece.text for piece in view.split_tokens(byte_fallback, ids, [1, 1])] == [" Hello"]
+    ids = byte_fallback.convert_tokens_to_ids(words)
+    texts = [piece.text for piece in view.split_tokens(byte_fallback, ids, [0] * len(ids))]
+    assert texts[2:6] == [" world", "你", " ha", "ha"]
+
+
+def test_samples_are_what_preparation_keeps(tokenizer):
+    chat = Chat(tokenizer)
+    rows = list(read_rows(find_files(Source(str(TINY / "conversations.jsonl")), "."), 10))
+    collected = view.collect(iter(rows), chat, Data(path=None, max_length=160), 4)
+    assert len(collected.samples) == 4 and any(sample.length > 160 for sample in collected.samples)
+    by_line = {row.line: row for row in rows}
+    for sample in collected.samples:
+        encoded = chat.encode(by_line[sample.line].conversation)
+        mask = [int(piece.supervised) for piece in sample.pieces for _ in piece.ids]
+        assert [i for piece in sample.pieces for i in piece.ids] == encoded.input_ids[:160]
+        assert mask == encoded.loss_mask[:160] and sum(mask) == sample.supervised
+        assert (sample.tokens, sample.length) == (min(160, len(mask)), len(encoded.input_ids))
+        assert bool(view.cut_mark(sample)) == ("cut from" in view.about(sample)) == (sample.length > 160)
+
+
+def test_options_of_data_are_followed(tokenizer):
+    messages = [{"role": role, "content": word} for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+
+    def supervised(**options) -> str:
+        (sample,) = collect(tokenizer, Row("a.jsonl", 1, Conversation(list(messages))), **options).samples
+        return "".join(piece.text for piece in sample.pieces if piece.supervised)
+
+    assert supervised() == "b<|eot_id|>d<|eot_id|>"
+    assert supervised(train_only_last_turn=True) == "d<|eot_id|>"
+    assert "Be brief." in printed(collect(tokenizer, row("b"), system_prompt="Be brief."))
+
+
+def test_rows_are_read_no_further_than_needed(tokenizer):
+    rows = iter([row("one"), row("two"), row("three")])
+    assert len(view.collect(rows, Chat(tokenizer), Data(path=None), 2).samples) == 2
+    assert next(rows).conversation.messages[1]["content"] == "three"
+
+
+def test_rejected_rows_are_shown_and_not_counted(tokenizer):
+    bad = [Row("dir/a.jsonl", line, None, "broken JSON") for line in range(1, 8)]
+    collected = collect(
+        tokenizer, *bad, row("fine", "x" * 400, line=8), row("fine", line=9), num_samples=1, max_length=40
+    )
+    (sample,) = collected.samples
+    assert sample.line == 9 and len(collected.rejected) == 8
+    first = "7 x broken JSON (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5, …)"
+    assert collected.reasons[0] == first and "(a.jsonl:8)" in collected.reasons[1]
+    assert first in printed(collected) and first in view.page(collected)
+
+
+@pytest.fixture
+def unfound() -> Chat:
+    """A chat whose template changes the answers that ask for it."""
+    tokenizer = load_tokenizer(str(TINY / "target"), None, False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "{{ m.content | upper if 'hide' in m.content else m.content }}<|eot_id|>{% endfor %}"
+    )
+    return Chat(tokenizer)
+
+
+def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
+    rows = [row("hide me", "<b>first</b>\x1b", line=i) for i in range(1, 7)] + [row("fine", line=7)]
+    collected = view.collect(iter(rows), unfound, Data(path=None), 1)
+    assert [rejected.reason for rejected in collected.rejected] == [NOT_FOUND] * 6
+    assert len(collected.renderings) == view.MOST_RENDERINGS
+    rendering = "<|start_header_id|>user<|end_header_id|><b>first</b>"
+    assert collected.renderings[0].text.startswith(rendering)
+    text, html = printed(collected), view.page(collected)
+    assert text.count(rendering + r"\x1b") == 3 and f"6 x {NOT_FOUND}" in text
+    assert html.count("&lt;b&gt;first&lt;/b&gt;<i>\\x1b</i>") == 3 and f"6 x {NOT_FOUND}" in html
+
+
+def test_no_sample_is_an_error(tokenizer, unfound):
+    with pytest.raises(RunError, match=r"no conversation to show: 2 x broken JSON \(a.jsonl:1, a.jsonl:2\)$"):
+        collect(tokenizer, *(Row("a.jsonl", line, None, "broken JSON") for line in (1, 2)))
+    with pytest.raises(RunError, match=r"no conversation to show: no rows$"):
+        collect(tokenizer)
+    with pytest.raises(RunError, match=r"this is how one was rendered:\n<\|start_header_id\|>user"):
+        view.collect(iter([row("hide me")]), unfound, Data(path=None), 1)
+
+
+def test_terminal_without_colours_has_brackets(tokenizer):
+    text = printed(collect(tokenizer, row(NASTY, "two\nlines [red]x[/red]")))
+    assert "\x1b" not in text and "\u202e" not in text and "\r" not in text
+    assert "two↵\nlines [red]x[/red]<|eot_id|>" in text
+    (supervised,) = re.findall("⟦(<.*?)⟧", text, re.DOTALL)
+    assert supervised.startswith("<script>alert(1)</script>") and supervised.endswith("b<|eot_id|>")
+    assert r"[bold]x[/bold] :smile: \x1b[31m\u202e⇥   tab\r↵" in supervised and "你好" in supervised
+    assert "⟦" in printed(collect(tokenizer, row("fine")), force_terminal=True, color_system="256", no_color=True)
+
+
+def test_terminal_with_colours_alternates_shades(tokenizer):
+    text = printed(collect(tokenizer, row("one two 😀")), force_terminal=True, color_system="256")
+    assert "⟦" not in text
+    shades = re.findall(r"48;5;(\d+)m", text)
+    assert set(shades) == {"22", "28"} and all(a != b for a, b in pairwise(shades))
+    assert re.search(r"\x1b\[4;[\d;]*m😀", text)
+
+
+class Page(HTMLParser):
+    """The tags that a browser would see, the titles, and the text of the samples without marks."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.titles, self.attributes, self.text, self.mark, self.inside = [], [], [], "", False, False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.inside |= tag == "section"
+        self.mark = tag == "i"
+        if tag == "span" and "title" in dict(attrs):
+            self.titles.append(dict(attrs)["title"])
+
+    def handle_endtag(self, tag):
+        self.mark &= tag != "i"
+
+    def handle_data(self, data):
+        self.text += data if self.inside and not self.mark else ""
+
+
+def test_page_escapes_everything_and_loads_nothing(tokenizer, tmp_path):
+    collected = collect(
+        tokenizer,
+        row(NASTY, NASTY, file="<img src=x>\udcff.jsonl"),
+        Row("a.jsonl", 2, None, "refused: <script>\x1b"),
+        row("</div></span><style>*{}</style>"),
+    )
+    view.write_page(collected, tmp_path / "view.html")
+    html = (tmp_path / "view.html").read_text(encoding="utf-8")
+    page = Page(html)
+    allowed = "html head meta title style body main h1 h2 p section div span i ul li"
+    assert set(page.tags) <= {*allowed.split()}
+    assert page.tags.count("style") == 1
+    assert not {name for name, _ in page.attributes} & {"src", "href", "onload", "onclick", "style"}
+    assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and "url(" not in html
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u200b-\u200f]", html)
+    assert "<script>alert(1)</script> \"'&<!-- [bold]x[/bold]" in page.text and "你好" in page.text
+
+
+def test_page_names_every_token(tokenizer):
+    collected = collect(tokenizer, row("it's 😀\n"))
+    (sample,) = collected.samples
+    titles = Page(view.page(collected)).titles
+    assert titles == [view.hint(piece) for piece in sample.pieces]
+    assert titles[0] == "id 0, position 0, '<|begin_of_text|>'"
+    several = next(piece for piece in sample.pieces if piece.text == "😀")
+    ids = " ".join(map(str, several.ids))
+    assert f"ids {ids}, positions {several.positions[0]}–{several.positions[-1]}, '😀'" in titles
+
+
+def test_a_cut_through_a_character_is_marked(tokenizer):
+    whole = collect(tokenizer, row("one two 😀")).samples[0]
+    emoji = next(piece for piece in whole.pieces if piece.text == "😀")
+    collected = collect(tokenizer, row("one two 😀"), max_length=emoji.positions[1])
+    assert collected.samples[0].pieces[-1].text == "⋯"
+    for shown in (printed(collected), view.page(collected)):
+        assert "\ufffd" not in shown and "⋯" in shown and "tokens left out" in shown
+
+
+def test_part_for_a_notebook_keeps_its_styles_to_itself(tokenizer):
+    part = view.page(collect(tokenizer, row("fine")), alone=False)
+    assert part.startswith("<style>") and part.rstrip().endswith("</div>") and "<body" not in part
+    rules = re.sub(r"@media[^{]*\{", "", part.partition("</style>")[0].removeprefix("<style>"))
+    selectors = [name for names in re.findall(r"([^{}]+)\{", rules) for name in names.split(",")]
+    assert all(re.match(r"\s*(body|div)?\.view\b", name) for name in selectors)
