@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,31 @@ def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, s
         monkeypatch.setattr(module, "write", lambda *args: pytest.fail("an artefact was made again"))
     run([*settings, TRAIN_ONLY], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
+
+
+def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):
+    """The target itself answers both sources of a mix, and only its answers are shown and trained on."""
+    other = tmp_path / "other.jsonl"
+    rows = [{"instruction": f"Count to {i}.", "output": "The dataset's own answer."} for i in range(20)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = next(o.removeprefix("data.path=") for o in settings if o.startswith("data.path="))
+    sources = f"+data.sources={{one:{{path:{path},weight:0.5}},two:{{path:{other},weight:2}}}}"
+    overrides = [
+        *[o for o in settings if not o.startswith("data.path=") and o != "data=jsonl"],
+        sources, "data.path=null", "data.eval_path=null", "regenerate=builtin", "regenerate.max_new_tokens=9",
+        "stages=[regenerate,view,prepare]", "data.num_proc=1",
+    ]  # fmt: skip
+    run(overrides, tmp_path / "run")
+    inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
+    one, two = inputs["regenerated"]
+    assert 8 < one["rows"] < 32 and two["rows"] == 20
+    said = [json.loads(line) for part in (one, two) for line in (Path(part["path"]) / "conversations.jsonl").open()]
+    assert len(said) == one["answered"] + two["answered"]
+    assert not any("own answer" in row["messages"][-1]["content"] for row in said)
+    prepared = inputs["prepared"]
+    assert prepared["rows"] == len(said) and prepared["documents_per_epoch"] > prepared["documents"]
+    shown = re.sub("<[^>]+>", "", (tmp_path / "run" / "view.html").read_text())
+    assert "Say alpha" in shown and "own answer" not in shown, "view shows what prepare reads"
 
 
 def test_wandb_follows_a_run(settings, tmp_path):
