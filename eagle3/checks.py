@@ -14,7 +14,7 @@ from typing import Any
 
 from eagle3.benchmark.builtin import draft_length
 from eagle3.benchmark.suites import parse
-from eagle3.config import Data, RunConfig, nearest
+from eagle3.config import Data, RunConfig, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
@@ -42,6 +42,19 @@ def check(config: RunConfig) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
+    if config.hidden_states.max_disk is not None:
+        parse_size(config.hidden_states.max_disk)
+    processes = config.launch.nproc_per_node * config.launch.nnodes
+    alone = [stage for stage in config.stages if stage in ("train", "benchmark")]
+    if processes > 1 and alone and not config.plan:
+        raise ConfigError(
+            f"launch.nproc_per_node={config.launch.nproc_per_node}: {alone[0]} runs in one process so far; capture "
+            "with several as 'stages=[prepare,capture]'"
+        )
+    if "regenerate" in config.stages and config.target.get("tp_size", 1) > 1:
+        raise ConfigError("stages: regenerate asks servers or one process; leave it out or set target.tp_size=1")
+    if "regenerate" in config.stages and config.data.preformatted:
+        raise ConfigError("stages: regenerate needs messages, so it does not go with data.preformatted=true")
     if "regenerate" in config.stages and "prepare" in config.stages[: config.stages.index("regenerate")]:
         raise ConfigError("stages: regenerate must come before prepare, which reads what it writes")
     for key in ("mode", "target", "regenerate", "loss", "optimizer", "scheduler", "benchmark", "logger"):
@@ -151,6 +164,10 @@ def fits(value: Any, hint: Any) -> bool:
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
     check_data(config.data)
+    hidden = config.hidden_states.path
+    reads = config.mode["_target_"] == "eagle3.modes.offline" and "capture" not in config.stages
+    if hidden is not None and reads and not Path(hidden).is_dir():
+        raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages")
     needed = {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
     needed |= {"draft_path": config.draft_path}
     for key, path in needed.items():
@@ -165,7 +182,8 @@ def check_files(config: RunConfig) -> None:
         return
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.path={folder} has no config.json, so it is not a transformers model")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    if needs_tokenizer(config) and not any((folder / name).is_file() for name in names):
         raise ConfigError(f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json")
 
 
@@ -180,6 +198,12 @@ def check_data(data: Data) -> None:
     for key, path in paths.items():
         if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
             raise ConfigError(f"{key}={path} does not exist; give a local file or folder, a hub id, or an address")
+
+
+def needs_tokenizer(config: RunConfig) -> bool:
+    """Training on stored hidden states, and what comes after it, does without."""
+    stored = config.mode["_target_"] == "eagle3.modes.offline" and config.hidden_states.path is not None
+    return not stored or bool(set(config.stages) - {"import", "train", "export"})
 
 
 def check_against_target(config: RunConfig) -> None:
@@ -202,7 +226,8 @@ def check_against_target(config: RunConfig) -> None:
             f"{target.max_position_embeddings}"
         )
     model = config.model
-    load_tokenizer(model.path, model.revision, model.trust_remote_code, config.data.chat_template)
+    if needs_tokenizer(config):
+        load_tokenizer(model.path, model.revision, model.trust_remote_code, config.data.chat_template)
     if config.draft.vocab_size > target.vocab_size:
         raise ConfigError(
             f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"

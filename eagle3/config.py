@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -19,13 +20,18 @@ def ranged(default: Any, low: float | None = None, high: float | None = None) ->
 
 @dataclass
 class Model:
-    """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers, derived if null."""
+    """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers, derived if null.
+
+    `embedding_key` and `lm_head_key` name tensors of checkpoints that call them unusually.
+    """
 
     path: str = MISSING
     revision: Optional[str] = None
     dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]})
     trust_remote_code: bool = False
     aux_layer_ids: Optional[list[int]] = None
+    embedding_key: Optional[str] = None
+    lm_head_key: Optional[str] = None
 
 
 @dataclass
@@ -66,6 +72,19 @@ class View:
     """How many conversations `stages=[view]` shows."""
 
     num_samples: int = ranged(5, 1)
+
+
+@dataclass
+class HiddenStates:
+    """The store of `mode=offline` and `hybrid`: its folder (null: one under `cache_dir`) and precision.
+
+    `max_disk` is what `hybrid` may take, such as 500GB. A `path` with SpecForge's files is converted on first use.
+    """
+
+    path: Optional[str] = None
+    dtype: str = field(default="bf16", metadata={"choices": ["fp32", "bf16", "int8"]})
+    max_disk: Optional[str] = None
+    on_damage: str = field(default="fail", metadata={"choices": ["fail", "skip"]})
 
 
 @dataclass
@@ -114,7 +133,7 @@ class Parallel:
 
 @dataclass
 class Launch:
-    nproc_per_node: int = ranged(1, 1, 1)
+    nproc_per_node: int = ranged(1, 1)
     nnodes: int = ranged(1, 1, 1)
     threads: Optional[int] = ranged(None, 1)
 
@@ -124,6 +143,7 @@ class RunConfig:
     name: str = "eagle3"
     seed: int = ranged(0, 0)
     stages: list[str] = MISSING
+    plan: bool = False
     device: str = field(default="auto", metadata={"choices": ["auto", "cpu", "cuda"]})
     cache_dir: str = MISSING
     draft_path: Optional[str] = None
@@ -132,6 +152,7 @@ class RunConfig:
     view: View = field(default_factory=View)
     regenerate: dict[str, Any] = MISSING
     mode: dict[str, Any] = MISSING
+    hidden_states: HiddenStates = field(default_factory=HiddenStates)
     target: dict[str, Any] = MISSING
     draft: DraftSection = field(default_factory=DraftSection)
     loss: dict[str, Any] = MISSING
@@ -149,8 +170,9 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 # What may change when a run is resumed, because no weight depends on it.
 RESUME_FREE = {
-    "stages", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
-    "data.num_proc", "view", "regenerate", "train.save_every", "train.eval_every", "train.log_every", "train.keep_last",
+    "stages", "plan", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
+    "data.num_proc", "hidden_states.on_damage", "hidden_states.path", "view", "regenerate", "train.save_every",
+    "train.eval_every", "train.log_every", "train.keep_last",
 }  # fmt: skip
 
 
@@ -218,6 +240,14 @@ def differences(saved: dict[str, Any], resumed: dict[str, Any]) -> list[tuple[st
     """(key, before, now) of every value that a resumed run may not change."""
     fixed = [k for k in {**saved, **resumed} if k not in RESUME_FREE and k.split(".")[0] not in RESUME_FREE]
     return [(k, saved.get(k), resumed.get(k)) for k in fixed if saved.get(k) != resumed.get(k)]
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500GB or 1.5TB. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ConfigError(f"hidden_states.max_disk={text} is no size; write it as 500GB or 1.5TB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def nearest(word: str, names: list[str]) -> str:

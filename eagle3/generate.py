@@ -88,7 +88,7 @@ def greedy(target: HFTarget, prompts: list[list[int]], max_new_tokens: int) -> l
     pad = eos[0] if eos else 0
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
-    output = target.model.generate(
+    output = target.generate(
         input_ids,
         attention_mask=attention_mask,
         do_sample=False,

@@ -13,15 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eagle3 import checkpoint
 from eagle3.data.loader import Loader, Update
-from eagle3.data.packing import Batch
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import Evaluation
 from eagle3.logger import JsonLines
 from eagle3.loss import SoftTargetLoss
 from eagle3.metrics import Meter
+from eagle3.modes import Supply
 from eagle3.optim import step_if_finite
-from eagle3.target.features import Features
 from eagle3.ttt import training_flops, unroll
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -39,7 +38,7 @@ class Trainer:
         draft: Draft,
         embedding: torch.Tensor,
         draft_head: torch.Tensor,
-        features_of: Callable[[Batch], Features],
+        supply: Supply,
         loss: SoftTargetLoss,
         loader: Loader,
         optimizer: torch.optim.Optimizer,
@@ -50,7 +49,7 @@ class Trainer:
         """`embedding` [V,D] and `draft_head` [Vd,H] are the target's, frozen; `inputs` the fingerprints of the rest."""
         self.inputs = inputs
         self.draft, self.embedding, self.draft_head = draft, embedding, draft_head
-        self.features_of, self.loss, self.loader = features_of, loss, loader
+        self.supply, self.loss, self.loader = supply, loss, loader
         self.optimizer, self.scheduler, self.max_grad_norm = optimizer, scheduler, max_grad_norm
         self.device = embedding.device
         self.meter = Meter(loader.ttt_steps, loss.gamma, self.device)
@@ -59,6 +58,7 @@ class Trainer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def state(self) -> dict[str, Any]:
+        self.supply.sync()
         return {
             "draft": self.draft.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -78,9 +78,9 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`; raises ConfigError when data or target are not those it was trained on."""
         for name, fingerprint in state["inputs"].items():
-            if self.inputs[name] != fingerprint:
+            if self.inputs.get(name) != fingerprint:
                 raise ConfigError(
-                    f"{name} is {self.inputs[name]}, but the checkpoint has {fingerprint}; start a new run"
+                    f"{name} is {self.inputs.get(name)}, but the checkpoint has {fingerprint}; start a new run"
                 )
         self.draft.load_state_dict(state["draft"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -98,7 +98,7 @@ class Trainer:
         """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the device."""
         for batch in update.batches:
             batch = batch.to(self.device)
-            features = self.features_of(batch)
+            features = batch.features or self.supply.features_of(batch)
             hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden, features, batch, self.draft_head)
             (output.loss / update.normaliser).backward()
@@ -144,7 +144,7 @@ def stop_on_signals() -> Iterator[dict[str, int | None]]:
 
 def fit(
     trainer: Trainer,
-    evaluate: Callable[[Draft], Evaluation],
+    evaluate: Callable[[Draft], Evaluation] | None,
     run_dir: Path,
     metrics_file: JsonLines,
     track: Callable[[dict[str, float], int], None],
@@ -153,7 +153,10 @@ def fit(
     log_every: int,
     keep_last: int,
 ) -> None:
-    """Train until the loader's last update; keeps `last` and `best` (by `eval/acceptance_length`) checkpoints."""
+    """Train until the loader's last update; keeps `last` and `best` (by `eval/acceptance_length`) checkpoints.
+
+    Without anything to evaluate on, the last checkpoint is the best.
+    """
     folder, total = run_dir / "checkpoints", trainer.loader.total_updates
     meter = trainer.meter
 
@@ -176,7 +179,11 @@ def fit(
                 show(trainer.update, loss=metrics["loss"])
             began = time.perf_counter()
             due = trainer.update % save_every == 0 or last or received["signal"] is not None
-            if trainer.update % eval_every == 0 or last:
+            if evaluate is None and due:
+                trainer.best_update = trainer.update
+                checkpoint.save(folder, trainer.update, trainer.state(), keep_last, best=True)
+                due = False
+            elif evaluate is not None and (trainer.update % eval_every == 0 or last):
                 evaluation = evaluate(trainer.draft).metrics()
                 log(evaluation)
                 show(trainer.update, acceptance=evaluation["eval/acceptance_length"])

@@ -145,7 +145,7 @@ def test_tool_calls(name):
     ]
     found = supervised(bare, messages, tools=[schema])
     assert found == supervised(chat, messages, tools=[schema])
-    assert len(found) == 2 and '"add"' in found[0] and found[0].endswith(chat.closings[0]) and "two" in found[1]
+    assert len(found) == 2 and '"add"' in found[0] and found[0].endswith(chat.turns.closings[0]) and "two" in found[1]
 
 
 def test_preformatted_text_is_supervised_alike():
@@ -230,7 +230,45 @@ def test_tokenizers_without_a_template_are_told_the_names(tmp_path):
         load_tokenizer(str(tmp_path), None, False)
     chat = Chat(load_tokenizer(str(tmp_path), None, False, "llama3"))
     assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
-    assert chat.identity != Chat(load_tokenizer(str(tmp_path), None, False, "chatml")).identity
+    assert chat.identity != Chat(load_tokenizer(str(tmp_path), None, False, "longcat")).identity
+    with pytest.raises(ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, which is no token"):
+        load_tokenizer(str(tmp_path), None, False, "chatml")
+
+
+def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokenizer):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    tokenizer.backend_tokenizer.enable_truncation(6)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    tokenizer.save_pretrained(tmp_path)
+    assert supervised(Chat(load_tokenizer(str(tmp_path), None, False)), turns("a " * 30, "b")) == ["b<|eot_id|>"]
+
+
+def test_marks_around_header_and_newline_are_trimmed():
+    template = LLAMA3.replace("{{ '<|start_header_id|>' + m.role", "{% generation %}{{ '<|start_header_id|>' + m.role")
+    template = template.replace("'<|eot_id|>' }}", "'<|eot_id|>\n' }}{% endgeneration %}")
+    only_answers = template.replace(
+        "{% generation %}", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
+    )
+    only_answers = only_answers.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
+    assert supervised(chat_with(only_answers), turns("a", "b", "c", "d")) == ["b<|eot_id|>", "d<|eot_id|>"]
+
+
+def test_templates_that_leave_the_last_turn_open():
+    template = LLAMA3.replace("+ '<|eot_id|>' }}", "}}{% if not loop.last %}<|eot_id|>{% endif %}")
+    assert supervised(chat_with(template), turns("a", "b", "c", "d")) == ["b<|eot_id|>", "d"]
+
+
+def test_templates_that_drop_the_text_beside_a_call():
+    template = LLAMA3.replace("m.content | trim", "(m.tool_calls[0].function | tojson if m.tool_calls else m.content)")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    messages = [
+        *turns("add"),
+        {"role": "assistant", "content": "Let me check.", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    found = supervised(chat_with(template), messages)
+    assert len(found) == 2 and "add" in found[0] and found[0].endswith("<|eot_id|>") and found[1] == "two<|eot_id|>"
 
 
 def test_named_system_prompts():

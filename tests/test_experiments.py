@@ -1,15 +1,17 @@
 """Every recipe of conf/experiment: a short file that composes, passes the checks and trains, here on a tiny target."""
 
 import json
+import os
 import re
 import shlex
-import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from eagle3 import config as configuration
 from eagle3.checks import check
@@ -24,7 +26,10 @@ GUIDES = {
 ONE_STEP = [
     "name=test",
     "device=cpu",
-    "stages=[prepare,generate,train,export]",
+    "stages=[prepare,generate,capture,train,export]",
+    "launch.nproc_per_node=1",
+    "target=hf",
+    "target.tp_size=1",
     "data.subset=null",
     "data.split=train",
     "data.num_proc=1",
@@ -44,13 +49,34 @@ def composed(*overrides):
         return compose("run", overrides=["name=test", *overrides])
 
 
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072, "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
 @pytest.fixture(scope="module")
-def tiny(target_folder, tmp_path_factory):
-    """Overrides that put a tiny Llama with long positions and a file of ShareGPT's shape in a recipe's place."""
+def targets(tokenizer, tmp_path_factory):
+    """An untrained target of every architecture that a recipe names, by the first part of the recipe's name."""
+    folder = tmp_path_factory.mktemp("targets")
+    special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    configs = {
+        "llama3-8b": LlamaConfig(**SHAPE, **special),
+        "qwen3-32b": Qwen3Config(**SHAPE, **special),
+        "qwen3-30b-a3b": Qwen3MoeConfig(**SHAPE, **EXPERTS, **special),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(targets, tmp_path_factory):
+    """A function: the recipe's name -> overrides that put a tiny target and a small file in the recipe's place."""
     folder = tmp_path_factory.mktemp("experiments")
-    shutil.copytree(target_folder, folder / "target")
-    shape = json.loads((folder / "target" / "config.json").read_text())
-    (folder / "target" / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 131072}))
     words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
     rows = [
         {
@@ -63,12 +89,18 @@ def tiny(target_folder, tmp_path_factory):
         for i in range(14)
     ]
     (folder / "sharegpt.json").write_text(json.dumps(rows))
-    return [
-        *ONE_STEP,
-        f"model.path={folder / 'target'}",
-        f"data.path={folder / 'sharegpt.json'}",
-        f"cache_dir={folder / 'cache'}",
-    ]
+
+    def overrides(experiment):
+        name = next(name for name in os.listdir(targets) if experiment.startswith(name))
+        return [
+            f"experiment={experiment}",
+            *ONE_STEP,
+            f"model.path={targets / name}",
+            f"data.path={folder / 'sharegpt.json'}",
+            f"cache_dir={folder / 'cache'}",
+        ]
+
+    return overrides
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -86,10 +118,21 @@ def test_recipes_hold_the_values_of_the_guides(experiment, tmp_path):
     assert (config.train.epochs, config.train.documents_per_update, config.optimizer["lr"]) == (2, 8, 1e-4)
     assert (config.draft.ttt_steps, config.draft.vocab_size, config.train.max_grad_norm) == (7, 32000, 0.5)
     assert (config.scheduler["_target_"], config.scheduler["warmup_ratio"]) == ("eagle3.optim.cosine", 0.015)
-    assert (
-        config.mode["_target_"] == "eagle3.pipeline.online" and config.target["_target_"] == "eagle3.target.hf.HFTarget"
-    )
+    assert config.mode["_target_"] == "eagle3.modes.online" and config.target["_target_"] == "eagle3.target.hf.HFTarget"
     assert config.draft.initial["_target_"] == "eagle3.draft.initial.random", "nothing of the embedded model stays"
+
+
+def test_offline_recipes_hold_the_values_of_the_guides(tmp_path):
+    config = configuration.typed(composed("experiment=qwen3-32b-sharegpt-capture"), tmp_path, [])
+    assert (config.target["tp_size"], config.launch.nproc_per_node, config.data.num_samples) == (8, 8, 20)
+    assert (config.model.path, config.data.max_length, config.stages[-1]) == ("Qwen/Qwen3-32B", 2048, "capture")
+    config = configuration.typed(composed("experiment=qwen3-30b-a3b-sharegpt-offline"), tmp_path, [])
+    assert (config.model.path, config.model.embedding_key) == ("Qwen/Qwen3-30B-A3B", "model.embed_tokens.weight")
+    assert (config.train.epochs, config.optimizer["lr"], config.train.save_every) == (4, 1e-4, 1984)
+    for experiment in EXPERIMENTS:
+        config = configuration.typed(composed(f"experiment={experiment}"), tmp_path, [])
+        named = "offline" if "offline" in experiment or "capture" in experiment else "online"
+        assert config.mode["_target_"] == f"eagle3.modes.{named}"
 
 
 def test_the_commands_of_the_guides_page_compose():
@@ -106,7 +149,7 @@ def test_the_commands_of_the_guides_page_compose():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_recipes_train(experiment, tiny, tmp_path):
-    overrides = [f"experiment={experiment}", *tiny]
+    overrides = tiny(experiment)
     config = configuration.typed(composed(*overrides), tmp_path, overrides)
     check(config)
     launch(config, tmp_path, overrides)

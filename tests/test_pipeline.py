@@ -206,7 +206,7 @@ def test_a_run_is_not_resumed_on_other_data(settings, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             run(changed, tmp_path / "run")
     own.write_text("".join(own.read_text().splitlines(keepends=True)[:-3]))
-    with pytest.raises(ConfigError, match=r"the prepared data is \w+, but the checkpoint has \w+"):
+    with pytest.raises(ConfigError, match=r"the data is \w+, but the checkpoint has \w+"):
         run(changed, tmp_path / "run")
 
 
@@ -241,7 +241,7 @@ def test_a_run_is_not_resumed_as_another(finished, settings):
 
 
 def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch):
-    from eagle3 import pipeline
+    from eagle3 import modes
 
     poisoned = {2}
 
@@ -255,9 +255,9 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
                 features.aux_hidden_states[0] = float("nan")
             return features
 
-        return features_of
+        return modes.Supply(run.prepared, features_of)
 
-    monkeypatch.setattr(pipeline, "online", online)
+    monkeypatch.setattr(modes, "online", online)
     run([*settings, TRAIN_ONLY, "train.max_steps=4"], tmp_path / "one")
     rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_updates"] for row in rows if "loss" in row] == [0, 1, 1, 1]

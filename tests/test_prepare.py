@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY
 from transformers import AutoTokenizer
 
@@ -126,6 +127,8 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     assert facts["tokens"] == prepared.lengths.sum()
     masks = [prepared.document(i)[2] for i in range(len(prepared))]
     assert [int(mask.sum()) for mask in masks] == prepared.supervised.tolist()
+    teachers = [int((mask | mask.roll(1) & (torch.arange(len(mask)) > 0)).sum()) for mask in masks]
+    assert teachers == prepared.teachers.tolist()
 
 
 def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
@@ -160,6 +163,10 @@ def test_held_out_prompts_are_never_trained_on(prepared_from, tmp_path, tokenize
     for prompt in prepared.heldout:
         asked = tokenizer.decode(prompt["input_ids"])
         assert not any(text.startswith(asked) for text in texts(prepared, tokenizer))
+    spaced = [{"messages": chat_turns(f" {row['messages'][0]['content']}\n", "Again.")} for row in rows]
+    told = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in rows]
+    facts, *_ = prepared_from(rows + spaced + told)
+    assert facts["held_out_rows"] == 6 and facts["documents"] == 12, "spaces and system messages do not tell them apart"
     evaluation = write_jsonl(tmp_path / "e.jsonl", ["{broken", {"messages": chat_turns("w " * 200)}, rows[0], rows[1]])
     facts, prepared, rejects = prepared_from(rows + siblings, eval_path=evaluation, num_heldout=1)
     assert facts["heldout_rejected"] == {"broken JSON": 1, "held-out prompt longer than data.max_length": 1}
@@ -176,11 +183,11 @@ def test_held_out_prompts_depend_on_the_conversations_alone(prepared_from):
 def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     one, two = write_jsonl(tmp_path / "one.jsonl", rows_of(60)), write_jsonl(tmp_path / "two.jsonl", rows_of(70, 50))
     facts, prepared, _ = prepared_from(Source(str(one), weight=0.5), Source(str(two), weight=2.0))
-    assert adds_up(facts) and facts["rejected"] == {"duplicate row": 10}
+    assert adds_up(facts) and facts["rejected"]["duplicate row"] <= 10
     counts = Counter(texts(prepared, tokenizer))
     seconds = sum(count == 2 for count in counts.values())
-    assert set(counts.values()) == {1, 2} and 55 <= seconds <= 60
-    assert 15 < facts["left_out_by_weight"] < 45
+    assert set(counts.values()) == {1, 2} and 55 <= seconds <= 70
+    assert 15 < facts["left_out_by_weight"] < 45 and facts["rows"] == 130
     assert facts["documents_per_epoch"] == len(prepared) == facts["documents"] + seconds
     limited, *_ = prepared_from(Source(str(one)), Source(str(two)), num_samples=12)
     assert limited["rows"] == 24
@@ -195,6 +202,27 @@ def test_prepare_fails_on_request_and_on_nothing_left(prepared_from):
         prepared_from(rows_of(4), num_heldout=4)
     with pytest.raises(RunError, match="does not belong to this target"):
         prepared_from(rows_of(4), vocab_size=300)
+    with pytest.raises(RunError, match=r"line 5: duplicate row"):
+        prepared_from([*rows_of(4), rows_of(1)[0]], on_reject="fail")
+    with pytest.raises(RunError, match="none of 0 rows"):
+        prepared_from([])
+
+
+def test_nothing_but_held_out_prompts_is_no_training_data(prepared_from, tmp_path):
+    evaluation = write_jsonl(tmp_path / "e.jsonl", rows_of(5))
+    with pytest.raises(RunError, match="every conversation is held out"):
+        prepared_from(rows_of(5), eval_path=evaluation, num_heldout=9)
+
+
+def test_rows_that_only_refuse_a_prompt_are_trained_on(prepared_from):
+    """Whether a row is asked for its prompt depends on how far the workers are; what is kept must not."""
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ raise_exception('no') if '7' in messages[0].content }}"
+        "<|start_header_id|>assistant<|end_header_id|>{% endif %}"
+    )
+    facts, *_ = prepared_from(rows_of(30), template=template)
+    assert facts["rejected"] == {} and facts["heldout_prompts"] == 2
 
 
 def test_a_template_that_does_not_fit_ends_with_an_example(prepared_from):

@@ -36,6 +36,8 @@ def test_shapes_that_say_the_same(row):
 def test_system_and_input_are_kept():
     row = {"system": "be kind", "instruction": "sum", "input": "1 2", "output": "3"}
     assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "sum\n\n1 2", "3"]
+    row = {"system": "be kind", "conversations": [{"from": "human", "value": "a"}]}
+    assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "a"]
     row = {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]}
     assert [m["role"] for m in read_conversation(row).messages] == ["system", "user"]
 
@@ -97,6 +99,8 @@ def test_preformatted_text():
         ({"messages": [ASKED, ANSWERED, ANSWERED]}, "alternate"),
         ({"messages": [ASKED, {"role": "tool", "content": "2"}]}, "alternate"),
         ({"messages": [ASKED, {"role": "system", "content": "x"}, ANSWERED]}, "behind the first"),
+        ({"messages": chat("a", "b"), "tools": "9" * 5000}, "tools are not JSON"),
+        ({"messages": chat("a", "b"), "tools": "[" * 100_000}, "tools are not JSON"),
         ({"messages": chat("a", "b"), "tools": "{"}, "tools are not JSON"),
         ({"messages": chat("a", "b"), "tools": ["x"]}, "tools are not a list"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "without a name"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import lzma
 
 import datasets
 import fsspec
@@ -77,8 +78,6 @@ def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
-        (b" \n\n", "is empty"),
         (b'[{"a": 1}, {"b": ', "is not JSON"),
         (b'[{"a": 1} {"b" 2}]', "is not JSON"),
         (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind the end"),
@@ -91,9 +90,33 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
         read(path, tmp_path)
 
 
+def test_empty_files_hold_no_rows(tmp_path):
+    """One empty shard among others is nothing to stop at; `prepare` ends when there is no row at all."""
+    for content in (b"", b" \n\n"):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        assert read(tmp_path / "a.jsonl", tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
+def test_damaged_and_unsupported_packing(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"a.jsonl.{suffix}"
+    packed = {"gz": gzip.compress(lines(50)), "xz": lzma.compress(lines(50)), "zst": b"(\xb5/\xfd"}[suffix]
+    path.write_bytes(packed[: len(packed) // 2])
+    if suffix == "zst":
+        monkeypatch.setattr(sources, "infer_compression", lambda name: None)
+    with pytest.raises(RunError, match=r"a\.jsonl\.\w+ (is damaged|needs a package)"):
+        read(path, tmp_path)
+
+
+def test_numbers_and_nesting_beyond_reason_cost_one_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"messages": ' + b"9" * 5000 + b"}\n" + b"[" * 100_000 + b"\n" + lines(1))
+    assert [r.reason for r in read(path, tmp_path)] == ["broken JSON", "broken JSON", None]
+
+
 def test_broken_parquet_and_unknown_kinds(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
-    with pytest.raises(RunError, match="no readable parquet"):
+    with pytest.raises(RunError, match=r"a\.parquet is damaged"):
         read(tmp_path / "a.parquet", tmp_path)
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(RunError, match=r"a\.csv is of no kind that can be read; allowed: \.jsonl"):

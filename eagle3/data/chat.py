@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -18,6 +19,8 @@ Span = tuple[int, int]
 
 NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
+SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
+LONGEST_TEXT = 1 << 23
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {"type": "function", "function": {"name": "qzcall", "description": "", "parameters": {"properties": {}}}}
 
@@ -53,11 +56,12 @@ class Encoded:
 @dataclass
 class Turns:
     """How a template frames an assistant turn: `opening` stands before it, `prompt_rest` is what a generation prompt
-    adds to that, and one of `closings` ends it."""
+    adds to that, and one of `closings` ends it, but for the last turn where that has an `open_end`."""
 
     opening: str
     prompt_rest: str
     closings: tuple[str, ...]
+    open_end: bool
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
@@ -78,14 +82,26 @@ def load_tokenizer(
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     if chat_template != "auto":
         tokenizer.chat_template = templates.read(chat_template)
+        check_tokens(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the tokenizer of model.path={path} has no chat template; set data.chat_template to one of "
             f"{', '.join(templates.names())}, or add chat_template.jinja beside it"
         )
     return tokenizer
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ConfigError where a named template frames turns by tokens that the tokenizer does not have."""
+    words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text, _ = Chat(tokenizer).render(words)
+    unknown = [token for token in SPECIAL_LOOK.findall(text) if token not in tokenizer.get_vocab()]
+    if unknown:
+        raise ConfigError(f"data.chat_template={name} needs {unknown[0]}, which is no token of the target's tokenizer")
 
 
 class Chat:
@@ -100,7 +116,8 @@ class Chat:
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
         whole = self.tokenizer.backend_tokenizer.to_str().encode()
-        return {"tokenizer": sha256(whole).hexdigest(), "template": self.template, "options": self.options}
+        dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
+        return {"tokenizer": sha256(whole).hexdigest(), "template": self.template, "options": self.options} | dated
 
     def render(self, messages: Messages, tools=None, prompt: bool = False) -> tuple[str, list[Span]]:
         """The text of `messages` and, where the template has `{% generation %}`, the character spans it marks.
@@ -125,12 +142,12 @@ class Chat:
         return learn(self)
 
     @cached_property
-    def closings(self) -> tuple[str, ...]:
-        """How a marked template ends turns; nothing where it frames them in a way that cannot be learnt."""
+    def frame(self) -> Turns | None:
+        """How a marked template frames turns; None where that cannot be learnt."""
         try:
-            return self.turns.closings
+            return self.turns
         except ConfigError:
-            return ()
+            return None
 
     @cached_property
     def call_closing(self) -> str:
@@ -156,8 +173,10 @@ class Chat:
             text, marked = self.render(conversation.messages, conversation.tools)
             cut = any(m.get("truncated") for m in conversation.messages)
             spans = mend(self, marked, text, cut) if marked else find_turns(self, conversation.messages, text)
-        if not spans:
+        if not any(first < stop for first, stop in spans):
             raise RowError(NOT_FOUND)
+        if len(text) > LONGEST_TEXT:
+            raise RowError(f"longer than {LONGEST_TEXT:,} characters")
         spans = spans[-1:] if only_last_turn else spans
         try:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
@@ -238,7 +257,10 @@ def learn(chat: Chat) -> Turns:
     heads = []
     for i in (1, 3):
         between = text[places[i - 1] + len(words[i - 1]) : places[i]]
-        heads.append(between.removeprefix(tail) if between.startswith(tail) else between)
+        head = between.removeprefix(tail) if between.startswith(tail) else between
+        marker = first_special(chat.tokenizer, prompt)
+        place = head.rfind(prompt[slice(*marker)]) if marker else -1
+        heads.append(head[max(0, place) :])
     opening = common_prefix(*heads, prompt) if prompt else common_prefix(*heads)
     rest = prompt[len(opening) :]
     if not opening.strip():
@@ -255,7 +277,7 @@ def learn(chat: Chat) -> Turns:
             "the tokenizer's chat template has no text in front of assistant turns by which they can be found; "
             "set data.chat_template, or mark them with {% generation %}"
         )
-    return Turns(opening, rest, tuple(closings))
+    return Turns(opening, rest, tuple(closings), open_end=not last)
 
 
 def start_of_turn(turns: Turns, text: str, cursor: int) -> int:
@@ -287,17 +309,18 @@ def find_turns(chat: Chat, messages: Messages, text: str) -> list[Span]:
         if start < 0:
             raise RowError(NOT_FOUND)
         closings = (chat.call_closing,) if message.get("tool_calls") else turns.closings
-        answer, stop = close(text, start, message, closings)
+        answer, stop = close(text, start, message, closings, turns.open_end)
         spans.append((start, answer if message.get("truncated") else stop))
         cursor = stop
     return spans
 
 
-def close(text: str, start: int, message: Message, closings: tuple[str, ...]) -> Span:
+def close(text: str, start: int, message: Message, closings: tuple[str, ...], open_end: bool) -> Span:
     """Where the answer that begins at `start` ends, and where its closing does. Raises RowError."""
     content = message["content"].strip()
     answer = content.rpartition("</think>")[2].strip()
     cores = [content, answer] if answer else [content or message.get("reasoning_content", "").strip()]
+    cores += [""] if message.get("tool_calls") else []  # some templates drop the text beside a call
     for core in dict.fromkeys(cores):
         found = text.find(core, start)
         while found >= 0:
@@ -310,22 +333,33 @@ def close(text: str, start: int, message: Message, closings: tuple[str, ...]) ->
             for closing in closings:
                 if text.startswith(closing, behind):
                     return end, behind + len(closing)
-            if not closings:
+            if not closings or (open_end and behind == len(text)):
                 return end, end
             found = text.find(core, found + 1) if core else -1
     raise RowError(NOT_FOUND)
 
 
 def mend(chat: Chat, marked: list[Span], text: str, cut: bool) -> list[Span]:
-    """Spans that a template marks, each with its closing; the last without, where the answer was cut."""
+    """Spans that a template marks: from behind the opening, where that is marked too, to the closing with it.
+
+    The last ends before its closing where the answer was cut.
+    """
+    if chat.frame is None:
+        return marked
     spans = []
     for start, stop in marked:
+        if text.startswith(chat.frame.opening, start):
+            start += len(chat.frame.opening)
         behind = WHITESPACE.match(text, stop).end()
-        closing = next((c for c in chat.closings if text.startswith(c, behind)), None)
-        spans.append((start, behind + len(closing) if closing else stop))
+        closing = next((c for c in chat.frame.closings if text.startswith(c, behind)), None)
+        if closing:
+            stop = behind + len(closing)
+        elif ends := [p + len(c) for c in chat.frame.closings if (p := text.rfind(c, start, stop)) >= 0]:
+            stop = max(ends)
+        spans.append((start, stop))
     if cut:
         start, stop = spans[-1]
-        closing = next((c for c in chat.closings if text[start:stop].endswith(c)), "")
+        closing = next((c for c in chat.frame.closings if text[start:stop].endswith(c)), "")
         spans[-1] = (start, stop - len(closing))
     return spans
 

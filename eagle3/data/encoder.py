@@ -19,6 +19,7 @@ from eagle3.data.rows import Conversation, RowError
 from eagle3.data.sources import parse_row
 from eagle3.errors import RunError
 
+LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
 RECORD = np.dtype(
     [
         ("source", "i2"),
@@ -27,6 +28,7 @@ RECORD = np.dtype(
         ("outcome", "i4"),
         ("tokens", "i4"),
         ("supervised", "i4"),
+        ("teachers", "i4"),
         ("content", "u8"),
         ("opening", "u8"),
     ]
@@ -70,11 +72,12 @@ def hash_of(value: object) -> int:
 
 
 def opening_hash(conversation: Conversation, chat: Chat) -> int:
-    """Equal for conversations that open with the same question, whatever is answered and asked after it."""
+    """Equal for conversations that open with the same question, whatever system message, space or answer it has."""
     if conversation.text is not None:
         return hash_of(conversation.text[: find_spans(chat, conversation.text)[0][0]])
-    turns = [(m["role"], m["content"]) for m in conversation.messages]
-    return hash_of(turns[: next((i for i, (role, _) in enumerate(turns) if role == "assistant"), None)])
+    turns = [m for m in conversation.messages if m["role"] != "system"]
+    first = next((i for i, m in enumerate(turns) if m["role"] == "assistant"), None)
+    return hash_of([" ".join(m["content"].split()) for m in turns[:first]])
 
 
 @dataclass
@@ -85,12 +88,18 @@ class Encoder:
     options: Preparation
 
     def __call__(self, rows: list[tuple[int, int, int, object]], held_below: int) -> Chunk:
-        """`rows`: (source, file, line, raw); prompts of rows whose opening hashes below `held_below` are candidates."""
+        """`rows`: (source, file, line, raw, or None for one that its weight leaves out).
+
+        Prompts of rows whose opening hashes below `held_below` are candidates for holding out.
+        """
         records = np.zeros(len(rows), RECORD)
         chunk = Chunk(np.zeros(0, np.int32), np.zeros(0, bool), records)
         ids, spans, total = [], [], 0
         for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
+            if raw is None:
+                record["outcome"] = LEFT_OUT
+                continue
             try:
                 conversation = self.conversation(raw)
                 encoded = self.encode(conversation)
@@ -111,6 +120,8 @@ class Encoder:
             spans += [(first + total, stop + total) for first, stop in inside]
             total += len(kept)
             record["tokens"], record["supervised"] = len(kept), sum(stop - first for first, stop in inside)
+            starts = {first for first, _ in inside} | {len(kept)}
+            record["teachers"] = record["supervised"] + sum(stop not in starts for _, stop in inside)
             record["content"] = hash_of(encoded.text)
             record["opening"] = opening
             chunk.cut += len(encoded.input_ids) > len(kept)
@@ -143,7 +154,10 @@ class Encoder:
         """The prompt of the last answer, where it can be held out: the row ends with an answer and the prompt fits."""
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
             return None
-        ids = self.chat.prompt_of(conversation)
+        try:
+            ids = self.chat.prompt_of(conversation)
+        except RowError:
+            return None
         return ids if 0 < len(ids) <= self.options.max_length else None
 
     def example(self, conversation: Conversation) -> str:

@@ -3,13 +3,27 @@
 import heapq
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from eagle3.data.packing import Batch, SupervisedMask, pack
-from eagle3.data.prepare import Prepared
+from eagle3.errors import RunError
+from eagle3.target.store import Document, concatenate
+
+
+class Documents(Protocol):
+    """What a loader packs; `load` leaves out documents that are damaged and may be skipped.
+
+    In epoch 0 there is nothing yet that `mode=hybrid` could have kept.
+    """
+
+    lengths: np.ndarray
+    supervised: np.ndarray
+
+    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]: ...
 
 
 @dataclass
@@ -72,7 +86,7 @@ class Loader:
 
     def __init__(
         self,
-        prepared: Prepared,
+        documents: Documents,
         t2d: torch.Tensor,
         mask: SupervisedMask,
         ttt_steps: int,
@@ -85,24 +99,32 @@ class Loader:
         replica: int = 0,
         replicas: int = 1,
     ):
-        self.prepared, self.t2d, self.mask, self.ttt_steps = prepared, t2d, mask, ttt_steps
+        self.documents, self.t2d, self.mask, self.ttt_steps = documents, t2d, mask, ttt_steps
         self.tokens_per_step = tokens_per_step
-        self.lengths, self.replica, self.replicas = prepared.lengths, replica, replicas
+        self.lengths, self.replica, self.replicas = documents.lengths, replica, replicas
         # the target passes over every token, the unroll over the supervised ones, at about the same cost each
-        self.costs = self.lengths + prepared.supervised
+        self.costs = self.lengths + documents.supervised
         tokens_per_update = tokens_per_step * grad_accum * replicas
         self.plan = lambda epoch: plan_epoch(self.lengths, seed, epoch, tokens_per_update, documents_per_update)
         planned = sum(len(self.plan(epoch)) for epoch in range(epochs))
         self.total_updates = planned if max_steps is None else min(planned, max_steps)
         self.state = {"epoch": 0, "update": 0}
 
-    def pack_update(self, documents: np.ndarray) -> Update:
+    def pack_update(self, epoch: int, documents: np.ndarray) -> Update:
         mine = split(documents, self.costs, self.replicas)[self.replica]
-        batches = [
-            pack([self.prepared.document(i) for i in indices], self.t2d, self.ttt_steps, self.mask)
-            for indices in fill_micro_steps(mine, self.lengths, self.tokens_per_step)
-        ]
+        steps = fill_micro_steps(mine, self.lengths, self.tokens_per_step)
+        batches = [self.pack_step(loaded) for numbers in steps if (loaded := self.documents.load(numbers, epoch))]
+        if not batches and len(mine):
+            raise RunError("every document of an update is damaged; capture the hidden states again")
         return Update(batches, sum(batch.normaliser for batch in batches))
+
+    def pack_step(self, loaded: list[Document]) -> Batch:
+        packed = [(document.key, document.input_ids, document.loss_mask) for document in loaded]
+        batch = pack(packed, self.t2d, self.ttt_steps, self.mask)
+        features = [document.features for document in loaded]
+        if None in features:
+            return replace(batch, loaded=loaded)
+        return replace(batch, features=concatenate(features))
 
     def positions(self) -> Iterator[tuple[int, int, np.ndarray]]:
         epoch, first = self.state["epoch"], self.state["update"]
@@ -113,14 +135,18 @@ class Loader:
             epoch, first = epoch + 1, 0
 
     def __iter__(self) -> Iterator[Update]:
-        """Endless; `state` already points behind the update that was handed out."""
+        """Endless; `state` already points behind the update that was handed out.
+
+        The first update of an epoch is packed when it is asked for, since hybrid keeps features up to the end of one.
+        """
         with ThreadPoolExecutor(1) as packer:
+            ahead = None
             positions = self.positions()
-            epoch, number, documents = next(positions)
-            ahead = packer.submit(self.pack_update, documents)
+            following = next(positions)
             while True:
-                update = ahead.result()
+                epoch, number, documents = following
+                update = (ahead or packer.submit(self.pack_update, epoch, documents)).result()
                 self.state = {"epoch": epoch, "update": number + 1}
-                epoch, number, documents = next(positions)
-                ahead = packer.submit(self.pack_update, documents)
+                following = next(positions)
+                ahead = packer.submit(self.pack_update, following[0], following[2]) if following[1] else None
                 yield update

@@ -4,12 +4,13 @@ T packed tokens, B documents, K ttt_steps, U teacher rows, M supervised pairs (r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
 
 from eagle3.draft.attention import Documents
+from eagle3.target.features import Features
 
 SupervisedMask = Callable[..., tuple[torch.Tensor, int]]
 
@@ -23,6 +24,8 @@ class Batch:
     their teacher's row: `pair_index` into the concatenation over steps of those slices, `pair_step`, and
     `pair_teacher` into `teacher_rows`, where U (one past its end) stands for "beyond the document", a uniform teacher.
     `pairs_before[u]` on the host counts the pairs whose teacher comes before u.
+
+    `features` came with the documents when all of them had some; else `loaded` are the documents as they came.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +43,8 @@ class Batch:
     pairs_before: torch.Tensor
     pair_counts: list[int]
     normaliser: int
+    features: Features | None = None
+    loaded: list = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -48,7 +53,8 @@ class Batch:
             if isinstance(value, torch.Tensor) and name != "pairs_before"
         }
         documents = self.documents._replace(cu_seqlens=self.documents.cu_seqlens.to(device, non_blocking=True))
-        return replace(self, documents=documents, **moved)
+        features = self.features.to(device) if self.features is not None else None
+        return replace(self, documents=documents, features=features, **moved)
 
     @property
     def max_length(self) -> int:

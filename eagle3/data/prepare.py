@@ -1,8 +1,8 @@
 """Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are memory-mapped.
 
 Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so that the artefact does
-not depend on how many there were. Memory holds a few chunks and 42 bytes a row. A killed call goes on at the last part
-it finished.
+not depend on how many there were. Memory holds a few chunks and, at the end, about 150 bytes a row. A killed call goes
+on at the last part it finished.
 """
 
 import json
@@ -16,25 +16,31 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_128
 
 from eagle3.data.chat import Chat
-from eagle3.data.encoder import RECORD, Chunk, Encoder, Preparation, encode_in_order, opening_hash
+from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, Preparation, encode_in_order, opening_hash
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, raw_rows, read_rows
+from eagle3.data.sources import DataFile, SourceFiles, raw_rows, read_rows, selects
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.data.writer import Writer
 from eagle3.errors import RunError
+from eagle3.target.store import Document
 
-CHUNK_ROWS = 128
+CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
 PART_CHUNKS = 64
+FORMAT = 1  # of what is written: part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
 DUPLICATE = "duplicate row"
-INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4")])
+INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 
 
 @dataclass
 class Prepared:
-    """The artefact of `prepare`, memory-mapped: `index` has a record (start, length, supervised) for each document."""
+    """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document.
+
+    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind them.
+    """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -53,11 +59,19 @@ class Prepared:
     def supervised(self) -> np.ndarray:
         return self.index["supervised"].astype(np.int64)
 
+    @property
+    def teachers(self) -> np.ndarray:
+        return self.index["teachers"].astype(np.int64)
+
     def document(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """(number, input_ids int32 [n], loss_mask bool [n])."""
-        start, length, _ = self.index[number].item()
+        start, length = self.index[["start", "length"]][number].item()
         span = slice(start, start + length)
         return number, torch.from_numpy(self.input_ids[span].copy()), torch.from_numpy(self.loss_mask[span].copy())
+
+    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+        """Documents without features: those are still to be computed."""
+        return [Document(*self.document(number), features=None) for number in numbers]
 
 
 def load(folder: Path) -> Prepared:
@@ -82,14 +96,23 @@ def chunks_of(
     def rows() -> Iterator[tuple]:
         first = 0
         for number, (_, files) in enumerate(sources):
-            located = ((number, first + i, *row) for i, file in enumerate(files) for row in raw_rows(file))
-            yield from islice(located, num_samples)
+            located = ((first + i, *row) for i, file in enumerate(files) for row in raw_rows(file))
+            for file, line, raw, read in islice(located, num_samples):
+                yield number, file, line, raw if selects(sources[number][0].weight, line) else None, read
             first += len(files)
 
     remaining = islice(rows(), skip, None)
-    while chunk := list(islice(remaining, CHUNK_ROWS)):
-        show(chunk[-1][1], chunk[-1][4])
-        yield [row[:4] for row in chunk]
+    chunk: list[tuple] = []
+    size = 0
+    for row in remaining:
+        chunk.append(row[:4])
+        size += len(row[3]) if isinstance(row[3], bytes) else 1 << 12
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            show(row[1], row[4])
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def write(
@@ -142,10 +165,11 @@ def check_found(writer: Writer, allowed: float) -> None:
 
 def fail_on_reject(chunk: Chunk, reasons: list[str], files: list[DataFile]) -> None:
     for record in chunk.records[chunk.records["outcome"] > 0][:1]:
-        raise RunError(
-            f"{files[record['file']].name}, line {record['line']}: {reasons[record['outcome'] - 1]} "
-            "(data.on_reject=skip would count it and go on)"
-        )
+        raise RunError(rejected(files[record["file"]].name, record["line"], reasons[record["outcome"] - 1]))
+
+
+def rejected(file: str, line: int, reason: str) -> str:
+    return f"{file}, line {line}: {reason} (data.on_reject=skip would count it and go on)"
 
 
 def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], list[dict]]:
@@ -159,9 +183,13 @@ def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], lis
             ids = encode.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encode.options.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
-            name = f"{Path(row.file).name}:{row.line}"
-            prompts.append({"id": name, "hash": opening_hash(conversation, encode.chat), "input_ids": ids})
+            opening = opening_hash(conversation, encode.chat)
+            if any(prompt["hash"] == opening for prompt in prompts):
+                raise RowError("asks what an earlier held-out prompt asks")
+            prompts.append({"id": f"{Path(row.file).name}:{row.line}", "hash": opening, "input_ids": ids})
         except RowError as error:
+            if encode.options.on_reject == "fail":
+                raise RunError(rejected(row.file, row.line, str(error))) from error
             rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
         if len(prompts) == encode.options.num_heldout:
             break
@@ -186,13 +214,17 @@ def finish(
     starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
     usable = np.flatnonzero(outcome == 0)
     if not len(usable):
-        told = ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in Counter(outcome.tolist()).items())
-        raise RunError(f"data.path: none of {state.rows} rows can be trained on ({told or 'no rows'})")
+        counted = Counter(outcome[outcome > 0].tolist())
+        told = ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in counted.items()) or "there are none"
+        raise RunError(f"data.path={files[0]}: none of {state.rows} rows can be trained on ({told})")
 
     reasons = [*state.reasons, DUPLICATE]
     again = np.ones(len(usable), bool)
     again[np.unique(rows["content"][usable], return_index=True)[1]] = False
     outcome[usable[again]] = len(reasons)
+    if again.any() and options.on_reject == "fail":
+        file, line = rows[usable[again]][["file", "line"]][0].tolist()
+        raise RunError(rejected(files[file], line, DUPLICATE))
     if heldout is None:
         openings = len(np.unique(rows["opening"][usable]))
         if openings <= options.num_heldout:
@@ -209,15 +241,19 @@ def finish(
     held = (outcome == 0) & np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
 
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
-    passes = np.floor(weights + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(np.int64)
-    trained = (outcome == 0) & ~held & (passes > 0)
+    passes = np.floor(np.maximum(weights, 1) + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(np.int64)
+    trained = (outcome == 0) & ~held
+    if not trained.any():
+        raise RunError(f"data.path={files[0]}: every conversation is held out, so none is left to train on")
     index = np.empty(len(rows), INDEX)
-    index["start"], index["length"], index["supervised"] = starts, rows["tokens"], rows["supervised"]
+    index["start"], index["length"] = starts, rows["tokens"]
+    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
     np.save(folder / "index.npy", np.repeat(index[trained], passes[trained]))
 
     counts = writer.counts - untrained_counts(folder, rows, index, trained, writer.counts.shape)
     counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
-    vocab = choose_vocab(counts, options.draft_vocab_size, set(tokenizer.all_special_ids) & set(state.ends))
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    vocab = choose_vocab(counts, options.draft_vocab_size, special & set(state.ends))
     np.save(folder / "vocab.npy", vocab)
     (folder / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in heldout))
     bad = [
@@ -230,7 +266,7 @@ def finish(
         "documents": int(trained.sum()),
         "documents_per_epoch": int(passes[trained].sum()),
         "held_out_rows": int(held.sum()),
-        "left_out_by_weight": int(((outcome == 0) & ~held & (passes == 0)).sum()),
+        "left_out_by_weight": int((outcome == LEFT_OUT).sum()),
         "rejected": dict(Counter(reject["reason"] for reject in bad)),
         "repaired": state.repaired,
         "cut_to_max_length": state.cut,
@@ -240,9 +276,20 @@ def finish(
         "heldout_rejected": dict(Counter(reject["reason"] for reject in rejects)),
         "vocab_coverage": coverage(counts, vocab),
         "vocab_seen": int((counts > 0).sum()),
+        "digest": digest(folder),
     }
     writer.forget()
     return facts
+
+
+def digest(folder: Path) -> str:
+    """Equal for the same documents in the same order, whatever was held out and chosen as vocabulary beside them."""
+    total = xxh3_128()
+    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
+        with (folder / name).open("rb") as stream:
+            while block := stream.read(1 << 24):
+                total.update(block)
+    return total.hexdigest()
 
 
 def untrained_counts(
@@ -253,7 +300,7 @@ def untrained_counts(
     ids = np.memmap(folder / "input_ids.bin", np.int32, "r")
     mask = np.memmap(folder / "loss_mask.bin", bool, "r")
     for place in np.flatnonzero(~trained & (rows["tokens"] > 0)).tolist():
-        start, length, _ = index[place].item()
+        start, length = index[["start", "length"]][place].item()
         span = slice(start, start + length)
         np.add.at(counts[rows["source"][place]], ids[span][mask[span]], 1)
     return counts

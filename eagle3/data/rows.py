@@ -48,6 +48,9 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
     if not isinstance(turns, list):
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[:1] != [] and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     answers = first
     while answers < len(messages) and messages[answers]["role"] == "assistant":
@@ -68,9 +71,7 @@ def from_columns(row: dict) -> list[Message] | None:
     given = row.get("input")
     if isinstance(given, str) and given.strip():
         question = f"{question}\n\n{given}"
-    system = row.get("system")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return [*before, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def read_message(turn: Any) -> Message:
@@ -131,7 +132,7 @@ def parse(value: Any, reason: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(reason) from error
 
 

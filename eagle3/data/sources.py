@@ -5,6 +5,7 @@ A broken row never costs its file: JSON Lines are read line by line, and each ro
 
 import codecs
 import json
+import lzma
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from eagle3.artefact import describe_file, fingerprint
+from eagle3.config import Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 
@@ -25,16 +27,6 @@ SUFFIXES = (*(kind + packed for kind in JSON for packed in PACKED), ".parquet")
 ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
 BLOCK = 1 << 22
 LONGEST_ITEM = 1 << 26
-
-
-@dataclass
-class Source:
-    """`path`: a local file or folder, a hub id, or an fsspec address; `weight`: passes over it in an epoch."""
-
-    path: str
-    subset: str | None = None
-    split: str = "train"
-    weight: float = 1.0
 
 
 @dataclass
@@ -120,21 +112,24 @@ def download(source: Source) -> list[DataFile]:
 def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
     """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item or a parquet row.
 
-    Blank lines do not count. Raises RunError for a file that holds no rows or cannot be read.
+    Blank lines do not count. Raises RunError for a file that cannot be read.
     """
     name = file.name.split("?")[0]
     if not name.endswith(SUFFIXES):
         raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
-    if name.endswith(".parquet"):
-        yield from parquet_rows(file)
-        return
-    size = Path(file.path).stat().st_size
-    with open(file.path, "rb") as disk:
-        with compr[infer_compression(name)](disk, mode="rb") as stream:
-            start = stream.read(BLOCK).lstrip(codecs.BOM_UTF8).lstrip()
-        if not start:
-            raise RunError(f"{file.name} is empty; give a file with one conversation a line")
-    with open(file.path, "rb") as disk, compr[infer_compression(name)](disk, mode="rb") as stream:
+    if name.endswith(PACKED[1:]) and infer_compression(name) is None:
+        raise RunError(f"{file.name} needs a package that unpacks it, such as `pip install zstandard` for .zst")
+    try:
+        yield from parquet_rows(file) if name.endswith(".parquet") else json_rows(file, infer_compression(name))
+    except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
+        raise RunError(f"{file.name} is damaged: {' '.join(str(error).split())}; fetch it again") from error
+
+
+def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
+    size = max(1, Path(file.path).stat().st_size)
+    with open(file.path, "rb") as disk, compr[compression](disk, mode="rb") as stream:
+        start = stream.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
+    with open(file.path, "rb") as disk, compr[compression](disk, mode="rb") as stream:
         if start[:1] == b"[":
             for number, item in enumerate(list_items(stream, file.name), start=1):
                 yield number, item, disk.tell() / size
@@ -159,13 +154,15 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
                 continue
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
-                    raise RunError(f"{name} goes on behind the end of its JSON list; give one list, or one row a line")
+                    raise RunError(
+                        f"{name} goes on behind the end of its JSON list; give one list, or rows that are objects"
+                    )
                 return
             try:
                 item, stop = decoder.raw_decode(text, place)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 if not block or len(text) - place > LONGEST_ITEM:
-                    raise RunError(f"{name} is not JSON: {error.msg} near {text[place : place + 40]!r}") from error
+                    raise RunError(f"{name} is not JSON: {error} near {text[place : place + 40]!r}") from error
                 break
             if stop == len(text) and block:
                 break  # a number may go on in the next block
@@ -177,14 +174,11 @@ def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
     import pyarrow.parquet
 
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file.path) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row, number / table.metadata.num_rows
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RunError(f"{file.name} is no readable parquet file: {str(error).splitlines()[0]}") from error
+    with pyarrow.parquet.ParquetFile(file.path) as table:
+        for batch in table.iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row, number / table.metadata.num_rows
 
 
 def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
@@ -194,9 +188,14 @@ def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
             raw = json.loads(raw.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError("bad UTF-8") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("broken JSON") from error
     return read_conversation(raw, preformatted)
+
+
+def selects(share: float, line: int) -> bool:
+    """Whether a row is among the `share` of its file that is used: always the same rows, spread evenly."""
+    return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
 
 
 def read_rows(
@@ -205,7 +204,7 @@ def read_rows(
     """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in this process."""
     located = ((file, line, raw) for file in files for line, raw, _ in raw_rows(file))
     for file, line, raw in islice(located, num_samples):
-        if share < 1 and int(fingerprint({"line": line}), 16) >= share * 2**64:
+        if not selects(share, line):
             continue
         try:
             yield Row(file.name, line, parse_row(raw, preformatted))

@@ -57,10 +57,14 @@ class Writer:
             with np.load(folder / "state.npz") as saved:
                 self.state, self.counts = State(**json.loads(str(saved["state"]))), saved["counts"]
         self.held = Heldout(options.num_heldout, self.state.candidates)
-        self.files = []
-        for name, size in (("input_ids", 4 * self.state.tokens), ("loss_mask", self.state.tokens)):
-            self.files.append(reopen(folder / f"{name}.bin", size))
-        self.files.append(reopen(folder / "rows.bin", RECORD.itemsize * self.state.rows))
+        sizes = {
+            "input_ids.bin": 4 * self.state.tokens,
+            "loss_mask.bin": self.state.tokens,
+            "rows.bin": RECORD.itemsize * self.state.rows,
+        }
+        if any(size and (folder / name).stat().st_size < size for name, size in sizes.items()):
+            raise RunError(f"{folder} was damaged after it was written; delete it and start again")
+        self.files = [reopen(folder / name, size) for name, size in sizes.items()]
 
     def append(self, chunk: Chunk) -> None:
         state = self.state
@@ -73,7 +77,8 @@ class Writer:
             if reason not in state.reasons:
                 state.reasons.append(reason)
         places = np.array([0, *(state.reasons.index(reason) + 1 for reason in chunk.reasons)])
-        chunk.records["outcome"] = places[chunk.records["outcome"]]
+        rejected = chunk.records["outcome"] > 0
+        chunk.records["outcome"][rejected] = places[chunk.records["outcome"][rejected]]
         self.count(chunk)
         state.ends = sorted({*state.ends, *chunk.ids[chunk.mask & ~np.append(chunk.mask[1:], False)].tolist()})
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
@@ -96,6 +101,7 @@ class Writer:
     def save(self) -> None:
         for stream in self.files:
             stream.flush()
+            os.fsync(stream.fileno())
         self.state.candidates = list(self.held.kept.values())
         np.savez(self.folder / "state.partial.npz", state=json.dumps(vars(self.state)), counts=self.counts)
         os.replace(self.folder / "state.partial.npz", self.folder / "state.npz")

@@ -13,6 +13,7 @@ from eagle3.draft.attention import Backend
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget
+from eagle3.target.weights import TargetWeights
 
 
 def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfig:
@@ -22,7 +23,7 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
     heads = target.num_attention_heads
     return DraftConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
+        intermediate_size=dense_size(target),
         num_attention_heads=heads,
         num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
@@ -33,6 +34,12 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
         rope_theta=rope.get("rope_theta", 10000.0),
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
     )
+
+
+def dense_size(target: PretrainedConfig) -> int:
+    """The MLP's size; of a mixture that has no dense one, what its active experts come to."""
+    dense = getattr(target, "intermediate_size", None)
+    return dense or target.moe_intermediate_size * target.num_experts_per_tok
 
 
 def read_config(path: str, derived: DraftConfig) -> DraftConfig:
@@ -121,7 +128,7 @@ def new_draft(
     section: DraftSection,
     attention: Backend,
     initial: Initial,
-    target: HFTarget,
+    target: HFTarget | TargetWeights,
     t2d: torch.Tensor,
     d2t: torch.Tensor,
 ) -> Draft:

@@ -150,7 +150,7 @@ def sample(target: HFTarget, prompts: list[list[int]], sampling: dict[str, Any])
     width = max(map(len, prompts))
     input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
     attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
-    output = target.model.generate(
+    output = target.generate(
         input_ids,
         attention_mask=attention_mask,
         num_beams=1,

@@ -1,9 +1,13 @@
 """A transformers model as the target: packed hidden states, without logits of all rows and without patching it."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
@@ -47,10 +51,19 @@ def choose_attention(config: PretrainedConfig) -> str | None:
     return "packed"
 
 
+def end_token_ids(generation: int | list[int] | None, config: PretrainedConfig) -> set[int]:
+    """The tokens that end an answer: those of the generation config, where it names any, else the config's."""
+    eos = getattr(config, "eos_token_id", None) if generation is None else generation
+    return set(eos) if isinstance(eos, list) else {eos} - {None}
+
+
 class HFTarget:
     """`target(batch) -> Features`, and the pieces that decoding needs.
 
-    `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
+    `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints. `batch_tokens` is how
+    many tokens a prefill that stores hidden states packs. With `tp_size` > 1 the layers are split over as many
+    consecutive ranks of torch.distributed, `group`: every rank of it makes the target and calls it with the same batch,
+    and each gets the same result. The embedding and the head stay whole on every rank.
     """
 
     def __init__(
@@ -62,17 +75,25 @@ class HFTarget:
         dtype: str = "auto",
         trust_remote_code: bool = False,
         attention: str = "auto",
+        tp_size: int = 1,
+        batch_tokens: int = 16384,
     ):
         self.config = text_config(path, revision, trust_remote_code)
+        self.batch_tokens = batch_tokens
         check_supported(self.config)
+        check_tensor_parallel(self.config, tp_size)
+        mesh = None if tp_size == 1 else tensor_parallel_mesh(device, tp_size)
+        self.group = None if mesh is None else mesh["tp"].get_group()
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=revision,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=choose_attention(self.config) if attention == "auto" else attention,
-            )
+            with loading_over(mesh, path, revision, trust_remote_code) as distributed_config:
+                self.model = AutoModelForCausalLM.from_pretrained(
+                    path,
+                    revision=revision,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    attn_implementation=choose_attention(self.config) if attention == "auto" else attention,
+                    distributed_config=distributed_config,
+                )
         except (OSError, ValueError) as error:
             raise RunError(f"the target at {path} does not load: {str(error).splitlines()[0]}") from error
         self.model.eval().requires_grad_(False).to(device)
@@ -111,9 +132,7 @@ class HFTarget:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        eos = self.model.generation_config.eos_token_id
-        eos = self.config.eos_token_id if eos is None else eos
-        return set(eos) if isinstance(eos, list) else {eos} - {None}
+        return end_token_ids(self.model.generation_config.eos_token_id, self.config)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -136,11 +155,17 @@ class HFTarget:
         self.captured.clear()
         return aux, output.last_hidden_state[0]
 
+    def generate(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
+        """What transformers generates: int64 [B,n] -> [B,n+m]."""
+        return self.model.generate(input_ids, **options)
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
         aux, last = self.states(batch.input_ids, batch.position_ids, documents=batch.documents)
         last = last[batch.teacher_rows]
-        return Features(aux, last, *head_statistics(last, self.head))
+        if self.group is None:
+            return Features(aux, last, *head_statistics(last, self.head))
+        return Features(aux, last, *shared_head_statistics(last, self.head, self.group))
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
@@ -152,6 +177,75 @@ def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1
         argmax.append(logits.argmax(-1))
         logsumexp.append(logits.logsumexp(-1))
     return torch.cat(argmax), torch.cat(logsumexp)
+
+
+def shared_head_statistics(last: torch.Tensor, head: torch.Tensor, group: dist.ProcessGroup) -> tuple:
+    """`head_statistics` of rows that every rank of `group` has: each computes its share of them."""
+    rank, ranks, rows = group.rank(), group.size(), len(last)
+    mine = slice(rows * rank // ranks, rows * (rank + 1) // ranks)
+    gathered = []
+    for share in head_statistics(last[mine], head):
+        whole = share.new_zeros(rows)
+        whole[mine] = share
+        dist.all_reduce(whole, group=group)  # the other ranks' rows are zero here
+        gathered.append(whole)
+    return tuple(gathered)
+
+
+def check_tensor_parallel(config: PretrainedConfig, tp_size: int) -> None:
+    """Raise ConfigError where the target cannot be split over `tp_size` ranks."""
+    if tp_size == 1:
+        return
+    if not config.base_model_tp_plan:
+        raise ConfigError(
+            f"target.tp_size={tp_size}: transformers has no tensor-parallel plan for {config.model_type}; "
+            "set target.tp_size=1"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size % tp_size:
+            raise ConfigError(f"target.tp_size={tp_size} must divide the target's {name}={size}; choose a divisor")
+
+
+def tensor_parallel_mesh(device: torch.device, tp_size: int) -> DeviceMesh:
+    """Groups of `tp_size` consecutive ranks, with the dimensions that transformers asks for. Raises ConfigError."""
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes % tp_size:
+        raise ConfigError(
+            f"target.tp_size={tp_size} must divide the number of processes, which is {processes}; "
+            f"set launch.nproc_per_node={tp_size} or a multiple of it"
+        )
+    shape = (processes // tp_size, 1, 1, tp_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "pp", "fsdp", "tp"))
+
+
+@contextmanager
+def loading_over(mesh: DeviceMesh | None, path: str, revision: str | None, trust_remote_code: bool) -> Iterator:
+    """What `from_pretrained` takes as distributed_config; inside, transformers splits over `mesh`.
+
+    By itself it takes all processes for one group, the accelerator for the device, and needs `accelerate` for a device
+    map. With none, each rank reads its slices into host memory and moves them afterwards. Its plans also shard the head
+    (and a tied embedding), which the draft and the statistics need whole.
+    """
+    if mesh is None:
+        yield None
+        return
+    try:
+        from transformers.distributed import DistributedConfig, mixin
+        from transformers.distributed.utils import TransformersDeviceMesh
+    except ImportError as error:
+        raise RunError("target.tp_size > 1 needs a newer transformers; install transformers>=5.19") from error
+    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    replicated = {name: "replicated_with_grad_allreduce" for name, module in model.named_modules() if module in whole}
+    before = mixin.initialize_distributed_mesh
+    mixin.initialize_distributed_mesh = lambda distributed_config: (None, TransformersDeviceMesh(mesh, mesh))
+    try:
+        yield DistributedConfig(tp_size=mesh["tp"].size(), tp_plan=replicated)
+    finally:
+        mixin.initialize_distributed_mesh = before
 
 
 def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:

@@ -1,0 +1,379 @@
+"""One job: its config, its folder, and what several stages share, made when first asked for."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from transformers import PretrainedConfig
+
+from eagle3 import generate
+from eagle3.artefact import artefact, facts, fingerprint
+from eagle3.config import RunConfig, Source, parse_size
+from eagle3.data import prepare
+from eagle3.data.chat import Chat, load_tokenizer
+from eagle3.data.encoder import Preparation
+from eagle3.data.sources import DataFile, SourceFiles, find_files, read_rows
+from eagle3.data.vocab import choose_vocab, vocab_tensors
+from eagle3.distributed import Ranks, choose_device
+from eagle3.errors import RunError
+from eagle3.logger import NoTracker, redact
+from eagle3.modes import Supply
+from eagle3.target.growing import Growing
+from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
+from eagle3.target.parallel import LOAD, Led
+from eagle3.target.specforge import convert, is_specforge
+from eagle3.target.store import Store, check_inputs
+from eagle3.target.weights import TargetWeights, load_weights
+
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
+HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}  # of `regenerate`: no answer depends on them
+
+
+class Run:
+    """One job: its config, its folder, and what several stages share, made when first asked for."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
+        before = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
+        self.config, self.run_dir = config, run_dir
+        self.overrides, self.resumed_with = before.get("overrides", overrides), overrides if before else None
+        self.inputs: dict[str, Any] = before.get("inputs", {})
+        self.tracker_id: str | None = before.get("tracker_id")
+        self.device = choose_device(config.device)
+        self.tracker = instantiate(config.logger) if self.ranks.is_main else NoTracker()
+
+    @cached_property
+    def target_config(self) -> PretrainedConfig:
+        model = self.config.model
+        return text_config(model.path, model.revision, model.trust_remote_code)
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        return self.config.model.aux_layer_ids or default_aux_layer_ids(self.target_config.num_hidden_layers)
+
+    def load_target(self) -> HFTarget:
+        """The target, or this process's part of it."""
+        model = self.config.model
+        return instantiate(self.config.target)(
+            model.path,
+            self.device,
+            aux_layer_ids=self.aux_layer_ids,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @cached_property
+    def target(self) -> HFTarget | Led:
+        if self.ranks.tp_size == 1:
+            return self.load_target()
+        self.ranks.share(LOAD)
+        return Led(self.load_target(), self.ranks)
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether training needs no target, because hidden states were captured before."""
+        return self.config.mode["_target_"] == "eagle3.modes.offline"
+
+    @cached_property
+    def weights(self) -> HFTarget | TargetWeights:
+        """The target's embedding and head: those of the target where it is loaded, else only they are read."""
+        return self.target if "target" in self.__dict__ or not self.reads_store else self.load_weights()
+
+    def load_weights(self) -> TargetWeights:
+        model = self.config.model
+        return load_weights(
+            model.path,
+            self.device,
+            aux_layer_ids=self.aux_layer_ids,
+            revision=model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            embedding_key=model.embedding_key,
+            lm_head_key=model.lm_head_key,
+        )
+
+    @cached_property
+    def chat(self) -> Chat:
+        model, data = self.config.model, self.config.data
+        tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code, data.chat_template)
+        return Chat(tokenizer, data.chat_template_kwargs)
+
+    @cached_property
+    def given_sources(self) -> SourceFiles:
+        """The files that `data` names."""
+        data = self.config.data
+        sources = list(data.sources.values()) or [Source(data.path, data.subset, data.split)]
+        return [(source, find_files(source, self.config.cache_dir)) for source in sources]
+
+    @cached_property
+    def sources(self) -> SourceFiles:
+        """What `prepare` reads: the given files, or what the target answered again when `regenerate` is a stage."""
+        if "regenerate" not in self.config.stages:
+            return self.given_sources
+        again = [
+            Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
+            for path, (source, _) in zip(self.regenerated_paths, self.given_sources, strict=True)
+        ]
+        return [(source, find_files(source, self.config.cache_dir)) for source in again]
+
+    @cached_property
+    def regenerated_paths(self) -> list[Path]:
+        """The target's own answers to the prompts of each source; of one weighted below 1, only to its share."""
+        return [self.regenerated(source, found) for source, found in self.given_sources]
+
+    def regenerated(self, source: Source, files: list[DataFile]) -> Path:
+        config, model = self.config, self.config.model
+        inputs = {
+            "files": [file.identity for file in files],
+            "share": min(1.0, source.weight),
+            "num_samples": config.data.num_samples,
+            "system_prompt": config.data.system_prompt,
+            "max_length": config.data.max_length,
+            "chat": self.chat.identity,
+            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "answers": {k: v for k, v in config.regenerate.items() if k not in HOW_TO_ASK},
+        }
+        rows = read_rows(files, config.data.num_samples, share=min(1.0, source.weight))
+        write = instantiate(config.regenerate)
+        return artefact(config.cache_dir, "regenerated", inputs, lambda folder: write(self, rows, folder))
+
+    @property
+    def preparation(self) -> Preparation:
+        """What the stage `prepare` is asked for."""
+        config, data = self.config, self.config.data
+        return Preparation(
+            num_samples=data.num_samples,
+            max_length=data.max_length,
+            preformatted=data.preformatted,
+            system_prompt=data.system_prompt,
+            only_last_turn=data.train_only_last_turn,
+            on_reject=data.on_reject,
+            num_heldout=config.eval.num_prompts,
+            vocab_size=self.target_config.vocab_size,
+            draft_vocab_size=config.draft.vocab_size,
+        )
+
+    @cached_property
+    def eval_files(self) -> list[DataFile]:
+        path = self.config.data.eval_path
+        return find_files(Source(path), self.config.cache_dir) if path else []
+
+    @cached_property
+    def prepared_inputs(self) -> dict[str, Any]:
+        """What the prepared data depends on."""
+        return dataclasses.asdict(self.preparation) | {
+            "format": prepare.FORMAT,
+            "sources": [[source.weight, [file.identity for file in found]] for source, found in self.sources],
+            "eval": [file.identity for file in self.eval_files],
+            "chat": self.chat.identity,
+        }
+
+    @cached_property
+    def prepared_path(self) -> Path:
+        num_proc = self.config.data.num_proc or len(os.sched_getaffinity(0))
+
+        def write(folder: Path) -> dict:
+            return prepare.write(folder, self.chat, self.preparation, self.sources, self.eval_files, num_proc)
+
+        return artefact(self.config.cache_dir, "prepared", self.prepared_inputs, write)
+
+    def prepared_if_there(self) -> prepare.Prepared | None:
+        """The prepared data, if an earlier run has left it; for plans, which make nothing."""
+        if "regenerate" in self.config.stages:
+            return None
+        path = Path(self.config.cache_dir) / "prepared" / fingerprint(self.prepared_inputs)
+        return prepare.load(path) if (path / "artefact.json").is_file() else None
+
+    @cached_property
+    def prepared(self) -> prepare.Prepared:
+        return prepare.load(self.prepared_path)
+
+    @cached_property
+    def answers_path(self) -> Path:
+        config, model = self.config, self.config.model
+        inputs = {
+            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "dtype": self.target_dtype,
+            "aux_layer_ids": self.aux_layer_ids,
+            "prompts": self.prepared.heldout,
+            "max_new_tokens": config.eval.max_new_tokens,
+            "batch_size": config.eval.batch_size,
+        }
+        return artefact(
+            config.cache_dir,
+            "generated",
+            inputs,
+            lambda folder: generate.write(
+                folder, self.target, self.prepared.heldout, config.eval.max_new_tokens, config.eval.batch_size
+            ),
+        )
+
+    @property
+    def target_dtype(self) -> str:
+        """What the target computes in, told without loading it."""
+        named = self.config.model.dtype
+        return named if named != "auto" else str(self.target_config.dtype or "float32").removeprefix("torch.")
+
+    @cached_property
+    def answers(self) -> list[generate.Answer]:
+        return generate.load(self.answers_path, self.prepared.heldout)
+
+    @property
+    def store_inputs(self) -> dict[str, Any]:
+        """What hidden states depend on."""
+        model, config = self.config.model, self.config
+        made_from = {
+            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "model_dtype": self.target_dtype,
+            "aux_layer_ids": self.aux_layer_ids,
+            "dtype": config.hidden_states.dtype,
+        }
+        if config.hidden_states.path is None or {"prepare", "capture"} & set(config.stages):
+            made_from["documents"] = facts(self.prepared_path)["digest"]
+        return made_from
+
+    @cached_property
+    def store_path(self) -> Path:
+        """The folder of the hidden states: that of `hidden_states.path`, or one whose name is their fingerprint."""
+        named, cache_dir = self.config.hidden_states.path, Path(self.config.cache_dir)
+        if named is None:
+            return cache_dir / "hidden_states" / fingerprint(self.store_inputs)
+        return self.imported_path if is_specforge(Path(named)) else Path(named)
+
+    @cached_property
+    def imported_path(self) -> Path:
+        """Our store of the files that SpecForge left in `hidden_states.path`."""
+        given = self.config.hidden_states
+        source = Path(given.path)
+        names = [
+            [str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns]
+            for p in sorted(source.rglob("*.ckpt*"))
+        ]
+        model = self.config.model
+        inputs = {
+            "files": fingerprint({"names": names}),
+            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "dtype": given.dtype,
+            "max_length": self.config.data.max_length,
+            "on_damage": given.on_damage,
+        }
+
+        def write(folder: Path) -> dict[str, Any]:
+            return convert(
+                source, folder, self.load_weights(), given.dtype, self.config.data.max_length, given.on_damage
+            )
+
+        return artefact(self.config.cache_dir, "imported", inputs, write)
+
+    @cached_property
+    def store(self) -> Store:
+        """The complete store, refused where it was made from something else than this run asks for."""
+        folder = self.store_path
+        if not (folder / "artefact.json").is_file():
+            raise RunError(
+                f"{folder} holds no complete store of hidden states; put capture before train in stages, or set "
+                "hidden_states.path to a store"
+            )
+        store = Store(folder, self.config.hidden_states.on_damage)
+        if "imported" not in store.inputs:
+            wanted = self.store_inputs
+            check_inputs({key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder)
+        return store
+
+    @cached_property
+    def store_order(self) -> np.ndarray:
+        """The store's key of each document of the data; an import has no other order than its own."""
+        order = self.store_path / "order.npy"
+        return np.load(order) if order.exists() else self.store.keys
+
+    def growing_store(self) -> Growing:
+        """What `mode=hybrid` keeps: a store without an index, which grows while training."""
+        given = self.config.hidden_states
+        folder = Path(given.path or Path(self.config.cache_dir) / "hybrid" / fingerprint(self.store_inputs))
+        folder.mkdir(parents=True, exist_ok=True)
+        limit = parse_size(given.max_disk) if given.max_disk else shutil.disk_usage(folder).free * 9 // 10
+        return Growing(folder, given.dtype, limit, self.store_inputs, rank=self.ranks.rank)
+
+    @cached_property
+    def supply(self) -> Supply:
+        return instantiate(self.config.mode)(self)
+
+    @cached_property
+    def vocab(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """t2d bool [V] and d2t int64 [Vd] of the data: prepared here, or noted or counted in a store."""
+        given = self.config.hidden_states.path
+        ids = self.store_vocab if given and self.reads_store else self.prepared.vocab
+        return vocab_tensors(ids, self.target_config.vocab_size)
+
+    @property
+    def store_vocab(self) -> np.ndarray:
+        noted = self.store_path / "vocab.npy"
+        if noted.exists():
+            return np.load(noted)
+        counts = np.zeros(self.target_config.vocab_size, np.int64)
+        for key in sorted(set(self.store.keys.tolist()) - self.store.damaged.keys()):
+            _, ids, mask = self.store.document(key)
+            counts += np.bincount(ids[mask].numpy(), minlength=len(counts))
+        return choose_vocab(counts, self.config.draft.vocab_size, set())
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out prompts to measure on: imported hidden states come without."""
+        return not (self.config.hidden_states.path and self.reads_store and "imported" in self.store.inputs)
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """Fingerprints of what a checkpoint belongs to."""
+        if not self.evaluates:
+            return {"the imported hidden states": self.store_path.name}
+        documents = self.store_path.name if self.reads_store else self.prepared_path.name
+        return {"the data": documents, "the target's answers": self.answers_path.name}
+
+    @property
+    def draft_folder(self) -> Path:
+        return Path(self.config.draft_path) if self.config.draft_path else self.run_dir / "draft"
+
+    def write_info(self) -> None:
+        """run.json: what this run was made from, rewritten as stages add what they learn."""
+        info = {
+            "config": redact(dataclasses.asdict(self.config)),
+            "overrides": redact(self.overrides),
+            "resumed_with": redact(self.resumed_with),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "tracker_id": self.tracker_id,
+            "git": git_commit(),
+            "hardware": hardware(self.device),
+            "seeds": {"seed": self.config.seed},
+            "inputs": self.inputs,
+        }
+        path = self.run_dir / "run.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(info, indent=1, default=str))
+        os.replace(partial, path)
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `+` when files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if dirty else "")
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}

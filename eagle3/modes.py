@@ -1,0 +1,97 @@
+"""Where the trainer's hidden states come from: one function for each option of `mode`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from eagle3.capture import see, split_features
+from eagle3.data.loader import Documents
+from eagle3.data.packing import Batch
+from eagle3.data.prepare import Prepared
+from eagle3.target.features import Features
+from eagle3.target.growing import Growing
+from eagle3.target.store import Document, Store, concatenate
+
+
+@dataclass
+class Supply:
+    """`features_of` is asked for batches whose documents came without features.
+
+    `sync` waits until all that was computed so far is kept, which a checkpoint needs; `close` ends the writing.
+    """
+
+    documents: Documents
+    features_of: Callable[[Batch], Features]
+    sync: Callable[[], Any] = lambda: None
+    close: Callable[[], Any] = lambda: None
+
+
+def online(run) -> Supply:
+    """`mode=online`: the target says its Features batch by batch."""
+    return Supply(run.prepared, run.target)
+
+
+class Stored:
+    """Documents of a store, in the order of the data it was made from; some of them may be the same."""
+
+    def __init__(self, store: Store, order: np.ndarray):
+        self.store, self.order = store, order
+        place = {key: i for i, key in enumerate(store.keys.tolist())}
+        places = np.array([place[key] for key in order.tolist()])
+        self.lengths, self.supervised = store.lengths[places], store.supervised[places]
+
+    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+        return self.store.load(self.order[numbers].tolist())
+
+
+def offline(run) -> Supply:
+    """`mode=offline`: everything was captured; neither the target nor the prepared data is needed."""
+
+    def no_target(batch: Batch) -> Features:
+        raise AssertionError("a store gives every document with its features")
+
+    return Supply(Stored(run.store, run.store_order), no_target)
+
+
+class Kept:
+    """Prepared documents, from the second epoch on with the features that the first has kept.
+
+    Reading only what an earlier epoch kept makes a run's losses independent of how fast the disk was, and a resumed
+    run's of where it was stopped.
+    """
+
+    def __init__(self, prepared: Prepared, kept: Growing):
+        self.prepared, self.kept = prepared, kept
+        self.lengths, self.supervised = prepared.lengths, prepared.supervised
+
+    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+        loaded = self.prepared.load(numbers)
+        if epoch == 0:
+            return loaded
+        self.kept.sync()
+        known = self.kept.load(numbers)
+        return [known.get(document.key, document) for document in loaded]
+
+
+def hybrid(run) -> Supply:
+    """`mode=hybrid`: what the first pass computes is kept, as far as the disk budget goes, and read afterwards."""
+    kept = run.growing_store()
+    everything = Kept(run.prepared, kept)
+
+    def features_of(batch: Batch) -> Features:
+        unknown = [document for document in batch.loaded if document.features is None]
+        if len(unknown) == len(batch.loaded):
+            features = run.target(batch)
+            if not kept.full:
+                parts = split_features(batch, features)
+                kept.add([replace(d, features=f) for d, f in zip(unknown, parts, strict=True)])
+            return features
+        seen = {document.key: document for document in see(run.target, unknown)} if unknown else {}
+        if not kept.full:
+            kept.add(list(seen.values()))
+        features = concatenate([seen.get(document.key, document).features for document in batch.loaded])
+        return features.to(batch.input_ids.device)
+
+    return Supply(everything, features_of, kept.sync, kept.close)

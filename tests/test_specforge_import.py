@@ -1,0 +1,373 @@
+"""SpecForge's hidden-state files become our store: layout, padding, norms, numbers, damage, safety, resuming.
+
+The files are written as SpecForge 0.2.0 and its earlier `scripts/prepare_hidden_states.py` write them.
+"""
+
+import gzip
+import json
+import os
+import pickle
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
+
+import eagle3.target.specforge as specforge
+from eagle3.data.packing import pack
+from eagle3.data.supervision import shifted
+from eagle3.errors import RunError
+from eagle3.loss import SoftTargetLoss, kl
+from eagle3.target.features import Features
+from eagle3.target.hf import head_statistics
+from eagle3.target.specforge import convert, is_specforge
+from eagle3.target.store import Store, concatenate
+from eagle3.target.weights import TargetWeights
+from eagle3.ttt import unroll
+
+H, V = 32, 50
+
+
+def weights_of(head, norm):
+    config = SimpleNamespace(hidden_size=head.shape[1], rms_norm_eps=1e-5, model_type="llama")
+    return TargetWeights(config, head, head, norm, [0, 1, 2], {1})
+
+
+@pytest.fixture(scope="module")
+def weights():
+    generator = torch.Generator().manual_seed(0)
+    return weights_of(
+        torch.randn(V, H, generator=generator).bfloat16(), 1 + 0.3 * torch.randn(H, generator=generator).bfloat16()
+    )
+
+
+def normed(residual, weights):
+    return torch.nn.functional.rms_norm(residual.float(), (H,), weights.norm.float(), 1e-5).to(residual.dtype)
+
+
+def document(n: int, weights, seed: int = 0) -> dict:
+    """What `prepare_hidden_states.py` saves of a conversation; `residual` is the last state before the norm."""
+    generator = torch.Generator().manual_seed(seed)
+    residual = (3 * torch.randn(n, H, generator=generator) * (1 + torch.rand(n, 1, generator=generator))).bfloat16()
+    mask = torch.zeros(n, dtype=torch.long)
+    mask[n // 3 :] = 1
+    return {
+        "input_ids": torch.randint(1, V, (n,), generator=generator),
+        "loss_mask": mask,
+        "hidden_state": normed(residual, weights)[None],
+        "aux_hidden_state": torch.randn(1, n, 3 * H, generator=generator).bfloat16(),
+    }
+
+
+def save(content, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        with gzip.open(path, "wb") as stream:
+            torch.save(content, stream)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def imported(source, folder, weights, dtype="fp32", max_length=None, on_damage="fail"):
+    folder.mkdir(exist_ok=True)
+    facts = convert(source, folder, weights, dtype, max_length, on_damage)
+    store = Store(folder)
+    return facts, dict(zip(store.keys.tolist(), store.load(store.keys.tolist()), strict=True))
+
+
+def test_what_a_folder_of_specforge_is(tmp_path):
+    assert not is_specforge(tmp_path) and not is_specforge(tmp_path / "none")
+    save({}, tmp_path / "a" / "last.ckpt")
+    assert not is_specforge(tmp_path)
+    save({}, tmp_path / "b" / "rows_0-2000" / "data_0.ckpt.gz")
+    assert is_specforge(tmp_path / "b") and is_specforge(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "ckpt.gz"])
+@pytest.mark.parametrize("batched", [True, False], ids=["[1,n,H]", "[n,H]"])
+def test_a_document_arrives_whole(tmp_path, weights, suffix, batched):
+    written = document(20, weights)
+    if not batched:
+        written |= {name: written[name][0] for name in ("hidden_state", "aux_hidden_state")}
+    save(written, tmp_path / "rows_0-2000" / f"data_0.{suffix}")
+    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    got, features = found[0], found[0].features
+    mask = written["loss_mask"].bool()
+    mask[-1] = False  # SpecForge never supervises the last row it has
+    teachers = torch.arange(6, 20)
+    assert torch.equal(got.input_ids.long(), written["input_ids"]) and torch.equal(got.loss_mask, mask)
+    assert torch.equal(features.aux_hidden_states, written["aux_hidden_state"].reshape(20, -1).float())
+    last = written["hidden_state"].reshape(20, -1)[teachers]
+    assert torch.equal(features.last_hidden_states, last.float())
+    argmax, logsumexp = head_statistics(last, weights.head)
+    assert torch.equal(features.argmax, argmax) and torch.equal(features.logsumexp, logsumexp)
+    assert (facts["files"], facts["documents"], facts["tokens"], facts["teacher_rows"]) == (1, 1, 20, 14)
+    assert (facts["padding"], facts["prenorm"], facts["skipped"], facts["rejected"]) == (0, 0, [], {})
+    assert "imported" in Store(tmp_path / "store").inputs
+
+
+def test_files_in_natural_order(tmp_path, weights):
+    numbers = [0, 2, 9, 10, 1999, 2000, 10000]
+    for n in numbers:
+        first = n // 2000 * 2000
+        save(document(6 + numbers.index(n), weights), tmp_path / f"rows_{first}-{first + 2000}" / f"data_{n}.ckpt")
+    _, found = imported(tmp_path, tmp_path / "store", weights)
+    assert [len(found[key].input_ids) for key in sorted(found)] == [6, 7, 8, 9, 10, 11, 12]
+
+
+def pad(written, rows, states):
+    """As SpecForge's collator does: id 0, not supervised; hidden states where `states` says what they are."""
+    n = len(written["input_ids"])
+    padded = {name: torch.cat([written[name], torch.zeros(rows).long()]) for name in ("input_ids", "loss_mask")}
+    for name in ("hidden_state", "aux_hidden_state"):
+        tail = written[name][:, :rows] if states == "computed" else torch.zeros_like(written[name][:, :rows])
+        padded[name] = written[name] if states == "none" else torch.cat([written[name], tail], 1)
+    return padded, n
+
+
+@pytest.mark.parametrize("states", ["zero", "none", "attention_mask"])
+def test_rows_that_the_target_never_computed_are_trimmed(tmp_path, weights, states):
+    padded, n = pad(document(20, weights), 7, "computed" if states == "attention_mask" else states)
+    if states == "attention_mask":
+        padded["attention_mask"] = (torch.arange(27) < n).long()[None]
+    save(padded, tmp_path / "rows_0-2000" / "data_0.ckpt")
+    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    assert facts["padding"] == 7 and len(found[0].input_ids) == n
+    assert found[0].loss_mask[-1]  # the last row as SpecForge counts is a padded one
+
+
+def test_rows_that_the_target_computed_stay(tmp_path, weights):
+    """What SpecForge's SGLang capture makes of padding, it also trains on; real zeros of id 0 look the same."""
+    padded, n = pad(document(20, weights), 7, "computed")
+    save(padded, tmp_path / "rows_0-2000" / "data_0.ckpt")
+    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    assert facts["padding"] == 0 and len(found[0].input_ids) == n + 7
+    assert found[0].features.argmax.shape == (n - n // 3 + 1,)
+
+
+def test_longer_documents_are_cut_as_specforge_cuts(tmp_path, weights):
+    save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt")
+    _, found = imported(tmp_path, tmp_path / "store", weights, max_length=12)
+    assert found[0].loss_mask.tolist() == [False] * 6 + [True] * 5 + [False]
+    assert len(found[0].features.aux_hidden_states) == 12
+
+
+def test_states_from_before_the_norm_are_normalised(tmp_path, weights):
+    written = document(40, weights)
+    residual = (3 * torch.randn(40, H)).bfloat16()
+    written["hidden_state"] = residual[None]
+    save(written, tmp_path / "rows_0-2000" / "data_0.ckpt")
+    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    assert facts["prenorm"] == 1
+    assert torch.equal(found[0].features.last_hidden_states, normed(residual, weights)[13:].float())
+
+
+def head_with(fixture, last, argmax):
+    """A head [4096,H] with the fixture's rows of the draft vocabulary, whose argmax for `last` is as stored there.
+
+    The fixture leaves out the head's other rows; each that is an argmax somewhere is made to point there.
+    """
+    head = torch.zeros(4096, last.shape[1])
+    head[fixture.draft.t2d] = fixture.draft_head
+    outside = ~fixture.draft.t2d[argmax]
+    best = (last @ fixture.draft_head.T).amax()
+    head.index_add_(0, argmax[outside], 1.3 * best * last[outside] / last[outside].square().sum(1, keepdim=True))
+    return head
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("full", "postnorm"), ("full", "prenorm"), ("padded", "postnorm"), ("padded", "attention_mask")]
+)
+@torch.no_grad()
+def test_losses_are_those_of_specforge(tmp_path, name, form):
+    """Its own numbers on fixed inputs (data/specforge/make.py), through its files, the conversion and the store."""
+    expected = json.loads((FOLDER / "expected.json").read_text())[name]
+    fixture = Fixture(name, expected["lengths"])
+    arrays, norm = fixture.arrays, bf16(fixture.arrays["target_norm"])
+    prenorm, aux = bf16(arrays["last_hidden_prenorm"]), bf16(arrays["aux_hidden_states"])
+    postnorm = torch.nn.functional.rms_norm(prenorm, (256,), norm, 1e-5)
+    for i, length in enumerate(expected["lengths"]):
+        n = 256 if form == "attention_mask" else length
+        written = {
+            "input_ids": torch.from_numpy(arrays["input_ids"])[i, :n].long(),
+            "loss_mask": torch.from_numpy(arrays[f"{name}.loss_mask"])[i, :n].long(),
+            "hidden_state": (prenorm if form == "prenorm" else postnorm)[i, :n][None],
+            "aux_hidden_state": aux[i, :n][None],
+        }
+        if form == "attention_mask":
+            written["attention_mask"] = (torch.arange(256) < length).long()
+        save(written, tmp_path / "rows_0-2000" / f"data_{i}.ckpt")
+    teachers = fixture.features
+    weights = weights_of(head_with(fixture, teachers.last_hidden_states, teachers.argmax), norm)
+    _, found = imported(tmp_path, tmp_path / "store", weights)
+
+    documents = [found[0], found[1]]
+    batch = pack([(d.key, d.input_ids, d.loss_mask) for d in documents], fixture.draft.t2d, TTT_STEPS, shifted)
+    features = concatenate([d.features for d in documents])
+    assert torch.equal(features.argmax, teachers.argmax)
+    hidden = unroll(fixture.draft, fixture.embedding, features.aux_hidden_states, batch)
+    out = SoftTargetLoss(kl, GAMMA)(fixture.draft, hidden, features, batch, weights.head[fixture.draft.t2d])
+    assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(expected["step_loss"], rel=1e-5)
+    assert (out.loss / batch.normaliser).item() == pytest.approx(expected["loss"], rel=1e-5)
+    assert out.step_correct.tolist() == expected["correct"]
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def evil(path, mark, weights):
+    save(document(20, weights) | {"input_ids": Evil(mark)}, path)
+
+
+def evil_bare(path, mark, weights):
+    path.write_bytes(pickle.dumps({"input_ids": Evil(mark)}))
+
+
+@pytest.mark.parametrize("write", [evil, evil_bare])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, weights, write):
+    path = save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt")
+    save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
+    write(path, tmp_path / "executed", weights)
+    with pytest.raises(RunError, match=r"data_0.ckpt is not loaded because it may run code \(.*(system|pickle).*\)"):
+        imported(tmp_path, tmp_path / "store", weights)
+    facts, found = imported(tmp_path, tmp_path / "store2", weights, on_damage="skip")
+    assert list(found) == [1] and facts["rejected"] == {"is not loaded because it may run code": 1}
+    assert not (tmp_path / "executed").exists()
+
+
+def truncate(path, written):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def flip(path, written):
+    with zipfile.ZipFile(path) as archive:
+        start = max(archive.infolist(), key=lambda entry: entry.file_size).header_offset
+    data = bytearray(path.read_bytes())
+    data[start + 1000] ^= 1
+    path.write_bytes(data)
+
+
+def change(**changes):
+    def damage(path, written):
+        save({name: value for name, value in (written | changes).items() if value is not None}, path)
+
+    return damage
+
+
+def with_nan(name):
+    def damage(path, written):
+        written[name][0, 8, 3] = float("nan")
+        save(written, path)
+
+    return damage
+
+
+DAMAGES = {
+    "empty": (lambda path, written: path.write_bytes(b""), "truncated or damaged"),
+    "truncated": (truncate, "truncated or damaged"),
+    "flipped bit": (flip, "does not match its checksum"),
+    "no archive": (lambda path, written: path.write_bytes(b"hidden states"), "truncated or damaged"),
+    "no dict": (lambda path, written: save([1], path), "holds no dict"),
+    "no aux": (change(aux_hidden_state=None), "lacks tensors.*--enable-aux-hidden-states"),
+    "no ids": (change(input_ids=None), r"lacks tensors \(input_ids\)"),
+    "short states": (lambda path, w: change(hidden_state=w["hidden_state"][:, :-1])(path, w), "shapes that do not fit"),
+    "tokens without states": (
+        lambda path, w: change(**{k: w[k][:, :-5] for k in ("hidden_state", "aux_hidden_state")})(path, w),
+        "tokens without hidden states",
+    ),
+    "two documents": (change(loss_mask=torch.ones(2, 20).long()), "shapes that do not fit"),
+    "other target": (change(hidden_state=torch.ones(1, 20, H // 2)), "another size than the target"),
+    "two aux layers": (change(aux_hidden_state=torch.ones(1, 20, 2 * H)), "another size than the target"),
+    "ids too high": (change(input_ids=torch.full((20,), V)), "ids outside the target's vocabulary"),
+    "ids negative": (change(input_ids=torch.full((20,), -1)), "ids outside the target's vocabulary"),
+    "float ids": (change(input_ids=torch.ones(20)), "unexpected dtype"),
+    "odd mask": (change(loss_mask=torch.full((20,), 2)), "not 0 and 1"),
+    "left padding": (change(attention_mask=(torch.arange(20) > 3).long()), "no padding on the right"),
+    "NaN": (with_nan("hidden_state"), r"NaN or infinite \(hidden_state\)"),
+    "NaN in aux": (with_nan("aux_hidden_state"), r"NaN or infinite \(aux_hidden_state\)"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_fails_or_is_skipped(tmp_path, weights, kind):
+    damage, sentence = DAMAGES[kind]
+    source = tmp_path / "rows_0-2000"
+    for i in range(3):
+        save(document(20, weights, i), source / f"data_{i}.ckpt")
+    damage(source / "data_1.ckpt", document(20, weights, 1))
+    with pytest.raises(RunError, match=rf"data_1.ckpt .*{sentence}.*hidden_states.on_damage=skip") as raised:
+        imported(tmp_path, tmp_path / "store", weights)
+    assert "\n" not in str(raised.value)
+    facts, found = imported(tmp_path, tmp_path / "store", weights, on_damage="skip")
+    assert list(found) == [0, 2] and facts["documents"] == 2 and sum(facts["rejected"].values()) == 1
+    assert facts["skipped"][0]["file"] == str(source / "data_1.ckpt")
+    listed = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
+    assert listed == facts["skipped"]
+
+
+def test_damaged_gzip(tmp_path, weights):
+    save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
+    path = save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt.gz")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"data_0.ckpt.gz cannot be read"):
+        imported(tmp_path, tmp_path / "store", weights)
+    assert list(imported(tmp_path, tmp_path / "store", weights, on_damage="skip")[1]) == [1]
+
+
+def test_documents_without_a_supervised_token_are_counted(tmp_path, weights):
+    save(document(20, weights) | {"loss_mask": torch.arange(20) // 19}, tmp_path / "rows_0-2000" / "data_0.ckpt")
+    with pytest.raises(RunError, match=r"no file in .* gives a document; .*data_0.ckpt, for one, has no supervised"):
+        imported(tmp_path, tmp_path / "store", weights)
+    save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
+    facts, found = imported(tmp_path, tmp_path / "store2", weights)
+    assert list(found) == [1] and facts["rejected"] == {"has no supervised token": 1}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_killed_import_goes_on(tmp_path, weights, monkeypatch):
+    """Killed in the third of five shards, of which the second has no document at all."""
+    source = tmp_path / "rows_0-2000"
+    for i in range(10):
+        save(document(20, weights, i), source / f"data_{i}.ckpt")
+    for i in (2, 3, 6):
+        (source / f"data_{i}.ckpt").write_bytes(b"PK" + bytes(9000))
+    size = (source / "data_0.ckpt").stat().st_size
+    monkeypatch.setattr(specforge, "SHARD_BYTES", 2 * size)
+    facts, _ = imported(tmp_path / "rows_0-2000", tmp_path / "whole", weights, on_damage="skip")
+    assert (facts["shards"], facts["documents"], sum(facts["rejected"].values())) == (4, 7, 3)
+
+    read, load = [], specforge.load
+
+    def killed(path):
+        read.append(path.name)
+        if path.name == "data_5.ckpt" and read.count(path.name) == 1:
+            raise KeyboardInterrupt
+        return load(path)
+
+    monkeypatch.setattr(specforge, "load", killed)
+    with pytest.raises(KeyboardInterrupt):
+        imported(source, tmp_path / "resumed", weights, on_damage="skip")
+    assert imported(source, tmp_path / "resumed", weights, on_damage="skip")[0] == facts
+    assert read == [f"data_{i}.ckpt" for i in (0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9)]
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+
+
+def test_head_and_states_of_different_precision(tmp_path, weights):
+    written = document(20, weights)
+    written["hidden_state"] = written["hidden_state"].float()
+    save(written, tmp_path / "rows_0-2000" / "data_0.ckpt")
+    features = imported(tmp_path, tmp_path / "store", weights, dtype="bf16")[1][0].features
+    assert isinstance(features, Features) and features.last_hidden_states.dtype == torch.bfloat16
+    logits = written["hidden_state"][0, 6:] @ weights.head.float().T
+    assert torch.equal(features.argmax, logits.argmax(-1))
+    assert torch.allclose(features.logsumexp, logits.logsumexp(-1), rtol=1e-5)
