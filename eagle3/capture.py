@@ -145,6 +145,7 @@ def capture(
     inputs: dict[str, Any],
     dtype: str,
     batch_tokens: int,
+    max_disk: int | None,
     console: Console,
 ) -> None:
     """Fill `folder` together with every other process that captures into it; returns when the store is complete.
@@ -153,19 +154,25 @@ def capture(
     """
     begin(folder, inputs)
     shards = plan_shards(documents, target.config.hidden_size, dtype, batch_tokens)
-    write_shards(folder, documents, target, shards, dtype, console)
+    write_shards(folder, documents, target, shards, dtype, max_disk, console)
     complete(folder, documents, inputs, len(shards))
 
 
 def write_shards(
-    folder: Path, documents: Prepared, target: HFTarget, shards: Shards, dtype: str, console: Console
+    folder: Path,
+    documents: Prepared,
+    target: HFTarget,
+    shards: Shards,
+    dtype: str,
+    max_disk: int | None,
+    console: Console,
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing; holds two shards in memory."""
     tokens = [sum(int(documents.lengths[batch].sum()) for batch in shard) for shard in shards]
     claims = Claims(folder, len(shards))
     missing = [number for shard in claims.missing for batch in shards[shard] for number in batch]
     needed = document_bytes(documents.lengths[missing], documents.teachers[missing], target.config.hidden_size, dtype)
-    plan.check_disk(int(np.sum(needed)), folder)
+    plan.check_disk(int(np.sum(needed)), folder, None if max_disk is None else max_disk - claims.bytes)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     bar = Progress(*columns, transient=True, console=console)
     with ThreadPoolExecutor(1) as writer, bar as progress:

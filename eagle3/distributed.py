@@ -1,6 +1,7 @@
 """Where a run computes."""
 
 import ctypes
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,6 +122,7 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
         max_restarts=0,
         start_method="spawn",
     )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `failed` says it in one sentence
     try:
         return elastic_launch(settings, work)(config, run_dir, overrides)[0]
     except ChildFailedError as error:

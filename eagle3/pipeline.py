@@ -14,7 +14,7 @@ from rich.console import Console
 from eagle3 import checkpoint, evaluate, export, plan
 from eagle3.artefact import facts
 from eagle3.capture import capture, is_complete
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, parse_size
 from eagle3.data import view
 from eagle3.data.loader import Loader
 from eagle3.data.sources import read_rows
@@ -88,7 +88,9 @@ def capture_stage(run: Run) -> None:
     if "imported" in path.parts:
         return
     if not is_complete(path):
-        capture(path, run.prepared, run.target, run.store_inputs, hidden.dtype, run.target.batch_tokens, console)
+        most = parse_size(hidden.max_disk) if hidden.max_disk else None
+        tokens = run.target.batch_tokens
+        capture(path, run.prepared, run.target, run.store_inputs, hidden.dtype, tokens, most, console)
     learnt = facts(path)
     console.print(
         f"capture: {learnt['documents']:,} documents, {learnt['tokens']:,} tokens, {learnt['bytes'] / 1e9:,.2f} GB, "

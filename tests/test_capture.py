@@ -57,8 +57,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(capturing, "POLL_SECONDS", 0.05)
 
 
-def fill(folder, prepared, target, dtype="fp32", batch_tokens=128, inputs=None):
-    capture(folder, prepared, target, inputs or {"dtype": dtype}, dtype, batch_tokens, quiet)
+def fill(folder, prepared, target, dtype="fp32", batch_tokens=128, inputs=None, max_disk=None):
+    capture(folder, prepared, target, inputs or {"dtype": dtype}, dtype, batch_tokens, max_disk, quiet)
     return Store(folder)
 
 
@@ -123,6 +123,9 @@ def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, prepared, target
     with pytest.raises(RunError, match=r"hidden_states\.dtype=int8"):
         fill(tmp_path / "a", prepared, target)
     assert not list((tmp_path / "a").glob("*.safetensors"))
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"hidden_states\.max_disk leaves 100 kB"):
+        fill(tmp_path / "b", prepared, target, max_disk=100_000)
 
 
 def test_states_that_are_not_finite_are_named(tmp_path, prepared, target, monkeypatch):

@@ -29,6 +29,7 @@ from eagle3.draft.attention import Auto
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
+from eagle3.job import Run
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.plan import estimate as estimated
 from eagle3.plan.costs import draft_parameters, prefill_flops, saved_bytes, target_size
@@ -96,6 +97,7 @@ def run_of(folder: Path, *overrides: str, target=None, prepared=None, tokenizer=
         sources=sources,
         given_sources=sources,
         prepared_if_there=lambda: prepared,
+        preparation=Run.preparation.fget(SimpleNamespace(config=config, target_config=target)) if target else None,
     )
 
 

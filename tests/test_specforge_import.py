@@ -12,12 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_pipeline import run
 from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
+from transformers import LlamaConfig
 
 import eagle3.target.specforge as specforge
 from eagle3.data.packing import pack
 from eagle3.data.supervision import shifted
 from eagle3.errors import RunError
+from eagle3.export import write_draft
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.target.features import Features
 from eagle3.target.hf import head_statistics
@@ -212,6 +216,43 @@ def test_losses_are_those_of_specforge(tmp_path, name, form):
     assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(expected["step_loss"], rel=1e-5)
     assert (out.loss / batch.normaliser).item() == pytest.approx(expected["loss"], rel=1e-5)
     assert out.step_correct.tolist() == expected["correct"]
+
+
+@pytest.mark.parametrize("name", ["full", "padded"])
+def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
+    """The command a user types, with no tokenizer and no more of a target than embedding, norm and head."""
+    expected = json.loads((FOLDER / "expected.json").read_text())[name]
+    fixture = Fixture(name, expected["lengths"])
+    arrays, norm = fixture.arrays, bf16(fixture.arrays["target_norm"])
+    last = torch.nn.functional.rms_norm(bf16(arrays["last_hidden_prenorm"]), (256,), norm, 1e-5)
+    for i, length in enumerate(expected["lengths"]):
+        written = {
+            "input_ids": torch.from_numpy(arrays["input_ids"])[i, :length].long(),
+            "loss_mask": torch.from_numpy(arrays[f"{name}.loss_mask"])[i, :length].long(),
+            "hidden_state": last[i, :length][None],
+            "aux_hidden_state": bf16(arrays["aux_hidden_states"])[i, :length][None],
+        }
+        save(written, tmp_path / "S" / "rows_0-2000" / f"data_{i}.ckpt")
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "T")
+    head = head_with(fixture, fixture.features.last_hidden_states, fixture.features.argmax)
+    tensors = {"model.embed_tokens.weight": fixture.embedding, "lm_head.weight": head, "model.norm.weight": norm}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "T" / "model.safetensors")
+    write_draft(fixture.draft, tmp_path / "D", config, [1, 3, 4])
+    overrides = [
+        "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
+        f"hidden_states.path={tmp_path / 'S'}",
+        f"draft.init_from={tmp_path / 'D'}", "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
+        "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    run(overrides, tmp_path / "run")
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    steps = [row[f"loss/step_{k}"] for k in range(TTT_STEPS)]
+    assert steps == pytest.approx(expected["step_loss"], rel=1e-5)
+    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 class Evil:

@@ -20,9 +20,14 @@ def size_text(amount: float) -> str:
     return f"{amount / 1e3:.0f} kB"
 
 
-def check_disk(needed: int, folder: str | Path) -> None:
-    """Raise RunError when `needed` bytes of hidden states do not fit on the disk of `folder`."""
+def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None:
+    """Raise RunError when `needed` bytes of hidden states do not fit on the disk of `folder`, or are above `most`."""
     free = free_bytes(folder)
+    if most is not None and needed > most:
+        raise RunError(
+            f"the hidden states need {size_text(needed)} more, but hidden_states.max_disk leaves {size_text(most)}; "
+            "raise it, or set hidden_states.dtype=int8, a smaller data.num_samples or mode=hybrid"
+        )
     if needed > free:
         raise RunError(
             f"the hidden states need {size_text(needed)}, but {folder} has {size_text(free)} free; set "

@@ -1,6 +1,7 @@
 """What a run will cost: data, disk, memory and hours from its config."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,6 @@ import torch
 from hydra.utils import instantiate
 
 from eagle3.config import RunConfig, parse_size
-from eagle3.data.encoder import Preparation
 from eagle3.data.loader import fill_micro_steps, plan_epoch
 from eagle3.data.packing import Batch, pack
 from eagle3.draft.initial import draft_config
@@ -61,24 +61,14 @@ def make(run) -> Plan:
 
 def sample_of(run) -> Sample:
     """The prepared data where it is there already, else an estimate from the rows that it will be made of."""
-    config, data = run.config, run.config.data
+    config = run.config
     again = "regenerate" in config.stages  # its answers are not there yet: those given stand for them
     prepared = None if again else run.prepared_if_there()
     if prepared is not None:
         return count(prepared)
-    options = Preparation(
-        num_samples=data.num_samples,
-        max_length=data.max_length,
-        preformatted=data.preformatted,
-        system_prompt=data.system_prompt,
-        only_last_turn=data.train_only_last_turn,
-        on_reject="skip",
-        num_heldout=0,
-        vocab_size=run.target_config.vocab_size,
-        draft_vocab_size=config.draft.vocab_size,
-    )
+    options = replace(run.preparation, on_reject="skip", num_heldout=0)
     sources = run.given_sources if again else run.sources
-    return estimate(sources, run.chat, options, 0 if data.eval_path else config.eval.num_prompts)
+    return estimate(sources, run.chat, options, 0 if config.data.eval_path else config.eval.num_prompts)
 
 
 def micro_steps(sample: Sample, config: RunConfig, vocab_size: int, loss: SoftTargetLoss) -> list[Batch]:

@@ -1,14 +1,14 @@
-"""Finished rows, one line each, so that a killed run loses none; sorted into source order at the end."""
+"""Rows that are through, a line each as they come, so that a killed run loses none; in source order at the end."""
 
 import json
 import os
-from array import array
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.data.rows import Message
 from eagle3.data.sources import Row
@@ -18,136 +18,92 @@ COUNTS = ("turns", "truncated", "retries", "answer_tokens")
 
 
 class Journal:
-    """`journal.jsonl` of a folder: {"file", "line", "messages" or "reason", "counts", "servers"} a row.
+    """`journal.jsonl` of a folder and a progress bar, as a context; `finish` turns it into what the stage leaves.
 
-    Rows that a server refused or never answered carry `"again": true`: as long as the stage is incomplete, its next
-    start asks for them once more, and of two lines of a row the later one counts. `facts` is set when `finish` was
-    through already. Memory holds numbers of lines and byte offsets, never texts.
+    A line has {"row", "file", "line", "messages" or "reason"} and counts. `offsets` has where a row's line begins, by
+    the row's number, which is all that memory holds. `complete`: a killed call wrote everything already.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "journal.jsonl"
-        self.finished: dict[str, set[int]] = {}
-        self.given_up: dict[str, set[int]] = {}
-        self.last_line: dict[str, int] = {}
-        self.numbers: dict[str, int] = {}
-        self.places = array("q")
-        done = folder / "facts.json"
-        self.facts: dict[str, Any] | None = json.loads(done.read_text()) if done.exists() else None
-        if self.facts is None:
-            self.stream = self.path.open("a+b")
-            self.read_back()
-
-    def read_back(self) -> None:
-        """Learn what an interrupted call finished; from the first line on that is not whole, it is cut off."""
+        self.folder, self.path, self.facts = folder, folder / "journal.jsonl", folder / "facts.json"
+        self.complete = self.facts.exists()
+        self.offsets: dict[int, int] = {}
+        self.stream = self.path.open("a+b")
         self.stream.seek(0)
         end = 0
-        for raw in self.stream:
-            try:
-                entry = json.loads(raw)
-            except ValueError:
-                break
-            if not raw.endswith(b"\n"):
-                break
-            self.note(entry, end)
-            kept = self.given_up if entry.get("again") else self.finished
-            kept.setdefault(entry["file"], set()).add(entry["line"])
-            end += len(raw)
+        for line in self.stream:
+            if line.endswith(b"\n"):
+                self.offsets[json.loads(line)["row"]] = end
+                end += len(line)
         self.stream.truncate(end)
+        self.before, self.started, self.share = len(self.offsets), time.monotonic(), 0.0
+        text = "regenerate {task.fields[rows]:,} rows, {task.fields[speed]:.1f} rows/s"
+        self.progress = Progress(TextColumn(text), BarColumn(), TimeRemainingColumn(), transient=True)
+        self.task = self.progress.add_task("", total=1.0, rows=self.before, speed=0.0)
 
-    def note(self, entry: dict, offset: int) -> None:
-        number = self.numbers.setdefault(entry["file"], len(self.numbers))
-        self.places.extend((number, entry["line"], offset))
+    def __enter__(self) -> "Journal":
+        self.progress.start()
+        return self
 
-    @property
-    def done(self) -> int:
-        return sum(map(len, self.finished.values()))
+    def __exit__(self, *error) -> None:
+        self.progress.stop()
+        self.stream.close()
 
-    def once(self, rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
-        """Every row with whether it is finished; a file that comes twice is answered once."""
-        for row in rows:
-            if row.line > self.last_line.get(row.file, -1):
-                self.last_line[row.file] = row.line
-                yield row, self.is_finished(row)
+    def unfinished(self, rows: Iterator[Row]) -> Iterator[tuple[int, Row]]:
+        return ((number, row) for number, row in enumerate(rows) if number not in self.offsets)
 
-    def is_finished(self, row: Row) -> bool:
-        return row.line in self.finished.get(row.file, ())
-
-    def was_given_up(self, row: Row) -> bool:
-        """An earlier call got no answer for it either."""
-        return row.line in self.given_up.get(row.file, ())
-
-    def answer(self, row: Row, messages: list[Message], counts: dict[str, int], servers: dict[str, int]) -> None:
-        """`counts`: some of COUNTS; `servers`: answers by server."""
-        counts = {"turns": sum(m["role"] == "assistant" for m in messages)} | counts
-        counts["truncated"] = int(messages[-1].get("truncated", False))
-        self.append({"file": row.file, "line": row.line, "messages": messages, "counts": counts, "servers": servers})
-
-    def reject(self, row: Row, reason: str, again: bool = False, retries: int = 0) -> None:
-        entry = {"file": row.file, "line": row.line, "reason": reason, "counts": {"retries": retries}}
-        self.append(entry | ({"again": True} if again else {}))
-
-    def append(self, entry: dict) -> None:
+    def write(self, number: int, row: Row, messages: list[Message], reason: str | None, counts: Counter[str]) -> None:
+        """A row is through: with a reason to reject it, or with messages."""
+        entry = {"row": number, "file": row.file, "line": row.line, **counts}
         offset = self.stream.seek(0, os.SEEK_END)
-        self.stream.write(to_line(entry))
+        self.stream.write(to_line(entry | ({"reason": reason} if reason else {"messages": messages})))
         self.stream.flush()
-        self.note(entry, offset)
-        self.finished.setdefault(entry["file"], set()).add(entry["line"])
-
-    def close(self) -> None:
-        if self.facts is None:
-            self.stream.close()
-
-    def in_order(self) -> Iterator[dict]:
-        """The last line of every row, in the order in which `once` went through them."""
-        numbers, lines, offsets = np.frombuffer(self.places, dtype=np.int64).reshape(-1, 3).T
-        ranks = {name: rank for rank, name in enumerate(self.last_line)}
-        rank = np.array([ranks.get(name, -1) for name in self.numbers], dtype=np.int64)[numbers]
-        order = np.lexsort((offsets, lines, rank))
-        rank, lines, offsets = rank[order], lines[order], offsets[order]
-        last = np.append((rank[1:] != rank[:-1]) | (lines[1:] != lines[:-1]), True)
-        for offset in offsets[last & (rank >= 0)]:
-            self.stream.seek(offset)
-            yield json.loads(self.stream.readline())
+        self.offsets[number] = offset
+        # What earlier calls did must not count as speed in the remaining time.
+        move = self.progress.update if self.share else self.progress.reset
+        self.share = max(self.share, getattr(row, "share", 0.0))
+        speed = (len(self.offsets) - self.before) / max(time.monotonic() - self.started, 1e-3)
+        move(self.task, completed=self.share, rows=len(self.offsets), speed=speed)
 
     def finish(self) -> dict[str, Any]:
         """Write `conversations.jsonl` and `rejects.jsonl`, remove the journal; returns the facts.
 
-        Raises RunError when not one row was answered. Killed anywhere in it, it can be called again.
+        Raises RunError when not one row was answered. Killed anywhere in it, the next call goes through it again.
         """
-        if self.facts is not None:
-            self.path.unlink(missing_ok=True)
-            return self.facts
-        rejected, counts, servers, answered = Counter(), Counter(dict.fromkeys(COUNTS, 0)), Counter(), 0
-        accepted, refused = self.folder / "conversations.jsonl", self.folder / "rejects.jsonl"
-        with accepted.with_suffix(".tmp").open("wb") as good, refused.with_suffix(".tmp").open("wb") as bad:
-            for entry in self.in_order() if self.places else ():
-                counts.update(entry["counts"])
+        if not self.complete:
+            partial = self.facts.with_suffix(".tmp")
+            partial.write_text(json.dumps(self.sort()))
+            os.replace(partial, self.facts)
+        self.path.unlink()
+        return json.loads(self.facts.read_text())
+
+    def sort(self) -> dict[str, Any]:
+        """Both files, in the order of the rows; returns the facts."""
+        counts, rejected, answered = Counter(dict.fromkeys(COUNTS, 0)), Counter(), 0
+        with (self.folder / "conversations.jsonl").open("wb") as good, (self.folder / "rejects.jsonl").open("wb") as bad:
+            for _, offset in sorted(self.offsets.items()):
+                self.stream.seek(offset)
+                entry = json.loads(self.stream.readline())
+                counts.update({name: entry.get(name, 0) for name in COUNTS})
                 if "reason" in entry:
                     rejected[entry["reason"]] += 1
                     bad.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                     continue
-                answered += 1
-                servers.update(entry["servers"])
-                good.write(to_line({"id": f"{entry['file']}:{entry['line']}", "messages": entry["messages"]}))
+                messages, answered = entry["messages"], answered + 1
+                counts["turns"] += sum(message["role"] == "assistant" for message in messages)
+                counts["truncated"] += bool(messages and messages[-1].get("truncated"))
+                good.write(to_line({"id": f"{entry['file']}:{entry['line']}", "messages": messages}))
             for stream in (good, bad):
                 stream.flush()
                 os.fsync(stream.fileno())
-        rows = answered + rejected.total()
         if not answered:
+            self.path.unlink()  # a server that is put right may answer what it refused
             reasons = "; ".join(f"{count} x {reason}" for reason, count in rejected.most_common(3)) or "there are none"
             raise RunError(
-                f"none of the {rows} rows could be answered again ({reasons}); check data.path and regenerate"
+                f"none of the {len(self.offsets)} rows could be answered again ({reasons}); "
+                "check data.path and regenerate"
             )
-        facts = {"rows": rows, "answered": answered, **counts, "rejected": dict(rejected.most_common())}
-        facts |= {"servers": dict(sorted(servers.items()))} if servers else {}
-        for path in (accepted, refused):
-            os.replace(path.with_suffix(".tmp"), path)
-        partial = self.folder / "facts.tmp"
-        partial.write_text(json.dumps(facts, indent=1))
-        os.replace(partial, self.folder / "facts.json")
-        self.path.unlink()
-        return facts
+        return {"rows": len(self.offsets), "answered": answered, **counts, "rejected": dict(rejected.most_common())}
 
 
 def to_line(entry: dict) -> bytes:
