@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from rich.console import Console
-from test_pipeline import SMALL, TRAIN_ONLY, losses, run
+from test_pipeline import SMALL, TRAIN_ONLY, losses, run, stop_after
 
 from eagle3 import capture as capturing
 from eagle3.artefact import facts
@@ -313,3 +313,19 @@ def test_hybrid_stays_within_its_disk(settings, tmp_path):
     assert 0 < sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) < 330_000
     run([*settings, TRAIN_ONLY, "train.max_steps=16"], tmp_path / "online")
     assert losses(tmp_path / "hybrid") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "stop"), [("offline", ALL, 9), ("hybrid", TRAIN_ONLY, 3), ("hybrid", TRAIN_ONLY, 9)]
+)
+def test_stopped_runs_go_on_bit_for_bit(settings, tmp_path, monkeypatch, name, stages, stop):
+    """In bf16, so that it shows whether a document was read or computed: in epoch 0 and in a later one."""
+    again = mode(settings, name, stages, "hidden_states.dtype=bf16", "train.max_steps=14", "train.save_every=4")
+    run([*again, f"hidden_states.path={tmp_path / 'one'}"], tmp_path / "whole")
+    given = [*again, f"hidden_states.path={tmp_path / 'two'}"]
+    with monkeypatch.context() as patch:
+        stop_after(stop, patch)
+        with pytest.raises(SystemExit):
+            run(given, tmp_path / "stopped")
+    run(given, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")

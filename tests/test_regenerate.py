@@ -22,10 +22,11 @@ from hydra.utils import get_method, instantiate
 from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row
 from eagle3.errors import ConfigError, RunError
-from eagle3.regenerate import batches, builtin, meter, pool, server, turns
+from eagle3.regenerate import batches, builtin, server, servers, turns
 from eagle3.target.hf import HFTarget
 
 ROOT = Path(__file__).parent.parent
+PROBE = servers.PROBE["messages"]
 
 
 class Fake(ThreadingHTTPServer):
@@ -41,7 +42,7 @@ class Fake(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behave, self.delay, self.models = behave, delay, models
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.lock, self.bodies, self.seen, self.keys = threading.Lock(), [], Counter(), set()
+        self.lock, self.bodies, self.probes, self.seen, self.keys = threading.Lock(), [], [], Counter(), set()
         self.in_flight = self.most_in_flight = 0
         self.dead = False
 
@@ -88,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
         fake, text = self.server, self.rfile.read(int(self.headers["Content-Length"]))
         body = json.loads(text)
         with fake.lock:
-            fake.bodies.append(body)
+            (fake.probes if body["messages"] == PROBE else fake.bodies).append(body)
             fake.seen[text] += 1
             fake.keys.add(self.headers.get("Authorization"))
             fake.in_flight += 1
@@ -142,7 +143,6 @@ def ask(folder, fakes, rows, run=None, **options):
     folder.mkdir(exist_ok=True)
     facts = server(run or make_run(), iter(rows), folder, urls=urls, **{"concurrency": 4, "timeout": 5.0, **options})
     assert facts["rows"] == facts["answered"] + sum(facts["rejected"].values())
-    assert facts["turns"] == sum(facts["servers"].values())
     assert sorted(path.name for path in folder.iterdir()) == ["conversations.jsonl", "facts.json", "rejects.jsonl"]
     return facts
 
@@ -153,7 +153,7 @@ def written(folder, name="conversations"):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(servers, "FIRST_PAUSE", 0.005)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -201,7 +201,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
         tools,
         calls,
     ]
-    rows += [row(5, "fine"), row(6, "lone \ud800"), row(5, "fine"), row(1, "other file", file="b.jsonl")]
+    rows += [row(5, "fine"), row(6, "lone \ud800"), row(1, "other file", file="b.jsonl")]
     with Fake() as fake:
         facts = ask(tmp_path, [fake], rows)
     assert facts["rows"] == 7 and facts["answered"] == 2
@@ -228,11 +228,11 @@ MISTAKES = {
     "HTTP 500": lambda handler: handler.send(500, {"error": {"message": "out of order"}}),
     "HTTP 429": lambda handler: handler.send(429, {}, [("Retry-After", "0.01")]),
     "malformed reply": lambda handler: handler.send(200, b'{"choices": '),
-    "reply without choices": lambda handler: handler.send(200, {"object": "error", "message": "none"}),
-    "reply without a message": lambda handler: handler.send(200, {"choices": [{"text": "a"}]}),
+    "no choices": lambda handler: handler.send(200, {"object": "error", "message": "none"}),
+    "no message": lambda handler: handler.send(200, {"choices": [{"text": "a"}]}),
     "empty answer": lambda handler: handler.send(200, completion(" ")),
     "finish reason abort": lambda handler: handler.send(200, completion("half", end="abort")),
-    "connection dropped": drop,
+    "connection failed": drop,
     "timed out": lambda handler: time.sleep(0.4),
 }
 

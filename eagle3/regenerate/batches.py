@@ -1,8 +1,8 @@
 """The target in this process answers a dataset again: without a server, for small targets and small data."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,6 @@ from eagle3.data.sources import Row
 from eagle3.regenerate import turns
 from eagle3.regenerate.journal import Journal
 from eagle3.target.hf import HFTarget
-
-
-@dataclass
-class Talk:
-    """A row under way: what is `left` to say, what was `spoken`, and why it ended early."""
-
-    left: list[Message]
-    spoken: list[Message] = field(default_factory=list)
-    tokens: int = 0
-    reason: str | None = None
 
 
 def builtin(
@@ -49,61 +39,42 @@ def builtin(
     sampling["max_new_tokens"] = max_new_tokens or run.config.data.max_length
     with Journal(folder) as journal:
         for first in count(0, batch_size):
-            batch = {} if journal.complete else dict(enumerate(islice(rows, batch_size), first))
+            batch = [] if journal.complete else list(islice(rows, batch_size))
             if not batch:
                 return journal.finish()
-            if batch.keys() <= journal.offsets.keys():
+            if all(number in journal.offsets for number in range(first, first + len(batch))):
                 continue
             torch.manual_seed(seed + first)
-            for (number, row), talk in zip(batch.items(), answer_batch(run, batch.values(), sampling), strict=True):
-                journal.write(number, row, talk.spoken, talk.reason, Counter(answer_tokens=talk.tokens))
+            answered = asyncio.run(answer_batch(run, batch, sampling))
+            for number, (row, entry) in enumerate(zip(batch, answered, strict=True), start=first):
+                journal.write(number, row, entry)
 
 
-def answer_batch(run, rows: Iterator[Row], sampling: dict[str, Any]) -> list[Talk]:
-    """Conversations, all answered turn by turn."""
-    talks = []
-    for row in rows:
-        try:
-            talks.append(Talk(turns.prompts(row, run.config.data.system_prompt)))
-        except RowError as error:
-            talks.append(Talk([], reason=str(error)))
-    while asked := [(talk, prompt) for talk in talks if (prompt := next_prompt(run, talk))]:
-        for (talk, prompt), ids in zip(asked, sample(run.target, [p for _, p in asked], sampling), strict=True):
-            hear(run, talk, prompt, ids)
-    return talks
+async def answer_batch(run, rows: list[Row], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """Conversations side by side: all that ask are answered at once, until none asks any more."""
+    asked: list[tuple[list[int], asyncio.Future]] = []
 
-
-def next_prompt(run, talk: Talk) -> list[int] | None:
-    """The ids up to the next answer; None where there is none to come."""
-    if talk.reason or (talk.spoken and talk.spoken[-1].get("truncated")):
-        return None
-    while talk.left:
-        talk.spoken.append(talk.left.pop(0))
-        if talk.spoken[-1]["role"] == "user":
-            break
-    else:
-        return None
-    try:
-        ids = run.chat.encode_prompt(turns.history(talk.spoken))
-        if len(ids) >= run.target.config.max_position_embeddings:
+    async def complete(messages: list[Message], counts: Counter) -> Message:
+        prompt = run.chat.encode_prompt(messages)
+        if len(prompt) >= run.target.config.max_position_embeddings:
             raise RowError("the prompt is longer than the target's context")
-    except RowError as error:
-        talk.reason = str(error)
-        return None
-    return ids
+        asked.append((prompt, asyncio.get_running_loop().create_future()))
+        ids = await asked[-1][1]
+        counts["answer_tokens"] += len(ids)
+        text = run.chat.tokenizer.decode(ids, skip_special_tokens=True)
+        if run.chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):
+            text = "<think>" + text
+        return turns.answer(text, None, truncated=ids[-1] not in run.target.eos_token_ids)
 
-
-def hear(run, talk: Talk, prompt: list[int], ids: list[int]) -> None:
-    """Take the target's answer to `prompt`; it is truncated where it ends without the end of a turn."""
-    text = run.chat.tokenizer.decode(ids, skip_special_tokens=True)
-    if run.chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>"):
-        text = "<think>" + text
-    answer = turns.answer(text, None, truncated=ids[-1] not in run.target.eos_token_ids)
-    if answer is None:
-        talk.reason = "empty answer"
-        return
-    talk.spoken.append(answer)
-    talk.tokens += len(ids)
+    system_prompt = run.config.data.system_prompt
+    talks = [asyncio.create_task(turns.converse(complete, row, system_prompt)) for row in rows]
+    await asyncio.sleep(0)  # each goes on until it asks or ends
+    while asked:
+        for (_, future), ids in zip(asked, sample(run.target, [p for p, _ in asked], sampling), strict=True):
+            future.set_result(ids)
+        asked.clear()
+        await asyncio.sleep(0)
+    return [talk.result() for talk in talks]
 
 
 @torch.no_grad()
