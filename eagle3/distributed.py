@@ -92,7 +92,6 @@ def prepare_process(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.train.deterministic)
 
 
-@record
 def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
     """What every process does; those beside the first are silent. Returns the acceptance length."""
     from eagle3.pipeline import execute
@@ -106,6 +105,12 @@ def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@record
+def worker(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
+    """`work` in a process of its own, whose error is handed to the launcher."""
+    return work(config, run_dir, overrides)
 
 
 def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
@@ -124,7 +129,7 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `failed` says it in one sentence
     try:
-        return elastic_launch(settings, work)(config, run_dir, overrides)[0]
+        return elastic_launch(settings, worker)(config, run_dir, overrides)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise failed(rank, failure.message) from error

@@ -69,6 +69,7 @@ VALUE_MISTAKES = {
     "data.chat_template=lama3": "data.chat_template=lama3 is none of auto, chatml,",
     "hidden_states.max_disk=lots": "hidden_states.max_disk=lots is no size; write it as 500GB or 1.5TB",
     "hidden_states.dtype=fp8": "hidden_states.dtype=fp8 is not one of fp32, bf16, int8",
+    "regenerate.concurrency=0": "regenerate.concurrency=0 must be within 1 and 100000",
     "data.num_proc=0": "data.num_proc=0 must be at least 1",
     "stages=[prepare,regenerate]": "stages: regenerate must come before prepare, which reads what it writes",
     "launch.nproc_per_node=8": "launch.nproc_per_node=8: train runs in one process so far",

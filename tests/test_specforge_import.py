@@ -248,6 +248,9 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         f"draft.init_from={tmp_path / 'D'}", "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
         "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2", f"cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
+    run([*overrides, "stages=[import]"], tmp_path / "imported")
+    told = json.loads((tmp_path / "imported" / "run.json").read_text())["inputs"]["imported"]
+    assert told["documents"] == 2 and told["prenorm"] == told["padding"] == 0
     run(overrides, tmp_path / "run")
     (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [row[f"loss/step_{k}"] for k in range(TTT_STEPS)]

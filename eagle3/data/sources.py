@@ -43,12 +43,16 @@ SourceFiles = list[tuple[Source, list[DataFile]]]
 
 @dataclass
 class Row:
-    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the reason for none."""
+    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the reason for none.
+
+    `share` of its source was read up to here, about.
+    """
 
     file: str
     line: int
     conversation: Conversation | None
     reason: str | None = None
+    share: float = 0.0
 
 
 def may_be_remote(path: str) -> bool:
@@ -202,11 +206,11 @@ def read_rows(
     files: list[DataFile], num_samples: int | None = None, preformatted: bool = False, share: float = 1.0
 ) -> Iterator[Row]:
     """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in this process."""
-    located = ((file, line, raw) for file in files for line, raw, _ in raw_rows(file))
-    for file, line, raw in islice(located, num_samples):
+    located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))
+    for i, file, line, raw, read in islice(located, num_samples):
         if not selects(share, line):
             continue
         try:
-            yield Row(file.name, line, parse_row(raw, preformatted))
+            yield Row(file.name, line, parse_row(raw, preformatted), None, (i + read) / len(files))
         except RowError as error:
-            yield Row(file.name, line, None, str(error))
+            yield Row(file.name, line, None, str(error), (i + read) / len(files))

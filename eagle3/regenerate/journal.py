@@ -52,6 +52,9 @@ class Journal:
         done, share = len(self.offsets), getattr(row, "share", 0.0)
         self.progress.update(self.task, completed=done, total=max(done, (number + 1) / share) if share else None)
 
+    def say(self, line: str) -> None:
+        self.progress.console.print(line, markup=False, soft_wrap=True)
+
     def finish(self) -> dict[str, Any]:
         """Write `conversations.jsonl` and `rejects.jsonl`, remove the journal; returns the facts.
 

@@ -11,6 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from eagle3.regenerate.journal import Journal
 FIRST_PAUSE = 0.5  # seconds; doubled with every failure in a row
 LONGEST_PAUSE = 30.0
 LONGEST_RETRY_AFTER = 600.0
-LONGEST_CONNECT = 30.0
 PROBE = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64}
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
+PASSWORD = re.compile("//[^/@]*@")
 MESSAGE = re.compile(r'"(?:message|detail|error)": *"((?:[^"\\]|\\[^n])+)')
 
 
@@ -55,13 +56,14 @@ def server(
     An interrupted call leaves a journal from which the next one goes on.
     """
     if not urls or not all(map(ADDRESS.fullmatch, urls)):
-        raise ConfigError(f"regenerate.urls={urls} must name servers, such as [http://127.0.0.1:30000/v1]")
+        named = PASSWORD.sub("//", str(urls))
+        raise ConfigError(f"regenerate.urls={named} must name servers, such as [http://127.0.0.1:30000/v1]")
     options = {"model": model, "max_tokens": max_new_tokens or run.config.data.max_length}
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     options |= {name: value for name, value in sampling.items() if value is not None} | (extra_body or {})
     with Journal(folder) as journal:
         servers = [connect(url.rstrip("/"), os.environ.get(api_key_env), timeout) for url in urls]
-        pool = Pool(servers, options, concurrency, retries, journal.progress.console.print)
+        pool = Pool(servers, options, concurrency, retries, journal.say)
         try:
             if not journal.complete:
                 asyncio.run(answer_rows(pool, journal, rows, run.config.data.system_prompt))
@@ -173,15 +175,13 @@ class Pool:
     async def recovers(self, server: Server) -> bool:
         """Whether a server that failed answers PROBE; otherwise it rests again, for longer."""
         try:
-            await ask(server, self.options | PROBE)
-        except RowError:
-            pass  # a refusal is a sign of life too
+            with suppress(RowError):  # a refusal is a sign of life too
+                await ask(server, self.options | PROBE)
+            server.failures = 0
+            self.changed.set()
         except AttemptError as error:
             self.rest(server, error)
-            return False
-        server.failures = 0
-        self.changed.set()
-        return True
+        return not server.failures
 
     async def only_model(self) -> str:
         """The one model that the servers list, asked until one of them answers. Raises RunError."""
@@ -203,11 +203,11 @@ def connect(url: str, key: str | None, timeout: float) -> Server:
     client = httpx.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(timeout, connect=min(LONGEST_CONNECT, timeout)),
+        timeout=httpx.Timeout(timeout, connect=min(30.0, timeout)),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         trust_env=httpx.URL(url).host not in ("localhost", "127.0.0.1", "::1", "0.0.0.0"),
     )
-    return Server(re.sub("//[^/@]*@", "//", url), client)
+    return Server(PASSWORD.sub("//", url), client)
 
 
 def pause(failures: int) -> float:
@@ -217,11 +217,13 @@ def pause(failures: int) -> float:
 
 async def models(server: Server) -> list[str]:
     """What a server lists; nothing while it cannot be asked. Raises RunError."""
+    server.error = "it lists no model"
     try:
-        return [model["id"] for model in (await send(server, "GET", "models")).json()["data"]]
-    except (AttemptError, ValueError, KeyError, TypeError) as error:
-        server.error = str(error) if isinstance(error, AttemptError) else "it lists no model"
-        return []
+        with suppress(ValueError, LookupError, TypeError):
+            return [model["id"] for model in (await send(server, "GET", "models")).json()["data"]]
+    except AttemptError as error:
+        server.error = str(error)
+    return []
 
 
 async def ask(server: Server, body: dict[str, Any]) -> tuple[Message, int]:
@@ -230,7 +232,7 @@ async def ask(server: Server, body: dict[str, Any]) -> tuple[Message, int]:
     try:
         reply = response.json()
         choice, usage = reply["choices"][0], reply.get("usage") or {}
-        message, end, tokens = choice["message"], choice.get("finish_reason"), usage.get("completion_tokens") or 0
+        message, end, tokens = choice["message"], choice.get("finish_reason"), int(usage.get("completion_tokens") or 0)
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if end in ("abort", "error", "content_filter"):
             raise AttemptError(f"finish reason {end}")

@@ -37,8 +37,6 @@ def questions(row: Row, system_prompt: str | None) -> list[Message]:
     conversation = row.conversation
     if conversation is None:
         raise RowError(row.reason)
-    if conversation.text is not None:
-        raise RowError("preformatted text cannot be answered again")
     if conversation.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in conversation.messages):
         raise RowError("tool calls cannot be answered again")
     asked = [m for m in with_system(conversation.messages, system_prompt) if m["role"] != "assistant"]
@@ -50,8 +48,9 @@ def questions(row: Row, system_prompt: str | None) -> list[Message]:
 def answer(content: str | None, reasoning: str | None, truncated: bool) -> Message:
     """The assistant message; thinking within the content becomes `reasoning_content`. Raises RowError if empty."""
     content, reasoning = (LONE_SURROGATE.sub("\ufffd", text or "") for text in (content, reasoning))
-    if not reasoning:
-        reasoning, content = split_thinking(content)
+    if not reasoning and ("</think>" in content or content.lstrip().startswith("<think>")):
+        reasoning, _, content = content.partition("</think>")
+        reasoning, content = reasoning.strip().removeprefix("<think>").strip(), content.lstrip()
     if not content.strip() and not (truncated and reasoning.strip()):
         raise RowError("empty answer")
     message: Message = {"role": "assistant", "content": content}
@@ -60,13 +59,3 @@ def answer(content: str | None, reasoning: str | None, truncated: bool) -> Messa
     if truncated:
         message["truncated"] = True
     return message
-
-
-def split_thinking(content: str) -> tuple[str, str]:
-    """`<think>reasoning</think>answer` -> (reasoning, answer). The opening tag may have been part of the prompt."""
-    before, closed, behind = content.partition("</think>")
-    if closed:
-        return before.lstrip().removeprefix("<think>").strip(), behind.lstrip()
-    if content.lstrip().startswith("<think>"):
-        return content.lstrip().removeprefix("<think>").strip(), ""
-    return "", content
