@@ -112,9 +112,13 @@ class Run:
     @cached_property
     def given_sources(self) -> SourceFiles:
         """The files that `data` names."""
-        data = self.config.data
-        sources = list(data.sources.values()) or [Source(data.path, data.subset, data.split)]
-        return [(source, find_files(source, self.config.cache_dir)) for source in sources]
+        data, cache_dir = self.config.data, self.config.cache_dir
+        if data.sources:
+            return [
+                (source, find_files(source, cache_dir, f"data.sources.{name}")) for name, source in data.sources.items()
+            ]
+        source = Source(data.path, data.subset, data.split)
+        return [(source, find_files(source, cache_dir))]
 
     @cached_property
     def sources(self) -> SourceFiles:

@@ -60,10 +60,11 @@ def may_be_remote(path: str) -> bool:
     return "://" in path or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(SUFFIXES))
 
 
-def find_files(source: Source, cache_dir: str) -> list[DataFile]:
+def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFile]:
     """The files of a source; remote ones are downloaded through `datasets`. Raises ConfigError or RunError.
 
-    What a hub id resolves to is noted under `cache_dir`, so that a machine without network finds it again.
+    `key` is where the source stands in the config. What a hub id resolves to is noted under `cache_dir`, so that a
+    machine without network finds it again.
     """
     local = Path(source.path).expanduser()
     if local.is_file():
@@ -71,11 +72,11 @@ def find_files(source: Source, cache_dir: str) -> list[DataFile]:
     if local.is_dir():
         found = sorted(path for path in local.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
         if not found:
-            raise ConfigError(f"data.path={source.path} holds no file that ends in {ALLOWED}")
+            raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
     noted = Path(cache_dir) / "sources" / f"{fingerprint(asdict(source) | {'weight': None})}.json"
     try:
-        files = download(source)
+        files = download(source, key)
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
@@ -85,14 +86,14 @@ def find_files(source: Source, cache_dir: str) -> list[DataFile]:
                 return files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"data.path={source.path} is no local file or folder, and it cannot be fetched: {reason}"
+            f"{key}.path={source.path} is no local file or folder, and it cannot be fetched: {reason}"
         ) from error
     noted.parent.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps([asdict(file) for file in files]))
     return files
 
 
-def download(source: Source) -> list[DataFile]:
+def download(source: Source, key: str) -> list[DataFile]:
     """The files of a hub id or an address, as `datasets` resolves them, in its cache."""
     from datasets import DownloadManager, load_dataset_builder
 
@@ -104,7 +105,7 @@ def download(source: Source) -> list[DataFile]:
     splits = builder.config.data_files or {}
     if source.split not in splits:
         names = ", ".join(map(str, splits)) or "none"
-        raise ConfigError(f"data.split={source.split} is no split of {source.path}; it has: {names}")
+        raise ConfigError(f"{key}.split={source.split} is no split of {source.path}; it has: {names}")
     urls = splits[source.split]
     paths = DownloadManager().download(list(urls))
     return [
