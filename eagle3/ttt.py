@@ -33,7 +33,7 @@ def unroll(draft: Draft, embedding: torch.Tensor, aux_hidden_states_TA: torch.Te
     keys_values = linear(normed_TD, hidden_weight[query_size:])
     keys_values = keys_values + read_tokens(every_row + 1, batch.document_ends)[:, query_size:]
     k0, v0 = keys_values.unflatten(-1, (-1, draft.config.head_dim)).chunk(2, dim=-2)
-    k0 = rotate(k0, *draft.rope(batch.position_ids, batch.max_length))
+    k0, v0 = rotate(k0, *draft.rope(batch.position_ids, batch.max_length)), v0.contiguous()
 
     hidden, normed, later, outputs = hidden_TD[rows], normed_TD[rows], [], []
     ends, positions = batch.document_ends[rows], batch.position_ids[rows]
@@ -49,7 +49,7 @@ def unroll(draft: Draft, embedding: torch.Tensor, aux_hidden_states_TA: torch.Te
             hidden = hidden[:count]
             normed = draft.midlayer.hidden_norm(hidden)
             q, k, v = draft.split_heads(linear(normed, hidden_weight) + embedded)
-            later.append((rotate(k, cos, sin), v))
+            later.append((rotate(k, cos, sin), v.contiguous()))  # a view would keep q, k and v for backward
         q = rotate(q, cos, sin)
         attended = attend(draft.attention, batch.documents, rows[:count], q, k0, v0, later)
         hidden = draft.finish(hidden, attended)

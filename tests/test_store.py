@@ -616,3 +616,12 @@ def test_growing_after_a_kill(tmp_path):
     found = growing.load(list(range(len(growing))))
     assert all(found[i].input_ids.equal(document(i, 400).input_ids) for i in found) and len(found) == len(growing)
     growing.close()
+
+
+def test_one_run_at_a_time_keeps_into_a_folder(tmp_path):
+    first = Growing(tmp_path, "bf16", 1 << 30, INPUTS)
+    with pytest.raises(RunError, match=r"another run is keeping hidden states in .*hidden_states\.path"):
+        Growing(tmp_path, "bf16", 1 << 30, INPUTS)
+    Growing(tmp_path, "bf16", 1 << 30, INPUTS, rank=1).close()
+    first.close()
+    Growing(tmp_path, "bf16", 1 << 30, INPUTS).close()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from eagle3.errors import RunError
 from eagle3.target.quantise import Document, document_bytes
@@ -48,6 +48,14 @@ class Growing:
         self.folder, self.dtype, self.max_bytes, self.shard_bytes = Path(folder), dtype, max_bytes, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.disk = FileLock(self.folder / "lock")
+        self.owner = FileLock(self.folder / f"owner_{rank}")
+        try:
+            self.owner.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(
+                f"another run is keeping hidden states in {self.folder}; wait for it, or set hidden_states.path to "
+                "another folder"
+            ) from error
         self.shards = Shards(self.folder)
         self.places: dict[int, tuple[int, int]] = {}
         self.notes: list[str] = []
@@ -147,6 +155,7 @@ class Growing:
             self.flush()
             self.queue.put(None)
             self.thread.join()
+        self.owner.release()
         self.surface()
 
     def surface(self) -> None:
