@@ -1,6 +1,7 @@
 """From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see --help)."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def job(composed: DictConfig) -> float | None:
     except MISTAKES as error:
         stop(error)
     except KeyboardInterrupt:
-        again = f"train.resume={run_dir}" if configuration.is_run(run_dir) else " ".join(overrides)
+        again = f"train.resume={run_dir}" if configuration.is_run(run_dir) else shlex.join(overrides)
         print(f"interrupted; go on with: python run.py {again}", file=sys.stderr)
         sys.exit(130)
 

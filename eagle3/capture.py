@@ -1,7 +1,7 @@
 """The stage `capture`: the target's hidden states of all documents, once, to disk.
 
-Batches and shards are planned from the documents alone and claimed one by one, by any number of processes, also of
-several commands: the finished store does not depend on who wrote what, nor on how often a process was killed.
+Batches and shards are planned from the documents and `target.batch_tokens` and claimed one by one, by any number of
+processes, also of several commands: the finished store does not depend on who wrote what, nor on who was killed when.
 """
 
 import errno
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3 import plan
+from eagle3.artefact import describe_file, facts
 from eagle3.data.packing import Batch, pack
 from eagle3.data.prepare import Prepared
 from eagle3.data.supervision import serving
@@ -135,7 +136,19 @@ def begin(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    return (folder / "artefact.json").is_file()
+    """Whether the index was written and no shard has been deleted since."""
+    if not (folder / "artefact.json").is_file():
+        return False
+    return all(shard_is_complete(folder, number) for number in range(facts(folder)["shards"]))
+
+
+def read_beside(folder: Path, name: str) -> np.ndarray:
+    """An array that `complete` wrote beside the index. Raises RunError where it is no longer that."""
+    path = folder / name
+    noted = json.loads((folder / "artefact.json").read_text())["files"][name]
+    if not path.is_file() or describe_file(path) != noted:
+        raise RunError(f"{path} is missing or damaged; delete {folder / 'artefact.json'} and capture again")
+    return np.load(path)
 
 
 def capture(
@@ -152,7 +165,7 @@ def capture(
 
     Raises RunError when the disk can't hold it or fills up; what was written stays, and the same call goes on.
     """
-    begin(folder, inputs)
+    begin(folder, {"kind": "capture"} | inputs | {"batch_tokens": batch_tokens, "shard_bytes": SHARD_BYTES})
     shards = plan_shards(documents, target.config.hidden_size, dtype, batch_tokens)
     write_shards(folder, documents, target, shards, dtype, max_disk, console)
     complete(folder, documents, inputs, len(shards))
@@ -210,9 +223,9 @@ def settle(claims: Claims, future: Future, number: int, lock: FileLock) -> None:
 
 
 def complete(folder: Path, documents: Prepared, inputs: dict[str, Any], num_shards: int) -> None:
-    """Write the index, once, and remove the claims."""
+    """Write the index, once."""
     with FileLock(folder / ".lock"):
-        if is_complete(folder):
+        if (folder / "artefact.json").is_file():
             return
         learnt = finish(folder, inputs, num_shards)
         _, firsts, numbers = np.unique(documents.index["start"], return_index=True, return_inverse=True)
@@ -220,6 +233,7 @@ def complete(folder: Path, documents: Prepared, inputs: dict[str, Any], num_shar
         np.save(folder / "vocab.npy", documents.vocab)
         for claim in folder.glob(".claim_*"):
             claim.unlink(missing_ok=True)
-        content = json.dumps({"inputs": inputs, "facts": learnt}, indent=1)
+        files = {name: describe_file(folder / name) for name in ("order.npy", "vocab.npy")}
+        content = json.dumps({"inputs": inputs, "facts": learnt, "files": files}, indent=1)
         (folder / "artefact.partial").write_text(content)
         os.replace(folder / "artefact.partial", folder / "artefact.json")

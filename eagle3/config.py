@@ -78,7 +78,7 @@ class View:
 class HiddenStates:
     """The store of `mode=offline` and `hybrid`: its folder (null: one under `cache_dir`) and precision.
 
-    `max_disk` is what `hybrid` may take, such as 500GB. A `path` with SpecForge's files is converted on first use.
+    `max_disk` is what it may take, such as 500GB. A `path` with SpecForge's files is converted on first use.
     """
 
     path: Optional[str] = None

@@ -3,12 +3,15 @@
 import ctypes
 import logging
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -97,7 +100,7 @@ def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None
     from eagle3.pipeline import execute
 
     prepare_process(config)
-    ranks = join(config.target.get("tp_size", 1))
+    ranks = join(1 if config.plan else config.target.get("tp_size", 1))
     if torch.cuda.is_available() and ranks.world_size > 1:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -130,6 +133,9 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `failed` says it in one sentence
     try:
         return elastic_launch(settings, worker)(config, run_dir, overrides)[0]
+    except SignalException as signal:
+        print(f"stopped; go on with: python run.py {shlex.join(overrides)}", file=sys.stderr)
+        raise SystemExit(128 + signal.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise failed(rank, failure.message) from error

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from eagle3 import generate
 from eagle3.artefact import artefact, facts, fingerprint
+from eagle3.capture import read_beside
 from eagle3.config import RunConfig, Source, parse_size
 from eagle3.data import prepare
 from eagle3.data.chat import Chat, load_tokenizer
@@ -79,6 +80,11 @@ class Run:
             return self.load_target()
         self.ranks.share(LOAD)
         return Led(self.load_target(), self.ranks)
+
+    def let_go_of_target(self) -> None:
+        """Free its memory; it is loaded again where a later stage asks for it."""
+        self.__dict__.pop("target", None)
+        self.__dict__.pop("weights", None)
 
     @property
     def reads_store(self) -> bool:
@@ -243,7 +249,8 @@ class Run:
             "aux_layer_ids": self.aux_layer_ids,
             "dtype": config.hidden_states.dtype,
         }
-        if config.hidden_states.path is None or {"prepare", "capture"} & set(config.stages):
+        alone = self.reads_store and config.hidden_states.path and not {"prepare", "capture"} & set(config.stages)
+        if not alone:
             made_from["documents"] = facts(self.prepared_path)["digest"]
         return made_from
 
@@ -274,9 +281,8 @@ class Run:
         }
 
         def write(folder: Path) -> dict[str, Any]:
-            return convert(
-                source, folder, self.load_weights(), given.dtype, self.config.data.max_length, given.on_damage
-            )
+            weights, max_length = self.load_weights(), self.config.data.max_length
+            return convert(source, folder, weights, given.dtype, max_length, given.on_damage, inputs["target"])
 
         return artefact(self.config.cache_dir, "imported", inputs, write)
 
@@ -290,24 +296,28 @@ class Run:
                 "hidden_states.path to a store"
             )
         store = Store(folder, self.config.hidden_states.on_damage)
-        if "imported" not in store.inputs:
-            wanted = self.store_inputs
-            check_inputs({key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder)
+        wanted = self.store_inputs
+        if "imported" in store.inputs:
+            wanted = {key: value for key, value in wanted.items() if key in store.inputs}
+        check_inputs({key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder)
         return store
 
     @cached_property
     def store_order(self) -> np.ndarray:
         """The store's key of each document of the data; an import has no other order than its own."""
-        order = self.store_path / "order.npy"
-        return np.load(order) if order.exists() else self.store.keys
+        return self.store.keys if "imported" in self.store.inputs else read_beside(self.store_path, "order.npy")
 
     def growing_store(self) -> Growing:
         """What `mode=hybrid` keeps: a store without an index, which grows while training."""
         given = self.config.hidden_states
         folder = Path(given.path or Path(self.config.cache_dir) / "hybrid" / fingerprint(self.store_inputs))
         folder.mkdir(parents=True, exist_ok=True)
-        limit = parse_size(given.max_disk) if given.max_disk else shutil.disk_usage(folder).free * 9 // 10
-        return Growing(folder, given.dtype, limit, self.store_inputs, rank=self.ranks.rank)
+        held = sum(path.stat().st_size for path in folder.iterdir())
+        limit = parse_size(given.max_disk) if given.max_disk else (shutil.disk_usage(folder).free + held) * 9 // 10
+        inputs = {"kind": "hybrid"} | self.store_inputs
+        kept = Growing(folder, given.dtype, limit, inputs, rank=self.ranks.rank, on_damage=given.on_damage)
+        self.inputs["damaged"] = kept.notes
+        return kept
 
     @cached_property
     def supply(self) -> Supply:
@@ -322,9 +332,8 @@ class Run:
 
     @property
     def store_vocab(self) -> np.ndarray:
-        noted = self.store_path / "vocab.npy"
-        if noted.exists():
-            return np.load(noted)
+        if "imported" not in self.store.inputs:
+            return read_beside(self.store_path, "vocab.npy")
         counts = np.zeros(self.target_config.vocab_size, np.int64)
         for key in sorted(set(self.store.keys.tolist()) - self.store.damaged.keys()):
             _, ids, mask = self.store.document(key)
@@ -340,8 +349,8 @@ class Run:
     def trained_on(self) -> dict[str, str]:
         """Fingerprints of what a checkpoint belongs to."""
         if not self.evaluates:
-            return {"the imported hidden states": self.store_path.name}
-        documents = self.store_path.name if self.reads_store else self.prepared_path.name
+            return {"the imported hidden states": fingerprint(self.store.inputs)}
+        documents = fingerprint(self.store.inputs) if self.reads_store else self.prepared_path.name
         return {"the data": documents, "the target's answers": self.answers_path.name}
 
     @property

@@ -65,13 +65,15 @@ class Kept:
     def __init__(self, prepared: Prepared, kept: Growing):
         self.prepared, self.kept = prepared, kept
         self.lengths, self.supervised = prepared.lengths, prepared.supervised
+        _, firsts, places = np.unique(prepared.index["start"], return_index=True, return_inverse=True)
+        self.keys = firsts[places]  # a document that an epoch passes over several times is kept once
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
-        loaded = self.prepared.load(numbers)
+        loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
         if epoch == 0:
             return loaded
         self.kept.sync()
-        known = self.kept.load(numbers)
+        known = self.kept.load([document.key for document in loaded])
         return [known.get(document.key, document) for document in loaded]
 
 

@@ -82,16 +82,15 @@ def import_stage(run: Run) -> None:
 
 
 def capture_stage(run: Run) -> None:
-    if not run.reads_store:
+    hidden = run.config.hidden_states
+    if not run.reads_store or (hidden.path and is_specforge(Path(hidden.path))):
         return
-    path, hidden = run.store_path, run.config.hidden_states
-    if "imported" in path.parts:
-        return
+    path = run.store_path
     if not is_complete(path):
         most = parse_size(hidden.max_disk) if hidden.max_disk else None
         tokens = run.target.batch_tokens
         capture(path, run.prepared, run.target, run.store_inputs, hidden.dtype, tokens, most, console)
-    learnt = facts(path)
+    learnt = run.store.facts
     console.print(
         f"capture: {learnt['documents']:,} documents, {learnt['tokens']:,} tokens, {learnt['bytes'] / 1e9:,.2f} GB, "
         f"{learnt['bytes_per_token'] / 1e3:,.1f} KB a token, {path}",
@@ -108,6 +107,8 @@ def draft_for(run: Run) -> Draft:
 
 
 def train_stage(run: Run) -> None:
+    if run.reads_store:
+        run.let_go_of_target()
     config, weights = run.config, run.weights
     loss = instantiate(config.loss)
     draft = draft_for(run)

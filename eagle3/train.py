@@ -95,7 +95,14 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
 
     def train_on(self, update: Update, waited: float) -> torch.Tensor:
-        """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the device."""
+        """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the device.
+
+        An update all of whose documents are damaged changes nothing and counts.
+        """
+        if not update.batches:
+            self.scheduler.step()
+            self.update += 1
+            return torch.zeros(())
         for batch in update.batches:
             batch = batch.to(self.device)
             features = batch.features or self.supply.features_of(batch)

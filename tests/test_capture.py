@@ -144,6 +144,9 @@ def test_a_folder_of_another_store_is_refused(tmp_path, prepared, target):
     fill(tmp_path, prepared, target, inputs={"aux_layer_ids": [1, 3, 4], "dtype": "fp32"})
     with pytest.raises(RunError, match=r"aux_layer_ids.*\[1, 3, 4\].*\[1, 2, 4\]"):
         fill(tmp_path, prepared, target, inputs={"aux_layer_ids": [1, 2, 4], "dtype": "fp32"})
+    (tmp_path / "artefact.json").unlink()
+    with pytest.raises(RunError, match=r"batch_tokens=128, this run has batch_tokens=64"):
+        fill(tmp_path, prepared, target, inputs={"aux_layer_ids": [1, 3, 4], "dtype": "fp32"}, batch_tokens=64)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
     with pytest.raises(RunError, match="name an empty folder"):
@@ -329,3 +332,65 @@ def test_stopped_runs_go_on_bit_for_bit(settings, tmp_path, monkeypatch, name, s
             run(given, tmp_path / "stopped")
     run(given, tmp_path / "stopped")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_deleted_shard_is_captured_again(settings, tmp_path):
+    path = tmp_path / "store"
+    everything = mode(settings, "offline", ALL, f"hidden_states.path={path}")
+    run(everything, tmp_path / "one")
+    whole = contents(path)
+    next(path.glob("shard_*.safetensors")).unlink()
+    run(everything, tmp_path / "two")
+    assert contents(path) == whole and losses(tmp_path / "two") == losses(tmp_path / "one")
+    (path / "order.npy").write_bytes(b"")
+    with pytest.raises(RunError, match=r"order\.npy is missing or damaged"):
+        run(everything, tmp_path / "three")
+
+
+def test_what_a_store_is_not_for_is_refused(settings, tmp_path):
+    path = tmp_path / "store"
+    given = f"hidden_states.path={path}"
+    run(mode(settings, "offline", "stages=[prepare,capture]", given), tmp_path / "one")
+    with pytest.raises(RunError, match=r"aux_layer_ids=\[1, 3, 4\], this run has aux_layer_ids=\[0, 2, 4\]"):
+        run(
+            mode(settings, "offline", "stages=[prepare,capture]", given, "model.aux_layer_ids=[0,2,4]"),
+            tmp_path / "two",
+        )
+    with pytest.raises(RunError, match=r"kind=\"capture\", this run has kind=\"hybrid\""):
+        run(mode(settings, "hybrid", TRAIN_ONLY, given), tmp_path / "three")
+    kept = f"hidden_states.path={tmp_path / 'kept'}"
+    run(mode(settings, "hybrid", TRAIN_ONLY, kept), tmp_path / "four")
+    with pytest.raises(RunError, match="documents="):
+        run(mode(settings, "hybrid", "stages=[train]", kept, "data.num_samples=20"), tmp_path / "five")
+
+
+def test_an_update_of_damaged_documents_changes_nothing(settings, tmp_path):
+    path = tmp_path / "store"
+    everything = mode(settings, "offline", ALL, f"hidden_states.path={path}", *ALONE, "train.max_steps=21")
+    run([*everything, "stages=[prepare,generate,capture]"], tmp_path / "one")
+    damage(path)
+    run([*everything, "hidden_states.on_damage=skip", "train.epochs=1"], tmp_path / "two")
+    assert len(losses(tmp_path / "two")) == 21
+
+
+def test_hybrid_keeps_a_repeated_document_once(settings, tmp_path):
+    path = next(o.removeprefix("data.path=") for o in settings if o.startswith("data.path="))
+    mixed = [o for o in settings if not o.startswith("data.path=")] + [
+        "data.path=null", f"+data.sources={{one:{{path:{path},weight:3}}}}", "train.max_steps=30",
+    ]  # fmt: skip
+    kept = tmp_path / "kept"
+    run(mode(mixed, "hybrid", TRAIN_ONLY, f"hidden_states.path={kept}"), tmp_path / "hybrid")
+    run([*mixed, TRAIN_ONLY], tmp_path / "online")
+    assert losses(tmp_path / "hybrid") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+    run(
+        mode(settings, "offline", "stages=[prepare,capture]", f"hidden_states.path={tmp_path / 'whole'}"),
+        tmp_path / "c",
+    )
+    size = [sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (kept, tmp_path / "whole")]
+    assert size[0] < 1.2 * size[1]
+
+
+def test_plans_take_any_number_of_processes(settings, tmp_path, capsys):
+    more = ["plan=true", "launch.nproc_per_node=8", "target.tp_size=4"]
+    assert run(mode(settings, "offline", *more), tmp_path / "plan") is None
+    assert "hidden states, int8" in capsys.readouterr().out

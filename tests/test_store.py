@@ -515,15 +515,18 @@ def test_growing_drops_damaged_shards_and_documents(tmp_path):
     (tmp_path / f"{paths[0].name}.0123abcd.tmp").write_bytes(b"x")
     lost = {key for key, (number, _) in growing.places.items() if number < 2}
     last = max(key for key, (number, _) in growing.places.items() if number == 2)
-    again = Growing(tmp_path, "bf16", 1 << 30, INPUTS, shard_bytes=60_000)
-    assert len(again.notes) == 2 and not paths[0].exists() and not paths[1].exists()
+    with pytest.raises(RunError, match=r"delete the shard, or set hidden_states\.on_damage=skip"):
+        Growing(tmp_path, "bf16", 1 << 30, INPUTS)
+    again = Growing(tmp_path, "bf16", 1 << 30, INPUTS, shard_bytes=60_000, on_damage="skip")
+    assert len(again.notes) == 2 and all(path.exists() for path in paths)
     assert set(again.load(list(range(30)))) == set(range(30)) - lost - {last}
     assert len(again.notes) == 3 and again.notes[-1].startswith(f"document {last} cannot be read")
     again.add([document(i, 30) for i in range(30)])
     again.close()
     assert set(again.load(list(range(30)))) == set(range(30)) and len(again.notes) == 3
     assert not list(tmp_path.glob("*.tmp"))
-    assert set(Growing(tmp_path, "bf16", 1 << 30, INPUTS).load(list(range(30)))) == set(range(30))
+    later = Growing(tmp_path, "bf16", 1 << 30, INPUTS, on_damage="skip")
+    assert set(later.load(list(range(30)))) == set(range(30)) - {last} | set(later.load([last]))
 
 
 @pytest.mark.parametrize("budget", [0, 100, 20_000, 50_000, 200_001])

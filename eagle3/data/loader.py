@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from eagle3.data.packing import Batch, SupervisedMask, pack
-from eagle3.errors import RunError
 from eagle3.target.store import Document, concatenate
 
 
@@ -114,8 +113,6 @@ class Loader:
         mine = split(documents, self.costs, self.replicas)[self.replica]
         steps = fill_micro_steps(mine, self.lengths, self.tokens_per_step)
         batches = [self.pack_step(loaded) for numbers in steps if (loaded := self.documents.load(numbers, epoch))]
-        if not batches and len(mine):
-            raise RunError("every document of an update is damaged; capture the hidden states again")
         return Update(batches, sum(batch.normaliser for batch in batches))
 
     def pack_step(self, loaded: list[Document]) -> Batch:

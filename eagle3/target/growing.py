@@ -44,9 +44,11 @@ class Growing:
         inputs: dict,
         rank: int = 0,
         shard_bytes: int = SHARD_BYTES,
+        on_damage: str = "fail",
     ):
         self.folder, self.dtype, self.max_bytes, self.shard_bytes = Path(folder), dtype, max_bytes, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.on_damage, self.refused = on_damage, self.folder / "full.json"
         self.disk = FileLock(self.folder / "lock")
         self.owner = FileLock(self.folder / f"owner_{rank}")
         try:
@@ -66,8 +68,10 @@ class Growing:
             else:
                 write_atomically(self.folder / "inputs.json", json.dumps(inputs, indent=1, default=str).encode())
             self.find(rank)
-            self.full = self.room() <= 0
+            # What was refused once stays refused, so that a resumed run keeps what an uninterrupted one does.
+            self.full = self.room() <= 0 or (self.refused.exists() and int(self.refused.read_text()) >= max_bytes)
         self.known = set(self.places)
+        self.buffering = threading.RLock()  # a loader's thread asks for what the trainer's adds
         self.buffer: list[Document] = []
         self.buffered = 0
         self.error: Exception | None = None
@@ -77,7 +81,7 @@ class Growing:
         self.thread.start()
 
     def find(self, rank: int) -> None:
-        """Take up complete shards; delete damaged ones and what killed writers left."""
+        """Take up complete shards; delete what killed writers left. Raises RunError for a damaged one, or notes it."""
         for path in self.folder.glob("shard_*.tmp"):
             # Of other ranks only what no writer can still be at.
             if shard_number(path) // SHARDS_PER_RANK == rank or time.time() - path.stat().st_mtime > 3600:
@@ -89,8 +93,7 @@ class Growing:
             try:
                 keys = self.shards[number].records["key"].tolist()
             except ShardDamageError as damage:
-                path.unlink(missing_ok=True)
-                self.notes.append(f"{damage}; it was deleted, and its documents are absent")
+                self.remember(f"{damage}; its documents are computed again")
                 continue
             self.places.update((key, (number, place)) for place, key in enumerate(keys))
 
@@ -112,6 +115,10 @@ class Growing:
         The tensors are kept until they are written. Raises RunError for what the last writing ran into.
         """
         self.surface()
+        with self.buffering:
+            self.take(documents)
+
+    def take(self, documents: list[Document]) -> None:
         for document in documents:
             if self.full or document.key in self.known:
                 continue
@@ -122,9 +129,10 @@ class Growing:
                 self.flush()
 
     def flush(self) -> None:
-        documents, self.buffer, self.buffered = self.buffer, [], 0
-        if documents:
-            self.queue.put(documents)
+        with self.buffering:
+            documents, self.buffer, self.buffered = self.buffer, [], 0
+            if documents:
+                self.queue.put(documents)
 
     def sync(self) -> None:
         """Wait until everything added so far is written, or dropped for want of room. Raises what writing ran into."""
@@ -146,8 +154,13 @@ class Growing:
             except DamageError as damage:
                 self.places.pop(key, None)
                 self.known.discard(key)
-                self.notes.append(f"document {key} cannot be read and is absent: {damage}")
+                self.remember(f"document {key} cannot be read and is computed again: {damage}")
         return found
+
+    def remember(self, note: str) -> None:
+        if self.on_damage == "fail":
+            raise RunError(f"{note.split(';')[0]}; delete the shard, or set hidden_states.on_damage=skip")
+        self.notes.append(note)
 
     def close(self) -> None:
         """Write what is buffered and wait for it."""
@@ -188,6 +201,7 @@ class Growing:
             room = self.room()
             while documents and header_of(documents, self.dtype)[2] > room:
                 self.full = True
+                self.refused.write_text(str(self.max_bytes))
                 documents = documents[:-1]
             if not documents:
                 return

@@ -94,13 +94,20 @@ def plan(files: list[Path], sizes: list[int]) -> list[range]:
 
 
 def convert(
-    source: Path, folder: Path, weights: TargetWeights, dtype: str, max_length: int | None, on_damage: str
+    source: Path,
+    folder: Path,
+    weights: TargetWeights,
+    dtype: str,
+    max_length: int | None,
+    on_damage: str,
+    target: dict | None = None,
 ) -> dict:
     """Fill `folder` with a store of `source`'s documents, keyed by the number of their file; returns the facts.
 
-    What an interrupted call completed in `folder` is kept. `on_damage` is "fail" or "skip". The facts are those of the
-    store and `files`, `rejected` (count by reason), `skipped` (file, reason; also in `rejects.jsonl`), `padding` (rows
-    trimmed) and `prenorm` (documents whose last hidden states came without the final norm). Raises RunError.
+    `target` describes whose weights these are. What an interrupted call completed in `folder` is kept. `on_damage` is
+    "fail" or "skip". The facts are those of the store and `files`, `rejected` (count by reason), `skipped` (file,
+    reason; also in `rejects.jsonl`), `padding` (rows trimmed) and `prenorm` (documents whose last hidden states came
+    without the final norm). Raises RunError.
     """
     files = sorted(hidden_state_files(source), key=natural)
     assert files, source
@@ -140,7 +147,8 @@ def convert(
         raise RunError(f"no file in {source} gives a document; {skipped[0][0]}, for one, {skipped[0][2]}")
     rejects = [{"file": file, "reason": sentence} for file, _, sentence in skipped]
     (folder / "rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in rejects))
-    facts = finish(folder, {"imported": str(source), "dtype": dtype, "max_length": max_length}, number)
+    inputs = {"imported": str(source), "target": target, "dtype": dtype, "max_length": max_length}
+    facts = finish(folder, inputs, number)
     for noted in folder.glob("part_*.json"):
         noted.unlink()
     return facts | {
