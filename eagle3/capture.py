@@ -6,7 +6,6 @@ processes, also of several commands: the finished store does not depend on who w
 
 import errno
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ from eagle3.data.supervision import serving
 from eagle3.errors import RunError
 from eagle3.target.features import Features
 from eagle3.target.hf import HFTarget
-from eagle3.target.shard import SHARD_BYTES
+from eagle3.target.shard import SHARD_BYTES, write_atomically
 from eagle3.target.store import (
     Document,
     check_inputs,
@@ -129,8 +128,7 @@ def begin(folder: Path, inputs: dict[str, Any]) -> None:
                 raise RunError(
                     f"hidden_states.path={folder} holds files that are no store of ours; name an empty folder"
                 )
-            noted.with_suffix(".partial").write_text(json.dumps(inputs, indent=1))
-            os.replace(noted.with_suffix(".partial"), noted)
+            write_atomically(noted, json.dumps(inputs, indent=1).encode())
     except OSError as error:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}; name another folder") from error
 
@@ -235,5 +233,4 @@ def complete(folder: Path, documents: Prepared, inputs: dict[str, Any], num_shar
             claim.unlink(missing_ok=True)
         files = {name: describe_file(folder / name) for name in ("order.npy", "vocab.npy")}
         content = json.dumps({"inputs": inputs, "facts": learnt, "files": files}, indent=1)
-        (folder / "artefact.partial").write_text(content)
-        os.replace(folder / "artefact.partial", folder / "artefact.json")
+        write_atomically(folder / "artefact.json", content.encode())

@@ -7,6 +7,7 @@ holds flat tensors of its documents, in order.
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -58,7 +59,7 @@ def answer_batch(target: HFTarget, prompts: list[list[int]], max_new_tokens: int
     """
     documents = [
         torch.tensor(prompt + answer)
-        for prompt, answer in zip(prompts, greedy(target, prompts, max_new_tokens), strict=True)
+        for prompt, answer in zip(prompts, sample(target, prompts, max_new_tokens, GREEDY), strict=True)
     ]
     everything = torch.ones(target.config.vocab_size, dtype=torch.bool)
     parts: dict[str, list[torch.Tensor]] = {f.name: [] for f in fields(Features)} | {"input_ids": []}
@@ -80,26 +81,29 @@ def answer_batch(target: HFTarget, prompts: list[list[int]], max_new_tokens: int
     return flat | {"shortened": torch.tensor(shortened)}
 
 
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
 @torch.no_grad()
-def greedy(target: HFTarget, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """Batched greedy answers; the end-of-turn token is kept where the target produced it."""
+def sample(
+    target: HFTarget, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any]
+) -> list[list[int]]:
+    """Answers to a batch of prompts; the end-of-turn token is kept where the target produced it.
+
+    `sampling`: GREEDY, or what transformers' `generate` takes in its place.
+    """
     eos = sorted(target.eos_token_ids)
     width = max(map(len, prompts))
     pad = eos[0] if eos else 0
-    input_ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device)
-    attention_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device)
     output = target.generate(
-        input_ids,
-        attention_mask=attention_mask,
-        do_sample=False,
+        torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device),
+        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device),
         num_beams=1,
         repetition_penalty=1.0,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos or None,
         pad_token_id=pad,
+        **sampling,
     )
     answers = []
     for row in output[:, width:].tolist():

@@ -64,15 +64,20 @@ class Run:
 
     def load_target(self) -> HFTarget:
         """The target, or this process's part of it."""
+        return instantiate(self.config.target)(**self.named_target)
+
+    @property
+    def named_target(self) -> dict[str, Any]:
+        """What both the target and its weights alone are loaded by."""
         model = self.config.model
-        return instantiate(self.config.target)(
-            model.path,
-            self.device,
-            aux_layer_ids=self.aux_layer_ids,
-            revision=model.revision,
-            dtype=model.dtype,
-            trust_remote_code=model.trust_remote_code,
-        )
+        return {
+            "path": model.path,
+            "device": self.device,
+            "aux_layer_ids": self.aux_layer_ids,
+            "revision": model.revision,
+            "dtype": model.dtype,
+            "trust_remote_code": model.trust_remote_code,
+        }
 
     @cached_property
     def target(self) -> HFTarget | Led:
@@ -98,16 +103,7 @@ class Run:
 
     def load_weights(self) -> TargetWeights:
         model = self.config.model
-        return load_weights(
-            model.path,
-            self.device,
-            aux_layer_ids=self.aux_layer_ids,
-            revision=model.revision,
-            dtype=model.dtype,
-            trust_remote_code=model.trust_remote_code,
-            embedding_key=model.embedding_key,
-            lm_head_key=model.lm_head_key,
-        )
+        return load_weights(**self.named_target, embedding_key=model.embedding_key, lm_head_key=model.lm_head_key)
 
     @cached_property
     def chat(self) -> Chat:

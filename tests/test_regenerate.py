@@ -587,7 +587,7 @@ def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypa
     tokenizer = engine.chat.tokenizer
     prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in ("Hello <think>\n", "one"))
     chat = SimpleNamespace(encode_prompt=lambda messages: prompt, tokenizer=tokenizer)
-    monkeypatch.setattr(batches, "sample", lambda target, prompts, sampling: [[*answer, 1] for _ in prompts])
+    monkeypatch.setattr(batches, "sample", lambda target, prompts, longest, sampling: [[*answer, 1] for _ in prompts])
     builtin(make_run(target=engine.target, chat=chat), iter([row(1, "a")]), tmp_path)
     message = written(tmp_path)[0]["messages"][1]
     assert message["reasoning_content"].startswith("one") and message["truncated"]

@@ -198,6 +198,22 @@ def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], lis
     return prompts, rejects
 
 
+def held_out_by_hash(writer: Writer, openings: int, files: list[str]) -> list[dict]:
+    """The prompts that the writer kept while rows came by, out of so many different openings. Raises RunError."""
+    wanted = writer.options.num_heldout
+    if openings <= wanted:
+        raise RunError(
+            f"data.path={files[0]} has {openings} different prompts, too few to hold out "
+            f"eval.num_prompts={wanted}; lower it or give data.eval_path"
+        )
+    if not writer.held.kept:
+        raise RunError(f"data.path={files[0]} has no prompt within data.max_length to hold out")
+    return [
+        {"id": f"{Path(files[kept['file']]).name}:{kept['line']}", "hash": kept["hash"], "input_ids": kept["ids"]}
+        for _, kept in sorted(writer.held.kept.items())
+    ]
+
+
 def finish(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -226,18 +242,7 @@ def finish(
         file, line = rows[usable[again]][["file", "line"]][0].tolist()
         raise RunError(rejected(files[file], line, DUPLICATE))
     if heldout is None:
-        openings = len(np.unique(rows["opening"][usable]))
-        if openings <= options.num_heldout:
-            raise RunError(
-                f"data.path={files[0]} has {openings} different prompts, too few to hold out "
-                f"eval.num_prompts={options.num_heldout}; lower it or give data.eval_path"
-            )
-        heldout = [
-            {"id": f"{Path(files[kept['file']]).name}:{kept['line']}", "hash": kept["hash"], "input_ids": kept["ids"]}
-            for _, kept in sorted(writer.held.kept.items())
-        ]
-        if not heldout:
-            raise RunError(f"data.path={files[0]} has no prompt within data.max_length to hold out")
+        heldout = held_out_by_hash(writer, len(np.unique(rows["opening"][usable])), files)
     held = (outcome == 0) & np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
 
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]

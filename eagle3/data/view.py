@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from eagle3.config import Data
 from eagle3.data.chat import NOT_FOUND, Chat
 from eagle3.data.encoder import Encoder, Preparation
+from eagle3.data.prepare import EXAMPLE_LETTERS
 from eagle3.data.rows import RowError
 from eagle3.data.sources import Row
 from eagle3.errors import RunError
@@ -21,7 +22,6 @@ BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
 MARKS = {"\n": "↵", "\t": "⇥   "}
 MOST_RENDERINGS = 3
 MOST_PLACES = 5
-EXAMPLE_LETTERS = 2000
 # Both colours are set, so that they read alike on light and dark terminals; 256 colours, as tmux may have no more.
 SHADES = ("color(231) on color(22)", "color(231) on color(28)")
 

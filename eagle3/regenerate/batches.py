@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 
 from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import Row
+from eagle3.generate import GREEDY, sample
 from eagle3.regenerate import turns
 from eagle3.regenerate.journal import Journal
-from eagle3.target.hf import HFTarget
+
+Answer = Callable[[list[list[int]]], list[list[int]]]
 
 
 def builtin(
@@ -33,10 +35,15 @@ def builtin(
     Batches are of rows that follow each other and have a seed of their own, so an interrupted call, which leaves a
     journal, goes on to the same answers. Temperature 0 is greedy.
     """
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
-    sampling["max_new_tokens"] = max_new_tokens or run.config.data.max_length
+    sampled = {"do_sample": True, "temperature": temperature, "top_p": top_p or 1.0, "top_k": top_k or 0}
+
+    def answer(prompts: list[list[int]]) -> list[list[int]]:
+        """At most up to the end of the target's context."""
+        longest = max_new_tokens or run.config.data.max_length
+        answers = sample(run.target, prompts, longest, sampled if temperature > 0 else GREEDY)
+        context = run.target.config.max_position_embeddings
+        return [ids[: context - len(prompt)] for prompt, ids in zip(prompts, answers, strict=True)]
+
     with Journal(folder) as journal:
         for first in count(0, batch_size):
             batch = [] if journal.complete else list(islice(rows, batch_size))
@@ -45,12 +52,12 @@ def builtin(
             if all(number in journal.offsets for number in range(first, first + len(batch))):
                 continue
             torch.manual_seed(seed + first)
-            answered = asyncio.run(answer_batch(run, batch, sampling))
+            answered = asyncio.run(answer_batch(run, batch, answer))
             for number, (row, entry) in enumerate(zip(batch, answered, strict=True), start=first):
                 journal.write(number, row, entry)
 
 
-async def answer_batch(run, rows: list[Row], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+async def answer_batch(run, rows: list[Row], answer: Answer) -> list[dict[str, Any]]:
     """Conversations side by side: all that ask are answered at once, until none asks any more."""
     asked: list[tuple[list[int], asyncio.Future]] = []
 
@@ -70,30 +77,8 @@ async def answer_batch(run, rows: list[Row], sampling: dict[str, Any]) -> list[d
     talks = [asyncio.create_task(turns.converse(complete, row, system_prompt)) for row in rows]
     await asyncio.sleep(0)  # each goes on until it asks or ends
     while asked:
-        for (_, future), ids in zip(asked, sample(run.target, [p for p, _ in asked], sampling), strict=True):
+        for (_, future), ids in zip(asked, answer([prompt for prompt, _ in asked]), strict=True):
             future.set_result(ids)
         asked.clear()
         await asyncio.sleep(0)
     return [talk.result() for talk in talks]
-
-
-@torch.no_grad()
-def sample(target: HFTarget, prompts: list[list[int]], sampling: dict[str, Any]) -> list[list[int]]:
-    """Answers to a batch of prompts, at most up to the end of the target's context; an end of turn is kept."""
-    eos = target.eos_token_ids
-    pad = min(eos, default=0)
-    width = max(map(len, prompts))
-    output = target.generate(
-        torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=target.device),
-        attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=target.device),
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=sorted(eos) or None,
-        pad_token_id=pad,
-        **sampling,
-    )
-    answers = []
-    for prompt, row in zip(prompts, output[:, width:].tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(row) if token in eos), len(row))
-        answers.append(row[: min(end, target.config.max_position_embeddings - len(prompt))])
-    return answers
