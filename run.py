@@ -1,7 +1,6 @@
 """From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see --help)."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -37,22 +36,31 @@ def job(composed: DictConfig) -> float | None:
     try:
         config = configuration.typed(composed, run_dir, overrides)
         from eagle3.checks import check  # torch and transformers load here, after the config has been understood
-        from eagle3.distributed import launch
+        from eagle3.distributed import launch, note_processes
 
+        note_processes(config)
         check(config)
         return launch(config, run_dir, overrides)
     except MISTAKES as error:
         stop(error)
     except KeyboardInterrupt:
-        again = f"train.resume={run_dir}" if configuration.is_run(run_dir) else shlex.join(overrides)
-        print(f"interrupted; go on with: python run.py {again}", file=sys.stderr)
+        print(f"interrupted; go on with: {configuration.again(run_dir, overrides)}", file=sys.stderr)
         sys.exit(130)
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; under torchrun the first process alone reads it."""
     try:
-        job()
+        if int(os.environ.get("RANK", 0)) > 0:
+            from eagle3.distributed import attend
+
+            attend()
+        else:
+            job()
+            if "RANK" in os.environ:
+                from eagle3.distributed import dismiss
+
+                dismiss()
     except MISTAKES as error:
         stop(error)
 

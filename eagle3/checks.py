@@ -12,11 +12,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eagle3.benchmark.builtin import draft_length
 from eagle3.benchmark.suites import parse
 from eagle3.config import Data, RunConfig, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
+from eagle3.distributed import choose_device, is_started
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.pipeline import STAGES
@@ -52,13 +55,6 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
     if config.hidden_states.max_disk is not None:
         parse_size(config.hidden_states.max_disk)
-    processes = config.launch.nproc_per_node * config.launch.nnodes
-    alone = [stage for stage in config.stages if stage in ("train", "benchmark")]
-    if processes > 1 and alone and not config.plan:
-        raise ConfigError(
-            f"launch.nproc_per_node={config.launch.nproc_per_node}: {alone[0]} runs in one process so far; capture "
-            "with several as 'stages=[prepare,capture]'"
-        )
     if "regenerate" in config.stages and config.target.get("tp_size", 1) > 1:
         raise ConfigError("stages: regenerate asks servers or one process; leave it out or set target.tp_size=1")
     if "regenerate" in config.stages and config.data.preformatted:
@@ -70,11 +66,7 @@ def check(config: RunConfig) -> None:
     check_node(config.draft.attention, "draft.attention")
     check_node(config.draft.initial, "draft.initial")
     check_ranges(config)
-    if config.parallel.ulysses * config.parallel.ring > config.launch.nproc_per_node * config.launch.nnodes:
-        raise ConfigError(
-            f"parallel.ulysses x parallel.ring = {config.parallel.ulysses * config.parallel.ring} needs that many "
-            f"processes, but launch.nproc_per_node x launch.nnodes is {config.launch.nproc_per_node}"
-        )
+    check_processes(config)
     if config.data.max_length > config.train.tokens_per_step:
         raise ConfigError(
             f"data.max_length={config.data.max_length} must be at most "
@@ -86,6 +78,28 @@ def check(config: RunConfig) -> None:
         parse(suite)
     check_files(config)
     check_against_target(config)
+
+
+def check_processes(config: RunConfig) -> None:
+    """That the processes asked for exist and can be divided as asked for."""
+    launch, group = config.launch, config.parallel.ulysses * config.parallel.ring
+    processes = launch.nproc_per_node * launch.nnodes
+    if processes % group:
+        raise ConfigError(
+            f"parallel.ulysses x parallel.ring = {group} must divide launch.nproc_per_node x launch.nnodes = "
+            f"{processes}; set launch.nproc_per_node to a multiple of {group}"
+        )
+    gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else None
+    if gpus is not None and launch.nproc_per_node > gpus and not config.plan:
+        raise ConfigError(
+            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that torch sees here; set "
+            f"launch.nproc_per_node={gpus}, or device=cpu"
+        )
+    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_started() and not config.plan:
+        raise ConfigError(
+            f"launch.nnodes={launch.nnodes} needs launch.rdzv_endpoint=<host of the first node>:<free port>; or start "
+            "with launch/torchrun.sh or launch/slurm.sbatch"
+        )
 
 
 def check_ranges(config: RunConfig) -> None:
@@ -240,4 +254,9 @@ def check_against_target(config: RunConfig) -> None:
         raise ConfigError(
             f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"
         )
-    draft_config(config.draft, target)
+    shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
+    if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
+        raise ConfigError(
+            f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} key/value heads (and its "
+            f"{shape.num_attention_heads} heads); make it smaller and parallel.ring larger"
+        )

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -127,15 +128,27 @@ class Eval:
 
 @dataclass
 class Parallel:
+    """`ulysses` x `ring` ranks share each micro-batch; what is left of the ranks trains on other documents.
+
+    `reduce_dtype` is what gradients are exchanged in.
+    """
+
     ulysses: int = ranged(1, 1)
     ring: int = ranged(1, 1)
+    reduce_dtype: str = field(default="fp32", metadata={"choices": ["fp32", "bf16"]})
 
 
 @dataclass
 class Launch:
+    """`rdzv_endpoint` host:port is where the launchers of several nodes meet. Seconds: without progress for `timeout`,
+    a process hangs; it has `shutdown_timeout` to write its checkpoint when it is told to stop."""
+
     nproc_per_node: int = ranged(1, 1)
-    nnodes: int = ranged(1, 1, 1)
+    nnodes: int = ranged(1, 1)
     threads: Optional[int] = ranged(None, 1)
+    rdzv_endpoint: Optional[str] = None
+    timeout: float = ranged(1800.0, 1)
+    shutdown_timeout: int = ranged(600, 1)
 
 
 @dataclass
@@ -171,13 +184,19 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 # What may change when a run is resumed, because no weight depends on it.
 RESUME_FREE = {
     "stages", "plan", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
-    "data.num_proc", "hidden_states.on_damage", "hidden_states.path", "view", "regenerate", "train.save_every",
+    "parallel", "target.tp_size", "target.batch_tokens", "data.num_proc", "hidden_states.on_damage",
+    "hidden_states.path", "view", "regenerate", "train.save_every",
     "train.eval_every", "train.log_every", "train.keep_last",
 }  # fmt: skip
 
 
 def is_run(path: str | Path) -> bool:
     return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
+
+
+def again(run_dir: Path, overrides: list[str]) -> str:
+    """The command that goes on with a run that was stopped."""
+    return f"python run.py train.resume={run_dir}" if is_run(run_dir) else f"python run.py {shlex.join(overrides)}"
 
 
 def run_folder(resume: str, default: str) -> str:

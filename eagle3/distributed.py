@@ -1,24 +1,31 @@
-"""Where a run computes."""
+"""Where a run computes: one launcher, its processes, and what they say to each other."""
 
 import ctypes
 import logging
 import os
-import shlex
 import sys
+import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, again
 from eagle3.errors import ConfigError, RunError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+PATIENCE = timedelta(days=30)  # of collectives: who waits, waits as long as it takes; `eagle3.watch` finds who hangs
+CULPRIT_SECONDS = 3.0
 
 
 def choose_device(name: str) -> torch.device:
@@ -40,15 +47,19 @@ def keep_freed_memory() -> None:
 
 @dataclass
 class Ranks:
-    """Where this process stands: its `rank` among `world_size`, and its target's group of `tp_size` ranks.
+    """Where this process stands: its `rank` among `world_size`, and what it says to the others.
 
-    One rank of each group leads it: the others do what it says (`share`).
+    `tp_size` ranks side by side share one target; `group` is that of this rank, `words` that of all, both for Python
+    objects. `begun` counts the collectives that this rank came to: of ranks that stand still, the one that hangs has
+    begun the fewest.
     """
 
     rank: int = 0
     world_size: int = 1
     tp_size: int = 1
-    group: torch.distributed.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
+    words: dist.ProcessGroup | None = None
+    begun: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -59,17 +70,112 @@ class Ranks:
         return self.rank % self.tp_size == 0
 
     def share(self, value: Any) -> Any:
-        """What the leader of the group says, on every rank of it."""
+        """What the leader of the target's group says, on every rank of it."""
         if self.tp_size == 1:
             return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=self.rank - self.rank % self.tp_size, group=self.group)
-        return box[0]
+        return said(value, self.rank - self.rank % self.tp_size, self.group)
+
+    def tell(self, value: Any = None) -> Any:
+        """What the first rank says, on every rank."""
+        self.begun += 1
+        return value if self.world_size == 1 else said(value, 0, self.words)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank of the target's group says, on each of them."""
+        everyone = [value] * self.tp_size
+        if self.tp_size > 1:
+            dist.all_gather_object(everyone, value, group=self.group)
+        return everyone
+
+    def collect(self, value: Any) -> list[Any]:
+        """What every rank says, on each of them."""
+        self.begun += 1
+        everyone = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, value, group=self.words)
+        return everyone
+
+    def total(self, number: int) -> int:
+        """The sum of a number on the host over all ranks."""
+        return self.reduce(number, dist.ReduceOp.SUM)
+
+    def most(self, number: int) -> int:
+        """The largest of a number on the host over all ranks."""
+        return self.reduce(number, dist.ReduceOp.MAX)
+
+    def reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+        self.begun += 1
+        if self.world_size == 1:
+            return number
+        box = torch.tensor(number)
+        dist.all_reduce(box, operation, group=self.words)
+        return int(box)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds a tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: list[torch.Tensor], dtype: torch.dtype) -> None:
+        """Adds gradients up over all ranks, exchanged in `dtype`; a rank without a gradient has zeros."""
+        self.begun += 1
+        if self.world_size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        sent = [parameter.grad.to(dtype) for parameter in parameters]
+        for work_in_flight in [dist.all_reduce(tensor, async_op=True) for tensor in sent]:
+            work_in_flight.wait()
+        for parameter, tensor in zip(parameters, sent, strict=True):
+            parameter.grad = tensor.to(parameter.dtype)
+
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        self.tell()
+
+
+def said(value: Any, source: int, group: dist.ProcessGroup) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]
+
+
+def is_started() -> bool:
+    """Whether a launcher (ours or torchrun) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def note_processes(config: RunConfig) -> None:
+    """Under torchrun, its numbers stand in the config. Raises ConfigError where the config asks for others."""
+    if not is_started():
+        return
+    given = config.launch.nproc_per_node * config.launch.nnodes
+    world_size, local = int(os.environ["WORLD_SIZE"]), local_world_size()
+    if given not in (1, world_size):
+        raise ConfigError(
+            f"launch.nproc_per_node x launch.nnodes = {given}, but torchrun started {world_size}; leave them out"
+        )
+    config.launch.nproc_per_node, config.launch.nnodes = local, world_size // local
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_started() else 1
+
+
+def connect() -> None:
+    """Make this process one of those that its launcher started; again and again is harmless."""
+    if not is_started() or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
 def join(tp_size: int) -> Ranks:
     """This process among those that its launcher started; alone where there is none. Raises ConfigError."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size % tp_size:
         raise ConfigError(
             f"target.tp_size={tp_size} must divide launch.nproc_per_node x launch.nnodes={world_size}; "
@@ -77,17 +183,18 @@ def join(tp_size: int) -> Ranks:
         )
     if world_size == 1:
         return Ranks()
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    groups = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
-    # For words, not for tensors: those who follow wait for the next one as long as it takes.
-    made = [torch.distributed.new_group(members, timeout=timedelta(days=30), backend="gloo") for members in groups]
-    return Ranks(rank, world_size, tp_size, made[rank // tp_size])
+    rank = dist.get_rank()
+    starts = range(0, world_size, tp_size)
+    groups = [dist.new_group(range(s, s + tp_size), timeout=PATIENCE, backend="gloo") for s in starts]
+    words = dist.new_group(timeout=PATIENCE, backend="gloo")
+    return Ranks(rank, world_size, tp_size, groups[rank // tp_size], words)
 
 
 def prepare_process(config: RunConfig) -> None:
     """Threads, memory and determinism of the process that computes."""
-    if config.launch.threads is not None:
-        torch.set_num_threads(config.launch.threads)
+    threads, processes = config.launch.threads, local_world_size()
+    if threads is not None or processes > 1:
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
     if choose_device(config.device).type == "cpu":
         keep_freed_memory()
     if config.train.deterministic:
@@ -96,18 +203,22 @@ def prepare_process(config: RunConfig) -> None:
 
 
 def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    """What every process does; those beside the first are silent. Returns the acceptance length."""
+    """What every process does; those beside the first write to logs/. Returns the acceptance length."""
     from eagle3.pipeline import execute
+    from eagle3.watch import keep_log
 
     prepare_process(config)
+    connect()
     ranks = join(1 if config.plan else config.target.get("tp_size", 1))
-    if torch.cuda.is_available() and ranks.world_size > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    log = keep_log(run_dir, ranks.rank) if ranks.world_size > 1 else None
     try:
         return execute(config, run_dir, overrides, ranks)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except Exception as error:
+        if log is not None:
+            traceback.print_exc(file=log)
+        if ranks.world_size > 1 and not isinstance(error, ConfigError | RunError):
+            time.sleep(CULPRIT_SECONDS)  # it may only miss a rank that died, which the launcher should see first
+        raise
 
 
 @record
@@ -116,35 +227,72 @@ def worker(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
     return work(config, run_dir, overrides)
 
 
+@cache
+def company() -> Ranks:
+    """All processes of torchrun, which the first one tells its jobs."""
+    connect()
+    return join(1)
+
+
+def attend() -> None:
+    """Under torchrun: take part in the jobs that the first rank composes, until it has no more."""
+    while (job := company().tell()) is not None:
+        work(*job)
+
+
+def dismiss() -> None:
+    """Under torchrun: the first rank has no more jobs."""
+    if dist.is_initialized():
+        company().tell(None)
+        dist.destroy_process_group()
+
+
 def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    """Run the pipeline, in this process or in `launch.nproc_per_node` of them; returns the acceptance length."""
-    if config.launch.nproc_per_node == 1 or config.plan:
+    """Run the pipeline in this process, in `launch.nproc_per_node` of its own, or in those of torchrun.
+
+    Returns the acceptance length. Raises RunError with what the first process that failed has to say.
+    """
+    if config.plan or (config.launch.nproc_per_node * config.launch.nnodes == 1):
         return work(config, run_dir, overrides)
+    if is_started():
+        return work(*company().tell((config, run_dir, overrides)))
     settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=config.launch.nnodes,
+        max_nodes=config.launch.nnodes,
         nproc_per_node=config.launch.nproc_per_node,
         run_id=run_dir.name,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
+        rdzv_endpoint=config.launch.rdzv_endpoint or "127.0.0.1:0",
         max_restarts=0,
         start_method="spawn",
+        shutdown_timeout=config.launch.shutdown_timeout,
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `failed` says it in one sentence
     try:
-        return elastic_launch(settings, worker)(config, run_dir, overrides)[0]
+        return elastic_launch(settings, worker)(config, run_dir, overrides).get(0)
     except SignalException as signal:
-        print(f"stopped; go on with: python run.py {shlex.join(overrides)}", file=sys.stderr)
+        print(f"stopped; go on with: {again(run_dir, overrides)}", file=sys.stderr)
         raise SystemExit(128 + signal.sigval) from None
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise failed(rank, failure.message) from error
+        raise failed(*error.get_first_failure(), again(run_dir, overrides)) from error
+    except (RendezvousError, DistError, ValueError) as error:
+        where, why = settings.rdzv_endpoint, str(error).splitlines()[0]
+        raise RunError(
+            f"the processes cannot meet at launch.rdzv_endpoint={where}: {why}; name a port that is free there"
+        ) from error
 
 
-def failed(rank: int, message: Any) -> Exception:
+def failed(rank: int, failure: ProcessFailure, go_on: str) -> Exception:
     """What the first process that failed has to say, as one of our errors."""
-    told = message["message"] if isinstance(message, dict) else str(message)
+    told = failure.message["message"] if isinstance(failure.message, dict) else str(failure.message)
     kind, _, sentence = told.partition(": ")
     if kind == "ConfigError":
         return ConfigError(sentence)
-    return RunError(sentence if kind == "RunError" else f"process {rank} failed: {told}")
+    if failure.exitcode < 0:
+        return RunError(
+            f"process {rank} was killed by {failure.signal_name()} (the system does that when memory runs out); go on "
+            f"with: {go_on}"
+        )
+    if kind == "RunError":
+        return RunError(sentence)
+    return RunError(f"process {rank} failed: {told.splitlines()[0]}; logs/rank_{rank}.log in the run's folder has more")

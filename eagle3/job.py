@@ -31,7 +31,7 @@ from eagle3.logger import NoTracker, redact
 from eagle3.modes import Supply
 from eagle3.target.growing import Growing
 from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
-from eagle3.target.parallel import LOAD, Led
+from eagle3.target.parallel import Led, Shared
 from eagle3.target.specforge import convert, is_specforge
 from eagle3.target.store import Store, check_inputs
 from eagle3.target.weights import TargetWeights, load_weights
@@ -62,10 +62,6 @@ class Run:
     def aux_layer_ids(self) -> list[int]:
         return self.config.model.aux_layer_ids or default_aux_layer_ids(self.target_config.num_hidden_layers)
 
-    def load_target(self) -> HFTarget:
-        """The target, or this process's part of it."""
-        return instantiate(self.config.target)(**self.named_target)
-
     @property
     def named_target(self) -> dict[str, Any]:
         """What both the target and its weights alone are loaded by."""
@@ -80,16 +76,24 @@ class Run:
         }
 
     @cached_property
+    def part(self) -> HFTarget:
+        """The target, or what of one that several processes share is this one's."""
+        return instantiate(self.config.target)(**self.named_target)
+
+    @cached_property
     def target(self) -> HFTarget | Led:
-        if self.ranks.tp_size == 1:
-            return self.load_target()
-        self.ranks.share(LOAD)
-        return Led(self.load_target(), self.ranks)
+        """The target as the one process sees it that leads all others who share it."""
+        return self.part if self.ranks.tp_size == 1 else Led(self, self.ranks)
+
+    @property
+    def shared_target(self) -> HFTarget | Shared:
+        """The target as all processes see it while each trains on its own documents."""
+        return self.part if self.ranks.tp_size == 1 else Shared(self.part, self.ranks)
 
     def let_go_of_target(self) -> None:
         """Free its memory; it is loaded again where a later stage asks for it."""
-        self.__dict__.pop("target", None)
-        self.__dict__.pop("weights", None)
+        for name in ("part", "target", "weights"):
+            self.__dict__.pop(name, None)
 
     @property
     def reads_store(self) -> bool:
@@ -99,7 +103,7 @@ class Run:
     @cached_property
     def weights(self) -> HFTarget | TargetWeights:
         """The target's embedding and head: those of the target where it is loaded, else only they are read."""
-        return self.target if "target" in self.__dict__ or not self.reads_store else self.load_weights()
+        return self.part if "part" in self.__dict__ or not self.reads_store else self.load_weights()
 
     def load_weights(self) -> TargetWeights:
         model = self.config.model

@@ -21,6 +21,9 @@ PEAK_FLOPS = {
 }
 
 
+COUNTED = ("counts", "normaliser", "tokens", "supervised_tokens", "flops")
+
+
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU of that name; None for one that is not in the table or is a slice of one (MIG)."""
     words = set(re.split(r"[\s-]+", name))
@@ -65,15 +68,18 @@ class Meter:
         self.began = time.perf_counter()
 
     def state(self) -> dict:
-        """What a resumed run needs for its first window to hold what an uninterrupted one's would."""
-        names = ("counts", "normaliser", "tokens", "supervised_tokens", "flops")
-        return {"device_sums": self.device_sums.clone()} | {name: getattr(self, name) for name in names}
+        """What a resumed run needs for its first window to hold what an uninterrupted one's would; plain numbers."""
+        return {"device_sums": self.device_sums.tolist()} | {name: getattr(self, name) for name in COUNTED}
 
-    def restore(self, state: dict) -> None:
+    def restore(self, states: list[dict], rank: int, world_size: int) -> None:
+        """Takes up its own of the `states` of all ranks; where their number has changed, the first takes them all."""
         self.restart()
-        self.device_sums.copy_(state["device_sums"])
-        for name in state.keys() - {"device_sums"}:
-            setattr(self, name, state[name])
+        mine = [states[rank]] if len(states) == world_size else states if rank == 0 else []
+        for state in mine:
+            self.device_sums += torch.tensor(state["device_sums"], dtype=torch.float64, device=self.device)
+            self.counts = [total + count for total, count in zip(self.counts, state["counts"], strict=True)]
+            for name in COUNTED[1:]:
+                setattr(self, name, getattr(self, name) + state[name])
 
     def leave_out(self, seconds: float) -> None:
         """Keeps time that was not training (an evaluation, a checkpoint) out of the rates."""

@@ -15,22 +15,29 @@ from eagle3.target.growing import Growing
 from eagle3.target.store import Document, Store, concatenate
 
 
+def nobody_else(times: int) -> None:
+    """Nobody else asks this process' target."""
+
+
 @dataclass
 class Supply:
     """`features_of` is asked for batches whose documents came without features.
 
     `sync` waits until all that was computed so far is kept, which a checkpoint needs; `close` ends the writing.
+    `stand_by` takes part in what other processes ask of a target that several share, that many times.
     """
 
     documents: Documents
     features_of: Callable[[Batch], Features]
     sync: Callable[[], Any] = lambda: None
     close: Callable[[], Any] = lambda: None
+    stand_by: Callable[[int], Any] = nobody_else
 
 
 def online(run) -> Supply:
     """`mode=online`: the target says its Features batch by batch."""
-    return Supply(run.prepared, run.target)
+    target = run.shared_target
+    return Supply(run.prepared, target, stand_by=getattr(target, "stand_by", nobody_else))
 
 
 class Stored:
@@ -41,6 +48,9 @@ class Stored:
         place = {key: i for i, key in enumerate(store.keys.tolist())}
         places = np.array([place[key] for key in order.tolist()])
         self.lengths, self.supervised = store.lengths[places], store.supervised[places]
+
+    def begin(self, epoch: int) -> None:
+        """Nothing changes from epoch to epoch."""
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         return self.store.load(self.order[numbers].tolist())
@@ -62,38 +72,44 @@ class Kept:
     run's of where it was stopped.
     """
 
-    def __init__(self, prepared: Prepared, kept: Growing):
-        self.prepared, self.kept = prepared, kept
+    def __init__(self, prepared: Prepared, kept: Growing, meet: Callable[[], None]):
+        """`meet` waits for the other processes, each of which keeps the documents that it trained on."""
+        self.prepared, self.kept, self.meet = prepared, kept, meet
         self.lengths, self.supervised = prepared.lengths, prepared.supervised
         _, firsts, places = np.unique(prepared.index["start"], return_index=True, return_inverse=True)
         self.keys = firsts[places]  # a document that an epoch passes over several times is kept once
+
+    def begin(self, epoch: int) -> None:
+        if epoch > 0:
+            self.kept.sync()
+            self.meet()
+            self.kept.find()
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
         if epoch == 0:
             return loaded
-        self.kept.sync()
         known = self.kept.load([document.key for document in loaded])
         return [known.get(document.key, document) for document in loaded]
 
 
 def hybrid(run) -> Supply:
     """`mode=hybrid`: what the first pass computes is kept, as far as the disk budget goes, and read afterwards."""
-    kept = run.growing_store()
-    everything = Kept(run.prepared, kept)
+    kept, target = run.growing_store(), run.shared_target
+    everything = Kept(run.prepared, kept, run.ranks.meet)
 
     def features_of(batch: Batch) -> Features:
         unknown = [document for document in batch.loaded if document.features is None]
         if len(unknown) == len(batch.loaded):
-            features = run.target(batch)
+            features = target(batch)
             if not kept.full:
                 parts = split_features(batch, features)
                 kept.add([replace(d, features=f) for d, f in zip(unknown, parts, strict=True)])
             return features
-        seen = {document.key: document for document in see(run.target, unknown)} if unknown else {}
+        seen = {document.key: document for document in see(target, unknown)} if unknown else {}
         if not kept.full:
             kept.add(list(seen.values()))
         features = concatenate([seen.get(document.key, document).features for document in batch.loaded])
         return features.to(batch.input_ids.device)
 
-    return Supply(everything, features_of, kept.sync, kept.close)
+    return Supply(everything, features_of, kept.sync, kept.close, getattr(target, "stand_by", nobody_else))

@@ -26,11 +26,14 @@ from eagle3.job import Run
 from eagle3.logger import JsonLines
 from eagle3.loss import SoftTargetLoss
 from eagle3.report import benchmark_table, prepared_table, summary_table, write_report
+from eagle3.sequence import Sequence
 from eagle3.target.parallel import follow
 from eagle3.target.specforge import is_specforge
 from eagle3.train import Trainer, fit
+from eagle3.watch import Watch
 
 console = Console(markup=False)
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def view_stage(run: Run) -> None:
@@ -107,23 +110,37 @@ def draft_for(run: Run) -> Draft:
 
 
 def train_stage(run: Run) -> None:
+    """Every process trains; the first one also evaluates and writes."""
     if run.reads_store:
         run.let_go_of_target()
-    config, weights = run.config, run.weights
+    config, weights, ranks = run.config, run.weights, run.ranks
+    shape, given = config.parallel, config.train
     loss = instantiate(config.loss)
     draft = draft_for(run)
     draft_head = weights.head[draft.target_ids]
+    last = run.run_dir / "checkpoints" / "last"
+    saved = checkpoint.load(last) if last.exists() else None
+    group = shape.ulysses * shape.ring
+    replicas, supply, deal = ranks.world_size // group, run.supply, {}
+    tokens_per_update = given.tokens_per_step * given.grad_accum * replicas
+    if group > 1:
+        sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, ranks.world_size, draft.config)
+        supply, deal = sequence.spread(supply, weights.embedding), {"deal": sequence.deal}
     loader = Loader(
-        run.supply.documents,
+        supply.documents,
         draft.t2d.cpu(),
         loss.mask,
         config.draft.ttt_steps,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        tokens_per_step=config.train.tokens_per_step,
-        grad_accum=config.train.grad_accum,
-        documents_per_update=config.train.documents_per_update,
+        epochs=given.epochs,
+        max_steps=given.max_steps,
+        tokens_per_step=given.tokens_per_step,
+        # of a resumed run the one that it began with, however many ranks there are now
+        tokens_per_update=saved.plain["tokens_per_update"] if saved else tokens_per_update,
+        documents_per_update=given.documents_per_update,
         seed=config.seed,
+        replica=ranks.rank // group,
+        replicas=replicas,
+        **deal,
     )
     optimizer = instantiate(config.optimizer)(draft.parameters())
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
@@ -131,34 +148,53 @@ def train_stage(run: Run) -> None:
         draft,
         weights.embedding,
         draft_head,
-        run.supply,
+        supply,
         loss,
         loader,
         optimizer,
         scheduler,
-        config.train.max_grad_norm,
+        given.max_grad_norm,
         inputs=run.trained_on,
+        ranks=ranks,
+        reduce_dtype=REDUCE_DTYPES[shape.reduce_dtype],
     )
-    last = run.run_dir / "checkpoints" / "last"
-    if last.exists():
-        trainer.restore(checkpoint.load(last))
+    if saved:
+        trainer.restore(saved)
         console.print(f"train: resumed after update {trainer.update} of {loader.total_updates}")
     measure = evaluation_of(run, draft, draft_head, loss) if run.evaluates else None
-    metrics_file = JsonLines(run.run_dir / "metrics.jsonl", resume_step=trainer.update if last.exists() else None)
     try:
-        fit(
-            trainer,
-            measure,
-            run.run_dir,
-            metrics_file,
-            run.tracker.log,
-            save_every=config.train.save_every,
-            eval_every=config.train.eval_every,
-            log_every=config.train.log_every,
-            keep_last=config.train.keep_last,
-        )
+        with Watch(run.run_dir, ranks, config.launch.timeout):
+            fit(
+                trainer,
+                measure,
+                run.run_dir,
+                metrics_log(run, trainer.update if saved else None),
+                save_every=given.save_every,
+                eval_every=given.eval_every,
+                log_every=given.log_every,
+                keep_last=given.keep_last,
+            )
     finally:
         run.supply.close()
+    if ranks.is_main:
+        conclude(run, trainer, measure)
+
+
+def metrics_log(run: Run, resume_step: int | None) -> Callable[[dict[str, float], int], None]:
+    """Where the loop's numbers go: the first process keeps them, and they are of all."""
+    if not run.ranks.is_main:
+        return lambda metrics, step: None
+    lines = JsonLines(run.run_dir / "metrics.jsonl", resume_step=resume_step)
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        lines.log(metrics, step)
+        run.tracker.log(metrics, step)
+
+    return log
+
+
+def conclude(run: Run, trainer: Trainer, measure: Callable[[Draft], evaluate.Evaluation] | None) -> None:
+    """What is said and kept of a training that is over."""
     if run.reads_store and run.store.damaged:
         left_out = "; ".join(f"{key}: {reason}" for key, reason in sorted(run.store.damaged.items())[:5])
         console.print(f"train: {len(run.store.damaged)} damaged documents were left out ({left_out})", soft_wrap=True)
@@ -166,7 +202,7 @@ def train_stage(run: Run) -> None:
     if measure is None:
         console.print("train: there are no held-out answers to measure on; the last checkpoint is kept as the best")
         return
-    trainer.draft.load_state_dict(checkpoint.load(run.run_dir / "checkpoints" / "best")["draft"])
+    trainer.draft.load_state_dict(checkpoint.draft_weights(run.run_dir / "checkpoints" / "best"))
     best = measure(trainer.draft)
     (run.run_dir / "evaluation.json").write_text(json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update}))
     console.print(
@@ -178,18 +214,24 @@ def train_stage(run: Run) -> None:
 def evaluation_of(
     run: Run, draft: Draft, draft_head: torch.Tensor, loss: SoftTargetLoss
 ) -> Callable[[Draft], evaluate.Evaluation]:
-    """Exact acceptance on the target's held-out answers."""
+    """Exact acceptance on the target's held-out answers, which the first process measures for all."""
+    if not run.ranks.is_main:
+        return lambda draft: run.ranks.tell()
     config, embedding = run.config, run.weights.embedding
     steps = max(config.draft.ttt_steps, config.eval.draft_length)
     held_out = evaluate.batches(run.answers, draft.t2d, steps, config.train.tokens_per_step)
-    return lambda draft: evaluate.evaluate(draft, embedding, draft_head, loss, held_out, config.eval.draft_length)
+
+    def measure(draft: Draft) -> evaluate.Evaluation:
+        return run.ranks.tell(evaluate.evaluate(draft, embedding, draft_head, loss, held_out, config.eval.draft_length))
+
+    return measure
 
 
 def export_stage(run: Run) -> None:
     best = run.run_dir / "checkpoints" / "best"
     if not best.exists():
         raise RunError(f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages")
-    state = checkpoint.load(best)["draft"]
+    state = checkpoint.draft_weights(best)
     config = draft_config(run.config.draft, run.target_config)
     draft = Draft(config, instantiate(run.config.draft.attention), state["t2d"], state["d2t"])
     draft.load_state_dict(state)
@@ -219,7 +261,7 @@ STAGES = {
     "benchmark": benchmark_stage,
 }
 
-COLLECTIVE = ("capture",)  # stages that every process takes part in
+TOGETHER = ("capture", "train")  # stages that every process takes part in
 
 
 def result(run_dir: Path) -> float | None:
@@ -241,28 +283,18 @@ def execute(config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks
     if config.plan:
         plan.show(plan.make(run), console)
         return None
-    if not run.ranks.leads:
-        follow(run.load_target, run.ranks)
+    if not run.ranks.is_main:
+        take_part(run)
         return None
-    try:
-        for stage in config.stages if not run.ranks.is_main else ():
-            if stage in COLLECTIVE:
-                STAGES[stage](run)
-        return execute_all(run) if run.ranks.is_main else None
-    finally:
-        run.ranks.share(None)
-
-
-def execute_all(run: Run) -> float | None:
-    config, run_dir = run.config, run.run_dir
     settings = dataclasses.asdict(config) | {"overrides": run.overrides}
     run.tracker_id = run.tracker.start(str(run_dir), config.name, settings, run.tracker_id)
     exit_code = 1
     try:
         run.write_info()
         for stage in config.stages:
-            STAGES[stage](run)
+            perform(run, stage)
             run.write_info()
+        run.ranks.tell(None)
         report = write_report(run_dir)
         benchmark = run_dir / "benchmark.json"
         if benchmark.exists():
@@ -273,6 +305,31 @@ def execute_all(run: Run) -> float | None:
         run.tracker.finish(exit_code)
     show_results(run, report)
     return result(run_dir)
+
+
+def perform(run: Run, stage: str) -> None:
+    """A stage on the first process, and on the others as far as they take part."""
+    if stage == "train":  # what it reads is made first, while those who share the target still follow
+        run.ranks.tell("what train reads")
+        _ = run.trained_on
+        run.ranks.share(None)
+    run.ranks.tell(stage)
+    STAGES[stage](run)
+    if stage != "train":
+        run.ranks.share(None)
+
+
+def take_part(run: Run) -> None:
+    """What the other processes do while the first one runs the stages."""
+    while (stage := run.ranks.tell()) is not None:
+        if stage == "train":
+            train_stage(run)
+        elif not run.ranks.leads:
+            follow(run, run.ranks)
+        else:
+            if stage in TOGETHER:
+                STAGES[stage](run)
+            run.ranks.share(None)
 
 
 def show_results(run: Run, report: Path) -> None:

@@ -22,7 +22,7 @@ def prepared():
 
 def loader(prepared, **changes):
     options = {
-        "ttt_steps": 3, "epochs": 2, "max_steps": None, "tokens_per_step": 128, "grad_accum": 2,
+        "ttt_steps": 3, "epochs": 2, "max_steps": None, "tokens_per_step": 128, "tokens_per_update": 256,
         "documents_per_update": None, "seed": 0,
     }  # fmt: skip
     return Loader(prepared, torch.ones(50, dtype=torch.bool), serving, **{**options, **changes})
@@ -67,17 +67,15 @@ def test_replicas_share_by_cost():
 @pytest.mark.parametrize("budget", [{"documents_per_update": 8}, {"tokens_per_step": 64}])
 def test_updates_do_not_depend_on_the_number_of_replicas(prepared, budget):
     """The same global budget: the union of the replicas' shares is what one process trains on."""
-    if "tokens_per_step" in budget:
-        whole = loader(prepared, grad_accum=8, tokens_per_step=64)
-    else:
-        whole = loader(prepared, **budget)
-    parts = [loader(prepared, grad_accum=2, replica=r, replicas=4, **budget) for r in range(4)]
+    whole = loader(prepared, tokens_per_update=512, **budget)
+    parts = [loader(prepared, tokens_per_update=512, replica=r, replicas=4, **budget) for r in range(4)]
     assert {part.total_updates for part in parts} == {whole.total_updates}
     shares = [take(part, whole.total_updates) for part in parts]
     for number, update in enumerate(take(whole, whole.total_updates)):
         together = [share[number] for share in shares]
         assert keys(update) == sorted(key for part in together for key in keys(part))
         assert update.normaliser == sum(part.normaliser for part in together)
+        assert {part.micro_steps for part in together} == {max(len(part.batches) for part in together)}
 
 
 def test_loader_goes_on_where_it_was(prepared):

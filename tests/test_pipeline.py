@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
+from eagle3 import checkpoint
 from eagle3 import config as configuration
 from eagle3.checks import check
 from eagle3.distributed import launch
@@ -112,7 +114,7 @@ def test_everything_is_written(finished, settings):
     evaluated = [row for row in rows if "eval/acceptance_length" in row]
     assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
     checkpoints = run_dir / "checkpoints"
-    assert os.readlink(checkpoints / "last") == "step_6" and (checkpoints / "best" / "state.pt").exists()
+    assert os.readlink(checkpoints / "last") == "step_6" and (checkpoints / "best" / "state.json").exists()
     assert load_file(run_dir / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     benchmark = json.loads((run_dir / "benchmark.json").read_text())
     (row,) = benchmark["suites"]["heldout"]
@@ -223,11 +225,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeyp
     torch.manual_seed(12345)  # a new process starts with another state
     run([*settings, TRAIN_ONLY] if how == "auto" else [f"train.resume={run_dir}", TRAIN_ONLY], run_dir)
     assert losses(run_dir) == losses(finished[0])
-    final = [torch.load(d / "checkpoints/last/state.pt", weights_only=True) for d in (run_dir, finished[0])]
-    for name, tensor in final[0]["draft"].items():
-        assert torch.equal(tensor, final[1]["draft"][name])
-    states = [state["optimizer"]["state"] for state in final]
-    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+    resumed, whole = (checkpoint.load(d / "checkpoints" / "last") for d in (run_dir, finished[0]))
+    assert any(name.endswith("exp_avg_sq") for name in resumed.tensors)
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
+    assert resumed.plain["scheduler"] == whole.plain["scheduler"] and resumed.plain["loader"] == whole.plain["loader"]
 
 
 def test_a_run_is_not_resumed_as_another(finished, settings):
@@ -269,7 +270,7 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
 
 
 def draft_of(run_dir: Path):
-    return torch.load(run_dir / "checkpoints/last/state.pt", weights_only=True)["draft"]
+    return checkpoint.draft_weights(run_dir / "checkpoints" / "last")
 
 
 def test_checkpoints_are_pruned_but_the_best_is_kept(finished):
@@ -279,12 +280,11 @@ def test_checkpoints_are_pruned_but_the_best_is_kept(finished):
 
 
 def test_a_cut_checkpoint_says_so(finished, settings, tmp_path):
-    from eagle3 import checkpoint
-
-    (tmp_path / "step_1").mkdir()
-    (tmp_path / "step_1" / "state.pt").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(RunError, match="cannot be read"):
-        checkpoint.load(tmp_path / "step_1")
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints", symlinks=True)
+    (tensors,) = (tmp_path / "checkpoints" / "last").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"last is damaged .*; to go on from step_4: ln -sfn step_4 .*/last"):
+        checkpoint.load(tmp_path / "checkpoints" / "last")
 
 
 def test_folders_that_cannot_be_written(settings, tmp_path):
@@ -320,5 +320,4 @@ def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    state = torch.load(tmp_path / "run/checkpoints/last/state.pt", weights_only=True)
-    assert state["update"] >= 3
+    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last").plain["update"] >= 3

@@ -1,7 +1,7 @@
 """Which documents each update trains on, and their packed batches. The order depends on the seed and nothing else."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,21 +16,28 @@ from eagle3.target.store import Document, concatenate
 class Documents(Protocol):
     """What a loader packs; `load` leaves out documents that are damaged and may be skipped.
 
-    In epoch 0 there is nothing yet that `mode=hybrid` could have kept.
+    In epoch 0 there is nothing yet that `mode=hybrid` could have kept. `begin` is called when an epoch begins, or is
+    taken up again, by all processes alike.
     """
 
     lengths: np.ndarray
     supervised: np.ndarray
+
+    def begin(self, epoch: int) -> None: ...
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]: ...
 
 
 @dataclass
 class Update:
-    """The micro-batches of one optimiser step; `normaliser` is theirs together."""
+    """This process' micro-batches of one optimiser step; `normaliser` is theirs together.
+
+    `micro_steps` is how many the replica with the most of them has.
+    """
 
     batches: list[Batch]
     normaliser: int
+    micro_steps: int
 
 
 def plan_epoch(
@@ -92,36 +99,38 @@ class Loader:
         epochs: int,
         max_steps: int | None,
         tokens_per_step: int,
-        grad_accum: int,
+        tokens_per_update: int,
         documents_per_update: int | None,
         seed: int,
         replica: int = 0,
         replicas: int = 1,
+        deal: Callable[[Batch], Batch] = lambda batch: batch,
     ):
+        """`deal` leaves of a batch what is this process' to do, where several share a replica."""
         self.documents, self.t2d, self.mask, self.ttt_steps = documents, t2d, mask, ttt_steps
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.tokens_per_update, self.deal = tokens_per_step, tokens_per_update, deal
         self.lengths, self.replica, self.replicas = documents.lengths, replica, replicas
         # the target passes over every token, the unroll over the supervised ones, at about the same cost each
         self.costs = self.lengths + documents.supervised
-        tokens_per_update = tokens_per_step * grad_accum * replicas
         self.plan = lambda epoch: plan_epoch(self.lengths, seed, epoch, tokens_per_update, documents_per_update)
         planned = sum(len(self.plan(epoch)) for epoch in range(epochs))
         self.total_updates = planned if max_steps is None else min(planned, max_steps)
         self.state = {"epoch": 0, "update": 0}
 
     def pack_update(self, epoch: int, documents: np.ndarray) -> Update:
-        mine = split(documents, self.costs, self.replicas)[self.replica]
-        steps = fill_micro_steps(mine, self.lengths, self.tokens_per_step)
-        batches = [self.pack_step(loaded) for numbers in steps if (loaded := self.documents.load(numbers, epoch))]
-        return Update(batches, sum(batch.normaliser for batch in batches))
+        shares = split(documents, self.costs, self.replicas)
+        steps = [fill_micro_steps(share, self.lengths, self.tokens_per_step) for share in shares]
+        mine = steps[self.replica]
+        batches = [self.pack_step(loaded) for numbers in mine if (loaded := self.documents.load(numbers, epoch))]
+        return Update(batches, sum(batch.normaliser for batch in batches), max(map(len, steps)))
 
     def pack_step(self, loaded: list[Document]) -> Batch:
         packed = [(document.key, document.input_ids, document.loss_mask) for document in loaded]
         batch = pack(packed, self.t2d, self.ttt_steps, self.mask)
         features = [document.features for document in loaded]
         if None in features:
-            return replace(batch, loaded=loaded)
-        return replace(batch, features=concatenate(features))
+            return self.deal(replace(batch, loaded=loaded))
+        return self.deal(replace(batch, features=concatenate(features)))
 
     def positions(self) -> Iterator[tuple[int, int, np.ndarray]]:
         epoch, first = self.state["epoch"], self.state["update"]
@@ -142,6 +151,8 @@ class Loader:
             following = next(positions)
             while True:
                 epoch, number, documents = following
+                if ahead is None:
+                    self.documents.begin(epoch)
                 update = (ahead or packer.submit(self.pack_update, epoch, documents)).result()
                 self.state = {"epoch": epoch, "update": number + 1}
                 following = next(positions)

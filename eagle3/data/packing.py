@@ -5,11 +5,12 @@ T packed tokens, B documents, K ttt_steps, U teacher rows, M supervised pairs (r
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from eagle3.draft.attention import Documents
+from eagle3.draft.attention import Alone, Documents
 from eagle3.target.features import Features
 
 SupervisedMask = Callable[..., tuple[torch.Tensor, int]]
@@ -25,6 +26,9 @@ class Batch:
     `pair_teacher` into `teacher_rows`, where U (one past its end) stands for "beyond the document", a uniform teacher.
     `pairs_before[u]` on the host counts the pairs whose teacher comes before u.
 
+    `held` int64 [O] are the tokens whose features this process has, all of them unless ranks share the batch; `rows`
+    count in those. `exchange` is what moves between such ranks, `routes` how features come to them.
+
     `features` came with the documents when all of them had some; else `loaded` are the documents as they came.
     """
 
@@ -35,6 +39,7 @@ class Batch:
     documents: Documents
     document_keys: list[int]
     teacher_rows: torch.Tensor
+    held: torch.Tensor
     rows: torch.Tensor
     row_counts: list[int]
     pair_index: torch.Tensor
@@ -45,6 +50,8 @@ class Batch:
     normaliser: int
     features: Features | None = None
     loaded: list = field(default_factory=list)
+    exchange: Any = field(default_factory=Alone)
+    routes: Any = None
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -54,7 +61,17 @@ class Batch:
         }
         documents = self.documents._replace(cu_seqlens=self.documents.cu_seqlens.to(device, non_blocking=True))
         features = self.features.to(device) if self.features is not None else None
-        return replace(self, documents=documents, features=features, **moved)
+        exchange = self.exchange.to(device)
+        return replace(self, documents=documents, features=features, exchange=exchange, **moved)
+
+    def for_target(self) -> "Batch":
+        """Without what a target has no use for, to be sent to another process."""
+        return replace(self, loaded=[], features=None, routes=None, exchange=Alone())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are this process' to train on."""
+        return len(self.held)
 
     @property
     def max_length(self) -> int:
@@ -111,6 +128,7 @@ def pack(
         documents=Documents(cu_seqlens.int(), lengths),
         document_keys=[key for key, _, _ in documents],
         teacher_rows=teacher_rows,
+        held=places,
         rows=rows,
         row_counts=row_counts,
         pair_index=index[by_teacher],

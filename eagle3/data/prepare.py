@@ -69,6 +69,9 @@ class Prepared:
         span = slice(start, start + length)
         return number, torch.from_numpy(self.input_ids[span].copy()), torch.from_numpy(self.loss_mask[span].copy())
 
+    def begin(self, epoch: int) -> None:
+        """Nothing changes from epoch to epoch."""
+
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         """Documents without features: those are still to be computed."""
         return [Document(*self.document(number), features=None) for number in numbers]

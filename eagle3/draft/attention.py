@@ -13,10 +13,14 @@ import torch
 
 
 class Documents(NamedTuple):
-    """Where the packed documents lie: `cu_seqlens` int32 [B+1] on the device, `lengths` on the host."""
+    """Where the packed documents lie: `cu_seqlens` int32 [B+1] on the device, `lengths` on the host.
+
+    A single document may have queries only from its token `first` on.
+    """
 
     cu_seqlens: torch.Tensor
     lengths: list[int]
+    first: int = 0
 
 
 class Backend(Protocol):
@@ -106,20 +110,22 @@ class FlashCUDA:
 
     @staticmethod
     def forward(q, rows, k, v, documents, scale):
-        cu, longest = documents.cu_seqlens, max(documents.lengths)
+        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
+        cu_q, rows = (cu - first).clamp(min=0), rows - first  # the kernel aligns its causal mask bottom right
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            scatter(q, rows, len(k)), k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale
+            scatter(q, rows, len(k) - first), k, v, cu_q, cu, longest - first, longest, 0.0, True, False, scale=scale
         )
         return out[rows], lse.transpose(0, 1)[rows]
 
     @staticmethod
     def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
-        cu, longest = documents.cu_seqlens, max(documents.lengths)
-        grad_out, q, out, lse = (scatter(x, rows, len(k)) for x in (grad_out, q, out, lse))
+        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
+        cu_q, rows = (cu - first).clamp(min=0), rows - first
+        grad_out, q, out, lse = (scatter(x, rows, len(k) - first) for x in (grad_out, q, out, lse))
         lse = lse.transpose(0, 1).contiguous()
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(
-            grad_out, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, unused, unused, scale=scale
+            grad_out, q, k, v, out, lse, cu_q, cu, longest - first, longest, 0.0, True, unused, unused, scale=scale
         )
         return grads[0][rows], grads[1], grads[2]
 
@@ -131,9 +137,10 @@ class FlashAttn:
     def forward(q, rows, k, v, documents, scale):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        cu, longest = documents.cu_seqlens, max(documents.lengths)
+        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
+        cu_q, rows = (cu - first).clamp(min=0), rows - first
         out, lse, *_ = _flash_attn_varlen_forward(
-            scatter(q, rows, len(k)), k, v, cu, cu, longest, longest, 0.0, scale, causal=True
+            scatter(q, rows, len(k) - first), k, v, cu_q, cu, longest - first, longest, 0.0, scale, causal=True
         )
         return out[rows], lse.transpose(0, 1)[rows]
 
@@ -141,12 +148,14 @@ class FlashAttn:
     def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        cu, longest = documents.cu_seqlens, max(documents.lengths)
-        grad_out, q, out, lse = (scatter(x, rows, len(k)) for x in (grad_out, q, out, lse))
+        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
+        cu_q, rows = (cu - first).clamp(min=0), rows - first
+        grad_out, q, out, lse = (scatter(x, rows, len(k) - first) for x in (grad_out, q, out, lse))
         grads = [torch.empty_like(x) for x in (q, k, v)]
         lse = lse.transpose(0, 1).contiguous()
+        longest = (longest - first, longest)
         _flash_attn_varlen_backward(
-            grad_out, q, k, v, out, lse, *grads, cu, cu, longest, longest, 0.0, scale, True, -1, -1, 0.0, None, False
+            grad_out, q, k, v, out, lse, *grads, cu_q, cu, *longest, 0.0, scale, True, -1, -1, 0.0, None, False
         )
         return grads[0][rows], grads[1], grads[2]
 
@@ -225,3 +234,25 @@ def own_scores(q_grouped: torch.Tensor, key: torch.Tensor, scale: float) -> torc
 def attend(backend, documents, rows, q, k, v, later) -> torch.Tensor:
     """q [N,H,d], k, v [T,G,d], later a list of (k^i, v^i) -> out [N,H,d]."""
     return Attend.apply(backend, documents, rows, q, k, v, *(x for pair in later for x in pair))
+
+
+class Alone:
+    """All tokens of the batch are here: there is nothing to exchange with other ranks (`eagle3.sequence` has what
+    there is else)."""
+
+    def to(self, device: torch.device) -> "Alone":
+        return self
+
+    def steps(self, batch) -> list[int]:
+        """How many rows are in work at each step."""
+        return batch.row_counts
+
+    def keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of step 0 of all tokens."""
+        return k, v
+
+    def attend(self, backend: Backend, batch, step: int, q, k0, v0, later, own) -> torch.Tensor:
+        """Attention of the rows of a step; `own`, their k and v of this step (None at step 0), joins `later`."""
+        if own is not None:
+            later.append(own)
+        return attend(backend, batch.documents, batch.rows[: len(q)], q, k0, v0, later)

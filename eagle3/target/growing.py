@@ -61,13 +61,14 @@ class Growing:
         self.shards = Shards(self.folder)
         self.places: dict[int, tuple[int, int]] = {}
         self.notes: list[str] = []
-        self.next_number = rank * SHARDS_PER_RANK
+        self.rank, self.next_number = rank, rank * SHARDS_PER_RANK
         with self.disk:
             if (self.folder / "inputs.json").exists():
                 check_inputs(json.loads((self.folder / "inputs.json").read_text()), inputs, self.folder)
             else:
                 write_atomically(self.folder / "inputs.json", json.dumps(inputs, indent=1, default=str).encode())
-            self.find(rank)
+            self.clean()
+            self.find()
             # What was refused once stays refused, so that a resumed run keeps what an uninterrupted one does.
             self.full = self.room() <= 0 or (self.refused.exists() and int(self.refused.read_text()) >= max_bytes)
         self.known = set(self.places)
@@ -80,15 +81,20 @@ class Growing:
         self.thread = threading.Thread(target=self.write_shards, daemon=True)
         self.thread.start()
 
-    def find(self, rank: int) -> None:
-        """Take up complete shards; delete what killed writers left. Raises RunError for a damaged one, or notes it."""
+    def clean(self) -> None:
+        """Delete what killed writers left, of other ranks only what no writer can still be at."""
         for path in self.folder.glob("shard_*.tmp"):
-            # Of other ranks only what no writer can still be at.
-            if shard_number(path) // SHARDS_PER_RANK == rank or time.time() - path.stat().st_mtime > 3600:
+            if shard_number(path) // SHARDS_PER_RANK == self.rank or time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
+
+    def find(self) -> None:
+        """Take up complete shards that are not known yet. Raises RunError for a damaged one, or notes it."""
+        known = {number for number, _ in self.places.values()}
         for path in sorted(self.folder.glob("shard_*.safetensors"), key=shard_number):
             number = shard_number(path)
-            if number // SHARDS_PER_RANK == rank:
+            if number in known:
+                continue
+            if number // SHARDS_PER_RANK == self.rank:
                 self.next_number = number + 1
             try:
                 keys = self.shards[number].records["key"].tolist()

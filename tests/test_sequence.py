@@ -1,0 +1,199 @@
+"""Every parallel layout trains as one process does: losses, gradients' norms and weights, in float64."""
+
+import os
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from eagle3.data.loader import Loader
+from eagle3.data.packing import pack
+from eagle3.data.supervision import serving, shifted
+from eagle3.distributed import Ranks, join
+from eagle3.draft.attention import Dense, FlashCPU
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.loss import SoftTargetLoss, kl
+from eagle3.modes import Supply
+from eagle3.sequence import Sequence
+from eagle3.target.features import Features
+from eagle3.target.store import Document
+from eagle3.train import Trainer
+
+VOCAB, STEPS, UPDATES = 60, 4, 5
+LENGTHS = [150, 7, 31, 64, 5, 90, 18, 3, 40, 77, 12, 55]  # the first is longer than any rank's share of an update
+SHAPE = DraftConfig(
+    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=VOCAB,
+    draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256, initializer_range=0.3,
+)  # fmt: skip
+# (ulysses, ring) by number of processes; the rest of the processes train on other documents
+LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (2, 1), (1, 4)]}
+
+
+class Conversations:
+    """Documents in memory, with features (as offline) or without (as online)."""
+
+    def __init__(self, stored: bool):
+        randomly = np.random.default_rng(0)
+        self.stored, self.lengths = stored, np.array(LENGTHS)
+        self.ids = [torch.from_numpy(randomly.integers(0, VOCAB, n)) for n in LENGTHS]
+        self.masks = [torch.from_numpy(np.cumsum(randomly.random(n) < 0.15) % 2 == 1) for n in LENGTHS]
+        self.supervised = np.array([int(mask.sum()) for mask in self.masks])
+
+    def begin(self, epoch):
+        pass
+
+    def load(self, numbers, epoch=0):
+        return [Document(n, self.ids[n], self.masks[n], self.features(n)) for n in numbers]
+
+    def features(self, number):
+        if not self.stored:
+            return None
+        everything = torch.ones(VOCAB, dtype=torch.bool)
+        return imagine(pack([(number, self.ids[number], self.masks[number])], everything, STEPS, serving))
+
+
+def imagine(batch):
+    """A target whose states depend on token and position alone."""
+    table = torch.randn(VOCAB, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    states = table[batch.input_ids] * (1 + torch.sin(batch.position_ids.double()))[:, None]
+    teachers = states[batch.teacher_rows]
+    return Features(states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, teachers.logsumexp(1).float())
+
+
+def trainer_of(ranks: Ranks, ulysses: int, ring: int, stored: bool, mask=serving, backend=FlashCPU) -> Trainer:
+    torch.manual_seed(0)
+    chosen = torch.arange(VOCAB) % 3 < 2
+    ids = chosen.nonzero()[:, 0]
+    draft = Draft(SHAPE, backend, chosen, ids - torch.arange(len(ids))).double()
+    embedding, head = torch.randn(VOCAB, 16, dtype=torch.float64), torch.randn(40, 12, dtype=torch.float64)
+    documents = Conversations(stored)
+    supply, deal = Supply(documents, imagine), {}
+    if ulysses * ring > 1:
+        sequence = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE)
+        supply, deal = sequence.spread(supply, embedding), {"deal": sequence.deal}
+    group = ulysses * ring
+    loader = Loader(
+        documents, chosen, mask, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160, tokens_per_update=320,
+        documents_per_update=None, seed=3, replica=ranks.rank // group, replicas=ranks.world_size // group, **deal,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    loss = SoftTargetLoss(kl, chunk_rows=7, mask=mask)
+    return Trainer(
+        draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks, torch.float64
+    )
+
+
+def train(trainer: Trainer) -> dict:
+    """Losses, accuracies and gradient norms of each update, the weights behind the last."""
+    seen = []
+    updates = iter(trainer.loader)
+    for _ in range(UPDATES):
+        norm = trainer.train_on(next(updates), 0.0)
+        metrics = trainer.meter.read(trainer.ranks.sum)
+        kept = {k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))}
+        seen.append(kept | {"norm": float(norm)})
+    return {"seen": seen, "weights": {n: p.detach().clone() for n, p in trainer.draft.named_parameters()}}
+
+
+def in_process(rank: int, world_size: int, port: int, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    results = {}
+    for ulysses, ring in LAYOUTS[world_size]:
+        for stored in (True, False):
+            results[ulysses, ring, stored] = train(trainer_of(join(1), ulysses, ring, stored))
+    if rank in (0, world_size - 1):
+        torch.save(results, f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {stored: train(trainer_of(Ranks(), 1, 1, stored)) for stored in (True, False)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_equals_one_process(alone, world_size, tmp_path):
+    mp.spawn(in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    for rank in (0, world_size - 1):
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert len(results) == 2 * len(LAYOUTS[world_size])
+        for (ulysses, ring, stored), result in results.items():
+            for one, many in zip(alone[stored]["seen"], result["seen"], strict=True):
+                assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), (ulysses, ring, stored)
+            for name, weight in result["weights"].items():
+                torch.testing.assert_close(weight, alone[stored]["weights"][name], rtol=1e-9, atol=1e-11)
+
+
+def whole_batch(mask=serving):
+    conversations = Conversations(True)
+    loaded = conversations.load(range(len(LENGTHS)))
+    chosen = torch.arange(VOCAB) % 3 < 2
+    batch = pack([(d.key, d.input_ids, d.loss_mask) for d in loaded], chosen, STEPS, mask)
+    return replace(batch, features=imagine(batch), loaded=loaded)
+
+
+def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
+    """As on a rank of a group, without processes."""
+    sequence = object.__new__(Sequence)
+    sequence.ulysses, sequence.ring, sequence.rank, sequence.size = ulysses, ring, rank, ulysses * ring
+    sequence.config = SHAPE
+    return sequence
+
+
+@pytest.mark.parametrize("mask", [serving, shifted])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (1, 8)])
+def test_dealt_batches_are_the_whole(mask, shape):
+    """Every token, row and pair is some rank's, once, and no rank has much more work than another."""
+    batch = whole_batch(mask)
+    parts = [sequence_of(rank, *shape).deal(batch) for rank in range(shape[0] * shape[1])]
+    assert sum(part.tokens for part in parts) == len(batch.input_ids)
+    for k in range(STEPS):
+        assert sum(part.row_counts[k] for part in parts) == batch.row_counts[k]
+        assert sum(part.pair_counts[k] for part in parts) == batch.pair_counts[k]
+    assert sum(part.normaliser for part in parts) == batch.normaliser
+    for part in parts:
+        bare = replace(part, teacher_rows=part.held[:0])
+        assert torch.equal(part.features.aux_hidden_states, imagine(bare).aux_hidden_states[part.held])
+        known = torch.isin(batch.teacher_rows, part.teacher_rows)
+        assert torch.equal(part.features.last_hidden_states, batch.features.last_hidden_states[known])
+        assert len(part.pair_index) == sum(part.pair_counts) == int(part.pairs_before[-1])
+
+
+def test_a_group_deals_work_evenly():
+    """One document of 4,096 tokens, all of it answer: attention included, the busiest rank has 3 % more than the mean."""
+    ids, mask = torch.zeros(4096, dtype=torch.long), torch.ones(4096, dtype=torch.bool)
+    batch = pack([(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
+    owner, depth = sequence_of(0, 1, 8).owners(batch)
+    work = torch.zeros(8).index_add_(0, owner, (depth * (batch.position_ids + 1)).float())
+    rows = torch.zeros(8).index_add_(0, owner, depth.float())
+    assert work.max() < 1.03 * work.mean() and rows.max() < 1.15 * rows.mean()
+
+
+def test_other_backends_take_segments():
+    """The dense reference over segments gives what it gives over whole documents."""
+    from eagle3.sequence import Segmented, segments_of
+
+    batch = whole_batch()
+    torch.manual_seed(1)
+    q, rows = torch.randn(len(batch.rows), 4, 6, dtype=torch.float64), batch.rows
+    k, v = torch.randn(2, len(batch.input_ids), 2, 6, dtype=torch.float64)
+    out, lse = Dense.forward(q, rows, k, v, batch.documents, 0.4)
+    grads = Dense.backward(q, q, rows, k, v, out, lse, batch.documents, 0.4)
+    segments = segments_of(torch.arange(len(batch.input_ids)), batch)
+    for backend in (Dense, FlashCPU):
+        ours = Segmented(backend).forward(q, rows, k, v, segments, 0.4)
+        torch.testing.assert_close(ours, (out, lse))
+        torch.testing.assert_close(Segmented(backend).backward(q, q, rows, k, v, out, lse, segments, 0.4), grads)
