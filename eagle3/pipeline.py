@@ -337,6 +337,7 @@ def show_results(run: Run, report: Path) -> None:
     console.print(f"report: {report}")
     if run.draft_folder.exists():
         dropped = ("stages", "draft_path", "train.resume", "hydra.run.dir", "benchmark.temperature")
+        dropped += ("launch.nproc_per_node", "parallel", "parallel.ulysses", "parallel.ring")
         again = [o for o in run.overrides if o.split("=")[0] not in dropped]
         stages = "regenerate,benchmark" if "regenerate" in run.config.stages else "benchmark"
         again = shlex.join([*again, f"stages=[{stages}]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])

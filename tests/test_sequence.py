@@ -83,9 +83,7 @@ def trainer_of(ranks: Ranks, ulysses: int, ring: int, stored: bool, mask=serving
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     loss = SoftTargetLoss(kl, chunk_rows=7, mask=mask)
-    return Trainer(
-        draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks, torch.float64
-    )
+    return Trainer(draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks, torch.float64)
 
 
 def train(trainer: Trainer) -> dict:
