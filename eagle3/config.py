@@ -133,7 +133,7 @@ class Parallel:
     `reduce_dtype` is what gradients are exchanged in.
     """
 
-    ulysses: int = ranged(1, 1)
+    ulysses: int = ranged(MISSING, 1)
     ring: int = ranged(1, 1)
     reduce_dtype: str = field(default="fp32", metadata={"choices": ["fp32", "bf16"]})
 

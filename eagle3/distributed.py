@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -267,15 +268,19 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
         start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `failed` says it in one sentence
+    for told in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(told).setLevel(logging.CRITICAL)  # `failed` says it in one sentence
     try:
+        if config.launch.nnodes == 1 and config.launch.rdzv_endpoint:
+            host, _, port = config.launch.rdzv_endpoint.rpartition(":")
+            socket.create_server((host, int(port))).close()  # or it would be waited for as if another node had it
         return elastic_launch(settings, worker)(config, run_dir, overrides).get(0)
     except SignalException as signal:
         print(f"stopped; go on with: {again(run_dir, overrides)}", file=sys.stderr)
         raise SystemExit(128 + signal.sigval) from None
     except ChildFailedError as error:
         raise failed(*error.get_first_failure(), again(run_dir, overrides)) from error
-    except (RendezvousError, DistError, ValueError) as error:
+    except (RendezvousError, DistError, ValueError, OSError) as error:
         where, why = settings.rdzv_endpoint, str(error).splitlines()[0]
         raise RunError(
             f"the processes cannot meet at launch.rdzv_endpoint={where}: {why}; name a port that is free there"

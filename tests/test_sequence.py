@@ -171,7 +171,7 @@ def test_dealt_batches_are_the_whole(mask, shape):
 
 
 def test_a_group_deals_work_evenly():
-    """One document of 4,096 tokens, all of it answer: attention included, the busiest rank has 3 % more than the mean."""
+    """One document of 4,096 tokens, all of it answer: the rank with most attention has at most 3 % above the mean."""
     ids, mask = torch.zeros(4096, dtype=torch.long), torch.ones(4096, dtype=torch.bool)
     batch = pack([(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
     owner, depth = sequence_of(0, 1, 8).owners(batch)
