@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from eagle3.benchmark.builtin import draft_length
-from eagle3.benchmark.suites import parse
+from eagle3.benchmark import builtin
+from eagle3.benchmark.measure import check as check_benchmark
 from eagle3.config import Data, RunConfig, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
-from eagle3.distributed import choose_device, is_started
+from eagle3.distributed import choose_device, is_started, ranks_of_target
+from eagle3.draft.folder import check_given
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
+from eagle3.findings import ENGINES
 from eagle3.pipeline import STAGES
 from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
 
@@ -43,7 +45,18 @@ RANGES = {
     "regenerate.top_k": (-1, 1 << 30),
     "regenerate.batch_size": (1, 1 << 20),
     "benchmark.temperature": (0, 100),
+    "target.tp_size": (1, 1 << 10),
+    "target.dp_size": (1, 1 << 10),
+    "target.ep_size": (1, 1 << 10),
+    "target.batch_tokens": (1, 1 << 30),
+    "target.mem_fraction_static": (0.01, 1),
+    "target.ready_seconds": (1, 1e6),
     "benchmark.max_new_tokens": (2, 1 << 20),
+    "benchmark.port": (0, 65535),
+    "benchmark.tp_size": (1, 1024),
+    "benchmark.mem_fraction_static": (0.01, 1),
+    "benchmark.ready_seconds": (1, 1e6),
+    "benchmark.timeout": (1, 1e6),
 }
 
 
@@ -55,7 +68,7 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
     if config.hidden_states.max_disk is not None:
         parse_size(config.hidden_states.max_disk)
-    if "regenerate" in config.stages and config.target.get("tp_size", 1) > 1:
+    if "regenerate" in config.stages and ranks_of_target(config.target) > 1:
         raise ConfigError("stages: regenerate asks servers or one process; leave it out or set target.tp_size=1")
     if "regenerate" in config.stages and config.data.preformatted:
         raise ConfigError("stages: regenerate needs messages, so it does not go with data.preformatted=true")
@@ -72,12 +85,33 @@ def check(config: RunConfig) -> None:
             f"data.max_length={config.data.max_length} must be at most "
             f"train.tokens_per_step={config.train.tokens_per_step}, or a document would not fit into a micro-step"
         )
-    for benchmark_config in config.benchmark.get("configs", []):
-        draft_length(list(benchmark_config))
-    for suite in config.benchmark.get("suites", []):
-        parse(suite)
+    asked = ("configs", "suites", "protocol", "system_prompt", "paths")
+    check_benchmark(**{key: config.benchmark[key] for key in asked if key in config.benchmark})
+    runner = importlib.import_module(config.benchmark["_target_"].rpartition(".")[0])
+    if "benchmark" in config.stages and not config.plan and hasattr(runner, "check_settings"):
+        runner.check_settings(config.benchmark)
+    for engine in config.check.engines:
+        if engine not in ENGINES:
+            raise ConfigError(f"check.engines={engine} is unknown; allowed: {', '.join(ENGINES)}")
+    if "check" in config.stages and config.draft_path is None and "export" not in config.stages:
+        raise ConfigError("stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export before it")
     check_files(config)
     check_against_target(config)
+    check_target(config)
+
+
+def check_target(config: RunConfig) -> None:
+    """What an engine as the target asks for and cannot do."""
+    target = find(config.target["_target_"], "target")
+    if target.in_process or config.plan:
+        return
+    if {"generate", "capture", "train", "regenerate"} & set(config.stages):
+        target.check_settings(config.target, config.model)
+    if "benchmark" in config.stages and find(config.benchmark["_target_"], "benchmark") is builtin.run:
+        raise ConfigError(
+            "benchmark=builtin: the built-in benchmark needs the target in this process: set target=hf or "
+            "benchmark=sglang, or leave benchmark out of stages"
+        )
 
 
 def check_processes(config: RunConfig) -> None:
@@ -190,13 +224,11 @@ def check_files(config: RunConfig) -> None:
     reads = config.mode["_target_"] == "eagle3.modes.offline" and "capture" not in config.stages
     if hidden is not None and reads and not Path(hidden).is_dir():
         raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages")
-    needed = {"draft.config": config.draft.config, "draft.init_from": config.draft.init_from}
-    needed |= {"draft_path": config.draft_path}
-    for key, path in needed.items():
-        wanted = Path.is_dir if key in ("draft_path", "draft.init_from") else Path.is_file
-        if path is not None and not wanted(Path(path)):
-            kind = "folder" if wanted is Path.is_dir else "file"
-            raise ConfigError(f"{key}={path} does not exist; give a local {kind}")
+    if config.draft.config is not None and not Path(config.draft.config).is_file():
+        raise ConfigError(f"draft.config={config.draft.config} does not exist; give a local file")
+    for key, path in {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}.items():
+        if path is not None:
+            check_given(path, key)
     folder = Path(config.model.path)
     if not folder.is_dir():
         if config.model.path.startswith((".", "/", "~")):
@@ -223,7 +255,9 @@ def check_data(data: Data) -> None:
 
 
 def needs_tokenizer(config: RunConfig) -> bool:
-    """Training on stored hidden states, and what comes after it, does without."""
+    """Training on stored hidden states, and what comes after it, does without; `check` says so where it is missing."""
+    if config.stages == ["check"]:
+        return False
     stored = config.mode["_target_"] == "eagle3.modes.offline" and config.hidden_states.path is not None
     return not stored or bool(set(config.stages) - {"import", "train", "export"})
 
@@ -242,6 +276,8 @@ def check_against_target(config: RunConfig) -> None:
             f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
             "low to high"
         )
+    if config.stages == ["check"]:
+        return
     if config.data.max_length > target.max_position_embeddings:
         raise ConfigError(
             f"data.max_length={config.data.max_length} must be at most the target's max_position_embeddings="

@@ -127,6 +127,27 @@ class Eval:
 
 
 @dataclass
+class Export:
+    """`speculators` also writes `draft-speculators/`, which `vllm serve` takes alone.
+
+    `verifier` is what exported drafts name as their target (null: model.path).
+    """
+
+    speculators: bool = False
+    verifier: Optional[str] = None
+
+
+@dataclass
+class Check:
+    """`stages=[check]`: the engines that matter (sglang, vllm, trtllm, official), and prompts to decode."""
+
+    engines: list[str] = field(default_factory=lambda: ["sglang", "vllm", "trtllm", "official"])
+    decode: bool = True
+    num_prompts: int = ranged(4, 1, 8)
+    max_new_tokens: int = ranged(64, 2)
+
+
+@dataclass
 class Parallel:
     """`ulysses` x `ring` ranks share each micro-batch; what is left of the ranks trains on other documents.
 
@@ -174,6 +195,8 @@ class RunConfig:
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
     parallel: Parallel = field(default_factory=Parallel)
+    export: Export = field(default_factory=Export)
+    check: Check = field(default_factory=Check)
     benchmark: dict[str, Any] = MISSING
     logger: dict[str, Any] = MISSING
     launch: Launch = field(default_factory=Launch)
@@ -185,8 +208,9 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 RESUME_FREE = {
     "stages", "plan", "device", "cache_dir", "draft_path", "name", "benchmark", "logger", "launch", "train.resume",
     "parallel", "target.tp_size", "target.batch_tokens", "data.num_proc", "hidden_states.on_damage",
-    "hidden_states.path", "view", "regenerate", "train.save_every",
-    "train.eval_every", "train.log_every", "train.keep_last",
+    "hidden_states.path", "view", "regenerate", "check", "export", "train.save_every",
+    "train.eval_every", "train.log_every", "train.keep_last", "target.url", "target.port", "target.python",
+    "target.ready_seconds", "target.mem_fraction_static", "target.server_args", "target.dp_size", "target.ep_size",
 }  # fmt: skip
 
 

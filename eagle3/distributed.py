@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hydra.utils import get_class
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
@@ -191,6 +192,11 @@ def join(tp_size: int) -> Ranks:
     return Ranks(rank, world_size, tp_size, groups[rank // tp_size], words)
 
 
+def ranks_of_target(target: dict[str, Any]) -> int:
+    """How many of our processes share one target; those of an engine are not ours."""
+    return target.get("tp_size", 1) if get_class(target["_target_"]).split_over_ranks else 1
+
+
 def prepare_process(config: RunConfig) -> None:
     """Threads, memory and determinism of the process that computes."""
     threads, processes = config.launch.threads, local_world_size()
@@ -210,7 +216,7 @@ def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None
 
     prepare_process(config)
     connect()
-    ranks = join(1 if config.plan else config.target.get("tp_size", 1))
+    ranks = join(1 if config.plan else ranks_of_target(config.target))
     log = keep_log(run_dir, ranks.rank) if ranks.world_size > 1 else None
     try:
         return execute(config, run_dir, overrides, ranks)

@@ -26,7 +26,10 @@ from eagle3.data.encoder import Preparation
 from eagle3.data.sources import DataFile, SourceFiles, find_files, read_rows
 from eagle3.data.vocab import choose_vocab, vocab_tensors
 from eagle3.distributed import Ranks, choose_device
+from eagle3.draft.folder import locate
+from eagle3.draft.model import Draft
 from eagle3.errors import RunError
+from eagle3.export import read_draft
 from eagle3.logger import NoTracker, redact
 from eagle3.modes import Supply
 from eagle3.target.growing import Growing
@@ -77,7 +80,7 @@ class Run:
 
     @cached_property
     def part(self) -> HFTarget:
-        """The target, or what of one that several processes share is this one's."""
+        """The target, or what of one that several processes share is this one's; an engine's client takes its calls."""
         return instantiate(self.config.target)(**self.named_target)
 
     @cached_property
@@ -91,9 +94,12 @@ class Run:
         return self.part if self.ranks.tp_size == 1 else Shared(self.part, self.ranks)
 
     def let_go_of_target(self) -> None:
-        """Free its memory; it is loaded again where a later stage asks for it."""
-        for name in ("part", "target", "weights"):
+        """Free its memory, end its engine; it is loaded again where a later stage asks for it."""
+        part = self.__dict__.pop("part", None)
+        for name in ("target", "weights"):
             self.__dict__.pop(name, None)
+        if part is not None:
+            part.close()
 
     @property
     def reads_store(self) -> bool:
@@ -216,6 +222,7 @@ class Run:
             "target": describe(model.path, model.revision, model.trust_remote_code),
             "dtype": self.target_dtype,
             "aux_layer_ids": self.aux_layer_ids,
+            **self.quantised_by_engine,
             "prompts": self.prepared.heldout,
             "max_new_tokens": config.eval.max_new_tokens,
             "batch_size": config.eval.batch_size,
@@ -235,6 +242,12 @@ class Run:
         named = self.config.model.dtype
         return named if named != "auto" else str(self.target_config.dtype or "float32").removeprefix("torch.")
 
+    @property
+    def quantised_by_engine(self) -> dict[str, str]:
+        """How an engine quantises the target while loading it, if it does: that changes the hidden states."""
+        name = self.config.target.get("quantization")
+        return {} if name is None else {"quantization": name}
+
     @cached_property
     def answers(self) -> list[generate.Answer]:
         return generate.load(self.answers_path, self.prepared.heldout)
@@ -247,6 +260,7 @@ class Run:
             "target": describe(model.path, model.revision, model.trust_remote_code),
             "model_dtype": self.target_dtype,
             "aux_layer_ids": self.aux_layer_ids,
+            **self.quantised_by_engine,
             "dtype": config.hidden_states.dtype,
         }
         alone = self.reads_store and config.hidden_states.path and not {"prepare", "capture"} & set(config.stages)
@@ -353,9 +367,16 @@ class Run:
         documents = fingerprint(self.store.inputs) if self.reads_store else self.prepared_path.name
         return {"the data": documents, "the target's answers": self.answers_path.name}
 
-    @property
+    @cached_property
     def draft_folder(self) -> Path:
-        return Path(self.config.draft_path) if self.config.draft_path else self.run_dir / "draft"
+        """The draft to measure: the one that `draft_path` names, fetched from the hub if need be, or this run's own."""
+        return locate(self.config.draft_path) if self.config.draft_path else self.run_dir / "draft"
+
+    def read_draft(self) -> Draft:
+        """The draft in `draft_folder`, ready to draft."""
+        attention = instantiate(self.config.draft.attention)
+        draft = read_draft(self.draft_folder, attention, self.target_config, self.aux_layer_ids)
+        return draft.to(self.device).eval()
 
     def write_info(self) -> None:
         """run.json: what this run was made from, rewritten as stages add what they learn."""

@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from eagle3 import checkpoint, evaluate, export, plan
+from eagle3 import checkpoint, diagnosis, evaluate, export, plan
 from eagle3.artefact import facts
 from eagle3.capture import capture, is_complete
 from eagle3.config import RunConfig, parse_size
@@ -235,8 +235,22 @@ def export_stage(run: Run) -> None:
     config = draft_config(run.config.draft, run.target_config)
     draft = Draft(config, instantiate(run.config.draft.attention), state["t2d"], state["d2t"])
     draft.load_state_dict(state)
-    export.write_draft(draft, run.run_dir / "draft", run.target_config, run.aux_layer_ids)
-    console.print(f"export: {run.run_dir / 'draft'}")
+    named = run.config.export.verifier or run.config.model.path
+    made_for = export.MadeFor(
+        str(Path(named).resolve()) if Path(named).is_dir() else named, run.config.eval.draft_length
+    )
+    written = {"draft": export.write_draft}
+    if run.config.export.speculators:
+        written["draft-speculators"] = export.write_speculators
+    for name, write in written.items():
+        write(draft, run.run_dir / name, run.target_config, run.aux_layer_ids, made_for)
+        console.print(f"export: {run.run_dir / name}", soft_wrap=True)
+
+
+def check_stage(run: Run) -> None:
+    if not run.draft_folder.exists():
+        raise ConfigError(f"stages=[check] finds no draft at {run.draft_folder}; set draft_path=<folder or hub id>")
+    diagnosis.check(run, console)
 
 
 def benchmark_stage(run: Run) -> None:
@@ -244,14 +258,13 @@ def benchmark_stage(run: Run) -> None:
         raise ConfigError(
             "stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it"
         )
-    attention = instantiate(run.config.draft.attention)
-    draft = export.read_draft(run.draft_folder, attention, run.target_config, run.aux_layer_ids)
-    instantiate(run.config.benchmark, run, draft.to(run.device).eval())
+    instantiate(run.config.benchmark, run)
 
 
 STAGES = {
     "import": import_stage,
     "view": view_stage,
+    "check": check_stage,
     "regenerate": regenerate_stage,
     "prepare": prepare_stage,
     "generate": generate_stage,
@@ -283,9 +296,15 @@ def execute(config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks
     if config.plan:
         plan.show(plan.make(run), console)
         return None
-    if not run.ranks.is_main:
-        take_part(run)
-        return None
+    try:
+        return run_stages(run) if run.ranks.is_main else take_part(run)
+    finally:
+        run.let_go_of_target()
+
+
+def run_stages(run: Run) -> float | None:
+    """What the first process does."""
+    config, run_dir = run.config, run.run_dir
     settings = dataclasses.asdict(config) | {"overrides": run.overrides}
     run.tracker_id = run.tracker.start(str(run_dir), config.name, settings, run.tracker_id)
     exit_code = 1

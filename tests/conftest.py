@@ -16,11 +16,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also the tests that need a CUDA device")
+    parser.addoption("--engines", action="store_true", help="also the tests that serve with SGLang and vLLM")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        for mark in ("slow", "gpu"):
+        for mark in ("slow", "gpu", "engines"):
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{mark}"))
 

@@ -52,7 +52,9 @@ VALUE_MISTAKES = {
     "draft_path=nowhere": "draft_path=nowhere does not exist",
     "model.path=./nowhere": "model.path=nowhere is not a folder",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 needs that many processes",
-    "benchmark.configs=[[4,7,10,60]]": "trees need an engine",
+    "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be four numbers",
+    "benchmark.configs=[[4,3,1,5]]": "benchmark.configs=[4, 3, 1, 5] is none of [batch, 0, 0, 0]",
+    "benchmark.protocol=specforg": "benchmark.protocol=specforg is unknown; allowed: chat, specforge, eagle; did you",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
     "benchmark.suites=[]": "benchmark.suites is empty; name at least one",
     "stages=[]": "stages is empty; name at least one",
@@ -125,8 +127,16 @@ def test_every_option_composes_and_binds(option, tmp_path):
         overrides += ["draft.vocab_size=1000"]
         if option == "model=hf":
             overrides += ["model.path=x/y"]
+    if option == "target=sglang":  # which is not installed here, and has another benchmark
+        overrides += [
+            "target.url=http://127.0.0.1:30000",
+            "target.server_args=[--max-total-tokens,8192]",
+            "stages=[prepare,generate,train]",
+        ]
     if option == "data=jsonl":
         overrides += ["data.path=run.py"]
+    if option in ("benchmark=sglang", "benchmark=vllm"):  # which are not installed here
+        overrides += ["benchmark.url=http://127.0.0.1:1", "benchmark.alone_url=http://127.0.0.1:2"]
     config = configuration.typed(composed(*overrides), tmp_path, overrides)
     config.model.path, config.draft.vocab_size = composed().model.path, 1000
     config.data.max_length = min(config.data.max_length, 2048)  # what the stand-in takes

@@ -1,24 +1,37 @@
+from functools import partial
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from eagle3 import decode
 from eagle3.data.packing import pack
 from eagle3.data.supervision import serving
-from eagle3.decode import Drafter, Greedy, Sample, generate, speculate
+from eagle3.decode import Greedy, Sample, Verdict, follow, generate, speculate
 from eagle3.draft.attention import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.drafter import Drafter
+from eagle3.errors import ConfigError
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.target.hf import HFTarget
+from eagle3.tree import Candidates, Tree
 from eagle3.ttt import unroll
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+CONFIGS = {LlamaForCausalLM: LlamaConfig, Qwen3ForCausalLM: Qwen3Config, MistralForCausalLM: MistralConfig}
 
 
-def make_target(folder, model_class=LlamaForCausalLM, layers=4, vocab_size=64, hidden=64):
+def make_target(folder, model_class=LlamaForCausalLM, layers=4, vocab_size=64, hidden=64, attention="auto", **special):
     torch.manual_seed(layers)
-    config_class = {LlamaForCausalLM: LlamaConfig, Qwen3ForCausalLM: Qwen3Config}[model_class]
+    config_class = CONFIGS[model_class]
     config = config_class(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -30,9 +43,18 @@ def make_target(folder, model_class=LlamaForCausalLM, layers=4, vocab_size=64, h
         initializer_range=0.15,
         bos_token_id=None,
         eos_token_id=None,
+        **special,
     )
     model_class(config).double().save_pretrained(folder)
-    return HFTarget(str(folder), CPU, aux_layer_ids=[0, layers // 2, layers - 1], dtype="float64")
+    return HFTarget(str(folder), CPU, [0, layers // 2, layers - 1], dtype="float64", attention=attention)
+
+
+def alone(target, prompt, max_new_tokens):
+    return generate(target, [prompt], max_new_tokens)[0]
+
+
+def chain(target, draft, prompt, steps, max_new_tokens, temperature=0.0, generator=None):
+    return speculate(target, draft, [prompt], steps, 1, steps + 1, max_new_tokens, temperature, generator)[0]
 
 
 def make_draft(target, draft_vocab_size, seed=0):
@@ -65,7 +87,10 @@ def prompts():
 def trained(target, prompts):
     """A draft over three quarters of the vocabulary, fitted to what the target answers to `prompts`."""
     draft = make_draft(target, 48)
-    texts = [torch.cat([p, torch.tensor(generate(target, p, 48).ids)]) for p in prompts]
+    texts = [
+        torch.cat([p, torch.tensor(answer.ids)])
+        for p, answer in zip(prompts, generate(target, prompts, 48), strict=True)
+    ]
     batch = batch_of(texts, 6, draft, 4)
     features = target(batch)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
@@ -85,7 +110,7 @@ class Forced(Greedy):
     def __init__(self, draft_ids):
         self.draft_ids = iter(draft_ids)
 
-    def draw(self, scores):
+    def draw(self, logits):
         return next(self.draft_ids)[None]
 
 
@@ -104,16 +129,16 @@ def test_chain_equals_unroll(target):
     expected = teacher_forced(draft, target.embedding, aux, batch_of([text], 0, draft, steps), steps)
 
     with torch.inference_mode():
-        drafter, compared = Drafter(draft, target.embedding, length + steps), 0
+        drafter, compared = Drafter(draft, target.embedding, 1, length + steps, steps, 1), 0
         for size in (1, 5, 2, 1, 7, 4, 3, 8):
-            before = drafter.length
-            drafter.read(aux[before : before + size], text[before + 1 : before + size + 1])
-            row = drafter.length - 1
-            drafted, scores = drafter.chain(steps, Forced(draft_ids[row + 2 :]))
-            assert drafted.tolist() == text[row + 2 : row + 2 + steps].tolist()
+            before = drafter.lengths[0]
+            drafter.read(aux[None, before : before + size], text[None, before + 1 : before + size + 1], [size])
+            row = before + size - 1
+            tree = drafter.grow(text[row + 1 : row + 2], steps + 1, Forced(draft_ids[row + 2 :]))
+            assert tree.ids.tolist() == [text[row + 1 : row + 2 + steps].tolist()]
             for step in range(steps):
                 if (row, step) in expected:
-                    torch.testing.assert_close(scores[step][0], expected[row, step], rtol=1e-10, atol=1e-10)
+                    torch.testing.assert_close(tree.logits[step][0], expected[row, step], rtol=1e-10, atol=1e-10)
                     compared += 1
     assert compared > 40
 
@@ -122,7 +147,7 @@ def test_emitted_equals_anchor_walk(target, trained, prompts):
     """The rounds of decoding are those that one teacher-forced unroll of the answer predicts."""
     steps, rounds = 4, 0
     for prompt in prompts:
-        generation = speculate(target, trained, prompt, steps, 40)
+        generation = chain(target, trained, prompt, steps, 40)
         text = torch.cat([prompt, torch.tensor(generation.ids)])
         batch = batch_of([text], 0, trained, steps)
         aux, _ = target.states(text, batch.position_ids)
@@ -148,14 +173,14 @@ def test_emitted_equals_anchor_walk(target, trained, prompts):
 def test_greedy_is_lossless_with_a_random_draft(tmp_path, model_class, layers):
     target = make_target(tmp_path, model_class, layers)
     prompt = torch.randint(64, (9,), generator=torch.Generator().manual_seed(layers))
-    expected = generate(target, prompt, 30)
+    expected = alone(target, prompt, 30)
     ids = expected.ids
     for length in range(len(ids) - 1):  # the cache adds nothing to what the model says without one
         _, last = target.states(
             torch.cat([prompt, torch.tensor(ids[:length], dtype=torch.long)]), torch.arange(9 + length)
         )
         assert int(target.lm_head(last[-1:]).argmax()) == ids[length]
-    generation = speculate(target, make_draft(target, 40), prompt, 3, 30)
+    generation = chain(target, make_draft(target, 40), prompt, 3, 30)
     assert generation.ids == ids and sum(generation.emitted) == len(ids) - 1
     assert expected.emitted == [1] * 29 and expected.acceptance_length == 1
 
@@ -163,11 +188,11 @@ def test_greedy_is_lossless_with_a_random_draft(tmp_path, model_class, layers):
 @pytest.mark.parametrize("draft_length", range(1, 9))
 def test_greedy_is_lossless_with_a_trained_draft(target, trained, prompts, draft_length):
     """Whatever the draft length and wherever `max_new_tokens` cuts, also inside an accepted run."""
-    answer = generate(target, prompts[0], 32).ids
-    whole = speculate(target, trained, prompts[0], draft_length, 32)
+    answer = alone(target, prompts[0], 32).ids
+    whole = chain(target, trained, prompts[0], draft_length, 32)
     cut_inside = 0
     for max_new_tokens in (1, 2, 7, 11, 16, 32):
-        generation = speculate(target, trained, prompts[0], draft_length, max_new_tokens)
+        generation = chain(target, trained, prompts[0], draft_length, max_new_tokens)
         assert generation.ids == answer[:max_new_tokens]
         assert sum(generation.emitted) == max_new_tokens - 1
         cut_inside += generation.emitted != whole.emitted[: len(generation.emitted)]
@@ -177,11 +202,11 @@ def test_greedy_is_lossless_with_a_trained_draft(target, trained, prompts, draft
 
 def test_prompt_of_one_token(target, trained):
     prompt = torch.tensor([7])
-    assert speculate(target, trained, prompt, 4, 20).ids == generate(target, prompt, 20).ids
+    assert chain(target, trained, prompt, 4, 20).ids == alone(target, prompt, 20).ids
 
 
 def test_end_of_sequence_inside_an_accepted_run(target, trained, prompts, monkeypatch):
-    whole = speculate(target, trained, prompts[1], 5, 40)
+    whole = chain(target, trained, prompts[1], 5, 40)
     starts = [1 + sum(whole.emitted[:r]) for r in range(len(whole.emitted))]
     place = next(
         i
@@ -190,20 +215,20 @@ def test_end_of_sequence_inside_an_accepted_run(target, trained, prompts, monkey
         if whole.ids.index(whole.ids[i]) == i
     )
     monkeypatch.setattr(target.model.generation_config, "eos_token_id", whole.ids[place])
-    generation = speculate(target, trained, prompts[1], 5, 40)
-    assert generation.ids == whole.ids[: place + 1] == generate(target, prompts[1], 40).ids
+    generation = chain(target, trained, prompts[1], 5, 40)
+    assert generation.ids == whole.ids[: place + 1] == alone(target, prompts[1], 40).ids
     assert sum(generation.emitted) == place
 
     monkeypatch.setattr(target.model.generation_config, "eos_token_id", [whole.ids[0], 63])
-    generation = speculate(target, trained, prompts[1], 5, 40)
+    generation = chain(target, trained, prompts[1], 5, 40)
     assert generation.ids == whole.ids[:1] and generation.emitted == []
 
 
 def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts):
     """fp32 weights beside an fp64 target; and decoding leaves nothing behind that autograd refuses."""
     draft = make_draft(target, 48)
-    expected = speculate(target, draft, prompts[0], 3, 12)
-    assert speculate(target, draft.float(), prompts[0], 3, 12).ids == expected.ids
+    expected = chain(target, draft, prompts[0], 3, 12)
+    assert chain(target, draft.float(), prompts[0], 3, 12).ids == expected.ids
     assert draft.lm_head.weight.dtype == torch.float32
     batch = batch_of([prompts[0].repeat(2)], 1, draft, 3)
     aux, _ = target.states(batch.input_ids, batch.position_ids)
@@ -211,16 +236,31 @@ def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts
 
 
 class AlwaysAccept(Sample):
-    def verify(self, drafted, draft_scores, target_scores, target_ids):
-        return torch.cat([drafted, self.draw(target_scores[-1:])])
+    def verify(self, tree, logits, target_ids):
+        ids = torch.cat([tree.ids[:, 1:], self.draw(logits[:, -1])[:, None]], dim=1)
+        return Verdict(ids, tree.depths.expand_as(ids), [ids.shape[1]] * len(ids))
 
 
 class NoResidual(Sample):
     """Rejects as it should, then draws from p instead of max(p - q, 0)."""
 
-    def verify(self, drafted, draft_scores, target_scores, target_ids):
-        committed = super().verify(drafted, draft_scores, target_scores, target_ids)
-        return torch.cat([committed[:-1], self.draw(target_scores[len(committed) - 1][None])])
+    def verify(self, tree, logits, target_ids):
+        verdict = super().verify(tree, logits, target_ids)
+        last = (torch.arange(len(logits)), torch.tensor(verdict.counts) - 1)
+        verdict.ids[last] = self.draw(logits[last])
+        return verdict
+
+
+class Likeliest(Greedy):
+    """Takes the child that the target finds likeliest, whether or not the target says it."""
+
+    def __init__(self, temperature, generator):
+        self.sample = Sample(temperature, generator)
+
+    def verify(self, tree, logits, target_ids):
+        own = self.sample.draw(logits)
+        own[:, 0] = tree.ids[:, 1]
+        return follow(tree, own)
 
 
 class Markov:
@@ -231,9 +271,9 @@ class Markov:
         self.embedding, self.head = torch.randn(2, vocab_size, hidden, generator=random, dtype=torch.float64) * 0.6
         self.eos_token_ids = set()
 
-    def states(self, input_ids, position_ids, cache=None):
+    def states(self, input_ids, position_ids, cache=None, visible=None):
         last = self.embedding[input_ids]
-        return last.repeat(1, 3), last
+        return torch.cat([last] * 3, dim=-1), last
 
     def lm_head(self, last):
         return last @ self.head.T
@@ -256,34 +296,220 @@ def chi_square(counts, probabilities):
     return float(torch.special.gammaincc((len(merge[0]) - 1) / torch.tensor(2.0).double(), statistic / 2))
 
 
-def p_value(small, runs, seed):
+def p_value(small, runs, topk, verify_tokens, seed=0):
     """Of answer tokens 1 and 2 over `runs` sampled answers."""
     target, draft, prompt, probabilities = small
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(24, 24)
-    for _ in range(runs):
-        ids = speculate(target, draft, prompt, 2, 3, temperature=0.7, generator=generator).ids
-        counts[ids[1], ids[2]] += 1
+    for answer in speculate(target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, 0.7, generator):
+        counts[answer.ids[1], answer.ids[2]] += 1
     return chi_square(counts.flatten(), probabilities.flatten())
 
 
-def test_samples_are_distributed_as_the_target(small):
-    assert p_value(small, 2000, seed=0) > 0.01
+@pytest.mark.parametrize("topk, verify_tokens", [(1, 3), (3, 9), (16, 40)])
+def test_samples_are_distributed_as_the_target(small, topk, verify_tokens):
+    assert p_value(small, 4000, topk, verify_tokens) > 0.01
 
 
-@pytest.mark.parametrize("broken, runs", [(AlwaysAccept, 300), (NoResidual, 1200)])
-def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken, runs):
+@pytest.mark.parametrize("broken, topk", [(AlwaysAccept, 1), (NoResidual, 1), (Likeliest, 3)])
+def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken, topk):
     monkeypatch.setattr(decode, "Sample", broken)
-    assert p_value(small, runs, seed=0) < 1e-6
+    assert p_value(small, 1200, topk, 3) < 1e-6
+
+
+def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
+    """All that the target can say behind 6 nodes of a tree over 3 tokens, each with its probability."""
+    tree = Tree(
+        ids=torch.tensor([[0, 1, 2, 1, 0, 2]]),
+        depths=torch.tensor([[0, 1, 1, 2, 2, 2]]),
+        parents=torch.tensor([[0, 0, 0, 1, 2, 2]]),
+        sees=torch.tensor(
+            [[[j in path for j in range(6)] for path in ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])]]
+        ),
+    )
+    following = torch.rand(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    said = torch.cartesian_prod(*[torch.arange(3)] * 6)
+    many = Tree(
+        *(x.expand(len(said), *x.shape[1:]) for x in (tree.ids, tree.depths)),
+        None,
+        *(x.expand(len(said), *x.shape[1:]) for x in (tree.parents, tree.sees)),
+    )
+    probabilities = following[tree.ids, said].prod(1)
+    verdict = follow(many, said)
+    assert set(verdict.counts) == {1, 2, 3}
+    joint = torch.zeros(3, 3, 3, dtype=torch.float64)
+    for ids, path, count, probability in zip(verdict.ids, verdict.path, verdict.counts, probabilities, strict=True):
+        assert tree.depths[0, path[:count]].tolist() == list(range(count))
+        assert tree.ids[0, path[1:count]].tolist() == ids[: count - 1].tolist()
+        first, rest = ids[0], following[ids[count - 1]]
+        if count == 1:
+            joint[first] += probability * rest[:, None] * following
+        elif count == 2:
+            joint[first, ids[1]] += probability * rest
+        else:
+            joint[first, ids[1], ids[2]] += probability
+    expected = following[0][:, None, None] * following[:, :, None] * following[None]
+    torch.testing.assert_close(joint, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_sampling_is_reproducible_and_survives_equal_distributions(target, trained, prompts):
-    runs = [
-        speculate(target, trained, prompts[2], 4, 24, 1.0, torch.Generator().manual_seed(seed)).ids
-        for seed in (1, 1, 2)
-    ]
-    assert runs[0] == runs[1] != runs[2]
-    same = torch.full((2, 4), 0.25)
+    for sampled in (chain, partial(tree_of, 3, 8)):
+        runs = [
+            sampled(target, trained, prompts[2], 4, 24, 1.0, torch.Generator().manual_seed(seed)).ids
+            for seed in (1, 1, 2)
+        ]
+        assert runs[0] == runs[1] != runs[2]
+    same = torch.full((1, 2, 4), 0.25).log()
     rule = Sample(1.0, torch.Generator().manual_seed(0))
-    committed = rule.verify(torch.tensor([2]), [same[:1]], same, torch.arange(4))
-    assert committed[0] == 2 and len(committed) == 2
+    tree = Tree(torch.tensor([[3, 2]]), torch.arange(2)[None], [same[:, 0]])
+    verdict = rule.verify(tree, same, torch.arange(4))
+    assert verdict.ids[0, 0] == 2 and verdict.counts == [2]
+
+
+def tree_of(topk, verify_tokens, target, draft, prompt, steps, max_new_tokens, temperature=0.0, generator=None):
+    return speculate(target, draft, [prompt], steps, topk, verify_tokens, max_new_tokens, temperature, generator)[0]
+
+
+def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
+    """Paths of the tree behind the last token of `text` [n + 1], given features [n,A]: an `unroll` for each node."""
+
+    def children(path):
+        whole = torch.cat([text, torch.tensor([*path, 0, 0])])  # rows at the end of a document have no later steps
+        batch = batch_of([whole], 0, draft, len(path) + 1)
+        padded = torch.cat([aux, torch.zeros(len(whole) - len(aux), aux.shape[1], dtype=aux.dtype)])
+        place = batch.rows[: batch.row_counts[len(path)]].tolist().index(len(aux) - 1)
+        hidden = unroll(draft, embedding, padded, batch).split(batch.row_counts)[len(path)][place]
+        scores = draft.logits(hidden[None])[0].log_softmax(-1)
+        return [(float(scores[i]), (*path, int(draft.target_ids[i]))) for i in scores.argsort(descending=True)[:topk]]
+
+    drafted, frontier = [], [(0.0, ())]
+    for _ in range(steps):
+        level = [(total + score, path) for total, parent in frontier for score, path in children(parent)]
+        drafted += level
+        frontier = sorted(level, reverse=True)[:topk]
+    return {path for _, path in sorted(drafted, reverse=True)[: verify_tokens - 1]}
+
+
+@pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 3, 10), (4, 2, 7), (2, 5, 31), (3, 4, 2)])
+def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
+    """Of a batch of texts of uneven lengths, over two rounds, so that slots are soiled."""
+    draft, random = make_draft(target, 48), torch.Generator().manual_seed(steps)
+    texts = [torch.randint(64, (n,), generator=random) for n in (9, 4, 12)]
+    aux = [torch.randn(len(text) - 1, 192, dtype=torch.float64, generator=random) for text in texts]
+    with torch.inference_mode():
+        drafter = Drafter(draft, target.embedding, 3, 20, steps, topk)
+        for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):
+            ends = [b + c for b, c in zip(before, counts, strict=True)]
+            pieces = [(aux[i][b:e], texts[i][b + 1 : e + 1]) for i, (b, e) in enumerate(zip(before, ends, strict=True))]
+            padded = [
+                torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=7) for x in zip(*pieces, strict=True)
+            ]
+            drafter.read(*padded, counts)
+            newest = torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
+            tree = drafter.grow(newest, verify_tokens, Greedy())
+            for i, end in enumerate(ends):
+                expected = slow_tree(
+                    draft, target.embedding, aux[i][:end], texts[i][: end + 1], steps, topk, verify_tokens
+                )
+                seen = [tree.ids[i, sees][1:].tolist() for sees in tree.sees[i]]
+                assert {tuple(path) for path in seen[1:]} == expected and seen[0] == []
+                assert tree.depths[i].tolist() == [len(path) for path in seen]
+                assert [seen[p] for p in tree.parents[i][1:].tolist()] == [path[:-1] for path in seen[1:]]
+                assert tree.ids[i, 0] == newest[i]
+
+
+class Counted:
+    """A target that counts its forward passes."""
+
+    def __init__(self, target):
+        self.target, self.passes = target, 0
+
+    def __getattr__(self, name):
+        return getattr(self.target, name)
+
+    def states(self, *args, **options):
+        self.passes += 1
+        return self.target.states(*args, **options)
+
+
+@pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (4, 4, 16), (3, 48, 100), (7, 10, 60)])
+def test_greedy_trees_and_batches_are_lossless(target, trained, steps, topk, verify_tokens):
+    """Prompts of uneven lengths: each is answered as alone, in as many rounds, each with one pass of the target."""
+    random, counted = torch.Generator().manual_seed(5), Counted(target)
+    prompts = [torch.randint(64, (n,), generator=random) for n in (6, 1, 11)]
+    batch = speculate(counted, trained, prompts, steps, topk, verify_tokens, 20)
+    assert counted.passes == 1 + max(len(answer.emitted) for answer in batch)
+    for prompt, answer in zip(prompts, batch, strict=True):
+        single = tree_of(topk, verify_tokens, target, trained, prompt, steps, 20)
+        assert answer.ids == single.ids == alone(target, prompt, 20).ids
+        assert answer.emitted == single.emitted and answer.accepted == single.accepted
+        assert sum(answer.emitted) == 19 and answer.decode_seconds > 0
+    assert [answer.ids for answer in generate(target, prompts, 20)] == [answer.ids for answer in batch]
+
+
+def test_a_tree_accepts_more_than_a_chain(target, trained, prompts):
+    lengths = []
+    for topk, verify_tokens in ((1, 5), (2, 8), (4, 24)):
+        answers = speculate(target, trained, prompts, 4, topk, verify_tokens, 40)
+        lengths.append(sum(sum(a.emitted) for a in answers) / sum(len(a.emitted) for a in answers))
+    assert lengths[0] < lengths[1] < lengths[2] <= 5
+
+
+def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, monkeypatch):
+    """Each at its own end of sequence, one with its first token, and inside what a tree has accepted."""
+    whole = generate(target, prompts, 40)
+    ends = [whole[0].ids[0], next(token for token in whole[1].ids[9:] if token not in whole[1].ids[:9])]
+    monkeypatch.setattr(target.model.generation_config, "eos_token_id", ends)
+    expected = [alone(target, prompt, 40).ids for prompt in prompts]
+    assert len({len(ids) for ids in expected}) > 2 and len(expected[0]) == 1
+    for steps, topk, verify_tokens in ((4, 1, 5), (4, 4, 16), (6, 4, 30)):
+        answers = speculate(target, trained, prompts, steps, topk, verify_tokens, 40)
+        assert [answer.ids for answer in answers] == expected
+        assert [sum(answer.emitted) for answer in answers] == [len(ids) - 1 for ids in expected]
+        assert answers[0].emitted == [] and answers[0].decode_seconds < answers[1].decode_seconds
+    for max_new_tokens in range(1, 12):
+        answers = speculate(target, trained, prompts, 4, 4, 16, max_new_tokens)
+        assert [answer.ids for answer in answers] == [ids[:max_new_tokens] for ids in expected]
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager"])
+@pytest.mark.parametrize(
+    "model_class, special",
+    [
+        (MistralForCausalLM, {"sliding_window": 8}),
+        (Qwen3ForCausalLM, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    ],
+)
+def test_trees_and_batches_with_sliding_windows(tmp_path, model_class, special, attention):
+    target = make_target(tmp_path, model_class, attention=attention, **special)
+    prompts = [torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5)]
+    expected = [alone(target, prompt, 20).ids for prompt in prompts]
+    assert [answer.ids for answer in speculate(target, make_draft(target, 40), prompts, 3, 4, 12, 20)] == expected
+    text = torch.cat([prompts[0], torch.tensor(expected[0][:-1])])
+    _, last = target.states(text, torch.arange(len(text)))
+    assert target.lm_head(last)[11:].argmax(-1).tolist() == expected[0]
+
+
+@pytest.mark.parametrize(
+    "steps, topk, verify_tokens, message",
+    [
+        (3, 49, 60, "topk in 1..48"),
+        (0, 4, 5, "steps must be at least 1"),
+        (2, 3, 14, r"verify_tokens must be in 2\.\.13"),
+        (2, 3, 1, r"verify_tokens must be in 2\.\.13"),
+        (3, 1, 3, "set verify_tokens=4"),
+    ],
+)
+def test_trees_that_cannot_be_are_refused(target, trained, prompts, steps, topk, verify_tokens, message):
+    with pytest.raises(ConfigError, match=message):
+        speculate(target, trained, prompts, steps, topk, verify_tokens, 8)
+
+
+def test_certain_drafts_keep_the_tree_closed():
+    """Where children are as likely as their parents, the parents come first."""
+    candidates = Candidates(1, 3, CPU)
+    for certain, frontier in enumerate((1, 3, 3)):
+        candidates.extend(200.0 * (torch.arange(4) == certain).expand(1, frontier, 4))
+    tree = candidates.tree(torch.tensor([9]), torch.arange(4), 3)
+    assert tree.ids.tolist() == [[9, 0, 1]] and tree.parents.tolist() == [[0, 0, 1]]
+    assert tree.depths.tolist() == [[0, 1, 2]]

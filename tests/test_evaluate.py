@@ -63,7 +63,8 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
         emitted = []
         for answer in answers:
             new = len(answer.input_ids) - answer.prompt_length
-            generation = speculate(target, draft, answer.input_ids[: answer.prompt_length], length, new)
+            prompt = answer.input_ids[: answer.prompt_length]
+            generation = speculate(target, draft, [prompt], length, 1, length + 1, new)[0]
             assert generation.ids == answer.input_ids[answer.prompt_length :].tolist()
             emitted += [generation.emitted]
         rounds = [tokens for each in emitted for tokens in each]

@@ -285,6 +285,19 @@ def test_summary_in_a_narrow_terminal(tmp_path):
     ]  # fmt: skip
 
 
+def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
+    """An engine's rows have no baselines without a model; what was not measured takes no line."""
+    row = result(1.0, 0.9, False, score=0.75, baseline_score=0.8, num_scored=80, equal_answers=0.5, warning="too bad")
+    row = {key: value for key, value in row.items() if key not in ("bigram", "prompt_lookup")}
+    row |= {"config": [4, 7, 10, 60], "first_round": None}
+    text = "\n".join(printed(write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})))
+    assert "4, 7, 10, 60" in text and re.search(r"score +0.75\n *score without draft +0.8", text)
+    assert "bigram " not in text and "first round" not in text
+    parsed = Page(write_report(tmp_path).read_text())
+    assert parsed.text["p"][0].endswith("gsm8k [4, 7, 10, 60]: too bad.")
+    assert "answers equal to the target's own" in " ".join(parsed.rows[0])
+
+
 def test_summary_of_many_suites_stays_narrow(tmp_path):
     suites = {f"a_suite_with_a_long_name_{n}": [result(1.0 + n, 1.5, "tie")] for n in range(6)}
     lines = printed(write(tmp_path, benchmark={"suites": suites}))

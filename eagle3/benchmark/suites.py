@@ -1,83 +1,165 @@
-"""Suites: named lists of prompts. A suite is a function that yields its questions; `SUITES` names them."""
+"""Suites: named lists of questions. A suite is a data set and a function that reads its rows; `SUITES` names them."""
 
-import json
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from eagle3.data.chat import Chat, Messages, with_system
-from eagle3.data.sources import Source, find_files, read_rows
+from eagle3.benchmark import scoring
+from eagle3.config import Source, nearest
+from eagle3.data.chat import Messages
+from eagle3.data.rows import RowError, read_conversation
+from eagle3.data.sources import SUFFIXES, DataFile, decode, find_files, raw_rows
 from eagle3.errors import ConfigError, RunError
 
 
 @dataclass
 class Question:
-    """What a suite asks: a conversation up to the turn to be answered, or its `input_ids` if it comes tokenised."""
+    """A conversation up to the first turn to be answered, and the user's `later` turns; or its `input_ids`.
 
-    id: str
-    messages: Messages | None = None
+    `reference` is what an answer is scored by; in a suite that can be shown as solved it is the solution.
+    """
+
+    messages: Messages = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
     input_ids: list[int] | None = None
+    reference: Any = None
+    id: str = ""
 
 
-@dataclass
-class Prompt:
-    """A question as the target gets it: `input_ids` int64 [n], with the header of the reply."""
+@dataclass(frozen=True)
+class Suite:
+    """`source` on the hub (subset `*`: all of them, in order), `read` a row of it, `score` an answer's text.
 
-    id: str
-    suite: str
-    input_ids: torch.Tensor
+    `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite. `runs_code`: scoring
+    runs what the model wrote.
+    """
 
-
-def heldout(path: str) -> Iterator[Question]:
-    """Prompts as `prepare` holds them out (JSON Lines with `id` and `input_ids`), or the rows of a dataset."""
-    if Path(path).name == "heldout.jsonl":
-        for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            yield Question(row["id"], input_ids=row["input_ids"])
-        return
-    for row in read_rows(find_files(Source(path), ".cache")):
-        if row.conversation is None:
-            raise RunError(f"{row.file}, line {row.line}: not a prompt of the suite heldout ({row.reason})")
-        yield Question(f"{Path(row.file).name}:{row.line}", messages=row.conversation.messages)
+    read: Callable[[dict], Question]
+    source: Source | None = None
+    score: Callable[[str, Any], bool] | None = None
+    runs_code: bool = False
 
 
-SUITES: dict[str, Callable[[str], Iterator[Question]]] = {"heldout": heldout}
+def text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError("no text")
+    return value
+
+
+def asked(*turns: str, reference: Any = None) -> Question:
+    first, *later = map(text, turns)
+    return Question([{"role": "user", "content": first}], later, reference=reference)
+
+
+def mtbench(row: dict) -> Question:
+    return asked(*row["prompt" if "prompt" in row else "turns"])
+
+
+def gsm8k(row: dict) -> Question:
+    return asked(row["question"], reference=text(row["answer"]))
+
+
+def humaneval(row: dict) -> Question:
+    return asked(row["prompt"], reference={name: text(row[name]) for name in ("prompt", "test", "entry_point")})
+
+
+def math500(row: dict) -> Question:
+    return asked(row["problem"], reference=text(row["answer"]))
+
+
+def ceval(row: dict) -> Question:
+    """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
+    options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
+    return asked(
+        f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。", reference=text(row["answer"])
+    )
+
+
+def conversation(row: dict) -> Question:
+    """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's `turns` or a `prompt`,
+    or any conversation, of which the last user turn is asked."""
+    if "input_ids" in row:
+        return Question(input_ids=row["input_ids"], id=row["id"])
+    turns = row.get("turns", row.get("prompt"))
+    if turns is None or "messages" in row:
+        return Question(read_conversation(row).messages)
+    return asked(*([turns] if isinstance(turns, str) else turns))
+
+
+SUITES = {
+    "heldout": Suite(conversation),
+    "mtbench": Suite(mtbench, Source("HuggingFaceH4/mt_bench_prompts")),
+    "gsm8k": Suite(gsm8k, Source("openai/gsm8k", "main", "test"), scoring.gsm8k),
+    "humaneval": Suite(humaneval, Source("openai/openai_humaneval", None, "test"), scoring.humaneval, runs_code=True),
+    "math500": Suite(math500, Source("HuggingFaceH4/MATH-500", None, "test"), scoring.math500),
+    # every subject; the answers of the test split are not public
+    "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
+}
+OWN = Suite(conversation)
 
 
 def parse(spec: str) -> tuple[str, int | None]:
-    """`name:num_prompts`, or `name` for all of them (None). Raises ConfigError."""
-    name, colon, count = spec.partition(":")
-    if name not in SUITES:
-        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)}, each with :num_prompts")
+    """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file. Raises ConfigError."""
+    name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
+    if name not in SUITES and not name.endswith(SUFFIXES):
+        raise ConfigError(
+            f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)} or a file such as my.jsonl, each with "
+            f":num_prompts{nearest(name, list(SUITES))}"
+        )
     if colon and not (count.isdecimal() and int(count) > 0):
         raise ConfigError(f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48")
+    if name not in SUITES and not Path(name).is_file():
+        raise ConfigError(f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a suite")
     return name, int(count) if colon else None
 
 
-def load(specs: list[str], chat: Chat, heldout_path: str, system_prompt: str | None = None) -> list[Prompt]:
-    """The first num_prompts prompts of every suite (fewer where it has fewer), in order.
-
-    `system_prompt` goes before conversations that have none.
-    """
-    prompts = []
-    for name, count in map(parse, specs):
-        questions = list(islice(SUITES[name](heldout_path), count))
-        if not questions:
-            raise RunError(f"benchmark.suites names {name}, but {heldout_path} holds no prompt")
-        prompts += [Prompt(q.id, name, tokenise(q, chat, system_prompt)) for q in questions]
-    return prompts
+def load(name: str, count: int | None, path: str | None, cache_dir: str) -> list[Question]:
+    """The first `count` questions of a suite (fewer where it has fewer), of `path` where that is given, else of the
+    hub or the file that `name` is. Raises RunError for a row that is none and for a suite without questions."""
+    questions = list(islice(read(name, path, cache_dir), count))
+    if not questions:
+        raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
+    return questions
 
 
-def tokenise(question: Question, chat: Chat, system_prompt: str | None) -> torch.Tensor:
-    """int64 [n]."""
-    if question.input_ids is not None:
-        if system_prompt is not None:
-            raise ConfigError(
-                f"benchmark.system_prompt cannot be put before {question.id}, which is tokenised already; "
-                "set data.eval_path to conversations, or data.system_prompt instead"
-            )
-        return torch.tensor(question.input_ids)
-    return torch.tensor(chat.encode_prompt(with_system(question.messages, system_prompt)))
+def read(name: str, path: str | None, cache_dir: str) -> Iterator[Question]:
+    suite = SUITES.get(name, OWN)
+    sources = [Source(path or name)] if path or suite.source is None else subsets(name, suite.source)
+    for source in sources:
+        for file in files_of(name, source, cache_dir):
+            for line, raw, _ in raw_rows(file):
+                try:
+                    question = suite.read(decode(raw))
+                except (RowError, LookupError, TypeError, ValueError) as error:
+                    raise RunError(f"{file.name}, line {line}: not a question of the suite {name} ({error})") from error
+                yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
+
+
+def subsets(name: str, source: Source) -> list[Source]:
+    """One source, or those of all subsets of a data set."""
+    if source.subset != "*":
+        return [source]
+    from datasets import get_dataset_config_names
+
+    try:
+        return [replace(source, subset=subset) for subset in get_dataset_config_names(source.path)]
+    except Exception as error:  # each file system and hub client raises its own kinds
+        raise unreachable(name, source, error) from error
+
+
+def files_of(name: str, source: Source, cache_dir: str) -> list[DataFile]:
+    try:
+        return find_files(source, cache_dir, "benchmark.suites")
+    except RunError as error:
+        raise unreachable(name, source, error.__cause__ or error) from error
+
+
+def unreachable(name: str, source: Source, error: BaseException) -> RunError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RunError(
+        f"benchmark.suites={name}: {source.path} is no local file and cannot be fetched ({reason}); download it and "
+        f"set +benchmark.paths.{name}=<file>"
+    )

@@ -199,6 +199,10 @@ class Chat:
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of an answer, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
 
 def token_span(encoding, text: str):
     """A function from characters [start, stop) to the tokens [first, stop) that end in them, or None when none does.

@@ -186,8 +186,8 @@ def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
                 yield number, row, number / table.metadata.num_rows
 
 
-def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
-    """What `raw_rows` gave -> a conversation. Raises RowError."""
+def decode(raw: bytes | Any) -> dict[str, Any]:
+    """What `raw_rows` gave -> an object. Raises RowError."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw.decode("utf-8"))
@@ -195,7 +195,14 @@ def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
             raise RowError("bad UTF-8") from error
         except (ValueError, RecursionError) as error:
             raise RowError("broken JSON") from error
-    return read_conversation(raw, preformatted)
+    if not isinstance(raw, dict):
+        raise RowError("row is not an object")
+    return raw
+
+
+def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
+    """What `raw_rows` gave -> a conversation. Raises RowError."""
+    return read_conversation(decode(raw), preformatted)
 
 
 def selects(share: float, line: int) -> bool:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from eagle3.config import DraftSection
 from eagle3.draft.attention import Backend
+from eagle3.draft.folder import locate
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget
@@ -136,7 +137,7 @@ def new_draft(
     from eagle3.export import read_draft
 
     if section.init_from is not None:
-        return read_draft(Path(section.init_from), attention, target.config, target.aux_layer_ids)
+        return read_draft(locate(section.init_from, "draft.init_from"), attention, target.config, target.aux_layer_ids)
     draft = Draft(draft_config(section, target.config), attention, t2d, d2t)
     initial(draft, target.embedding, target.head)
     return draft

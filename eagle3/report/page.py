@@ -88,10 +88,12 @@ def headline(rows: list[dict], evaluation: dict) -> str:
     if accepted:
         suites = list(dict.fromkeys(row["suite"] for row in rows))
         where = suites[0] if len(suites) == 1 else f"{len(suites)} suites"
-        return (
+        measured = (
             f"Acceptance length {accepted} on {where}, {span(rows, 'speedup')} times the speed of decoding without "
             f"the draft. {LOSSLESS[losslessness(rows)]}"
         )
+        warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in rows if "warning" in row]
+        return " ".join([measured, *warnings])
     if evaluation:
         return (
             f"Acceptance length {held_out(evaluation):.2f} on held-out prompts with {evaluation['draft_length']} "

@@ -21,7 +21,11 @@ COLUMNS = {
     "speedup": ("speedup", True),
     "speedup_interval95": ("95 % interval of speedup", False),
     "lossless": ("lossless", True),
+    "equal_answers": ("answers equal to the target's own", False),
     "tie_gap": ("widest tie", False),
+    "score": ("score", True),
+    "baseline_score": ("score without draft", True),
+    "num_scored": ("answers scored", False),
     "first_round": ("acceptance, first round", True),
     "acceptance_length_loop_free": ("acceptance, loops left out", True),
     "loops": ("answers that loop", False),
@@ -86,12 +90,18 @@ def summary_table(run_dir: str | Path) -> Group:
         tables.append(table)
     for start in range(0, len(rows), SIDE_BY_SIDE):
         chosen = rows[start : start + SIDE_BY_SIDE]
-        table = terminal_table("Benchmark", [f"{row['suite']}\n{row['config'][1]} drafted" for row in chosen])
-        for key, (title, in_terminal) in COLUMNS.items():
+        table = terminal_table("Benchmark", [f"{row['suite']}\n{short(row['config'])}" for row in chosen])
+        for key in benchmark_columns(chosen):
+            title, in_terminal = COLUMNS[key]
             if in_terminal:
-                table.add_row(title, *[cell(key, row[key]) for row in chosen])
+                table.add_row(title, *[cell(key, row.get(key)) for row in chosen])
         tables.append(table)
     return Group(*tables, *([Text(LEGEND, style="dim")] if tables else []))
+
+
+def short(config: list[int]) -> str:
+    """A config above a column: `5 drafted` for a chain at batch 1, else its four numbers."""
+    return f"{config[1]} drafted" if config[0] == 1 and config[2] <= 1 else ", ".join(map(str, config))
 
 
 def terminal_table(title: str, columns: list[str]) -> Table:

@@ -66,6 +66,9 @@ class HFTarget:
     and each gets the same result. The embedding and the head stay whole on every rank.
     """
 
+    split_over_ranks = True  # `tp_size` of our processes share one target
+    in_process = True  # it has `states`, which decoding needs
+
     def __init__(
         self,
         path: str,
@@ -139,25 +142,57 @@ class HFTarget:
         return hidden @ self.head.T
 
     @torch.no_grad()
-    def states(self, input_ids, position_ids, cache=None, documents=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [T], [T] -> aux_hidden_states [T,3H] and last_hidden_states [T,H] (after the final norm).
+    def states(
+        self, input_ids, position_ids, cache=None, documents=None, visible=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and last_hidden_states [..,T,H] (after the final norm).
 
-        With `documents` the T tokens are packed documents; with `cache` they continue it.
+        With `documents` the T tokens are packed documents; with `cache` they continue it. Each token sees all before
+        it, or what `visible` bool [B,T,S] says of the S that are cached and new; cached tokens must then lie at the
+        slots of their positions.
         """
+        rows = input_ids.reshape(-1, input_ids.shape[-1])
         output = self.decoder(
-            input_ids=input_ids[None],
-            position_ids=position_ids[None],
+            input_ids=rows,
+            attention_mask=None if visible is None else self.masks(visible, position_ids),
+            position_ids=position_ids.reshape(rows.shape),
             past_key_values=cache,
             use_cache=cache is not None,
             documents=documents,
         )
-        aux = torch.cat([self.captured[layer_id][0] for layer_id in self.aux_layer_ids], dim=-1)
+        aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self.captured.clear()
-        return aux, output.last_hidden_state[0]
+        return aux.reshape(*input_ids.shape, -1), output.last_hidden_state.reshape(*input_ids.shape, -1)
+
+    def masks(self, visible: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """`visible` as transformers takes it: [B,1,T,S] to be added, by kind of layer where only some have a window."""
+        attention = self.decoder.config._attn_implementation
+        if attention not in ("packed", "sdpa", "eager") or getattr(self.config, "attention_chunk_size", None):
+            raise ConfigError(
+                f"{self.config.model_type} with target.attention={attention} decodes chains at batch 1 only; trees and "
+                "batches need target.attention=eager, and a target without chunked attention"
+            )
+
+        def additive(seen: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(seen.shape, dtype=self.embedding.dtype, device=seen.device)
+            return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
+
+        window = getattr(self.config, "sliding_window", None)
+        if window is None:
+            return additive(visible)
+        cached = torch.arange(visible.shape[2] - visible.shape[1], device=visible.device)
+        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)
+        windowed = additive(visible & (position_ids[..., None] - places[:, None] < window))
+        if getattr(self.config, "layer_types", None) is None:
+            return windowed
+        return {"full_attention": additive(visible), "sliding_attention": windowed}
 
     def generate(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
         """What transformers generates: int64 [B,n] -> [B,n+m]."""
         return self.model.generate(input_ids, **options)
+
+    def close(self) -> None:
+        """Nothing is left to end: the memory is free as soon as nobody holds the target."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:

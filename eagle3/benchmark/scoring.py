@@ -1,0 +1,138 @@
+"""Whether an answer is right: one function a suite, of the answer's text and the row's reference.
+
+They are simple and the same for every config, so they tell whether drafting loses something, and they are not the
+graders behind published scores.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from fractions import Fraction
+from tempfile import TemporaryDirectory
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SECONDS, MEMORY = 10, 1 << 30
+PASSED = 97  # not 0, so that an answer that exits early passes nothing
+# Runs in the child, before the answer does: sets the limits, leaves the network where the kernel lets it.
+GUARD = f"""
+import ctypes, os, resource, runpy, sys
+for what, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
+    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+if sys.platform == "linux":
+    ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER, CLONE_NEWNET
+runpy.run_path(sys.argv[1], run_name="__main__")
+os._exit({PASSED})
+"""
+
+
+def gsm8k(answer: str, reference: str) -> bool:
+    """The number behind `####`, else the last number of the text, equals the reference's."""
+    return (given := last_number(answer)) is not None and given == last_number(reference)
+
+
+def last_number(text: str) -> Fraction | None:
+    found = NUMBER.findall(text.rpartition("####")[2]) or NUMBER.findall(text)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+def math500(answer: str, reference: str) -> bool:
+    r"""What stands in the last \boxed, else the last number, equals the reference: as a number, or as text once
+    spaces, units in \text and LaTeX that changes nothing but the looks are taken out."""
+    given = boxed(answer)
+    if given is None:
+        numbers = NUMBER.findall(answer)
+        given = numbers[-1] if numbers else ""
+    given, wanted = plain(given), plain(reference)
+    return given == wanted or (value(given) is not None and value(given) == value(wanted))
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{...} holds."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : place]
+    return None
+
+
+def plain(latex: str) -> str:
+    """LaTeX without what changes only its looks."""
+    latex = re.sub(r"\\(?:left|right|[!,;:]|displaystyle|%)|\\?\$|(?<!\\)%", "", latex)
+    latex = re.sub(r"\\[dt]frac", r"\\frac", latex)
+    latex = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", latex)
+    latex = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "", latex)
+    latex = re.sub(r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", "", latex.strip())
+    latex = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", latex)
+    latex = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", latex)
+    return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", latex)).rstrip(".")
+
+
+def value(text: str) -> Fraction | None:
+    r"""A whole number, a decimal one, a/b or \frac{a}{b}."""
+    text = re.sub(r"^(-?)\\frac\{(-?\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def ceval(answer: str, reference: str) -> bool:
+    """The last letter A-D that the text calls the answer, else the first that stands alone, is the reference."""
+    called = re.findall(r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer)
+    alone = re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)
+    return (called[-1:] or alone[:1]) == [reference.strip()]
+
+
+def humaneval(answer: str, reference: dict[str, str]) -> bool:
+    """Whether the function passes the row's tests; runs it, see `passes`."""
+    return passes(program(answer, reference))
+
+
+def program(answer: str, reference: dict[str, str]) -> str:
+    """The answer's code (its first fenced block with the function, else all of it) with the row's tests behind it;
+    behind what the row's prompt has before the function, or behind the whole prompt if the answer only goes on."""
+    prompt, name = reference["prompt"], reference["entry_point"]
+    head = f"def {name}("
+    blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
+    code = next((block for block in blocks if head in block), blocks[0])
+    before = prompt[: prompt.rfind(head)] if head in code else prompt
+    return f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n"
+
+
+def passes(source: str) -> bool:
+    """Runs `source` in a Python of its own: an empty folder and environment, limits on time, memory, files and
+    processes, no network where the kernel can take it away.
+
+    It guards against accidents and is no prison: what reads files can read ours.
+    """
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, "answer.py")
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(source)
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-c", GUARD, path],
+            cwd=folder,
+            env={"PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            return child.wait(timeout=SECONDS) == PASSED
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            kill(child)
+
+
+def kill(child: subprocess.Popen) -> None:
+    """With all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

@@ -1,0 +1,124 @@
+"""The client's end of `hook`: a private folder in shared memory, and what is read from it.
+
+T packed tokens, H the target's hidden size.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import safe_open
+
+from eagle3.errors import RunError
+from eagle3.target.features import Features
+from eagle3.target.sglang.hook import ALIVE, ERROR
+
+SHARED = Path("/dev/shm")
+PREFIX = "eagle3-"
+PAUSE = 0.003  # seconds between two looks
+
+
+class Blocks:
+    """A folder of this process under `root`; gone when it is closed, collected, or when the process ends in any way.
+
+    `rid(number)` is what a request is called so that its hidden states land here.
+    """
+
+    def __init__(self, root: Path = SHARED):
+        remove_stale(root)
+        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
+        alive = (made / ALIVE).open("w")
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        self.folder = made.rename(root / made.name[1:])
+        self.close = weakref.finalize(self, remove, self.folder, alive)
+        self.numbers = 0
+
+    def rid(self, number: int) -> str:
+        return f"{self.folder.name}:{number}"
+
+    def number(self, count: int) -> list[int]:
+        """Numbers for `count` requests, none of which was used before."""
+        self.numbers += count
+        return list(range(self.numbers - count, self.numbers))
+
+    def wait(self, check: Callable[[], None]) -> Path:
+        """The oldest block, once there is one. Raises RunError where the hook reports an error.
+
+        Until then `check` is called again and again, to raise when none can come any more.
+        """
+        while True:
+            # a block's name ends in its number, and the blocks of one prompt come from one process
+            found = min(self.folder.glob("*.safetensors"), default=None)
+            if found is not None:
+                return found
+            if (self.folder / ERROR).exists():
+                reported = (self.folder / ERROR).read_text()
+                self.clear()
+                raise RunError(f"the hook in SGLang's model process failed: {reported}")
+            check()
+            time.sleep(PAUSE)
+
+    def clear(self) -> None:
+        """Delete what was left by requests that nobody waits for any more."""
+        for path in [*self.folder.glob("*.safetensors"), self.folder / ERROR]:
+            path.unlink(missing_ok=True)
+
+    def collect(self, prompts: dict[int, slice], features: Features, check: Callable[[], None]) -> None:
+        """Fill the rows of `features` that each of `prompts`, by its number, stands for; all T rows are teacher rows.
+
+        Parts of a prompt are stitched. Raises RunError where a part is missing, and what `check` and `wait` raise.
+        """
+        received = dict.fromkeys(prompts, 0)
+        while received:
+            path = self.wait(check)
+            with safe_open(path, "pt") as block:
+                start = 0
+                for number, before, here in json.loads(block.metadata()["requests"]):
+                    mine = slice(start, start + here)
+                    start += here
+                    if number not in received:
+                        continue  # of a call that was given up
+                    whole = prompts[number]
+                    length = whole.stop - whole.start
+                    if before != received[number] or before + here > length:
+                        raise RunError(
+                            f"SGLang computed tokens {before} to {before + here} of a prompt of {length} after "
+                            f"{received[number]} others: its prefix cache is on; start it with --disable-radix-cache"
+                        )
+                    rows = slice(whole.start + before, whole.start + before + here)
+                    copy(block, mine, features, rows)
+                    received[number] += here
+                    if received[number] == length:
+                        del received[number]
+            path.unlink()
+
+
+def copy(block: safe_open, mine: slice, features: Features, rows: slice) -> None:
+    """The rows `mine` of a block to `rows` of `features`."""
+    aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
+    aux.copy_(block.get_slice("aux_hidden_states")[:, mine])
+    for name in ("last_hidden_states", "argmax", "logsumexp"):
+        getattr(features, name)[rows] = block.get_slice(name)[mine].to(features.argmax.device)
+
+
+def remove(folder: Path, alive) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    alive.close()
+
+
+def remove_stale(root: Path) -> None:
+    """Delete folders in `root` that were left by processes of this user that are no more."""
+    for folder in root.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.stat().st_uid != os.getuid():
+                continue
+            with (folder / ALIVE).open() as alive:
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)

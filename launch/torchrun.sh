@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# run.py under torchrun: bash launch/torchrun.sh [processes] [overrides of run.py, or -m and those of a sweep]
+# A process per GPU unless told otherwise. Several nodes: the same on each of them, with NNODES, NODE_RANK (the first is
+# 0) and HEAD=host:port of the first. Told to stop (Ctrl-C, SIGTERM) it has SHUTDOWN_TIMEOUT seconds for a checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+[ -n "$(type -P "$python")" ] || python=python3
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+  processes=$1
+  shift
+else
+  processes=$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')
+fi
+meet=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ]; then
+  head=${HEAD:?NNODES=$NNODES needs HEAD=host:port of the first node}
+  meet=(--nnodes="$NNODES" --node-rank="${NODE_RANK:-${SLURM_NODEID:?NNODES=$NNODES needs NODE_RANK}}")
+  meet+=(--master-addr="${head%:*}" --master-port="${head##*:}")
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else torchrun warns; run.py sets launch.threads
+
+set -m # a process group of its own: of a Ctrl-C it hears through the trap, once
+"$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node="$processes" \
+  --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}" run.py "$@" &
+child=$! stopped='' heard=''
+trap 'heard=yes stopped=143; kill -TERM "$child"' TERM
+trap 'heard=yes stopped=130; kill -INT "$child"' INT
+code=0
+wait "$child" || code=$?
+while [ "$heard" ]; do # a signal interrupts `wait`, and that after the end says the same again
+  heard='' code=0
+  wait "$child" || code=$?
+done
+[ "$code" = 0 ] || code=${stopped:-$code} # torchrun itself leaves with 1 then
+exit "$code"

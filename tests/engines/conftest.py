@@ -1,0 +1,130 @@
+"""Servers of SGLang and vLLM on this CPU in fp32, the targets they serve and a trained draft."""
+
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from eagle3.engine import Server, choose_port
+
+# Without these SGLang takes most of the memory, or plain attention that cannot draft.
+SGLANG_ON_CPU = [
+    "--device", "cpu", "--mem-fraction-static", "0.2", "--max-total-tokens", "8192", "--context-length", "2048",
+    "--disable-cuda-graph", "--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx",
+    "--speculative-draft-attention-backend", "intel_amx",
+]  # fmt: skip
+VLLM_ON_CPU = ["--max-model-len", "2048", "--enforce-eager"]
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engines)
+
+
+def interpreter(engine: str) -> str:
+    python = Path(os.environ.get("ENGINES_DIR", ROOT)) / f".venv-{engine}" / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"{python} does not exist: make it with launch/engines.sh {engine}, or set ENGINES_DIR")
+    return str(python)
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    return interpreter("sglang")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    return interpreter("vllm")
+
+
+@pytest.fixture(scope="session")
+def serve_sglang(sglang_python, tmp_path_factory):
+    """serve_sglang(model, *options): a context with the running server; its `url` takes /generate."""
+
+    @contextmanager
+    def serve(model: Path, *options: str):
+        port = str(choose_port(None, "port"))
+        command = [sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "float32"]
+        command += [*SGLANG_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
+        log = tmp_path_factory.mktemp("sglang") / "server.log"
+        with Server(command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "SGLang") as server:
+            yield server
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def serve_vllm(vllm_python, tmp_path_factory):
+    """serve_vllm(model, *options): a context with the running server; its `url` takes /v1/completions."""
+
+    @contextmanager
+    def serve(model: Path, *options: str):
+        port = str(choose_port(None, "port"))
+        command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
+        command += [*VLLM_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
+        log = tmp_path_factory.mktemp("vllm") / "server.log"
+        with Server(command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "vLLM") as server:
+            yield server
+
+    return serve
+
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "initializer_range": 0.1,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+
+
+@pytest.fixture(scope="session", params=CONFIGS)
+def random_target(request, tokenizer, tmp_path_factory) -> Path:
+    """An untrained target of each family, 8 layers x 64 in fp32: fewer than 7 would give two auxiliary layers."""
+    torch.manual_seed(0)
+    experts = EXPERTS if request.param == "qwen3_moe" else {}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    folder = tmp_path_factory.mktemp(request.param)
+    AutoModelForCausalLM.from_config(CONFIGS[request.param](**SHAPE, **experts, **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_draft(tmp_path_factory) -> Path:
+    """The draft folder of a short run on the embedded target: 60 updates, and the induction start helps."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [
+        sys.executable, "run.py", "stages=[prepare,train,export]", "train.max_steps=60", "train.eval_every=60",
+        "eval.num_prompts=2", f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'run'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "run" / "draft"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> PretrainedConfig:
+    return AutoConfig.from_pretrained(TINY / "target")

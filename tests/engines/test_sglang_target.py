@@ -1,0 +1,179 @@
+"""target=sglang in the real engine: the hidden states, and the losses of whole runs, are those of target=hf."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from eagle3.data.packing import pack
+from eagle3.data.supervision import serving
+from eagle3.engine import choose_port
+from eagle3.errors import RunError
+from eagle3.generate import GREEDY, sample
+from eagle3.target.hf import HFTarget
+from eagle3.target.sglang.target import SGLangTarget
+from eagle3.target.store import Store
+
+CPU = torch.device("cpu")
+SMALL_POOLS = ["--max-total-tokens", "8192", "--max-running-requests", "16", "--context-length", "2048"]
+ONE_FAMILY = pytest.mark.parametrize("random_target", ["llama"], indirect=True)
+LENGTHS = [13, 1, 300, 7, 128, 200, 3, 500, 64]
+
+
+@pytest.fixture
+def open_target(sglang_python, monkeypatch):
+    """open_target(folder, layers, ...) starts a server; all are ended with the test."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # one core for each of two processes
+    opened = []
+
+    def open_target(folder, layer_ids=None, tp_size=1, server_args=(), batch_tokens=600):
+        if tp_size == 1:
+            monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
+        opened.append(
+            SGLangTarget(
+                str(folder),
+                CPU,
+                layer_ids,
+                dtype="float32",
+                tp_size=tp_size,
+                mem_fraction_static=0.2,
+                batch_tokens=batch_tokens,
+                python=sglang_python,
+                server_args=[*SMALL_POOLS, *server_args],
+            )
+        )
+        return opened[-1]
+
+    yield open_target
+    for target in opened:
+        target.close()
+
+
+def batch_of(vocab_size):
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in LENGTHS]
+    documents = [(i, row, torch.ones(len(row), dtype=torch.bool)) for i, row in enumerate(ids)]
+    return pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
+
+
+def assert_equal(target, reference):
+    """At every position of every document."""
+    batch = batch_of(reference.config.vocab_size)
+    found, expected = target(batch), reference(batch)
+    assert len(found.argmax) == sum(LENGTHS)
+    for name in ("aux_hidden_states", "last_hidden_states", "logsumexp"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        print(f"{name}: at most {(ours - theirs).abs().max():.1e} apart, the largest is {theirs.abs().max():.1f}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+    assert torch.equal(found.argmax, expected.argmax)
+
+
+# Together every layer whose output SGLang can take; each id is wrong by one if any convention is.
+@pytest.mark.parametrize(
+    ("layer_ids", "tp_size"),
+    [(None, 1), ([0, 2, 5], 1), ([0, 5, 6], 2)],
+    ids=["default", "0,2,5", "0,5,6 over two processes"],
+)
+def test_states_equal_those_of_transformers(random_target, open_target, layer_ids, tp_size):
+    target = open_target(random_target, layer_ids, tp_size)
+    reference = HFTarget(str(random_target), CPU, layer_ids, dtype="float32")
+    assert_equal(target, reference)
+    prompts = [list(range(3, 3 + n)) for n in (5, 12, 9)]
+    assert sample(target, prompts, 16, GREEDY) == sample(reference, prompts, 16, GREEDY)
+
+
+@ONE_FAMILY
+def test_chunked_prefill_is_stitched(random_target, open_target):
+    target = open_target(random_target, server_args=["--chunked-prefill-size", "48"])
+    assert_equal(target, HFTarget(str(random_target), CPU, dtype="float32"))
+
+
+@ONE_FAMILY
+def test_a_killed_model_process_is_noticed(random_target, open_target):
+    target = open_target(random_target)
+    listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout.splitlines()
+    mine = [line.split(maxsplit=2) for line in listed if line.split()[1] == str(target.server.process.pid)]
+    scheduler = next(int(pid) for pid, _, args in mine if "sglang::scheduler" in args)
+    os.kill(scheduler, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RunError, match="SGLang ended with exit code"):
+        target(batch_of(target.config.vocab_size))
+    print(f"noticed after {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 15
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@ONE_FAMILY
+def test_runs_have_the_losses_of_target_hf(random_target, sglang_python, tmp_path):
+    settings = [
+        "model=hf", f"model.path={random_target}", "model.dtype=float32", "data.max_length=256", "data.num_samples=60",
+        "draft.vocab_size=300", "draft.ttt_steps=3", "eval.num_prompts=4", "eval.max_new_tokens=16", "train.epochs=9",
+        "train.tokens_per_step=4096", "train.max_steps=6", "train.log_every=1", "hidden_states.dtype=fp32",
+        "benchmark.suites=[heldout:2]",
+    ]  # fmt: skip
+    engine = [
+        "target=sglang", f"target.python={sglang_python}", "target.mem_fraction_static=0.2",
+        f"target.server_args=[{','.join(SMALL_POOLS)}]", "target.batch_tokens=1024",
+    ]  # fmt: skip
+    runs = {
+        "hf": ["stages=[prepare,generate,train]"],
+        "online": ["stages=[prepare,generate,train]", *engine],
+        "offline": ["stages=[prepare,generate,capture,train]", "mode=offline", *engine],
+        "hybrid": ["stages=[prepare,generate,train]", "mode=hybrid", *engine],
+    }
+    for name, own in runs.items():
+        folders = [
+            f"hydra.run.dir={tmp_path / name}",
+            f"cache_dir={tmp_path / ('hf' if name == 'hf' else 'engine')}.cache",
+        ]
+        command = [sys.executable, "run.py", *settings, *own, *folders]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    expected = losses(tmp_path / "hf")
+    assert len(expected) == 6
+    for name in ("online", "offline", "hybrid"):
+        print(name, max(abs(a - b) for a, b in zip(losses(tmp_path / name), expected, strict=True)))
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+
+
+@ONE_FAMILY
+def test_two_processes_capture_through_a_server_started_by_hand(random_target, sglang_python, tmp_path):
+    """The store is that of one process with target=hf."""
+    settings = [
+        "model=hf", f"model.path={random_target}", "model.dtype=float32", "data.max_length=256", "data.num_samples=60",
+        "draft.vocab_size=300", "mode=offline", "hidden_states.dtype=fp32", "stages=[prepare,capture]",
+        "target.batch_tokens=512",
+    ]  # fmt: skip
+    port = choose_port(None, "port")
+    command = [sys.executable, "-m", "eagle3.target.sglang.serve", str(random_target), "--port", str(port)]
+    command += ["--device", "cpu", "--dtype", "float32", "--python", sglang_python, *SMALL_POOLS]
+    command += ["--mem-fraction-static", "0.2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline().startswith("ready: python run.py target=sglang")
+        ours = ["target=sglang", f"target.url=http://127.0.0.1:{port}", "launch.nproc_per_node=2"]
+        for name, own in (("hf", []), ("sglang", ours)):
+            folders = [f"hydra.run.dir={tmp_path / name}", f"cache_dir={tmp_path / name}.cache"]
+            done = subprocess.run(
+                [sys.executable, "run.py", *settings, *own, *folders, f"hidden_states.path={tmp_path / name}.store"],
+                cwd=ROOT, capture_output=True, text=True, timeout=900,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr[-3000:]
+        server.terminate()
+    assert server.returncode == 143
+    ours, theirs = Store(tmp_path / "sglang.store"), Store(tmp_path / "hf.store")
+    assert ours.keys.tolist() == theirs.keys.tolist()
+    for a, b in zip(ours.load(ours.keys.tolist()), theirs.load(ours.keys.tolist()), strict=True):
+        torch.testing.assert_close(a.features.aux_hidden_states, b.features.aux_hidden_states, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a.features.last_hidden_states, b.features.last_hidden_states, rtol=1e-4, atol=2e-5)
+        assert torch.equal(a.features.argmax, b.features.argmax)

@@ -1,0 +1,128 @@
+import json
+import socket
+import time
+
+import pytest
+from conftest import ROOT
+
+from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes, program
+
+ROWS = [json.loads(line) for line in (ROOT / "tests/data/suites/humaneval.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        ("4*12=48, 48-30=18\n#### 18", "He bakes 48.\n#### 18", True),
+        ("First 48, so **18** rolls are left.", "#### 18", True),
+        ("#### 18\nBut 17 was wrong.", "#### 17", True),  # the last number behind the marks
+        ("It is $1,365.00 in all", "#### 1,365", True),
+        ("That makes 8.5", "#### 8.50", True),
+        ("minus -3", "#### -3", True),
+        ("about 1365.5", "#### 1365", False),
+        ("no number here", "#### 18", False),
+        ("", "#### 18", False),
+    ],
+)
+def test_gsm8k(answer, reference, right):
+    assert gsm8k(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        (r"so $\boxed{\frac{7}{8}}$", r"\frac{7}{8}", True),
+        (r"$\boxed{1}$, no: $\boxed{\dfrac78}$.", r"\frac{7}{8}", True),
+        (r"\boxed{0.875}", r"\frac{7}{8}", True),
+        (r"\boxed{7/8}", r"\frac{7}{8}", True),
+        (r"\boxed{-\frac{1}{2}}", "-0.5", True),
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left(3,\frac{\pi}{2}\right)", True),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+        (r"\boxed{Evelyn}", r"\text{Evelyn}", True),
+        (r"\boxed{120^\circ}", "120", True),
+        (r"\boxed{12\text{ cm}^2}", "12", True),
+        (r"\boxed{x = 3}", "3", True),
+        (r"\boxed{10,080}", "10080", True),
+        (r"\boxed{\$18.90}", "18.90", True),
+        (r"\boxed{25\%}", "25", True),
+        ("the answer is 3.", "3", True),
+        (r"\boxed{(1,2)}", "(2,1)", False),
+        (r"\boxed{\frac{7}{9}}", r"\frac{7}{8}", False),
+        (r"\boxed{1,234}", "1234,5", False),
+        (r"\boxed{unclosed", "3", False),
+        ("", "3", False),
+    ],
+)
+def test_math500(answer, reference, right):
+    assert math500(answer, reference) is right
+
+
+@pytest.mark.parametrize(
+    "answer, reference, right",
+    [
+        ("C", "C", True),
+        ("正确答案是 C。", "C", True),
+        ("A 和 B 都不对，答案：C", "C", True),
+        ("答案：**B**", "B", True),
+        ("The correct answer is (D).", "D", True),
+        ("应选择B，因为……", "B", True),
+        ("B. 7", "B", True),
+        ("Because A is wrong, answer: B", "A", False),
+        ("水是 H2O，CO2 不是", "A", False),
+        ("", "A", False),
+    ],
+)
+def test_ceval(answer, reference, right):
+    assert ceval(answer, reference) is right
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task_id"])
+def test_humaneval_takes_whole_functions_and_continuations(row):
+    solution = row["canonical_solution"]
+    head = row["prompt"][row["prompt"].rindex("def ") :]
+    assert humaneval(solution, row)
+    assert humaneval(f"Here it is:\n```python\n{head}{solution}```\nIt works.", row)
+    assert not humaneval(f"```python\n{head}    return None\n```", row)
+
+
+def test_humaneval_keeps_what_stands_before_the_function():
+    whole = program("```python\ndef unshift(word):\n    return word\n```\n", ROWS[1])
+    assert whole.count("def shift(") == whole.count("def unshift(") == 1
+    assert whole.endswith("check(unshift)\n")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "assert False",
+        "not python",
+        "x = bytearray(2 << 30)",
+        "open('big', 'wb').write(bytes(4 << 20))",
+        "import os; os.environ['HOME']",
+    ],
+)
+def test_what_does_not_pass(source):
+    assert not passes(source)
+
+
+def test_what_passes():
+    assert passes("import re, math, collections, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')")
+
+
+def test_an_endless_answer_is_ended_with_what_it_started(monkeypatch):
+    monkeypatch.setattr("eagle3.benchmark.scoring.SECONDS", 1)
+    began = time.perf_counter()
+    assert not passes("import time\nwhile True: time.sleep(1)")
+    assert time.perf_counter() - began < 5
+
+
+def test_no_network_where_the_kernel_allows_it():
+    opened = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = opened.replace("PORT", str(server.getsockname()[1]))
+        reachable = passes(code)
+    if reachable:
+        pytest.skip("this kernel gives no network namespaces to users")

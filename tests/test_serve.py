@@ -1,0 +1,130 @@
+"""launch/serve.sh: the exact commands, what they are taken from, and what is refused."""
+
+import json
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from eagle3.errors import RunError
+from eagle3.serve import ENGINES, main, resolve
+
+LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}
+TARGET = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def no_engines(tmp_path, monkeypatch):
+    """No environments of engines: the commands then do not depend on what is installed here."""
+    monkeypatch.setenv("ENGINES_DIR", str(tmp_path))
+    monkeypatch.delenv("MODEL", raising=False)
+
+
+@pytest.fixture
+def draft(tmp_path):
+    def write(values, name="a draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+        return tmp_path / name
+
+    return write
+
+
+def command(capsys, *arguments):
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def test_sglang(draft, capsys):
+    folder = draft({"made_for": {"target": TARGET, "draft_length": 5}, **LAYERS})
+    assert command(capsys, folder, "--", "--tp-size", "2") == (
+        "python -m sglang.launch_server \\\n"
+        f"  --model-path {TARGET} \\\n"
+        "  --speculative-algorithm EAGLE3 \\\n"
+        f"  --speculative-draft-model-path '{folder}' \\\n"
+        "  --speculative-num-steps 5 \\\n"
+        "  --speculative-eagle-topk 1 \\\n"
+        "  --speculative-num-draft-tokens 6 \\\n"
+        "  --host 127.0.0.1 --port 30000 \\\n"
+        "  --tp-size 2\n"
+    )
+
+
+def test_vllm(draft, capsys):
+    folder = draft({"made_for": {"target": TARGET, "draft_length": 5}})
+    assert command(capsys, folder, "vllm", "--draft-length", 3, "--port", 9000) == (
+        f"vllm serve {TARGET} \\\n"
+        f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": 3}}\' \\\n'
+        "  --host 127.0.0.1 --port 9000\n"
+    )
+
+
+def test_the_speculators_form_is_served_alone(draft, capsys, monkeypatch):
+    section = {"proposal_methods": [{"speculative_tokens": 5}], "verifier": {"name_or_path": TARGET}}
+    folder = draft({"speculators_model_type": "eagle3", "speculators_config": section})
+    assert command(capsys, folder, "vllm") == f"vllm serve '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
+    assert f"vllm serve {TARGET} " in command(capsys, folder, "vllm", "--draft-length", 2)
+    monkeypatch.setenv("MODEL", "other/model")
+    assert "vllm serve other/model " in command(capsys, folder, "vllm")
+    for engine in ("sglang", "trtllm"):
+        with pytest.raises(RunError, match="does not read the speculators form"):
+            ENGINES[engine](resolve(str(folder), None, None), None, [])
+
+
+def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, capsys, tmp_path):
+    folder = draft({"made_for": {"target": TARGET, "draft_length": 5}, **LAYERS})
+    text = command(capsys, folder, "trtllm")
+    (tmp_path / "trtllm-serve").write_text('#!/bin/sh\necho "$@"\ncat "$7"\n')
+    (tmp_path / "trtllm-serve").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", text], capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    )
+    arguments, options = done.stdout.splitlines()
+    assert arguments.startswith(f"{TARGET} --host 127.0.0.1 --port 8000 --extra_llm_api_options /")
+    assert json.loads(options) == {
+        "speculative_config": {
+            "decoding_type": "Eagle",
+            "speculative_model_dir": str(folder),
+            "max_draft_len": 5,
+            "eagle3_layers_to_capture": [1, 15, 28],
+        }
+    }
+
+
+def test_an_older_draft_is_looked_up_in_its_run(draft, tmp_path):
+    folder = draft({}, "draft")
+    with pytest.raises(RunError, match="does not say which target it was made for; set MODEL="):
+        resolve(str(folder), None, None)
+    config = {"model": {"path": TARGET}, "eval": {"draft_length": 4}}
+    (tmp_path / "run.json").write_text(json.dumps({"config": config}))
+    served = resolve(str(folder), None, None)
+    assert (served.target, served.draft_length, served.layers) == (TARGET, 4, None)
+    assert resolve(str(folder), str(tmp_path), 7).target == str(tmp_path)
+
+
+def test_a_target_that_has_moved(draft):
+    folder = draft({"made_for": {"target": "/models/gone", "draft_length": 5}})
+    with pytest.raises(RunError, match=r"target /models/gone of draft .* is not there; set MODEL="):
+        resolve(str(folder), None, None)
+
+
+def test_an_engines_own_environment_is_used(draft, capsys, tmp_path):
+    python = tmp_path / ".venv-sglang" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    folder = draft({"made_for": {"target": TARGET, "draft_length": 5}})
+    assert command(capsys, folder).startswith(f"{python} -m sglang.launch_server")
+
+
+def test_the_script_prints_and_runs(draft, tmp_path):
+    """`--run` runs just what is printed; a stand-in for vLLM stands on the PATH."""
+    folder = draft({"made_for": {"target": TARGET, "draft_length": 5}}, "draft")
+    (tmp_path / "vllm").write_text("#!/bin/sh\necho ran with $# arguments\n")
+    (tmp_path / "vllm").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ENGINES_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    script = [str(ROOT / "launch" / "serve.sh"), str(folder), "vllm", "--run", "--", "--max-model-len", "9"]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"vllm serve {TARGET}") and done.stdout.endswith("ran with 10 arguments\n")
+    done = subprocess.run([*script[:1], str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr.startswith("error: draft at ") and done.stderr.count("\n") == 1
