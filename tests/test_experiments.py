@@ -29,6 +29,8 @@ ONE_STEP = [
     "stages=[prepare,generate,capture,train,export]",
     "launch.nproc_per_node=1",
     "target=hf",
+    "parallel=ddp",
+    "parallel.ulysses=1",
     "target.tp_size=1",
     "data.subset=null",
     "data.split=train",
@@ -118,7 +120,8 @@ def test_recipes_hold_the_values_of_the_guides(experiment, tmp_path):
     assert (config.train.epochs, config.train.documents_per_update, config.optimizer["lr"]) == (2, 8, 1e-4)
     assert (config.draft.ttt_steps, config.draft.vocab_size, config.train.max_grad_norm) == (7, 32000, 0.5)
     assert (config.scheduler["_target_"], config.scheduler["warmup_ratio"]) == ("eagle3.optim.cosine", 0.015)
-    assert config.mode["_target_"] == "eagle3.modes.online" and config.target["_target_"] == "eagle3.target.hf.HFTarget"
+    assert config.mode["_target_"] == "eagle3.modes.online" and config.launch.nproc_per_node == 8
+    assert config.target["_target_"] == "eagle3.target.sglang.target.SGLangTarget"
     assert config.draft.initial["_target_"] == "eagle3.draft.initial.random", "nothing of the embedded model stays"
 
 
@@ -129,6 +132,7 @@ def test_offline_recipes_hold_the_values_of_the_guides(tmp_path):
     config = configuration.typed(composed("experiment=qwen3-30b-a3b-sharegpt-offline"), tmp_path, [])
     assert (config.model.path, config.model.embedding_key) == ("Qwen/Qwen3-30B-A3B", "model.embed_tokens.weight")
     assert (config.train.epochs, config.optimizer["lr"], config.train.save_every) == (4, 1e-4, 1984)
+    assert (config.parallel.ulysses, config.parallel.ring, config.launch.nproc_per_node) == (4, 1, 8)
     for experiment in EXPERIMENTS:
         config = configuration.typed(composed(f"experiment={experiment}"), tmp_path, [])
         named = "offline" if "offline" in experiment or "capture" in experiment else "online"
@@ -142,7 +146,7 @@ def test_the_commands_of_the_guides_page_compose():
     assert len(ours) > 5
     for overrides in ours:
         composed(*overrides)
-    (written_out,) = (overrides for overrides in ours if "target=hf" in overrides)
+    (written_out,) = (overrides for overrides in ours if "target=sglang" in overrides)
     long, short = composed(*written_out), composed("experiment=llama3-8b-sharegpt-online")
     assert configuration.flat(long) == configuration.flat(short)
 

@@ -10,15 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from eagle3 import sequence
 from eagle3.data.loader import Loader
 from eagle3.data.packing import pack
 from eagle3.data.supervision import serving, shifted
 from eagle3.distributed import Ranks, join
-from eagle3.draft.attention import Dense, FlashCPU
+from eagle3.draft.attention import Alone, Dense, FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.modes import Supply
-from eagle3.sequence import Sequence
+from eagle3.sequence import Segmented, Sequence, segments_of
 from eagle3.target.features import Features
 from eagle3.target.store import Document
 from eagle3.train import Trainer
@@ -30,7 +31,7 @@ SHAPE = DraftConfig(
     draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256, initializer_range=0.3,
 )  # fmt: skip
 # (ulysses, ring) by number of processes; the rest of the processes train on other documents
-LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (2, 1), (1, 4)]}
+LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (1, 4)]}
 
 
 class Conversations:
@@ -73,8 +74,8 @@ def trainer_of(ranks: Ranks, ulysses: int, ring: int, stored: bool, mask=serving
     documents = Conversations(stored)
     supply, deal = Supply(documents, imagine), {}
     if ulysses * ring > 1:
-        sequence = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE)
-        supply, deal = sequence.spread(supply, embedding), {"deal": sequence.deal}
+        group = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE)
+        supply, deal = group.spread(supply, embedding), {"deal": group.deal}
     group = ulysses * ring
     loader = Loader(
         documents, chosen, mask, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160, tokens_per_update=320,
@@ -102,13 +103,45 @@ def in_process(rank: int, world_size: int, port: int, out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results = {}
+    results, sent = {}, []
+
+    def counted(x, received, split, group):
+        here = dist.get_rank(group)
+        sent.append(x[0].numel() * (sum(split) - split[here]) if len(x) else 0)
+        return exchange(x, received, split, group)
+
+    exchange, sequence.all_to_all_single_autograd = sequence.all_to_all_single_autograd, counted
     for ulysses, ring in LAYOUTS[world_size]:
         for stored in (True, False):
-            results[ulysses, ring, stored] = train(trainer_of(join(1), ulysses, ring, stored))
+            sent.clear()
+            trainer = trainer_of(join(1), ulysses, ring, stored)
+            results[ulysses, ring, stored] = train(trainer) | {"sent": list(sent), "expected": expected_sent(trainer)}
     if rank in (0, world_size - 1):
         torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def expected_sent(trainer: Trainer) -> list[int]:
+    """Elements that one rank sends in each exchange of the forward pass; the backward pass returns as many.
+
+    Step 0: its tokens' keys and values, a share of the heads, to each other rank. Then nothing with ring alone; with
+    ulysses, the queries (and from step 1 on k and v) of its rows for other ranks' heads, and theirs back.
+    """
+    trainer.loader.state, elements = {"epoch": 0, "update": 0}, []
+    updates = iter(trainer.loader)
+    for batch in [batch for _ in range(UPDATES) for batch in next(updates).batches]:
+        if isinstance(batch.exchange, Alone):
+            continue
+        group = batch.exchange.sequence
+        head = SHAPE.head_dim // group.ulysses
+        elements.append((group.size - 1) * batch.tokens * 2 * SHAPE.num_key_value_heads * head)
+        others, heads = group.ulysses - 1, SHAPE.num_attention_heads
+        for step, everyone in enumerate(batch.exchange.steps(batch)):
+            if others and (everyone or step == 0):
+                own = heads + (2 * SHAPE.num_key_value_heads if step else 0)
+                elements.append(others * batch.row_counts[step] * own * head)
+                elements.append((everyone - batch.row_counts[step]) * heads * head)
+    return elements
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +166,7 @@ def test_every_layout_equals_one_process(alone, world_size, tmp_path):
                 assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), (ulysses, ring, stored)
             for name, weight in result["weights"].items():
                 torch.testing.assert_close(weight, alone[stored]["weights"][name], rtol=1e-9, atol=1e-11)
+            assert result["sent"] == result["expected"] and bool(result["sent"]) == (ulysses * ring > 1)
 
 
 def whole_batch(mask=serving):
@@ -145,10 +179,9 @@ def whole_batch(mask=serving):
 
 def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
     """As on a rank of a group, without processes."""
-    sequence = object.__new__(Sequence)
-    sequence.ulysses, sequence.ring, sequence.rank, sequence.size = ulysses, ring, rank, ulysses * ring
-    sequence.config = SHAPE
-    return sequence
+    group = object.__new__(Sequence)
+    group.ulysses, group.ring, group.rank, group.size, group.config = ulysses, ring, rank, ulysses * ring, SHAPE
+    return group
 
 
 @pytest.mark.parametrize("mask", [serving, shifted])
@@ -182,8 +215,6 @@ def test_a_group_deals_work_evenly():
 
 def test_other_backends_take_segments():
     """The dense reference over segments gives what it gives over whole documents."""
-    from eagle3.sequence import Segmented, segments_of
-
     batch = whole_batch()
     torch.manual_seed(1)
     q, rows = torch.randn(len(batch.rows), 4, 6, dtype=torch.float64), batch.rows
