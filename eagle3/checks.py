@@ -103,11 +103,19 @@ def check(config: RunConfig) -> None:
 def check_target(config: RunConfig) -> None:
     """What an engine as the target asks for and cannot do."""
     target = find(config.target["_target_"], "target")
-    if target.in_process or config.plan:
+    if config.plan:
+        return
+    decodes = "benchmark" in config.stages and find(config.benchmark["_target_"], "benchmark") is builtin.run
+    if decodes and ranks_of_target(config.target) > 1:
+        raise ConfigError(
+            "benchmark=builtin: the built-in benchmark needs the whole target in this process: set target.tp_size=1 or "
+            "benchmark=sglang, or leave benchmark out of stages"
+        )
+    if target.in_process:
         return
     if {"generate", "capture", "train", "regenerate"} & set(config.stages):
         target.check_settings(config.target, config.model)
-    if "benchmark" in config.stages and find(config.benchmark["_target_"], "benchmark") is builtin.run:
+    if decodes:
         raise ConfigError(
             "benchmark=builtin: the built-in benchmark needs the target in this process: set target=hf or "
             "benchmark=sglang, or leave benchmark out of stages"

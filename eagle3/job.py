@@ -1,6 +1,7 @@
 """One job: its config, its folder, and what several stages share, made when first asked for."""
 
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -100,6 +101,10 @@ class Run:
             self.__dict__.pop(name, None)
         if part is not None:
             part.close()
+        del part
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for an engine on the same GPU
 
     @property
     def reads_store(self) -> bool:

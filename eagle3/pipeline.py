@@ -343,6 +343,7 @@ def take_part(run: Run) -> None:
     while (stage := run.ranks.tell()) is not None:
         if stage == "train":
             train_stage(run)
+            run.let_go_of_target()
         elif not run.ranks.leads:
             follow(run, run.ranks)
         else:

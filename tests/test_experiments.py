@@ -29,6 +29,7 @@ ONE_STEP = [
     "stages=[prepare,generate,capture,train,export]",
     "launch.nproc_per_node=1",
     "target=hf",
+    "benchmark=builtin",
     "parallel=ddp",
     "parallel.ulysses=1",
     "target.tp_size=1",

@@ -149,6 +149,7 @@ def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):  #
         refused("parallel=usp", "parallel.ulysses=8", "launch.nproc_per_node=8"),
     )
     assert "needs launch.rdzv_endpoint=" in refused("launch.nnodes=2")
+    assert "set target.tp_size=1 or benchmark=sglang" in refused("target.tp_size=2", "launch.nproc_per_node=2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert refused("launch.nproc_per_node=4").startswith(

@@ -65,8 +65,9 @@ class Batch:
         return replace(self, documents=documents, features=features, exchange=exchange, **moved)
 
     def for_target(self) -> "Batch":
-        """Without what a target has no use for, to be sent to another process."""
-        return replace(self, loaded=[], features=None, routes=None, exchange=Alone())
+        """On the host and without what a target has no use for, to be sent to another process."""
+        bare = replace(self, loaded=[], features=None, routes=None, exchange=Alone())
+        return bare.to(torch.device("cpu"))
 
     @property
     def tokens(self) -> int:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from eagle3.data.packing import Batch
 from eagle3.distributed import Ranks
 from eagle3.target.features import Features
@@ -13,29 +15,30 @@ class Led:
     def __init__(self, run: Any, ranks: Ranks):
         """`run` is an `eagle3.job.Run`, whose `part` of the target is loaded by all at once."""
         self.ranks = ranks
-        ranks.share(("load", (), {}))
+        ranks.share(("load", {}, {}))
         self.part = run.part
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.part, name)
 
-    def __call__(self, batch: Any) -> Any:
-        self.ranks.share(("__call__", (batch,), {}))
+    def __call__(self, batch: Batch) -> Features:
+        self.ranks.share(("__call__", {"batch": batch.for_target()}, {}))
         return self.part(batch)
 
-    def generate(self, *args: Any, **options: Any) -> Any:
-        self.ranks.share(("generate", args, options))
-        return self.part.generate(*args, **options)
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        given = {"input_ids": input_ids.cpu(), "attention_mask": attention_mask.cpu()}
+        self.ranks.share(("generate", given, options))
+        return self.part.generate(input_ids, attention_mask=attention_mask, **options)
 
 
 def follow(run: Any, ranks: Ranks) -> None:
     """Repeat the leader's calls on this process's part of the target until it says that there are no more."""
     while (call := ranks.share(None)) is not None:
-        name, args, options = call
+        name, given, options = call
         if name == "load":
             _ = run.part
         else:
-            getattr(run.part, name)(*args, **options)
+            getattr(run.part, name)(**{key: value.to(run.part.device) for key, value in given.items()}, **options)
 
 
 class Shared:
