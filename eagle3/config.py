@@ -238,6 +238,8 @@ OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
 OmegaConf.register_new_resolver(
     "hydra_folder", lambda resume: ".hydra" if resume == "auto" else ".hydra/resumed", replace=True
 )
+# where the nodes of a Slurm job meet
+OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
 OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).parent / path), replace=True)
 
 

@@ -21,6 +21,7 @@ PAUSE = 0.3  # seconds between two looks at a server that starts
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 QUIET = 30.0  # seconds between two lines where there is no terminal
 SHOWN, SEARCHED = 15, 300  # last lines of the log
+RAISED = re.compile(r"^(?:.*\s)?((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$", re.MULTILINE)
 OF_A_WORKER = re.compile("(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)")
 
 KNOWN = [  # what a log says and what that means, the cause before its consequences
@@ -118,10 +119,13 @@ class Server:
             raise RunError(f"{self.name} ended with exit code {code}: {self.cause(code)}; " + self.end_of_log())
 
     def cause(self, code: int) -> str:
+        """A known cause, else the last exception in the log: SGLang kills itself when one of its processes fails."""
         text = "\n".join(self.last_lines(SEARCHED))
         for pattern, meaning in KNOWN:
             if found := re.search(pattern, text):
                 return meaning.format(*found.groups()[:1])
+        if raised := RAISED.findall(text):
+            return raised[-1]
         if code in (128 + signal.SIGKILL, -signal.SIGKILL):
             return "it was killed, mostly for want of main memory"
         return "see its log"

@@ -18,19 +18,5 @@ if [ "${NNODES:-1}" -gt 1 ]; then
   meet=(--nnodes="$NNODES" --node-rank="${NODE_RANK:-${SLURM_NODEID:?NNODES=$NNODES needs NODE_RANK}}")
   meet+=(--master-addr="${head%:*}" --master-port="${head##*:}")
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # else torchrun warns; run.py sets launch.threads
-
-set -m # a process group of its own: of a Ctrl-C it hears through the trap, once
-"$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node="$processes" \
-  --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}" run.py "$@" &
-child=$! stopped='' heard=''
-trap 'heard=yes stopped=143; kill -TERM "$child"' TERM
-trap 'heard=yes stopped=130; kill -INT "$child"' INT
-code=0
-wait "$child" || code=$?
-while [ "$heard" ]; do # a signal interrupts `wait`, and that after the end says the same again
-  heard='' code=0
-  wait "$child" || code=$?
-done
-[ "$code" = 0 ] || code=${stopped:-$code} # torchrun itself leaves with 1 then
-exit "$code"
+exec "$python" launch/torchrun.py "${meet[@]}" --nproc-per-node="$processes" \
+  --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}" run.py "$@"

@@ -51,7 +51,7 @@ VALUE_MISTAKES = {
     "data.path=no.jsonl": "data.path=no.jsonl does not exist",
     "draft_path=nowhere": "draft_path=nowhere does not exist",
     "model.path=./nowhere": "model.path=nowhere is not a folder",
-    "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 needs that many processes",
+    "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be four numbers",
     "benchmark.configs=[[4,3,1,5]]": "benchmark.configs=[4, 3, 1, 5] is none of [batch, 0, 0, 0]",
     "benchmark.protocol=specforg": "benchmark.protocol=specforg is unknown; allowed: chat, specforge, eagle; did you",
@@ -74,7 +74,6 @@ VALUE_MISTAKES = {
     "regenerate.concurrency=0": "regenerate.concurrency=0 must be within 1 and 100000",
     "data.num_proc=0": "data.num_proc=0 must be at least 1",
     "stages=[prepare,regenerate]": "stages: regenerate must come before prepare, which reads what it writes",
-    "launch.nproc_per_node=8": "launch.nproc_per_node=8: train runs in one process so far",
     "benchmark.max_new_token=8": "is no key of the config; did you mean benchmark.max_new_tokens?",
 }
 

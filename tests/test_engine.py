@@ -113,15 +113,19 @@ def test_death_at_the_start_is_told_with_its_cause(serve, dying, words):
             "(ModuleNotFoundError: No module named 'sglang')",
             "package sglang is missing",
         ),
-        ("WARNING: No module named 'flash_attn', using another backend", "see its log"),
+        ("WARNING: No module named 'flash_attn', using another backend", "it was killed"),
+        (
+            "[06:38:57] (EngineCore pid=3) ERROR ValueError: no EAGLE in torch_native",
+            "ValueError: no EAGLE in torch_nat",
+        ),
         ("ValueError: Model architectures ['FooForCausalLM'] are not supported for now.", "model's architecture"),
         ("The checkpoint has model type `foo` but Transformers does not recognize this architecture.", "architecture"),
     ],
 )
 def test_known_causes(tmp_path, line, words):
     server = Server([], "", {}, tmp_path / "log", 1, "/h")
-    server.log.write_text(f"starting\n{line}\nRuntimeError: Engine core initialization failed.\n")
-    assert words in server.cause(1)
+    server.log.write_text(f"starting\n{line}\nRuntimeError: Engine core initialization failed. See root cause above.\n")
+    assert words in server.cause(137)
 
 
 def test_a_command_that_is_not_there(tmp_path):

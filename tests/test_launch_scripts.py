@@ -1,8 +1,9 @@
-"""launch/torchrun.sh and launch/slurm.sbatch with stand-ins for torchrun and Slurm: what they call, and how they end."""
+"""launch/torchrun.sh and launch/slurm.sbatch with stand-ins for torchrun and Slurm; sweeps through submitit."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -17,7 +18,7 @@ def stand_ins(tmp_path):
     """A folder of commands that write their names and arguments to `log`, and what scripts need to know."""
     log = tmp_path / "log"
     commands = {
-        "python": TASKS.format(signals="TERM INT"),
+        "python": TASKS.format(signals="TERM"),
         "srun": 'echo "node $NNODES $HEAD" >> "$LOG"\necho $$ > "$LOG.pid"\n' + TASKS.format(signals="USR2"),
         "scontrol": '[ "$1" = show ] && printf "first\\nsecond\\n"\ntrue\n',
         "scancel": 'kill -USR2 "$(cat "$LOG.pid")"\n',
@@ -51,7 +52,7 @@ def test_torchrun_on_one_node(stand_ins):
     code, calls = run("torchrun.sh", stand_ins, "2", "-m", "seed=0,1", "data.path=a b", LAST="0")
     assert code == 0
     assert calls == [
-        "python -m torch.distributed.run --standalone --nproc-per-node=2 --shutdown-timeout=600 "
+        "python launch/torchrun.py --standalone --nproc-per-node=2 --shutdown-timeout=600 "
         "run.py -m seed=0,1 data.path=a b"
     ]
 
@@ -62,10 +63,20 @@ def test_torchrun_on_several_nodes(stand_ins):
     assert "--nnodes=2 --node-rank=1 --master-addr=node7 --master-port=2345 --nproc-per-node=8" in calls[0]
 
 
-@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_torchrun_tells_how_it_was_stopped(stand_ins, sent, expected):
-    """torchrun itself leaves with 1 whatever the signal."""
-    assert run("torchrun.sh", stand_ins, "2", send=sent, AFTER_SIGNAL="1")[0] == expected
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("sys.exit(2)", 2, ""),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: process 0 was killed by SIGKILL\n"),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(20)", 143, ""),
+    ],
+)
+def test_torchrun_ends_as_its_processes_do(tmp_path, script, code, said):
+    """torchrun itself would leave with 1."""
+    (tmp_path / "run.py").write_text(f"import os, signal, sys, time\n{script}\n")
+    command = [sys.executable, "launch/torchrun.py", "--standalone", "--shutdown-timeout=5", str(tmp_path / "run.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_a_job_starts_one_torchrun_a_node(stand_ins):
@@ -95,3 +106,20 @@ def test_other_jobs_stay_away(stand_ins, ends_with):
     code, calls = run("slurm.sbatch", stand_ins, LAST=ends_with, RUN_DIR="runs/mine")
     assert code == int(ends_with) and "hydra.run.dir=runs/mine" in calls[1]
     assert not any("requeue" in call for call in calls)
+
+
+@pytest.mark.slow
+def test_a_sweep_through_submitit(tmp_path):
+    """launch=slurm takes its defaults outside of Slurm; each job has one folder, and two processes in it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = [
+        sys.executable, "run.py", "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20",
+        f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "launch=slurm", "launch.nproc_per_node=2",
+        "launch.threads=1", "stages=[prepare,generate,train]", "seed=0,1", "train.max_steps=1", "data.num_samples=60",
+        "data.num_proc=1", "eval.num_prompts=2", "eval.max_new_tokens=8",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/.hydra")) == ["0", "1"]
+    for job in "01":
+        assert (tmp_path / job / "checkpoints" / "last").exists() and (tmp_path / job / "logs/rank_1.log").exists()
