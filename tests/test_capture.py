@@ -248,7 +248,7 @@ def test_training_from_disk_never_loads_the_target(settings, tmp_path, monkeypat
     path = tmp_path / "store"
     run(mode(settings, "offline", "stages=[prepare,generate,capture]", f"hidden_states.path={path}"), tmp_path / "one")
     assert (path / "artefact.json").exists()
-    monkeypatch.setattr(Run, "load_target", lambda *a: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(Run, "part", property(lambda run: pytest.fail("the target was loaded")))
     again = mode(settings, "offline", "stages=[train,export]", f"hidden_states.path={path}")
     run(again, tmp_path / "two")
     assert len(losses(tmp_path / "two")) == 6 and (tmp_path / "two" / "draft" / "config.json").exists()
