@@ -274,8 +274,7 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
         start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
     )
-    for told in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(told).setLevel(logging.CRITICAL)  # `failed` says it in one sentence
+    logging.disable(logging.ERROR)  # `failed` says it in one sentence
     try:
         if config.launch.nnodes == 1 and config.launch.rdzv_endpoint:
             host, _, port = config.launch.rdzv_endpoint.rpartition(":")
@@ -291,6 +290,8 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
         raise RunError(
             f"the processes cannot meet at launch.rdzv_endpoint={where}: {why}; name a port that is free there"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def failed(rank: int, failure: ProcessFailure, go_on: str) -> Exception:

@@ -75,6 +75,7 @@ def test_a_stopped_run_of_two_goes_on_in_one_process(alone, settings, tmp_path):
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 143, errors[-2000:]
     assert f"go on with: python run.py train.resume={run_dir}" in errors and "Traceback" not in errors
+    assert "death signal" not in errors, "the launcher's own words"
     assert not any(map(is_alive, pids))
     done = checkpoint.load(run_dir / "checkpoints" / "last").plain["update"]
     seen = logged(run_dir)
