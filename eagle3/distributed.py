@@ -3,10 +3,12 @@
 import ctypes
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -26,6 +28,7 @@ from eagle3.config import RunConfig, again
 from eagle3.errors import ConfigError, RunError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 PATIENCE = timedelta(days=30)  # of collectives: who waits, waits as long as it takes; `eagle3.watch` finds who hangs
 CULPRIT_SECONDS = 3.0
 
@@ -231,6 +234,8 @@ def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None
 @record
 def worker(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
     """`work` in a process of its own, whose error is handed to the launcher."""
+    with suppress(OSError, AttributeError):  # where the C library has it
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed leaves nobody behind
     return work(config, run_dir, overrides)
 
 
@@ -280,9 +285,9 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
             host, _, port = config.launch.rdzv_endpoint.rpartition(":")
             socket.create_server((host, int(port))).close()  # or it would be waited for as if another node had it
         return elastic_launch(settings, worker)(config, run_dir, overrides).get(0)
-    except SignalException as signal:
+    except SignalException as stopped:
         print(f"stopped; go on with: {again(run_dir, overrides)}", file=sys.stderr)
-        raise SystemExit(128 + signal.sigval) from None
+        raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
         raise failed(*error.get_first_failure(), again(run_dir, overrides)) from error
     except (RendezvousError, DistError, ValueError, OSError) as error:

@@ -8,6 +8,7 @@ from eagle3.data.supervision import serving
 from eagle3.draft.attention import Auto, Dense, Documents, FlashAttn, FlashCUDA, attend
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
+from eagle3.sequence import Segmented, segments_of
 from eagle3.target.features import Features
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
@@ -50,6 +51,35 @@ def test_attention_kernels_equal_dense(backend, head_dim):
     expected = attend(Dense, documents, rows, *wide[:3], pairs)
     expected_grads = torch.autograd.grad(expected, wide, grad.double())
     assert closeness(out, expected) < 1e-2
+    assert all(closeness(g, e) < 2e-2 for g, e in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", [FlashCUDA, FlashAttn])
+def test_segments_of_a_shared_batch_equal_dense(backend):
+    """What a rank of a sequence group computes: some blocks of rows against their documents' keys so far."""
+    if backend is FlashAttn:
+        pytest.importorskip("flash_attn")
+    torch.manual_seed(0)
+    batch = pack([(i, torch.zeros(n), torch.ones(n)) for i, n in enumerate(LENGTHS)], torch.ones(1).bool(), 7, serving)
+    tokens = torch.cat([torch.arange(40, 100), torch.arange(200, 290), torch.arange(400, 500)])
+    segments = segments_of(tokens, batch)
+    parts = [
+        part._replace(
+            rows=part.rows.cuda(), documents=part.documents._replace(cu_seqlens=part.documents.cu_seqlens.cuda())
+        )
+        for part in segments.parts
+    ]
+    q, grad = torch.randn(2, len(tokens), 8, 64, dtype=torch.bfloat16, device="cuda")
+    k, v = torch.randn(2, sum(LENGTHS), 2, 64, dtype=torch.bfloat16, device="cuda")
+    rows, given = torch.arange(len(tokens), device="cuda"), segments._replace(parts=parts)
+    out, lse = Segmented(backend).forward(q, rows, k, v, given, 0.125)
+    grads = Segmented(backend).backward(grad, q, rows, k, v, out, lse, given, 0.125)
+    wide = [x.double().cpu() for x in (q, k, v, grad)]
+    expected, expected_lse = Dense.forward(wide[0], tokens, *wide[1:3], batch.documents, 0.125)
+    expected_grads = Dense.backward(
+        wide[3], wide[0], tokens, *wide[1:3], expected, expected_lse, batch.documents, 0.125
+    )
+    assert closeness(out, expected) < 1e-2 and closeness(lse, expected_lse) < 1e-3
     assert all(closeness(g, e) < 2e-2 for g, e in zip(grads, expected_grads, strict=True))
 
 

@@ -33,7 +33,7 @@ def start(overrides, run_dir):
 
 def wait_for(condition, process, seconds=240):
     give_up = time.time() + seconds
-    while not condition() and process.poll() is None and time.time() < give_up:
+    while not condition() and process.poll() in (None, -signal.SIGKILL) and time.time() < give_up:
         time.sleep(0.05)
     assert condition(), process.communicate()[1][-3000:] if process.poll() is not None else "nothing happened in time"
 
@@ -120,6 +120,16 @@ def test_the_same_layout_goes_on_bit_for_bit(settings, tmp_path, stopped):  # no
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     whole, again = (checkpoint.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path):  # noqa: F811
+    process = start([*settings, *FIXED, *TWO, "train.max_steps=5000", "train.epochs=5000"], tmp_path)
+    wait_for(lambda: len(logged(tmp_path)) >= 2, process)
+    pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
+    process.kill()
+    wait_for(lambda: not any(map(is_alive, pids)), process)
+    assert checkpoint.load(tmp_path / "checkpoints" / "last").plain["update"] >= 2
 
 
 @pytest.mark.slow
