@@ -41,6 +41,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep_last: int, ranks: Ranks):
         self.folder, self.keep_last, self.ranks = folder, keep_last, ranks
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if ranks.world_size > 1 else None
+        if ranks.is_main:  # a killed run's files, some of ranks that there are no more, must not end up in a new folder
+            for partial in folder.glob("step_*.partial"):
+                shutil.rmtree(partial)
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
 
@@ -118,8 +121,9 @@ def link(name: Path, to: str) -> None:
 def prune(folder: Path, keep_last: int) -> None:
     kept = {os.readlink(folder / name) for name in ("last", "best") if (folder / name).is_symlink()}
     steps = sorted(folder.glob("step_*[0-9]"), key=number)
-    for path in [*(step for step in steps[:-keep_last] if step.name not in kept), *folder.glob("step_*.partial")]:
-        shutil.rmtree(path)
+    for path in steps[:-keep_last]:
+        if path.name not in kept:
+            shutil.rmtree(path)
 
 
 def number(step: Path) -> int:

@@ -173,8 +173,8 @@ def connect() -> None:
     """Make this process one of those that its launcher started; again and again is harmless."""
     if not is_started() or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.cuda.is_available():  # with device=cpu there may be more processes than GPUs
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
 
 
@@ -218,8 +218,12 @@ def work(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None
     from eagle3.watch import keep_log
 
     prepare_process(config)
-    connect()
-    ranks = join(1 if config.plan else ranks_of_target(config.target))
+    if config.plan:
+        ranks = Ranks()
+    else:
+        connect()
+        ranks = join(ranks_of_target(config.target))
+    run_dir, overrides = ranks.tell((run_dir, overrides))  # each node's launcher has named a folder after its own time
     log = keep_log(run_dir, ranks.rank) if ranks.world_size > 1 else None
     try:
         return execute(config, run_dir, overrides, ranks)
@@ -236,7 +240,9 @@ def worker(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
     """`work` in a process of its own, whose error is handed to the launcher."""
     with suppress(OSError, AttributeError):  # where the C library has it
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # a launcher that is killed leaves nobody behind
-    return work(config, run_dir, overrides)
+    length = work(config, run_dir, overrides)
+    dist.destroy_process_group()  # or nccl complains
+    return length
 
 
 @cache
@@ -250,11 +256,12 @@ def attend() -> None:
     """Under torchrun: take part in the jobs that the first rank composes, until it has no more."""
     while (job := company().tell()) is not None:
         work(*job)
+    dist.destroy_process_group()
 
 
 def dismiss() -> None:
-    """Under torchrun: the first rank has no more jobs."""
-    if dist.is_initialized():
+    """Under torchrun: the first rank has no more jobs, or had none but to show a plan."""
+    if is_started():
         company().tell(None)
         dist.destroy_process_group()
 
@@ -272,9 +279,10 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
         min_nodes=config.launch.nnodes,
         max_nodes=config.launch.nnodes,
         nproc_per_node=config.launch.nproc_per_node,
-        run_id=run_dir.name,
+        run_id="eagle3",  # launchers of several nodes only meet under the same
         rdzv_backend="c10d",
         rdzv_endpoint=config.launch.rdzv_endpoint or "127.0.0.1:0",
+        local_addr="127.0.0.1" if config.launch.nnodes == 1 else None,  # a machine's name need not be known to itself
         max_restarts=0,
         start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,

@@ -97,7 +97,7 @@ class Run:
     def let_go_of_target(self) -> None:
         """Free its memory, end its engine; it is loaded again where a later stage asks for it."""
         part = self.__dict__.pop("part", None)
-        for name in ("target", "weights"):
+        for name in ("target", "weights", "supply"):
             self.__dict__.pop(name, None)
         if part is not None:
             part.close()

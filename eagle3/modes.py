@@ -96,6 +96,7 @@ class Kept:
 def hybrid(run) -> Supply:
     """`mode=hybrid`: what the first pass computes is kept, as far as the disk budget goes, and read afterwards."""
     kept, target = run.growing_store(), run.shared_target
+    stand_by = getattr(target, "stand_by", nobody_else)
     everything = Kept(run.prepared, kept, run.ranks.meet)
 
     def features_of(batch: Batch) -> Features:
@@ -106,10 +107,12 @@ def hybrid(run) -> Supply:
                 parts = split_features(batch, features)
                 kept.add([replace(d, features=f) for d, f in zip(unknown, parts, strict=True)])
             return features
+        if not unknown:  # of a batch that ranks share, others prefill the documents without features
+            stand_by(1)
         seen = {document.key: document for document in see(target, unknown)} if unknown else {}
         if not kept.full:
             kept.add(list(seen.values()))
         features = concatenate([seen.get(document.key, document).features for document in batch.loaded])
         return features.to(batch.input_ids.device)
 
-    return Supply(everything, features_of, kept.sync, kept.close, getattr(target, "stand_by", nobody_else))
+    return Supply(everything, features_of, kept.sync, kept.close, stand_by)

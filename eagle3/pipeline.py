@@ -119,7 +119,8 @@ def train_stage(run: Run) -> None:
     draft = draft_for(run)
     draft_head = weights.head[draft.target_ids]
     last = run.run_dir / "checkpoints" / "last"
-    saved = checkpoint.load(last) if last.exists() else None
+    # the first rank decides: what another node sees of a shared disk may be old
+    saved = checkpoint.load(last) if ranks.tell(last.exists()) else None
     group = shape.ulysses * shape.ring
     replicas, supply, deal = ranks.world_size // group, run.supply, {}
     tokens_per_update = given.tokens_per_step * given.grad_accum * replicas
@@ -158,8 +159,10 @@ def train_stage(run: Run) -> None:
         ranks=ranks,
         reduce_dtype=REDUCE_DTYPES[shape.reduce_dtype],
     )
+    resumed_at = None
     if saved:
         trainer.restore(saved)
+        resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
         console.print(f"train: resumed after update {trainer.update} of {loader.total_updates}")
     measure = evaluation_of(run, draft, draft_head, loss) if run.evaluates else None
     try:
@@ -168,7 +171,7 @@ def train_stage(run: Run) -> None:
                 trainer,
                 measure,
                 run.run_dir,
-                metrics_log(run, trainer.update if saved else None),
+                metrics_log(run, resumed_at),
                 save_every=given.save_every,
                 eval_every=given.eval_every,
                 log_every=given.log_every,
@@ -176,8 +179,10 @@ def train_stage(run: Run) -> None:
             )
     finally:
         run.supply.close()
-    if ranks.is_main:
-        conclude(run, trainer, measure)
+    damaged = {
+        key: why for each in ranks.collect(run.store.damaged if run.reads_store else {}) for key, why in each.items()
+    }
+    conclude(run, trainer, measure, damaged)
 
 
 def metrics_log(run: Run, resume_step: int | None) -> Callable[[dict[str, float], int], None]:
@@ -193,17 +198,25 @@ def metrics_log(run: Run, resume_step: int | None) -> Callable[[dict[str, float]
     return log
 
 
-def conclude(run: Run, trainer: Trainer, measure: Callable[[Draft], evaluate.Evaluation] | None) -> None:
-    """What is said and kept of a training that is over."""
-    if run.reads_store and run.store.damaged:
-        left_out = "; ".join(f"{key}: {reason}" for key, reason in sorted(run.store.damaged.items())[:5])
-        console.print(f"train: {len(run.store.damaged)} damaged documents were left out ({left_out})", soft_wrap=True)
-        run.inputs["damaged"] = {str(key): reason for key, reason in run.store.damaged.items()}
+def conclude(
+    run: Run,
+    trainer: Trainer,
+    measure: Callable[[Draft], evaluate.Evaluation] | None,
+    damaged: dict[int, str],
+) -> None:
+    """What is said and kept of a training that is over; every process measures, the first one writes."""
+    if damaged:
+        left_out = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
+        console.print(f"train: {len(damaged)} damaged documents were left out ({left_out})", soft_wrap=True)
+        run.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
     if measure is None:
         console.print("train: there are no held-out answers to measure on; the last checkpoint is kept as the best")
         return
-    trainer.draft.load_state_dict(checkpoint.draft_weights(run.run_dir / "checkpoints" / "best"))
+    if run.ranks.is_main:
+        trainer.draft.load_state_dict(checkpoint.draft_weights(run.run_dir / "checkpoints" / "best"))
     best = measure(trainer.draft)
+    if not run.ranks.is_main:
+        return
     (run.run_dir / "evaluation.json").write_text(json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update}))
     console.print(
         f"train: best acceptance length {best.acceptance_length[best.draft_length]:.2f} "

@@ -56,6 +56,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, tensor)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"], "what was left is pruned"
 
 
+def test_what_a_killed_run_left_is_in_no_later_checkpoint(tmp_path):
+    """It had more ranks, and the last of them was killed while it wrote."""
+    left = tmp_path / "step_1.partial" / "shard-00004-model-00001-of-00001.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half a file")
+    checkpoints = Checkpoints(tmp_path, keep_last=1, ranks=Ranks())
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    assert load(tmp_path / "last").plain["update"] == 1 and not list(tmp_path.rglob(left.name))
+
+
 def test_ranks_share_the_writing():
     tensors = {f"t{i}": torch.zeros(size) for i, size in enumerate([100, 60, 50, 30, 10, 1])}
     shares = [share_of(tensors, Ranks(rank, 3)) for rank in range(3)]

@@ -104,6 +104,14 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path):  
     assert len(losses(run_dir)) == 30 and same(losses(run_dir), losses(alone))
 
 
+def test_a_target_over_two_ranks_comes_to_its_end(settings, tmp_path):  # noqa: F811
+    """Stages behind the training find the ranks that share a target where they wait for them."""
+    stages = ["stages=[prepare,generate,train,export]", "train.max_steps=2", "launch.timeout=60"]
+    done = run_command(*settings, *FIXED, *TWO, "target.tp_size=2", *stages, f"hydra.run.dir={tmp_path}", timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "draft" / "config.json").exists() and (tmp_path / "evaluation.json").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
 def test_the_same_layout_goes_on_bit_for_bit(settings, tmp_path, stopped):  # noqa: F811
@@ -136,13 +144,22 @@ def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path):  # noqa: F8
 def test_torchrun_and_a_sweep(settings, tmp_path):  # noqa: F811
     """Plain torchrun; each job of the sweep has one run dir and one .hydra."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "run.py"]
-    sweep = ["-m", "optimizer.lr=1e-3,1e-4", "train.max_steps=2", f"hydra.sweep.dir={tmp_path}"]
-    done = subprocess.run([*command, *settings, *FIXED, *sweep], cwd=ROOT, capture_output=True, text=True, timeout=400)
+    sweep = ["optimizer.lr=1e-3,1e-4", "train.max_steps=2", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(
+        [*command, "-m", *settings, *FIXED, *sweep], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1"]
     for job in ("0", "1"):
         assert (tmp_path / job / ".hydra" / "config.yaml").exists() and len(losses(tmp_path / job)) == 2
         assert json.loads((tmp_path / job / "run.json").read_text())["config"]["launch"]["nproc_per_node"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_shows_a_plan_and_ends(settings):  # noqa: F811
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "run.py"]
+    done = subprocess.run([*command, *settings, "plan=true"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):  # noqa: F811

@@ -54,12 +54,13 @@ class Batch:
     routes: Any = None
 
     def to(self, device: torch.device) -> "Batch":
+        ahead = device.type == "cuda"  # what goes to the host may be read at once
         moved = {
-            name: value.to(device, non_blocking=True)
+            name: value.to(device, non_blocking=ahead)
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor) and name != "pairs_before"
         }
-        documents = self.documents._replace(cu_seqlens=self.documents.cu_seqlens.to(device, non_blocking=True))
+        documents = self.documents._replace(cu_seqlens=self.documents.cu_seqlens.to(device, non_blocking=ahead))
         features = self.features.to(device) if self.features is not None else None
         exchange = self.exchange.to(device)
         return replace(self, documents=documents, features=features, exchange=exchange, **moved)
