@@ -1,7 +1,9 @@
 """From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see --help)."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
@@ -48,6 +50,16 @@ def job(composed: DictConfig) -> float | None:
         sys.exit(130)
 
 
+@contextlib.contextmanager
+def suppress_success() -> Iterator[None]:
+    """Hydra leaves through `sys.exit` where it only shows something, and the other processes must hear of it."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
 def main() -> None:
     """Run the command line; under torchrun the first process alone reads it."""
     try:
@@ -56,7 +68,8 @@ def main() -> None:
 
             attend()
         else:
-            job()
+            with suppress_success():
+                job()
             if "RANK" in os.environ:
                 from eagle3.distributed import dismiss
 

@@ -69,6 +69,7 @@ class Checkpoints:
             if path.exists():
                 shutil.rmtree(path)
             os.replace(partial, path)
+            sync(self.folder)
             if best:  # before `last`: killed between the two, the resumed run evaluates this update again
                 link(self.folder / "best", path.name)
             link(self.folder / "last", path.name)
@@ -108,6 +109,13 @@ def share_of(tensors: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.
         if rank == ranks.rank:
             mine[name] = tensors[name]
     return mine
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    number = os.open(folder, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
 
 
 def link(name: Path, to: str) -> None:

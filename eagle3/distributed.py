@@ -136,6 +136,11 @@ class Ranks:
         for parameter, tensor in zip(parameters, sent, strict=True):
             parameter.grad = tensor.to(parameter.dtype)
 
+    def agree(self, tensors: list[torch.Tensor]) -> None:
+        """Makes tensors those of the first rank."""
+        for tensor in tensors if self.world_size > 1 else ():
+            dist.broadcast(tensor, src=0)
+
     def meet(self) -> None:
         """Wait until every rank is here."""
         self.tell()
@@ -252,6 +257,7 @@ def company() -> Ranks:
     return join(1)
 
 
+@record
 def attend() -> None:
     """Under torchrun: take part in the jobs that the first rank composes, until it has no more."""
     while (job := company().tell()) is not None:

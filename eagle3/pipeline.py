@@ -164,6 +164,7 @@ def train_stage(run: Run) -> None:
         trainer.restore(saved)
         resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
         console.print(f"train: resumed after update {trainer.update} of {loader.total_updates}")
+    ranks.agree(list(draft.state_dict().values()))  # other processors may round other first weights
     measure = evaluation_of(run, draft, draft_head, loss) if run.evaluates else None
     try:
         with Watch(run.run_dir, ranks, config.launch.timeout):

@@ -77,7 +77,10 @@ class Watch:
             waited = time.monotonic() - since
             if waited < self.timeout:
                 continue
-            everyone = [json.loads(self.path(rank).read_text()) for rank in range(self.ranks.world_size)]
+            try:
+                everyone = [json.loads(self.path(rank).read_text()) for rank in range(self.ranks.world_size)]
+            except (OSError, ValueError) as error:
+                self.end(f"process {self.ranks.rank} waits and cannot see the others ({error}; is the folder shared?)")
             fewest = min(shown["begun"] for shown in everyone)
             if begun == fewest:
                 self.end(f"process {self.ranks.rank} hangs, {self.where()}")

@@ -20,5 +20,6 @@ except ChildFailedError as error:
     if failure.exitcode < 0:
         print(f"error: process {rank} was killed by {failure.signal_name()}", file=sys.stderr)
     elif rank > 0:
-        print(f"error: process {rank} failed; logs/rank_{rank}.log in the run's folder has more", file=sys.stderr)
+        told = failure.message["message"] if isinstance(failure.message, dict) else "it failed"
+        print(f"error: process {rank}: {told} (logs/rank_{rank}.log in the run's folder has more)", file=sys.stderr)
     sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
