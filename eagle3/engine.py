@@ -27,7 +27,7 @@ OF_A_WORKER = re.compile("(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PO
 KNOWN = [  # what a log says and what that means, the cause before its consequences
     (
         r"(?i)OutOfMemoryError|out of memory|not enough memory|cannot allocate memory|no available memory"
-        r"|less than desired GPU memory|estimated maximum model length",
+        r"|less than desired GPU memory|estimated maximum model length|memory capacity is unbalanced",
         "it is out of memory: change mem_fraction_static, raise tp_size, or free the device of other processes",
     ),
     (r"(?i)address already in use|EADDRINUSE|port \d+ .{0,20}in use", "its port is taken: choose another port"),

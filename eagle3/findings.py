@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from eagle3.draft.folder import LLAMA_DEFAULTS, PICKLED, with_defaults
 from eagle3.draft.initial import derive_config
 from eagle3.formats import DraftFiles
-from eagle3.target.layers import meant_by
+from eagle3.target.layers import engines_default, meant_by
 
 ENGINES = {"sglang": "SGLang", "vllm": "vLLM", "trtllm": "TensorRT-LLM", "official": "the official code"}
 ALL = tuple(ENGINES)
@@ -140,7 +140,7 @@ def shape(files: DraftFiles, target: PretrainedConfig) -> Iterator[Finding]:
 
 def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     """The layers whose outputs each engine feeds to this draft (TensorRT-LLM: unless told otherwise)."""
-    default = [1, num_layers // 2 - 1, num_layers - 4]
+    default = engines_default(num_layers)
     ids = (files.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     above = files.config.get("eagle_aux_hidden_state_layer_ids") or ids
     vllm = meant_by("vllm", above) if above else default

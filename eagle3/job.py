@@ -102,7 +102,7 @@ class Run:
         if part is not None:
             part.close()
         del part
-        gc.collect()
+        gc.collect()  # its hooks and it hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for an engine on the same GPU
 

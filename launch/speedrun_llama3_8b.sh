@@ -22,7 +22,7 @@ recipe+=("name=speedrun" "launch.nproc_per_node=$((gpus > 8 ? 8 : gpus > 0 ? gpu
 [ "$engine" = builtin ] || launch/engines.sh "$engine"
 if [ ! -f "$run/benchmark/benchmark.json" ]; then
   "$python" run.py "${recipe[@]}" plan=true "hydra.run.dir=$run/plan"
-  [ -f "$run/check.json" ] ||
+  [ -f "$run/report.html" ] ||
     "$python" run.py "${recipe[@]}" 'stages=[prepare,generate,train,export,check]' "hydra.run.dir=$run"
   measured=("benchmark=$engine")
   [ "$engine" = builtin ] || measured+=(

@@ -357,6 +357,12 @@ def test_builtin_runs_trees_and_batches(tmp_path, target):
     assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]] and answers[0].rounds == 3
 
 
+def test_sampled_answers_do_not_share_their_luck(target):
+    decoder = builtin.Decoder(target, None, [1, 0, 0, 0], 50.0, 0, Words())
+    one, other = decoder.answer([[0, 3], [0, 3]], 8)
+    assert one.ids != other.ids
+
+
 def test_heldout_behind_another_system_prompt(tmp_path):
     target, path = Cycle(256), tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"messages": turns("q")}) + "\n")

@@ -107,6 +107,7 @@ def test_death_at_the_start_is_told_with_its_cause(serve, dying, words):
             "change mem_fraction_static",
         ),
         ("ValueError: Free memory on device (3/139 GiB) on startup is less than desired GPU memory", "out of memory"),
+        ("RuntimeError: The memory capacity is unbalanced. Some GPUs may be occupied by others.", "out of memory"),
         ("[Errno 98] error while attempting to bind on ('127.0.0.1', 3): address already in use", "port is taken"),
         (
             "python: Error while finding module specification for 'sglang.launch_server' "

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from eagle3 import config as configuration
 from eagle3.checks import check
 from eagle3.distributed import launch
 from eagle3.errors import ConfigError, RunError
+from eagle3.job import Run
 
 SMALL = [
     "model=hf",
@@ -120,6 +122,13 @@ def test_everything_is_written(finished, settings):
     (row,) = benchmark["suites"]["heldout"]
     assert row["lossless"] is True and value == row["acceptance_length"] >= 1
     assert "<svg" in (run_dir / "report.html").read_text()
+
+
+def test_a_target_let_go_of_leaves_its_memory_to_an_engine(settings, tmp_path):
+    job = Run(compose_config(settings, tmp_path), tmp_path, settings)
+    model = weakref.ref(job.supply.features_of.model)
+    job.let_go_of_target()
+    assert model() is None
 
 
 def test_evaluation_and_benchmark_agree(finished):

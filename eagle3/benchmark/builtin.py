@@ -1,7 +1,7 @@
 """The benchmark without an engine: `eagle3.decode`, with the draft and without it in turn."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -80,11 +80,15 @@ class Decoder:
     def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> list[Generation]:
         _, steps, topk, verify_tokens = self.config
         prompts = [prompt.to(self.target.embedding.device) for prompt in prompts]
-        generator = torch.Generator(prompts[0].device).manual_seed(self.seed)
         if steps == 0:
-            return generate(self.target, prompts, max_new_tokens, self.temperature, generator)
+            return generate(self.target, prompts, max_new_tokens, self.temperature, self.generator)
         tree = steps, topk, verify_tokens
-        return speculate(self.target, self.draft, prompts, *tree, max_new_tokens, self.temperature, generator)
+        return speculate(self.target, self.draft, prompts, *tree, max_new_tokens, self.temperature, self.generator)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """One for all questions: were each seeded alike, all would share their luck and intervals be too narrow."""
+        return torch.Generator(self.target.embedding.device).manual_seed(self.seed)
 
     def read(self, generation: Generation, stop: tuple[str, ...]) -> Answer:
         steps, accepted, text = self.config[1], generation.accepted, self.chat.decode(generation.ids)

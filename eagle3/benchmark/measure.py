@@ -149,7 +149,7 @@ def run(
         for opened in in_order(configs, together):
             for config, trials in zip(opened, answer(opener, opened, tasks, job.chat), strict=True):
                 measured[tuple(config)] = trials
-    except RunError:
+    except (ConfigError, RunError):
         if any(tuple(config) in measured for config in configs):
             write()  # hours may have gone into what was measured before the engine failed
         raise

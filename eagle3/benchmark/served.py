@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from transformers import PretrainedConfig
 
 from eagle3.benchmark.statistics import Answer
@@ -164,13 +163,6 @@ class Client:
 
     def close(self) -> None:
         """Nothing: the server is that of `Servers`."""
-
-
-def make_room(job) -> None:
-    """Leave the accelerator to the engine."""
-    job.let_go_of_target()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def check_draft(folder: Path, target: PretrainedConfig, engine: str, speculators: bool) -> None:

@@ -84,7 +84,7 @@ def run(
         "tp_size": tp_size,
         "server_args": list(server_args),
     }
-    served.make_room(job)
+    job.let_go_of_target()  # it would take memory that the engine needs
     with served.Servers(dialect, command, url, alone_url, port, job.run_dir, ready_seconds, timeout) as servers:
         return measure.run(
             job,

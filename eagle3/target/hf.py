@@ -14,6 +14,7 @@ import eagle3.target.packed_attention  # noqa: F401  registers the attention nam
 from eagle3.data.packing import Batch
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.features import Features
+from eagle3.target.layers import engines_default
 
 
 def text_config(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -33,7 +34,7 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
             f"the target has {num_layers} layers, too few for the default auxiliary layers: "
             f"set model.aux_layer_ids to three of 0..{num_layers - 1}, e.g. model.aux_layer_ids=[0,1,{num_layers - 1}]"
         )
-    return [1, num_layers // 2 - 1, num_layers - 4]
+    return engines_default(num_layers)
 
 
 def check_supported(config: PretrainedConfig) -> None:

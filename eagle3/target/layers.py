@@ -18,6 +18,6 @@ def meant_by(tool: str, numbers: list[int]) -> list[int]:
     return [number - SHIFTS[tool] for number in numbers]
 
 
-def sglang_default(num_layers: int) -> list[int]:
-    """What SGLang captures unasked, in our numbers: it names the inputs of layers 2, L/2 and L - 3."""
-    return sorted({layer_id - 1 for layer_id in (2, num_layers // 2, num_layers - 3)})
+def engines_default(num_layers: int) -> list[int]:
+    """What every engine feeds unasked, in our numbers; some coincide in a model of fewer than 7 layers."""
+    return [1, num_layers // 2 - 1, num_layers - 4]

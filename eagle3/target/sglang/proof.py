@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 from eagle3.errors import RunError
 from eagle3.target.features import Features
 from eagle3.target.hf import find_layers, head_statistics
-from eagle3.target.layers import numbered_by, sglang_default
+from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.sglang.serve import HOOK
 
 console = Console(stderr=True, markup=False, highlight=False)
@@ -21,12 +21,12 @@ def check_server(info: dict[str, Any], url: str, path: str, aux_layer_ids: list[
     """Raise RunError where the server, by what /server_info says, was not started to capture this target."""
     why = None
     explicit = info.get("return_aux_hidden_state_layer_ids")
-    captured = sglang_default(num_layers) if explicit is None else list(explicit)
+    captured = engines_default(num_layers) if explicit is None else meant_by("sglang", explicit)
     if not any(hook.get("hook_factory") == HOOK for hook in info.get("forward_hooks") or []):
         why = "it was not started to leave hidden states"
     elif not info.get("disable_radix_cache"):
         why = "its prefix cache is on, and cached positions never come"
-    elif captured != numbered_by("sglang", aux_layer_ids):
+    elif captured != aux_layer_ids:
         why = f"it captures layers {captured}, not {aux_layer_ids}"
     elif Path(info.get("model_path", path)).name != Path(path).name:
         why = f"it serves {info['model_path']}, not {path}"

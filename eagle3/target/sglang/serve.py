@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from eagle3.engine import Server, choose_port, find_package
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.hf import default_aux_layer_ids, text_config
-from eagle3.target.layers import numbered_by, sglang_default
+from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
 
 VERSIONS = ">=0.5.23,<0.6"
@@ -91,7 +91,7 @@ def command(
         options["--attention-backend"] = "torch_native"
     if trust_remote_code:
         flags.append("--trust-remote-code")
-    if aux_layer_ids != sglang_default(num_layers):
+    if aux_layer_ids != engines_default(num_layers):
         flags += ["--return-aux-hidden-state-layer-ids", *map(str, numbered_by("sglang", aux_layer_ids))]
     named = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
     return [python, "-m", "sglang.launch_server", *named, *flags, *server_args]

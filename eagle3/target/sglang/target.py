@@ -104,7 +104,8 @@ class SGLangTarget:
 
     def check_space(self) -> None:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
-        needed = self.batch_tokens * 4 * self.config.hidden_size * getattr(torch, self.dtype).itemsize
+        row = 4 * self.config.hidden_size * getattr(torch, self.dtype).itemsize
+        needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free = shutil.disk_usage(self.blocks.folder).free
         if free < needed:
             raise ConfigError(
