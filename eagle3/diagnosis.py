@@ -102,7 +102,7 @@ def embedding(files: DraftFiles, run: Run) -> Iterator[Finding]:
         return
     try:
         target = run.load_weights().embedding
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, torch.OutOfMemoryError) as error:
         yield Finding(NOTE, ALL, f"embed_tokens.weight is there, but was not compared with the target's: {error}")
         return
     if shipped.shape != target.shape:
@@ -169,7 +169,7 @@ def decode(files: DraftFiles, run: Run) -> tuple[Decoded | None, list[Finding]]:
         messages = [[{"role": "user", "content": question}] for question in QUESTIONS[: asked.num_prompts]]
         encoded = [run.chat.encode_prompt(with_system(m, config.data.system_prompt)) for m in messages]
         prompts = [torch.tensor(ids, device=run.device) for ids in encoded]
-    except (ConfigError, RunError) as error:
+    except (ConfigError, RunError, torch.OutOfMemoryError) as error:
         return None, [Finding(NOTE, (), f"no prompt was decoded: {error}")]
     decoded = Decoded(len(prompts), asked.max_new_tokens, config.eval.draft_length, {})
     for ids in choices:

@@ -167,6 +167,17 @@ def choose_port(port: int | None, key: str) -> int:
         return probe.getsockname()[1]
 
 
+def environment(engine: str) -> Path:
+    """Where launch/engines.sh makes the environment of `sglang` or `vllm`."""
+    return Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[1])) / f".venv-{engine}"
+
+
+def interpreter(engine: str, given: str | None) -> str:
+    """The Python of an engine: the one given, else that of its own environment where there is one, else this one."""
+    own = environment(engine) / "bin" / "python"
+    return given or (str(own) if own.exists() else sys.executable)
+
+
 def find_package(python: str, names: tuple[str, ...], versions: str, key: str) -> str:
     """Version of the first of these distributions that the interpreter `python` has.
 

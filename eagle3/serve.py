@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from eagle3.draft.folder import flatten, locate, named_layers, read_config
+from eagle3.engine import environment
 from eagle3.errors import RunError
 
-ROOT = Path(__file__).parent.parent
 LENGTH = 3  # of the chain, where nothing says another: that of the published comparisons
 
 
@@ -131,7 +131,7 @@ def portable(served: Served, engine: str) -> str:
 
 def program(engine: str, name: str) -> str:
     """The engine's program in its own environment where launch/engines.sh has made one, else that on the PATH."""
-    own = Path(os.environ.get("ENGINES_DIR", ROOT)) / f".venv-{engine}" / "bin" / name
+    own = environment(engine) / "bin" / name
     return str(own) if own.exists() else name
 
 

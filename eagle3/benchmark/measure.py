@@ -149,9 +149,9 @@ def run(
         for opened in in_order(configs, together):
             for config, trials in zip(opened, answer(opener, opened, tasks, job.chat), strict=True):
                 measured[tuple(config)] = trials
-    except (ConfigError, RunError):
+    except (ConfigError, RunError, KeyboardInterrupt):
         if any(tuple(config) in measured for config in configs):
-            write()  # hours may have gone into what was measured before the engine failed
+            write()  # hours may have gone into what was measured before it ended
         raise
     return write()
 
@@ -193,7 +193,8 @@ def answer(opener: Opener, configs: list[list[int]], tasks: list[Task], chat: Ch
     """The trials of every config and suite. All configs are open at once; the order in which they answer a group of
     questions turns round from group to group, so that a machine that grows slower favours none."""
     trials = [{task.name: [] for task in tasks} for _ in configs]
-    size = configs[0][0] if len(configs) > 1 else max(len(task.questions) for task in tasks)
+    # a server with a batch is kept busy: its questions are given all at once
+    size = configs[0][0] if len(configs) > 1 or configs[0][0] == 1 else max(len(task.questions) for task in tasks)
     groups = [(t, t.questions[i : i + size]) for t in tasks for i in range(0, len(t.questions), size)]
     name = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
     with ExitStack() as stack:

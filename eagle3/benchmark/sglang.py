@@ -1,6 +1,5 @@
 """The benchmark in SGLang: a stock server, chains and trees; acceptance from its counters of every request."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ import httpx
 
 from eagle3.benchmark import measure, served
 from eagle3.benchmark.statistics import Answer
-from eagle3.engine import find_package
+from eagle3.engine import find_package, interpreter
 from eagle3.errors import RunError
 from eagle3.job import hardware
 from eagle3.logger import redact
@@ -20,7 +19,7 @@ VERSIONS = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
 def check_settings(benchmark: dict[str, Any]) -> None:
     """What can be told of the section `benchmark` before anything starts. Raises ConfigError."""
     if not (benchmark.get("url") and benchmark.get("alone_url")):
-        find_package(benchmark.get("python") or sys.executable, ("sglang",), VERSIONS, "benchmark.python")
+        find_package(interpreter("sglang", benchmark.get("python")), ("sglang",), VERSIONS, "benchmark.python")
 
 
 def run(
@@ -49,7 +48,7 @@ def run(
     running server with the draft, `alone_url` one without, both with --enable-metrics; those that are null are started.
     Raises ConfigError, RunError.
     """
-    model, python = job.config.model, python or sys.executable
+    model, python = job.config.model, interpreter("sglang", python)
     served.check_draft(job.draft_folder, job.target_config, "SGLang", speculators=False)
     version = find_package(python, ("sglang",), VERSIONS, "benchmark.python") if not (url and alone_url) else None
     batch = max(config[0] for config in configs)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import httpx
 
 from eagle3.benchmark import measure, served
 from eagle3.benchmark.statistics import Answer
-from eagle3.engine import find_package
+from eagle3.engine import find_package, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.job import hardware
 from eagle3.logger import redact
@@ -30,7 +29,7 @@ def check_settings(benchmark: dict[str, Any]) -> None:
                 "take benchmark=sglang or benchmark=builtin for it"
             )
     if not (benchmark.get("url") and benchmark.get("alone_url")):
-        find_package(benchmark.get("python") or sys.executable, PACKAGES, VERSIONS, "benchmark.python")
+        find_package(interpreter("vllm", benchmark.get("python")), PACKAGES, VERSIONS, "benchmark.python")
 
 
 def run(
@@ -58,7 +57,7 @@ def run(
     As `eagle3.benchmark.sglang.run`; `mem_fraction_static` is vLLM's --gpu-memory-utilization. Running servers
     need `--enable-per-request-metrics`, with a draft `--per-request-spec-decode-metrics detailed` too.
     """
-    model, python = job.config.model, python or sys.executable
+    model, python = job.config.model, interpreter("vllm", python)
     served.check_draft(job.draft_folder, job.target_config, "vLLM", speculators=True)
     version = find_package(python, PACKAGES, VERSIONS, "benchmark.python") if not (url and alone_url) else None
     batch = max(config[0] for config in configs)

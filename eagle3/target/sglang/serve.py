@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from eagle3.engine import Server, choose_port, find_package
+from eagle3.engine import Server, choose_port, find_package, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.hf import default_aux_layer_ids, text_config
 from eagle3.target.layers import engines_default, numbered_by
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--ready-seconds", type=float, default=1800)
-    parser.add_argument("--python", default=sys.executable, help="interpreter of SGLang's environment")
+    parser.add_argument("--python", default=interpreter("sglang", None), help="interpreter of SGLang's environment")
     given, rest = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else what is under way would not be ended in order
     find_sglang(given.python)

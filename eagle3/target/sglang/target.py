@@ -18,7 +18,7 @@ import torch
 
 from eagle3.config import Model
 from eagle3.data.packing import Batch
-from eagle3.engine import Server, choose_port
+from eagle3.engine import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.features import Features
 from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
@@ -82,7 +82,7 @@ class SGLangTarget:
             self.check_space()
             settings = {"tp_size": tp_size, "dp_size": dp_size or copies(tp_size), "ep_size": ep_size}
             settings |= {"quantization": quantization, "mem_fraction_static": mem_fraction_static}
-            settings |= {"python": python or sys.executable, "server_args": tuple(map(str, server_args or ()))}
+            settings |= {"python": interpreter("sglang", python), "server_args": tuple(map(str, server_args or ()))}
             self.url = url or self.share(lambda: self.start(settings, port, ready_seconds), ready_seconds)
             self.client = self.resources.enter_context(
                 httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10), trust_env=False)
@@ -152,7 +152,8 @@ class SGLangTarget:
         until = time.monotonic() + ready_seconds
         while time.monotonic() < until:
             for told in blocks.SHARED.glob(f"{blocks.PREFIX}*/{name}"):
-                return told.read_text()
+                if told.stat().st_uid == os.getuid():
+                    return told.read_text()
             time.sleep(LOOK_SECONDS)
         raise RunError(f"the first process here started no SGLang server within target.ready_seconds={ready_seconds}")
 
@@ -186,7 +187,7 @@ class SGLangTarget:
         asked = model.aux_layer_ids or default_aux_layer_ids(layers)
         serve.check_capturable(model.path, model.revision, model.trust_remote_code, asked)
         if target.get("url") is None:
-            serve.find_sglang(target.get("python") or sys.executable)
+            serve.find_sglang(interpreter("sglang", target.get("python")))
 
     @property
     def embedding(self) -> torch.Tensor:
