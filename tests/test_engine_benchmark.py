@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
+from eagle3.benchmark import measure as benchmark_flow
 from eagle3.benchmark import sglang, vllm
 from eagle3.benchmark.served import Servers, check_draft
 from eagle3.checks import check_node
@@ -94,7 +95,7 @@ def test_requests_under_way_and_their_order(name, job, python):
             seen.append(client.get("/most").json()[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ENGINES[name].measure, "run", measure)
+        patch.setattr(benchmark_flow, "run", measure)
         run(name, job, python, [(3, 0, 0, 0)])
     assert seen[0] == seen[2] == [[i + 1, i + 2] for i in range(6)]
     assert seen[1] == 1 and seen[3] == 3

@@ -13,10 +13,13 @@ from typing import Any
 import httpx
 from transformers import PretrainedConfig
 
+from eagle3.benchmark import measure
 from eagle3.benchmark.statistics import Answer
 from eagle3.draft.folder import flatten, read_config
 from eagle3.engine import Server, choose_port
 from eagle3.errors import ConfigError, RunError
+from eagle3.job import hardware
+from eagle3.logger import redact
 
 DEATH_SECONDS = 5.0  # a process may end that long after its connections
 
@@ -163,6 +166,28 @@ class Client:
 
     def close(self) -> None:
         """Nothing: the server is that of `Servers`."""
+
+
+def run(
+    job,
+    servers: Servers,
+    configs: list[list[int]],
+    suites: list[str],
+    max_new_tokens: int | None,
+    temperature: float,
+    system_prompt: str | None,
+    protocol: str,
+    execute_code: bool,
+    paths: dict[str, str] | None,
+    facts: dict[str, Any],
+) -> dict:
+    """`measure.run` with servers, which have the GPU to themselves and end with it."""
+    known = {"url": servers.url, "alone_url": servers.alone_url, "dtype": job.target_dtype}
+    known["device"] = None if servers.url else hardware(job.device)["name"]
+    job.let_go_of_target()  # it would take memory that the engine needs
+    asked = (configs, suites, max_new_tokens, temperature, system_prompt, protocol, execute_code, paths)
+    with servers:
+        return measure.run(job, servers, *asked, redact(facts | known))
 
 
 def check_draft(folder: Path, target: PretrainedConfig, engine: str, speculators: bool) -> None:

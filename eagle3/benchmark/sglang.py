@@ -6,12 +6,10 @@ from typing import Any
 
 import httpx
 
-from eagle3.benchmark import measure, served
+from eagle3.benchmark import served
 from eagle3.benchmark.statistics import Answer
 from eagle3.engine import find_package, interpreter
 from eagle3.errors import RunError
-from eagle3.job import hardware
-from eagle3.logger import redact
 
 VERSIONS = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
 
@@ -64,31 +62,10 @@ def run(
         return [*whole, "--port", str(port), *drafting_options(str(job.draft_folder), *drafting), *server_args]
 
     dialect = served.Dialect("SGLang", "/generate", partial(body, temperature), read, drafting_of)
-    facts = {
-        "runner": "sglang",
-        "version": version,
-        "url": url,
-        "alone_url": alone_url,
-        "device": None if url else hardware(job.device)["name"],
-        "dtype": job.target_dtype,
-        "tp_size": tp_size,
-        "server_args": list(server_args),
-    }
-    job.let_go_of_target()  # it would take memory that the engine needs
-    with served.Servers(dialect, command, url, alone_url, port, job.run_dir, ready_seconds, timeout) as servers:
-        return measure.run(
-            job,
-            servers,
-            configs,
-            suites,
-            max_new_tokens,
-            temperature,
-            system_prompt,
-            protocol,
-            execute_code,
-            paths,
-            redact(facts),
-        )
+    facts = {"runner": "sglang", "version": version, "tp_size": tp_size, "server_args": list(server_args)}
+    servers = served.Servers(dialect, command, url, alone_url, port, job.run_dir, ready_seconds, timeout)
+    asked = (configs, suites, max_new_tokens, temperature, system_prompt, protocol, execute_code, paths)
+    return served.run(job, servers, *asked, facts)
 
 
 def drafting_options(draft: str, steps: int, topk: int, verify_tokens: int) -> list[str]:
