@@ -1,4 +1,6 @@
-"""From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see --help)."""
+"""From chat data to a measured EAGLE3 draft: `python run.py model=... data=... mode=...` (see
+--help).
+"""
 
 import contextlib
 import os
@@ -37,8 +39,10 @@ def job(composed: DictConfig) -> float | None:
     run_dir, overrides = Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task)
     try:
         config = configuration.typed(composed, run_dir, overrides)
-        from eagle3.checks import check  # torch and transformers load here, after the config has been understood
-        from eagle3.distributed import launch, note_processes
+        from eagle3.checks import (
+            check,  # torch and transformers load here, after the config has been understood
+        )
+        from eagle3.parallel.ranks import launch, note_processes
 
         note_processes(config)
         check(config)
@@ -46,13 +50,17 @@ def job(composed: DictConfig) -> float | None:
     except MISTAKES as error:
         stop(error)
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: {configuration.again(run_dir, overrides)}", file=sys.stderr)
+        print(
+            f"interrupted; go on with: {configuration.again(run_dir, overrides)}", file=sys.stderr
+        )
         sys.exit(130)
 
 
 @contextlib.contextmanager
 def suppress_success() -> Iterator[None]:
-    """Hydra leaves through `sys.exit` where it only shows something, and the other processes must hear of it."""
+    """Hydra leaves through `sys.exit` where it only shows something, and the other processes must
+    hear of it.
+    """
     try:
         yield
     except SystemExit as ended:
@@ -64,14 +72,14 @@ def main() -> None:
     """Run the command line; under torchrun the first process alone reads it."""
     try:
         if int(os.environ.get("RANK", 0)) > 0:
-            from eagle3.distributed import attend
+            from eagle3.parallel.ranks import attend
 
             attend()
         else:
             with suppress_success():
                 job()
             if "RANK" in os.environ:
-                from eagle3.distributed import dismiss
+                from eagle3.parallel.ranks import dismiss
 
                 dismiss()
     except MISTAKES as error:

@@ -1,7 +1,7 @@
 """Every check that can be made before a model loads.
 
-Nodes with a `_target_` are bound to the signature of what they name. A mistake is one ConfigError sentence with the
-key, what is allowed, and the nearest name.
+Nodes with a `_target_` are bound to the signature of what they name. A mistake is one ConfigError
+sentence with the key, what is allowed, and the nearest name.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from eagle3.benchmark.measure import check as check_benchmark
 from eagle3.config import Data, RunConfig, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
-from eagle3.distributed import choose_device, is_started, ranks_of_target
-from eagle3.draft.folder import check_given
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
-from eagle3.findings import ENGINES
+from eagle3.export.folder import check_given
+from eagle3.export.rules import ENGINES
+from eagle3.parallel.ranks import choose_device, is_started
 from eagle3.pipeline import STAGES
-from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
+from eagle3.target.spec import check_supported, read_spec
 
 TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")
 RANGES = {
@@ -61,20 +61,36 @@ RANGES = {
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for the first value, path or pair that cannot work; looks at files but loads no model."""
+    """Raise ConfigError for the first value, path or pair that cannot work; looks at files but
+    loads no model.
+    """
     check_fields(config, "")
     for stage in config.stages:
         if stage not in STAGES:
-            raise ConfigError(f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}")
+            raise ConfigError(
+                f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}"
+            )
     if config.hidden_states.max_disk is not None:
         parse_size(config.hidden_states.max_disk)
-    if "regenerate" in config.stages and ranks_of_target(config.target) > 1:
-        raise ConfigError("stages: regenerate asks servers or one process; leave it out or set target.tp_size=1")
     if "regenerate" in config.stages and config.data.preformatted:
-        raise ConfigError("stages: regenerate needs messages, so it does not go with data.preformatted=true")
-    if "regenerate" in config.stages and "prepare" in config.stages[: config.stages.index("regenerate")]:
+        raise ConfigError(
+            "stages: regenerate needs messages, so it does not go with data.preformatted=true"
+        )
+    if (
+        "regenerate" in config.stages
+        and "prepare" in config.stages[: config.stages.index("regenerate")]
+    ):
         raise ConfigError("stages: regenerate must come before prepare, which reads what it writes")
-    for key in ("mode", "target", "regenerate", "loss", "optimizer", "scheduler", "benchmark", "logger"):
+    for key in (
+        "mode",
+        "target",
+        "regenerate",
+        "loss",
+        "optimizer",
+        "scheduler",
+        "benchmark",
+        "logger",
+    ):
         check_node(getattr(config, key), key)
     check_node(config.draft.attention, "draft.attention")
     check_node(config.draft.initial, "draft.initial")
@@ -94,7 +110,9 @@ def check(config: RunConfig) -> None:
         if engine not in ENGINES:
             raise ConfigError(f"check.engines={engine} is unknown; allowed: {', '.join(ENGINES)}")
     if "check" in config.stages and config.draft_path is None and "export" not in config.stages:
-        raise ConfigError("stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export before it")
+        raise ConfigError(
+            "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export before it"
+        )
     check_files(config)
     check_against_target(config)
     check_target(config)
@@ -105,12 +123,10 @@ def check_target(config: RunConfig) -> None:
     target = find(config.target["_target_"], "target")
     if config.plan:
         return
-    decodes = "benchmark" in config.stages and find(config.benchmark["_target_"], "benchmark") is builtin.run
-    if decodes and ranks_of_target(config.target) > 1:
-        raise ConfigError(
-            "benchmark=builtin: the built-in benchmark needs the whole target in this process: set target.tp_size=1 or "
-            "benchmark=sglang, or leave benchmark out of stages"
-        )
+    decodes = (
+        "benchmark" in config.stages
+        and find(config.benchmark["_target_"], "benchmark") is builtin.run
+    )
     if target.in_process:
         return
     if {"generate", "capture", "train", "regenerate"} & set(config.stages):
@@ -170,7 +186,9 @@ def check_fields(section: Any, prefix: str) -> None:
         if value is None:
             continue
         if choices is not None and value not in choices:
-            raise ConfigError(f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+            raise ConfigError(
+                f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
+            )
         if low is not None and not value >= low:
             raise ConfigError(f"{key}={value} must be at least {low}")
         if high is not None and not value <= high:
@@ -182,7 +200,9 @@ def check_node(node: dict[str, Any], key: str) -> None:
     target = node.get("_target_")
     if target is not None:
         if not target.startswith(TARGET_PREFIXES):
-            raise ConfigError(f"{key}._target_={target} must start with one of {', '.join(TARGET_PREFIXES)}")
+            raise ConfigError(
+                f"{key}._target_={target} must start with one of {', '.join(TARGET_PREFIXES)}"
+            )
         called = find(target, key)
         parameters = inspect.signature(called).parameters
         hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
@@ -196,7 +216,9 @@ def check_node(node: dict[str, Any], key: str) -> None:
                 )
             if name in hints and not fits(value, hints[name]):
                 wanted = getattr(hints[name], "__name__", str(hints[name]))
-                raise ConfigError(f"{key}.{name}={value} is a {type(value).__name__}, but {target} takes {wanted}")
+                raise ConfigError(
+                    f"{key}.{name}={value} is a {type(value).__name__}, but {target} takes {wanted}"
+                )
     for name, value in node.items():
         if isinstance(value, dict):
             check_node(value, f"{key}.{name}")
@@ -212,12 +234,16 @@ def find(target: str, key: str) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit anything."""
+    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit
+    anything.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value if arguments)
+        return isinstance(value, (list, tuple)) and all(
+            fits(v, arguments[0]) for v in value if arguments
+        )
     if hint in (bool, str, int, type(None)):
         return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if hint is float:
@@ -229,12 +255,20 @@ def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
     check_data(config.data)
     hidden = config.hidden_states.path
-    reads = config.mode["_target_"] == "eagle3.modes.offline" and "capture" not in config.stages
+    reads = (
+        config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        and "capture" not in config.stages
+    )
     if hidden is not None and reads and not Path(hidden).is_dir():
-        raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages")
+        raise ConfigError(
+            f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages"
+        )
     if config.draft.config is not None and not Path(config.draft.config).is_file():
         raise ConfigError(f"draft.config={config.draft.config} does not exist; give a local file")
-    for key, path in {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}.items():
+    for key, path in {
+        "draft_path": config.draft_path,
+        "draft.init_from": config.draft.init_from,
+    }.items():
         if path is not None:
             check_given(path, key)
     folder = Path(config.model.path)
@@ -243,42 +277,55 @@ def check_files(config: RunConfig) -> None:
             raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={folder} has no config.json, so it is not a transformers model")
+        raise ConfigError(
+            f"model.path={folder} has no config.json, so it is not a transformers model"
+        )
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
     if needs_tokenizer(config) and not any((folder / name).is_file() for name in names):
-        raise ConfigError(f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json")
+        raise ConfigError(
+            f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json"
+        )
 
 
 def check_data(data: Data) -> None:
     """That data comes from `path` or from `sources`, and that what looks like a local path exists."""
     if (data.path is None) == (not data.sources):
-        raise ConfigError("data.path and data.sources exclude each other; set one of them, such as data.path=<file>")
+        raise ConfigError(
+            "data.path and data.sources exclude each other; set one of them, such as data.path=<file>"
+        )
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for name, source in data.sources.items():
         check_fields(source, f"data.sources.{name}.")
     for key, path in paths.items():
         if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
-            raise ConfigError(f"{key}={path} does not exist; give a local file or folder, a hub id, or an address")
+            raise ConfigError(
+                f"{key}={path} does not exist; give a local file or folder, a hub id, or an address"
+            )
 
 
 def needs_tokenizer(config: RunConfig) -> bool:
-    """Training on stored hidden states, and what comes after it, does without; `check` says so where it is missing."""
+    """Training on stored hidden states, and what comes after it, does without; `check` says so
+    where it is missing.
+    """
     if config.stages == ["check"]:
         return False
-    stored = config.mode["_target_"] == "eagle3.modes.offline" and config.hidden_states.path is not None
+    stored = (
+        config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        and config.hidden_states.path is not None
+    )
     return not stored or bool(set(config.stages) - {"import", "train", "export"})
 
 
 def check_against_target(config: RunConfig) -> None:
     """What only the target's config can tell: layers and vocabulary."""
-    target = text_config(config.model.path, config.model.revision, config.model.trust_remote_code)
+    target = read_spec(config.model).config
     check_supported(target)
     layers = config.model.aux_layer_ids
-    if layers is None:
-        default_aux_layer_ids(target.num_hidden_layers)
-    elif (
-        len(layers) != 3 or sorted(set(layers)) != layers or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers
+    if layers is not None and (
+        len(layers) != 3
+        or sorted(set(layers)) != layers
+        or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers
     ):
         raise ConfigError(
             f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
@@ -293,7 +340,9 @@ def check_against_target(config: RunConfig) -> None:
         )
     model = config.model
     if needs_tokenizer(config):
-        load_tokenizer(model.path, model.revision, model.trust_remote_code, config.data.chat_template)
+        load_tokenizer(
+            model.path, model.revision, model.trust_remote_code, config.data.chat_template
+        )
     if config.draft.vocab_size > target.vocab_size:
         raise ConfigError(
             f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"

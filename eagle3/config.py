@@ -1,4 +1,6 @@
-"""The typed root of the configuration, and what a resumed run keeps of it. Fields carry their allowed range."""
+"""The typed root of the configuration, and what a resumed run keeps of it. Fields carry their
+allowed range.
+"""
 
 import difflib
 import json
@@ -21,14 +23,17 @@ def ranged(default: Any, low: float | None = None, high: float | None = None) ->
 
 @dataclass
 class Model:
-    """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers, derived if null.
+    """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers,
+    derived if null.
 
     `embedding_key` and `lm_head_key` name tensors of checkpoints that call them unusually.
     """
 
     path: str = MISSING
     revision: Optional[str] = None
-    dtype: str = field(default="auto", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]})
+    dtype: str = field(
+        default="auto", metadata={"choices": ["auto", "float32", "bfloat16", "float16"]}
+    )
     trust_remote_code: bool = False
     aux_layer_ids: Optional[list[int]] = None
     embedding_key: Optional[str] = None
@@ -37,7 +42,9 @@ class Model:
 
 @dataclass
 class Source:
-    """One dataset of a mix; `weight` is how often an epoch passes over it (0.5: over half of its rows)."""
+    """One dataset of a mix; `weight` is how often an epoch passes over it (0.5: over half of its
+    rows).
+    """
 
     path: str = MISSING
     subset: Optional[str] = None
@@ -47,7 +54,8 @@ class Source:
 
 @dataclass
 class Data:
-    """`path`: a file, a folder, a hub id or an fsspec address; or `sources`, several of them by name.
+    """`path`: a file, a folder, a hub id or an fsspec address; or `sources`, several of them by
+    name.
 
     `num_samples` rows are read of each. Without `eval_path`, some conversations are held out.
     """
@@ -77,9 +85,11 @@ class View:
 
 @dataclass
 class HiddenStates:
-    """The store of `mode=offline` and `hybrid`: its folder (null: one under `cache_dir`) and precision.
+    """The store of `mode=offline` and `hybrid`: its folder (null: one under `cache_dir`) and
+    precision.
 
-    `max_disk` is what it may take, such as 500GB. A `path` with SpecForge's files is converted on first use.
+    `max_disk` is what it may take, such as 500GB. A `path` with SpecForge's files is converted on
+    first use.
     """
 
     path: Optional[str] = None
@@ -90,7 +100,9 @@ class HiddenStates:
 
 @dataclass
 class DraftSection:
-    """`config` is a JSON file with the draft's shape (else derived); `init_from` an exported draft to start from."""
+    """`config` is a JSON file with the draft's shape (else derived); `init_from` an exported draft
+    to start from.
+    """
 
     ttt_steps: int = ranged(7, 1, 16)
     vocab_size: int = ranged(32000, 1)
@@ -118,7 +130,9 @@ class Train:
 
 @dataclass
 class Eval:
-    """The held-out prompts that the target answers once; `best` is chosen by acceptance at `draft_length`."""
+    """The held-out prompts that the target answers once; `best` is chosen by acceptance at
+    `draft_length`.
+    """
 
     num_prompts: int = ranged(64, 1)
     max_new_tokens: int = ranged(256, 2)
@@ -139,7 +153,9 @@ class Export:
 
 @dataclass
 class Check:
-    """`stages=[check]`: the engines that matter (sglang, vllm, trtllm, official), and prompts to decode."""
+    """`stages=[check]`: the engines that matter (sglang, vllm, trtllm, official), and prompts to
+    decode.
+    """
 
     engines: list[str] = field(default_factory=lambda: ["sglang", "vllm", "trtllm", "official"])
     decode: bool = True
@@ -149,7 +165,8 @@ class Check:
 
 @dataclass
 class Parallel:
-    """`ulysses` x `ring` ranks share each micro-batch; what is left of the ranks trains on other documents.
+    """`ulysses` x `ring` ranks share each micro-batch; what is left of the ranks trains on other
+    documents.
 
     `reduce_dtype` is what gradients are exchanged in.
     """
@@ -161,8 +178,10 @@ class Parallel:
 
 @dataclass
 class Launch:
-    """`rdzv_endpoint` host:port is where the launchers of several nodes meet. Seconds: without progress for `timeout`,
-    a process hangs; it has `shutdown_timeout` to write its checkpoint when it is told to stop."""
+    """`rdzv_endpoint` host:port is where the launchers of several nodes meet. Seconds: without
+    progress for `timeout`, a process hangs; it has `shutdown_timeout` to write its checkpoint when
+    it is told to stop.
+    """
 
     nproc_per_node: int = ranged(1, 1)
     nnodes: int = ranged(1, 1)
@@ -220,7 +239,11 @@ def is_run(path: str | Path) -> bool:
 
 def again(run_dir: Path, overrides: list[str]) -> str:
     """The command that goes on with a run that was stopped."""
-    return f"python run.py train.resume={run_dir}" if is_run(run_dir) else f"python run.py {shlex.join(overrides)}"
+    return (
+        f"python run.py train.resume={run_dir}"
+        if is_run(run_dir)
+        else f"python run.py {shlex.join(overrides)}"
+    )
 
 
 def run_folder(resume: str, default: str) -> str:
@@ -240,32 +263,45 @@ OmegaConf.register_new_resolver(
 )
 # where the nodes of a Slurm job meet
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
-OmegaConf.register_new_resolver("package", lambda path: str(Path(__file__).parent / path), replace=True)
+OmegaConf.register_new_resolver(
+    "package", lambda path: str(Path(__file__).parent / path), replace=True
+)
 
 
 def typed(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
     """The composed config as a RunConfig; that of the run being resumed, where there is one.
 
-    A resumed run takes its config from its run.json; raises ConfigError when an override asks for a different draft.
+    A resumed run takes its config from its run.json; raises ConfigError when an override asks for a
+    different draft.
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
     resume = composed.train.resume
-    if resume != "auto" and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
-        raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, given without hydra.run.dir and -m")
+    if resume != "auto" and (
+        not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()
+    ):
+        raise ConfigError(
+            f"train.resume={resume} must be a run with a checkpoint, given without hydra.run.dir and -m"
+        )
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
-    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), json.loads((run_dir / "run.json").read_text())["config"])
+    saved = OmegaConf.merge(
+        OmegaConf.structured(RunConfig), json.loads((run_dir / "run.json").read_text())["config"]
+    )
     resumed = composed
     if resume != "auto":
         resumed, keys = OmegaConf.merge(saved), flat(composed)
         for override in overrides:
             key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
             if key in keys or any(k.startswith(f"{key}.") for k in keys):
-                OmegaConf.update(resumed, key, OmegaConf.select(composed, key), merge=False, force_add=True)
+                OmegaConf.update(
+                    resumed, key, OmegaConf.select(composed, key), merge=False, force_add=True
+                )
     for key, before, now in differences(flat(saved), flat(resumed)):
-        raise ConfigError(f"{key}={now} differs from the run in {run_dir}, which has {before}; start a new run instead")
+        raise ConfigError(
+            f"{key}={now} differs from the run in {run_dir}, which has {before}; start a new run instead"
+        )
     return OmegaConf.to_object(resumed)
 
 
@@ -283,7 +319,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], resumed: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, before, now) of every value that a resumed run may not change."""
-    fixed = [k for k in {**saved, **resumed} if k not in RESUME_FREE and k.split(".")[0] not in RESUME_FREE]
+    fixed = [
+        k
+        for k in {**saved, **resumed}
+        if k not in RESUME_FREE and k.split(".")[0] not in RESUME_FREE
+    ]
     return [(k, saved.get(k), resumed.get(k)) for k in fixed if saved.get(k) != resumed.get(k)]
 
 

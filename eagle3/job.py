@@ -17,91 +17,90 @@ import torch
 from hydra.utils import instantiate
 from transformers import PretrainedConfig
 
-from eagle3 import generate
-from eagle3.artefact import artefact, facts, fingerprint
-from eagle3.capture import read_beside
+from eagle3 import evaluate as generate
 from eagle3.config import RunConfig, Source, parse_size
 from eagle3.data import prepare
 from eagle3.data.chat import Chat, load_tokenizer
 from eagle3.data.encoder import Preparation
 from eagle3.data.sources import DataFile, SourceFiles, find_files, read_rows
 from eagle3.data.vocab import choose_vocab, vocab_tensors
-from eagle3.distributed import Ranks, choose_device
-from eagle3.draft.folder import locate
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export import read_draft
-from eagle3.logger import NoTracker, redact
-from eagle3.modes import Supply
-from eagle3.target.growing import Growing
-from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
-from eagle3.target.parallel import Led, Shared
-from eagle3.target.specforge import convert, is_specforge
-from eagle3.target.store import Store, check_inputs
+from eagle3.export.folder import locate
+from eagle3.export.write import read_draft
+from eagle3.hidden_states.capture import read_beside
+from eagle3.hidden_states.growing import Growing
+from eagle3.hidden_states.specforge import convert, is_specforge
+from eagle3.hidden_states.store import Store, check_inputs
+from eagle3.hidden_states.supply import Supply
+from eagle3.parallel.ranks import Ranks, choose_device
+from eagle3.runs.artefact import artefact, facts, fingerprint
+from eagle3.runs.logger import NoTracker, redact
+from eagle3.target.hf import HFTarget
+from eagle3.target.spec import TargetSpec, read_spec
 from eagle3.target.weights import TargetWeights, load_weights
 
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
-HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}  # of `regenerate`: no answer depends on them
+HOW_TO_ASK = {
+    "urls",
+    "api_key_env",
+    "concurrency",
+    "retries",
+    "timeout",
+}  # of `regenerate`: no answer depends on them
 
 
 class Run:
     """One job: its config, its folder, and what several stages share, made when first asked for."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks | None = None):
+    def __init__(
+        self, config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks | None = None
+    ):
         self.ranks = ranks or Ranks()
-        before = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
+        before = (
+            json.loads((run_dir / "run.json").read_text())
+            if (run_dir / "run.json").exists()
+            else {}
+        )
         self.config, self.run_dir = config, run_dir
-        self.overrides, self.resumed_with = before.get("overrides", overrides), overrides if before else None
+        self.overrides, self.resumed_with = (
+            before.get("overrides", overrides),
+            overrides if before else None,
+        )
         self.inputs: dict[str, Any] = before.get("inputs", {})
         self.tracker_id: str | None = before.get("tracker_id")
         self.device = choose_device(config.device)
         self.tracker = instantiate(config.logger) if self.ranks.is_main else NoTracker()
 
     @cached_property
+    def spec(self) -> TargetSpec:
+        return read_spec(self.config.model)
+
+    @property
     def target_config(self) -> PretrainedConfig:
-        model = self.config.model
-        return text_config(model.path, model.revision, model.trust_remote_code)
+        return self.spec.config
 
     @property
     def aux_layer_ids(self) -> list[int]:
-        return self.config.model.aux_layer_ids or default_aux_layer_ids(self.target_config.num_hidden_layers)
+        return self.spec.aux_layer_ids
 
     @property
-    def named_target(self) -> dict[str, Any]:
-        """What both the target and its weights alone are loaded by."""
-        model = self.config.model
-        return {
-            "path": model.path,
-            "device": self.device,
-            "aux_layer_ids": self.aux_layer_ids,
-            "revision": model.revision,
-            "dtype": model.dtype,
-            "trust_remote_code": model.trust_remote_code,
-        }
+    def target_dtype(self) -> str:
+        return self.spec.dtype
 
     @cached_property
-    def part(self) -> HFTarget:
-        """The target, or what of one that several processes share is this one's; an engine's client takes its calls."""
-        return instantiate(self.config.target)(**self.named_target)
-
-    @cached_property
-    def target(self) -> HFTarget | Led:
-        """The target as the one process sees it that leads all others who share it."""
-        return self.part if self.ranks.tp_size == 1 else Led(self, self.ranks)
-
-    @property
-    def shared_target(self) -> HFTarget | Shared:
-        """The target as all processes see it while each trains on its own documents."""
-        return self.part if self.ranks.tp_size == 1 else Shared(self.part, self.ranks)
+    def target(self) -> HFTarget:
+        """The loaded target; an engine's client takes its calls."""
+        return instantiate(self.config.target)(self.spec, self.device)
 
     def let_go_of_target(self) -> None:
         """Free its memory, end its engine; it is loaded again where a later stage asks for it."""
-        part = self.__dict__.pop("part", None)
-        for name in ("target", "weights", "supply"):
+        target = self.__dict__.pop("target", None)
+        for name in ("weights", "supply"):
             self.__dict__.pop(name, None)
-        if part is not None:
-            part.close()
-        del part
+        if target is not None:
+            target.close()
+        del target
         gc.collect()  # its hooks and it hold each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # for an engine on the same GPU
@@ -109,21 +108,26 @@ class Run:
     @property
     def reads_store(self) -> bool:
         """Whether training needs no target, because hidden states were captured before."""
-        return self.config.mode["_target_"] == "eagle3.modes.offline"
+        return self.config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
 
     @cached_property
     def weights(self) -> HFTarget | TargetWeights:
-        """The target's embedding and head: those of the target where it is loaded, else only they are read."""
-        return self.part if "part" in self.__dict__ or not self.reads_store else self.load_weights()
+        """The target's embedding and head: those of the target where it is loaded, else only they
+        are read.
+        """
+        if "target" in self.__dict__ or not self.reads_store:
+            return self.target
+        return self.load_weights()
 
     def load_weights(self) -> TargetWeights:
-        model = self.config.model
-        return load_weights(**self.named_target, embedding_key=model.embedding_key, lm_head_key=model.lm_head_key)
+        return load_weights(self.spec, self.device)
 
     @cached_property
     def chat(self) -> Chat:
         model, data = self.config.model, self.config.data
-        tokenizer = load_tokenizer(model.path, model.revision, model.trust_remote_code, data.chat_template)
+        tokenizer = load_tokenizer(
+            model.path, model.revision, model.trust_remote_code, data.chat_template
+        )
         return Chat(tokenizer, data.chat_template_kwargs)
 
     @cached_property
@@ -132,14 +136,17 @@ class Run:
         data, cache_dir = self.config.data, self.config.cache_dir
         if data.sources:
             return [
-                (source, find_files(source, cache_dir, f"data.sources.{name}")) for name, source in data.sources.items()
+                (source, find_files(source, cache_dir, f"data.sources.{name}"))
+                for name, source in data.sources.items()
             ]
         source = Source(data.path, data.subset, data.split)
         return [(source, find_files(source, cache_dir))]
 
     @cached_property
     def sources(self) -> SourceFiles:
-        """What `prepare` reads: the given files, or what the target answered again when `regenerate` is a stage."""
+        """What `prepare` reads: the given files, or what the target answered again when
+        `regenerate` is a stage.
+        """
         if "regenerate" not in self.config.stages:
             return self.given_sources
         again = [
@@ -150,11 +157,13 @@ class Run:
 
     @cached_property
     def regenerated_paths(self) -> list[Path]:
-        """The target's own answers to the prompts of each source; of one weighted below 1, only to its share."""
+        """The target's own answers to the prompts of each source; of one weighted below 1, only to
+        its share.
+        """
         return [self.regenerated(source, found) for source, found in self.given_sources]
 
     def regenerated(self, source: Source, files: list[DataFile]) -> Path:
-        config, model = self.config, self.config.model
+        config = self.config
         inputs = {
             "files": [file.identity for file in files],
             "share": min(1.0, source.weight),
@@ -162,12 +171,14 @@ class Run:
             "system_prompt": config.data.system_prompt,
             "max_length": config.data.max_length,
             "chat": self.chat.identity,
-            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "target": self.spec.identity,
             "answers": {k: v for k, v in config.regenerate.items() if k not in HOW_TO_ASK},
         }
         rows = read_rows(files, config.data.num_samples, share=min(1.0, source.weight))
         write = instantiate(config.regenerate)
-        return artefact(config.cache_dir, "regenerated", inputs, lambda folder: write(self, rows, folder))
+        return artefact(
+            config.cache_dir, "regenerated", inputs, lambda folder: write(self, rows, folder)
+        )
 
     @property
     def preparation(self) -> Preparation:
@@ -195,7 +206,9 @@ class Run:
         """What the prepared data depends on."""
         return dataclasses.asdict(self.preparation) | {
             "format": prepare.FORMAT,
-            "sources": [[source.weight, [file.identity for file in found]] for source, found in self.sources],
+            "sources": [
+                [source.weight, [file.identity for file in found]] for source, found in self.sources
+            ],
             "eval": [file.identity for file in self.eval_files],
             "chat": self.chat.identity,
         }
@@ -205,7 +218,9 @@ class Run:
         num_proc = self.config.data.num_proc or len(os.sched_getaffinity(0))
 
         def write(folder: Path) -> dict:
-            return prepare.write(folder, self.chat, self.preparation, self.sources, self.eval_files, num_proc)
+            return prepare.write(
+                folder, self.chat, self.preparation, self.sources, self.eval_files, num_proc
+            )
 
         return artefact(self.config.cache_dir, "prepared", self.prepared_inputs, write)
 
@@ -222,9 +237,9 @@ class Run:
 
     @cached_property
     def answers_path(self) -> Path:
-        config, model = self.config, self.config.model
+        config = self.config
         inputs = {
-            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "target": self.spec.identity,
             "dtype": self.target_dtype,
             "aux_layer_ids": self.aux_layer_ids,
             **self.quantised_by_engine,
@@ -236,46 +251,52 @@ class Run:
             config.cache_dir,
             "generated",
             inputs,
-            lambda folder: generate.write(
-                folder, self.target, self.prepared.heldout, config.eval.max_new_tokens, config.eval.batch_size
+            lambda folder: generate.write_answers(
+                folder,
+                self.target,
+                self.prepared.heldout,
+                config.eval.max_new_tokens,
+                config.eval.batch_size,
             ),
         )
 
     @property
-    def target_dtype(self) -> str:
-        """What the target computes in, told without loading it."""
-        named = self.config.model.dtype
-        return named if named != "auto" else str(self.target_config.dtype or "float32").removeprefix("torch.")
-
-    @property
     def quantised_by_engine(self) -> dict[str, str]:
-        """How an engine quantises the target while loading it, if it does: that changes the hidden states."""
+        """How an engine quantises the target while loading it, if it does: that changes the hidden
+        states.
+        """
         name = self.config.target.get("quantization")
         return {} if name is None else {"quantization": name}
 
     @cached_property
     def answers(self) -> list[generate.Answer]:
-        return generate.load(self.answers_path, self.prepared.heldout)
+        return generate.load_answers(self.answers_path, self.prepared.heldout)
 
     @property
     def store_inputs(self) -> dict[str, Any]:
         """What hidden states depend on."""
-        model, config = self.config.model, self.config
+        config = self.config
         made_from = {
-            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "target": self.spec.identity,
             "model_dtype": self.target_dtype,
             "aux_layer_ids": self.aux_layer_ids,
             **self.quantised_by_engine,
             "dtype": config.hidden_states.dtype,
         }
-        alone = self.reads_store and config.hidden_states.path and not {"prepare", "capture"} & set(config.stages)
+        alone = (
+            self.reads_store
+            and config.hidden_states.path
+            and not {"prepare", "capture"} & set(config.stages)
+        )
         if not alone:
             made_from["documents"] = facts(self.prepared_path)["digest"]
         return made_from
 
     @cached_property
     def store_path(self) -> Path:
-        """The folder of the hidden states: that of `hidden_states.path`, or one whose name is their fingerprint."""
+        """The folder of the hidden states: that of `hidden_states.path`, or one whose name is their
+        fingerprint.
+        """
         named, cache_dir = self.config.hidden_states.path, Path(self.config.cache_dir)
         if named is None:
             return cache_dir / "hidden_states" / fingerprint(self.store_inputs)
@@ -290,10 +311,9 @@ class Run:
             [str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns]
             for p in sorted(source.rglob("*.ckpt*"))
         ]
-        model = self.config.model
         inputs = {
             "files": fingerprint({"names": names}),
-            "target": describe(model.path, model.revision, model.trust_remote_code),
+            "target": self.spec.identity,
             "dtype": given.dtype,
             "max_length": self.config.data.max_length,
             "on_damage": given.on_damage,
@@ -301,7 +321,9 @@ class Run:
 
         def write(folder: Path) -> dict[str, Any]:
             weights, max_length = self.load_weights(), self.config.data.max_length
-            return convert(source, folder, weights, given.dtype, max_length, given.on_damage, inputs["target"])
+            return convert(
+                source, folder, weights, given.dtype, max_length, given.on_damage, inputs["target"]
+            )
 
         return artefact(self.config.cache_dir, "imported", inputs, write)
 
@@ -318,23 +340,37 @@ class Run:
         wanted = self.store_inputs
         if "imported" in store.inputs:
             wanted = {key: value for key, value in wanted.items() if key in store.inputs}
-        check_inputs({key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder)
+        check_inputs(
+            {key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder
+        )
         return store
 
     @cached_property
     def store_order(self) -> np.ndarray:
         """The store's key of each document of the data; an import has no other order than its own."""
-        return self.store.keys if "imported" in self.store.inputs else read_beside(self.store_path, "order.npy")
+        return (
+            self.store.keys
+            if "imported" in self.store.inputs
+            else read_beside(self.store_path, "order.npy")
+        )
 
     def growing_store(self) -> Growing:
         """What `mode=hybrid` keeps: a store without an index, which grows while training."""
         given = self.config.hidden_states
-        folder = Path(given.path or Path(self.config.cache_dir) / "hybrid" / fingerprint(self.store_inputs))
+        folder = Path(
+            given.path or Path(self.config.cache_dir) / "hybrid" / fingerprint(self.store_inputs)
+        )
         folder.mkdir(parents=True, exist_ok=True)
         held = sum(path.stat().st_size for path in folder.iterdir())
-        limit = parse_size(given.max_disk) if given.max_disk else (shutil.disk_usage(folder).free + held) * 9 // 10
+        limit = (
+            parse_size(given.max_disk)
+            if given.max_disk
+            else (shutil.disk_usage(folder).free + held) * 9 // 10
+        )
         inputs = {"kind": "hybrid"} | self.store_inputs
-        kept = Growing(folder, given.dtype, limit, inputs, rank=self.ranks.rank, on_damage=given.on_damage)
+        kept = Growing(
+            folder, given.dtype, limit, inputs, rank=self.ranks.rank, on_damage=given.on_damage
+        )
         self.inputs["damaged"] = kept.notes
         return kept
 
@@ -344,7 +380,9 @@ class Run:
 
     @cached_property
     def vocab(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """t2d bool [V] and d2t int64 [Vd] of the data: prepared here, or noted or counted in a store."""
+        """t2d bool [V] and d2t int64 [Vd] of the data: prepared here, or noted or counted in a
+        store.
+        """
         given = self.config.hidden_states.path
         ids = self.store_vocab if given and self.reads_store else self.prepared.vocab
         return vocab_tensors(ids, self.target_config.vocab_size)
@@ -362,7 +400,9 @@ class Run:
     @property
     def evaluates(self) -> bool:
         """Whether there are held-out prompts to measure on: imported hidden states come without."""
-        return not (self.config.hidden_states.path and self.reads_store and "imported" in self.store.inputs)
+        return not (
+            self.config.hidden_states.path and self.reads_store and "imported" in self.store.inputs
+        )
 
     @property
     def trained_on(self) -> dict[str, str]:
@@ -374,7 +414,9 @@ class Run:
 
     @cached_property
     def draft_folder(self) -> Path:
-        """The draft to measure: the one that `draft_path` names, fetched from the hub if need be, or this run's own."""
+        """The draft to measure: the one that `draft_path` names, fetched from the hub if need be,
+        or this run's own.
+        """
         return locate(self.config.draft_path) if self.config.draft_path else self.run_dir / "draft"
 
     def read_draft(self) -> Draft:
@@ -389,7 +431,8 @@ class Run:
             "config": redact(dataclasses.asdict(self.config)),
             "overrides": redact(self.overrides),
             "resumed_with": redact(self.resumed_with),
-            "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in PACKAGES}
+            | {"python": platform.python_version()},
             "tracker_id": self.tracker_id,
             "git": git_commit(),
             "hardware": hardware(self.device),
@@ -406,13 +449,26 @@ def git_commit() -> str | None:
     """The commit of the code, with `+` when files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if dirty else "")
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "device": str(device),
+        "name": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }

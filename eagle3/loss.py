@@ -1,8 +1,9 @@
 """Teacher-major fused soft-target loss: no [tokens, vocabulary] tensor exists, forward or backward.
 
-A teacher row serves every (row, step) pair that predicts its next token, so the loss waits for the whole unroll and
-then walks chunks of teacher rows: teacher probabilities once, the students' logits, loss, accuracy, and the gradients
-in place. M pairs in order of their teacher, U teacher rows, Vd draft vocabulary, D and H hidden sizes.
+A teacher row serves every (row, step) pair that predicts its next token, so the loss waits for the
+whole unroll and then walks chunks of teacher rows: teacher probabilities once, the students'
+logits, loss, accuracy, and the gradients in place. M pairs in order of their teacher, U teacher
+rows, Vd draft vocabulary, D and H hidden sizes.
 """
 
 from collections.abc import Callable
@@ -10,20 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from eagle3.data.packing import Batch, SupervisedMask
-from eagle3.data.supervision import serving
+from eagle3.batch import Batch, Features, SupervisedMask, serving
 from eagle3.draft.model import Draft
-from eagle3.target.features import Features
 
 Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
 class LossOutput:
-    """`loss` is the weighted sum over pairs, not yet divided by the normaliser; it alone carries gradients.
+    """`loss` is the weighted sum over pairs, not yet divided by the normaliser; it alone carries
+    gradients.
 
-    `step_loss`, `step_correct` fp32 [K]: unweighted sums over the step's pairs. `correct` bool [M]: the draft's
-    argmax is the target's argmax over the full vocabulary.
+    `step_loss`, `step_correct` fp32 [K]: unweighted sums over the step's pairs. `correct` bool [M]:
+    the draft's argmax is the target's argmax over the full vocabulary.
     """
 
     loss: torch.Tensor
@@ -33,7 +33,8 @@ class LossOutput:
 
 
 def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `logits` [m,Vd] against probabilities `teacher` [m,Vd]: value [m], gradient [m,Vd].
+    """Cross-entropy of `logits` [m,Vd] against probabilities `teacher` [m,Vd]: value [m], gradient
+    [m,Vd].
 
     KL divergence up to the teacher's entropy, which no gradient sees (EAGLE-3, arXiv 2503.01840).
     """
@@ -42,11 +43,14 @@ def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch
     return value, (logits - logsumexp).exp_().sub_(teacher)
 
 
-def lk(logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """LK loss, adaptive form (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta acceptance).
+def lk(
+    logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LK loss, adaptive form (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
+    acceptance).
 
-    acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w is a constant to
-    the gradient, and is taken pair by pair.
+    acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w
+    is a constant to the gradient, and is taken pair by pair.
     """
     cross_entropy, kl_gradient = kl(logits, teacher)
     student = kl_gradient + teacher
@@ -60,11 +64,23 @@ def lk(logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0) -> tuple[t
 
 
 class FusedLoss(torch.autograd.Function):
-    """Sum of weighted pairwise losses; writes d(loss)/d(students) and d(loss)/d(lm_head) while going forward."""
+    """Sum of weighted pairwise losses; writes d(loss)/d(students) and d(loss)/d(lm_head) while
+    going forward.
+    """
 
     @staticmethod
     def forward(
-        ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights, pointwise, chunk
+        ctx,
+        students_MD,
+        lm_head_VD,
+        teachers_UH,
+        head_VH,
+        batch,
+        target_ids,
+        argmax,
+        weights,
+        pointwise,
+        chunk,
     ):
         want_gradients = any(ctx.needs_input_grad[:2])
         losses = weights.new_zeros(len(students_MD))
@@ -74,7 +90,7 @@ class FusedLoss(torch.autograd.Function):
         head = lm_head_VD.to(students_MD.dtype)
         for start in range(0, len(teachers_UH), chunk):
             stop = min(start + chunk, len(teachers_UH))
-            pairs = slice(int(batch.pairs_before[start]), int(batch.pairs_before[stop]))
+            pairs = slice(batch.pairs_before[start], batch.pairs_before[stop])
             if pairs.start == pairs.stop:
                 continue
             teacher = (teachers_UH[start:stop] @ head_VH.T).to(weights.dtype).softmax(-1)
@@ -92,14 +108,22 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *unused):
         grad_students, grad_head = ctx.saved_tensors
-        return grad_students * grad.to(grad_students.dtype), grad_head * grad.to(grad_head.dtype), *[None] * 8
+        return (
+            grad_students * grad.to(grad_students.dtype),
+            grad_head * grad.to(grad_head.dtype),
+            *[None] * 8,
+        )
 
 
 class SoftTargetLoss:
     """The loss of a batch: what `loss=...` instantiates."""
 
     def __init__(
-        self, pointwise: Pointwise, gamma: float = 0.8, chunk_rows: int = 1024, mask: SupervisedMask = serving
+        self,
+        pointwise: Pointwise,
+        gamma: float = 0.8,
+        chunk_rows: int = 1024,
+        mask: SupervisedMask = serving,
     ):
         """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.
 
@@ -108,17 +132,27 @@ class SoftTargetLoss:
         self.pointwise, self.gamma, self.chunk_rows, self.mask = pointwise, gamma, chunk_rows, mask
 
     def __call__(
-        self, draft: Draft, hidden_ND: torch.Tensor, features: Features, batch: Batch, draft_head: torch.Tensor
+        self,
+        draft: Draft,
+        hidden_ND: torch.Tensor,
+        features: Features,
+        batch: Batch,
+        draft_head: torch.Tensor,
     ) -> LossOutput:
-        """`hidden_ND` is what `unroll` returned; `draft_head` [Vd,H]: the target head's rows of the draft vocabulary.
+        """`hidden_ND` is what `unroll` returned; `draft_head` [Vd,H]: the target head's rows of the
+        draft vocabulary.
 
-        A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the accuracy it counts
-        regardless, as a miss.
+        A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the
+        accuracy it counts regardless, as a miss.
         """
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        teachers = torch.nn.functional.pad(features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1))
+        teachers = torch.nn.functional.pad(
+            features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1)
+        )
         argmax = torch.nn.functional.pad(features.argmax, (0, 1))
-        powers = torch.tensor([self.gamma**k for k in range(len(batch.row_counts))], dtype=wide).to(argmax.device)
+        powers = torch.tensor([self.gamma**k for k in range(len(batch.row_counts))], dtype=wide).to(
+            argmax.device
+        )
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         students = draft.norm(hidden_ND[batch.pair_index])
         loss, losses, correct = FusedLoss.apply(

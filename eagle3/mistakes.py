@@ -11,7 +11,11 @@ from omegaconf.errors import OmegaConfBaseException
 from eagle3.config import flat, nearest
 from eagle3.errors import ConfigError, RunError
 
-OPEN = ("data.sources", "data.chat_template_kwargs", "regenerate.extra_body")  # sections that take any key
+OPEN = (
+    "data.sources",
+    "data.chat_template_kwargs",
+    "regenerate.extra_body",
+)  # sections that take any key
 
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int]:
@@ -46,7 +50,9 @@ def wrong_value(error: Exception, conf: Path) -> str:
     """A key that does not exist, or a value of the wrong type."""
     text = str(error.__cause__ or error) + "\n" + str(error)
     unknown = re.search(r"Could not override '([^']+)'", text)
-    conversion = re.search(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", text)
+    conversion = re.search(
+        r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", text
+    )
     key = re.search(r"full_key: (\S+)", text)
     if conversion:
         return f"{key[1] if key else 'a value'}={conversion[1]} must be of type {conversion[2].lower()}"
@@ -59,7 +65,10 @@ def wrong_value(error: Exception, conf: Path) -> str:
         return f"{merged[1]} is no source yet: write '+data.sources={{{merged[1].split('.')[2]}: {{path: ...}}}}'"
     if merged:
         return f"{merged[1]}={merged[2]} has the wrong type; write a list as '{merged[1]}=[{merged[2].strip('[]')}]'"
-    no_group = re.search(r"Could not find match for '?([\w/@]+)'?|No match in the defaults list for '([\w/@]+)'", text)
+    no_group = re.search(
+        r"Could not find match for '?([\w/@]+)'?|No match in the defaults list for '([\w/@]+)'",
+        text,
+    )
     if no_group:
         return f"{no_group[1] or no_group[2]} is no config group{nearest(no_group[1] or no_group[2], known_keys(conf))}"
     return " ".join(str(error).split())

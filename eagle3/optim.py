@@ -11,13 +11,17 @@ def warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
-def cosine(optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015, min_ratio: float = 0.0) -> LambdaLR:
+def cosine(
+    optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015, min_ratio: float = 0.0
+) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `min_ratio` of the learning rate at `total_steps`."""
     warmup_steps = round(warmup_ratio * total_steps)
 
     def scale(step: int) -> float:
         share = min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-        return warmup(step, warmup_steps) * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share)))
+        return warmup(step, warmup_steps) * (
+            min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+        )
 
     return LambdaLR(optimizer, scale)
 
@@ -31,8 +35,8 @@ def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015
 def step_if_finite(optimizer: Optimizer, parameters: list[torch.Tensor], max_grad_norm: float):
     """Clip by the global norm and step; a non-finite norm leaves weights and states as they are.
 
-    Returns the norm before clipping and whether the step was skipped, both tensors: with a fused optimiser the
-    decision is made on the device and the host never waits.
+    Returns the norm before clipping and whether the step was skipped, both tensors: with a fused
+    optimiser the decision is made on the device and the host never waits.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)

@@ -11,26 +11,28 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from eagle3 import checkpoint, diagnosis, evaluate, export, plan
-from eagle3.artefact import facts
-from eagle3.capture import capture, is_complete
+from eagle3 import evaluate, plan
+from eagle3.benchmark import check as diagnosis
 from eagle3.config import RunConfig, parse_size
 from eagle3.data import view
-from eagle3.data.loader import Loader
 from eagle3.data.sources import read_rows
-from eagle3.distributed import Ranks
 from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
+from eagle3.export import write as export
+from eagle3.hidden_states.capture import capture, is_complete
+from eagle3.hidden_states.specforge import is_specforge
 from eagle3.job import Run
-from eagle3.logger import JsonLines
+from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss
-from eagle3.report import benchmark_table, prepared_table, summary_table, write_report
-from eagle3.sequence import Sequence
-from eagle3.target.parallel import follow
-from eagle3.target.specforge import is_specforge
+from eagle3.parallel.ranks import Ranks
+from eagle3.parallel.sequence import Sequence
+from eagle3.parallel.watch import Watch
+from eagle3.runs import checkpoint
+from eagle3.runs.artefact import facts
+from eagle3.runs.logger import JsonLines
+from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
 from eagle3.train import Trainer, fit
-from eagle3.watch import Watch
 
 console = Console(markup=False)
 REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +40,9 @@ REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def view_stage(run: Run) -> None:
     config = run.config
-    rows = chain.from_iterable(read_rows(found, None, config.data.preformatted) for _, found in run.sources)
+    rows = chain.from_iterable(
+        read_rows(found, None, config.data.preformatted) for _, found in run.sources
+    )
     samples = view.collect(rows, run.chat, config.data, config.view.num_samples)
     view.show(samples, console)
     view.write_page(samples, run.run_dir / "view.html")
@@ -63,24 +67,35 @@ def prepare_stage(run: Run) -> None:
     learnt = facts(run.prepared_path)
     console.print(prepared_table(learnt))
     if learnt["rejected"] or learnt["heldout_rejected"]:
-        console.print(f"prepare: rejected rows are listed in {run.prepared_path / 'rejects.jsonl'}", soft_wrap=True)
+        console.print(
+            f"prepare: rejected rows are listed in {run.prepared_path / 'rejects.jsonl'}",
+            soft_wrap=True,
+        )
     run.inputs["prepared"] = learnt | {"path": str(run.prepared_path)}
 
 
 def generate_stage(run: Run) -> None:
     learnt = facts(run.answers_path)
-    console.print(f"generate: {learnt['answers']} answers of the target, {learnt['answer_tokens']:,} tokens")
+    console.print(
+        f"generate: {learnt['answers']} answers of the target, {learnt['answer_tokens']:,} tokens"
+    )
     run.inputs["generated"] = learnt | {"path": str(run.answers_path)}
 
 
 def import_stage(run: Run) -> None:
     if not run.config.hidden_states.path or not is_specforge(Path(run.config.hidden_states.path)):
-        raise ConfigError("stages=[import] needs hidden_states.path=<folder of SpecForge's rows_*/data_*.ckpt>")
+        raise ConfigError(
+            "stages=[import] needs hidden_states.path=<folder of SpecForge's rows_*/data_*.ckpt>"
+        )
     learnt = facts(run.imported_path)
-    console.print(f"import: {learnt['documents']:,} documents, {learnt['bytes'] / 1e9:,.2f} GB, {run.imported_path}")
+    console.print(
+        f"import: {learnt['documents']:,} documents, {learnt['bytes'] / 1e9:,.2f} GB, {run.imported_path}"
+    )
     for reason, count in learnt["rejected"].items():
         console.print(f"import: rejected {count:,} x {reason}")
-    console.print(f"import: {learnt['padding']:,} rows of padding left out, {learnt['prenorm']:,} documents normed")
+    console.print(
+        f"import: {learnt['padding']:,} rows of padding left out, {learnt['prenorm']:,} documents normed"
+    )
     run.inputs["imported"] = learnt | {"path": str(run.imported_path)}
 
 
@@ -92,7 +107,9 @@ def capture_stage(run: Run) -> None:
     if not is_complete(path):
         most = parse_size(hidden.max_disk) if hidden.max_disk else None
         tokens = run.target.batch_tokens
-        capture(path, run.prepared, run.target, run.store_inputs, hidden.dtype, tokens, most, console)
+        capture(
+            path, run.prepared, run.target, run.store_inputs, hidden.dtype, tokens, most, console
+        )
     learnt = run.store.facts
     console.print(
         f"capture: {learnt['documents']:,} documents, {learnt['tokens']:,} tokens, {learnt['bytes'] / 1e9:,.2f} GB, "
@@ -104,7 +121,10 @@ def capture_stage(run: Run) -> None:
 
 def draft_for(run: Run) -> Draft:
     torch.manual_seed(run.config.seed)
-    attention, initial = instantiate(run.config.draft.attention), instantiate(run.config.draft.initial)
+    attention, initial = (
+        instantiate(run.config.draft.attention),
+        instantiate(run.config.draft.initial),
+    )
     vocab = run.vocab if run.config.draft.init_from is None else (None, None)
     return new_draft(run.config.draft, attention, initial, run.weights, *vocab).to(run.device)
 
@@ -181,7 +201,9 @@ def train_stage(run: Run) -> None:
     finally:
         run.supply.close()
     damaged = {
-        key: why for each in ranks.collect(run.store.damaged if run.reads_store else {}) for key, why in each.items()
+        key: why
+        for each in ranks.collect(run.store.damaged if run.reads_store else {})
+        for key, why in each.items()
     }
     conclude(run, trainer, measure, damaged)
 
@@ -205,20 +227,30 @@ def conclude(
     measure: Callable[[Draft], evaluate.Evaluation] | None,
     damaged: dict[int, str],
 ) -> None:
-    """What is said and kept of a training that is over; every process measures, the first one writes."""
+    """What is said and kept of a training that is over; every process measures, the first one
+    writes.
+    """
     if damaged:
         left_out = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
-        console.print(f"train: {len(damaged)} damaged documents were left out ({left_out})", soft_wrap=True)
+        console.print(
+            f"train: {len(damaged)} damaged documents were left out ({left_out})", soft_wrap=True
+        )
         run.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
     if measure is None:
-        console.print("train: there are no held-out answers to measure on; the last checkpoint is kept as the best")
+        console.print(
+            "train: there are no held-out answers to measure on; the last checkpoint is kept as the best"
+        )
         return
     if run.ranks.is_main:
-        trainer.draft.load_state_dict(checkpoint.draft_weights(run.run_dir / "checkpoints" / "best"))
+        trainer.draft.load_state_dict(
+            checkpoint.draft_weights(run.run_dir / "checkpoints" / "best")
+        )
     best = measure(trainer.draft)
     if not run.ranks.is_main:
         return
-    (run.run_dir / "evaluation.json").write_text(json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update}))
+    (run.run_dir / "evaluation.json").write_text(
+        json.dumps(dataclasses.asdict(best) | {"update": trainer.best_update})
+    )
     console.print(
         f"train: best acceptance length {best.acceptance_length[best.draft_length]:.2f} "
         f"at draft length {best.draft_length}, update {trainer.best_update}"
@@ -236,7 +268,11 @@ def evaluation_of(
     held_out = evaluate.batches(run.answers, draft.t2d, steps, config.train.tokens_per_step)
 
     def measure(draft: Draft) -> evaluate.Evaluation:
-        return run.ranks.tell(evaluate.evaluate(draft, embedding, draft_head, loss, held_out, config.eval.draft_length))
+        return run.ranks.tell(
+            evaluate.evaluate(
+                draft, embedding, draft_head, loss, held_out, config.eval.draft_length
+            )
+        )
 
     return measure
 
@@ -244,7 +280,9 @@ def evaluation_of(
 def export_stage(run: Run) -> None:
     best = run.run_dir / "checkpoints" / "best"
     if not best.exists():
-        raise RunError(f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages")
+        raise RunError(
+            f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages"
+        )
     state = checkpoint.draft_weights(best)
     config = draft_config(run.config.draft, run.target_config)
     draft = Draft(config, instantiate(run.config.draft.attention), state["t2d"], state["d2t"])
@@ -263,7 +301,9 @@ def export_stage(run: Run) -> None:
 
 def check_stage(run: Run) -> None:
     if not run.draft_folder.exists():
-        raise ConfigError(f"stages=[check] finds no draft at {run.draft_folder}; set draft_path=<folder or hub id>")
+        raise ConfigError(
+            f"stages=[check] finds no draft at {run.draft_folder}; set draft_path=<folder or hub id>"
+        )
     diagnosis.check(run, console)
 
 
@@ -295,7 +335,9 @@ def result(run_dir: Path) -> float | None:
     """The acceptance length that `run.py` returns: the benchmark's first, else the evaluation's."""
     benchmark, evaluation = run_dir / "benchmark.json", run_dir / "evaluation.json"
     if benchmark.exists():
-        rows = [row for rows in json.loads(benchmark.read_text())["suites"].values() for row in rows]
+        rows = [
+            row for rows in json.loads(benchmark.read_text())["suites"].values() for row in rows
+        ]
         return next((row["acceptance_length"] for row in rows if row["config"][1] > 0), None)
     if evaluation.exists():
         values = json.loads(evaluation.read_text())
@@ -303,8 +345,12 @@ def result(run_dir: Path) -> float | None:
     return None
 
 
-def execute(config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks | None = None) -> float | None:
-    """Run the stages in order, then write the report; returns what `result` says. Only the first process writes."""
+def execute(
+    config: RunConfig, run_dir: Path, overrides: list[str], ranks: Ranks | None = None
+) -> float | None:
+    """Run the stages in order, then write the report; returns what `result` says. Only the first
+    process writes.
+    """
     run = Run(config, run_dir, overrides, ranks)
     console.quiet = not run.ranks.is_main
     if config.plan:
@@ -342,14 +388,13 @@ def run_stages(run: Run) -> float | None:
 
 def perform(run: Run, stage: str) -> None:
     """A stage on the first process, and on the others as far as they take part."""
-    if stage == "train":  # what it reads is made first, while those who share the target still follow
+    if (
+        stage == "train"
+    ):  # what it reads is made first, while those who share the target still follow
         run.ranks.tell("what train reads")
         _ = run.trained_on
-        run.ranks.share(None)
-    run.ranks.tell(stage)
+        run.ranks.tell(stage)
     STAGES[stage](run)
-    if stage != "train":
-        run.ranks.share(None)
 
 
 def take_part(run: Run) -> None:
@@ -358,12 +403,9 @@ def take_part(run: Run) -> None:
         if stage == "train":
             train_stage(run)
             run.let_go_of_target()
-        elif not run.ranks.leads:
-            follow(run, run.ranks)
         else:
             if stage in TOGETHER:
                 STAGES[stage](run)
-            run.ranks.share(None)
 
 
 def show_results(run: Run, report: Path) -> None:
@@ -374,5 +416,12 @@ def show_results(run: Run, report: Path) -> None:
         dropped += ("launch.nproc_per_node", "parallel", "parallel.ulysses", "parallel.ring")
         again = [o for o in run.overrides if o.split("=")[0] not in dropped]
         stages = "regenerate,benchmark" if "regenerate" in run.config.stages else "benchmark"
-        again = shlex.join([*again, f"stages=[{stages}]", f"draft_path={run.draft_folder}", "benchmark.temperature=1"])
+        again = shlex.join(
+            [
+                *again,
+                f"stages=[{stages}]",
+                f"draft_path={run.draft_folder}",
+                "benchmark.temperature=1",
+            ]
+        )
         console.print(f"next, the same draft when sampling: python run.py {again}", soft_wrap=True)

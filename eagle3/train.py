@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eagle3.checkpoint import Checkpoints, State
-from eagle3.data.loader import Loader, Update
-from eagle3.distributed import Ranks
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import Evaluation
+from eagle3.hidden_states.supply import Supply
+from eagle3.loader import Loader, Update
 from eagle3.loss import SoftTargetLoss
-from eagle3.metrics import Meter
-from eagle3.modes import Supply
 from eagle3.optim import step_if_finite
+from eagle3.parallel.ranks import Ranks
+from eagle3.runs.checkpoint import Checkpoints, State
+from eagle3.runs.metrics import Meter
 from eagle3.ttt import training_flops, unroll
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -47,7 +47,8 @@ class Trainer:
         ranks: Ranks | None = None,
         reduce_dtype: torch.dtype = torch.float32,
     ):
-        """`embedding` [V,D] and `draft_head` [Vd,H] are the target's, frozen; `inputs` the fingerprints of the rest.
+        """`embedding` [V,D] and `draft_head` [Vd,H] are the target's, frozen; `inputs` the
+        fingerprints of the rest.
 
         Gradients are exchanged in `reduce_dtype`.
         """
@@ -88,22 +89,32 @@ class Trainer:
         return State(tensors, own, plain)
 
     def restore(self, state: State) -> None:
-        """Go on from `state`; raises ConfigError when data or target are not those it was trained on."""
+        """Go on from `state`; raises ConfigError when data or target are not those it was trained
+        on.
+        """
         plain, tensors, rank = state.plain, state.tensors, self.ranks.rank
         for name, fingerprint in plain["inputs"].items():
             if self.inputs.get(name) != fingerprint:
                 raise ConfigError(
                     f"{name} is {self.inputs.get(name)}, but the checkpoint has {fingerprint}; start a new run"
                 )
-        self.draft.load_state_dict({n[len("draft/") :]: t for n, t in tensors.items() if n.startswith("draft/")})
+        self.draft.load_state_dict(
+            {n[len("draft/") :]: t for n, t in tensors.items() if n.startswith("draft/")}
+        )
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for place, (name, _) in enumerate(self.draft.named_parameters()):
             prefix = f"optimizer/{name}/"
-            moments[place] = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+            moments[place] = {
+                n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)
+            }
         self.optimizer.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
         self.scheduler.load_state_dict(plain["scheduler"])
         self.loader.state = dict(plain["loader"])
-        self.update, self.best, self.best_update = plain["update"], plain["best"], plain["best_update"]
+        self.update, self.best, self.best_update = (
+            plain["update"],
+            plain["best"],
+            plain["best_update"],
+        )
         self.skipped.fill_(plain["skipped"])
         self.skipped_in_a_row.fill_(plain["skipped_in_a_row"])
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
@@ -113,20 +124,19 @@ class Trainer:
             torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"], self.device)
 
     def train_on(self, update: Update, waited: float) -> torch.Tensor:
-        """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the device.
+        """Forward, backward and one guarded optimiser step; returns the gradient norm, still on the
+        device.
 
-        Gradients meet once, after the last micro-step. An update all of whose documents are damaged changes nothing
-        and counts.
+        Gradients meet once, after the last micro-step. An update all of whose documents are damaged
+        changes nothing and counts.
         """
         normaliser = self.ranks.total(update.normaliser)
         if not normaliser:
             self.scheduler.step()
             self.update += 1
             return torch.zeros(())
-        asked = 0
         for batch in update.batches:
             batch = batch.to(self.device)
-            asked += batch.features is None
             features = batch.features or self.supply.features_of(batch)
             hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden, features, batch, self.draft_head)
@@ -142,7 +152,6 @@ class Trainer:
                 flops=training_flops(self.draft.config, batch),
             )
             waited = 0.0
-        self.supply.stand_by(update.micro_steps - asked)
         parameters = list(self.draft.parameters())
         self.ranks.sum_gradients(parameters, self.reduce_dtype)
         norm, skipped = step_if_finite(self.optimizer, parameters, self.max_grad_norm)
@@ -155,8 +164,10 @@ class Trainer:
 
 @contextlib.contextmanager
 def stop_on_signals(launched: bool) -> Iterator[dict[str, int]]:
-    """The first Ctrl-C or SIGTERM is noted: the loop ends after its update. A second one acts at once, except in a
-    launched process, which hears of each signal twice (from the terminal and from its launcher)."""
+    """The first Ctrl-C or SIGTERM is noted: the loop ends after its update. A second one acts at
+    once, except in a launched process, which hears of each signal twice (from the terminal and from
+    its launcher).
+    """
     received = {"signal": 0}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -184,15 +195,19 @@ def fit(
     log_every: int,
     keep_last: int,
 ) -> None:
-    """Train until the loader's last update; keeps `last` and `best` (by `eval/acceptance_length`) checkpoints.
+    """Train until the loader's last update; keeps `last` and `best` (by `eval/acceptance_length`)
+    checkpoints.
 
-    Every rank is here, takes the same turns and evaluates to the same number. Without anything to evaluate on, the
-    last checkpoint is the best.
+    Every rank is here, takes the same turns and evaluates to the same number. Without anything to
+    evaluate on, the last checkpoint is the best.
     """
     total, meter, ranks = trainer.loader.total_updates, trainer.meter, trainer.ranks
     checkpoints = Checkpoints(run_dir / "checkpoints", keep_last, ranks)
     launched = ranks.world_size > 1
-    with stop_on_signals(launched) as received, progress_bar(total, trainer.update, ranks.is_main) as show:
+    with (
+        stop_on_signals(launched) as received,
+        progress_bar(total, trainer.update, ranks.is_main) as show,
+    ):
         updates = iter(trainer.loader)
         while trainer.update < total:
             began = time.perf_counter()
@@ -203,7 +218,11 @@ def fit(
             if trainer.update % log_every == 0 or last:
                 refuse_endless_skipping(trainer, update, run_dir)
                 metrics = meter.read(ranks.sum)
-                metrics |= {"lr": lr, "grad_norm": float(norm), "skipped_updates": int(trainer.skipped)}
+                metrics |= {
+                    "lr": lr,
+                    "grad_norm": float(norm),
+                    "skipped_updates": int(trainer.skipped),
+                }
                 log(metrics, trainer.update)
                 show(trainer.update, loss=metrics["loss"])
             began = time.perf_counter()
@@ -222,7 +241,9 @@ def fit(
             if stopping:
                 checkpoints.wait()
                 if ranks.is_main:
-                    print(f"\nstopped after update {trainer.update}; go on with: python run.py train.resume={run_dir}")
+                    print(
+                        f"\nstopped after update {trainer.update}; go on with: python run.py train.resume={run_dir}"
+                    )
                 raise Interrupted(128 + stopping)
             meter.leave_out(time.perf_counter() - began)
         checkpoints.wait()
@@ -230,10 +251,14 @@ def fit(
 
 
 def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:
-    """End the run when the last updates were all skipped for non-finite gradients; the batch is saved."""
+    """End the run when the last updates were all skipped for non-finite gradients; the batch is
+    saved.
+    """
     if int(trainer.skipped_in_a_row) < MAX_SKIPPED_IN_A_ROW:
         return
-    path = run_dir / (f"non_finite_batch_{trainer.ranks.rank}.pt" if trainer.ranks.rank else "non_finite_batch.pt")
+    path = run_dir / (
+        f"non_finite_batch_{trainer.ranks.rank}.pt" if trainer.ranks.rank else "non_finite_batch.pt"
+    )
     torch.save([batch.input_ids for batch in update.batches], path)
     raise RunError(
         f"the gradients of the last {int(trainer.skipped_in_a_row)} updates were not finite; lower optimizer.lr or "
@@ -243,7 +268,9 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A bar with ETA, the latest loss and acceptance length; yields `show(update, loss=, acceptance=)`."""
+    """A bar with ETA, the latest loss and acceptance length; yields `show(update, loss=,
+    acceptance=)`.
+    """
     columns = [
         TextColumn("train"),
         BarColumn(),

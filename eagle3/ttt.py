@@ -1,69 +1,87 @@
-"""Training-time test: the draft unrolled on its own hidden states, only where a row is still needed.
+"""Training-time test: the draft unrolled on its own hidden states, only where a row is still
+needed.
 
-T packed tokens, O of them held by this process (all, unless ranks share the batch), N_k rows needed at step k (nested:
-the first N_k of `batch.rows`), D hidden, A three layers of the target, H query and G key/value heads of size d.
+T packed tokens, O of them this rank's own (all, unless ranks share the batch), N_k rows needed at
+step k (nested: the first N_k of `batch.rows`), D hidden, A three layers of the target, H query and
+G key/value heads of size d. Per row t of a document x_0 x_1 ..., with g_t the target's three
+layers:
+
+    h^0_t   = W_fc g_t
+    step k:   u = [RMS(E[x_{t+1+k}]); RMS(h^k_t)]
+              q, k^k, v^k = R_{t+k} W_q u, R_{t+k} W_k u, W_v u         R: RoPE, at position t+k
+              attn = softmax over {q.k^0_j, j <= t} and {q.k^i_t, i = 1..k}
+              y = h^k_t + W_o attn;  h^{k+1}_t = y + MLP(RMS(y))
 """
 
 import torch
 
-from eagle3.data.packing import Batch
+from eagle3.batch import Batch
+from eagle3.draft.attention import KeysValues
 from eagle3.draft.model import Draft, DraftConfig, linear
 from eagle3.draft.rope import rotate
 
 
-def unroll(draft: Draft, embedding: torch.Tensor, aux_hidden_states_OA: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Hidden states after the layer, un-normalised, of all steps one behind the other: [N_0 + N_1 + ..., D].
+def unroll(
+    draft: Draft, embedding: torch.Tensor, aux_hidden_states_OA: torch.Tensor, batch: Batch
+) -> torch.Tensor:
+    """Un-normalised h^1, h^2, ... of all steps one behind the other: [N_0 + N_1 + ..., D].
 
-    `embedding` [V, D] is the target's, frozen; its dtype is the one computed in. Token id 0 stands for what follows
-    the end of a document.
+    `embedding` [V,D] is the target's, frozen; its dtype is the one computed in. Token id 0 stands
+    for what follows the end of a document.
     """
-    rows, length, exchange = batch.rows, len(batch.input_ids), batch.exchange
+    # W u = W_e RMS(E[x]) + W_h RMS(h). The first half depends on the token alone, so it is computed
+    # once and read by every step, one token further on each time.
+    length, own, rows = len(batch.input_ids), batch.own, batch.rows
     input_ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])
-    tokens = draft.project_embeddings(embedding[input_ids])
+    embedded_tokens = draft.project_embeddings(embedding[input_ids])
     hidden_weight = draft.qkv_weight(1)
     query_size = draft.config.num_attention_heads * draft.config.head_dim
 
-    def read_tokens(places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return tokens[torch.where(places < ends, places, length)]
+    def embedded(places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return embedded_tokens[torch.where(places < ends, places, length)]
 
+    # Rows meet only in k^0 and v^0, so these are made of every token; the rest of rows in need
+    # alone.
     hidden_OD = draft.fc(aux_hidden_states_OA.to(embedding.dtype))
     normed_OD = draft.midlayer.hidden_norm(hidden_OD)
-    held = batch.held
-    keys_values = linear(normed_OD, hidden_weight[query_size:])
-    keys_values = keys_values + read_tokens(held + 1, batch.document_ends[held])[:, query_size:]
-    k0, v0 = keys_values.unflatten(-1, (-1, draft.config.head_dim)).chunk(2, dim=-2)
-    k0, v0 = rotate(k0, *draft.rope(batch.position_ids[held], batch.max_length)), v0.contiguous()
-    k0, v0 = exchange.keys(k0, v0)
+    k0_v0 = linear(normed_OD, hidden_weight[query_size:])
+    k0_v0 = k0_v0 + embedded(own + 1, batch.document_ends[own])[:, query_size:]
+    k0, v0 = k0_v0.unflatten(-1, (-1, draft.config.head_dim)).chunk(2, dim=-2)
+    k0 = rotate(k0, *draft.rope(batch.position_ids[own], batch.max_length))
+    keys_values = (batch.exchange or KeysValues)(draft.attention, batch, k0, v0.contiguous())
 
-    hidden, normed, later, outputs = hidden_OD[rows], normed_OD[rows], [], []
-    places = held[rows]
+    hidden_ND, normed_ND, outputs = hidden_OD[rows], normed_OD[rows], []
+    places = own[rows]
     ends, positions = batch.document_ends[places], batch.position_ids[places]
-    for step, (count, anywhere) in enumerate(zip(batch.row_counts, exchange.steps(batch), strict=True)):
-        if anywhere == 0 and step > 0:  # step 0 always runs, so that every weight gets a gradient on every rank
-            break
-        embedded = read_tokens(places[:count] + step + 1, ends[:count])
+    # Step 0 always runs, so that every weight gets a gradient on every rank.
+    for step in range(max(1, batch.num_steps)):
+        count = batch.row_counts[step]
+        ahead = embedded(places[:count] + step + 1, ends[:count])
         cos, sin = draft.rope(positions[:count] + step, batch.max_length + step)
-        own = None
         if step == 0:
-            q = linear(normed, hidden_weight[:query_size]) + embedded[:, :query_size]
-            q = q.unflatten(-1, (-1, draft.config.head_dim))
+            q = linear(normed_ND, hidden_weight[:query_size]) + ahead[:, :query_size]
+            q, k, v = q.unflatten(-1, (-1, draft.config.head_dim)), None, None
         else:
-            hidden = hidden[:count]
-            normed = draft.midlayer.hidden_norm(hidden)
-            q, k, v = draft.split_heads(linear(normed, hidden_weight) + embedded)
-            own = rotate(k, cos, sin), v.contiguous()  # a view would keep q, k and v for backward
-        attended = exchange.attend(draft.attention, batch, step, rotate(q, cos, sin), k0, v0, later, own)
-        hidden = draft.finish(hidden, attended)
-        outputs.append(hidden)
+            hidden_ND = hidden_ND[:count]
+            normed_ND = draft.midlayer.hidden_norm(hidden_ND)
+            q, k, v = draft.split_heads(linear(normed_ND, hidden_weight) + ahead)
+            k, v = rotate(k, cos, sin), v.contiguous()  # a view would keep q, k and v for backward
+        attended = keys_values.attend(rotate(q, cos, sin), k, v)
+        hidden_ND = draft.finish(hidden_ND, attended)
+        outputs.append(hidden_ND)
     return torch.cat(outputs)
 
 
 def training_flops(config: DraftConfig, batch: Batch) -> int:
-    """FLOPs of the products in a forward and backward pass of unroll and loss; attention, a few per cent, left out."""
+    """FLOPs of the products in a forward and backward pass of unroll and loss.
+
+    Attention, a few per cent, is left out.
+    """
     size, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim
     rows, length, steps = sum(batch.row_counts), batch.tokens, batch.row_counts
-    once = length * size * (3 * config.target_hidden_size + qkv + qkv - heads) + steps[0] * size * heads
+    once = length * size * (3 * config.target_hidden_size + qkv + qkv - heads)
+    once += steps[0] * size * heads
     each = rows * size * (heads + 3 * config.intermediate_size) + (rows - steps[0]) * size * qkv
     head = len(batch.pair_index) * size * config.draft_vocab_size
     teacher = len(batch.teacher_rows) * config.target_hidden_size * config.draft_vocab_size

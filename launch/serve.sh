@@ -10,6 +10,6 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   if [ "$1" = --run ]; then run=yes; else arguments+=("$1"); fi
   shift
 done
-command=$("$root/.venv/bin/python" -m eagle3.serve "${arguments[@]}" "$@")
+command=$("$root/.venv/bin/python" -m eagle3.export.serve "${arguments[@]}" "$@")
 echo "$command"
 [ $run = no ] || exec bash -c "$command"

@@ -21,5 +21,8 @@ except ChildFailedError as error:
         print(f"error: process {rank} was killed by {failure.signal_name()}", file=sys.stderr)
     elif rank > 0:
         told = failure.message["message"] if isinstance(failure.message, dict) else "it failed"
-        print(f"error: process {rank}: {told} (logs/rank_{rank}.log in the run's folder has more)", file=sys.stderr)
+        print(
+            f"error: process {rank}: {told} (logs/rank_{rank}.log in the run's folder has more)",
+            file=sys.stderr,
+        )
     sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

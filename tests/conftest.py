@@ -7,16 +7,27 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from eagle3.config import Model
+from eagle3.target.spec import TargetSpec, read_spec
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
 
 os.environ.setdefault("WANDB_MODE", "offline")
+torch.set_num_threads(1)  # of small tensors a second thread makes nothing faster
+
+
+def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
+    """The target in a folder, as `model.path=...` names it."""
+    return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **model))
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also the tests that need a CUDA device")
-    parser.addoption("--engines", action="store_true", help="also the tests that serve with SGLang and vLLM")
+    parser.addoption(
+        "--engines", action="store_true", help="also the tests that serve with SGLang and vLLM"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,7 +44,9 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def target_folder(tmp_path_factory, tokenizer) -> Path:
-    """An untrained Llama of 8 layers x 64 with the tiny tokenizer, saved as a user's target would be."""
+    """An untrained Llama of 8 layers x 64 with the tiny tokenizer, saved as a user's target would
+    be.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

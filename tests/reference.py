@@ -1,11 +1,13 @@
-"""EAGLE3 training written a second time, in the plainest way: padded documents, dense masks, full logits, autograd.
+"""EAGLE3 training written a second time, in the plainest way: padded documents, dense masks, full
+logits, autograd.
 
-Tests compare the trainer with it, launch/compare_step.py compares the costs. It shares nothing with the trainer but
-the draft's weights.
+Tests compare the trainer with it, dev/compare_step.py compares the costs. It shares nothing with
+the trainer but the draft's weights.
 
-B documents padded to L tokens, K steps, D hidden, A three layers of the target concatenated, H the target's hidden
-size, V and S sizes of the target's and the draft's vocabulary, N heads of size d. Beyond a document's end,
-`input_ids`, `loss_mask`, `aux` and the target's last hidden states are zero.
+B documents padded to L tokens, K steps, D hidden, A three layers of the target concatenated, H the
+target's hidden size, V and S sizes of the target's and the draft's vocabulary, N heads of size d.
+Beyond a document's end, `input_ids`, `loss_mask`, `aux` and the target's last hidden states are
+zero.
 """
 
 import copy
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 
 @dataclass
 class DenseOutput:
-    """`loss` and `step_loss` [K] are divided by the normaliser, `step_loss` is not weighted; `correct` bool [B,L,K]."""
+    """`loss` and `step_loss` [K] are divided by the normaliser, `step_loss` is not weighted;
+    `correct` bool [B,L,K].
+    """
 
     loss: torch.Tensor
     step_loss: torch.Tensor
@@ -26,7 +30,9 @@ class DenseOutput:
 
 
 def dense_teacher(last_hidden: torch.Tensor, head: torch.Tensor, t2d: torch.Tensor):
-    """Probabilities [B,L,S] over the draft vocabulary, renormalised, and the argmax [B,L] over the whole one."""
+    """Probabilities [B,L,S] over the draft vocabulary, renormalised, and the argmax [B,L] over the
+    whole one.
+    """
     logits = last_hidden @ head.T
     restricted = logits.softmax(-1)[..., t2d]
     return restricted / restricted.sum(-1, keepdim=True), logits.argmax(-1)
@@ -38,8 +44,12 @@ def ahead(values: torch.Tensor, distance: int) -> torch.Tensor:
     return torch.cat([values[:, distance:], torch.zeros_like(values[:, :distance])], dim=1)
 
 
-def supervised_pairs(loss_mask, in_vocab, ttt_steps: int, mask: str) -> tuple[list[torch.Tensor], int]:
-    """The gates [B,L] of the K steps, without the condition on the teacher's argmax, and the normaliser."""
+def supervised_pairs(
+    loss_mask, in_vocab, ttt_steps: int, mask: str
+) -> tuple[list[torch.Tensor], int]:
+    """The gates [B,L] of the K steps, without the condition on the teacher's argmax, and the
+    normaliser.
+    """
     gates = []
     for k in range(ttt_steps):
         if mask == "shifted":
@@ -65,7 +75,9 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-x[..., half:], x[..., :half]], dim=-1)
 
 
-def pair_losses(logits: torch.Tensor, teacher: torch.Tensor, pointwise: str, eta: float = 3.0) -> torch.Tensor:
+def pair_losses(
+    logits: torch.Tensor, teacher: torch.Tensor, pointwise: str, eta: float = 3.0
+) -> torch.Tensor:
     """[B,L] losses of logits [B,L,S] against probabilities [B,L,S]."""
     log_student = logits.log_softmax(-1)
     cross_entropy = -(teacher * log_student).sum(-1)
@@ -90,7 +102,9 @@ def dense_loss(
     mask: str = "serving",
     pointwise: str = "kl",
 ) -> DenseOutput:
-    """`teacher` [B,L,S] and `argmax` [B,L] are those of `dense_teacher`; every row goes through every step."""
+    """`teacher` [B,L,S] and `argmax` [B,L] are those of `dense_teacher`; every row goes through
+    every step.
+    """
     config, t2d, weights = draft.config, draft.t2d, dict(draft.named_parameters())
     batch, length = input_ids.shape
 
@@ -117,7 +131,9 @@ def dense_loss(
         both = torch.cat([embedded, rms(hidden, "midlayer.hidden_norm")], dim=-1)
         q, key, value = (heads(linear(both, f"midlayer.self_attn.{name}_proj")) for name in "qkv")
         here = slice(k, k + length)
-        q, key = (x * cos[here].to(x.dtype) + rotate_half(x) * sin[here].to(x.dtype) for x in (q, key))
+        q, key = (
+            x * cos[here].to(x.dtype) + rotate_half(x) * sin[here].to(x.dtype) for x in (q, key)
+        )
         keys.append(key.repeat_interleave(groups, dim=1))
         values.append(value.repeat_interleave(groups, dim=1))
 
@@ -130,7 +146,9 @@ def dense_loss(
         hidden = hidden + linear(attended.transpose(1, 2).flatten(2), "midlayer.self_attn.o_proj")
 
         normed = rms(hidden, "midlayer.post_attention_layernorm")
-        gated = F.silu(linear(normed, "midlayer.mlp.gate_proj")) * linear(normed, "midlayer.mlp.up_proj")
+        gated = F.silu(linear(normed, "midlayer.mlp.gate_proj")) * linear(
+            normed, "midlayer.mlp.up_proj"
+        )
         hidden = hidden + linear(gated, "midlayer.mlp.down_proj")
         logits = linear(rms(hidden, "norm"), "lm_head")
 
@@ -140,7 +158,9 @@ def dense_loss(
         loss = loss + gamma**k * step_loss[-1]
         correct.append((t2d.nonzero()[:, 0][logits.argmax(-1)] == truth) & gates[k])
         step_accuracy.append(correct[-1].sum() / gates[k].sum())
-    return DenseOutput(loss, torch.stack(step_loss).detach(), torch.stack(step_accuracy), torch.stack(correct, -1))
+    return DenseOutput(
+        loss, torch.stack(step_loss).detach(), torch.stack(step_accuracy), torch.stack(correct, -1)
+    )
 
 
 @dataclass
@@ -158,13 +178,18 @@ class Case:
 
     def documents(self, order=None) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
         chosen = range(len(self.lengths)) if order is None else order
-        return [(i, self.input_ids[i, : self.lengths[i]], self.loss_mask[i, : self.lengths[i]]) for i in chosen]
+        return [
+            (i, self.input_ids[i, : self.lengths[i]], self.loss_mask[i, : self.lengths[i]])
+            for i in chosen
+        ]
 
     def to(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype."""
         draft = copy.deepcopy(self.draft).to(dtype)
         tensors = {
-            name: x.to(dtype) for name, x in vars(self).items() if name in ("embedding", "head", "aux", "last_hidden")
+            name: x.to(dtype)
+            for name, x in vars(self).items()
+            if name in ("embedding", "head", "aux", "last_hidden")
         }
         return replace(self, draft=draft, **tensors)
 
@@ -181,20 +206,27 @@ class Case:
         )  # fmt: skip
 
     def features(self, batch, order=None):
-        from eagle3.target.features import Features
+        from eagle3.batch import Features
 
         last = self.packed(self.last_hidden, order)[batch.teacher_rows]
         logits = last @ self.head.T
         return Features(self.packed(self.aux, order), last, logits.argmax(-1), logits.logsumexp(-1))
 
-    def fast(self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None):
+    def fast(
+        self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None
+    ):
         """The trainer's loss (not yet divided) and its batch."""
+        from eagle3 import batch as supervision
         from eagle3 import loss
-        from eagle3.data import supervision
-        from eagle3.data.packing import pack
+        from eagle3.batch import Document, pack
         from eagle3.ttt import unroll
 
-        batch = pack(self.documents(order), self.draft.t2d, ttt_steps, getattr(supervision, mask))
+        batch = pack(
+            [Document(*d) for d in self.documents(order)],
+            self.draft.t2d,
+            ttt_steps,
+            getattr(supervision, mask),
+        )
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
         soft_target = loss.SoftTargetLoss(getattr(loss, pointwise), gamma, chunk_rows)
@@ -253,7 +285,9 @@ def random_case(
     within = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     common = target_ids[torch.randint(0, draft_vocab_size, within.shape, generator=generator)]
     rare = torch.randint(0, vocab_size, within.shape, generator=generator)
-    input_ids = torch.where(torch.rand(within.shape, generator=generator) < 0.9, common, rare) * within
+    input_ids = (
+        torch.where(torch.rand(within.shape, generator=generator) < 0.9, common, rare) * within
+    )
     loss_mask = random_turns(lengths, generator)
     loss_mask[2:3] = False
     aux, last_hidden = (normal(*within.shape, size) * within[..., None] for size in (3 * 24, 24))
@@ -269,3 +303,10 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     difference = torch.linalg.vector_norm(value.double() - expected.double())
     return float(difference / torch.linalg.vector_norm(expected.double()))
+
+
+def attend(backend, documents, rows, q, k, v, later):
+    """The fast attention on plain tensors: `later` is a list of (k^i, v^i)."""
+    from eagle3.draft.attention import Attend
+
+    return Attend.apply(backend, documents, rows, q, k, v, *(x for pair in later for x in pair))

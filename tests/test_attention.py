@@ -1,8 +1,10 @@
 import pytest
 import torch
-from reference import relative_error
+from reference import attend, relative_error
 
-from eagle3.draft.attention import Auto, Dense, Documents, FlashCPU, FlashCUDA, attend
+from eagle3.batch import DocumentSpans
+from eagle3.draft.attention import Dense
+from eagle3.draft.flash import Auto, FlashCPU, FlashCUDA
 
 LENGTHS = [5, 1, 12, 3]
 # Rows in the order of need, not of place; none from the document of one token.
@@ -17,7 +19,10 @@ def inputs(dtype, heads, kv_heads, steps, head_dim=8):
         return torch.randn(*shape, head_dim, generator=generator).to(dtype).requires_grad_()
 
     length, count = sum(LENGTHS), len(ROWS)
-    later = [(normal(count + steps - i, kv_heads), normal(count + steps - i, kv_heads)) for i in range(steps)]
+    later = [
+        (normal(count + steps - i, kv_heads), normal(count + steps - i, kv_heads))
+        for i in range(steps)
+    ]
     return normal(count, heads), normal(length, kv_heads), normal(length, kv_heads), later
 
 
@@ -27,8 +32,12 @@ def plain(q, k, v, later):
     outputs = []
     for n, row in enumerate(ROWS.tolist()):
         start = max(s for s in starts if s <= row)
-        keys = torch.cat([k[start : row + 1], *(key[n : n + 1] for key, _ in later)]).repeat_interleave(groups, dim=1)
-        values = torch.cat([v[start : row + 1], *(x[n : n + 1] for _, x in later)]).repeat_interleave(groups, dim=1)
+        keys = torch.cat(
+            [k[start : row + 1], *(key[n : n + 1] for key, _ in later)]
+        ).repeat_interleave(groups, dim=1)
+        values = torch.cat(
+            [v[start : row + 1], *(x[n : n + 1] for _, x in later)]
+        ).repeat_interleave(groups, dim=1)
         probabilities = (torch.einsum("hd,jhd->hj", q[n], keys) * q.shape[-1] ** -0.5).softmax(-1)
         outputs.append(torch.einsum("hj,jhd->hd", probabilities, values))
     return torch.stack(outputs)
@@ -36,11 +45,13 @@ def plain(q, k, v, later):
 
 def errors(backend, dtype, heads=4, kv_heads=2, steps=3, head_dim=8, device="cpu"):
     """Relative errors of the output and of every gradient, against the plain form in float64."""
-    documents = Documents(torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device), LENGTHS)
+    documents = DocumentSpans(torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device), LENGTHS)
 
     def merged(q, k, v, later):
         moved = [(key.to(device), value.to(device)) for key, value in later]
-        return attend(backend, documents, ROWS.to(device), q.to(device), k.to(device), v.to(device), moved).cpu()
+        return attend(
+            backend, documents, ROWS.to(device), q.to(device), k.to(device), v.to(device), moved
+        ).cpu()
 
     results = []
     for form, kind in ((merged, dtype), (plain, torch.float64)):
@@ -49,13 +60,18 @@ def errors(backend, dtype, heads=4, kv_heads=2, steps=3, head_dim=8, device="cpu
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(kind)
         leaves = [q, k, v, *(x for pair in later for x in pair)]
         results.append([out, *torch.autograd.grad((out * weights).sum(), leaves)])
-    return [relative_error(value.detach(), expected.detach()) for value, expected in zip(*results, strict=True)]
+    return [
+        relative_error(value.detach(), expected.detach())
+        for value, expected in zip(*results, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("steps", [0, 1, 6])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 3e-2)]
+)
 def test_output_and_every_gradient(backend, heads, kv_heads, steps, dtype, tolerance):
     assert max(errors(backend, dtype, heads, kv_heads, steps)) < tolerance
 
@@ -70,14 +86,18 @@ def test_on_a_gpu(backend, dtype, heads, kv_heads, head_dim):
 
 
 def test_the_total_matters_in_backward():
-    """A backward that normalises over the causal keys alone, as if d(lse) were zero, is far off: this suite sees it."""
+    """A backward that normalises over the causal keys alone, as if d(lse) were zero, is far off:
+    this suite sees it.
+    """
 
     class Unmerged(Dense):
         @staticmethod
         def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
             own_out, own_lse = Dense.forward(q, rows, k, v, documents, scale)
             share = (own_lse - lse).exp()[..., None].to(q.dtype)
-            return Dense.backward(grad_out * share, q, rows, k, v, own_out, own_lse, documents, scale)
+            return Dense.backward(
+                grad_out * share, q, rows, k, v, own_out, own_lse, documents, scale
+            )
 
     out, grad_q, grad_k, grad_v, *later = errors(Unmerged, torch.float64)
     assert max(out, grad_v, *later) < 1e-12
@@ -85,7 +105,7 @@ def test_the_total_matters_in_backward():
 
 
 def test_keys_that_no_row_sees_get_no_gradient():
-    documents = Documents(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
+    documents = DocumentSpans(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
     q, k, v, later = inputs(torch.float64, 4, 2, 2)
     attend(FlashCPU, documents, ROWS, q, k, v, later).sum().backward()
     assert not k.grad[5].any() and not v.grad[5].any()  # the document of one token

@@ -1,4 +1,6 @@
-"""The assistant mask, token by token: what templates mark, what is found without marks, tokens that cross borders."""
+"""The assistant mask, token by token: what templates mark, what is found without marks, tokens that
+cross borders.
+"""
 
 import random
 import re
@@ -30,7 +32,9 @@ def chat_with(template, special=(), options=None):
 
 
 def turns(*contents):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
+    ]
 
 
 def supervised(chat, messages, **options):
@@ -52,8 +56,13 @@ def without_marks(template):
 def test_answers_and_their_ends_are_supervised(tokenizer, marked):
     chat = Chat(tokenizer) if marked else chat_with(LLAMA3)
     assert chat.marked == marked
-    messages = with_system(turns("first question", "the first answer ", "second", "the second\nanswer"), "be brief")
-    assert supervised(chat, messages) == ["the first answer<|eot_id|>", "the second\nanswer<|eot_id|>"]
+    messages = with_system(
+        turns("first question", "the first answer ", "second", "the second\nanswer"), "be brief"
+    )
+    assert supervised(chat, messages) == [
+        "the first answer<|eot_id|>",
+        "the second\nanswer<|eot_id|>",
+    ]
     assert supervised(chat, messages, only_last_turn=True) == ["the second\nanswer<|eot_id|>"]
     prompt = chat.encode_prompt(messages)
     assert prompt == chat.encode(Conversation(messages)).input_ids[: len(prompt)]
@@ -61,9 +70,13 @@ def test_answers_and_their_ends_are_supervised(tokenizer, marked):
 
 @pytest.mark.parametrize("name", templates.names())
 def test_turns_are_found_where_a_template_does_not_mark_them(name):
-    """Each named template with its marks taken out: what is found must be what was marked, character by character."""
+    """Each named template with its marks taken out: what is found must be what was marked,
+    character by character.
+    """
     template = templates.read(name)
-    marked, bare = (chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template)))
+    marked, bare = (
+        chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template))
+    )
     assert marked.marked and not bare.marked
     hostile = ["user", "a", "say assistant, then a", "assistant", "<think>", "think"]
     ordinary = ["What is 2 + 2?", "It is 4.\n\nBecause", "again ", "4 \n"]
@@ -72,10 +85,14 @@ def test_turns_are_found_where_a_template_does_not_mark_them(name):
             messages = messages[:4]
         expected, found = marked.encode(Conversation(messages)), bare.encode(Conversation(messages))
         assert expected.text == found.text
-        if name in ("deepseek-v32", "kimi-k2-thinking"):  # these mark answers without the closed block before them
+        if name in (
+            "deepseek-v32",
+            "kimi-k2-thinking",
+        ):  # these mark answers without the closed block before them
             pairs = zip(supervised(marked, messages), supervised(bare, messages), strict=True)
             assert all(
-                f.removeprefix("<think>").removeprefix("</think>") == e.removeprefix("<think>").removeprefix("</think>")
+                f.removeprefix("<think>").removeprefix("</think>")
+                == e.removeprefix("<think>").removeprefix("</think>")
                 for e, f in pairs
             )
         else:
@@ -89,9 +106,15 @@ CHATML = ["<|im_start|>", "<|im_end|>"]
 def test_templates_that_drop_earlier_thinking():
     chat = chat_with(QWEN3, CHATML)
     messages = turns("a", "<think>\nhm\n</think>\n\nfirst", "c", "<think>\nso\n</think>\n\nsecond")
-    assert supervised(chat, messages) == ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
+    assert supervised(chat, messages) == [
+        "first<|im_end|>",
+        "<think>\nso\n</think>\n\nsecond<|im_end|>",
+    ]
     messages[-1] = {"role": "assistant", "content": "second", "reasoning_content": "so"}
-    assert supervised(chat, messages) == ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
+    assert supervised(chat, messages) == [
+        "first<|im_end|>",
+        "<think>\nso\n</think>\n\nsecond<|im_end|>",
+    ]
 
 
 def test_templates_that_add_an_empty_thinking_block():
@@ -101,7 +124,9 @@ def test_templates_that_add_an_empty_thinking_block():
         "first<|im_end|>",
         "<think>\n\n</think>\n\nthink<|im_end|>",
     ]
-    prompted = LLAMA3.replace("m.content | trim", "('<think></think>' if loop.last else '') + m.content | trim")
+    prompted = LLAMA3.replace(
+        "m.content | trim", "('<think></think>' if loop.last else '') + m.content | trim"
+    )
     prompted = prompted.replace(
         "assistant<|end_header_id|>\n\n' }}", "assistant<|end_header_id|>\n\n<think></think>' }}"
     )
@@ -120,7 +145,9 @@ def test_options_reach_the_template():
 def test_quoted_openings_are_no_turns():
     opening = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     chat = chat_with(LLAMA3)
-    messages = turns(f"What does {opening}yes<|eot_id|> mean?", f"It opens: {opening}.", "ok", "<|eot_id|>")
+    messages = turns(
+        f"What does {opening}yes<|eot_id|> mean?", f"It opens: {opening}.", "ok", "<|eot_id|>"
+    )
     assert supervised(chat, messages) == [f"It opens: {opening}.<|eot_id|>", "<|eot_id|><|eot_id|>"]
 
 
@@ -134,8 +161,13 @@ def test_truncated_answers_have_no_end(tokenizer):
 @pytest.mark.parametrize("name", ["qwen", "llama3"])
 def test_tool_calls(name):
     template = templates.read(name)
-    chat, bare = (chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template)))
-    schema = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"properties": {}}}}
+    chat, bare = (
+        chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template))
+    )
+    schema = {
+        "type": "function",
+        "function": {"name": "add", "description": "", "parameters": {"properties": {}}},
+    }
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": "<|im_end|"}}}
     messages = [
         *turns("add"),
@@ -145,7 +177,12 @@ def test_tool_calls(name):
     ]
     found = supervised(bare, messages, tools=[schema])
     assert found == supervised(chat, messages, tools=[schema])
-    assert len(found) == 2 and '"add"' in found[0] and found[0].endswith(chat.turns.closings[0]) and "two" in found[1]
+    assert (
+        len(found) == 2
+        and '"add"' in found[0]
+        and found[0].endswith(chat.turns.closings[0])
+        and "two" in found[1]
+    )
 
 
 def test_preformatted_text_is_supervised_alike():
@@ -153,7 +190,9 @@ def test_preformatted_text_is_supervised_alike():
     rendered = chat.encode(Conversation(turns("a", "first", "c", "second")))
     found = chat.encode(Conversation([], text=rendered.text))
     assert (found.input_ids, found.spans) == (rendered.input_ids, rendered.spans)
-    assert chat.prompt_of(Conversation([], text=rendered.text)) == chat.encode_prompt(turns("a", "first", "c"))
+    assert chat.prompt_of(Conversation([], text=rendered.text)) == chat.encode_prompt(
+        turns("a", "first", "c")
+    )
     with pytest.raises(RowError, match="not found"):
         chat.encode(Conversation([], text="no turns at all"))
 
@@ -167,7 +206,8 @@ def test_rows_that_a_template_does_not_show_are_refused():
     with pytest.raises(RowError, match="not found"):
         chat.encode(Conversation(turns("a", "jj")))
     chat = chat_with(
-        LLAMA3 + "{{ raise_exception('never with ' + messages[0].content) if messages[0].content == 'x' }}"
+        LLAMA3
+        + "{{ raise_exception('never with ' + messages[0].content) if messages[0].content == 'x' }}"
     )
     with pytest.raises(RowError, match="refused by the chat template: never with x"):
         chat.encode(Conversation(turns("x", "b")))
@@ -179,44 +219,84 @@ def test_rows_that_a_template_does_not_show_are_refused():
 
 def test_turns_that_nothing_opens_need_another_template():
     chat = chat_with("{% for m in messages %}{{ m.content }} {% endfor %}")
-    with pytest.raises(ConfigError, match=r"no text in front of assistant turns.*data\.chat_template"):
+    with pytest.raises(
+        ConfigError, match=r"no text in front of assistant turns.*data\.chat_template"
+    ):
         chat.encode(Conversation(turns("a", "b")))
 
 
 def test_a_token_belongs_to_the_turn_it_ends_in():
-    """A tokenizer that merges over every border: tokens are given to turns by their last character alone."""
+    """A tokenizer that merges over every border: tokens are given to turns by their last character
+    alone.
+    """
     template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
     template += "{% if add_generation_prompt %}a:{% endif %}"
     texts = ["u:no;a:yes;u:no;a:yes;", "u:oh;a:ya;u:no;a:na;"]
     backend = Tokenizer(models.BPE(unk_token="?"))
     backend.train_from_iterator(texts * 9, trainers.BpeTrainer(vocab_size=60, special_tokens=["?"]))
-    chat = Chat(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", chat_template=template))
+    chat = Chat(
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", chat_template=template)
+    )
     crossing = 0
-    for messages in (turns("no", "yes", "no", "yes"), turns("oh", "ya", "no", "na"), turns("no", "na")):
+    for messages in (
+        turns("no", "yes", "no", "yes"),
+        turns("oh", "ya", "no", "na"),
+        turns("no", "na"),
+    ):
         encoded = chat.encode(Conversation(messages))
         characters, cursor = [], 0
         for message in messages:
             start = cursor + 2
             cursor = start + len(message["content"]) + 1
             characters += [(start, cursor)] if message["role"] == "assistant" else []
-        offsets = chat.tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        expected = [int(any(start < end <= stop for start, stop in characters)) for _, end in offsets]
-        crossing += sum(any(first < edge < end for span in characters for edge in span) for first, end in offsets)
+        offsets = chat.tokenizer(
+            encoded.text, add_special_tokens=False, return_offsets_mapping=True
+        )["offset_mapping"]
+        expected = [
+            int(any(start < end <= stop for start, stop in characters)) for _, end in offsets
+        ]
+        crossing += sum(
+            any(first < edge < end for span in characters for edge in span)
+            for first, end in offsets
+        )
         assert encoded.loss_mask == expected
     assert crossing > 0, "the test must have tokens that cross a border"
 
 
 def test_spans_equal_offsets_on_text_of_every_kind(tokenizer):
-    """Against a scan of all offsets, on emoji, combining marks and other letters, whose bytes are several tokens."""
-    pieces = ["a", "é", "🙂", "👩‍👩‍👧", "汉字", " ", "\n\n", "the end", "🇩🇪", "\u0301", "def f(x):\n    return", "\t"]
+    """Against a scan of all offsets, on emoji, combining marks and other letters, whose bytes are
+    several tokens.
+    """
+    pieces = [
+        "a",
+        "é",
+        "🙂",
+        "👩‍👩‍👧",
+        "汉字",
+        " ",
+        "\n\n",
+        "the end",
+        "🇩🇪",
+        "\u0301",
+        "def f(x):\n    return",
+        "\t",
+    ]
     randomly = random.Random(0)
     chat = chat_with(LLAMA3)
     for _ in range(60):
-        contents = ["x" + "".join(randomly.choices(pieces, k=randomly.randint(1, 8))) + "y" for _ in range(4)]
+        contents = [
+            "x" + "".join(randomly.choices(pieces, k=randomly.randint(1, 8))) + "y"
+            for _ in range(4)
+        ]
         encoded = chat.encode(Conversation(turns(*contents)))
-        offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         spans = [
-            m.span(1) for m in re.finditer(r"assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)", encoded.text, re.S)
+            m.span(1)
+            for m in re.finditer(
+                r"assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)", encoded.text, re.S
+            )
         ]
         assert encoded.loss_mask == [int(any(a < end <= b for a, b in spans)) for _, end in offsets]
 
@@ -226,12 +306,16 @@ def test_tokenizers_without_a_template_are_told_the_names(tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     assert not Path(tmp_path / "chat_template.jinja").exists()
-    with pytest.raises(ConfigError, match=r"no chat template; set data\.chat_template to one of .*llama3"):
+    with pytest.raises(
+        ConfigError, match=r"no chat template; set data\.chat_template to one of .*llama3"
+    ):
         load_tokenizer(str(tmp_path), None, False)
     chat = Chat(load_tokenizer(str(tmp_path), None, False, "llama3"))
     assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
     assert chat.identity != Chat(load_tokenizer(str(tmp_path), None, False, "longcat")).identity
-    with pytest.raises(ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, which is no token"):
+    with pytest.raises(
+        ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, which is no token"
+    ):
         load_tokenizer(str(tmp_path), None, False, "chatml")
 
 
@@ -240,17 +324,24 @@ def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokeniz
     tokenizer.backend_tokenizer.enable_truncation(6)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.save_pretrained(tmp_path)
-    assert supervised(Chat(load_tokenizer(str(tmp_path), None, False)), turns("a " * 30, "b")) == ["b<|eot_id|>"]
+    assert supervised(Chat(load_tokenizer(str(tmp_path), None, False)), turns("a " * 30, "b")) == [
+        "b<|eot_id|>"
+    ]
 
 
 def test_marks_around_header_and_newline_are_trimmed():
-    template = LLAMA3.replace("{{ '<|start_header_id|>' + m.role", "{% generation %}{{ '<|start_header_id|>' + m.role")
+    template = LLAMA3.replace(
+        "{{ '<|start_header_id|>' + m.role", "{% generation %}{{ '<|start_header_id|>' + m.role"
+    )
     template = template.replace("'<|eot_id|>' }}", "'<|eot_id|>\n' }}{% endgeneration %}")
     only_answers = template.replace(
         "{% generation %}", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
     )
     only_answers = only_answers.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
-    assert supervised(chat_with(only_answers), turns("a", "b", "c", "d")) == ["b<|eot_id|>", "d<|eot_id|>"]
+    assert supervised(chat_with(only_answers), turns("a", "b", "c", "d")) == [
+        "b<|eot_id|>",
+        "d<|eot_id|>",
+    ]
 
 
 def test_templates_that_leave_the_last_turn_open():
@@ -259,7 +350,9 @@ def test_templates_that_leave_the_last_turn_open():
 
 
 def test_templates_that_drop_the_text_beside_a_call():
-    template = LLAMA3.replace("m.content | trim", "(m.tool_calls[0].function | tojson if m.tool_calls else m.content)")
+    template = LLAMA3.replace(
+        "m.content | trim", "(m.tool_calls[0].function | tojson if m.tool_calls else m.content)"
+    )
     call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
     messages = [
         *turns("add"),
@@ -268,11 +361,21 @@ def test_templates_that_drop_the_text_beside_a_call():
         {"role": "assistant", "content": "two"},
     ]
     found = supervised(chat_with(template), messages)
-    assert len(found) == 2 and "add" in found[0] and found[0].endswith("<|eot_id|>") and found[1] == "two<|eot_id|>"
+    assert (
+        len(found) == 2
+        and "add" in found[0]
+        and found[0].endswith("<|eot_id|>")
+        and found[1] == "two<|eot_id|>"
+    )
 
 
 def test_named_system_prompts():
-    assert with_system(turns("a"), "llama2")[0] == {"role": "system", "content": SYSTEM_PROMPTS["llama2"]}
+    assert with_system(turns("a"), "llama2")[0] == {
+        "role": "system",
+        "content": SYSTEM_PROMPTS["llama2"],
+    }
     assert with_system(turns("a"), "my own")[0]["content"] == "my own"
-    assert with_system([{"role": "system", "content": "theirs"}], "llama2")[0]["content"] == "theirs"
+    assert (
+        with_system([{"role": "system", "content": "theirs"}], "llama2")[0]["content"] == "theirs"
+    )
     assert with_system(turns("a"), None) == turns("a")

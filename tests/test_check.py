@@ -1,4 +1,6 @@
-"""Drafts of every format and with every defect: each defect is found and its engines named; a sound one has none."""
+"""Drafts of every format and with every defect: each defect is found and its engines named; a sound
+one has none.
+"""
 
 import json
 import re
@@ -7,27 +9,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, spec_of
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from eagle3 import checks
 from eagle3 import config as configuration
+from eagle3.benchmark.check import Decoded, candidates, embedding, judge
 from eagle3.data.vocab import vocab_tensors
-from eagle3.decode import Generation
-from eagle3.diagnosis import Decoded, candidates, embedding, judge
-from eagle3.distributed import launch
-from eagle3.draft.attention import Auto
-from eagle3.draft.folder import locate
+from eagle3.decode.speculate import Generation
+from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.export import MadeFor, read_draft, write_draft, write_speculators
-from eagle3.findings import NOTE, WARNING, WRONG, find_all
-from eagle3.formats import read_any
+from eagle3.export.folder import locate
+from eagle3.export.formats import read_any
+from eagle3.export.rules import NOTE, WARNING, WRONG, find_all
+from eagle3.export.write import MadeFor, read_draft, write_draft, write_speculators
 from eagle3.mistakes import explain
-from eagle3.target.hf import text_config
+from eagle3.parallel.ranks import launch
 from eagle3.target.weights import load_weights
 
 LAYERS = [1, 3, 4]
@@ -36,7 +37,7 @@ EVERY = {"sglang", "vllm", "trtllm", "official"}
 
 @pytest.fixture(scope="module")
 def target(target_folder):
-    return text_config(str(target_folder))
+    return spec_of(target_folder).config
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def folder(sound, tmp_path):
 
 
 def edit(draft, config=None, tensors=None):
-    """Change config.json and the tensors of a draft in place; a value None removes a key of the config."""
+    """Change config.json and the tensors of a draft in place; a value None removes a key of the
+    config.
+    """
     values = json.loads((draft / "config.json").read_text())
     for name, value in (config or {}).items():
         values.pop(name, None)
@@ -68,7 +71,10 @@ def edit(draft, config=None, tensors=None):
     named = load_file(draft / "model.safetensors")
     if tensors:
         named = tensors(named) or named
-        save_file({name: tensor.contiguous() for name, tensor in named.items()}, draft / "model.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in named.items()},
+            draft / "model.safetensors",
+        )
 
 
 def found(draft, target, severity=None):
@@ -170,11 +176,26 @@ def test_every_defect_is_found(folder, target, name):
     ("config", "tensors", "severity", "words"),
     [
         ({"rope_theta": 5e5}, None, WARNING, "rope_theta is 500000, while the target's is 10000"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, None, WARNING, "type llama3 stops the official code"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+            None,
+            WARNING,
+            "type llama3 stops the official code",
+        ),
         ({"target_hidden_size": 64}, None, WARNING, "target_hidden_size equals hidden_size"),
-        ({"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None}, None, NOTE, r"its default, \[1, 3, 4\]"),
+        (
+            {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": None},
+            None,
+            NOTE,
+            r"its default, \[1, 3, 4\]",
+        ),
         ({}, lambda t: t.pop("t2d") is None, NOTE, "t2d is missing"),
-        ({}, lambda t: {n: x.float() if x.is_floating_point() else x for n, x in t.items()}, NOTE, "are float32"),
+        (
+            {},
+            lambda t: {n: x.float() if x.is_floating_point() else x for n, x in t.items()},
+            NOTE,
+            "are float32",
+        ),
     ],
 )
 def test_what_is_only_worth_a_word(folder, target, config, tensors, severity, words):
@@ -206,7 +227,10 @@ def test_defects_of_the_speculators_form(folder, target, config, severity, words
     [
         ({"hidden_size": "64"}, "hidden_size='64' in config.json must be a whole number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads=0 in config.json"),
-        ({"eagle_aux_hidden_state_layer_ids": 3}, "eagle_aux_hidden_state_layer_ids=3 must be a list"),
+        (
+            {"eagle_aux_hidden_state_layer_ids": 3},
+            "eagle_aux_hidden_state_layer_ids=3 must be a list",
+        ),
     ],
 )
 def test_what_is_no_config_is_refused(folder, config, words):
@@ -248,7 +272,7 @@ def test_sharded_weights_are_read(folder, target):
 
 def test_a_shipped_embedding_is_compared_with_the_targets(folder, target, target_folder):
     draft = folder / "portable"
-    weights = load_weights(str(target_folder), torch.device("cpu"))
+    weights = load_weights(spec_of(target_folder, dtype="auto"), torch.device("cpu"))
     run = SimpleNamespace(load_weights=lambda: weights)
     assert list(embedding(read_any(draft), run)) == []
     shipped = weights.embedding.bfloat16()
@@ -283,7 +307,9 @@ def test_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "some" / "draft").mkdir(parents=True)
     assert str(locate("some/draft")) == "some/draft"
-    with pytest.raises(RunError, match=r"^draft_path=nobody/nothing is no folder and the hub cannot be reached"):
+    with pytest.raises(
+        RunError, match=r"^draft_path=nobody/nothing is no folder and the hub cannot be reached"
+    ):
         locate("nobody/nothing")
 
 
@@ -301,8 +327,20 @@ def test_what_acceptance_lengths_give_away(folder, target):
 
 def run_check(draft, target_path, run_dir, *more):
     """`python run.py 'stages=[check]'` in this process."""
-    given = ["stages=[check]", f"draft_path={draft}", "model=hf", f"model.path={target_path}", "model.dtype=float32"]
-    given += ["check.num_prompts=1", "check.max_new_tokens=24", "launch.threads=1", "name=check", *more]
+    given = [
+        "stages=[check]",
+        f"draft_path={draft}",
+        "model=hf",
+        f"model.path={target_path}",
+        "model.dtype=float32",
+    ]
+    given += [
+        "check.num_prompts=1",
+        "check.max_new_tokens=24",
+        "launch.threads=1",
+        "name=check",
+        *more,
+    ]
     run_dir.mkdir()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -311,48 +349,70 @@ def run_check(draft, target_path, run_dir, *more):
     return launch(config, run_dir, given)
 
 
-def test_the_stage_decodes_and_ends_with_a_line_for_each_thing_wrong(folder, target_folder, tmp_path):
+def test_the_stage_decodes_and_ends_with_a_line_for_each_thing_wrong(
+    folder, target_folder, tmp_path
+):
     """The draft is untrained, so its acceptance is exactly 1."""
     edit(folder / "portable", {"max_position_embeddings": 256})
     with pytest.raises(RunError) as caught:
         run_check(folder / "portable", target_folder, tmp_path / "run")
     message, exit_code = explain(caught.value, ROOT / "conf")
     errors = f"error: {message}".splitlines()
-    assert exit_code == 1 and len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+    assert (
+        exit_code == 1 and len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+    )
     assert "SGLang: max_position_embeddings" in errors[0] and "exactly 1.0" in errors[1]
     content = json.loads((tmp_path / "run" / "check.json").read_text())
-    assert content["decoded"]["acceptance_length"]["1,3,4"] == 1.0 and content["layers"]["vllm"] == LAYERS
+    assert (
+        content["decoded"]["acceptance_length"]["1,3,4"] == 1.0
+        and content["layers"]["vllm"] == LAYERS
+    )
     assert [f["severity"] for f in content["findings"]] == [WRONG, WRONG]
 
 
-def test_without_the_targets_weights_only_the_files_are_judged(folder, target_folder, tmp_path, capsys):
+def test_without_the_targets_weights_only_the_files_are_judged(
+    folder, target_folder, tmp_path, capsys
+):
     (tmp_path / "bare").mkdir()
     shutil.copy(target_folder / "config.json", tmp_path / "bare")
     edit(folder / "portable", {"max_position_embeddings": 256})
-    run_check(folder / "portable", tmp_path / "bare", tmp_path / "run", "check.engines=[vllm,official]")
+    run_check(
+        folder / "portable", tmp_path / "bare", tmp_path / "run", "check.engines=[vllm,official]"
+    )
     assert "no prompt was decoded" in capsys.readouterr().out
 
 
 def test_what_is_asked_wrongly_is_refused(folder, target_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"check\.engines=ollama is unknown; allowed: sglang"):
         run_check(folder / "portable", target_folder, tmp_path / "1", "check.engines=[ollama]")
-    with pytest.raises(ConfigError, match=r"draft_path=/no/where does not exist; give a local folder or a hub id"):
+    with pytest.raises(
+        ConfigError, match=r"draft_path=/no/where does not exist; give a local folder or a hub id"
+    ):
         run_check("/no/where", target_folder, tmp_path / "2")
     with pytest.raises(ConfigError, match="needs a draft: set draft_path"):
         run_check("null", target_folder, tmp_path / "3")
 
 
-def test_the_layers_a_draft_was_made_for_are_found_by_decoding(folder, target_folder, tmp_path, monkeypatch):
-    """A stand-in decoder accepts 3 tokens a round from layers 1, 3, 4, and none from those that config.json names."""
+def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
+    folder, target_folder, tmp_path, monkeypatch
+):
+    """A stand-in decoder accepts 3 tokens a round from layers 1, 3, 4, and none from those that
+    config.json names.
+    """
 
     def stand_in(target, draft, prompts, *tree_and_length):
         aux, _ = target.states(prompts[0], torch.arange(len(prompts[0])))
         assert aux.shape == (len(prompts[0]), 3 * 64)
-        return [Generation([1], emitted=[3 if target.aux_layer_ids == LAYERS else 1] * 4) for _ in prompts]
+        return [
+            Generation([1], emitted=[3 if target.aux_layer_ids == LAYERS else 1] * 4)
+            for _ in prompts
+        ]
 
-    monkeypatch.setattr("eagle3.diagnosis.speculate", stand_in)
+    monkeypatch.setattr("eagle3.benchmark.check.speculate", stand_in)
     given = {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}
-    edit(folder / "portable", {"eagle_config": given, "eagle_aux_hidden_state_layer_ids": [3, 5, 6]})
+    edit(
+        folder / "portable", {"eagle_config": given, "eagle_aux_hidden_state_layer_ids": [3, 5, 6]}
+    )
     words = r"fed by layers 1,3,4 it accepts 3\.00 tokens a round, by the named 2,4,5 only 1\.00"
     with pytest.raises(RunError, match=words):
         run_check(folder / "portable", target_folder, tmp_path / "run")

@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from eagle3.checkpoint import Checkpoints, State, load, share_of
-from eagle3.distributed import Ranks
 from eagle3.errors import RunError
+from eagle3.parallel.ranks import Ranks
+from eagle3.runs.checkpoint import Checkpoints, State, load, share_of
 
 
 def state(number: float) -> State:
     tensors = {"draft/a": torch.full((3, 2), number), "optimizer/a/step": torch.tensor(number)}
-    return State(tensors, {"rank_0/rng": torch.get_rng_state()}, {"update": int(number), "best": -float("inf")})
+    return State(
+        tensors,
+        {"rank_0/rng": torch.get_rng_state()},
+        {"update": int(number), "best": -float("inf")},
+    )
 
 
 def test_a_state_comes_back(tmp_path):
@@ -28,8 +32,13 @@ def test_a_state_comes_back(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_1", "step_3", "step_4"]
     assert (os.readlink(tmp_path / "best"), os.readlink(tmp_path / "last")) == ("step_1", "step_4")
     best = load(tmp_path / "best")
-    assert torch.equal(best.tensors["draft/a"], torch.ones(3, 2)) and best.tensors["optimizer/a/step"] == 1
-    assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state()) and best.plain["best"] == -float("inf")
+    assert (
+        torch.equal(best.tensors["draft/a"], torch.ones(3, 2))
+        and best.tensors["optimizer/a/step"] == 1
+    )
+    assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state()) and best.plain[
+        "best"
+    ] == -float("inf")
     assert load(tmp_path / "last", "draft/").tensors.keys() == {"draft/a"}
 
 
@@ -43,17 +52,23 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, tensor)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((HuggingFaceStorageWriter, "write_data") if tensor else (os, "replace")), full)
+        patch.setattr(
+            *((HuggingFaceStorageWriter, "write_data") if tensor else (os, "replace")), full
+        )
         checkpoints.save(2, state(2))
         with pytest.raises(
             RunError, match=r"update 2 cannot be written .*No space left.*; make room and go on"
         ) as error:
             checkpoints.wait()
     assert "\n" not in str(error.value)
-    assert os.readlink(tmp_path / "last") == "step_1" and load(tmp_path / "last").plain["update"] == 1
+    assert (
+        os.readlink(tmp_path / "last") == "step_1" and load(tmp_path / "last").plain["update"] == 1
+    )
     checkpoints.save(2, state(2))
     checkpoints.wait()
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"], "what was left is pruned"
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"], (
+        "what was left is pruned"
+    )
 
 
 def test_what_a_killed_run_left_is_in_no_later_checkpoint(tmp_path):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, spec_of
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -15,7 +15,6 @@ from eagle3.checks import check, fits
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError
 from eagle3.mistakes import explain
-from eagle3.target.hf import text_config
 
 CONF = ROOT / "conf"
 COMPOSITION_MISTAKES = {
@@ -88,14 +87,18 @@ def composed(*overrides):
 def test_mistakes_are_one_sentence(override, tmp_path):
     with pytest.raises(Exception) as raised:
         config = configuration.typed(composed(override), tmp_path, [override])
-        assert not override.startswith("train.resume"), "the resolver of hydra.run.dir is tested through the command"
+        assert not override.startswith("train.resume"), (
+            "the resolver of hydra.run.dir is tested through the command"
+        )
         check(config)
     message, exit_code = explain(raised.value, CONF)
     assert (VALUE_MISTAKES | COMPOSITION_MISTAKES)[override] in message
     assert exit_code == 2 and "\n" not in message
 
 
-@pytest.mark.parametrize("override", ["train.epochs=0", "trian.epochs=3", "train.resume=/nowhere", "model=hf"])
+@pytest.mark.parametrize(
+    "override", ["train.epochs=0", "trian.epochs=3", "train.resume=/nowhere", "model=hf"]
+)
 def test_the_command_exits_with_2_and_one_line(override, tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), override, f"hydra.run.dir={tmp_path}"][
         : 3 if "resume" in override else 4
@@ -108,7 +111,11 @@ def test_the_command_exits_with_2_and_one_line(override, tmp_path):
 def test_tracebacks_on_request(tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), "train.epochs=0", f"hydra.run.dir={tmp_path}"]
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={"HYDRA_FULL_ERROR": "1", "PATH": "/usr/bin:/bin"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"HYDRA_FULL_ERROR": "1", "PATH": "/usr/bin:/bin"},
     )
     assert "Traceback" in result.stderr and "ConfigError" in result.stderr
 
@@ -132,7 +139,9 @@ def test_every_option_composes_and_binds(option, tmp_path):
             "target.server_args=[--max-total-tokens,8192]",
             "stages=[prepare,generate,train]",
         ]
-    if option.startswith("experiment="):  # engines are not installed here, and the stand-in has two key/value heads
+    if option.startswith(
+        "experiment="
+    ):  # engines are not installed here, and the stand-in has two key/value heads
         overrides += ["target=hf", "benchmark=builtin", "parallel=ddp", "parallel.ulysses=1"]
     if option == "parallel=usp":
         overrides += ["parallel.ulysses=2", "launch.nproc_per_node=4"]
@@ -166,11 +175,18 @@ def test_help_and_config_are_printed(arguments):
 
 
 def test_draft_config_files(target_folder, tmp_path):
-    shape = {"intermediate_size": 96, "max_position_embeddings": 2048, "num_hidden_layers": 1, "architectures": ["x"]}
+    shape = {
+        "intermediate_size": 96,
+        "max_position_embeddings": 2048,
+        "num_hidden_layers": 1,
+        "architectures": ["x"],
+    }
     (tmp_path / "draft.json").write_text(json.dumps(shape))
-    derived = derive_config(text_config(str(target_folder)), 300)
+    derived = derive_config(spec_of(target_folder).config, 300)
     read = read_config(str(tmp_path / "draft.json"), derived)
-    assert read.intermediate_size == 96 and read.max_position_embeddings == 512, "positions are the target's"
+    assert read.intermediate_size == 96 and read.max_position_embeddings == 512, (
+        "positions are the target's"
+    )
     for name, value in {"hidden_act": "gelu", "draft_vocab_size": 299, "hidden_size": 32}.items():
         (tmp_path / "draft.json").write_text(json.dumps({name: value}))
         with pytest.raises(ConfigError, match=f"{name}={value}, but it must be"):
@@ -186,9 +202,22 @@ def test_target_without_a_tokenizer(target_folder, tmp_path):
 
 
 def test_yaml_values_against_type_hints():
-    cases = [(1, float), ([1.0, 2], list[float]), (None, str | None), ("a", str), ([0.9, 0.99], tuple[float, float])]
+    cases = [
+        (1, float),
+        ([1.0, 2], list[float]),
+        (None, str | None),
+        ("a", str),
+        ([0.9, 0.99], tuple[float, float]),
+    ]
     assert all(fits(value, hint) for value, hint in cases)
-    wrong = [(True, int), ("1", float), (1.5, int), ("x", list[int]), (["x"], list[int]), (True, float)]
+    wrong = [
+        (True, int),
+        ("1", float),
+        (1.5, int),
+        ("x", list[int]),
+        (["x"], list[int]),
+        (True, float),
+    ]
     assert not any(fits(value, hint) for value, hint in wrong)
 
 

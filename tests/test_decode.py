@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import spec_of
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,25 +12,36 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from eagle3 import decode
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
-from eagle3.decode import Greedy, Sample, Verdict, follow, generate, speculate
-from eagle3.draft.attention import FlashCPU
+from eagle3.batch import Document, pack, serving
+from eagle3.decode import speculate as decode
+from eagle3.decode.drafter import Drafter
+from eagle3.decode.speculate import Greedy, Sample, Verdict, follow, generate, speculate
+from eagle3.decode.tree import Candidates, Tree
+from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.drafter import Drafter
 from eagle3.errors import ConfigError
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.target.hf import HFTarget
-from eagle3.tree import Candidates, Tree
 from eagle3.ttt import unroll
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-CONFIGS = {LlamaForCausalLM: LlamaConfig, Qwen3ForCausalLM: Qwen3Config, MistralForCausalLM: MistralConfig}
+CONFIGS = {
+    LlamaForCausalLM: LlamaConfig,
+    Qwen3ForCausalLM: Qwen3Config,
+    MistralForCausalLM: MistralConfig,
+}
 
 
-def make_target(folder, model_class=LlamaForCausalLM, layers=4, vocab_size=64, hidden=64, attention="auto", **special):
+def make_target(
+    folder,
+    model_class=LlamaForCausalLM,
+    layers=4,
+    vocab_size=64,
+    hidden=64,
+    attention="auto",
+    **special,
+):
     torch.manual_seed(layers)
     config_class = CONFIGS[model_class]
     config = config_class(
@@ -46,7 +58,9 @@ def make_target(folder, model_class=LlamaForCausalLM, layers=4, vocab_size=64, h
         **special,
     )
     model_class(config).double().save_pretrained(folder)
-    return HFTarget(str(folder), CPU, [0, layers // 2, layers - 1], dtype="float64", attention=attention)
+    return HFTarget(
+        spec_of(folder, [0, layers // 2, layers - 1], dtype="float64"), CPU, attention=attention
+    )
 
 
 def alone(target, prompt, max_new_tokens):
@@ -54,7 +68,9 @@ def alone(target, prompt, max_new_tokens):
 
 
 def chain(target, draft, prompt, steps, max_new_tokens, temperature=0.0, generator=None):
-    return speculate(target, draft, [prompt], steps, 1, steps + 1, max_new_tokens, temperature, generator)[0]
+    return speculate(
+        target, draft, [prompt], steps, 1, steps + 1, max_new_tokens, temperature, generator
+    )[0]
 
 
 def make_draft(target, draft_vocab_size, seed=0):
@@ -63,14 +79,23 @@ def make_draft(target, draft_vocab_size, seed=0):
     kept = torch.randperm(vocab_size)[:draft_vocab_size].sort().values
     t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, kept, True)
     config = DraftConfig(
-        hidden, 2 * hidden, 4, 2, hidden // 4, vocab_size, draft_vocab_size, hidden, 512, initializer_range=0.15
+        hidden,
+        2 * hidden,
+        4,
+        2,
+        hidden // 4,
+        vocab_size,
+        draft_vocab_size,
+        hidden,
+        512,
+        initializer_range=0.15,
     )
     return Draft(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
 
 
 def batch_of(texts, prompt_length, draft, ttt_steps):
     documents = [(i, ids, torch.arange(len(ids)) >= prompt_length) for i, ids in enumerate(texts)]
-    return pack(documents, draft.t2d, ttt_steps, serving)
+    return pack([Document(*d) for d in documents], draft.t2d, ttt_steps, serving)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +110,9 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def trained(target, prompts):
-    """A draft over three quarters of the vocabulary, fitted to what the target answers to `prompts`."""
+    """A draft over three quarters of the vocabulary, fitted to what the target answers to
+    `prompts`.
+    """
     draft = make_draft(target, 48)
     texts = [
         torch.cat([p, torch.tensor(answer.ids)])
@@ -117,7 +144,11 @@ class Forced(Greedy):
 def teacher_forced(draft, embedding, aux, batch, ttt_steps):
     """Logits of `unroll` by (row, step)."""
     outputs = draft.logits(unroll(draft, embedding, aux, batch)).split(batch.row_counts)
-    return {(int(row), k): x for k in range(ttt_steps) for row, x in zip(batch.rows, outputs[k], strict=False)}
+    return {
+        (int(row), k): x
+        for k in range(ttt_steps)
+        for row, x in zip(batch.rows, outputs[k], strict=False)
+    }
 
 
 def test_chain_equals_unroll(target):
@@ -125,20 +156,30 @@ def test_chain_equals_unroll(target):
     draft, length, steps = make_draft(target, 48), 40, 6
     draft_ids = torch.randint(48, (length,), generator=torch.Generator().manual_seed(1))
     text = draft.target_ids[draft_ids]
-    aux = torch.randn(length, 3 * 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    expected = teacher_forced(draft, target.embedding, aux, batch_of([text], 0, draft, steps), steps)
+    aux = torch.randn(
+        length, 3 * 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    expected = teacher_forced(
+        draft, target.embedding, aux, batch_of([text], 0, draft, steps), steps
+    )
 
     with torch.inference_mode():
         drafter, compared = Drafter(draft, target.embedding, 1, length + steps, steps, 1), 0
         for size in (1, 5, 2, 1, 7, 4, 3, 8):
             before = drafter.lengths[0]
-            drafter.read(aux[None, before : before + size], text[None, before + 1 : before + size + 1], [size])
+            drafter.read(
+                aux[None, before : before + size],
+                text[None, before + 1 : before + size + 1],
+                [size],
+            )
             row = before + size - 1
             tree = drafter.grow(text[row + 1 : row + 2], steps + 1, Forced(draft_ids[row + 2 :]))
             assert tree.ids.tolist() == [text[row + 1 : row + 2 + steps].tolist()]
             for step in range(steps):
                 if (row, step) in expected:
-                    torch.testing.assert_close(tree.logits[step][0], expected[row, step], rtol=1e-10, atol=1e-10)
+                    torch.testing.assert_close(
+                        tree.logits[step][0], expected[row, step], rtol=1e-10, atol=1e-10
+                    )
                     compared += 1
     assert compared > 40
 
@@ -177,7 +218,8 @@ def test_greedy_is_lossless_with_a_random_draft(tmp_path, model_class, layers):
     ids = expected.ids
     for length in range(len(ids) - 1):  # the cache adds nothing to what the model says without one
         _, last = target.states(
-            torch.cat([prompt, torch.tensor(ids[:length], dtype=torch.long)]), torch.arange(9 + length)
+            torch.cat([prompt, torch.tensor(ids[:length], dtype=torch.long)]),
+            torch.arange(9 + length),
         )
         assert int(target.lm_head(last[-1:]).argmax()) == ids[length]
     generation = chain(target, make_draft(target, 40), prompt, 3, 30)
@@ -264,11 +306,15 @@ class Likeliest(Greedy):
 
 
 class Markov:
-    """A target whose next token depends on the newest one alone, so that distributions can be written down."""
+    """A target whose next token depends on the newest one alone, so that distributions can be
+    written down.
+    """
 
     def __init__(self, vocab_size, hidden):
         random = torch.Generator().manual_seed(0)
-        self.embedding, self.head = torch.randn(2, vocab_size, hidden, generator=random, dtype=torch.float64) * 0.6
+        self.embedding, self.head = (
+            torch.randn(2, vocab_size, hidden, generator=random, dtype=torch.float64) * 0.6
+        )
         self.eos_token_ids = set()
 
     def states(self, input_ids, position_ids, cache=None, visible=None):
@@ -281,10 +327,17 @@ class Markov:
 
 @pytest.fixture(scope="module")
 def small():
-    """A target of 24 tokens, a draft of 16 of them, and the distribution [24, 24] of answer tokens 1 and 2."""
+    """A target of 24 tokens, a draft of 16 of them, and the distribution [24, 24] of answer tokens
+    1 and 2.
+    """
     target, prompt = Markov(24, 16), torch.tensor([3, 11, 5])
     following = (target.lm_head(target.embedding) / 0.7).softmax(-1)
-    return target, make_draft(target, 16), prompt, (following[prompt[-1]] @ following)[:, None] * following
+    return (
+        target,
+        make_draft(target, 16),
+        prompt,
+        (following[prompt[-1]] @ following)[:, None] * following,
+    )
 
 
 def chi_square(counts, probabilities):
@@ -293,7 +346,9 @@ def chi_square(counts, probabilities):
     rare = expected < 5
     merge = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]
     statistic = ((merge[0] - merge[1]) ** 2 / merge[1]).sum()
-    return float(torch.special.gammaincc((len(merge[0]) - 1) / torch.tensor(2.0).double(), statistic / 2))
+    return float(
+        torch.special.gammaincc((len(merge[0]) - 1) / torch.tensor(2.0).double(), statistic / 2)
+    )
 
 
 def p_value(small, runs, topk, verify_tokens, seed=0):
@@ -301,7 +356,9 @@ def p_value(small, runs, topk, verify_tokens, seed=0):
     target, draft, prompt, probabilities = small
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(24, 24)
-    for answer in speculate(target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, 0.7, generator):
+    for answer in speculate(
+        target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, 0.7, generator
+    ):
         counts[answer.ids[1], answer.ids[2]] += 1
     return chi_square(counts.flatten(), probabilities.flatten())
 
@@ -318,16 +375,25 @@ def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken, topk):
 
 
 def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
-    """All that the target can say behind 6 nodes of a tree over 3 tokens, each with its probability."""
+    """All that the target can say behind 6 nodes of a tree over 3 tokens, each with its
+    probability.
+    """
     tree = Tree(
         ids=torch.tensor([[0, 1, 2, 1, 0, 2]]),
         depths=torch.tensor([[0, 1, 1, 2, 2, 2]]),
         parents=torch.tensor([[0, 0, 0, 1, 2, 2]]),
         sees=torch.tensor(
-            [[[j in path for j in range(6)] for path in ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])]]
+            [
+                [
+                    [j in path for j in range(6)]
+                    for path in ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])
+                ]
+            ]
         ),
     )
-    following = torch.rand(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    following = torch.rand(
+        3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).softmax(-1)
     said = torch.cartesian_prod(*[torch.arange(3)] * 6)
     many = Tree(
         *(x.expand(len(said), *x.shape[1:]) for x in (tree.ids, tree.depths)),
@@ -338,7 +404,9 @@ def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
     verdict = follow(many, said)
     assert set(verdict.counts) == {1, 2, 3}
     joint = torch.zeros(3, 3, 3, dtype=torch.float64)
-    for ids, path, count, probability in zip(verdict.ids, verdict.path, verdict.counts, probabilities, strict=True):
+    for ids, path, count, probability in zip(
+        verdict.ids, verdict.path, verdict.counts, probabilities, strict=True
+    ):
         assert tree.depths[0, path[:count]].tolist() == list(range(count))
         assert tree.ids[0, path[1:count]].tolist() == ids[: count - 1].tolist()
         first, rest = ids[0], following[ids[count - 1]]
@@ -355,7 +423,9 @@ def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
 def test_sampling_is_reproducible_and_survives_equal_distributions(target, trained, prompts):
     for sampled in (chain, partial(tree_of, 3, 8)):
         runs = [
-            sampled(target, trained, prompts[2], 4, 24, 1.0, torch.Generator().manual_seed(seed)).ids
+            sampled(
+                target, trained, prompts[2], 4, 24, 1.0, torch.Generator().manual_seed(seed)
+            ).ids
             for seed in (1, 1, 2)
         ]
         assert runs[0] == runs[1] != runs[2]
@@ -366,31 +436,54 @@ def test_sampling_is_reproducible_and_survives_equal_distributions(target, train
     assert verdict.ids[0, 0] == 2 and verdict.counts == [2]
 
 
-def tree_of(topk, verify_tokens, target, draft, prompt, steps, max_new_tokens, temperature=0.0, generator=None):
-    return speculate(target, draft, [prompt], steps, topk, verify_tokens, max_new_tokens, temperature, generator)[0]
+def tree_of(
+    topk,
+    verify_tokens,
+    target,
+    draft,
+    prompt,
+    steps,
+    max_new_tokens,
+    temperature=0.0,
+    generator=None,
+):
+    return speculate(
+        target, draft, [prompt], steps, topk, verify_tokens, max_new_tokens, temperature, generator
+    )[0]
 
 
 def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
-    """Paths of the tree behind the last token of `text` [n + 1], given features [n,A]: an `unroll` for each node."""
+    """Paths of the tree behind the last token of `text` [n + 1], given features [n,A]: an `unroll`
+    for each node.
+    """
 
     def children(path):
-        whole = torch.cat([text, torch.tensor([*path, 0, 0])])  # rows at the end of a document have no later steps
+        whole = torch.cat(
+            [text, torch.tensor([*path, 0, 0])]
+        )  # rows at the end of a document have no later steps
         batch = batch_of([whole], 0, draft, len(path) + 1)
         padded = torch.cat([aux, torch.zeros(len(whole) - len(aux), aux.shape[1], dtype=aux.dtype)])
         place = batch.rows[: batch.row_counts[len(path)]].tolist().index(len(aux) - 1)
         hidden = unroll(draft, embedding, padded, batch).split(batch.row_counts)[len(path)][place]
         scores = draft.logits(hidden[None])[0].log_softmax(-1)
-        return [(float(scores[i]), (*path, int(draft.target_ids[i]))) for i in scores.argsort(descending=True)[:topk]]
+        return [
+            (float(scores[i]), (*path, int(draft.target_ids[i])))
+            for i in scores.argsort(descending=True)[:topk]
+        ]
 
     drafted, frontier = [], [(0.0, ())]
     for _ in range(steps):
-        level = [(total + score, path) for total, parent in frontier for score, path in children(parent)]
+        level = [
+            (total + score, path) for total, parent in frontier for score, path in children(parent)
+        ]
         drafted += level
         frontier = sorted(level, reverse=True)[:topk]
     return {path for _, path in sorted(drafted, reverse=True)[: verify_tokens - 1]}
 
 
-@pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 3, 10), (4, 2, 7), (2, 5, 31), (3, 4, 2)])
+@pytest.mark.parametrize(
+    "steps, topk, verify_tokens", [(3, 3, 10), (4, 2, 7), (2, 5, 31), (3, 4, 2)]
+)
 def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
     """Of a batch of texts of uneven lengths, over two rounds, so that slots are soiled."""
     draft, random = make_draft(target, 48), torch.Generator().manual_seed(steps)
@@ -400,21 +493,33 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
         drafter = Drafter(draft, target.embedding, 3, 20, steps, topk)
         for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):
             ends = [b + c for b, c in zip(before, counts, strict=True)]
-            pieces = [(aux[i][b:e], texts[i][b + 1 : e + 1]) for i, (b, e) in enumerate(zip(before, ends, strict=True))]
+            pieces = [
+                (aux[i][b:e], texts[i][b + 1 : e + 1])
+                for i, (b, e) in enumerate(zip(before, ends, strict=True))
+            ]
             padded = [
-                torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=7) for x in zip(*pieces, strict=True)
+                torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=7)
+                for x in zip(*pieces, strict=True)
             ]
             drafter.read(*padded, counts)
             newest = torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
             tree = drafter.grow(newest, verify_tokens, Greedy())
             for i, end in enumerate(ends):
                 expected = slow_tree(
-                    draft, target.embedding, aux[i][:end], texts[i][: end + 1], steps, topk, verify_tokens
+                    draft,
+                    target.embedding,
+                    aux[i][:end],
+                    texts[i][: end + 1],
+                    steps,
+                    topk,
+                    verify_tokens,
                 )
                 seen = [tree.ids[i, sees][1:].tolist() for sees in tree.sees[i]]
                 assert {tuple(path) for path in seen[1:]} == expected and seen[0] == []
                 assert tree.depths[i].tolist() == [len(path) for path in seen]
-                assert [seen[p] for p in tree.parents[i][1:].tolist()] == [path[:-1] for path in seen[1:]]
+                assert [seen[p] for p in tree.parents[i][1:].tolist()] == [
+                    path[:-1] for path in seen[1:]
+                ]
                 assert tree.ids[i, 0] == newest[i]
 
 
@@ -432,9 +537,13 @@ class Counted:
         return self.target.states(*args, **options)
 
 
-@pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (4, 4, 16), (3, 48, 100), (7, 10, 60)])
+@pytest.mark.parametrize(
+    "steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (4, 4, 16), (3, 48, 100), (7, 10, 60)]
+)
 def test_greedy_trees_and_batches_are_lossless(target, trained, steps, topk, verify_tokens):
-    """Prompts of uneven lengths: each is answered as alone, in as many rounds, each with one pass of the target."""
+    """Prompts of uneven lengths: each is answered as alone, in as many rounds, each with one pass
+    of the target.
+    """
     random, counted = torch.Generator().manual_seed(5), Counted(target)
     prompts = [torch.randint(64, (n,), generator=random) for n in (6, 1, 11)]
     batch = speculate(counted, trained, prompts, steps, topk, verify_tokens, 20)
@@ -444,7 +553,9 @@ def test_greedy_trees_and_batches_are_lossless(target, trained, steps, topk, ver
         assert answer.ids == single.ids == alone(target, prompt, 20).ids
         assert answer.emitted == single.emitted and answer.accepted == single.accepted
         assert sum(answer.emitted) == 19 and answer.decode_seconds > 0
-    assert [answer.ids for answer in generate(target, prompts, 20)] == [answer.ids for answer in batch]
+    assert [answer.ids for answer in generate(target, prompts, 20)] == [
+        answer.ids for answer in batch
+    ]
 
 
 def test_a_tree_accepts_more_than_a_chain(target, trained, prompts):
@@ -456,9 +567,14 @@ def test_a_tree_accepts_more_than_a_chain(target, trained, prompts):
 
 
 def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, monkeypatch):
-    """Each at its own end of sequence, one with its first token, and inside what a tree has accepted."""
+    """Each at its own end of sequence, one with its first token, and inside what a tree has
+    accepted.
+    """
     whole = generate(target, prompts, 40)
-    ends = [whole[0].ids[0], next(token for token in whole[1].ids[9:] if token not in whole[1].ids[:9])]
+    ends = [
+        whole[0].ids[0],
+        next(token for token in whole[1].ids[9:] if token not in whole[1].ids[:9]),
+    ]
     monkeypatch.setattr(target.model.generation_config, "eos_token_id", ends)
     expected = [alone(target, prompt, 40).ids for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 2 and len(expected[0]) == 1
@@ -477,14 +593,19 @@ def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, m
     "model_class, special",
     [
         (MistralForCausalLM, {"sliding_window": 8}),
-        (Qwen3ForCausalLM, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        (
+            Qwen3ForCausalLM,
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        ),
     ],
 )
 def test_trees_and_batches_with_sliding_windows(tmp_path, model_class, special, attention):
     target = make_target(tmp_path, model_class, attention=attention, **special)
     prompts = [torch.randint(64, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 5)]
     expected = [alone(target, prompt, 20).ids for prompt in prompts]
-    assert [answer.ids for answer in speculate(target, make_draft(target, 40), prompts, 3, 4, 12, 20)] == expected
+    assert [
+        answer.ids for answer in speculate(target, make_draft(target, 40), prompts, 3, 4, 12, 20)
+    ] == expected
     text = torch.cat([prompts[0], torch.tensor(expected[0][:-1])])
     _, last = target.states(text, torch.arange(len(text)))
     assert target.lm_head(last)[11:].argmax(-1).tolist() == expected[0]
@@ -500,7 +621,9 @@ def test_trees_and_batches_with_sliding_windows(tmp_path, model_class, special, 
         (3, 1, 3, "set verify_tokens=4"),
     ],
 )
-def test_trees_that_cannot_be_are_refused(target, trained, prompts, steps, topk, verify_tokens, message):
+def test_trees_that_cannot_be_are_refused(
+    target, trained, prompts, steps, topk, verify_tokens, message
+):
     with pytest.raises(ConfigError, match=message):
         speculate(target, trained, prompts, steps, topk, verify_tokens, 8)
 

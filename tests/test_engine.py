@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from eagle3 import engine
-from eagle3.engine import Server, choose_port, find_package
+from eagle3.engines import server as engine
+from eagle3.engines.server import Server, choose_port, find_package
 from eagle3.errors import ConfigError, RunError
 
 SERVING = """
@@ -39,7 +39,14 @@ def serve(tmp_path):
         (tmp_path / "fake.py").write_text(SERVING.format(first=first, delay=delay))
         port = choose_port(None, "port")
         command = [sys.executable, str(tmp_path / "fake.py"), str(port)]
-        return Server(command, f"http://127.0.0.1:{port}", {"OF_THE_TEST": "1"}, tmp_path / "log", ready_seconds, "/h")
+        return Server(
+            command,
+            f"http://127.0.0.1:{port}",
+            {"OF_THE_TEST": "1"},
+            tmp_path / "log",
+            ready_seconds,
+            "/h",
+        )
 
     return make
 
@@ -76,7 +83,9 @@ def test_ready_and_ended_with_all_that_it_started(serve, monkeypatch):
 
 def test_one_that_ignores_sigterm_is_killed(serve, monkeypatch):
     monkeypatch.setattr(engine, "GRACE", 0.5)
-    with serve("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + CHILDREN) as server:
+    with serve(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + CHILDREN
+    ) as server:
         pids = pids_in(server.log)
     assert not any(map(alive, pids))
 
@@ -106,9 +115,18 @@ def test_death_at_the_start_is_told_with_its_cause(serve, dying, words):
             "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.",
             "change mem_fraction_static",
         ),
-        ("ValueError: Free memory on device (3/139 GiB) on startup is less than desired GPU memory", "out of memory"),
-        ("RuntimeError: The memory capacity is unbalanced. Some GPUs may be occupied by others.", "out of memory"),
-        ("[Errno 98] error while attempting to bind on ('127.0.0.1', 3): address already in use", "port is taken"),
+        (
+            "ValueError: Free memory on device (3/139 GiB) on startup is less than desired GPU memory",
+            "out of memory",
+        ),
+        (
+            "RuntimeError: The memory capacity is unbalanced. Some GPUs may be occupied by others.",
+            "out of memory",
+        ),
+        (
+            "[Errno 98] error while attempting to bind on ('127.0.0.1', 3): address already in use",
+            "port is taken",
+        ),
         (
             "python: Error while finding module specification for 'sglang.launch_server' "
             "(ModuleNotFoundError: No module named 'sglang')",
@@ -119,13 +137,21 @@ def test_death_at_the_start_is_told_with_its_cause(serve, dying, words):
             "[06:38:57] (EngineCore pid=3) ERROR ValueError: no EAGLE in torch_native",
             "ValueError: no EAGLE in torch_nat",
         ),
-        ("ValueError: Model architectures ['FooForCausalLM'] are not supported for now.", "model's architecture"),
-        ("The checkpoint has model type `foo` but Transformers does not recognize this architecture.", "architecture"),
+        (
+            "ValueError: Model architectures ['FooForCausalLM'] are not supported for now.",
+            "model's architecture",
+        ),
+        (
+            "The checkpoint has model type `foo` but Transformers does not recognize this architecture.",
+            "architecture",
+        ),
     ],
 )
 def test_known_causes(tmp_path, line, words):
     server = Server([], "", {}, tmp_path / "log", 1, "/h")
-    server.log.write_text(f"starting\n{line}\nRuntimeError: Engine core initialization failed. See root cause above.\n")
+    server.log.write_text(
+        f"starting\n{line}\nRuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
     assert words in server.cause(137)
 
 
@@ -169,12 +195,14 @@ def test_nothing_outlives_a_killed_run(serve, tmp_path, number):
     run = f"""
         from pathlib import Path
         import time
-        from eagle3.engine import Server
+        from eagle3.engines.server import Server
         with Server({server.command!r}, {server.url!r}, {{}}, Path({str(server.log)!r}), 20, "/h"):
             print("ready", flush=True)
             time.sleep(60)
     """
-    run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(run)], stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(run)], stdout=subprocess.PIPE, text=True
+    )
     assert run.stdout.readline() == "ready\n"
     pids = pids_in(server.log)
     assert all(map(alive, pids))
@@ -195,8 +223,13 @@ def test_a_taken_port_is_named():
 
 
 def test_the_engine_of_an_interpreter():
-    assert find_package(sys.executable, ("no-such-engine", "pytest"), ">=1", "benchmark.python") == pytest.__version__
-    with pytest.raises(ConfigError, match=r"^no-such-engine is not installed for .* benchmark\.python="):
+    assert (
+        find_package(sys.executable, ("no-such-engine", "pytest"), ">=1", "benchmark.python")
+        == pytest.__version__
+    )
+    with pytest.raises(
+        ConfigError, match=r"^no-such-engine is not installed for .* benchmark\.python="
+    ):
         find_package(sys.executable, ("no-such-engine",), ">=1", "benchmark.python")
     with pytest.raises(ConfigError, match=r"^pytest .* is not one of the versions we know \(<1\)"):
         find_package(sys.executable, ("pytest",), "<1", "benchmark.python")

@@ -25,7 +25,9 @@ ENGINES = {"sglang": sglang, "vllm": vllm}
 def python(tmp_path_factory):
     """The path of an executable that behaves as an interpreter with both engines."""
     path = tmp_path_factory.mktemp("engine") / "python"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "data/fake_engine.py"} "$@"\n')
+    path.write_text(
+        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "data/fake_engine.py"} "$@"\n'
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -37,7 +39,9 @@ def job(tmp_path):
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft/config.json").write_text(json.dumps(draft))
     prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
-    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (tmp_path / "heldout.jsonl").write_text(
+        "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    )
     model = SimpleNamespace(path=str(tmp_path / "target"), revision=None, trust_remote_code=False)
     data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto")
     job = SimpleNamespace(
@@ -56,7 +60,9 @@ def job(tmp_path):
 
 
 def run(name, job, python, configs=((1, 3, 1, 4),), **more):
-    return ENGINES[name].run(job, configs, ["heldout"], 11, 0.0, python=python, ready_seconds=30, **more)
+    return ENGINES[name].run(
+        job, configs, ["heldout"], 11, 0.0, python=python, ready_seconds=30, **more
+    )
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -69,7 +75,9 @@ def test_counts_speed_and_servers(name, job, python):
     assert one["acceptance_length"] == two["acceptance_length"] == 50 / (10 + 5 + 4 + 3 + 5)
     low, high = one["interval95"]
     assert 1 <= low < 50 / 27 < high <= 4
-    cut = name == "vllm"  # which tells the order of rounds, so that what lies behind the end can be left out
+    cut = (
+        name == "vllm"
+    )  # which tells the order of rounds, so that what lies behind the end can be left out
     assert one["accepted_by_position"] == [17 / 27, (6 if cut else 7) / 27, (2 if cut else 3) / 27]
     assert one["tokens_per_second"] == pytest.approx(400) and one["speedup"] == pytest.approx(4)
     assert one["lossless"] is True and one["num_prompts"] == 5
@@ -79,7 +87,10 @@ def test_counts_speed_and_servers(name, job, python):
     assert (protocol["runner"], protocol["dtype"], protocol["tp_size"]) == (name, "float32", 2)
     assert protocol["version"] == {"sglang": "0.5.23", "vllm": "0.32.0"}[name]
     logs = {path.name: path.read_text() for path in job.run_dir.glob("*.log")}
-    assert sorted(logs) == [f"{name}-0-0-0.log", f"{name}-3-1-4.log"]  # the batch alone starts no server
+    assert sorted(logs) == [
+        f"{name}-0-0-0.log",
+        f"{name}-3-1-4.log",
+    ]  # the batch alone starts no server
     assert "0.5" in logs[f"{name}-3-1-4.log"] and str(job.draft_folder) in logs[f"{name}-3-1-4.log"]
     assert str(job.draft_folder) not in logs[f"{name}-0-0-0.log"]
 
@@ -130,10 +141,19 @@ def address(job, python):
     started = []
 
     def start(name, *flags):
-        module = {"sglang": "sglang.launch_server", "vllm": "vllm.entrypoints.openai.api_server"}[name]
+        module = {"sglang": "sglang.launch_server", "vllm": "vllm.entrypoints.openai.api_server"}[
+            name
+        ]
         command = lambda port, drafting: [python, "-m", module, "--port", str(port), *flags]  # noqa: E731
         servers = Servers(
-            SimpleNamespace(name="fake"), command, None, None, None, job.run_dir / str(len(started)), 30, 30
+            SimpleNamespace(name="fake"),
+            command,
+            None,
+            None,
+            None,
+            job.run_dir / str(len(started)),
+            30,
+            30,
         )
         started.append(servers)
         return servers([1, 0, 0, 0]).url
@@ -144,13 +164,24 @@ def address(job, python):
 
 
 def test_running_sglang_servers(job, address):
-    drafting = ["--speculative-num-steps", "2", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3"]
+    drafting = [
+        "--speculative-num-steps",
+        "2",
+        "--speculative-eagle-topk",
+        "1",
+        "--speculative-num-draft-tokens",
+        "3",
+    ]
     alone = address("sglang", "--enable-metrics")
-    with_draft = address("sglang", "--enable-metrics", "--speculative-algorithm", "EAGLE3", *drafting)
+    with_draft = address(
+        "sglang", "--enable-metrics", "--speculative-algorithm", "EAGLE3", *drafting
+    )
     result = run("sglang", job, None, [(2, 2, 1, 3)], url=f"{with_draft}/v1", alone_url=alone)
     assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
     assert result["protocol"]["url"] == f"{with_draft}/v1" and result["protocol"]["version"] is None
-    with pytest.raises(ConfigError, match=r"configs=\[1, 3, 1, 4\] .* = \[2, 1, 3\]; set benchmark.configs to that"):
+    with pytest.raises(
+        ConfigError, match=r"configs=\[1, 3, 1, 4\] .* = \[2, 1, 3\]; set benchmark.configs to that"
+    ):
         run("sglang", job, None, url=with_draft, alone_url=alone)
     with pytest.raises(ConfigError, match=r"= \[0, 0, 0\]"):
         run("sglang", job, None, url=alone, alone_url=alone)
@@ -171,7 +202,14 @@ def test_running_vllm_servers(job, address):
     with pytest.raises(ConfigError, match=r"= \[2, 1, 3\]; set benchmark.configs to that"):
         run("vllm", job, None, url=detailed, alone_url=alone)
     with pytest.raises(RunError, match="per-request-spec-decode-metrics detailed"):
-        run("vllm", job, None, [(1, 2, 1, 3)], url=address("vllm", timed, *drafting), alone_url=alone)
+        run(
+            "vllm",
+            job,
+            None,
+            [(1, 2, 1, 3)],
+            url=address("vllm", timed, *drafting),
+            alone_url=alone,
+        )
 
 
 def test_nobody_at_an_address(job, python):
@@ -196,7 +234,10 @@ def test_a_draft_for_something_else(job, python, change, words):
 
 
 def test_a_draft_in_the_form_of_speculators(job):
-    values = {"speculators_model_type": "eagle3", "transformer_layer_config": {"vocab_size": 40, "hidden_size": 16}}
+    values = {
+        "speculators_model_type": "eagle3",
+        "transformer_layer_config": {"vocab_size": 40, "hidden_size": 16},
+    }
     (job.draft_folder / "config.json").write_text(json.dumps(values))
     check_draft(job.draft_folder, job.target_config, "vLLM", speculators=True)
     with pytest.raises(RunError, match="form of speculators, which SGLang does not read"):
@@ -207,8 +248,12 @@ def test_a_draft_in_the_form_of_speculators(job):
 def test_settings_are_checked_before_anything_starts(name, python):
     check_settings, configs = ENGINES[name].check_settings, [[4, 3, 1, 4], [1, 0, 0, 0]]
     check_settings({"configs": configs, "python": python})
-    check_settings({"configs": configs, "url": "http://127.0.0.1:1", "alone_url": "http://127.0.0.1:2"})
-    with pytest.raises(ConfigError, match=rf"^{name} is not installed for .*engines\.sh and set benchmark\.python="):
+    check_settings(
+        {"configs": configs, "url": "http://127.0.0.1:1", "alone_url": "http://127.0.0.1:2"}
+    )
+    with pytest.raises(
+        ConfigError, match=rf"^{name} is not installed for .*engines\.sh and set benchmark\.python="
+    ):
         check_settings({"configs": configs, "url": "http://127.0.0.1:1"})
 
 
@@ -233,4 +278,7 @@ def test_a_vllm_answer_is_cut_where_it_ends():
 def test_yaml_fits_the_signature(name):
     node = OmegaConf.load(CONF / f"{name}.yaml")
     assert node.pop("defaults") == ["builtin", "_self_"]
-    check_node(OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(CONF / "builtin.yaml"), node)), "benchmark")
+    check_node(
+        OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(CONF / "builtin.yaml"), node)),
+        "benchmark",
+    )

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from conftest import spec_of
 
-from eagle3 import generate
+from eagle3 import evaluate as generate
 from eagle3.data.vocab import vocab_tensors
-from eagle3.decode import speculate
-from eagle3.draft.attention import FlashCPU
+from eagle3.decode.speculate import speculate
+from eagle3.draft.flash import FlashCPU
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.evaluate import batches, evaluate, walk
@@ -18,16 +19,19 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def target(target_folder):
-    return HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")
+    return HFTarget(spec_of(target_folder), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def answers(target, tmp_path_factory):
     torch.manual_seed(3)
-    prompts = [{"id": str(i), "input_ids": torch.randint(9, 2048, (n,)).tolist()} for i, n in enumerate([5, 17, 1, 30])]
+    prompts = [
+        {"id": str(i), "input_ids": torch.randint(9, 2048, (n,)).tolist()}
+        for i, n in enumerate([5, 17, 1, 30])
+    ]
     folder = tmp_path_factory.mktemp("answers")
-    learnt = generate.write(folder, target, prompts, max_new_tokens=24, batch_size=3)
-    loaded = generate.load(folder, prompts)
+    learnt = generate.write_answers(folder, target, prompts, max_new_tokens=24, batch_size=3)
+    loaded = generate.load_answers(folder, prompts)
     assert learnt["answers"] == 4 and [a.id for a in loaded] == ["0", "1", "2", "3"]
     assert [a.prompt_length for a in loaded] == [5, 17, 1, 30]
     return loaded
@@ -47,7 +51,9 @@ def draft(target, answers):
 
     for _ in range(40):
         hidden = unroll(draft, target.embedding, item.features.aux_hidden_states, item.batch)
-        output = SoftTargetLoss(kl)(draft, hidden, item.features, item.batch, target.head[draft.target_ids])
+        output = SoftTargetLoss(kl)(
+            draft, hidden, item.features, item.batch, target.head[draft.target_ids]
+        )
         (output.loss / item.batch.normaliser).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -57,7 +63,9 @@ def draft(target, answers):
 @pytest.mark.parametrize("tokens_per_step", [32, 4096])
 def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
     packed = batches(answers, draft.t2d, STEPS, tokens_per_step)
-    evaluation = evaluate(draft, target.embedding, target.head[draft.target_ids], SoftTargetLoss(kl), packed, 4)
+    evaluation = evaluate(
+        draft, target.embedding, target.head[draft.target_ids], SoftTargetLoss(kl), packed, 4
+    )
     assert 1.3 < evaluation.acceptance_length[4] < 5
     for length in range(1, STEPS + 1):
         emitted = []
@@ -87,12 +95,17 @@ def test_walk_by_hand():
 
 def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):
     prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(4)]
-    generate.write(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    whole = [a.input_ids for a in generate.load(tmp_path, prompts)]
+    generate.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
+    whole = [a.input_ids for a in generate.load_answers(tmp_path, prompts)]
     (tmp_path / "part_00001.safetensors").unlink()
     calls = []
     original = generate.answer_batch
-    monkeypatch.setattr(generate, "answer_batch", lambda *args: calls.append(args) or original(*args))
-    generate.write(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
+    monkeypatch.setattr(
+        generate, "answer_batch", lambda *args: calls.append(args) or original(*args)
+    )
+    generate.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
     assert len(calls) == 1
-    assert all(torch.equal(a.input_ids, b) for a, b in zip(generate.load(tmp_path, prompts), whole, strict=True))
+    assert all(
+        torch.equal(a.input_ids, b)
+        for a, b in zip(generate.load_answers(tmp_path, prompts), whole, strict=True)
+    )

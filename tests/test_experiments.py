@@ -1,4 +1,6 @@
-"""Every recipe of conf/experiment: a short file that composes, passes the checks and trains, here on a tiny target."""
+"""Every recipe of conf/experiment: a short file that composes, passes the checks and trains, here
+on a tiny target.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3Mo
 
 from eagle3 import config as configuration
 from eagle3.checks import check
-from eagle3.distributed import launch
+from eagle3.parallel.ranks import launch
 
 FOLDER = ROOT / "conf" / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -61,9 +63,15 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 @pytest.fixture(scope="module")
 def targets(tokenizer, tmp_path_factory):
-    """An untrained target of every architecture that a recipe names, by the first part of the recipe's name."""
+    """An untrained target of every architecture that a recipe names, by the first part of the
+    recipe's name.
+    """
     folder = tmp_path_factory.mktemp("targets")
-    special = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     configs = {
         "llama3-8b": LlamaConfig(**SHAPE, **special),
         "qwen3-32b": Qwen3Config(**SHAPE, **special),
@@ -78,7 +86,9 @@ def targets(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(targets, tmp_path_factory):
-    """A function: the recipe's name -> overrides that put a tiny target and a small file in the recipe's place."""
+    """A function: the recipe's name -> overrides that put a tiny target and a small file in the
+    recipe's place.
+    """
     folder = tmp_path_factory.mktemp("experiments")
     words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
     rows = [
@@ -116,28 +126,68 @@ def test_recipes_are_small_deltas(experiment):
 @pytest.mark.parametrize("experiment", GUIDES)
 def test_recipes_hold_the_values_of_the_guides(experiment, tmp_path):
     config = configuration.typed(composed(f"experiment={experiment}"), tmp_path, [])
-    assert config.model.path == "meta-llama/Llama-3.1-8B-Instruct" and config.data.path == GUIDES[experiment]
-    assert (config.data.max_length, config.data.chat_template, config.data.system_prompt) == (4096, "auto", "llama2")
-    assert (config.train.epochs, config.train.documents_per_update, config.optimizer["lr"]) == (2, 8, 1e-4)
-    assert (config.draft.ttt_steps, config.draft.vocab_size, config.train.max_grad_norm) == (7, 32000, 0.5)
-    assert (config.scheduler["_target_"], config.scheduler["warmup_ratio"]) == ("eagle3.optim.cosine", 0.015)
-    assert config.mode["_target_"] == "eagle3.modes.online" and config.launch.nproc_per_node == 8
+    assert (
+        config.model.path == "meta-llama/Llama-3.1-8B-Instruct"
+        and config.data.path == GUIDES[experiment]
+    )
+    assert (config.data.max_length, config.data.chat_template, config.data.system_prompt) == (
+        4096,
+        "auto",
+        "llama2",
+    )
+    assert (config.train.epochs, config.train.documents_per_update, config.optimizer["lr"]) == (
+        2,
+        8,
+        1e-4,
+    )
+    assert (config.draft.ttt_steps, config.draft.vocab_size, config.train.max_grad_norm) == (
+        7,
+        32000,
+        0.5,
+    )
+    assert (config.scheduler["_target_"], config.scheduler["warmup_ratio"]) == (
+        "eagle3.optim.cosine",
+        0.015,
+    )
+    assert (
+        config.mode["_target_"] == "eagle3.hidden_states.supply.online"
+        and config.launch.nproc_per_node == 8
+    )
     assert config.target["_target_"] == "eagle3.target.sglang.target.SGLangTarget"
-    assert config.draft.initial["_target_"] == "eagle3.draft.initial.random", "nothing of the embedded model stays"
+    assert config.draft.initial["_target_"] == "eagle3.draft.initial.random", (
+        "nothing of the embedded model stays"
+    )
 
 
 def test_offline_recipes_hold_the_values_of_the_guides(tmp_path):
     config = configuration.typed(composed("experiment=qwen3-32b-sharegpt-capture"), tmp_path, [])
-    assert (config.target["tp_size"], config.launch.nproc_per_node, config.data.num_samples) == (8, 8, 20)
-    assert (config.model.path, config.data.max_length, config.stages[-1]) == ("Qwen/Qwen3-32B", 2048, "capture")
-    config = configuration.typed(composed("experiment=qwen3-30b-a3b-sharegpt-offline"), tmp_path, [])
-    assert (config.model.path, config.model.embedding_key) == ("Qwen/Qwen3-30B-A3B", "model.embed_tokens.weight")
+    assert (config.target["tp_size"], config.launch.nproc_per_node, config.data.num_samples) == (
+        8,
+        8,
+        20,
+    )
+    assert (config.model.path, config.data.max_length, config.stages[-1]) == (
+        "Qwen/Qwen3-32B",
+        2048,
+        "capture",
+    )
+    config = configuration.typed(
+        composed("experiment=qwen3-30b-a3b-sharegpt-offline"), tmp_path, []
+    )
+    assert (config.model.path, config.model.embedding_key) == (
+        "Qwen/Qwen3-30B-A3B",
+        "model.embed_tokens.weight",
+    )
     assert (config.train.epochs, config.optimizer["lr"], config.train.save_every) == (4, 1e-4, 1984)
-    assert (config.parallel.ulysses, config.parallel.ring, config.launch.nproc_per_node) == (4, 1, 8)
+    assert (config.parallel.ulysses, config.parallel.ring, config.launch.nproc_per_node) == (
+        4,
+        1,
+        8,
+    )
     for experiment in EXPERIMENTS:
         config = configuration.typed(composed(f"experiment={experiment}"), tmp_path, [])
         named = "offline" if "offline" in experiment or "capture" in experiment else "online"
-        assert config.mode["_target_"] == f"eagle3.modes.{named}"
+        assert config.mode["_target_"] == f"eagle3.hidden_states.supply.{named}"
 
 
 def test_the_commands_of_the_guides_page_compose():
@@ -163,4 +213,7 @@ def test_recipes_train(experiment, tiny, tmp_path):
     assert trained["step"] == 1 and trained["supervised_tokens"] > 0
     assert load_file(tmp_path / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     shape = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert shape["architectures"] == ["LlamaForCausalLMEagle3"] and shape["max_position_embeddings"] == 131072
+    assert (
+        shape["architectures"] == ["LlamaForCausalLMEagle3"]
+        and shape["max_position_embeddings"] == 131072
+    )

@@ -1,19 +1,21 @@
-"""The portable folder: exactly the names, shapes and config that engines expect; nothing else is read."""
+"""The portable folder: exactly the names, shapes and config that engines expect; nothing else is
+read.
+"""
 
 import json
 
 import pytest
 import torch
+from conftest import spec_of
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from eagle3.data.vocab import vocab_tensors
-from eagle3.draft.attention import Auto
+from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export import MadeFor, read_draft, write_draft, write_speculators
-from eagle3.target.hf import text_config
+from eagle3.export.write import MadeFor, read_draft, write_draft, write_speculators
 
 NAMES = {
     "fc.weight": [64, 192],
@@ -36,7 +38,7 @@ NAMES = {
 
 @pytest.fixture
 def target(target_folder):
-    return text_config(str(target_folder))
+    return spec_of(target_folder).config
 
 
 @pytest.fixture
@@ -68,7 +70,9 @@ def test_names_shapes_and_dtypes(folder):
 
 def test_config(folder):
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    assert (
+        config["architectures"] == ["LlamaForCausalLMEagle3"] and config["num_hidden_layers"] == 1
+    )
     assert config["max_position_embeddings"] == 512 and config["rope_scaling"] is None
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
@@ -85,27 +89,47 @@ def test_round_trip(folder, draft, target):
 
 def test_whole_vocabulary_ships_no_maps(target, tmp_path):
     t2d, d2t = vocab_tensors(torch.arange(2048).numpy(), 2048)
-    write_draft(Draft(derive_config(target, 2048), Auto, t2d, d2t), tmp_path / "draft", target, [1, 3, 4])
+    write_draft(
+        Draft(derive_config(target, 2048), Auto, t2d, d2t), tmp_path / "draft", target, [1, 3, 4]
+    )
     assert not {"t2d", "d2t"} & load_file(tmp_path / "draft" / "model.safetensors").keys()
-    assert torch.equal(read_draft(tmp_path / "draft", Auto, target, [1, 3, 4]).target_ids, torch.arange(2048))
+    assert torch.equal(
+        read_draft(tmp_path / "draft", Auto, target, [1, 3, 4]).target_ids, torch.arange(2048)
+    )
 
 
 def test_engines_pass_over_what_it_was_made_for(draft, target, tmp_path):
     write_draft(draft, tmp_path / "draft", target, [1, 3, 4], MadeFor("owner/target", 5))
     config = LlamaConfig.from_pretrained(tmp_path / "draft")
-    assert config.made_for == {"target": "owner/target", "draft_length": 5} and config.draft_vocab_size == 300
+    assert (
+        config.made_for == {"target": "owner/target", "draft_length": 5}
+        and config.draft_vocab_size == 300
+    )
     assert read_draft(tmp_path / "draft", Auto, target, [1, 3, 4]).config == draft.config
 
 
 def test_speculators_form(draft, folder, target, tmp_path):
-    """What vLLM's reader of that form needs, and the portable tensors with the layer's name changed."""
-    write_speculators(draft, tmp_path / "speculators", target, [1, 3, 4], MadeFor("owner/target", 5))
+    """What vLLM's reader of that form needs, and the portable tensors with the layer's name
+    changed.
+    """
+    write_speculators(
+        draft, tmp_path / "speculators", target, [1, 3, 4], MadeFor("owner/target", 5)
+    )
     config = json.loads((tmp_path / "speculators" / "config.json").read_text())
     assert config["speculators_model_type"] == "eagle3" and config["norm_before_residual"] is False
-    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5] and config["draft_vocab_size"] == 300
+    assert (
+        config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+        and config["draft_vocab_size"] == 300
+    )
     section = config["speculators_config"]
-    assert section["algorithm"] == "eagle3" and section["proposal_methods"][0]["speculative_tokens"] == 5
-    assert section["verifier"] == {"name_or_path": "owner/target", "architectures": ["LlamaForCausalLM"]}
+    assert (
+        section["algorithm"] == "eagle3"
+        and section["proposal_methods"][0]["speculative_tokens"] == 5
+    )
+    assert section["verifier"] == {
+        "name_or_path": "owner/target",
+        "architectures": ["LlamaForCausalLM"],
+    }
     portable = json.loads((folder / "config.json").read_text())
     layer = config["transformer_layer_config"]
     assert layer["model_type"] == "llama" and layer["num_hidden_layers"] == 1
@@ -114,15 +138,24 @@ def test_speculators_form(draft, folder, target, tmp_path):
     names = {name.replace("midlayer.", "layers.0."): shape for name, shape in NAMES.items()}
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == names
     ours = load_file(folder / "model.safetensors")
-    assert all(torch.equal(tensors[n.replace("midlayer.", "layers.0.")], tensor) for n, tensor in ours.items())
+    assert all(
+        torch.equal(tensors[n.replace("midlayer.", "layers.0.")], tensor)
+        for n, tensor in ours.items()
+    )
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda t: t.pop("norm.weight"), r"lacks tensor norm\.weight"),
-        (lambda t: t.update({"embed_tokens.weight": torch.zeros(2, 2)}), "unknown tensor embed_tokens"),
-        (lambda t: t.update({"fc.weight": torch.zeros(64, 64)}), r"fc\.weight has shape \[64, 64\]"),
+        (
+            lambda t: t.update({"embed_tokens.weight": torch.zeros(2, 2)}),
+            "unknown tensor embed_tokens",
+        ),
+        (
+            lambda t: t.update({"fc.weight": torch.zeros(64, 64)}),
+            r"fc\.weight has shape \[64, 64\]",
+        ),
         (lambda t: t.update({"d2t": t["d2t"] + 1}), "t2d and d2t"),
         (lambda t: t.pop("t2d"), "t2d and d2t"),
     ],

@@ -1,15 +1,18 @@
-"""What only a CUDA device can show: attention kernels, bf16 training, the packed target; against fp32 on the CPU."""
+"""What only a CUDA device can show: attention kernels, bf16 training, the packed target; against
+fp32 on the CPU.
+"""
 
 import pytest
 import torch
+from conftest import spec_of
+from reference import attend
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
-from eagle3.draft.attention import Auto, Dense, Documents, FlashAttn, FlashCUDA, attend
+from eagle3.batch import Document, DocumentSpans, Features, pack, serving
+from eagle3.draft.attention import Dense
+from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.sequence import Segmented, segments_of
-from eagle3.target.features import Features
+from eagle3.parallel.sequence import Segmented, segments_of
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
@@ -22,7 +25,9 @@ LENGTHS = [130, 1, 77, 300]
 
 def closeness(values, reference):
     """Relative distance in norm."""
-    return float((values.double().cpu() - reference.double().cpu()).norm() / reference.double().norm())
+    return float(
+        (values.double().cpu() - reference.double().cpu()).norm() / reference.double().norm()
+    )
 
 
 @pytest.mark.parametrize("backend", [FlashCUDA, FlashAttn, Auto])
@@ -34,7 +39,7 @@ def test_attention_kernels_equal_dense(backend, head_dim):
     total = sum(LENGTHS)
     rows = torch.randperm(total)[: total // 2].cuda()
     cu = torch.tensor([0, *LENGTHS]).cumsum(0).int().cuda()
-    documents = Documents(cu, LENGTHS)
+    documents = DocumentSpans(cu, LENGTHS)
 
     def tensors(*shape):
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -56,16 +61,24 @@ def test_attention_kernels_equal_dense(backend, head_dim):
 
 @pytest.mark.parametrize("backend", [FlashCUDA, FlashAttn])
 def test_segments_of_a_shared_batch_equal_dense(backend):
-    """What a rank of a sequence group computes: some blocks of rows against their documents' keys so far."""
+    """What a rank of a sequence group computes: some blocks of rows against their documents' keys
+    so far.
+    """
     if backend is FlashAttn:
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
-    batch = pack([(i, torch.zeros(n), torch.ones(n)) for i, n in enumerate(LENGTHS)], torch.ones(1).bool(), 7, serving)
+    batch = pack(
+        [Document(*d) for d in [(i, torch.zeros(n), torch.ones(n)) for i, n in enumerate(LENGTHS)]],
+        torch.ones(1).bool(),
+        7,
+        serving,
+    )
     tokens = torch.cat([torch.arange(40, 100), torch.arange(200, 290), torch.arange(400, 500)])
     segments = segments_of(tokens, batch)
     parts = [
         part._replace(
-            rows=part.rows.cuda(), documents=part.documents._replace(cu_seqlens=part.documents.cu_seqlens.cuda())
+            rows=part.rows.cuda(),
+            documents=part.documents._replace(cu_seqlens=part.documents.cu_seqlens.cuda()),
         )
         for part in segments.parts
     ]
@@ -88,8 +101,10 @@ def test_bf16_training_step_is_near_fp32():
     config = DraftConfig(256, 512, 4, 2, 64, 1000, 400, 256, 1024)
     t2d = torch.arange(1000) < 400
     draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64))
-    documents = [(i, torch.randint(400, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)]
-    batch = pack(documents, t2d, 7, serving)
+    documents = [
+        (i, torch.randint(400, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)
+    ]
+    batch = pack([Document(*d) for d in documents], t2d, 7, serving)
     embedding, head = torch.randn(1000, 256), torch.randn(400, 256) * 0.1
     teachers = len(batch.teacher_rows)
     features = Features(
@@ -106,7 +121,9 @@ def test_bf16_training_step_is_near_fp32():
         hidden = unroll(draft, table, moved.aux_hidden_states, here)
         output = SoftTargetLoss(kl)(draft, hidden, moved, here, rows)
         (output.loss / batch.normaliser).backward()
-        return float(output.loss), {name: p.grad.cpu().clone() for name, p in draft.named_parameters()}
+        return float(output.loss), {
+            name: p.grad.cpu().clone() for name, p in draft.named_parameters()
+        }
 
     loss, expected = gradients("cpu", torch.float32)
     assert gradients("cuda", torch.float32)[0] == pytest.approx(loss, rel=1e-4)
@@ -116,11 +133,13 @@ def test_bf16_training_step_is_near_fp32():
 
 
 def test_packed_target_on_cuda(target_folder):
-    documents = [(i, torch.randint(2048, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)]
-    batch = pack(documents, torch.ones(2048, dtype=torch.bool), 3, serving)
-    expected = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")(batch)
+    documents = [
+        (i, torch.randint(2048, (n,)), torch.arange(n) > n // 3) for i, n in enumerate(LENGTHS)
+    ]
+    batch = pack([Document(*d) for d in documents], torch.ones(2048, dtype=torch.bool), 3, serving)
+    expected = HFTarget(spec_of(target_folder), torch.device("cpu"))(batch)
     device = torch.device("cuda")
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 3e-2)):
-        features = HFTarget(str(target_folder), device, dtype=dtype)(batch.to(device))
+        features = HFTarget(spec_of(target_folder, dtype=dtype), device)(batch.to(device))
         assert closeness(features.aux_hidden_states, expected.aux_hidden_states) < tolerance
         assert closeness(features.last_hidden_states, expected.last_hidden_states) < tolerance

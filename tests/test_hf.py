@@ -1,7 +1,10 @@
-"""The transformers target: packed states equal each document's own, for the families the draft is derived from."""
+"""The transformers target: packed states equal each document's own, for the families the draft is
+derived from.
+"""
 
 import pytest
 import torch
+from conftest import spec_of
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -14,11 +17,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
+from eagle3.batch import Document, pack, serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
-from eagle3.target.hf import HFTarget, default_aux_layer_ids, describe, text_config
+from eagle3.target.hf import HFTarget
+from eagle3.target.spec import default_aux_layer_ids
 
 SHAPE = {
     "vocab_size": 96,
@@ -50,16 +53,20 @@ def family(request, tmp_path):
 
 def documents(lengths):
     torch.manual_seed(1)
-    return [(i, torch.randint(0, 96, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate(lengths)]
+    return [
+        (i, torch.randint(0, 96, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate(lengths)
+    ]
 
 
 def test_packed_features_equal_each_document_alone(family):
-    target = HFTarget(str(family), torch.device("cpu"), dtype="float32")
+    target = HFTarget(spec_of(family), torch.device("cpu"))
     assert target.aux_layer_ids == [1, 3, 4]
     docs = documents([13, 1, 30, 7])
-    batch = pack(docs, torch.ones(96, dtype=torch.bool), 7, serving)
+    batch = pack([Document(*d) for d in docs], torch.ones(96, dtype=torch.bool), 7, serving)
     features = target(batch)
-    plain = AutoModelForCausalLM.from_pretrained(family, attn_implementation="eager", dtype=torch.float32).eval()
+    plain = AutoModelForCausalLM.from_pretrained(
+        family, attn_implementation="eager", dtype=torch.float32
+    ).eval()
     aux, last, logits = [], [], []
     for _, ids, _ in docs:
         with torch.no_grad():
@@ -69,13 +76,15 @@ def test_packed_features_equal_each_document_alone(family):
         logits.append(output.logits[0])
     logits = torch.cat(logits)[batch.teacher_rows]
     torch.testing.assert_close(features.aux_hidden_states, torch.cat(aux), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.last_hidden_states, torch.cat(last)[batch.teacher_rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features.last_hidden_states, torch.cat(last)[batch.teacher_rows], rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(features.argmax, logits.argmax(-1))
     torch.testing.assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_states_continue_a_cache(family):
-    target = HFTarget(str(family), torch.device("cpu"), dtype="float32")
+    target = HFTarget(spec_of(family), torch.device("cpu"))
     ids, places = documents([30])[0][1], torch.arange(30)
     whole_aux, whole_last = target.states(ids, places)
     cache = DynamicCache(config=target.config)
@@ -86,7 +95,7 @@ def test_states_continue_a_cache(family):
 
 
 def test_draft_shape_is_derived(family):
-    config = text_config(str(family))
+    config = spec_of(family).config
     draft = derive_config(config, 32)
     assert draft.hidden_size == draft.target_hidden_size == 64
     assert draft.head_dim == (getattr(config, "head_dim", None) or 16)
@@ -97,7 +106,10 @@ def test_draft_shape_is_derived(family):
 
 def test_rope_theta_is_derived():
     assert derive_config(FAMILIES["llama"], 8).rope_theta == 5e5
-    assert derive_config(FAMILIES["qwen3"], 8).rope_theta == FAMILIES["qwen3"].rope_parameters["rope_theta"]
+    assert (
+        derive_config(FAMILIES["qwen3"], 8).rope_theta
+        == FAMILIES["qwen3"].rope_parameters["rope_theta"]
+    )
 
 
 def test_aux_layers_of_shallow_and_deep_targets():
@@ -111,7 +123,7 @@ def test_logit_changes_are_refused(tmp_path):
     config = FAMILIES["gemma3-window"].__class__(**SHAPE, final_logit_softcapping=30.0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        HFTarget(str(tmp_path), torch.device("cpu"))
+        HFTarget(spec_of(tmp_path, dtype="auto"), torch.device("cpu"))
 
 
 def test_a_head_that_is_not_a_product_is_refused(tmp_path):
@@ -121,28 +133,33 @@ def test_a_head_that_is_not_a_product_is_refused(tmp_path):
     model.lm_head.bias.data.normal_()
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="changes its logits behind the head"):
-        HFTarget(str(tmp_path), torch.device("cpu"), dtype="float32")
+        HFTarget(spec_of(tmp_path), torch.device("cpu"))
 
 
 def test_a_target_is_described_by_its_weights(tmp_path):
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
     model.save_pretrained(tmp_path)
-    before = describe(str(tmp_path), None)
-    assert describe(str(tmp_path), None) == before
+    before = spec_of(tmp_path).identity
+    assert spec_of(tmp_path).identity == before
     model.lm_head.weight.data[3, 3] += 1
     model.save_pretrained(tmp_path)
-    assert describe(str(tmp_path), None) != before
+    assert spec_of(tmp_path).identity != before
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_own_attention_agrees(target_folder, attention):
-    ids = [(i, torch.randint(0, 2048, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate([13, 1, 30])]
-    batch = pack(ids, torch.ones(2048, dtype=torch.bool), 3, serving)
-    ours = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")(batch)
-    theirs = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32", attention=attention)(batch)
-    torch.testing.assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5)
+    ids = [
+        (i, torch.randint(0, 2048, (n,)), torch.arange(n) >= n // 2)
+        for i, n in enumerate([13, 1, 30])
+    ]
+    batch = pack([Document(*d) for d in ids], torch.ones(2048, dtype=torch.bool), 3, serving)
+    ours = HFTarget(spec_of(target_folder), torch.device("cpu"))(batch)
+    theirs = HFTarget(spec_of(target_folder), torch.device("cpu"), attention=attention)(batch)
+    torch.testing.assert_close(
+        ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_not_a_model(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path"):
-        HFTarget(str(tmp_path), torch.device("cpu"))
+        HFTarget(spec_of(tmp_path, dtype="auto"), torch.device("cpu"))

@@ -2,18 +2,18 @@
 
 import torch
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
-from eagle3.draft.attention import Auto
+from eagle3.batch import Document, Features, pack, serving
+from eagle3.draft.flash import Auto
 from eagle3.draft.initial import induction, random
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.target.features import Features
 from eagle3.ttt import unroll
 
 
 def copied_share(initial) -> float:
-    """Of a random text said twice, the share of the second half that the untrained draft predicts at step 0."""
+    """Of a random text said twice, the share of the second half that the untrained draft predicts
+    at step 0.
+    """
     torch.manual_seed(0)
     size, vocab = 128, 256
     config = DraftConfig(size, 128, 4, 2, 64, vocab, vocab, size, 512)
@@ -22,13 +22,19 @@ def copied_share(initial) -> float:
     draft = Draft(config, Auto, t2d, d2t)
     initial(draft, embedding, head)
     ids = torch.randperm(vocab)[:60].repeat(2)
-    batch = pack([(0, ids, torch.arange(120) >= 60)], t2d, 1, serving)
-    aux = torch.cat([embedding[ids] + 0.5 * torch.randn(120, size), torch.randn(120, 2 * size)], dim=-1)
+    batch = pack([Document(0, ids, torch.arange(120) >= 60)], t2d, 1, serving)
+    aux = torch.cat(
+        [embedding[ids] + 0.5 * torch.randn(120, size), torch.randn(120, 2 * size)], dim=-1
+    )
     rows = batch.teacher_rows
-    features = Features(aux, torch.randn(len(rows), size), ids.roll(-1)[rows], torch.zeros(len(rows)))
+    features = Features(
+        aux, torch.randn(len(rows), size), ids.roll(-1)[rows], torch.zeros(len(rows))
+    )
     with torch.no_grad():
         hidden = unroll(draft, embedding, aux, batch)
-        return float(SoftTargetLoss(kl)(draft, hidden, features, batch, head).correct.float().mean())
+        return float(
+            SoftTargetLoss(kl)(draft, hidden, features, batch, head).correct.float().mean()
+        )
 
 
 def test_induction_copies_before_training():

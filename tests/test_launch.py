@@ -1,4 +1,6 @@
-"""Several processes through the one launcher, as users start them: what they write, and who is heard when one fails."""
+"""Several processes through the one launcher, as users start them: what they write, and who is
+heard when one fails.
+"""
 
 import json
 import subprocess
@@ -9,8 +11,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from eagle3.artefact import facts
-from eagle3.target.store import Store
+from eagle3.hidden_states.store import Store
+from eagle3.runs.artefact import facts
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def experts(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def command(experts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
-    rows = [{"question": f"What is {i}?", "answer": "It is a number " * (1 + i % 5)} for i in range(24)]
+    rows = [
+        {"question": f"What is {i}?", "answer": "It is a number " * (1 + i % 5)} for i in range(24)
+    ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*overrides):
@@ -43,17 +47,28 @@ def command(experts, tmp_path_factory):
             f"cache_dir={folder / 'cache'}", "launch.threads=1", "name=test",
         ]  # fmt: skip
         return subprocess.run(
-            [sys.executable, "run.py", *given, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=240
+            [sys.executable, "run.py", *given, *overrides],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
 
     return run
 
 
 def test_a_target_shared_by_two_processes_is_captured_alike(command, tmp_path):
-    """One command for prepare, generate and capture; states of the shared target equal those of one process."""
+    """One command for prepare, generate and capture; states of the shared target equal those of one
+    process.
+    """
     stages, stores = "stages=[prepare,generate,capture]", {}
     for name, more in {"one": [], "two": ["target.tp_size=2", "launch.nproc_per_node=2"]}.items():
-        done = command(stages, f"hidden_states.path={tmp_path / name}", f"hydra.run.dir={tmp_path / name}_run", *more)
+        done = command(
+            stages,
+            f"hidden_states.path={tmp_path / name}",
+            f"hydra.run.dir={tmp_path / name}_run",
+            *more,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("capture: ") == 1, "one process speaks"
         stores[name] = Store(tmp_path / name)
@@ -63,14 +78,18 @@ def test_a_target_shared_by_two_processes_is_captured_alike(command, tmp_path):
         assert torch.equal(one.input_ids, two.input_ids)
         assert torch.equal(one.features.argmax, two.features.argmax)
         for name in ("aux_hidden_states", "last_hidden_states", "logsumexp"):
-            torch.testing.assert_close(getattr(one.features, name), getattr(two.features, name), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                getattr(one.features, name), getattr(two.features, name), rtol=1e-4, atol=1e-5
+            )
 
 
 @pytest.mark.slow
 def test_two_processes_capture_what_one_does(command, tmp_path):
     for name, processes in {"one": 1, "two": 2}.items():
         done = command(
-            "stages=[prepare,capture]", f"hidden_states.path={tmp_path / name}", f"launch.nproc_per_node={processes}"
+            "stages=[prepare,capture]",
+            f"hidden_states.path={tmp_path / name}",
+            f"launch.nproc_per_node={processes}",
         )
         assert done.returncode == 0, done.stderr[-2000:]
     for path in (tmp_path / "one").glob("*.safetensors"):
@@ -80,6 +99,10 @@ def test_two_processes_capture_what_one_does(command, tmp_path):
 def test_the_first_error_is_what_users_see(command, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
-    done = command("stages=[prepare,capture]", f"hidden_states.path={tmp_path / 'other'}", "launch.nproc_per_node=2")
+    done = command(
+        "stages=[prepare,capture]",
+        f"hidden_states.path={tmp_path / 'other'}",
+        "launch.nproc_per_node=2",
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: hidden_states.path=")

@@ -1,4 +1,6 @@
-"""launch/torchrun.sh and launch/slurm.sbatch with stand-ins for torchrun and Slurm; sweeps through submitit."""
+"""launch/torchrun.sh and launch/slurm.sbatch with stand-ins for torchrun and Slurm; sweeps through
+submitit.
+"""
 
 import os
 import signal
@@ -15,11 +17,14 @@ TASKS += "for _ in $(seq 100); do sleep 0.1; done\n"
 
 @pytest.fixture
 def stand_ins(tmp_path):
-    """A folder of commands that write their names and arguments to `log`, and what scripts need to know."""
+    """A folder of commands that write their names and arguments to `log`, and what scripts need to
+    know.
+    """
     log = tmp_path / "log"
     commands = {
         "python": TASKS.format(signals="TERM"),
-        "srun": 'echo "node $NNODES $HEAD" >> "$LOG"\necho $$ > "$LOG.pid"\n' + TASKS.format(signals="USR2"),
+        "srun": 'echo "node $NNODES $HEAD" >> "$LOG"\necho $$ > "$LOG.pid"\n'
+        + TASKS.format(signals="USR2"),
         "scontrol": '[ "$1" = show ] && printf "first\\nsecond\\n"\ntrue\n',
         "scancel": 'kill -USR2 "$(cat "$LOG.pid")"\n',
     }
@@ -58,9 +63,14 @@ def test_torchrun_on_one_node(stand_ins):
 
 
 def test_torchrun_on_several_nodes(stand_ins):
-    code, calls = run("torchrun.sh", stand_ins, "8", LAST="1", NNODES="2", NODE_RANK="1", HEAD="node7:2345")
+    code, calls = run(
+        "torchrun.sh", stand_ins, "8", LAST="1", NNODES="2", NODE_RANK="1", HEAD="node7:2345"
+    )
     assert code == 1
-    assert "--nnodes=2 --node-rank=1 --master-addr=node7 --master-port=2345 --nproc-per-node=8" in calls[0]
+    assert (
+        "--nnodes=2 --node-rank=1 --master-addr=node7 --master-port=2345 --nproc-per-node=8"
+        in calls[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,13 @@ def test_torchrun_on_several_nodes(stand_ins):
 def test_torchrun_ends_as_its_processes_do(tmp_path, script, code, said):
     """torchrun itself would leave with 1."""
     (tmp_path / "run.py").write_text(f"import os, signal, sys, time\n{script}\n")
-    command = [sys.executable, "launch/torchrun.py", "--standalone", "--shutdown-timeout=5", str(tmp_path / "run.py")]
+    command = [
+        sys.executable,
+        "launch/torchrun.py",
+        "--standalone",
+        "--shutdown-timeout=5",
+        str(tmp_path / "run.py"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, said)
 
@@ -92,7 +108,11 @@ def test_a_job_starts_one_torchrun_a_node(stand_ins):
 
 @pytest.mark.parametrize(
     ("ends_with", "comes_back"),
-    [("143", True), ("0", False), ("1", False)],  # a checkpoint; over before it heard; no room for the checkpoint
+    [
+        ("143", True),
+        ("0", False),
+        ("1", False),
+    ],  # a checkpoint; over before it heard; no room for the checkpoint
 )
 def test_a_job_comes_back_from_its_limit(stand_ins, ends_with, comes_back):
     code, calls = run("slurm.sbatch", stand_ins, send=signal.SIGUSR1, AFTER_SIGNAL=ends_with)
@@ -101,7 +121,9 @@ def test_a_job_comes_back_from_its_limit(stand_ins, ends_with, comes_back):
     assert ("scontrol requeue 4711" in calls) == comes_back
 
 
-@pytest.mark.parametrize("ends_with", ["2", "143"])  # an error; cancelled, which Slurm tells the tasks itself
+@pytest.mark.parametrize(
+    "ends_with", ["2", "143"]
+)  # an error; cancelled, which Slurm tells the tasks itself
 def test_other_jobs_stay_away(stand_ins, ends_with):
     code, calls = run("slurm.sbatch", stand_ins, LAST=ends_with, RUN_DIR="runs/mine")
     assert code == int(ends_with) and "hydra.run.dir=runs/mine" in calls[1]
@@ -110,7 +132,9 @@ def test_other_jobs_stay_away(stand_ins, ends_with):
 
 @pytest.mark.slow
 def test_a_sweep_through_submitit(tmp_path):
-    """launch=slurm takes its defaults outside of Slurm; each job has one folder, and two processes in it."""
+    """launch=slurm takes its defaults outside of Slurm; each job has one folder, and two processes
+    in it.
+    """
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [
         sys.executable, "run.py", "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20",
@@ -122,4 +146,6 @@ def test_a_sweep_through_submitit(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.parent.name for path in tmp_path.glob("*/.hydra")) == ["0", "1"]
     for job in "01":
-        assert (tmp_path / job / "checkpoints" / "last").exists() and (tmp_path / job / "logs/rank_1.log").exists()
+        assert (tmp_path / job / "checkpoints" / "last").exists() and (
+            tmp_path / job / "logs/rank_1.log"
+        ).exists()

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from eagle3.data.loader import Loader, fill_micro_steps, plan_epoch, split
+from eagle3.batch import serving
+from eagle3.batch import split_by_cost as split
 from eagle3.data.prepare import INDEX, Prepared
-from eagle3.data.supervision import serving
+from eagle3.loader import Loader, fill_micro_steps, plan_epoch
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,9 @@ def prepared():
     index["length"], index["start"] = lengths, np.cumsum(lengths) - lengths
     mask = randomly.random(lengths.sum()) < 0.6
     index["supervised"] = np.add.reduceat(mask, index["start"])
-    return Prepared(randomly.integers(0, 50, lengths.sum()).astype(np.int32), mask, index, np.arange(50), [])
+    return Prepared(
+        randomly.integers(0, 50, lengths.sum()).astype(np.int32), mask, index, np.arange(50), []
+    )
 
 
 def loader(prepared, **changes):
@@ -43,7 +46,10 @@ def test_plans_depend_on_the_seed_alone(prepared):
     assert sorted(np.concatenate(plan).tolist()) == list(range(57))
     assert all(lengths[update].sum() <= 300 for update in plan)
     assert [u.tolist() for u in plan] == [u.tolist() for u in plan_epoch(lengths, 0, 0, 300, None)]
-    assert np.concatenate(plan).tolist() != np.concatenate(plan_epoch(lengths, 0, 1, 300, None)).tolist()
+    assert (
+        np.concatenate(plan).tolist()
+        != np.concatenate(plan_epoch(lengths, 0, 1, 300, None)).tolist()
+    )
     assert [len(u) for u in plan_epoch(lengths, 0, 0, 300, 8)] == [8] * 7 + [1]
 
 
@@ -68,14 +74,18 @@ def test_replicas_share_by_cost():
 def test_updates_do_not_depend_on_the_number_of_replicas(prepared, budget):
     """The same global budget: the union of the replicas' shares is what one process trains on."""
     whole = loader(prepared, tokens_per_update=512, **budget)
-    parts = [loader(prepared, tokens_per_update=512, replica=r, replicas=4, **budget) for r in range(4)]
+    parts = [
+        loader(prepared, tokens_per_update=512, replica=r, replicas=4, **budget) for r in range(4)
+    ]
     assert {part.total_updates for part in parts} == {whole.total_updates}
     shares = [take(part, whole.total_updates) for part in parts]
     for number, update in enumerate(take(whole, whole.total_updates)):
         together = [share[number] for share in shares]
         assert keys(update) == sorted(key for part in together for key in keys(part))
         assert update.normaliser == sum(part.normaliser for part in together)
-        assert {part.micro_steps for part in together} == {max(len(part.batches) for part in together)}
+        assert {part.micro_steps for part in together} == {
+            max(len(part.batches) for part in together)
+        }
 
 
 def test_loader_goes_on_where_it_was(prepared):
@@ -88,4 +98,7 @@ def test_loader_goes_on_where_it_was(prepared):
         second.state = dict(first.state)
         for got, want in zip(take(second, 20 - consumed), expected[consumed:], strict=True):
             assert [b.document_keys for b in got.batches] == [b.document_keys for b in want.batches]
-            assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(got.batches, want.batches, strict=True))
+            assert all(
+                torch.equal(a.input_ids, b.input_ids)
+                for a, b in zip(got.batches, want.batches, strict=True)
+            )

@@ -1,4 +1,6 @@
-"""metrics.jsonl across resumes, what counts as a secret, and a real offline W&B run read back from its files."""
+"""metrics.jsonl across resumes, what counts as a secret, and a real offline W&B run read back from
+its files.
+"""
 
 import json
 import math
@@ -11,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eagle3 import logger
-from eagle3.logger import REDACTED, JsonLines, NoTracker, Wandb, read_metrics, redact
+from eagle3.runs import logger
+from eagle3.runs.logger import REDACTED, JsonLines, NoTracker, Wandb, read_metrics, redact
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +84,9 @@ ORDINARY_KEYS = (
 
 def test_what_counts_as_a_secret():
     assert redact(dict.fromkeys(SECRET_KEYS, "x")) == dict.fromkeys(SECRET_KEYS, REDACTED)
-    assert redact([f"{key}=a b" for key in SECRET_KEYS]) == [f"{key}={REDACTED}" for key in SECRET_KEYS]
+    assert redact([f"{key}=a b" for key in SECRET_KEYS]) == [
+        f"{key}={REDACTED}" for key in SECRET_KEYS
+    ]
     ordinary = dict.fromkeys(ORDINARY_KEYS, "x")
     assert redact(ordinary) == ordinary
     assert redact([f"{key}=x" for key in ORDINARY_KEYS]) == [f"{key}=x" for key in ORDINARY_KEYS]
@@ -112,9 +116,15 @@ def test_redact_keeps_everything_but_secrets():
         ("hub={'token': 'a b'}", f"hub={{'token': {REDACTED}}}"),
         ("hub={credentials: {user: a, pass: b}}", f"hub={{credentials: {REDACTED}}}"),
         ("train.tokens_per_step=2048", "train.tokens_per_step=2048"),
-        ("model={eos_token_ids: [1,2], pad_token: x}", "model={eos_token_ids: [1,2], pad_token: x}"),
+        (
+            "model={eos_token_ids: [1,2], pad_token: x}",
+            "model={eos_token_ids: [1,2], pad_token: x}",
+        ),
         ("https://me:pw@host/x", f"https://{REDACTED}@host/x"),
-        ("https://host/x?a=1&access_token=abc&b=2", f"https://host/x?a=1&access_token={REDACTED}&b=2"),
+        (
+            "https://host/x?a=1&access_token=abc&b=2",
+            f"https://host/x?a=1&access_token={REDACTED}&b=2",
+        ),
         ("data.path=hf_" + "a" * 34, f"data.path={REDACTED}"),
         ("the token: you know", "the token: you know"),
         ("data.path=/home/secret/x.jsonl", "data.path=/home/secret/x.jsonl"),
@@ -129,7 +139,7 @@ def test_configs_match_the_signatures():
     for path in (ROOT / "conf/logger").glob("*.yaml"):
         options = yaml.safe_load(path.read_text())
         module, name = options.pop("_target_").rsplit(".", 1)
-        assert module == "eagle3.logger"
+        assert module == "eagle3.runs.logger"
         made[path.stem] = getattr(logger, name)(**options)
     assert isinstance(made["jsonl"], NoTracker) and isinstance(made["wandb"], Wandb)
 
@@ -140,7 +150,9 @@ def test_trackers_have_the_same_methods():
     methods = [name for name in vars(NoTracker) if not name.startswith("_")]
     assert methods == ["start", "log", "table", "file", "finish"]
     for name in methods:
-        assert inspect.signature(getattr(NoTracker, name)) == inspect.signature(getattr(Wandb, name))
+        assert inspect.signature(getattr(NoTracker, name)) == inspect.signature(
+            getattr(Wandb, name)
+        )
 
 
 def test_wandb_refuses_what_it_cannot_do(monkeypatch):
@@ -154,17 +166,25 @@ def test_wandb_refuses_what_it_cannot_do(monkeypatch):
 
 
 def test_wandb_without_a_login_is_one_sentence(tmp_path):
-    code = "import sys, eagle3.logger as l; l.Wandb('p', mode='online').start(sys.argv[1], 'n', {})"
+    code = "import sys, eagle3.runs.logger as l; l.Wandb('p', mode='online').start(sys.argv[1], 'n', {})"
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_API_KEY": ""}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(command, cwd=ROOT, timeout=60, capture_output=True, text=True, env=environment, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, timeout=60, capture_output=True, text=True, env=environment, check=False
+    )
     last = ended.stderr.strip().splitlines()[-1]
-    assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ") and "logger.mode=offline" in last
+    assert (
+        last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
+        and "logger.mode=offline" in last
+    )
 
 
 def test_importing_and_choosing_jsonl_does_not_import_wandb():
-    code = "import sys, eagle3.logger as l; l.NoTracker().start('.', 'n', {}); sys.exit('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, timeout=60).returncode == 0
+    code = "import sys, eagle3.runs.logger as l; l.NoTracker().start('.', 'n', {}); sys.exit('wandb' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, timeout=60).returncode
+        == 0
+    )
 
 
 def test_finish_without_start_is_fine():
@@ -174,7 +194,7 @@ def test_finish_without_start_is_fine():
 OFFLINE_RUN = """
 import sys, time
 from pathlib import Path
-from eagle3.logger import Wandb
+from eagle3.runs.logger import Wandb
 def children():
     return len(Path("/proc/self/task").joinpath(str(Path("/proc/self").readlink()), "children").read_text().split())
 run_dir, run_id = sys.argv[1], sys.argv[2] or None
@@ -196,7 +216,9 @@ print(before, children())
 
 
 def offline_records(path):
-    """The records of a .wandb file: LevelDB's log format, whose header here is seven bytes, holding protobufs."""
+    """The records of a .wandb file: LevelDB's log format, whose header here is seven bytes, holding
+    protobufs.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, place, parts, records = path.read_bytes(), 7, b"", []
@@ -220,7 +242,9 @@ def offline_run(tmp_path_factory):
     (run_dir / "report.html").write_text("<!doctype html><title>the report</title>")
     (run_dir / "notes.txt").write_text("a note")
     command = [sys.executable, "-c", OFFLINE_RUN, str(run_dir), "", "hub.token=SESAME"]
-    ended = subprocess.run(command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stderr
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
@@ -231,7 +255,12 @@ def offline_run(tmp_path_factory):
 def test_offline_run_holds_config_and_overrides(offline_run):
     _, _, run_id, records, _ = offline_run
     (run,) = (record.run for record in records if record.HasField("run"))
-    assert (run.run_id, run.project, run.run_group, run.display_name) == (run_id, "proj", "grp", "my run")
+    assert (run.run_id, run.project, run.run_group, run.display_name) == (
+        run_id,
+        "proj",
+        "grp",
+        "my run",
+    )
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert config["optimizer"] == {"lr": 1e-4}
     assert config["hub"] == {"token": REDACTED}
@@ -241,11 +270,18 @@ def test_offline_run_holds_config_and_overrides(offline_run):
 def test_offline_run_holds_the_curves(offline_run):
     curves = []
     for record in offline_run[3]:
-        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        items = {
+            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
+        }
         if "loss" in items:
-            curves.append(tuple(json.loads(items[key]) for key in ("step", "loss", "accuracy/step_0")))
+            curves.append(
+                tuple(json.loads(items[key]) for key in ("step", "loss", "accuracy/step_0"))
+            )
     assert curves == [(1, 3.0, 0.1), (2, 1.5, 0.2), (3, 1.0, pytest.approx(0.3))]
-    assert any(record.metric.glob_name == "*" and record.metric.step_metric == "step" for record in offline_run[3])
+    assert any(
+        record.metric.glob_name == "*" and record.metric.step_metric == "step"
+        for record in offline_run[3]
+    )
 
 
 def test_offline_run_holds_table_report_and_file(offline_run):
@@ -256,7 +292,9 @@ def test_offline_run_holds_table_report_and_file(offline_run):
     assert table["data"] == [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
-    artifacts = [record.request.log_artifact.artifact for record in records] + [record.artifact for record in records]
+    artifacts = [record.request.log_artifact.artifact for record in records] + [
+        record.artifact for record in records
+    ]
     assert any(artifact.name.startswith("notes.txt-") for artifact in artifacts)
 
 
@@ -275,6 +313,8 @@ def test_resumed_run_keeps_its_id(offline_run, tmp_path):
     (tmp_path / "report.html").write_text("<!doctype html>")
     (tmp_path / "notes.txt").write_text("a note")
     command = [sys.executable, "-c", OFFLINE_RUN, str(tmp_path), offline_run[2]]
-    ended = subprocess.run(command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(
+        command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
     assert ended.stdout.split()[0] == offline_run[2], ended.stderr
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{offline_run[2]}"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import pair_losses, random_case, relative_error
 
-from eagle3.draft.attention import Auto
+from eagle3.draft.flash import Auto
 from eagle3.loss import SoftTargetLoss, kl, lk
 from eagle3.ttt import unroll
 
@@ -42,7 +42,9 @@ def test_chunks_do_not_matter(mask, pointwise, chunk_rows):
 
 @pytest.mark.parametrize("mask", ["serving", "shifted"])
 def test_correct_pair_by_pair(mask):
-    """The draft's head is made the target's, so that it is right now and then; a tenth of the truth it cannot say."""
+    """The draft's head is made the target's, so that it is right now and then; a tenth of the truth
+    it cannot say.
+    """
     case = random_case(Auto)
     with torch.no_grad():
         case.draft.lm_head.weight.copy_(torch.nn.functional.pad(case.head[case.draft.t2d], (0, 8)))
@@ -52,13 +54,17 @@ def test_correct_pair_by_pair(mask):
     expected = case.dense(mask=mask)
     assert (expected.step_accuracy > 0.2).any() and (expected.step_accuracy < 1).all()
     assert torch.allclose(
-        out.step_correct / torch.tensor(batch.pair_counts), expected.step_accuracy.double(), atol=1e-6
+        out.step_correct / torch.tensor(batch.pair_counts),
+        expected.step_accuracy.double(),
+        atol=1e-6,
     )
 
     offsets = torch.tensor([0, *batch.row_counts]).cumsum(0)
     row = batch.rows[batch.pair_index - offsets[batch.pair_step]]
     document = torch.repeat_interleave(torch.tensor(case.lengths))[row]
-    assert torch.equal(out.correct, expected.correct[document, batch.position_ids[row], batch.pair_step])
+    assert torch.equal(
+        out.correct, expected.correct[document, batch.position_ids[row], batch.pair_step]
+    )
 
 
 def test_gamma_weights_the_steps():
@@ -78,7 +84,9 @@ def test_without_gradients():
     with torch.no_grad():
         hidden = unroll(case.draft, case.embedding, features.aux_hidden_states, batch)
         out = SoftTargetLoss(kl)(case.draft, hidden, features, batch, case.head[case.draft.t2d])
-    assert torch.equal(out.correct, expected.correct) and out.loss.item() == pytest.approx(expected.loss.item())
+    assert torch.equal(out.correct, expected.correct) and out.loss.item() == pytest.approx(
+        expected.loss.item()
+    )
 
 
 def test_eta_of_lk():
@@ -86,5 +94,7 @@ def test_eta_of_lk():
     out, batch = case.fast(pointwise="lk")
     features = case.features(batch)
     hidden = unroll(case.draft, case.embedding, features.aux_hidden_states, batch)
-    other = SoftTargetLoss(partial(lk, eta=0.0))(case.draft, hidden, features, batch, case.head[case.draft.t2d])
+    other = SoftTargetLoss(partial(lk, eta=0.0))(
+        case.draft, hidden, features, batch, case.head[case.draft.t2d]
+    )
     assert other.loss.item() != pytest.approx(out.loss.item(), rel=1e-3)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eagle3 import metrics
-from eagle3.metrics import Meter, peak_flops
+from eagle3.runs import metrics
+from eagle3.runs.metrics import Meter, peak_flops
 
 GAMMA = 0.8
 
@@ -118,7 +118,9 @@ class NoSync(TorchDispatchMode):
     """Fails where a tensor's value is asked for on the host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function), function
+        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function), (
+            function
+        )
         return function(*args, **(kwargs or {}))
 
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from eagle3.batch import Features
 from eagle3.data.prepare import INDEX
-from eagle3.distributed import Ranks
+from eagle3.hidden_states.store import Document
+from eagle3.hidden_states.supply import Supply, hybrid
 from eagle3.job import Run
-from eagle3.modes import Supply, hybrid
-from eagle3.target.features import Features
-from eagle3.target.store import Document
+from eagle3.parallel.ranks import Ranks
 
 
 def test_a_process_whose_documents_are_all_kept_takes_part_in_what_others_ask():
@@ -19,9 +19,15 @@ def test_a_process_whose_documents_are_all_kept_takes_part_in_what_others_ask():
     asked = []
     target = SimpleNamespace(stand_by=asked.append)
     kept = SimpleNamespace(full=True, add=lambda documents: None, sync=None, close=None)
-    prepared = SimpleNamespace(lengths=np.array([3]), supervised=np.array([1]), index=np.zeros(1, INDEX))
-    run = SimpleNamespace(growing_store=lambda: kept, shared_target=target, prepared=prepared, ranks=Ranks())
-    features = Features(torch.ones(3, 6), torch.ones(2, 2), torch.ones(2, dtype=torch.long), torch.ones(2))
+    prepared = SimpleNamespace(
+        lengths=np.array([3]), supervised=np.array([1]), index=np.zeros(1, INDEX)
+    )
+    run = SimpleNamespace(
+        growing_store=lambda: kept, shared_target=target, prepared=prepared, ranks=Ranks()
+    )
+    features = Features(
+        torch.ones(3, 6), torch.ones(2, 2), torch.ones(2, dtype=torch.long), torch.ones(2)
+    )
     document = Document(0, torch.arange(3), torch.ones(3, dtype=torch.bool), features)
     batch = SimpleNamespace(loaded=[document], input_ids=torch.arange(3))
     assert torch.equal(hybrid(run).features_of(batch).aux_hidden_states, features.aux_hidden_states)

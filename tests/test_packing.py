@@ -2,8 +2,7 @@ import pytest
 import torch
 from reference import random_turns
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving, shifted
+from eagle3.batch import Document, pack, serving, shifted
 
 VOCAB, TTT_STEPS = 20, 4
 
@@ -12,7 +11,11 @@ def documents(lengths=(11, 1, 30, 2, 18), seed=0):
     generator = torch.Generator().manual_seed(seed)
     masks = random_turns(list(lengths), generator)
     return [
-        (100 + i, torch.randint(0, VOCAB, (n,), generator=generator, dtype=torch.int32), masks[i, :n])
+        (
+            100 + i,
+            torch.randint(0, VOCAB, (n,), generator=generator, dtype=torch.int32),
+            masks[i, :n],
+        )
         for i, n in enumerate(lengths)
     ]
 
@@ -54,7 +57,7 @@ def mask(request):
 
 @pytest.fixture
 def batch(mask):
-    return pack(documents(), IN_DRAFT_VOCAB, TTT_STEPS, mask)
+    return pack([Document(*d) for d in documents()], IN_DRAFT_VOCAB, TTT_STEPS, mask)
 
 
 def test_documents_lie_one_behind_the_other(batch):
@@ -83,7 +86,7 @@ def test_some_shifted_pair_reaches_beyond_a_document():
 def test_pairs_come_in_order_of_their_teacher(batch):
     assert (batch.pair_teacher.diff() >= 0).all()
     before = [int((batch.pair_teacher < u).sum()) for u in range(len(batch.teacher_rows) + 2)]
-    assert batch.pairs_before.tolist() == before
+    assert batch.pairs_before == before
 
 
 def test_rows_are_nested_and_no_more_than_needed(batch, mask):
@@ -92,7 +95,9 @@ def test_rows_are_nested_and_no_more_than_needed(batch, mask):
         for k in range(step + 1):
             needed[k].add(row)
     assert [set(batch.rows[:count].tolist()) for count in batch.row_counts] == needed
-    assert len(batch.rows) == batch.row_counts[0] and batch.row_counts == sorted(batch.row_counts, reverse=True)
+    assert len(batch.rows) == batch.row_counts[0] and batch.row_counts == sorted(
+        batch.row_counts, reverse=True
+    )
 
 
 def test_teacher_rows_follow_from_the_loss_mask_alone(batch):
@@ -105,15 +110,28 @@ def test_teacher_rows_follow_from_the_loss_mask_alone(batch):
 
 def test_normalisers():
     counted = sum(step == 0 for _, step in expected_pairs(serving))
-    assert pack(documents(), IN_DRAFT_VOCAB, TTT_STEPS, serving).normaliser == counted
-    assert pack(documents(), IN_DRAFT_VOCAB, TTT_STEPS, shifted).normaliser == 5 * 30
+    assert (
+        pack([Document(*d) for d in documents()], IN_DRAFT_VOCAB, TTT_STEPS, serving).normaliser
+        == counted
+    )
+    assert (
+        pack([Document(*d) for d in documents()], IN_DRAFT_VOCAB, TTT_STEPS, shifted).normaliser
+        == 5 * 30
+    )
 
 
 def test_an_answer_that_runs_into_the_next_document_does_not_continue_there():
     ids = torch.zeros(4, dtype=torch.long)
     both = [(0, ids, torch.ones(4, dtype=torch.bool)), (1, ids, torch.ones(4, dtype=torch.bool))]
-    batch = pack(both, torch.ones(VOCAB, dtype=torch.bool), 2, serving)
-    assert sorted(pairs_of(batch)) == [(0, 0, 1), (0, 1, 2), (1, 0, 2), (4, 0, 5), (4, 1, 6), (5, 0, 6)]
+    batch = pack([Document(*d) for d in both], torch.ones(VOCAB, dtype=torch.bool), 2, serving)
+    assert sorted(pairs_of(batch)) == [
+        (0, 0, 1),
+        (0, 1, 2),
+        (1, 0, 2),
+        (4, 0, 5),
+        (4, 1, 6),
+        (5, 0, 6),
+    ]
 
 
 def test_moving_keeps_everything(batch):

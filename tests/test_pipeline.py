@@ -1,4 +1,6 @@
-"""The whole pipeline on an untrained target: what is written, reuse, resuming bit for bit, interruption, sweeps."""
+"""The whole pipeline on an untrained target: what is written, reuse, resuming bit for bit,
+interruption, sweeps.
+"""
 
 import json
 import os
@@ -18,12 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-from eagle3 import checkpoint
 from eagle3 import config as configuration
 from eagle3.checks import check
-from eagle3.distributed import launch
 from eagle3.errors import ConfigError, RunError
 from eagle3.job import Run
+from eagle3.parallel.ranks import launch
+from eagle3.runs import checkpoint
 
 SMALL = [
     "model=hf",
@@ -56,10 +58,16 @@ def settings(target_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
     rows = [
-        [f"Say {words[i % 10]} and {words[i // 4]} {i}.", " ".join(words[(i * j) % 10] for j in range(3, 25))]
+        [
+            f"Say {words[i % 10]} and {words[i // 4]} {i}.",
+            " ".join(words[(i * j) % 10] for j in range(3, 25)),
+        ]
         for i in range(40)
     ]
-    lines = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in rows]
+    lines = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in rows
+    ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return [
         *SMALL,
@@ -72,7 +80,9 @@ def settings(target_folder, tmp_path_factory):
 def compose_config(overrides, run_dir):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("run", overrides=[*overrides, "name=test"])  # its default asks the running hydra
+        composed = compose(
+            "run", overrides=[*overrides, "name=test"]
+        )  # its default asks the running hydra
     run_dir.mkdir(parents=True, exist_ok=True)
     return configuration.typed(composed, run_dir, overrides)
 
@@ -85,7 +95,11 @@ def run(overrides, run_dir):
 
 def run_command(*overrides, **options):
     return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides], cwd=ROOT, capture_output=True, text=True, **options
+        [sys.executable, str(ROOT / "run.py"), *overrides],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **options,
     )
 
 
@@ -110,13 +124,24 @@ def test_everything_is_written(finished, settings):
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
-    named = {"loss", "loss/step_2", "accuracy/step_2", "lr", "grad_norm", "tokens_per_second", "supervised_tokens"}
+    named = {
+        "loss",
+        "loss/step_2",
+        "accuracy/step_2",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "supervised_tokens",
+    }
     assert named | {"data_wait_fraction", "peak_memory_bytes"} <= trained[0].keys()
     assert trained[-1]["loss"] < trained[0]["loss"]
     evaluated = [row for row in rows if "eval/acceptance_length" in row]
     assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
     checkpoints = run_dir / "checkpoints"
-    assert os.readlink(checkpoints / "last") == "step_6" and (checkpoints / "best" / "state.json").exists()
+    assert (
+        os.readlink(checkpoints / "last") == "step_6"
+        and (checkpoints / "best" / "state.json").exists()
+    )
     assert load_file(run_dir / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     benchmark = json.loads((run_dir / "benchmark.json").read_text())
     (row,) = benchmark["suites"]["heldout"]
@@ -132,26 +157,36 @@ def test_a_target_let_go_of_leaves_its_memory_to_an_engine(settings, tmp_path):
 
 
 def test_evaluation_and_benchmark_agree(finished):
-    """The walk over cached text and real decoding of the exported draft (bf16) see about the same drafts."""
+    """The walk over cached text and real decoding of the exported draft (bf16) see about the same
+    drafts.
+    """
     run_dir, value = finished
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert abs(evaluation["acceptance_length"]["3"] - value) < 1
 
 
-def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, settings, tmp_path, monkeypatch):
-    from eagle3 import generate
+def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(
+    finished, settings, tmp_path, monkeypatch
+):
+    from eagle3 import evaluate as generate
     from eagle3.data import prepare
 
     for module in (prepare, generate):
-        monkeypatch.setattr(module, "write", lambda *args: pytest.fail("an artefact was made again"))
+        monkeypatch.setattr(
+            module, "write", lambda *args: pytest.fail("an artefact was made again")
+        )
     run([*settings, TRAIN_ONLY], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
 
 
 def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):
-    """The target itself answers both sources of a mix, and only its answers are shown and trained on."""
+    """The target itself answers both sources of a mix, and only its answers are shown and trained
+    on.
+    """
     other = tmp_path / "other.jsonl"
-    rows = [{"instruction": f"Count to {i}.", "output": "The dataset's own answer."} for i in range(20)]
+    rows = [
+        {"instruction": f"Count to {i}.", "output": "The dataset's own answer."} for i in range(20)
+    ]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = next(o.removeprefix("data.path=") for o in settings if o.startswith("data.path="))
     sources = f"+data.sources={{one:{{path:{path},weight:0.5}},two:{{path:{other},weight:2}}}}"
@@ -164,7 +199,11 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]
     one, two = inputs["regenerated"]
     assert 8 < one["rows"] < 32 and two["rows"] == 20
-    said = [json.loads(line) for part in (one, two) for line in (Path(part["path"]) / "conversations.jsonl").open()]
+    said = [
+        json.loads(line)
+        for part in (one, two)
+        for line in (Path(part["path"]) / "conversations.jsonl").open()
+    ]
     assert len(said) == one["answered"] + two["answered"]
     assert not any("own answer" in row["messages"][-1]["content"] for row in said)
     prepared = inputs["prepared"]
@@ -174,7 +213,10 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):
 
 
 def test_wandb_follows_a_run(settings, tmp_path):
-    run([*settings, TRAIN_ONLY, "train.max_steps=2", "logger=wandb", "logger.mode=offline"], tmp_path)
+    run(
+        [*settings, TRAIN_ONLY, "train.max_steps=2", "logger=wandb", "logger.mode=offline"],
+        tmp_path,
+    )
     (recorded,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert json.loads((tmp_path / "run.json").read_text())["tracker_id"] in recorded.name
     content = recorded.read_bytes()
@@ -232,12 +274,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeyp
     assert f"train.resume={run_dir}" in capsys.readouterr().out.replace("\n", "")
     assert os.readlink(run_dir / "checkpoints" / "last") == "step_3"
     torch.manual_seed(12345)  # a new process starts with another state
-    run([*settings, TRAIN_ONLY] if how == "auto" else [f"train.resume={run_dir}", TRAIN_ONLY], run_dir)
+    run(
+        [*settings, TRAIN_ONLY] if how == "auto" else [f"train.resume={run_dir}", TRAIN_ONLY],
+        run_dir,
+    )
     assert losses(run_dir) == losses(finished[0])
     resumed, whole = (checkpoint.load(d / "checkpoints" / "last") for d in (run_dir, finished[0]))
     assert any(name.endswith("exp_avg_sq") for name in resumed.tensors)
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
-    assert resumed.plain["scheduler"] == whole.plain["scheduler"] and resumed.plain["loader"] == whole.plain["loader"]
+    assert (
+        resumed.plain["scheduler"] == whole.plain["scheduler"]
+        and resumed.plain["loader"] == whole.plain["loader"]
+    )
 
 
 def test_a_run_is_not_resumed_as_another(finished, settings):
@@ -246,12 +294,14 @@ def test_a_run_is_not_resumed_as_another(finished, settings):
         compose_config([*settings, "optimizer.lr=0.5"], run_dir)
     with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs"):
         compose_config([f"train.resume={run_dir}", "draft.ttt_steps=4"], run_dir)
-    kept = compose_config([f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir)
+    kept = compose_config(
+        [f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir
+    )
     assert kept.train.keep_last == 9 and kept.stages == ["export"] and kept.optimizer["lr"] == 1e-3
 
 
 def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch):
-    from eagle3 import modes
+    from eagle3.hidden_states import supply as modes
 
     poisoned = {2}
 
@@ -292,7 +342,9 @@ def test_a_cut_checkpoint_says_so(finished, settings, tmp_path):
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints", symlinks=True)
     (tensors,) = (tmp_path / "checkpoints" / "last").glob("*.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-1000])
-    with pytest.raises(RunError, match=r"last is damaged .*; to go on from step_4: ln -sfn step_4 .*/last"):
+    with pytest.raises(
+        RunError, match=r"last is damaged .*; to go on from step_4: ln -sfn step_4 .*/last"
+    ):
         checkpoint.load(tmp_path / "checkpoints" / "last")
 
 
@@ -301,15 +353,25 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
     with pytest.raises(RunError, match=r"cache_dir=.* cannot be written"):
         run([*settings, TRAIN_ONLY, f"cache_dir={tmp_path / 'file' / 'cache'}"], tmp_path / "run")
     result = run_command(*settings, f"hydra.run.dir={tmp_path / 'file' / 'run'}")
-    assert result.returncode == 1 and result.stderr.startswith("error: Not a directory"), result.stderr
+    assert result.returncode == 1 and result.stderr.startswith("error: Not a directory"), (
+        result.stderr
+    )
     assert result.stderr.count("\n") == 1
 
 
 def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
-    sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2", TRAIN_ONLY]
+    sweep = [
+        f"hydra.sweep.dir={tmp_path}",
+        "optimizer.lr=1e-4,5e-4",
+        "train.max_steps=2",
+        TRAIN_ONLY,
+    ]
     result = run_command("-m", *settings, *sweep)
     assert result.returncode == 0, result.stderr
-    rates = [json.loads((tmp_path / n / "run.json").read_text())["config"]["optimizer"]["lr"] for n in ("0", "1")]
+    rates = [
+        json.loads((tmp_path / n / "run.json").read_text())["config"]["optimizer"]["lr"]
+        for n in ("0", "1")
+    ]
     assert rates == [1e-4, 5e-4]
     assert all((tmp_path / n / ".hydra" / "config.yaml").exists() for n in ("0", "1"))
 
@@ -322,7 +384,9 @@ def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
         "train.epochs=3000",
         f"hydra.run.dir={tmp_path / 'run'}",
     ]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     give_up = time.time() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.time() < give_up:

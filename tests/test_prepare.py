@@ -1,4 +1,6 @@
-"""The prepared artefact: every row accounted for, nothing held out trained on, the same for any way of making it."""
+"""The prepared artefact: every row accounted for, nothing held out trained on, the same for any way
+of making it.
+"""
 
 import json
 import os
@@ -34,7 +36,9 @@ def rows_of(n, start=0):
 
 
 def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -60,14 +64,18 @@ def prepared_from(tmp_path, tokenizer):
         folder.mkdir()
         sources = [
             (g, find_files(g, "")) if isinstance(g, Source) else (Source(str(g)), files(g))
-            for g in (write_jsonl(folder / "a.jsonl", g) if isinstance(g, list) else g for g in given)
+            for g in (
+                write_jsonl(folder / "a.jsonl", g) if isinstance(g, list) else g for g in given
+            )
         ]
         chosen = tokenizer
         if template is not None:
             chosen = AutoTokenizer.from_pretrained(TINY / "target")
             chosen.chat_template = template
         eval_files = files(eval_path) if eval_path else []
-        facts = prepare.write(folder, Chat(chosen), options(**changes), sources, eval_files, num_proc)
+        facts = prepare.write(
+            folder, Chat(chosen), options(**changes), sources, eval_files, num_proc
+        )
         rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
         return facts, prepare.load(folder), rejects
 
@@ -133,7 +141,11 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
 
 def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     """Duplicates and held-out rows were counted while tokenising and are taken out again."""
-    rows = rows_of(10) + rows_of(5) + [{"messages": chat_turns("What is 3?", "Zebra zebra zebra zebra.")}]
+    rows = (
+        rows_of(10)
+        + rows_of(5)
+        + [{"messages": chat_turns("What is 3?", "Zebra zebra zebra zebra.")}]
+    )
     _, prepared, _ = prepared_from(rows, draft_vocab_size=24, num_heldout=6)
     counts = np.zeros(2048, np.int64)
     for i in range(len(prepared)):
@@ -147,8 +159,12 @@ def test_the_artefact_does_not_depend_on_processes(prepared_from, monkeypatch, n
     monkeypatch.setattr(prepare, "CHUNK_ROWS", 4)
     rows = [row if i % 7 else "{broken" for i, row in enumerate(rows_of(40) + rows_of(9))]
     one, many = prepared_from(rows), prepared_from(rows, num_proc=num_proc)
-    assert one[0] == many[0] and [r | {"file": ""} for r in one[2]] == [r | {"file": ""} for r in many[2]]
-    assert np.array_equal(one[1].input_ids, many[1].input_ids) and np.array_equal(one[1].index, many[1].index)
+    assert one[0] == many[0] and [r | {"file": ""} for r in one[2]] == [
+        r | {"file": ""} for r in many[2]
+    ]
+    assert np.array_equal(one[1].input_ids, many[1].input_ids) and np.array_equal(
+        one[1].index, many[1].index
+    )
     assert np.array_equal(one[1].vocab, many[1].vocab)
     assert [p["hash"] for p in one[1].heldout] == [p["hash"] for p in many[1].heldout]
 
@@ -156,32 +172,64 @@ def test_the_artefact_does_not_depend_on_processes(prepared_from, monkeypatch, n
 def test_held_out_prompts_are_never_trained_on(prepared_from, tmp_path, tokenizer):
     """Whatever opens with a held-out question is left out: other answers, and longer conversations."""
     rows = rows_of(6)
-    siblings = [{"messages": chat_turns(row["messages"][0]["content"], "Something else entirely.")} for row in rows]
-    longer = [{"messages": [*row["messages"], *chat_turns("Sure?", "Yes, very sure.")]} for row in rows]
+    siblings = [
+        {"messages": chat_turns(row["messages"][0]["content"], "Something else entirely.")}
+        for row in rows
+    ]
+    longer = [
+        {"messages": [*row["messages"], *chat_turns("Sure?", "Yes, very sure.")]} for row in rows
+    ]
     facts, prepared, _ = prepared_from(rows + siblings + longer)
-    assert facts["heldout_prompts"] == 2 and facts["held_out_rows"] == 6 and facts["documents"] == 12 and adds_up(facts)
+    assert (
+        facts["heldout_prompts"] == 2
+        and facts["held_out_rows"] == 6
+        and facts["documents"] == 12
+        and adds_up(facts)
+    )
     for prompt in prepared.heldout:
         asked = tokenizer.decode(prompt["input_ids"])
         assert not any(text.startswith(asked) for text in texts(prepared, tokenizer))
-    spaced = [{"messages": chat_turns(f" {row['messages'][0]['content']}\n", "Again.")} for row in rows]
-    told = [{"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in rows]
+    spaced = [
+        {"messages": chat_turns(f" {row['messages'][0]['content']}\n", "Again.")} for row in rows
+    ]
+    told = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *row["messages"]]} for row in rows
+    ]
     facts, *_ = prepared_from(rows + spaced + told)
-    assert facts["held_out_rows"] == 6 and facts["documents"] == 12, "spaces and system messages do not tell them apart"
-    evaluation = write_jsonl(tmp_path / "e.jsonl", ["{broken", {"messages": chat_turns("w " * 200)}, rows[0], rows[1]])
+    assert facts["held_out_rows"] == 6 and facts["documents"] == 12, (
+        "spaces and system messages do not tell them apart"
+    )
+    evaluation = write_jsonl(
+        tmp_path / "e.jsonl", ["{broken", {"messages": chat_turns("w " * 200)}, rows[0], rows[1]]
+    )
     facts, prepared, rejects = prepared_from(rows + siblings, eval_path=evaluation, num_heldout=1)
-    assert facts["heldout_rejected"] == {"broken JSON": 1, "held-out prompt longer than data.max_length": 1}
+    assert facts["heldout_rejected"] == {
+        "broken JSON": 1,
+        "held-out prompt longer than data.max_length": 1,
+    }
     assert {r["line"] for r in rejects} == {1, 2}
-    assert facts["held_out_rows"] == 2 and facts["documents"] == 10 and facts["heldout_prompts"] == 1 and adds_up(facts)
+    assert (
+        facts["held_out_rows"] == 2
+        and facts["documents"] == 10
+        and facts["heldout_prompts"] == 1
+        and adds_up(facts)
+    )
 
 
 def test_held_out_prompts_depend_on_the_conversations_alone(prepared_from):
     rows = rows_of(20)
-    first, second = prepared_from(rows, num_heldout=5)[1], prepared_from(rows[::-1], num_heldout=5)[1]
+    first, second = (
+        prepared_from(rows, num_heldout=5)[1],
+        prepared_from(rows[::-1], num_heldout=5)[1],
+    )
     assert {p["hash"] for p in first.heldout} == {p["hash"] for p in second.heldout}
 
 
 def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
-    one, two = write_jsonl(tmp_path / "one.jsonl", rows_of(60)), write_jsonl(tmp_path / "two.jsonl", rows_of(70, 50))
+    one, two = (
+        write_jsonl(tmp_path / "one.jsonl", rows_of(60)),
+        write_jsonl(tmp_path / "two.jsonl", rows_of(70, 50)),
+    )
     facts, prepared, _ = prepared_from(Source(str(one), weight=0.5), Source(str(two), weight=2.0))
     assert adds_up(facts) and facts["rejected"]["duplicate row"] <= 10
     counts = Counter(texts(prepared, tokenizer))
@@ -196,7 +244,9 @@ def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
 def test_prepare_fails_on_request_and_on_nothing_left(prepared_from):
     with pytest.raises(RunError, match=r"line 5: broken JSON \(data\.on_reject=skip would"):
         prepared_from([*rows_of(4), "{broken"], on_reject="fail")
-    with pytest.raises(RunError, match=r"none of 4 rows can be trained on \(4 x no assistant turn\)"):
+    with pytest.raises(
+        RunError, match=r"none of 4 rows can be trained on \(4 x no assistant turn\)"
+    ):
         prepared_from([{"messages": chat_turns(f"q{i}")} for i in range(4)])
     with pytest.raises(RunError, match=r"too few to hold out eval\.num_prompts=4"):
         prepared_from(rows_of(4), num_heldout=4)
@@ -215,7 +265,9 @@ def test_nothing_but_held_out_prompts_is_no_training_data(prepared_from, tmp_pat
 
 
 def test_rows_that_only_refuse_a_prompt_are_trained_on(prepared_from):
-    """Whether a row is asked for its prompt depends on how far the workers are; what is kept must not."""
+    """Whether a row is asked for its prompt depends on how far the workers are; what is kept must
+    not.
+    """
     template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>{% endfor %}"
         "{% if add_generation_prompt %}{{ raise_exception('no') if '7' in messages[0].content }}"
@@ -231,7 +283,9 @@ def test_a_template_that_does_not_fit_ends_with_an_example(prepared_from):
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     ok = [{"messages": chat_turns(f"q{i}", f"some answer {i}")} for i in range(150)]
-    with pytest.raises(RunError, match=r"not found in 2 of 152 rows.*data\.chat_template(.|\n)*THAT is the number"):
+    with pytest.raises(
+        RunError, match=r"not found in 2 of 152 rows.*data\.chat_template(.|\n)*THAT is the number"
+    ):
         prepared_from(ok + rows_of(2), template=template)
     facts, *_ = prepared_from(ok + rows_of(1), template=template)
     assert facts["rejected"] == {"assistant turn not found in the rendering": 1}
@@ -242,7 +296,10 @@ def test_preformatted_rows(prepared_from, tokenizer):
     rendered = [{"text": chat.render(row["messages"])[0]} for row in rows_of(8)]
     plain, formatted = prepared_from(rows_of(8)), prepared_from(rendered, preformatted=True)
     assert set(texts(formatted[1], tokenizer)) <= {row["text"] for row in rendered}
-    assert formatted[0]["documents"] == plain[0]["documents"] == 6 and formatted[0]["heldout_prompts"] == 2
+    assert (
+        formatted[0]["documents"] == plain[0]["documents"] == 6
+        and formatted[0]["heldout_prompts"] == 2
+    )
     assert formatted[0]["supervised_tokens"] / formatted[0]["tokens"] == pytest.approx(
         plain[0]["supervised_tokens"] / plain[0]["tokens"], rel=0.05
     )
@@ -266,13 +323,21 @@ prepare.write(Path({folder!r}), chat, options(), [(Source(str(path)), files(path
 
 
 def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
-    """SIGKILL in the middle, then again: the artefact is that of a call nobody interrupted, and no process stays."""
+    """SIGKILL in the middle, then again: the artefact is that of a call nobody interrupted, and no
+    process stays.
+    """
     rows = [row if i % 9 else "{broken" for i, row in enumerate(rows_of(90) + rows_of(20))]
-    path, folder, whole = write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "killed", tmp_path / "whole"
+    path, folder, whole = (
+        write_jsonl(tmp_path / "a.jsonl", rows),
+        tmp_path / "killed",
+        tmp_path / "whole",
+    )
     folder.mkdir(), whole.mkdir()
     script = KILLED.format(tests=str(ROOT / "tests"), path=str(path), folder=str(folder))
     for stop_at in (20, 60):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
         children = []
         for line in process.stdout:
             children = children or children_of(process.pid)
@@ -282,7 +347,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
         process.wait()
         assert (folder / "state.npz").exists() and len(children) == 2
         deadline = time.time() + 10
-        while any(os.path.exists(f"/proc/{child}") for child in children) and time.time() < deadline:
+        while (
+            any(os.path.exists(f"/proc/{child}") for child in children) and time.time() < deadline
+        ):
             time.sleep(0.1)
         assert not any(os.path.exists(f"/proc/{child}") for child in children)
     read = []
@@ -290,19 +357,30 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK_ROWS", 4)
     encode = prepare.Encoder.__call__
     monkeypatch.setattr(
-        prepare.Encoder, "__call__", lambda self, rows, below: read.extend(rows) or encode(self, rows, below)
+        prepare.Encoder,
+        "__call__",
+        lambda self, rows, below: read.extend(rows) or encode(self, rows, below),
     )
     arguments = (Chat(tokenizer), options(), [(Source(str(path)), files(path))], [])
     resumed = prepare.write(folder, *arguments)
     assert len(read) <= 110 - 56, "finished parts are not tokenised again"
     assert resumed == prepare.write(whole, *arguments) and raw_rows is prepare.raw_rows
-    for name in ("input_ids.bin", "loss_mask.bin", "index.npy", "vocab.npy", "heldout.jsonl", "rejects.jsonl"):
+    for name in (
+        "input_ids.bin",
+        "loss_mask.bin",
+        "index.npy",
+        "vocab.npy",
+        "heldout.jsonl",
+        "rejects.jsonl",
+    ):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
 def children_of(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+    ).stdout.split()
     return [int(child) for child in found]
 
 
@@ -311,4 +389,6 @@ def test_a_worker_that_dies_is_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "CHUNK_ROWS", 4)
     monkeypatch.setattr(prepare.Encoder, "__call__", lambda self, rows, below: os._exit(9))
     with pytest.raises(RunError, match=r"process of prepare was killed.*lower data\.num_proc=2"):
-        prepare.write(tmp_path, Chat(tokenizer), options(), [(Source(str(path)), files(path))], [], 2)
+        prepare.write(
+            tmp_path, Chat(tokenizer), options(), [(Source(str(path)), files(path))], [], 2
+        )

@@ -20,8 +20,16 @@ PRESETS = {
     "perfectblend": ("mlabonne/open-perfectblend", None, "train"),
     "perfectblend-llama3.1-8b-instruct": (f"{REGENERATED}-3.1-8B-Instruct", None, "train"),
     "perfectblend-llama3.3-70b-instruct": (f"{REGENERATED}-3.3-70B-Instruct", None, "train"),
-    "perfectblend-llama4-scout-instruct": (f"{REGENERATED}-4-Scout-17B-16E-Instruct", None, "train"),
-    "perfectblend-llama4-maverick-instruct": (f"{REGENERATED}-4-Maverick-17B-128E-Instruct", None, "train"),
+    "perfectblend-llama4-scout-instruct": (
+        f"{REGENERATED}-4-Scout-17B-16E-Instruct",
+        None,
+        "train",
+    ),
+    "perfectblend-llama4-maverick-instruct": (
+        f"{REGENERATED}-4-Maverick-17B-128E-Instruct",
+        None,
+        "train",
+    ),
     "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft"),
     "magpie": ("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", None, "train"),
     "gsm8k": ("openai/gsm8k", "main", "train"),
@@ -65,7 +73,12 @@ ROWS = {
         {
             "uuid": "9a2b",
             "model": "Qwen/Qwen2.5-72B-Instruct",
-            "gen_input_configs": {"temperature": 1.0, "top_p": 1.0, "input_generator": "vllm", "seed": None},
+            "gen_input_configs": {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "input_generator": "vllm",
+                "seed": None,
+            },
             "instruction": "not this one",
             "response": "nor this one",
             "conversations": NAMED,
@@ -74,12 +87,19 @@ ROWS = {
         },
     ),
     "gsm8k": ("jsonl", {"question": ASKED, "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}),
-    "codealpaca": ("json", {"instruction": "Add the numbers.", "input": "2, 3", "output": ANSWERED}),
+    "codealpaca": (
+        "json",
+        {"instruction": "Add the numbers.", "input": "2, 3", "output": ANSWERED},
+    ),
     "opc": ("jsonl", {"instruction": ASKED, "output": ANSWERED, "tag": "algorithm"}),
     "magicoder": ("jsonl", {"instruction": ASKED, "response": ANSWERED}),
 }
 EXPECTED = dict.fromkeys(PRESETS, PLAIN) | {
-    "sharegpt": [*PLAIN, {"role": "user", "content": "And 3 + 4?"}, {"role": "assistant", "content": "7."}],
+    "sharegpt": [
+        *PLAIN,
+        {"role": "user", "content": "And 3 + 4?"},
+        {"role": "assistant", "content": "7."},
+    ],
     "perfectblend": [{"role": "system", "content": "Calculate."}, *PLAIN],
     "gsm8k": [PLAIN[0], {"role": "assistant", "content": "2 + 3 = <<2+3=5>>5\n#### 5"}],
     "codealpaca": [{"role": "user", "content": "Add the numbers.\n\n2, 3"}, PLAIN[1]],
@@ -183,4 +203,6 @@ def test_a_mix_of_ones_own(tmp_path):
         "mathematics": 1.0,
         "chat": 0.25,
     }
-    assert data.sources["mathematics"].subset == "main" and data.sources["chat"].path == str(tmp_path)
+    assert data.sources["mathematics"].subset == "main" and data.sources["chat"].path == str(
+        tmp_path
+    )

@@ -1,4 +1,6 @@
-"""Answering a dataset again: against a server that misbehaves on purpose, and with the built-in engine."""
+"""Answering a dataset again: against a server that misbehaves on purpose, and with the built-in
+engine.
+"""
 
 import json
 import signal
@@ -15,14 +17,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import spec_of
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_method, instantiate
 
+from eagle3.data.regenerate import batches, builtin, server, servers, turns
+from eagle3.data.regenerate.journal import Journal
 from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row
 from eagle3.errors import ConfigError, RunError
-from eagle3.regenerate import batches, builtin, server, servers, turns
-from eagle3.regenerate.journal import Journal
 from eagle3.target.hf import HFTarget
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +33,8 @@ PROBE = servers.PROBE["messages"]
 
 
 class Fake(ThreadingHTTPServer):
-    """An OpenAI-compatible server; `behave(handler, body, n)` may answer the n-th arrival of a request itself.
+    """An OpenAI-compatible server; `behave(handler, body, n)` may answer the n-th arrival of a
+    request itself.
 
     Otherwise the answer is a digest of the history, so that a turn shows what it was asked with.
     """
@@ -42,12 +46,20 @@ class Fake(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behave, self.delay, self.models = behave, delay, models
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        self.lock, self.bodies, self.probes, self.seen, self.keys = threading.Lock(), [], [], Counter(), set()
+        self.lock, self.bodies, self.probes, self.seen, self.keys = (
+            threading.Lock(),
+            [],
+            [],
+            Counter(),
+            set(),
+        )
         self.in_flight = self.most_in_flight = 0
         self.dead = False
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *error):
@@ -108,7 +120,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def completion(content, end="stop", **message):
     message = {"role": "assistant", "content": content, **message}
-    return {"choices": [{"message": message, "finish_reason": end}], "usage": {"completion_tokens": 5}}
+    return {
+        "choices": [{"message": message, "finish_reason": end}],
+        "usage": {"completion_tokens": 5},
+    }
 
 
 def echo(messages):
@@ -125,7 +140,11 @@ def expected(*questions, system=None):
 
 
 def row(line, *questions, file="data.jsonl"):
-    turns = [m for q in questions for m in ({"role": "user", "content": q}, {"role": "assistant", "content": "old"})]
+    turns = [
+        m
+        for q in questions
+        for m in ({"role": "user", "content": q}, {"role": "assistant", "content": "old"})
+    ]
     return Row(file, line, Conversation(turns))
 
 
@@ -135,15 +154,27 @@ def make_rows(count, num_turns=1):
 
 def make_run(system_prompt=None, max_length=64, **more):
     data = SimpleNamespace(system_prompt=system_prompt, max_length=max_length)
-    return SimpleNamespace(config=SimpleNamespace(data=data, model=SimpleNamespace(path="target")), **more)
+    return SimpleNamespace(
+        config=SimpleNamespace(data=data, model=SimpleNamespace(path="target")), **more
+    )
 
 
 def ask(folder, fakes, rows, run=None, **options):
     urls = [fake if isinstance(fake, str) else fake.url for fake in fakes]
     folder.mkdir(exist_ok=True)
-    facts = server(run or make_run(), iter(rows), folder, urls=urls, **{"concurrency": 4, "timeout": 5.0, **options})
+    facts = server(
+        run or make_run(),
+        iter(rows),
+        folder,
+        urls=urls,
+        **{"concurrency": 4, "timeout": 5.0, **options},
+    )
     assert facts["rows"] == facts["answered"] + sum(facts["rejected"].values())
-    assert sorted(path.name for path in folder.iterdir()) == ["conversations.jsonl", "facts.json", "rejects.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "conversations.jsonl",
+        "facts.json",
+        "rejects.jsonl",
+    ]
     return facts
 
 
@@ -168,8 +199,14 @@ def test_turns_are_asked_with_our_own_answers_and_the_system_prompt(tmp_path):
     own_system = row(3, "c")
     own_system.conversation.messages.insert(0, {"role": "system", "content": "mine"})
     with Fake() as fake:
-        facts = ask(tmp_path, [fake], [row(1, "a", "b"), row(2, "ü"), own_system], run=make_run("be brief"))
-    assert [entry["id"] for entry in written(tmp_path)] == ["data.jsonl:1", "data.jsonl:2", "data.jsonl:3"]
+        facts = ask(
+            tmp_path, [fake], [row(1, "a", "b"), row(2, "ü"), own_system], run=make_run("be brief")
+        )
+    assert [entry["id"] for entry in written(tmp_path)] == [
+        "data.jsonl:1",
+        "data.jsonl:2",
+        "data.jsonl:3",
+    ]
     assert [entry["messages"] for entry in written(tmp_path)] == [
         expected("a", "b", system="be brief"),
         expected("ü", system="be brief"),
@@ -177,24 +214,37 @@ def test_turns_are_asked_with_our_own_answers_and_the_system_prompt(tmp_path):
     ]
     assert facts["turns"] == 4 and facts["answer_tokens"] == 20 and facts["retries"] == 0
     assert fake.bodies[0]["model"] == "target" and fake.bodies[0]["max_tokens"] == 64
-    assert not {"temperature", "top_p", "top_k", "seed"} & set(fake.bodies[0]) and fake.keys == {None}
+    assert not {"temperature", "top_p", "top_k", "seed"} & set(fake.bodies[0]) and fake.keys == {
+        None
+    }
 
 
 def test_options_and_key_reach_the_server(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_KEY", "secret")
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
-    options = {"model": "m", "max_new_tokens": 7, "temperature": 0.0, "top_k": 20, "seed": 3, "extra_body": extra}
+    options = {
+        "model": "m",
+        "max_new_tokens": 7,
+        "temperature": 0.0,
+        "top_k": 20,
+        "seed": 3,
+        "extra_body": extra,
+    }
     with Fake() as fake:
         ask(tmp_path, [fake.url + "/"], [row(1, "a")], api_key_env="MY_KEY", **options)
     body = {"model": "m", "max_tokens": 7, "temperature": 0.0, "top_k": 20, "seed": 3, **extra}
-    assert fake.bodies == [body | {"messages": [{"role": "user", "content": "a"}]}] and fake.keys == {"Bearer secret"}
+    assert fake.bodies == [
+        body | {"messages": [{"role": "user", "content": "a"}]}
+    ] and fake.keys == {"Bearer secret"}
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path):
     tools = row(3, "a")
     tools.conversation.tools = [{"type": "function", "function": {"name": "f"}}]
     calls = row(4, "a")
-    calls.conversation.messages[1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    calls.conversation.messages[1]["tool_calls"] = [
+        {"type": "function", "function": {"name": "f", "arguments": {}}}
+    ]
     rows = [
         Row("data.jsonl", 1, None, "broken JSON"),
         tools,
@@ -210,7 +260,11 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
         "bad UTF-8": 1,
     }
     assert [entry["line"] for entry in written(tmp_path, "rejects")] == [1, 3, 4, 6]
-    assert written(tmp_path, "rejects")[0] == {"file": "data.jsonl", "line": 1, "reason": "broken JSON"}
+    assert written(tmp_path, "rejects")[0] == {
+        "file": "data.jsonl",
+        "line": 1,
+        "reason": "broken JSON",
+    }
     assert [entry["id"] for entry in written(tmp_path)] == ["data.jsonl:5", "b.jsonl:1"]
 
 
@@ -273,7 +327,9 @@ def test_a_row_that_is_never_answered_is_rejected(tmp_path):
 
     with Fake(behave) as fake:
         facts = ask(tmp_path, [fake], make_rows(10), retries=2)
-    assert facts["rejected"] == {"no answer after 3 attempts: HTTP 500": 2} and facts["retries"] == 4
+    assert (
+        facts["rejected"] == {"no answer after 3 attempts: HTTP 500": 2} and facts["retries"] == 4
+    )
     assert [entry["line"] for entry in written(tmp_path, "rejects")] == [3, 10]
 
 
@@ -287,12 +343,16 @@ def test_requests_that_a_server_refuses_are_counted_by_its_words(tmp_path):
 
     with Fake(behave) as fake:
         facts = ask(tmp_path, [fake], make_rows(10))
-    assert facts["rejected"] == {"HTTP 400: context length is N, the prompt has N tokens": 3} and facts["answered"] == 7
+    assert (
+        facts["rejected"] == {"HTTP 400: context length is N, the prompt has N tokens": 3}
+        and facts["answered"] == 7
+    )
     assert max(fake.seen.values()) == 1
 
 
 @pytest.mark.parametrize(
-    ("status", "remedy"), [(401, "OPENAI|api_key_env"), (403, "api_key_env"), (404, "regenerate.model")]
+    ("status", "remedy"),
+    [(401, "OPENAI|api_key_env"), (403, "api_key_env"), (404, "regenerate.model")],
 )
 def test_wrong_key_model_or_address_ends_the_stage(tmp_path, monkeypatch, status, remedy):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
@@ -315,7 +375,9 @@ def test_several_servers_are_used_evenly_and_within_the_bound(tmp_path):
     with Fake(delay=0.02) as first, Fake(delay=0.02) as second:
         ask(tmp_path, [first, second], make_rows(60), concurrency=3)
     assert first.most_in_flight == second.most_in_flight == 3
-    assert min(len(first.bodies), len(second.bodies)) >= 24 and len(first.bodies + second.bodies) == 60
+    assert (
+        min(len(first.bodies), len(second.bodies)) >= 24 and len(first.bodies + second.bodies) == 60
+    )
 
 
 def test_a_dead_and_a_dying_server_cost_nothing(tmp_path, dead_url, capsys):
@@ -359,7 +421,9 @@ def test_a_server_that_is_busy_is_not_given_up(tmp_path):
 
 
 def test_all_servers_dead_is_one_sentence_and_resumable(tmp_path, dead_url):
-    dying = Fake(lambda handler, body, n: (len(fake.bodies) > 8 and fake.die()) or fake.dead, delay=0.01)
+    dying = Fake(
+        lambda handler, body, n: (len(fake.bodies) > 8 and fake.die()) or fake.dead, delay=0.01
+    )
     with dying as fake, pytest.raises(RunError, match="no server answers any more") as error:
         ask(tmp_path, [dead_url, fake], make_rows(30), timeout=1.0)
     done = len((tmp_path / "journal.jsonl").read_text().splitlines())
@@ -374,7 +438,9 @@ def test_all_servers_dead_is_one_sentence_and_resumable(tmp_path, dead_url):
 
 def test_servers_that_only_fail_end_the_stage(tmp_path):
     with Fake(lambda handler, body, n: not handler.send(500, {"error": "engine died"})) as fake:
-        with pytest.raises(RunError, match=r"no server answers any more \(.*HTTP 500: engine died\); 0 rows"):
+        with pytest.raises(
+            RunError, match=r"no server answers any more \(.*HTTP 500: engine died\); 0 rows"
+        ):
             ask(tmp_path, [fake], make_rows(30), retries=2)
         fake.behave = lambda handler, body, n: False
         facts = ask(tmp_path, [fake], make_rows(30))
@@ -388,7 +454,9 @@ def test_reasoning_is_kept_but_not_sent_back(tmp_path):
         "c": completion("<think>\n2 + 4\n</think>\n\n6"),
         "d": completion(None, end="length", reasoning_content="2 + 5 +"),
     }
-    with Fake(lambda handler, body, n: not handler.send(200, replies[body["messages"][-1]["content"]])) as fake:
+    with Fake(
+        lambda handler, body, n: not handler.send(200, replies[body["messages"][-1]["content"]])
+    ) as fake:
         facts = ask(tmp_path, [fake], [row(1, "a", "b", "c", "d", "never asked")])
     answers = [m for m in written(tmp_path)[0]["messages"] if m["role"] == "assistant"]
     assert [(m["reasoning_content"], m["content"]) for m in answers] == [
@@ -399,11 +467,21 @@ def test_reasoning_is_kept_but_not_sent_back(tmp_path):
     ]
     assert answers[-1]["truncated"] and facts["truncated"] == 1 and facts["turns"] == 4
     assert all(set(m) == {"role", "content"} for body in fake.bodies for m in body["messages"])
-    assert [m["content"] for m in fake.bodies[-1]["messages"]] == ["a", "4", "b", "5", "c", "6", "d"]
+    assert [m["content"] for m in fake.bodies[-1]["messages"]] == [
+        "a",
+        "4",
+        "b",
+        "5",
+        "c",
+        "6",
+        "d",
+    ]
 
 
 def test_a_cut_answer_ends_the_conversation(tmp_path):
-    with Fake(lambda handler, body, n: not handler.send(200, completion("and then", end="length"))) as fake:
+    with Fake(
+        lambda handler, body, n: not handler.send(200, completion("and then", end="length"))
+    ) as fake:
         facts = ask(tmp_path, [fake], [row(1, "a", "b")])
     last = {"role": "assistant", "content": "and then", "truncated": True}
     assert written(tmp_path)[0]["messages"] == [{"role": "user", "content": "a"}, last]
@@ -430,7 +508,9 @@ def test_the_final_file_does_not_depend_on_the_order_of_completion(tmp_path):
         time.sleep(int(sha256(body["messages"][0]["content"].encode()).hexdigest()[:2], 16) / 10000)
         return False
 
-    rows = [row(i + 1, f"{name} {i}", file=name) for name in ("z.jsonl", "a.jsonl") for i in range(20)]
+    rows = [
+        row(i + 1, f"{name} {i}", file=name) for name in ("z.jsonl", "a.jsonl") for i in range(20)
+    ]
     files = []
     for folder, behaviour, concurrency in (("slow", behave, 8), ("fast", lambda *_: False, 1)):
         with Fake(behaviour) as fake:
@@ -481,7 +561,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         assert len(fake.bodies) - asked == 2 * (200 - len(lines))
         ask(tmp_path / "whole", [fake], make_rows(200, 2))
     assert facts["answered"] == 200 and facts["turns"] == 400 and facts["answer_tokens"] == 2000
-    assert (folder / "conversations.jsonl").read_bytes() == (tmp_path / "whole" / "conversations.jsonl").read_bytes()
+    assert (folder / "conversations.jsonl").read_bytes() == (
+        tmp_path / "whole" / "conversations.jsonl"
+    ).read_bytes()
 
 
 def test_a_call_after_the_end_only_returns_the_facts(tmp_path, dead_url):
@@ -492,9 +574,16 @@ def test_a_call_after_the_end_only_returns_the_facts(tmp_path, dead_url):
 
 
 def test_the_model_must_be_clear(tmp_path):
-    with Fake(models=("a",)) as first, Fake(models=("b",)) as second, pytest.raises(RunError, match=r"\(a, b\).*model"):
+    with (
+        Fake(models=("a",)) as first,
+        Fake(models=("b",)) as second,
+        pytest.raises(RunError, match=r"\(a, b\).*model"),
+    ):
         ask(tmp_path, [first, second], make_rows(1))
-    with Fake(models=()) as none, pytest.raises(RunError, match=r"lists no model.* or regenerate\.model"):
+    with (
+        Fake(models=()) as none,
+        pytest.raises(RunError, match=r"lists no model.* or regenerate\.model"),
+    ):
         ask(tmp_path, [none], make_rows(1))
 
 
@@ -509,7 +598,9 @@ def test_progress_knows_how_much_is_left(tmp_path):
         assert journal.progress.tasks[0].completed == 2 and journal.progress.tasks[0].total == 8
 
 
-@pytest.mark.parametrize("urls", [[], ["127.0.0.1:1"], ["http://a:b/v1"], ["http://127.0.0.1:1/v1", "http://"]])
+@pytest.mark.parametrize(
+    "urls", [[], ["127.0.0.1:1"], ["http://a:b/v1"], ["http://127.0.0.1:1/v1", "http://"]]
+)
 def test_urls_that_are_none(tmp_path, urls):
     with pytest.raises(ConfigError, match=r"regenerate\.urls"):
         server(make_run(), iter([]), tmp_path, urls=urls)
@@ -520,10 +611,12 @@ def test_every_key_of_the_files_is_a_parameter(name):
     with initialize_config_dir(str(ROOT / "conf" / "regenerate"), version_base=None):
         config = compose(name)
     partial = instantiate(config)
-    assert partial.func is get_method(f"eagle3.regenerate.{name}")
+    assert partial.func is get_method(f"eagle3.data.regenerate.{name}")
     parameters = partial.func.__kwdefaults__
     assert all(
-        parameters[key] == value or key == "extra_body" for key, value in partial.keywords.items() if key != "urls"
+        parameters[key] == value or key == "extra_body"
+        for key, value in partial.keywords.items()
+        if key != "urls"
     )
     assert partial.keywords.keys() == parameters.keys() | ({"urls"} if name == "server" else set())
 
@@ -533,14 +626,16 @@ def engine(target_folder, tokenizer):
     """A run whose target often ends its turn, as an untrained one with many ends does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # at this size more only wait for each other
-    target = HFTarget(str(target_folder), torch.device("cpu"), dtype="float32")
+    target = HFTarget(spec_of(target_folder), torch.device("cpu"))
     target.model.generation_config.eos_token_id = list(range(0, len(tokenizer), 8))
 
     def encode_prompt(messages, tools=None):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    yield make_run(target=target, chat=SimpleNamespace(encode_prompt=encode_prompt, tokenizer=tokenizer))
+    yield make_run(
+        target=target, chat=SimpleNamespace(encode_prompt=encode_prompt, tokenizer=tokenizer)
+    )
     torch.set_num_threads(threads)
 
 
@@ -549,7 +644,13 @@ def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
     rows = [row(i + 1, *(f"explain `f{i}`" for _ in range(1 + i % 3))) for i in range(11)]
     rows[4] = Row("data.jsonl", 5, None, "broken JSON")
     rows[6] = row(7, "long " * 600)
-    options = {"batch_size": 4, "max_new_tokens": 12, "temperature": temperature, "top_k": 50, "seed": 3}
+    options = {
+        "batch_size": 4,
+        "max_new_tokens": 12,
+        "temperature": temperature,
+        "top_k": 50,
+        "seed": 3,
+    }
 
     def interrupted():
         yield from rows[:9]
@@ -569,8 +670,14 @@ def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
     for name in ("conversations.jsonl", "rejects.jsonl"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
     assert facts["rows"] == 11 == facts["answered"] + sum(facts["rejected"].values())
-    assert facts["rejected"]["broken JSON"] == facts["rejected"]["the prompt is longer than the target's context"] == 1
-    answers = [[m for m in entry["messages"] if m["role"] == "assistant"] for entry in written(whole)]
+    assert (
+        facts["rejected"]["broken JSON"]
+        == facts["rejected"]["the prompt is longer than the target's context"]
+        == 1
+    )
+    answers = [
+        [m for m in entry["messages"] if m["role"] == "assistant"] for entry in written(whole)
+    ]
     assert facts["turns"] == sum(map(len, answers)) > facts["answered"] > facts["truncated"]
     assert all("truncated" not in message for answer in answers for message in answer[:-1])
 
@@ -585,9 +692,15 @@ def test_builtin_greedy_answers_are_those_of_one_row_alone(tmp_path, engine):
 
 def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypatch):
     tokenizer = engine.chat.tokenizer
-    prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in ("Hello <think>\n", "one"))
+    prompt, answer = (
+        tokenizer.encode(text, add_special_tokens=False) for text in ("Hello <think>\n", "one")
+    )
     chat = SimpleNamespace(encode_prompt=lambda messages: prompt, tokenizer=tokenizer)
-    monkeypatch.setattr(batches, "sample", lambda target, prompts, longest, sampling: [[*answer, 1] for _ in prompts])
+    monkeypatch.setattr(
+        batches,
+        "sample",
+        lambda target, prompts, longest, sampling: [[*answer, 1] for _ in prompts],
+    )
     builtin(make_run(target=engine.target, chat=chat), iter([row(1, "a")]), tmp_path)
     message = written(tmp_path)[0]["messages"][1]
     assert message["reasoning_content"].startswith("one") and message["truncated"]

@@ -1,4 +1,6 @@
-"""The page as a browser's parser sees it: what it says, that nothing in it runs or is loaded from elsewhere."""
+"""The page as a browser's parser sees it: what it says, that nothing in it runs or is loaded from
+elsewhere.
+"""
 
 import io
 import json
@@ -9,9 +11,9 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from eagle3.logger import REDACTED
-from eagle3.report import benchmark_table, summary_table, write_report
-from eagle3.report.summary import read_json
+from eagle3.runs.logger import REDACTED
+from eagle3.runs.report import benchmark_table, summary_table, write_report
+from eagle3.runs.report.summary import read_json
 
 EVIL = "<script>alert(1)</script>"
 
@@ -75,7 +77,9 @@ def write(run_dir, **files):
     run_dir.mkdir(exist_ok=True)
     for name, content in {"run": RUN, **files}.items():
         if name == "metrics":
-            (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+            (run_dir / "metrics.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in content)
+            )
         else:
             (run_dir / f"{name}.json").write_text(json.dumps(content))
     return run_dir
@@ -83,17 +87,33 @@ def write(run_dir, **files):
 
 def training(updates):
     for step in range(1, updates + 1):
-        row = {"step": step, "loss": 3 / step, "tokens_per_second": 1000.0 + step, "data_wait_fraction": 0.01}
+        row = {
+            "step": step,
+            "loss": 3 / step,
+            "tokens_per_second": 1000.0 + step,
+            "data_wait_fraction": 0.01,
+        }
         row |= {"peak_memory_bytes": 2**31}
-        yield row | {f"loss/step_{k}": 1 / step + k for k in range(7)} | {f"accuracy/step_{k}": 0.5 for k in range(7)}
+        yield (
+            row
+            | {f"loss/step_{k}": 1 / step + k for k in range(7)}
+            | {f"accuracy/step_{k}": 0.5 for k in range(7)}
+        )
 
 
 METRICS = [
     *training(40),
-    *({"step": s, "eval/acceptance_length": a, "eval/loss": 3.0} for s, a in ((10, 1.5), (20, 2.25), (40, 2.0))),
+    *(
+        {"step": s, "eval/acceptance_length": a, "eval/loss": 3.0}
+        for s, a in ((10, 1.5), (20, 2.25), (40, 2.0))
+    ),
 ]
 RUN = {
-    "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hub": {"token": "SESAME"}},
+    "config": {
+        "name": f"run {EVIL}",
+        "train": {"tokens_per_step": 4096},
+        "hub": {"token": "SESAME"},
+    },
     "overrides": [f"name={EVIL}", "hub.token=SESAME"],
     "versions": {"torch": "2.13.0"},
     "tracker_id": None,
@@ -107,7 +127,12 @@ BENCHMARK = {
         f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)],
         "$x_1$": [result(2.0, 1.2, True)],
     },
-    "protocol": {"suites": ["mt:80", "x:80"], "temperature": 0.0, "system_prompt": EVIL, "max_new_tokens": 20000},
+    "protocol": {
+        "suites": ["mt:80", "x:80"],
+        "temperature": 0.0,
+        "system_prompt": EVIL,
+        "max_new_tokens": 20000,
+    },
 }
 EVALUATION = {
     "draft_length": 2,
@@ -145,7 +170,11 @@ def test_nothing_runs_and_nothing_is_loaded(page):
             if name in ("src", "href", "xlink:href", "action"):
                 assert value.startswith("#"), (tag, value)
     assert not re.findall(r"https?://|@import|url\((?!#)", page)
-    policy = [meta["content"] for meta in parsed.named("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    policy = [
+        meta["content"]
+        for meta in parsed.named("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -184,9 +213,19 @@ def test_benchmark_table(page):
 
 def test_facts(page):
     facts = {row[0]: row[1] for row in Page(page).rows if len(row) == 2}
-    assert facts["loop free"] == "2.05" and facts["answers"] == "64" and "acceptance length" not in facts
-    assert facts["temperature"] == "0.00" and facts["system prompt"] == EVIL and facts["max new tokens"] == "20,000"
-    assert facts["updates"] == "40" and facts["update"] == "20" and facts["peak memory"] == "2.00 GiB"
+    assert (
+        facts["loop free"] == "2.05"
+        and facts["answers"] == "64"
+        and "acceptance length" not in facts
+    )
+    assert (
+        facts["temperature"] == "0.00"
+        and facts["system prompt"] == EVIL
+        and facts["max new tokens"] == "20,000"
+    )
+    assert (
+        facts["updates"] == "40" and facts["update"] == "20" and facts["peak memory"] == "2.00 GiB"
+    )
     assert facts["median tokens per second"] == "1,021"
 
 
@@ -216,7 +255,10 @@ def test_secrets_are_not_shown(page):
 def test_training_without_a_benchmark(tmp_path):
     parsed = Page(write_report(write(tmp_path, evaluation=EVALUATION)).read_text())
     (headline,) = parsed.text["p"]
-    assert headline == "Acceptance length 2.10 on held-out prompts with 2 drafted tokens; no benchmark was run."
+    assert (
+        headline
+        == "Acceptance length 2.10 on held-out prompts with 2 drafted tokens; no benchmark was run."
+    )
     assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["text"]
 
 
@@ -230,7 +272,9 @@ def test_training_without_a_benchmark(tmp_path):
     ],
 )
 def test_losslessness_is_that_of_the_worst_row(tmp_path, lossless, said):
-    write(tmp_path, benchmark={"suites": {"mtbench": [result(2.0, 1.5, value) for value in lossless]}})
+    write(
+        tmp_path, benchmark={"suites": {"mtbench": [result(2.0, 1.5, value) for value in lossless]}}
+    )
     (headline,) = Page(write_report(tmp_path).read_text()).text["p"]
     assert headline.startswith("Acceptance length 2.00 on mtbench, 1.50 times") and said in headline
 
@@ -242,13 +286,21 @@ def test_a_run_that_measured_nothing(tmp_path):
 
 
 def test_values_that_could_not_be_measured(tmp_path):
-    """The target alone has no rounds, a step without a pair no accuracy, and updates may be logged after others."""
+    """The target alone has no rounds, a step without a pair no accuracy, and updates may be logged
+    after others.
+    """
     rows = [{"step": 1, "eval/acceptance_length": 1.5}, *training(2)]
     rows[1] |= {"loss": None, "accuracy/step_0": None}
     rows[2] |= {"accuracy/step_0": None}
-    alone = dict.fromkeys(["acceptance_length", "interval95", "acceptance_length_loop_free", "first_round"])
+    alone = dict.fromkeys(
+        ["acceptance_length", "interval95", "acceptance_length_loop_free", "first_round"]
+    )
     alone = result(1.0, 1.0, True) | alone | {"config": [1, 0, 0, 0], "accepted_by_position": []}
-    write(tmp_path, metrics=rows, benchmark={"suites": {"a": [alone, result(2.0, 1.5, True)]}, "protocol": {}})
+    write(
+        tmp_path,
+        metrics=rows,
+        benchmark={"suites": {"a": [alone, result(2.0, 1.5, True)]}, "protocol": {}},
+    )
     parsed = Page(write_report(tmp_path).read_text())
     assert parsed.text["p"][0].startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
     assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["text"]
@@ -271,7 +323,11 @@ def test_the_same_files_give_the_same_page(tmp_path):
 
 
 def test_summary_in_a_narrow_terminal(tmp_path):
-    write(tmp_path, benchmark={"suites": {"mt[bold]": [result(2.41, 1.52, True)]}}, evaluation=EVALUATION)
+    write(
+        tmp_path,
+        benchmark={"suites": {"mt[bold]": [result(2.41, 1.52, True)]}},
+        evaluation=EVALUATION,
+    )
     lines = printed(tmp_path)
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
     found = dict(re.split(r"  +", line.strip()) for line in lines if re.search(r"\S  +\S", line))
@@ -287,10 +343,21 @@ def test_summary_in_a_narrow_terminal(tmp_path):
 
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
     """An engine's rows have no baselines without a model; what was not measured takes no line."""
-    row = result(1.0, 0.9, False, score=0.75, baseline_score=0.8, num_scored=80, equal_answers=0.5, warning="too bad")
+    row = result(
+        1.0,
+        0.9,
+        False,
+        score=0.75,
+        baseline_score=0.8,
+        num_scored=80,
+        equal_answers=0.5,
+        warning="too bad",
+    )
     row = {key: value for key, value in row.items() if key not in ("bigram", "prompt_lookup")}
     row |= {"config": [4, 7, 10, 60], "first_round": None}
-    text = "\n".join(printed(write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})))
+    text = "\n".join(
+        printed(write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}}))
+    )
     assert "4, 7, 10, 60" in text and re.search(r"score +0.75\n *score without draft +0.8", text)
     assert "bigram " not in text and "first round" not in text
     parsed = Page(write_report(tmp_path).read_text())
@@ -310,8 +377,16 @@ def test_table_for_a_tracker_is_plain(tmp_path):
     columns, rows = benchmark_table(BENCHMARK)
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
-    assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41 and first["lossless"] is True
-    assert all(value is None or isinstance(value, bool | int | float | str) for row in rows for value in row)
+    assert (
+        first["config"] == "1, 3, 1, 4"
+        and first["acceptance_length"] == 2.41
+        and first["lossless"] is True
+    )
+    assert all(
+        value is None or isinstance(value, bool | int | float | str)
+        for row in rows
+        for value in row
+    )
 
 
 def test_nan_in_a_file_reads_as_none(tmp_path):

@@ -20,8 +20,16 @@ def chat(*turns):
     [
         {"messages": chat("a", "b")},
         {"conversations": chat("a", "b")},
-        {"conversations": [{"from": "human", "value": "a", "weight": None}, {"from": "gpt", "value": "b"}]},
-        {"messages": None, "conversations": [{"from": "user", "value": "a"}, {"from": "bing", "value": "b"}]},
+        {
+            "conversations": [
+                {"from": "human", "value": "a", "weight": None},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        {
+            "messages": None,
+            "conversations": [{"from": "user", "value": "a"}, {"from": "bing", "value": "b"}],
+        },
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
         {"instruction": "a", "input": "", "output": "b"},
         {"question": "a", "answer": "b"},
@@ -38,7 +46,9 @@ def test_system_and_input_are_kept():
     assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "sum\n\n1 2", "3"]
     row = {"system": "be kind", "conversations": [{"from": "human", "value": "a"}]}
     assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "a"]
-    row = {"conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]}
+    row = {
+        "conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]
+    }
     assert [m["role"] for m in read_conversation(row).messages] == ["system", "user"]
 
 
@@ -64,7 +74,10 @@ def test_tools_and_reasoning():
         {"from": "gpt", "value": "two"},
     ]
     read = read_conversation({"conversations": sharegpt})
-    assert read.messages[1]["tool_calls"] == [CALL] and [m["role"] for m in read.messages][2:] == ["tool", "assistant"]
+    assert read.messages[1]["tool_calls"] == [CALL] and [m["role"] for m in read.messages][2:] == [
+        "tool",
+        "assistant",
+    ]
 
 
 def test_a_conversation_that_starts_with_an_answer_loses_it_and_says_so():
@@ -104,7 +117,15 @@ def test_preformatted_text():
         ({"messages": chat("a", "b"), "tools": "{"}, "tools are not JSON"),
         ({"messages": chat("a", "b"), "tools": ["x"]}, "tools are not a list"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "without a name"),
-        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}, "arguments"),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
+                ]
+            },
+            "arguments",
+        ),
     ],
 )
 def test_bad_rows_have_a_reason(row, reason):

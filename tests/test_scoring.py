@@ -7,7 +7,10 @@ from conftest import ROOT
 
 from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes, program
 
-ROWS = [json.loads(line) for line in (ROOT / "tests/data/suites/humaneval.jsonl").read_text().splitlines()]
+ROWS = [
+    json.loads(line)
+    for line in (ROOT / "tests/data/suites/humaneval.jsonl").read_text().splitlines()
+]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,9 @@ def test_what_does_not_pass(source):
 
 
 def test_what_passes():
-    assert passes("import re, math, collections, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')")
+    assert passes(
+        "import re, math, collections, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')"
+    )
 
 
 def test_an_endless_answer_is_ended_with_what_it_started(monkeypatch):

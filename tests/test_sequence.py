@@ -1,4 +1,6 @@
-"""Every parallel layout trains as one process does: losses, gradients' norms and weights, in float64."""
+"""Every parallel layout trains as one process does: losses, gradients' norms and weights, in
+float64.
+"""
 
 import os
 import socket
@@ -10,22 +12,33 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from eagle3 import sequence
-from eagle3.data.loader import Loader
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving, shifted
-from eagle3.distributed import Ranks, join
-from eagle3.draft.attention import Alone, Dense, FlashCPU
+from eagle3.batch import Document, Features, pack, serving, shifted
+from eagle3.draft.attention import Dense
+from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.hidden_states.supply import Supply
+from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.modes import Supply
-from eagle3.sequence import Segmented, Sequence, segments_of
-from eagle3.target.features import Features
-from eagle3.target.store import Document
+from eagle3.parallel import sequence
+from eagle3.parallel.ranks import Ranks, join
+from eagle3.parallel.sequence import Segmented, Sequence, segments_of
 from eagle3.train import Trainer
 
 VOCAB, STEPS, UPDATES = 60, 4, 5
-LENGTHS = [150, 7, 31, 64, 5, 90, 18, 3, 40, 77, 12, 55]  # the first is longer than any rank's share of an update
+LENGTHS = [
+    150,
+    7,
+    31,
+    64,
+    5,
+    90,
+    18,
+    3,
+    40,
+    77,
+    12,
+    55,
+]  # the first is longer than any rank's share of an update
 SHAPE = DraftConfig(
     hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=VOCAB,
     draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256, initializer_range=0.3,
@@ -41,7 +54,9 @@ class Conversations:
         randomly = np.random.default_rng(0)
         self.stored, self.lengths = stored, np.array(LENGTHS)
         self.ids = [torch.from_numpy(randomly.integers(0, VOCAB, n)) for n in LENGTHS]
-        self.masks = [torch.from_numpy(np.cumsum(randomly.random(n) < 0.15) % 2 == 1) for n in LENGTHS]
+        self.masks = [
+            torch.from_numpy(np.cumsum(randomly.random(n) < 0.15) % 2 == 1) for n in LENGTHS
+        ]
         self.supervised = np.array([int(mask.sum()) for mask in self.masks])
 
     def begin(self, epoch):
@@ -54,7 +69,11 @@ class Conversations:
         if not self.stored:
             return None
         everything = torch.ones(VOCAB, dtype=torch.bool)
-        return imagine(pack([(number, self.ids[number], self.masks[number])], everything, STEPS, serving))
+        return imagine(
+            pack(
+                [Document(number, self.ids[number], self.masks[number])], everything, STEPS, serving
+            )
+        )
 
 
 def imagine(batch):
@@ -62,15 +81,22 @@ def imagine(batch):
     table = torch.randn(VOCAB, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     states = table[batch.input_ids] * (1 + torch.sin(batch.position_ids.double()))[:, None]
     teachers = states[batch.teacher_rows]
-    return Features(states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, teachers.logsumexp(1).float())
+    return Features(
+        states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, teachers.logsumexp(1).float()
+    )
 
 
-def trainer_of(ranks: Ranks, ulysses: int, ring: int, stored: bool, reduce_dtype=torch.float64) -> Trainer:
+def trainer_of(
+    ranks: Ranks, ulysses: int, ring: int, stored: bool, reduce_dtype=torch.float64
+) -> Trainer:
     torch.manual_seed(0)
     chosen = torch.arange(VOCAB) % 3 < 2
     ids = chosen.nonzero()[:, 0]
     draft = Draft(SHAPE, FlashCPU, chosen, ids - torch.arange(len(ids))).double()
-    embedding, head = torch.randn(VOCAB, 16, dtype=torch.float64), torch.randn(40, 12, dtype=torch.float64)
+    embedding, head = (
+        torch.randn(VOCAB, 16, dtype=torch.float64),
+        torch.randn(40, 12, dtype=torch.float64),
+    )
     documents = Conversations(stored)
     supply, deal = Supply(documents, imagine), {}
     if ulysses * ring > 1:
@@ -84,7 +110,20 @@ def trainer_of(ranks: Ranks, ulysses: int, ring: int, stored: bool, reduce_dtype
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     loss = SoftTargetLoss(kl, chunk_rows=7)
-    return Trainer(draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks, reduce_dtype)
+    return Trainer(
+        draft,
+        embedding,
+        head,
+        supply,
+        loss,
+        loader,
+        optimizer,
+        scheduler,
+        0.5,
+        {},
+        ranks,
+        reduce_dtype,
+    )
 
 
 def train(trainer: Trainer) -> dict:
@@ -94,9 +133,14 @@ def train(trainer: Trainer) -> dict:
     for _ in range(UPDATES):
         norm = trainer.train_on(next(updates), 0.0)
         metrics = trainer.meter.read(trainer.ranks.sum)
-        kept = {k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))}
+        kept = {
+            k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))
+        }
         seen.append(kept | {"norm": float(norm)})
-    return {"seen": seen, "weights": {n: p.detach().clone() for n, p in trainer.draft.named_parameters()}}
+    return {
+        "seen": seen,
+        "weights": {n: p.detach().clone() for n, p in trainer.draft.named_parameters()},
+    }
 
 
 def in_process(rank: int, world_size: int, port: int, out: str) -> None:
@@ -114,31 +158,36 @@ def in_process(rank: int, world_size: int, port: int, out: str) -> None:
     for ulysses, ring in LAYOUTS[world_size]:
         for stored in (True, False):
             sent.clear()
-            trainer = trainer_of(join(1), ulysses, ring, stored)
-            results[ulysses, ring, stored] = train(trainer) | {"sent": list(sent), "expected": expected_sent(trainer)}
+            trainer = trainer_of(join(), ulysses, ring, stored)
+            results[ulysses, ring, stored] = train(trainer) | {
+                "sent": list(sent),
+                "expected": expected_sent(trainer),
+            }
     if world_size == 2:
-        results["bf16"] = train(trainer_of(join(1), 1, 1, True, torch.bfloat16))
+        results["bf16"] = train(trainer_of(join(), 1, 1, True, torch.bfloat16))
     if rank in (0, world_size - 1):
         torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def expected_sent(trainer: Trainer) -> list[int]:
-    """Elements that one rank sends in each exchange of the forward pass; the backward pass returns as many.
+    """Elements that one rank sends in each exchange of the forward pass; the backward pass returns
+    as many.
 
-    Step 0: its tokens' keys and values, a share of the heads, to each other rank. Then nothing with ring alone; with
-    ulysses, the queries (and from step 1 on k and v) of its rows for other ranks' heads, and theirs back.
+    Step 0: its tokens' keys and values, a share of the heads, to each other rank. Then nothing with
+    ring alone; with ulysses, the queries (and from step 1 on k and v) of its rows for other ranks'
+    heads, and theirs back.
     """
     trainer.loader.state, elements = {"epoch": 0, "update": 0}, []
     updates = iter(trainer.loader)
     for batch in [batch for _ in range(UPDATES) for batch in next(updates).batches]:
-        if isinstance(batch.exchange, Alone):
+        if batch.exchange is None:
             continue
         group = batch.exchange.sequence
         head = SHAPE.head_dim // group.ulysses
         elements.append((group.size - 1) * batch.tokens * 2 * SHAPE.num_key_value_heads * head)
         others, heads = group.ulysses - 1, SHAPE.num_attention_heads
-        for step, everyone in enumerate(batch.exchange.steps(batch)):
+        for step, everyone in enumerate(map(sum, zip(*batch.exchange.counts))):
             if others and (everyone or step == 0):
                 own = heads + (2 * SHAPE.num_key_value_heads if step else 0)
                 elements.append(others * batch.row_counts[step] * own * head)
@@ -163,29 +212,48 @@ def test_every_layout_equals_one_process(alone, world_size, tmp_path):
     for rank in (0, world_size - 1):
         results = torch.load(tmp_path / f"{rank}.pt")
         if world_size == 2:  # gradients rounded to 8 bits: near, and not the same
-            norms = [[update["norm"] for update in run["seen"]] for run in (results.pop("bf16"), alone[True])]
-            assert norms[0] == pytest.approx(norms[1], rel=0.05) and norms[0] != pytest.approx(norms[1], rel=1e-6)
+            norms = [
+                [update["norm"] for update in run["seen"]]
+                for run in (results.pop("bf16"), alone[True])
+            ]
+            assert norms[0] == pytest.approx(norms[1], rel=0.05) and norms[0] != pytest.approx(
+                norms[1], rel=1e-6
+            )
         assert len(results) == 2 * len(LAYOUTS[world_size])
         for (ulysses, ring, stored), result in results.items():
             for one, many in zip(alone[stored]["seen"], result["seen"], strict=True):
-                assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), (ulysses, ring, stored)
+                assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), (
+                    ulysses,
+                    ring,
+                    stored,
+                )
             for name, weight in result["weights"].items():
-                torch.testing.assert_close(weight, alone[stored]["weights"][name], rtol=1e-9, atol=1e-11)
-            assert result["sent"] == result["expected"] and bool(result["sent"]) == (ulysses * ring > 1)
+                torch.testing.assert_close(
+                    weight, alone[stored]["weights"][name], rtol=1e-9, atol=1e-11
+                )
+            assert result["sent"] == result["expected"] and bool(result["sent"]) == (
+                ulysses * ring > 1
+            )
 
 
 def whole_batch(mask=serving):
     conversations = Conversations(True)
     loaded = conversations.load(range(len(LENGTHS)))
     chosen = torch.arange(VOCAB) % 3 < 2
-    batch = pack([(d.key, d.input_ids, d.loss_mask) for d in loaded], chosen, STEPS, mask)
+    batch = pack(loaded, chosen, STEPS, mask)
     return replace(batch, features=imagine(batch), loaded=loaded)
 
 
 def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
     """As on a rank of a group, without processes."""
     group = object.__new__(Sequence)
-    group.ulysses, group.ring, group.rank, group.size, group.config = ulysses, ring, rank, ulysses * ring, SHAPE
+    group.ulysses, group.ring, group.rank, group.size, group.config = (
+        ulysses,
+        ring,
+        rank,
+        ulysses * ring,
+        SHAPE,
+    )
     return group
 
 
@@ -201,17 +269,23 @@ def test_dealt_batches_are_the_whole(mask, shape):
         assert sum(part.pair_counts[k] for part in parts) == batch.pair_counts[k]
     assert sum(part.normaliser for part in parts) == batch.normaliser
     for part in parts:
-        bare = replace(part, teacher_rows=part.held[:0])
-        assert torch.equal(part.features.aux_hidden_states, imagine(bare).aux_hidden_states[part.held])
+        bare = replace(part, teacher_rows=part.own[:0])
+        assert torch.equal(
+            part.features.aux_hidden_states, imagine(bare).aux_hidden_states[part.own]
+        )
         known = torch.isin(batch.teacher_rows, part.teacher_rows)
-        assert torch.equal(part.features.last_hidden_states, batch.features.last_hidden_states[known])
-        assert len(part.pair_index) == sum(part.pair_counts) == int(part.pairs_before[-1])
+        assert torch.equal(
+            part.features.last_hidden_states, batch.features.last_hidden_states[known]
+        )
+        assert len(part.pair_index) == sum(part.pair_counts) == part.pairs_before[-1]
 
 
 def test_a_group_deals_work_evenly():
-    """One document of 4,096 tokens, all of it answer: the rank with most attention has at most 3 % above the mean."""
+    """One document of 4,096 tokens, all of it answer: the rank with most attention has at most 3 %
+    above the mean.
+    """
     ids, mask = torch.zeros(4096, dtype=torch.long), torch.ones(4096, dtype=torch.bool)
-    batch = pack([(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
+    batch = pack([Document(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
     owner, depth = sequence_of(0, 1, 8).owners(batch)
     work = torch.zeros(8).index_add_(0, owner, (depth * (batch.position_ids + 1)).float())
     rows = torch.zeros(8).index_add_(0, owner, depth.float())
@@ -230,4 +304,6 @@ def test_other_backends_take_segments():
     for backend in (Dense, FlashCPU):
         ours = Segmented(backend).forward(q, rows, k, v, segments, 0.4)
         torch.testing.assert_close(ours, (out, lse))
-        torch.testing.assert_close(Segmented(backend).backward(q, q, rows, k, v, out, lse, segments, 0.4), grads)
+        torch.testing.assert_close(
+            Segmented(backend).backward(q, q, rows, k, v, out, lse, segments, 0.4), grads
+        )

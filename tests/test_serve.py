@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from eagle3.errors import RunError
-from eagle3.serve import ENGINES, main, resolve
+from eagle3.export.serve import ENGINES, main, resolve
 
 LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}
 TARGET = "meta-llama/Llama-3.1-8B-Instruct"
@@ -60,9 +60,15 @@ def test_vllm(draft, capsys):
 
 
 def test_the_speculators_form_is_served_alone(draft, capsys, monkeypatch):
-    section = {"proposal_methods": [{"speculative_tokens": 5}], "verifier": {"name_or_path": TARGET}}
+    section = {
+        "proposal_methods": [{"speculative_tokens": 5}],
+        "verifier": {"name_or_path": TARGET},
+    }
     folder = draft({"speculators_model_type": "eagle3", "speculators_config": section})
-    assert command(capsys, folder, "vllm") == f"vllm serve '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
+    assert (
+        command(capsys, folder, "vllm")
+        == f"vllm serve '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
+    )
     assert f"vllm serve {TARGET} " in command(capsys, folder, "vllm", "--draft-length", 2)
     monkeypatch.setenv("MODEL", "other/model")
     assert "vllm serve other/model " in command(capsys, folder, "vllm")
@@ -77,7 +83,11 @@ def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, capsys,
     (tmp_path / "trtllm-serve").write_text('#!/bin/sh\necho "$@"\ncat "$7"\n')
     (tmp_path / "trtllm-serve").chmod(0o755)
     done = subprocess.run(
-        ["bash", "-c", text], capture_output=True, text=True, check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        ["bash", "-c", text],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
     )
     arguments, options = done.stdout.splitlines()
     assert arguments.startswith(f"{TARGET} --host 127.0.0.1 --port 8000 --extra_llm_api_options /")
@@ -121,10 +131,30 @@ def test_the_script_prints_and_runs(draft, tmp_path):
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}}, "draft")
     (tmp_path / "vllm").write_text("#!/bin/sh\necho ran with $# arguments\n")
     (tmp_path / "vllm").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "ENGINES_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    script = [str(ROOT / "launch" / "serve.sh"), str(folder), "vllm", "--run", "--", "--max-model-len", "9"]
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "ENGINES_DIR": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+    }
+    script = [
+        str(ROOT / "launch" / "serve.sh"),
+        str(folder),
+        "vllm",
+        "--run",
+        "--",
+        "--max-model-len",
+        "9",
+    ]
     done = subprocess.run(script, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"vllm serve {TARGET}") and done.stdout.endswith("ran with 10 arguments\n")
-    done = subprocess.run([*script[:1], str(tmp_path)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and done.stderr.startswith("error: draft at ") and done.stderr.count("\n") == 1
+    assert done.stdout.startswith(f"vllm serve {TARGET}") and done.stdout.endswith(
+        "ran with 10 arguments\n"
+    )
+    done = subprocess.run(
+        [*script[:1], str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: draft at ")
+        and done.stderr.count("\n") == 1
+    )

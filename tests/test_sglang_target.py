@@ -1,4 +1,6 @@
-"""target=sglang against a stand-in for the engine that calls our hook: order, parts, faults, lifetime, memory."""
+"""target=sglang against a stand-in for the engine that calls our hook: order, parts, faults,
+lifetime, memory.
+"""
 
 import json
 import os
@@ -14,23 +16,22 @@ import httpx
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import ROOT, spec_of
 from test_pipeline import SMALL, losses, run, run_command
 from transformers import OPTConfig
 
+from eagle3.batch import Document, Features, pack, serving
 from eagle3.config import Model
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
 from eagle3.errors import ConfigError, RunError
-from eagle3.generate import GREEDY, sample
-from eagle3.target.features import Features
-from eagle3.target.hf import HFTarget, default_aux_layer_ids, head_statistics
+from eagle3.evaluate import GREEDY, sample
+from eagle3.target.hf import HFTarget, head_statistics
 from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang import serve
 from eagle3.target.sglang import target as target_module
 from eagle3.target.sglang.blocks import PREFIX, SHARED, Blocks
 from eagle3.target.sglang.hook import ALIVE, Tap, statistics
 from eagle3.target.sglang.target import SGLangTarget
+from eagle3.target.spec import default_aux_layer_ids
 
 CPU = torch.device("cpu")
 FAKE = ROOT / "tests" / "fake_sglang"
@@ -47,12 +48,12 @@ def stand_in():
 
 @pytest.fixture(scope="module")
 def reference(target_folder):
-    return HFTarget(str(target_folder), CPU, dtype="float32")
+    return HFTarget(spec_of(target_folder), CPU)
 
 
 @pytest.fixture(scope="module")
 def target(target_folder, stand_in):
-    made = SGLangTarget(str(target_folder), CPU, dtype="float32", batch_tokens=64)
+    made = SGLangTarget(spec_of(target_folder), CPU, batch_tokens=64)
     yield made
     made.close()
 
@@ -74,12 +75,18 @@ def documents(lengths, vocab_size):
 
 def batch_of(target, lengths):
     everything = torch.ones(target.config.vocab_size, dtype=torch.bool)
-    return pack(documents(lengths, target.config.vocab_size), everything, 7, serving)
+    return pack(
+        [Document(*d) for d in documents(lengths, target.config.vocab_size)], everything, 7, serving
+    )
 
 
 def assert_equal(features, expected):
-    torch.testing.assert_close(features.aux_hidden_states, expected.aux_hidden_states, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(features.last_hidden_states, expected.last_hidden_states, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        features.aux_hidden_states, expected.aux_hidden_states, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        features.last_hidden_states, expected.last_hidden_states, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(features.logsumexp, expected.logsumexp, rtol=1e-4, atol=1e-5)
     assert torch.equal(features.argmax, expected.argmax)
 
@@ -95,7 +102,9 @@ def test_features_equal_those_of_transformers(target, reference, behave, chunk):
 def test_at_most_batch_tokens_are_in_flight(target, monkeypatch):
     asked = []
     ask = target.ask
-    monkeypatch.setattr(target, "ask", lambda body: asked.append(list(map(len, body["input_ids"]))) or ask(body))
+    monkeypatch.setattr(
+        target, "ask", lambda body: asked.append(list(map(len, body["input_ids"]))) or ask(body)
+    )
     target(batch_of(target, [40, 20, 30, 90, 5, 6]))
     assert asked == [[40, 20], [30], [90], [5, 6]]
 
@@ -104,7 +113,9 @@ def test_generation_equals_transformers(target, reference):
     prompts = [ids.tolist() for _, ids, _ in documents([5, 12, 9], target.config.vocab_size)]
     assert sample(target, prompts, 10, GREEDY) == sample(reference, prompts, 10, GREEDY)
     assert target.eos_token_ids == reference.eos_token_ids
-    assert torch.equal(target.embedding, reference.embedding) and torch.equal(target.head, reference.head)
+    assert torch.equal(target.embedding, reference.embedding) and torch.equal(
+        target.head, reference.head
+    )
 
 
 def test_a_silent_hook_is_told(target, behave):
@@ -127,11 +138,11 @@ def test_a_refused_request_is_told(target):
 
 
 def test_another_client_shares_the_server(target, target_folder, reference):
-    other = SGLangTarget(str(target_folder), CPU, dtype="float32", url=target.url)
+    other = SGLangTarget(spec_of(target_folder), CPU, url=target.url)
     batch = batch_of(target, [13, 30, 7])
     assert_equal(other(batch), reference(batch))
     with pytest.raises(RunError, match=r"captures layers \[1, 3, 4\], not \[0, 2, 6\]"):
-        SGLangTarget(str(target_folder), CPU, [0, 2, 6], dtype="float32", url=target.url)
+        SGLangTarget(spec_of(target_folder, [0, 2, 6]), CPU, url=target.url)
     folder = other.blocks.folder
     other.close()
     assert not folder.exists() and target.server.process.poll() is None
@@ -140,7 +151,7 @@ def test_another_client_shares_the_server(target, target_folder, reference):
 def test_processes_of_one_launcher_share_a_server(target, target_folder, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     (target.blocks.folder / f"serves-{os.getppid()}").write_text(target.url)
-    second = SGLangTarget(str(target_folder), CPU, dtype="float32")
+    second = SGLangTarget(spec_of(target_folder), CPU)
     assert second.url == target.url and second.server is None
     second.close()
 
@@ -153,13 +164,18 @@ def test_the_probe_finds(target, target_folder, monkeypatch, wrong):
             target.prove()
     else:
         monkeypatch.setattr(target, "aux_layer_ids", [2, 3, 4])
-        with pytest.raises(RunError, match="captured the output of layer 1 where layer 2 was asked for"):
+        with pytest.raises(
+            RunError, match="captured the output of layer 1 where layer 2 was asked for"
+        ):
             target.prove()
 
 
 def write_chat(folder):
     turns = [(f"Say {i}", f"{i} " * 12) for i in range(24)]
-    rows = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in turns]
+    rows = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in turns
+    ]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"data.path={folder / 'chat.jsonl'}"
 
@@ -167,8 +183,18 @@ def write_chat(folder):
 @pytest.mark.slow
 def test_two_processes_start_one_server_and_leave_nothing(target_folder, tmp_path):
     before = set(SHARED.iterdir())
-    own = ["target=sglang", "mode=offline", "launch.nproc_per_node=2", "stages=[prepare,generate,capture]"]
-    settings = [*SMALL, f"model.path={target_folder}", write_chat(tmp_path), f"cache_dir={tmp_path / 'cache'}"]
+    own = [
+        "target=sglang",
+        "mode=offline",
+        "launch.nproc_per_node=2",
+        "stages=[prepare,generate,capture]",
+    ]
+    settings = [
+        *SMALL,
+        f"model.path={target_folder}",
+        write_chat(tmp_path),
+        f"cache_dir={tmp_path / 'cache'}",
+    ]
     done = run_command(*settings, *own, f"hydra.run.dir={tmp_path / 'run'}", timeout=500)
     assert done.returncode == 0, done.stderr
     assert "capture: 2" in done.stdout
@@ -185,7 +211,9 @@ def test_online_and_offline_train_as_with_transformers(target, target_folder, tm
     run([*settings, *theirs, "mode=offline", offline], tmp_path / "c")
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-4)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "c"), rel=1e-4)
-    with pytest.raises(ConfigError, match=r"the built-in benchmark needs .* target=hf .* benchmark=sglang"):
+    with pytest.raises(
+        ConfigError, match=r"the built-in benchmark needs .* target=hf .* benchmark=sglang"
+    ):
         run([*settings, *theirs], tmp_path / "d")
 
 
@@ -198,7 +226,9 @@ def head_shard(head, first, size, padding):
 
 def reduce_on(rank, folder, shards):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     last, head = torch.load(folder / "inputs.pt")
     for number, (first, size, padding) in enumerate(shards[rank]):
         found = statistics(last, head_shard(head, first, size, padding), dist.group.WORLD)
@@ -213,7 +243,9 @@ def test_statistics_of_a_split_head(tmp_path):
     head[70] = head[5] = 3 * last[0]
     torch.save((last, head), tmp_path / "inputs.pt")
     shards = [[(0, 64, 0), (0, 100, 28)], [(64, 36, 28), (100, 0, 64)]]
-    torch.multiprocessing.start_processes(reduce_on, (tmp_path, shards), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(
+        reduce_on, (tmp_path, shards), nprocs=2, start_method="fork"
+    )
     argmax, logsumexp = head_statistics(last, head)
     assert argmax[0] == 5
     for number in range(2):
@@ -237,7 +269,10 @@ def test_the_hook_never_raises_and_reports():
     last = torch.randn(5, 4)
     tap(None, (None, last, head, forward, [last] * 3), None)
     tap(None, (None, None), None)
-    for aux, sentence in ((None, "gave no auxiliary"), ([last] * 2, "captured 2 auxiliary hidden states, not 3")):
+    for aux, sentence in (
+        (None, "gave no auxiliary"),
+        ([last] * 2, "captured 2 auxiliary hidden states, not 3"),
+    ):
         forward.rids = ["other", blocks.rid(0)]
         tap(None, (None, last, head, forward, aux), None)
         with pytest.raises(RunError, match=sentence):
@@ -246,7 +281,9 @@ def test_the_hook_never_raises_and_reports():
 
 
 def test_one_pass_may_serve_two_clients():
-    """Neither sees the other's rows, nor those of requests that are nobody's; bf16 arrives bit for bit."""
+    """Neither sees the other's rows, nor those of requests that are nobody's; bf16 arrives bit for
+    bit.
+    """
     first, second = Blocks(), Blocks()
     lengths = [2, 3, 1, 4]
     forward = SimpleNamespace(
@@ -265,10 +302,16 @@ def test_one_pass_may_serve_two_clients():
             torch.empty(len(rows), 12).bfloat16(), torch.empty(len(rows), 4).bfloat16(),
             torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows)),
         )  # fmt: skip
-        blocks.collect({1: slice(0, 4), 0: slice(4, 6)} if blocks is first else {0: slice(0, 3)}, features, list)
+        blocks.collect(
+            {1: slice(0, 4), 0: slice(4, 6)} if blocks is first else {0: slice(0, 3)},
+            features,
+            list,
+        )
         assert torch.equal(features.aux_hidden_states, torch.cat(aux, 1)[rows])
         assert torch.equal(features.last_hidden_states, last[rows])
-        assert torch.equal(features.argmax, argmax[rows]) and torch.allclose(features.logsumexp, logsumexp[rows])
+        assert torch.equal(features.argmax, argmax[rows]) and torch.allclose(
+            features.logsumexp, logsumexp[rows]
+        )
         blocks.close()
 
 
@@ -277,11 +320,15 @@ def test_layers_in_every_convention():
     ours = default_aux_layer_ids(32)
     assert ours == numbered_by("sglang", ours) == numbered_by("tensorrt_llm", ours) == [1, 15, 28]
     assert numbered_by("vllm", ours) == numbered_by("hidden_states", ours) == [2, 16, 29]
-    assert len(set(engines_default(6))) == 2, "two of the three coincide: such targets must be asked explicitly"
+    assert len(set(engines_default(6))) == 2, (
+        "two of the three coincide: such targets must be asked explicitly"
+    )
 
 
 def asked_for(server_args=(), layer_ids=(1, 15, 28)):
-    return serve.command("model", 1, list(layer_ids), 32, CPU, "float32", server_args=tuple(server_args))
+    return serve.command(
+        "model", 1, list(layer_ids), 32, CPU, "float32", server_args=tuple(server_args)
+    )
 
 
 def test_explicit_layers_only_where_the_default_is_not_meant():
@@ -300,7 +347,7 @@ def test_what_cannot_work_is_told_before_anything_starts(target_folder, tmp_path
     with pytest.raises(ConfigError, match=r"behind layer 7 is none"):
         serve.check_capturable(str(target_folder), None, False, [0, 1, 7])
     with pytest.raises(ConfigError, match=r"batch_tokens=\d+ needs .* GB of shared memory"):
-        SGLangTarget(str(target_folder), CPU, batch_tokens=10**12)
+        SGLangTarget(spec_of(target_folder, dtype="auto"), CPU, batch_tokens=10**12)
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(ConfigError, match=r"sglang is not installed .* target\.python"):
         SGLangTarget.check_settings({}, Model(path=str(target_folder)))
@@ -309,7 +356,7 @@ def test_what_cannot_work_is_told_before_anything_starts(target_folder, tmp_path
 HOLDER = """
 import sys, time
 from pathlib import Path
-from eagle3.engine import Server, choose_port
+from eagle3.engines.server import Server, choose_port
 from eagle3.target.sglang.blocks import Blocks
 blocks, port = Blocks(), choose_port(None, "port")
 command = [sys.executable, "-c", sys.argv[1], str(port), str(blocks.folder)]
@@ -338,7 +385,9 @@ def test_nothing_outlives_a_killed_run(tmp_path):
     """SIGKILL: the engine ends and the shared memory is free, though nobody could clean up."""
     command = [sys.executable, "-c", HOLDER, ENGINE, str(tmp_path / "log")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as holder:
         folder, pid = holder.stdout.readline().split()
         assert Path(folder).is_dir() and Path("/proc", pid).exists()
         holder.send_signal(signal.SIGKILL)
@@ -359,7 +408,9 @@ def test_folders_of_the_dead_are_deleted_and_those_of_the_living_kept(tmp_path):
 
 def test_a_server_that_dies_is_noticed(target):
     """The last one here, for it ends the server that all share."""
-    children = Path(f"/proc/{target.server.process.pid}/task/{target.server.process.pid}/children").read_text()
+    children = Path(
+        f"/proc/{target.server.process.pid}/task/{target.server.process.pid}/children"
+    ).read_text()
     os.kill(int(children.split()[0]), signal.SIGKILL)
     began = time.monotonic()
     try:

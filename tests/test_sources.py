@@ -1,4 +1,6 @@
-"""Files, folders, addresses and hub datasets to rows, each with its place; broken ones never cost their neighbours."""
+"""Files, folders, addresses and hub datasets to rows, each with its place; broken ones never cost
+their neighbours.
+"""
 
 import gzip
 import json
@@ -16,7 +18,12 @@ from eagle3.errors import ConfigError, RunError
 
 
 def row(i):
-    return {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+    return {
+        "messages": [
+            {"role": "user", "content": f"q{i}"},
+            {"role": "assistant", "content": f"a{i}"},
+        ]
+    }
 
 
 def lines(n):
@@ -41,7 +48,9 @@ def network_off(monkeypatch):
 def test_forms_that_hold_the_same(tmp_path, monkeypatch, form, block):
     monkeypatch.setattr(sources, "BLOCK", block)
     everything = [row(i) for i in range(9)]
-    path = tmp_path / {"compressed": "a.jsonl.gz", "parquet": "a.parquet", "list": "a.json"}.get(form, "a.jsonl")
+    path = tmp_path / {"compressed": "a.jsonl.gz", "parquet": "a.parquet", "list": "a.json"}.get(
+        form, "a.jsonl"
+    )
     if form == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(everything), path, row_group_size=4)
     else:
@@ -54,7 +63,9 @@ def test_forms_that_hold_the_same(tmp_path, monkeypatch, form, block):
         }[form]
         path.write_bytes(content)
     rows = read(path, tmp_path)
-    assert asked(rows) == [f"q{i}" for i in range(9)] and [r.line for r in rows] == list(range(1, 10))
+    assert asked(rows) == [f"q{i}" for i in range(9)] and [r.line for r in rows] == list(
+        range(1, 10)
+    )
     assert asked(read(path, tmp_path, num_samples=4)) == ["q0", "q1", "q2", "q3"]
     shares = [share for _, _, share in raw_rows(find_files(Source(str(path)), "")[0])]
     assert shares == sorted(shares) and shares[-1] == 1
@@ -64,13 +75,23 @@ def test_rows_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(1) + b"{broken\n\n\xff\xfe\n3\n" + lines(1))
     found = [(r.line, r.reason) for r in read(path, tmp_path)]
-    assert found == [(1, None), (2, "broken JSON"), (4, "bad UTF-8"), (5, "row is not an object"), (6, None)]
+    assert found == [
+        (1, None),
+        (2, "broken JSON"),
+        (4, "bad UTF-8"),
+        (5, "row is not an object"),
+        (6, None),
+    ]
 
 
 def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(
-        b"[" + lines(1).strip() + b', {"messages": [{"role": "us\xff", "content": "x"}]}, ' + lines(1) + b"]"
+        b"["
+        + lines(1).strip()
+        + b', {"messages": [{"role": "us\xff", "content": "x"}]}, '
+        + lines(1)
+        + b"]"
     )
     assert [r.reason for r in read(path, tmp_path)] == [None, "unknown role", None]
 
@@ -91,7 +112,9 @@ def test_files_that_cannot_be_read(tmp_path, content, message):
 
 
 def test_empty_files_hold_no_rows(tmp_path):
-    """One empty shard among others is nothing to stop at; `prepare` ends when there is no row at all."""
+    """One empty shard among others is nothing to stop at; `prepare` ends when there is no row at
+    all.
+    """
     for content in (b"", b" \n\n"):
         (tmp_path / "a.jsonl").write_bytes(content)
         assert read(tmp_path / "a.jsonl", tmp_path) == []
@@ -100,7 +123,9 @@ def test_empty_files_hold_no_rows(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
 def test_damaged_and_unsupported_packing(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"
-    packed = {"gz": gzip.compress(lines(50)), "xz": lzma.compress(lines(50)), "zst": b"(\xb5/\xfd"}[suffix]
+    packed = {"gz": gzip.compress(lines(50)), "xz": lzma.compress(lines(50)), "zst": b"(\xb5/\xfd"}[
+        suffix
+    ]
     path.write_bytes(packed[: len(packed) // 2])
     if suffix == "zst":
         monkeypatch.setattr(sources, "infer_compression", lambda name: None)
@@ -147,24 +172,36 @@ def test_hub_datasets(tmp_path, monkeypatch):
     hub = tmp_path / "hub"
     hub.mkdir()
     for name, n in (("one", 2), ("two", 3)):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(i) for i in range(n)]), hub / f"{name}.parquet")
-    card = "configs:\n- config_name: main\n  data_files:\n  - {split: train_sft, path: one.parquet}\n"
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist([row(i) for i in range(n)]), hub / f"{name}.parquet"
+        )
+    card = (
+        "configs:\n- config_name: main\n  data_files:\n  - {split: train_sft, path: one.parquet}\n"
+    )
     card += "- config_name: other\n  data_files:\n  - {split: train_sft, path: two.parquet}\n"
     (hub / "README.md").write_text(f"---\n{card}---\n")
     load = datasets.load_dataset_builder
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, subset: load(str(hub), subset))
+    monkeypatch.setattr(
+        datasets, "load_dataset_builder", lambda path, subset: load(str(hub), subset)
+    )
     source = Source("owner/name", "other", "train_sft")
     found = find_files(source, str(tmp_path / "cache"))
     assert asked(read_rows(found)) == ["q0", "q1", "q2"]
-    with pytest.raises(ConfigError, match=r"data\.split=train is no split of owner/name; it has: train_sft"):
+    with pytest.raises(
+        ConfigError, match=r"data\.split=train is no split of owner/name; it has: train_sft"
+    ):
         find_files(Source("owner/name", "other"), str(tmp_path / "cache"))
 
     def unreachable(path, subset):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    assert find_files(source, str(tmp_path / "cache")) == found, "what was fetched once is found without network"
-    with pytest.raises(RunError, match=r"data\.path=owner/else is no local file.*no network at all"):
+    assert find_files(source, str(tmp_path / "cache")) == found, (
+        "what was fetched once is found without network"
+    )
+    with pytest.raises(
+        RunError, match=r"data\.path=owner/else is no local file.*no network at all"
+    ):
         find_files(Source("owner/else"), str(tmp_path / "cache"))
 
 

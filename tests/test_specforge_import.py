@@ -1,6 +1,8 @@
-"""SpecForge's hidden-state files become our store: layout, padding, norms, numbers, damage, safety, resuming.
+"""SpecForge's hidden-state files become our store: layout, padding, norms, numbers, damage, safety,
+resuming.
 
-The files are written as SpecForge 0.2.0 and its earlier `scripts/prepare_hidden_states.py` write them.
+The files are written as SpecForge 0.2.0 and its earlier `scripts/prepare_hidden_states.py` write
+them.
 """
 
 import gzip
@@ -17,16 +19,14 @@ from test_pipeline import run
 from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
 from transformers import LlamaConfig
 
-import eagle3.target.specforge as specforge
-from eagle3.data.packing import pack
-from eagle3.data.supervision import shifted
+import eagle3.hidden_states.specforge as specforge
+from eagle3.batch import Features, concatenate_features, pack, shifted
 from eagle3.errors import RunError
-from eagle3.export import write_draft
+from eagle3.export.write import write_draft
+from eagle3.hidden_states.specforge import convert, is_specforge
+from eagle3.hidden_states.store import Store
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.target.features import Features
 from eagle3.target.hf import head_statistics
-from eagle3.target.specforge import convert, is_specforge
-from eagle3.target.store import Store, concatenate
 from eagle3.target.weights import TargetWeights
 from eagle3.ttt import unroll
 
@@ -42,18 +42,25 @@ def weights_of(head, norm):
 def weights():
     generator = torch.Generator().manual_seed(0)
     return weights_of(
-        torch.randn(V, H, generator=generator).bfloat16(), 1 + 0.3 * torch.randn(H, generator=generator).bfloat16()
+        torch.randn(V, H, generator=generator).bfloat16(),
+        1 + 0.3 * torch.randn(H, generator=generator).bfloat16(),
     )
 
 
 def normed(residual, weights):
-    return torch.nn.functional.rms_norm(residual.float(), (H,), weights.norm.float(), 1e-5).to(residual.dtype)
+    return torch.nn.functional.rms_norm(residual.float(), (H,), weights.norm.float(), 1e-5).to(
+        residual.dtype
+    )
 
 
 def document(n: int, weights, seed: int = 0) -> dict:
-    """What `prepare_hidden_states.py` saves of a conversation; `residual` is the last state before the norm."""
+    """What `prepare_hidden_states.py` saves of a conversation; `residual` is the last state before
+    the norm.
+    """
     generator = torch.Generator().manual_seed(seed)
-    residual = (3 * torch.randn(n, H, generator=generator) * (1 + torch.rand(n, 1, generator=generator))).bfloat16()
+    residual = (
+        3 * torch.randn(n, H, generator=generator) * (1 + torch.rand(n, 1, generator=generator))
+    ).bfloat16()
     mask = torch.zeros(n, dtype=torch.long)
     mask[n // 3 :] = 1
     return {
@@ -101,14 +108,28 @@ def test_a_document_arrives_whole(tmp_path, weights, suffix, batched):
     mask = written["loss_mask"].bool()
     mask[-1] = False  # SpecForge never supervises the last row it has
     teachers = torch.arange(6, 20)
-    assert torch.equal(got.input_ids.long(), written["input_ids"]) and torch.equal(got.loss_mask, mask)
-    assert torch.equal(features.aux_hidden_states, written["aux_hidden_state"].reshape(20, -1).float())
+    assert torch.equal(got.input_ids.long(), written["input_ids"]) and torch.equal(
+        got.loss_mask, mask
+    )
+    assert torch.equal(
+        features.aux_hidden_states, written["aux_hidden_state"].reshape(20, -1).float()
+    )
     last = written["hidden_state"].reshape(20, -1)[teachers]
     assert torch.equal(features.last_hidden_states, last.float())
     argmax, logsumexp = head_statistics(last, weights.head)
     assert torch.equal(features.argmax, argmax) and torch.equal(features.logsumexp, logsumexp)
-    assert (facts["files"], facts["documents"], facts["tokens"], facts["teacher_rows"]) == (1, 1, 20, 14)
-    assert (facts["padding"], facts["prenorm"], facts["skipped"], facts["rejected"]) == (0, 0, [], {})
+    assert (facts["files"], facts["documents"], facts["tokens"], facts["teacher_rows"]) == (
+        1,
+        1,
+        20,
+        14,
+    )
+    assert (facts["padding"], facts["prenorm"], facts["skipped"], facts["rejected"]) == (
+        0,
+        0,
+        [],
+        {},
+    )
     assert "imported" in Store(tmp_path / "store").inputs
 
 
@@ -116,17 +137,29 @@ def test_files_in_natural_order(tmp_path, weights):
     numbers = [0, 2, 9, 10, 1999, 2000, 10000]
     for n in numbers:
         first = n // 2000 * 2000
-        save(document(6 + numbers.index(n), weights), tmp_path / f"rows_{first}-{first + 2000}" / f"data_{n}.ckpt")
+        save(
+            document(6 + numbers.index(n), weights),
+            tmp_path / f"rows_{first}-{first + 2000}" / f"data_{n}.ckpt",
+        )
     _, found = imported(tmp_path, tmp_path / "store", weights)
     assert [len(found[key].input_ids) for key in sorted(found)] == [6, 7, 8, 9, 10, 11, 12]
 
 
 def pad(written, rows, states):
-    """As SpecForge's collator does: id 0, not supervised; hidden states where `states` says what they are."""
+    """As SpecForge's collator does: id 0, not supervised; hidden states where `states` says what
+    they are.
+    """
     n = len(written["input_ids"])
-    padded = {name: torch.cat([written[name], torch.zeros(rows).long()]) for name in ("input_ids", "loss_mask")}
+    padded = {
+        name: torch.cat([written[name], torch.zeros(rows).long()])
+        for name in ("input_ids", "loss_mask")
+    }
     for name in ("hidden_state", "aux_hidden_state"):
-        tail = written[name][:, :rows] if states == "computed" else torch.zeros_like(written[name][:, :rows])
+        tail = (
+            written[name][:, :rows]
+            if states == "computed"
+            else torch.zeros_like(written[name][:, :rows])
+        )
         padded[name] = written[name] if states == "none" else torch.cat([written[name], tail], 1)
     return padded, n
 
@@ -143,7 +176,9 @@ def test_rows_that_the_target_never_computed_are_trimmed(tmp_path, weights, stat
 
 
 def test_rows_that_the_target_computed_stay(tmp_path, weights):
-    """What SpecForge's SGLang capture makes of padding, it also trains on; real zeros of id 0 look the same."""
+    """What SpecForge's SGLang capture makes of padding, it also trains on; real zeros of id 0 look
+    the same.
+    """
     padded, n = pad(document(20, weights), 7, "computed")
     save(padded, tmp_path / "rows_0-2000" / "data_0.ckpt")
     facts, found = imported(tmp_path, tmp_path / "store", weights)
@@ -169,24 +204,36 @@ def test_states_from_before_the_norm_are_normalised(tmp_path, weights):
 
 
 def head_with(fixture, last, argmax):
-    """A head [4096,H] with the fixture's rows of the draft vocabulary, whose argmax for `last` is as stored there.
+    """A head [4096,H] with the fixture's rows of the draft vocabulary, whose argmax for `last` is
+    as stored there.
 
-    The fixture leaves out the head's other rows; each that is an argmax somewhere is made to point there.
+    The fixture leaves out the head's other rows; each that is an argmax somewhere is made to point
+    there.
     """
     head = torch.zeros(4096, last.shape[1])
     head[fixture.draft.t2d] = fixture.draft_head
     outside = ~fixture.draft.t2d[argmax]
     best = (last @ fixture.draft_head.T).amax()
-    head.index_add_(0, argmax[outside], 1.3 * best * last[outside] / last[outside].square().sum(1, keepdim=True))
+    head.index_add_(
+        0, argmax[outside], 1.3 * best * last[outside] / last[outside].square().sum(1, keepdim=True)
+    )
     return head
 
 
 @pytest.mark.parametrize(
-    ("name", "form"), [("full", "postnorm"), ("full", "prenorm"), ("padded", "postnorm"), ("padded", "attention_mask")]
+    ("name", "form"),
+    [
+        ("full", "postnorm"),
+        ("full", "prenorm"),
+        ("padded", "postnorm"),
+        ("padded", "attention_mask"),
+    ],
 )
 @torch.no_grad()
 def test_losses_are_those_of_specforge(tmp_path, name, form):
-    """Its own numbers on fixed inputs (data/specforge/make.py), through its files, the conversion and the store."""
+    """Its own numbers on fixed inputs (data/specforge/make.py), through its files, the conversion
+    and the store.
+    """
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
     fixture = Fixture(name, expected["lengths"])
     arrays, norm = fixture.arrays, bf16(fixture.arrays["target_norm"])
@@ -208,19 +255,30 @@ def test_losses_are_those_of_specforge(tmp_path, name, form):
     _, found = imported(tmp_path, tmp_path / "store", weights)
 
     documents = [found[0], found[1]]
-    batch = pack([(d.key, d.input_ids, d.loss_mask) for d in documents], fixture.draft.t2d, TTT_STEPS, shifted)
-    features = concatenate([d.features for d in documents])
+    batch = pack(
+        documents,
+        fixture.draft.t2d,
+        TTT_STEPS,
+        shifted,
+    )
+    features = concatenate_features([d.features for d in documents])
     assert torch.equal(features.argmax, teachers.argmax)
     hidden = unroll(fixture.draft, fixture.embedding, features.aux_hidden_states, batch)
-    out = SoftTargetLoss(kl, GAMMA)(fixture.draft, hidden, features, batch, weights.head[fixture.draft.t2d])
-    assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(expected["step_loss"], rel=1e-5)
+    out = SoftTargetLoss(kl, GAMMA)(
+        fixture.draft, hidden, features, batch, weights.head[fixture.draft.t2d]
+    )
+    assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(
+        expected["step_loss"], rel=1e-5
+    )
     assert (out.loss / batch.normaliser).item() == pytest.approx(expected["loss"], rel=1e-5)
     assert out.step_correct.tolist() == expected["correct"]
 
 
 @pytest.mark.parametrize("name", ["full", "padded"])
 def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
-    """The command a user types, with no tokenizer and no more of a target than embedding, norm and head."""
+    """The command a user types, with no tokenizer and no more of a target than embedding, norm and
+    head.
+    """
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
     fixture = Fixture(name, expected["lengths"])
     arrays, norm = fixture.arrays, bf16(fixture.arrays["target_norm"])
@@ -239,8 +297,15 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
     )  # fmt: skip
     config.save_pretrained(tmp_path / "T")
     head = head_with(fixture, fixture.features.last_hidden_states, fixture.features.argmax)
-    tensors = {"model.embed_tokens.weight": fixture.embedding, "lm_head.weight": head, "model.norm.weight": norm}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "T" / "model.safetensors")
+    tensors = {
+        "model.embed_tokens.weight": fixture.embedding,
+        "lm_head.weight": head,
+        "model.norm.weight": norm,
+    }
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        tmp_path / "T" / "model.safetensors",
+    )
     write_draft(fixture.draft, tmp_path / "D", config, [1, 3, 4])
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
@@ -252,7 +317,9 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
     told = json.loads((tmp_path / "imported" / "run.json").read_text())["inputs"]["imported"]
     assert told["documents"] == 2 and told["prenorm"] == told["padding"] == 0
     run(overrides, tmp_path / "run")
-    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (row,) = (
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
     steps = [row[f"loss/step_{k}"] for k in range(TTT_STEPS)]
     assert steps == pytest.approx(expected["step_loss"], rel=1e-5)
     assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -279,7 +346,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, weights, write):
     path = save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt")
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
     write(path, tmp_path / "executed", weights)
-    with pytest.raises(RunError, match=r"data_0.ckpt is not loaded because it may run code \(.*(system|pickle).*\)"):
+    with pytest.raises(
+        RunError, match=r"data_0.ckpt is not loaded because it may run code \(.*(system|pickle).*\)"
+    ):
         imported(tmp_path, tmp_path / "store", weights)
     facts, found = imported(tmp_path, tmp_path / "store2", weights, on_damage="skip")
     assert list(found) == [1] and facts["rejected"] == {"is not loaded because it may run code": 1}
@@ -300,7 +369,9 @@ def flip(path, written):
 
 def change(**changes):
     def damage(path, written):
-        save({name: value for name, value in (written | changes).items() if value is not None}, path)
+        save(
+            {name: value for name, value in (written | changes).items() if value is not None}, path
+        )
 
     return damage
 
@@ -317,23 +388,43 @@ DAMAGES = {
     "empty": (lambda path, written: path.write_bytes(b""), "truncated or damaged"),
     "truncated": (truncate, "truncated or damaged"),
     "flipped bit": (flip, "does not match its checksum"),
-    "no archive": (lambda path, written: path.write_bytes(b"hidden states"), "truncated or damaged"),
+    "no archive": (
+        lambda path, written: path.write_bytes(b"hidden states"),
+        "truncated or damaged",
+    ),
     "no dict": (lambda path, written: save([1], path), "holds no dict"),
     "no aux": (change(aux_hidden_state=None), "lacks tensors.*--enable-aux-hidden-states"),
     "no ids": (change(input_ids=None), r"lacks tensors \(input_ids\)"),
-    "short states": (lambda path, w: change(hidden_state=w["hidden_state"][:, :-1])(path, w), "shapes that do not fit"),
+    "short states": (
+        lambda path, w: change(hidden_state=w["hidden_state"][:, :-1])(path, w),
+        "shapes that do not fit",
+    ),
     "tokens without states": (
-        lambda path, w: change(**{k: w[k][:, :-5] for k in ("hidden_state", "aux_hidden_state")})(path, w),
+        lambda path, w: change(**{k: w[k][:, :-5] for k in ("hidden_state", "aux_hidden_state")})(
+            path, w
+        ),
         "tokens without hidden states",
     ),
     "two documents": (change(loss_mask=torch.ones(2, 20).long()), "shapes that do not fit"),
-    "other target": (change(hidden_state=torch.ones(1, 20, H // 2)), "another size than the target"),
-    "two aux layers": (change(aux_hidden_state=torch.ones(1, 20, 2 * H)), "another size than the target"),
+    "other target": (
+        change(hidden_state=torch.ones(1, 20, H // 2)),
+        "another size than the target",
+    ),
+    "two aux layers": (
+        change(aux_hidden_state=torch.ones(1, 20, 2 * H)),
+        "another size than the target",
+    ),
     "ids too high": (change(input_ids=torch.full((20,), V)), "ids outside the target's vocabulary"),
-    "ids negative": (change(input_ids=torch.full((20,), -1)), "ids outside the target's vocabulary"),
+    "ids negative": (
+        change(input_ids=torch.full((20,), -1)),
+        "ids outside the target's vocabulary",
+    ),
     "float ids": (change(input_ids=torch.ones(20)), "unexpected dtype"),
     "odd mask": (change(loss_mask=torch.full((20,), 2)), "not 0 and 1"),
-    "left padding": (change(attention_mask=(torch.arange(20) > 3).long()), "no padding on the right"),
+    "left padding": (
+        change(attention_mask=(torch.arange(20) > 3).long()),
+        "no padding on the right",
+    ),
     "NaN": (with_nan("hidden_state"), r"NaN or infinite \(hidden_state\)"),
     "NaN in aux": (with_nan("aux_hidden_state"), r"NaN or infinite \(aux_hidden_state\)"),
 }
@@ -346,13 +437,19 @@ def test_damage_fails_or_is_skipped(tmp_path, weights, kind):
     for i in range(3):
         save(document(20, weights, i), source / f"data_{i}.ckpt")
     damage(source / "data_1.ckpt", document(20, weights, 1))
-    with pytest.raises(RunError, match=rf"data_1.ckpt .*{sentence}.*hidden_states.on_damage=skip") as raised:
+    with pytest.raises(
+        RunError, match=rf"data_1.ckpt .*{sentence}.*hidden_states.on_damage=skip"
+    ) as raised:
         imported(tmp_path, tmp_path / "store", weights)
     assert "\n" not in str(raised.value)
     facts, found = imported(tmp_path, tmp_path / "store", weights, on_damage="skip")
-    assert list(found) == [0, 2] and facts["documents"] == 2 and sum(facts["rejected"].values()) == 1
+    assert (
+        list(found) == [0, 2] and facts["documents"] == 2 and sum(facts["rejected"].values()) == 1
+    )
     assert facts["skipped"][0]["file"] == str(source / "data_1.ckpt")
-    listed = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
+    listed = [
+        json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()
+    ]
     assert listed == facts["skipped"]
 
 
@@ -366,8 +463,13 @@ def test_damaged_gzip(tmp_path, weights):
 
 
 def test_documents_without_a_supervised_token_are_counted(tmp_path, weights):
-    save(document(20, weights) | {"loss_mask": torch.arange(20) // 19}, tmp_path / "rows_0-2000" / "data_0.ckpt")
-    with pytest.raises(RunError, match=r"no file in .* gives a document; .*data_0.ckpt, for one, has no supervised"):
+    save(
+        document(20, weights) | {"loss_mask": torch.arange(20) // 19},
+        tmp_path / "rows_0-2000" / "data_0.ckpt",
+    )
+    with pytest.raises(
+        RunError, match=r"no file in .* gives a document; .*data_0.ckpt, for one, has no supervised"
+    ):
         imported(tmp_path, tmp_path / "store", weights)
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
     facts, found = imported(tmp_path, tmp_path / "store2", weights)

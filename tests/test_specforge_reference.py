@@ -1,7 +1,9 @@
-"""The trainer with `loss/mask=shifted` against numbers of SpecForge's EAGLE3 core (specforge 0.2.0, fp32, CPU).
+"""The trainer with `loss/mask=shifted` against numbers of SpecForge's EAGLE3 core (specforge 0.2.0,
+fp32, CPU).
 
-A draft of hidden size 256, two documents of 256 tokens of noise, seven steps; data/specforge/make.py says where the
-numbers are from. The vocabulary of the target is 4096, that of the draft 1024.
+A draft of hidden size 256, two documents of 256 tokens of noise, seven steps;
+data/specforge/make.py says where the numbers are from. The vocabulary of the target is 4096, that
+of the draft 1024.
 """
 
 import json
@@ -12,12 +14,10 @@ import pytest
 import torch
 from reference import relative_error
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import shifted
-from eagle3.draft.attention import Auto
+from eagle3.batch import Document, Features, pack, shifted
+from eagle3.draft.flash import Auto
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.target.features import Features
 from eagle3.ttt import unroll
 
 FOLDER = Path(__file__).parent / "data" / "specforge"
@@ -25,14 +25,23 @@ TTT_STEPS, GAMMA = 7, 0.8
 
 
 def fold(gradient: torch.Tensor) -> torch.Tensor:
-    """fp32 [256]: sums of the entries under random signs, which keep the norm of an error on average."""
+    """fp32 [256]: sums of the entries under random signs, which keep the norm of an error on
+    average.
+    """
     signs = np.random.RandomState(0).randint(0, 2, gradient.numel()) * 2 - 1
-    return (gradient.detach().double().flatten() * torch.from_numpy(signs)).view(-1, 256).sum(0).float()
+    return (
+        (gradient.detach().double().flatten() * torch.from_numpy(signs))
+        .view(-1, 256)
+        .sum(0)
+        .float()
+    )
 
 
 def bf16(planes: np.ndarray) -> torch.Tensor:
     """High and low bytes uint8 [2, ...] of bf16 numbers -> fp32 [...]."""
-    return torch.from_numpy(((planes[0].astype(np.int32) << 24) | (planes[1].astype(np.int32) << 16)).view(np.float32))
+    return torch.from_numpy(
+        ((planes[0].astype(np.int32) << 24) | (planes[1].astype(np.int32) << 16)).view(np.float32)
+    )
 
 
 class Fixture:
@@ -47,23 +56,32 @@ class Fixture:
         weights = {key[6:]: bf16(arrays[key]) for key in arrays.files if key.startswith("draft.")}
         self.draft.load_state_dict(weights | {"t2d": t2d, "d2t": d2t})
         self.embedding = torch.zeros(4096, 256)
-        self.embedding[torch.from_numpy(arrays["used_ids"]).long()] = bf16(arrays["used_embeddings"])
+        self.embedding[torch.from_numpy(arrays["used_ids"]).long()] = bf16(
+            arrays["used_embeddings"]
+        )
         self.draft_head = bf16(arrays["draft_head"])
 
         def packed(rows: torch.Tensor) -> torch.Tensor:
             return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
-        ids, mask = torch.from_numpy(arrays["input_ids"]), torch.from_numpy(arrays[f"{name}.loss_mask"])
+        ids, mask = (
+            torch.from_numpy(arrays["input_ids"]),
+            torch.from_numpy(arrays[f"{name}.loss_mask"]),
+        )
         documents = [(i, ids[i, :length], mask[i, :length]) for i, length in enumerate(lengths)]
-        self.batch = pack(documents, t2d, TTT_STEPS, shifted)
+        self.batch = pack([Document(*d) for d in documents], t2d, TTT_STEPS, shifted)
         prenorm = packed(bf16(arrays["last_hidden_prenorm"]))[self.batch.teacher_rows]
         last = torch.nn.functional.rms_norm(prenorm, (256,), bf16(arrays["target_norm"]), 1e-5)
         argmax = packed(torch.from_numpy(arrays["argmax"]).long())[self.batch.teacher_rows]
-        self.features = Features(packed(bf16(arrays["aux_hidden_states"])), last, argmax, torch.zeros(len(argmax)))
+        self.features = Features(
+            packed(bf16(arrays["aux_hidden_states"])), last, argmax, torch.zeros(len(argmax))
+        )
 
     def __call__(self):
         hidden = unroll(self.draft, self.embedding, self.features.aux_hidden_states, self.batch)
-        out = SoftTargetLoss(kl, GAMMA)(self.draft, hidden, self.features, self.batch, self.draft_head)
+        out = SoftTargetLoss(kl, GAMMA)(
+            self.draft, hidden, self.features, self.batch, self.draft_head
+        )
         return out, out.loss / self.batch.normaliser
 
 
@@ -78,7 +96,9 @@ def test_losses_and_gradients(expected, name):
     fixture = Fixture(name, case["lengths"])
     out, loss = fixture()
     loss.backward()
-    assert (out.step_loss / fixture.batch.normaliser).tolist() == pytest.approx(case["step_loss"], rel=1e-5)
+    assert (out.step_loss / fixture.batch.normaliser).tolist() == pytest.approx(
+        case["step_loss"], rel=1e-5
+    )
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     assert out.step_correct.tolist() == case["correct"]
     assert fixture.batch.pair_counts == case["supervised"]
@@ -89,10 +109,14 @@ def test_losses_and_gradients(expected, name):
 
 def test_ten_updates_of_adamw(expected):
     fixture = Fixture("full", [256, 256])
-    optimizer = torch.optim.AdamW(fixture.draft.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        fixture.draft.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+    )
     for losses in expected["adamw_trajectory"]:
         out, loss = fixture()
-        assert [*(out.step_loss / fixture.batch.normaliser).tolist(), loss.item()] == pytest.approx(losses, rel=1e-4)
+        assert [*(out.step_loss / fixture.batch.normaliser).tolist(), loss.item()] == pytest.approx(
+            losses, rel=1e-4
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,6 @@
-"""The store of hidden states: what comes back, what happens to damaged, cut and missing files, and who may write."""
+"""The store of hidden states: what comes back, what happens to damaged, cut and missing files, and
+who may write.
+"""
 
 import errno
 import json
@@ -16,19 +18,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from eagle3.batch import Document, Features
+from eagle3.batch import concatenate_features as concatenate
 from eagle3.errors import RunError
-from eagle3.target import growing as growing_module
-from eagle3.target import shard as shard_module
-from eagle3.target import store as store_module
-from eagle3.target.features import Features
-from eagle3.target.growing import Growing
-from eagle3.target.quantise import GROUP, dequantise, finite, quantise
-from eagle3.target.store import (
+from eagle3.hidden_states import growing as growing_module
+from eagle3.hidden_states import shards as shard_module
+from eagle3.hidden_states import store as store_module
+from eagle3.hidden_states.growing import Growing
+from eagle3.hidden_states.int8 import GROUP, dequantise, finite, quantise
+from eagle3.hidden_states.store import (
     DTYPES,
-    Document,
     Store,
     check_inputs,
-    concatenate,
     document_bytes,
     finish,
     shard_is_complete,
@@ -40,7 +41,9 @@ HIDDEN = 48  # A = 144: one whole group and a shorter one
 HIDDEN_STATES = ("aux_hidden_states", "last_hidden_states")
 
 
-def document(key: int, length: int = 0, hidden_size: int = HIDDEN, kind: torch.dtype = torch.float32) -> Document:
+def document(
+    key: int, length: int = 0, hidden_size: int = HIDDEN, kind: torch.dtype = torch.float32
+) -> Document:
     """Random, the same for the same arguments; every fifth has no supervised token."""
     generator = torch.Generator().manual_seed(key)
     n = length or 3 + key % 11
@@ -54,7 +57,9 @@ def document(key: int, length: int = 0, hidden_size: int = HIDDEN, kind: torch.d
         torch.randint(0, 1 << 17, (u,), generator=generator),
         torch.randn(u, generator=generator),
     )
-    return Document(key, torch.randint(0, 1 << 17, (n,), generator=generator, dtype=torch.int32), mask, features)
+    return Document(
+        key, torch.randint(0, 1 << 17, (n,), generator=generator, dtype=torch.int32), mask, features
+    )
 
 
 def equal(one: Document, other: Document, states: bool = True) -> bool:
@@ -116,7 +121,10 @@ def test_round_trip_is_exact(tmp_path, dtype, kind):
         assert torch.equal(ids, other.input_ids) and torch.equal(mask, other.loss_mask)
     by_key = sorted(documents, key=lambda d: d.key)
     assert store.keys.tolist() == [d.key for d in by_key]
-    assert store.lengths.tolist() == [len(d.input_ids) for d in by_key] and store.lengths.dtype == np.int64
+    assert (
+        store.lengths.tolist() == [len(d.input_ids) for d in by_key]
+        and store.lengths.dtype == np.int64
+    )
     assert store.supervised.tolist() == [int(d.loss_mask.sum()) for d in by_key]
     assert store.verify() == []
 
@@ -124,12 +132,18 @@ def test_round_trip_is_exact(tmp_path, dtype, kind):
 def test_bf16_rounds_and_int8_is_bounded(tmp_path):
     for dtype in ("bf16", "int8"):
         documents = make(tmp_path / dtype, dtype, torch.float32)
-        for one, other in zip(Store(tmp_path / dtype).load([d.key for d in documents]), documents, strict=True):
+        for one, other in zip(
+            Store(tmp_path / dtype).load([d.key for d in documents]), documents, strict=True
+        ):
             assert equal(one, other, states=False)
-            assert torch.equal(one.features.last_hidden_states, other.features.last_hidden_states.bfloat16())
+            assert torch.equal(
+                one.features.last_hidden_states, other.features.last_hidden_states.bfloat16()
+            )
             assert one.features.aux_hidden_states.dtype == torch.bfloat16
             if dtype == "bf16":
-                assert torch.equal(one.features.aux_hidden_states, other.features.aux_hidden_states.bfloat16())
+                assert torch.equal(
+                    one.features.aux_hidden_states, other.features.aux_hidden_states.bfloat16()
+                )
             else:
                 within_bound(one.features.aux_hidden_states, other.features.aux_hidden_states)
 
@@ -143,7 +157,9 @@ def within_bound(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("width", [12, 128, 144, 384, 3000])
 def test_int8_bound_holds_for_any_states(width):
     torch.manual_seed(0)
-    states = torch.randn(300, width) * torch.logspace(-30, 30, 300)[:, None] * torch.rand(width).pow(8)
+    states = (
+        torch.randn(300, width) * torch.logspace(-30, 30, 300)[:, None] * torch.rand(width).pow(8)
+    )
     states[5], states[6, width // 2 :] = 0, 0
     states[7] = torch.arange(width) % 255 - 127.0
     for wanted in (states, states.bfloat16()):
@@ -151,7 +167,9 @@ def test_int8_bound_holds_for_any_states(width):
         assert values.dtype == torch.int8 and scales.shape == (300, -(-width // GROUP))
         within_bound(dequantise(values, scales), wanted)
         largest = torch.stack([g.abs().amax(1) for g in wanted.float().split(GROUP, 1)], 1)
-        assert (scales.double() * 127 >= largest.double() * (1 - 1e-7)).all() and values.abs().max() <= 127
+        assert (
+            scales.double() * 127 >= largest.double() * (1 - 1e-7)
+        ).all() and values.abs().max() <= 127
 
 
 def test_sizes_are_exact_and_int8_is_small(tmp_path):
@@ -162,22 +180,35 @@ def test_sizes_are_exact_and_int8_is_small(tmp_path):
         for number in range(3):
             part = documents[6 * number : 6 * number + 6]
             start, header = layout(shard(tmp_path / dtype, number))
-            fixed = start + header["head_checksum"]["data_offsets"][1] - header["head_checksum"]["data_offsets"][0]
+            fixed = (
+                start
+                + header["head_checksum"]["data_offsets"][1]
+                - header["head_checksum"]["data_offsets"][0]
+            )
             lengths = np.array([len(d.input_ids) for d in part], np.int32)
             rows = np.array([len(d.features.argmax) for d in part], np.int32)
             sizes = document_bytes(lengths, rows, HIDDEN, dtype)
             assert sizes.dtype == np.int64
             assert shard(tmp_path / dtype, number).stat().st_size == fixed + sizes.sum()
-            assert sizes.tolist() == [document_bytes(int(n), int(u), HIDDEN, dtype) for n, u in zip(lengths, rows)]
+            assert sizes.tolist() == [
+                document_bytes(int(n), int(u), HIDDEN, dtype) for n, u in zip(lengths, rows)
+            ]
     assert document_bytes(1000, 620, 4096, "int8") / 1000 <= 20_000
-    assert document_bytes(np.array([1 << 20], np.int32), np.array([1 << 20], np.int32), 4096, "fp32")[0] > 1 << 32
+    assert (
+        document_bytes(np.array([1 << 20], np.int32), np.array([1 << 20], np.int32), 4096, "fp32")[
+            0
+        ]
+        > 1 << 32
+    )
 
 
 def test_safetensors_reads_a_shard(tmp_path):
     documents = make(tmp_path, "fp32", torch.float32)[:6]
     tensors = load_file(shard(tmp_path, 0))
     assert tensors["keys"].tolist() == [d.key for d in documents]
-    assert np.array_equal(tensors["aux_hidden_states"], torch.cat([d.features.aux_hidden_states for d in documents]))
+    assert np.array_equal(
+        tensors["aux_hidden_states"], torch.cat([d.features.aux_hidden_states for d in documents])
+    )
     assert np.array_equal(tensors["loss_mask"], torch.cat([d.loss_mask for d in documents]))
     for name in tensors:
         start, header = layout(shard(tmp_path, 0))
@@ -239,10 +270,21 @@ def test_a_flipped_byte_damages_one_document(tmp_path, dtype):
     documents = make(tmp_path, dtype)[6:12]
     path = shard(tmp_path, 1)
     start, header = layout(path)
-    for name in ("input_ids", "loss_mask", *HIDDEN_STATES, "argmax", "logsumexp", *["aux_scales"] * (dtype == "int8")):
+    for name in (
+        "input_ids",
+        "loss_mask",
+        *HIDDEN_STATES,
+        "argmax",
+        "logsumexp",
+        *["aux_scales"] * (dtype == "int8"),
+    ):
         first, end = header[name]["data_offsets"]
         rows = [
-            len(d.input_ids if header[name]["shape"][0] == header["input_ids"]["shape"][0] else d.features.argmax)
+            len(
+                d.input_ids
+                if header[name]["shape"][0] == header["input_ids"]["shape"][0]
+                else d.features.argmax
+            )
             for d in documents
         ]
         for victim in (i for i in range(6) if rows[i]):
@@ -264,12 +306,17 @@ def test_a_damaged_document_fails_by_default(tmp_path):
     flip(shard(tmp_path, 1), start + header["input_ids"]["data_offsets"][0])
     store, key = Store(tmp_path), documents[6].key
     for read in (lambda: store.load([documents[0].key, key]), lambda: store.document(key)):
-        with pytest.raises(RunError, match=rf"^document {key} cannot be read: .*shard_000001.*on_damage=skip.*again$"):
+        with pytest.raises(
+            RunError,
+            match=rf"^document {key} cannot be read: .*shard_000001.*on_damage=skip.*again$",
+        ):
             read()
     (wrong,) = store.verify()
     assert wrong.startswith(f"document {key} cannot be read: ")
     skipping = Store(tmp_path, "skip")
-    assert [d.key for d in skipping.load([documents[6].key, documents[7].key])] == [documents[7].key]
+    assert [d.key for d in skipping.load([documents[6].key, documents[7].key])] == [
+        documents[7].key
+    ]
     assert list(skipping.damaged) == [key] and "checksum" in skipping.damaged[key]
     assert skipping.load([key]) == []
 
@@ -304,23 +351,33 @@ def test_missing_cut_and_exchanged_shards(tmp_path):
     check("6 documents cannot be read: .*shard_000002.safetensors is missing")
     for size in (0, 5, 100, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(RunError, match=f"6 documents cannot be read: .* has {size} bytes, not {len(content)}"):
+        with pytest.raises(
+            RunError, match=f"6 documents cannot be read: .* has {size} bytes, not {len(content)}"
+        ):
             Store(tmp_path)
         assert damaged_by(tmp_path) == lost
     path.write_bytes(content + b"x")
     assert damaged_by(tmp_path) == lost
-    write_shard(tmp_path, 2, [document(d.key + 1000, len(d.input_ids)) for d in documents[12:]], "bf16")
+    write_shard(
+        tmp_path, 2, [document(d.key + 1000, len(d.input_ids)) for d in documents[12:]], "bf16"
+    )
     assert damaged_by(tmp_path) == lost
     path.write_bytes(content)
     store = Store(tmp_path, "skip")
     os.truncate(path, len(content) // 2)
-    assert {d.key for d in store.load(store.keys.tolist())} | set(store.damaged) == set(store.keys.tolist())
+    assert {d.key for d in store.load(store.keys.tolist())} | set(store.damaged) == set(
+        store.keys.tolist()
+    )
     assert set(store.damaged) == lost
 
 
 def test_a_failing_disk_is_damage_and_too_many_files_are_not(tmp_path, monkeypatch):
     documents = make(tmp_path)
-    store, read, error = Store(tmp_path, "skip"), os.preadv, OSError(errno.EIO, "Input/output error")
+    store, read, error = (
+        Store(tmp_path, "skip"),
+        os.preadv,
+        OSError(errno.EIO, "Input/output error"),
+    )
 
     def preadv(descriptor, buffers, start):
         if start > 3000:
@@ -329,7 +386,10 @@ def test_a_failing_disk_is_damage_and_too_many_files_are_not(tmp_path, monkeypat
 
     store.load([documents[0].key])
     monkeypatch.setattr(os, "preadv", preadv)
-    assert store.load([documents[0].key]) == [] and "Input/output error" in store.damaged[documents[0].key]
+    assert (
+        store.load([documents[0].key]) == []
+        and "Input/output error" in store.damaged[documents[0].key]
+    )
     error = OSError(errno.EMFILE, "Too many open files")
     with pytest.raises(OSError, match="Too many"):
         store.load([documents[1].key])
@@ -342,18 +402,24 @@ def test_damaged_index(tmp_path, name):
     for place in range(0, path.stat().st_size, 13):
         flip(path, place)
         for on_damage in ("fail", "skip"):
-            with pytest.raises(RunError, match=r"^the index of the store in .* is damaged; .* capture again$"):
+            with pytest.raises(
+                RunError, match=r"^the index of the store in .* is damaged; .* capture again$"
+            ):
                 Store(tmp_path, on_damage)
         flip(path, place)
     Store(tmp_path)
     path.unlink()
-    with pytest.raises(RunError, match=rf"{name} is missing: the store was not finished; capture again"):
+    with pytest.raises(
+        RunError, match=rf"{name} is missing: the store was not finished; capture again"
+    ):
         Store(tmp_path)
 
 
 def test_finish_names_what_is_missing_or_doubled(tmp_path):
     write_shard(tmp_path, 0, [document(1), document(2)], "fp32")
-    with pytest.raises(RunError, match=r"shard_000001.safetensors is missing; delete it and capture again"):
+    with pytest.raises(
+        RunError, match=r"shard_000001.safetensors is missing; delete it and capture again"
+    ):
         finish(tmp_path, INPUTS, 2)
     write_shard(tmp_path, 1, [document(2)], "fp32")
     with pytest.raises(RunError, match=r"document 2 is in several shards"):
@@ -369,7 +435,9 @@ def test_finish_names_what_is_missing_or_doubled(tmp_path):
 
 def write_every_other(folder: Path, first: int) -> None:
     for number in range(first, 6, 2):
-        write_shard(folder, number, [document(i, 50) for i in range(10 * number, 10 * number + 10)], "int8")
+        write_shard(
+            folder, number, [document(i, 50) for i in range(10 * number, 10 * number + 10)], "int8"
+        )
 
 
 def test_two_processes_write_what_one_does(tmp_path):
@@ -382,7 +450,9 @@ def test_two_processes_write_what_one_does(tmp_path):
     assert not shard_is_complete(tmp_path / "one", 5) and shard_is_complete(tmp_path / "two", 5)
     write_every_other(tmp_path / "one", 0)
     write_every_other(tmp_path / "one", 1)
-    (tmp_path / "two" / "shard_000003.safetensors.0123abcd.tmp").write_bytes(b"left by a killed writer")
+    (tmp_path / "two" / "shard_000003.safetensors.0123abcd.tmp").write_bytes(
+        b"left by a killed writer"
+    )
     assert finish(tmp_path / "one", INPUTS, 6) == finish(tmp_path / "two", INPUTS, 6)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(names) == 8
@@ -447,16 +517,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_check_inputs():
     check_inputs(
-        INPUTS, {"model": {"aux_layer_ids": (1, 3, 4), "path": "tiny"}, "hidden_states": {"dtype": "bf16"}}, "x"
+        INPUTS,
+        {"model": {"aux_layer_ids": (1, 3, 4), "path": "tiny"}, "hidden_states": {"dtype": "bf16"}},
+        "x",
     )
-    other = {"model": {"path": "tiny", "aux_layer_ids": [0, 1, 2]}, "hidden_states": {"dtype": "int8"}}
+    other = {
+        "model": {"path": "tiny", "aux_layer_ids": [0, 1, 2]},
+        "hidden_states": {"dtype": "int8"},
+    }
     with pytest.raises(RunError) as caught:
         check_inputs(INPUTS, other, Path("/data/store"))
     assert str(caught.value) == (
         "the store in /data/store was made with model.aux_layer_ids=[1, 3, 4], this run has "
         "model.aux_layer_ids=[0, 1, 2]; make them agree or set hidden_states.path to another folder"
     )
-    with pytest.raises(RunError, match=r"was made with no revision, this run has revision=\"main\";"):
+    with pytest.raises(
+        RunError, match=r"was made with no revision, this run has revision=\"main\";"
+    ):
         check_inputs({}, {"revision": "main"}, Path("x"))
     with pytest.raises(RunError, match=r"was made with a\.b=null, this run has no a\.b;"):
         check_inputs({"a": {"b": None}}, {}, Path("x"))
@@ -466,7 +543,9 @@ def test_concatenate():
     parts = [document(key).features for key in (1, 4, 7)]
     joined = concatenate(parts)
     for name in (*HIDDEN_STATES, "argmax", "logsumexp"):
-        assert torch.equal(getattr(joined, name), torch.cat([getattr(part, name) for part in parts]))
+        assert torch.equal(
+            getattr(joined, name), torch.cat([getattr(part, name) for part in parts])
+        )
     mixed = concatenate([document(1).features, document(2, kind=torch.bfloat16).features])
     assert mixed.aux_hidden_states.dtype == torch.float32 and mixed.argmax.dtype == torch.int64
 
@@ -491,7 +570,9 @@ def test_growing_is_found_again(tmp_path):
     other = Growing(tmp_path, "bf16", 1 << 30, INPUTS, rank=1, shard_bytes=60_000)
     for store in (growing, other):
         found = store.load([5, 999, 2, *range(30)])
-        assert sorted(found) == list(range(30)) and all(equal(found[i], documents[i]) for i in found)
+        assert sorted(found) == list(range(30)) and all(
+            equal(found[i], documents[i]) for i in found
+        )
     other.add([documents[3], document(50, kind=torch.bfloat16)])
     other.close()
     again = Growing(tmp_path, "bf16", 1 << 30, INPUTS)
@@ -499,7 +580,8 @@ def test_growing_is_found_again(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == shards + 1
     again.close()
     with pytest.raises(
-        RunError, match=r"the store in .* was made with model.path=\"tiny\", this run has model.path=1;"
+        RunError,
+        match=r"the store in .* was made with model.path=\"tiny\", this run has model.path=1;",
     ):
         Growing(tmp_path, "bf16", 1 << 30, {"model": {"path": 1}})
 
@@ -535,7 +617,9 @@ def test_growing_never_exceeds_its_budget(tmp_path, budget):
         with own[0].disk:
             return sum(path.stat().st_size for path in tmp_path.iterdir())
 
-    own = [Growing(tmp_path, "bf16", budget + 300, INPUTS, rank, shard_bytes=30_000) for rank in (0, 1)]
+    own = [
+        Growing(tmp_path, "bf16", budget + 300, INPUTS, rank, shard_bytes=30_000) for rank in (0, 1)
+    ]
     for i in range(100):
         own[i % 2].add([document(i, 30)])
         assert used() <= budget + 300
@@ -587,7 +671,10 @@ def test_growing_reports_what_the_writer_ran_into(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     growing.add([document(1)])
     wait_for(lambda: growing.error)
-    with pytest.raises(RunError, match=r"^hidden states cannot be written to .* \(No space left on device\); .*disk$"):
+    with pytest.raises(
+        RunError,
+        match=r"^hidden states cannot be written to .* \(No space left on device\); .*disk$",
+    ):
         growing.add([document(2)])
     assert growing.full and sorted(growing.load([0, 1, 2])) == [0]
     growing.add([document(3)])
@@ -617,13 +704,17 @@ def test_growing_after_a_kill(tmp_path):
     growing = Growing(tmp_path, "bf16", 1 << 30, INPUTS)
     assert growing.notes == [] and len(growing) >= 4 and not list(tmp_path.glob("*.tmp"))
     found = growing.load(list(range(len(growing))))
-    assert all(found[i].input_ids.equal(document(i, 400).input_ids) for i in found) and len(found) == len(growing)
+    assert all(found[i].input_ids.equal(document(i, 400).input_ids) for i in found) and len(
+        found
+    ) == len(growing)
     growing.close()
 
 
 def test_one_run_at_a_time_keeps_into_a_folder(tmp_path):
     first = Growing(tmp_path, "bf16", 1 << 30, INPUTS)
-    with pytest.raises(RunError, match=r"another run is keeping hidden states in .*hidden_states\.path"):
+    with pytest.raises(
+        RunError, match=r"another run is keeping hidden states in .*hidden_states\.path"
+    ):
         Growing(tmp_path, "bf16", 1 << 30, INPUTS)
     Growing(tmp_path, "bf16", 1 << 30, INPUTS, rank=1).close()
     first.close()

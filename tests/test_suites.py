@@ -1,4 +1,6 @@
-"""Suites and protocols: what the target is asked, on small files of the schema that the hub's data sets have."""
+"""Suites and protocols: what the target is asked, on small files of the schema that the hub's data
+sets have.
+"""
 
 import json
 
@@ -27,7 +29,9 @@ def sample(name, count=None):
 
 def written(folder, *rows, name="mine.jsonl"):
     path = folder / name
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -47,7 +51,18 @@ def test_parse(spec, parsed):
 
 @pytest.mark.parametrize(
     "spec",
-    ["heldut:3", "heldout:0", "heldout:x", "heldout:", "heldout:-1", "", ":", "no.jsonl:3", "no.jsonl", "run.py:3"],
+    [
+        "heldut:3",
+        "heldout:0",
+        "heldout:x",
+        "heldout:",
+        "heldout:-1",
+        "",
+        ":",
+        "no.jsonl:3",
+        "no.jsonl",
+        "run.py:3",
+    ],
 )
 def test_parse_names_what_is_wrong(spec):
     with pytest.raises(ConfigError, match=rf"^benchmark\.suites={spec}[ :][^\n]*$"):
@@ -63,7 +78,11 @@ def test_every_suite_reads_its_rows(name):
     assert questions[1].id == f"{name}.jsonl:2"
     assert all(q.messages[-1]["role"] == "user" for q in questions)
     assert all(bool(q.later) == (name == "mtbench") for q in questions)
-    assert (SUITES[name].score is not None) == (name != "mtbench") == all(q.reference for q in questions)
+    assert (
+        (SUITES[name].score is not None)
+        == (name != "mtbench")
+        == all(q.reference for q in questions)
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,12 +91,17 @@ def test_every_suite_reads_its_rows(name):
         ("gsm8k", "18"),
         ("math500", r"\boxed{7/8}"),
         ("ceval", "答案：C"),
-        ("humaneval", "    return max((abs(a - b) for a, b in zip(numbers, numbers[1:])), default=0)"),
+        (
+            "humaneval",
+            "    return max((abs(a - b) for a, b in zip(numbers, numbers[1:])), default=0)",
+        ),
     ],
 )
 def test_right_answers_to_the_samples_score(name, answer):
     first, second, *_ = sample(name)
-    assert SUITES[name].score(answer, first.reference) and not SUITES[name].score(answer, second.reference)
+    assert SUITES[name].score(answer, first.reference) and not SUITES[name].score(
+        answer, second.reference
+    )
 
 
 def test_the_multiple_choice_shows_its_options():
@@ -86,15 +110,23 @@ def test_the_multiple_choice_shows_its_options():
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("row", ["{", "[]", "{}", '{"question": 3, "answer": "4"}', '{"prompt": [1, 2], "turns": "a"}'])
+@pytest.mark.parametrize(
+    "row", ["{", "[]", "{}", '{"question": 3, "answer": "4"}', '{"prompt": [1, 2], "turns": "a"}']
+)
 def test_a_row_of_something_else_is_named(name, row, tmp_path):
     first = (SAMPLES / f"{name}.jsonl").read_text().splitlines()[0]
-    with pytest.raises(RunError, match=rf"mine\.jsonl, line 2: not a question of the suite {name} \([^\n]+\)$"):
+    with pytest.raises(
+        RunError, match=rf"mine\.jsonl, line 2: not a question of the suite {name} \([^\n]+\)$"
+    ):
         load(name, None, written(tmp_path, first, row), ".cache")
 
 
 def test_rows_of_ones_own(tmp_path, chat):
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    said = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     rows = [
         {"prompt": "one"},
         {"turns": ["one", "two"]},
@@ -108,9 +140,15 @@ def test_rows_of_ones_own(tmp_path, chat):
     questions = load(path, None, None, ".cache")
     assert [q.later for q in questions[:3]] == [[], ["two"], ["two"]]
     assert questions[3].messages == said and questions[5].messages[0]["content"] == "one"
-    assert (questions[6].id, questions[6].input_ids, questions[0].id) == ("mine", [4, 5], "mine.jsonl:1")
+    assert (questions[6].id, questions[6].input_ids, questions[0].id) == (
+        "mine",
+        [4, 5],
+        "mine.jsonl:1",
+    )
     manner = PROTOCOLS["chat"]("mine", None, None)
-    assert prompt_ids(questions[4], [], manner, [], chat) == chat.encode_prompt(said[:1]), "its answer is not shown"
+    assert prompt_ids(questions[4], [], manner, [], chat) == chat.encode_prompt(said[:1]), (
+        "its answer is not shown"
+    )
     assert prompt_ids(questions[6], [], manner, [], chat) == [4, 5]
 
 
@@ -130,7 +168,10 @@ def test_what_cannot_be_fetched_names_the_way_out(monkeypatch, tmp_path):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("eagle3.data.sources.download", fail)
-    with pytest.raises(RunError, match=r"gsm8k: openai/gsm8k .*\(no route to host\).*set \+benchmark\.paths\.gsm8k="):
+    with pytest.raises(
+        RunError,
+        match=r"gsm8k: openai/gsm8k .*\(no route to host\).*set \+benchmark\.paths\.gsm8k=",
+    ):
         load("gsm8k", 3, None, str(tmp_path))
     monkeypatch.setattr("datasets.get_dataset_config_names", fail)
     with pytest.raises(RunError, match=r"ceval: ceval/ceval-exam .*\(no route to host\)"):
@@ -144,10 +185,16 @@ def test_all_subsets_of_a_suite_come_one_after_the_other(monkeypatch, tmp_path):
         asked.append((source.path, source.subset, source.split))
         return suites.find_files(Source(str(SAMPLES / "ceval.jsonl")), cache_dir)
 
-    monkeypatch.setattr("datasets.get_dataset_config_names", lambda path: ["law", "logic", "physician"])
-    monkeypatch.setattr(suites, "files_of", lambda name, source, cache_dir: find(source, cache_dir, name))
+    monkeypatch.setattr(
+        "datasets.get_dataset_config_names", lambda path: ["law", "logic", "physician"]
+    )
+    monkeypatch.setattr(
+        suites, "files_of", lambda name, source, cache_dir: find(source, cache_dir, name)
+    )
     assert len(load("ceval", 5, None, str(tmp_path))) == 5
-    assert asked == [("ceval/ceval-exam", "law", "val"), ("ceval/ceval-exam", "logic", "val")], "no more than needed"
+    assert asked == [("ceval/ceval-exam", "law", "val"), ("ceval/ceval-exam", "logic", "val")], (
+        "no more than needed"
+    )
 
 
 def test_chat_asks_behind_the_system_prompt_of_training(chat):
@@ -159,7 +206,11 @@ def test_chat_asks_behind_the_system_prompt_of_training(chat):
         ("be short", "be kind", "be short"),
     ):
         manner = PROTOCOLS["chat"]("gsm8k", given, trained)
-        expected = chat.encode_prompt([{"role": "system", "content": system}, *question.messages]) if system else plain
+        expected = (
+            chat.encode_prompt([{"role": "system", "content": system}, *question.messages])
+            if system
+            else plain
+        )
         assert prompt_ids(question, [], manner, [], chat) == expected
     assert (manner.max_new_tokens, manner.shots, manner.stop) == (1024, 0, ())
 
@@ -170,20 +221,25 @@ def test_specforge_completes_a_raw_text_behind_five_solved_questions(chat):
     assert (manner.max_new_tokens, manner.shots, manner.stop[0]) == (512, 5, "Question")
     ids = prompt_ids(questions[5], [], manner, questions[: manner.shots], chat)
     text = chat.tokenizer.decode(ids, skip_special_tokens=True)
-    assert text.startswith("Question: A baker fills 4 trays") and text.endswith("How many has he now?\nAnswer:")
+    assert text.startswith("Question: A baker fills 4 trays") and text.endswith(
+        "How many has he now?\nAnswer:"
+    )
     assert text.count("Question: ") == 6 and "#### 1,365\n\nQuestion: Noah" in text
     assert "assistant" not in chat.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(
-    "name, tokens, system", [("mtbench", 2048, True), ("humaneval", 1024, False), ("math500", 2048, False)]
+    "name, tokens, system",
+    [("mtbench", 2048, True), ("humaneval", 1024, False), ("math500", 2048, False)],
 )
 def test_specforge_asks_the_other_suites_through_the_template(chat, name, tokens, system):
     manner = PROTOCOLS["specforge"](name, None, "ignored")
     question = sample(name)[0]
     ids = prompt_ids(question, [], manner, [], chat)
     first = [{"role": "system", "content": SYSTEM_PROMPTS["llama2"]}] if system else []
-    assert ids == chat.encode_prompt([*first, *question.messages]) and manner.max_new_tokens == tokens
+    assert (
+        ids == chat.encode_prompt([*first, *question.messages]) and manner.max_new_tokens == tokens
+    )
 
 
 def test_eagle_puts_one_system_prompt_before_all_suites(chat):
@@ -207,7 +263,11 @@ def test_the_second_turn_follows_the_own_answer(chat):
 
 def test_tokenised_questions_stay_what_they_are(chat):
     question = Question(input_ids=[7, 8, 9], id="a")
-    assert prompt_ids(question, [], PROTOCOLS["chat"]("heldout", None, "be kind"), [], chat) == [7, 8, 9]
+    assert prompt_ids(question, [], PROTOCOLS["chat"]("heldout", None, "be kind"), [], chat) == [
+        7,
+        8,
+        9,
+    ]
 
 
 def test_the_evaluation_set_of_the_tiny_target(chat):

@@ -19,7 +19,8 @@ CHATML = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 )
-# DIALOGUE as each template renders it; ⟦ ⟧ enclose what the model wrote and are no part of the text.
+# DIALOGUE as each template renders it; ⟦ ⟧ enclose what the model wrote and are no part of the
+# text.
 EXPECTED = {
     "chatml": CHATML + "⟦Because.<|im_end|>⟧\n",
     "qwen": CHATML + "⟦Because.<|im_end|>⟧\n",
@@ -152,7 +153,9 @@ def test_every_name_is_expected():
 @pytest.mark.parametrize("name", names())
 def test_text_and_spans(name):
     assert render(name, DIALOGUE) == marked(EXPECTED[name])
-    assert render(name, [*DIALOGUE[:-1], {**DIALOGUE[-1], "truncated": True}]) == marked(EXPECTED[name])
+    assert render(name, [*DIALOGUE[:-1], {**DIALOGUE[-1], "truncated": True}]) == marked(
+        EXPECTED[name]
+    )
 
 
 @pytest.mark.parametrize("name", names())
@@ -169,7 +172,10 @@ def test_no_system_message_leaves_the_rest_as_it_is(name):
 def test_a_prompt_ends_where_its_answer_starts(name):
     before = EXPECTED[name].split("⟦")
     last = (before[0] + "⟦" + before[1]).replace("⟦", "").replace("⟧", "")
-    assert render(name, DIALOGUE[:4], add_generation_prompt=True) == (last, [marked(EXPECTED[name])[1][0]])
+    assert render(name, DIALOGUE[:4], add_generation_prompt=True) == (
+        last,
+        [marked(EXPECTED[name])[1][0]],
+    )
     # An earlier turn differs where the prompt opens a thinking block that history drops.
     opened, shown = OPENED.get(name, ("", ""))
     first = render(name, DIALOGUE[:2], add_generation_prompt=True)[0]
@@ -181,7 +187,11 @@ def test_reasoning(name):
     text, spans = render(name, DIALOGUE)
     assert "A question." in spans[1] and "A greeting." not in text
     inside = [
-        {**m, "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}", "reasoning_content": None}
+        {
+            **m,
+            "content": f"<think>\n{m['reasoning_content']}\n</think>\n\n{m['content']}",
+            "reasoning_content": None,
+        }
         if m["role"] == "assistant"
         else m
         for m in DIALOGUE
@@ -199,7 +209,9 @@ def test_reasoning_is_left_out_elsewhere(name):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3.5", "mistral"])
 def test_answers_are_trimmed_where_the_model_has_it_so(name):
-    spaced = [{**m, "content": f" {m['content']}\n"} if m["role"] == "assistant" else m for m in DIALOGUE]
+    spaced = [
+        {**m, "content": f" {m['content']}\n"} if m["role"] == "assistant" else m for m in DIALOGUE
+    ]
     assert render(name, spaced) == marked(EXPECTED[name])
 
 
@@ -210,7 +222,9 @@ CALLS = [
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}],
+        "tool_calls": [
+            {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": [2]}}}
+        ],
     },
     {"role": "tool", "content": "3"},
     {"role": "assistant", "content": "Three."},
@@ -226,7 +240,8 @@ QWEN_CALL = (
     '⟦<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call><|im_end|>⟧\n'
     "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
 )
-# CALLS from the user's message on (llama3: the system block too, and the definitions stand in the user's message).
+# CALLS from the user's message on (llama3: the system block too, and the definitions stand in the
+# user's message).
 WITH_TOOLS = {
     "qwen": QWEN_TOOLS + QWEN_CALL + "⟦Three.<|im_end|>⟧\n",
     "qwen3-instruct": QWEN_TOOLS + QWEN_CALL + "⟦Three.<|im_end|>⟧\n",
@@ -294,7 +309,10 @@ def test_two_calls_and_two_tool_messages(name):
     one = render(name, CALLS)[0]
     call = next(part for part in ("<tool_call>", "<｜tool▁call▁begin｜>") if part in one)
     output = next(part for part in ("<tool_response>", "<｜tool▁output▁begin｜>") if part in one)
-    assert spans[0].count("\n" + call) == (1 if "deepseek" in name else 2) and spans[0].count(call) == 2
+    assert (
+        spans[0].count("\n" + call) == (1 if "deepseek" in name else 2)
+        and spans[0].count(call) == 2
+    )
     assert text.count("\n" + output) == (1 if "deepseek" in name else 2) and text.count(output) == 2
     assert text.count("Three.") == 1 and text.count("1+2?") == 1
 
@@ -316,6 +334,7 @@ def test_tools_are_refused_by_a_sentence(name):
 
 def test_unknown_name():
     with pytest.raises(
-        ConfigError, match=r"data\.chat_template=lama3 is none of auto, chatml, .*did you mean llama3\?"
+        ConfigError,
+        match=r"data\.chat_template=lama3 is none of auto, chatml, .*did you mean llama3\?",
     ):
         read("lama3")

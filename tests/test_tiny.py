@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dev.tiny.answers import EVAL_PROMPT_TOKENS, generate
+from dev.tiny.corpus import HELD_OUT
+from dev.tiny.make import read_rows
+from dev.tiny.tokenizer import encode
 from eagle3 import tiny
-from eagle3.loops import is_loop
-from eagle3.tiny.answers import EVAL_PROMPT_TOKENS, generate
-from eagle3.tiny.corpus import HELD_OUT
-from eagle3.tiny.make import read_rows
-from eagle3.tiny.tokenizer import encode
+from eagle3.evaluate import is_loop
 
 HERE = Path(tiny.__path__[0])
 TARGET = HERE / "target"
@@ -63,7 +63,9 @@ def test_files_stay_small():
     assert (HERE / "conversations.jsonl").stat().st_size < 4e6
 
 
-@pytest.mark.parametrize("text", [Path(__file__).read_text(), "\tif x:\r\n\n   y = 1234  # naïve ☃\n", "__init__(  )"])
+@pytest.mark.parametrize(
+    "text", [Path(__file__).read_text(), "\tif x:\r\n\n   y = 1234  # naïve ☃\n", "__init__(  )"]
+)
 def test_the_tokenizer_gives_any_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -78,8 +80,12 @@ def test_the_template_marks_what_the_assistant_says(tokenizer):
     said = tokenizer.decode([token for token, marked in zip(ids, mask, strict=True) if marked])
     assert said == "It returns `x_1`.<|eot_id|>It returns nothing.<|eot_id|>"
     text = tokenizer.decode(ids)
-    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>")
-    prompt = tokenizer.apply_chat_template(MESSAGES[:-1], add_generation_prompt=True, return_dict=False)
+    assert text.startswith(
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    )
+    prompt = tokenizer.apply_chat_template(
+        MESSAGES[:-1], add_generation_prompt=True, return_dict=False
+    )
     assert ids[: len(prompt)] == prompt
     assert tokenizer.eos_token == "<|eot_id|>"
 
@@ -93,7 +99,9 @@ def test_the_questions_are_a_fair_mix(tokenizer, questions):
     assert len(questions) >= 96
     assert len({row["kind"] for row in questions[:8]}) == 8
     prompts = [
-        tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(
+            row["messages"], add_generation_prompt=True, return_dict=False
+        )
         for row in questions
     ]
     assert all(row["messages"][-1]["role"] == "user" for row in questions)
@@ -101,22 +109,30 @@ def test_the_questions_are_a_fair_mix(tokenizer, questions):
 
 
 def test_training_answers_end_and_do_not_loop(tokenizer, conversations):
-    answers = [m["content"] for row in conversations for m in row["messages"] if m["role"] == "assistant"]
+    answers = [
+        m["content"] for row in conversations for m in row["messages"] if m["role"] == "assistant"
+    ]
     encoded = tokenizer(answers)["input_ids"]
     assert not any(is_loop(ids) for ids in encoded)
     assert all(row["messages"][-1]["role"] == "assistant" for row in conversations)
     assert {row["temperature"] for row in conversations} == {0.0, 0.7, 1.0}
-    assert 500_000 < sum(len(encode(tokenizer, row["messages"])[0]) for row in conversations) < 900_000
+    assert (
+        500_000 < sum(len(encode(tokenizer, row["messages"])[0]) for row in conversations) < 900_000
+    )
 
 
 def test_greedy_decoding_gives_the_committed_answers(tokenizer, model, conversations):
     rows = [r for r in conversations if r["temperature"] == 0 and len(r["messages"]) == 2][:6]
     prompts = [
-        tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
+        tokenizer.apply_chat_template(
+            row["messages"][:1], add_generation_prompt=True, return_dict=False
+        )
         for row in rows
     ]
     answers = generate(model, prompts, [0.0] * len(rows), 192, None)
-    assert [tokenizer.decode(ids[:-1]) for ids in answers] == [row["messages"][1]["content"] for row in rows]
+    assert [tokenizer.decode(ids[:-1]) for ids in answers] == [
+        row["messages"][1]["content"] for row in rows
+    ]
 
 
 def test_a_loop_is_three_equal_blocks_of_24_tokens_in_all():

@@ -4,11 +4,14 @@ import pytest
 import torch
 from reference import random_case, relative_error
 
-from eagle3.draft.attention import Auto, Dense, FlashCPU
+from eagle3.draft.attention import Dense
+from eagle3.draft.flash import Auto, FlashCPU
 
 
 def compare(case, **options):
-    """Largest relative errors of the losses and of the gradients, those expected being computed in float64."""
+    """Largest relative errors of the losses and of the gradients, those expected being computed in
+    float64.
+    """
     out, batch = case.fast(**options)
     gradients = case.gradients(out.loss / batch.normaliser)
     options.pop("chunk_rows", None)
@@ -20,7 +23,9 @@ def compare(case, **options):
         relative_error(out.step_loss / batch.normaliser, expected.step_loss),
     )
     assert out.step_correct.tolist() == expected.correct.sum((0, 1)).tolist()
-    return losses, max(relative_error(gradients[name], expected_gradients[name]) for name in gradients)
+    return losses, max(
+        relative_error(gradients[name], expected_gradients[name]) for name in gradients
+    )
 
 
 @pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto])
@@ -38,7 +43,10 @@ def test_losses_and_gradients(backend, mask, pointwise, draft_vocab_size, dtype,
 @pytest.mark.parametrize("ttt_steps", [1, 2, 9])
 def test_any_number_of_steps(mask, ttt_steps):
     """With nine steps, no document has a token left to supervise at the last ones under `serving`."""
-    assert max(compare(random_case(Auto, lengths=(6, 9, 4), seed=3), mask=mask, ttt_steps=ttt_steps)) < 1e-12
+    assert (
+        max(compare(random_case(Auto, lengths=(6, 9, 4), seed=3), mask=mask, ttt_steps=ttt_steps))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("mask", ["serving", "shifted"])

@@ -1,4 +1,6 @@
-"""What `view` shows: token texts that join to the whole, colours and brackets, escaped HTML, rejected rows."""
+"""What `view` shows: token texts that join to the whole, colours and brackets, escaped HTML,
+rejected rows.
+"""
 
 import io
 import re
@@ -53,15 +55,36 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 @pytest.fixture(scope="module")
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: words begin with a ▁ that the first token loses, unknown characters are one token a byte."""
-    words = ["<s>", "</s>", "<unk>", "▁", "▁Hello", "▁world", "ha", "▁ha", *(f"<0x{byte:02X}>" for byte in range(256))]
+    """As Llama 2's: words begin with a ▁ that the first token loses, unknown characters are one
+    token a byte.
+    """
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "▁",
+        "▁Hello",
+        "▁world",
+        "ha",
+        "▁ha",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]
     vocab = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -86,7 +109,19 @@ def test_pieces_of_cut_bytes_join_too(tokenizer):
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
-    words = ["<s>", "▁Hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>", "▁ha", "ha", "</s>", "▁", "▁Hello"]
+    words = [
+        "<s>",
+        "▁Hello",
+        "▁world",
+        "<0xE4>",
+        "<0xBD>",
+        "<0xA0>",
+        "▁ha",
+        "ha",
+        "</s>",
+        "▁",
+        "▁Hello",
+    ]
     for first in (0, 1, 9):
         ids = byte_fallback.convert_tokens_to_ids(words[first:])
         pieces = view.split_tokens(byte_fallback, ids, [0] * len(ids))
@@ -109,14 +144,23 @@ def test_samples_are_what_preparation_keeps(tokenizer):
         assert [i for piece in sample.pieces for i in piece.ids] == encoded.input_ids[:160]
         assert mask == encoded.loss_mask[:160] and sum(mask) == sample.supervised
         assert (sample.tokens, sample.length) == (min(160, len(mask)), len(encoded.input_ids))
-        assert bool(view.cut_mark(sample)) == ("cut from" in view.about(sample)) == (sample.length > 160)
+        assert (
+            bool(view.cut_mark(sample))
+            == ("cut from" in view.about(sample))
+            == (sample.length > 160)
+        )
 
 
 def test_options_of_data_are_followed(tokenizer):
-    messages = [{"role": role, "content": word} for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    messages = [
+        {"role": role, "content": word}
+        for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
 
     def supervised(**options) -> str:
-        (sample,) = collect(tokenizer, Row("a.jsonl", 1, Conversation(list(messages))), **options).samples
+        (sample,) = collect(
+            tokenizer, Row("a.jsonl", 1, Conversation(list(messages))), **options
+        ).samples
         return "".join(piece.text for piece in sample.pieces if piece.supervised)
 
     assert supervised() == "b<|eot_id|>d<|eot_id|>"
@@ -133,7 +177,12 @@ def test_rows_are_read_no_further_than_needed(tokenizer):
 def test_rejected_rows_are_shown_and_not_counted(tokenizer):
     bad = [Row("dir/a.jsonl", line, None, "broken JSON") for line in range(1, 8)]
     collected = collect(
-        tokenizer, *bad, row("fine", "x" * 400, line=8), row("fine", line=9), num_samples=1, max_length=40
+        tokenizer,
+        *bad,
+        row("fine", "x" * 400, line=8),
+        row("fine", line=9),
+        num_samples=1,
+        max_length=40,
     )
     (sample,) = collected.samples
     assert sample.line == 9 and len(collected.rejected) == 8
@@ -166,7 +215,9 @@ def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
 
 
 def test_no_sample_is_an_error(tokenizer, unfound):
-    with pytest.raises(RunError, match=r"no conversation to show: 2 x broken JSON \(a.jsonl:1, a.jsonl:2\)$"):
+    with pytest.raises(
+        RunError, match=r"no conversation to show: 2 x broken JSON \(a.jsonl:1, a.jsonl:2\)$"
+    ):
         collect(tokenizer, *(Row("a.jsonl", line, None, "broken JSON") for line in (1, 2)))
     with pytest.raises(RunError, match=r"no conversation to show: no rows$"):
         collect(tokenizer)
@@ -181,7 +232,9 @@ def test_terminal_without_colours_has_brackets(tokenizer):
     (supervised,) = re.findall("⟦(<.*?)⟧", text, re.DOTALL)
     assert supervised.startswith("<script>alert(1)</script>") and supervised.endswith("b<|eot_id|>")
     assert r"[bold]x[/bold] :smile: \x1b[31m\u202e⇥   tab\r↵" in supervised and "你好" in supervised
-    assert "⟦" in printed(collect(tokenizer, row("fine")), force_terminal=True, color_system="256", no_color=True)
+    assert "⟦" in printed(
+        collect(tokenizer, row("fine")), force_terminal=True, color_system="256", no_color=True
+    )
 
 
 def test_terminal_with_colours_alternates_shades(tokenizer):
@@ -197,7 +250,14 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.titles, self.attributes, self.text, self.mark, self.inside = [], [], [], "", False, False
+        self.tags, self.titles, self.attributes, self.text, self.mark, self.inside = (
+            [],
+            [],
+            [],
+            "",
+            False,
+            False,
+        )
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -229,7 +289,9 @@ def test_page_escapes_everything_and_loads_nothing(tokenizer, tmp_path):
     assert set(page.tags) <= {*allowed.split()}
     assert page.tags.count("style") == 1
     assert not {name for name, _ in page.attributes} & {"src", "href", "onload", "onclick", "style"}
-    assert "default-src 'none'" in html and "prefers-color-scheme: dark" in html and "url(" not in html
+    assert (
+        "default-src 'none'" in html and "prefers-color-scheme: dark" in html and "url(" not in html
+    )
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u200b-\u200f]", html)
     assert "<script>alert(1)</script> \"'&<!-- [bold]x[/bold]" in page.text and "你好" in page.text
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_sequence import free_port
 
-from eagle3.distributed import join
-from eagle3.watch import Watch, keep_log
+from eagle3.parallel.ranks import join
+from eagle3.parallel.watch import Watch, keep_log
 
 TIMEOUT = 2.0
 
@@ -57,4 +57,6 @@ def test_the_process_that_hangs_is_named(tmp_path, hang, named_by, said):
     if hang is dawdle:
         said = "error: process 1 hangs, in "
         assert "in dawdle" in log.replace('"', ""), log
-    assert said in log and "launch.timeout=2 seconds" in log and f"train.resume={tmp_path}" in log, log
+    assert (
+        said in log and "launch.timeout=2 seconds" in log and f"train.resume={tmp_path}" in log
+    ), log

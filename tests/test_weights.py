@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import spec_of
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -38,7 +39,9 @@ FAMILIES = {
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
     "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
-    "qwen3-moe": Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
     "gpt2-tied": GPT2Config(vocab_size=96, n_embd=64, n_head=4, n_layer=8, eos_token_id=5),
 }
 CPU = torch.device("cpu")
@@ -55,7 +58,9 @@ def save(folder: Path, family: str = "llama", **options) -> str:
 
 
 def rename(folder: str, **names: str) -> None:
-    """Rename or (with an empty name) drop tensors of a single-file checkpoint; dots are written `__`."""
+    """Rename or (with an empty name) drop tensors of a single-file checkpoint; dots are written
+    `__`.
+    """
     file = Path(folder, "model.safetensors")
     tensors = load_file(file)
     for old, new in names.items():
@@ -80,8 +85,8 @@ def assert_equal(ours: weights.TargetWeights, target: HFTarget) -> None:
 def test_the_loaded_models_own(tmp_path, family, shard):
     folder = save(tmp_path, family, **shard)
     assert (tmp_path / INDEX).exists() == bool(shard)
-    ours = load_weights(folder, CPU)
-    assert_equal(ours, HFTarget(folder, CPU))
+    ours = load_weights(spec_of(folder, dtype="auto"), CPU)
+    assert_equal(ours, HFTarget(spec_of(folder, dtype="auto"), CPU))
     assert (ours.head is ours.embedding) == family.endswith("tied")
 
 
@@ -90,8 +95,8 @@ def test_the_loaded_models_own(tmp_path, family, shard):
 def test_numbers_are_converted_as_the_model_converts_them(tmp_path, stored, dtype):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES["llama"]).to(stored).save_pretrained(tmp_path)
-    ours = load_weights(str(tmp_path), CPU, dtype=dtype)
-    assert_equal(ours, HFTarget(str(tmp_path), CPU, dtype=dtype))
+    ours = load_weights(spec_of(tmp_path, dtype=dtype), CPU)
+    assert_equal(ours, HFTarget(spec_of(tmp_path, dtype=dtype), CPU))
     assert ours.head.dtype == (stored if dtype == "auto" else getattr(torch, dtype))
 
 
@@ -122,37 +127,43 @@ def test_only_the_files_and_tensors_needed_are_read(tmp_path, monkeypatch):
 
     safe_open = weights.safe_open
     monkeypatch.setattr(weights, "safe_open", Watched)
-    load_weights(folder, CPU)
+    load_weights(spec_of(folder, dtype="auto"), CPU)
     assert set(read) == wanted
 
 
 def test_ends_of_answers_from_the_generation_config(tmp_path):
     folder = save(tmp_path)
-    assert load_weights(folder, CPU).eos_token_ids == {5}
+    assert load_weights(spec_of(folder, dtype="auto"), CPU).eos_token_ids == {5}
     GenerationConfig(eos_token_id=[7, 9]).save_pretrained(tmp_path)
-    assert load_weights(folder, CPU).eos_token_ids == HFTarget(folder, CPU).eos_token_ids == {7, 9}
+    assert (
+        load_weights(spec_of(folder, dtype="auto"), CPU).eos_token_ids
+        == HFTarget(spec_of(folder, dtype="auto"), CPU).eos_token_ids
+        == {7, 9}
+    )
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 def test_prefixes_are_found(tmp_path, prefix):
     folder = save(tmp_path)
-    plain = load_weights(folder, CPU)
+    plain = load_weights(spec_of(folder, dtype="auto"), CPU)
     rename(
         folder,
         model__embed_tokens__weight=f"{prefix}embed_tokens.weight",
         model__norm__weight=f"{prefix}norm.weight",
         lm_head__weight="language_model.lm_head.weight",
     )
-    prefixed = load_weights(folder, CPU)
+    prefixed = load_weights(spec_of(folder, dtype="auto"), CPU)
     for name in ("embedding", "head", "norm"):
         assert torch.equal(getattr(prefixed, name), getattr(plain, name))
 
 
 def test_names_from_the_config(tmp_path):
     folder = save(tmp_path)
-    plain = load_weights(folder, CPU)
+    plain = load_weights(spec_of(folder, dtype="auto"), CPU)
     rename(folder, model__embed_tokens__weight="words.table", lm_head__weight="words.back")
-    named = load_weights(folder, CPU, embedding_key="words.table", lm_head_key="words.back")
+    named = load_weights(
+        spec_of(folder, embedding_key="words.table", lm_head_key="words.back", dtype="auto"), CPU
+    )
     assert torch.equal(named.embedding, plain.embedding) and torch.equal(named.head, plain.head)
 
 
@@ -160,11 +171,15 @@ def test_missing_names_are_said_with_the_nearest(tmp_path):
     folder = save(tmp_path)
     sentence = r"model\.lm_head_key=lm_haed\.weight is no tensor of .*model\.safetensors; .* there are lm_head\.weight"
     with pytest.raises(ConfigError, match=sentence):
-        load_weights(folder, CPU, lm_head_key="lm_haed.weight")
+        load_weights(spec_of(folder, lm_head_key="lm_haed.weight", dtype="auto"), CPU)
     rename(folder, lm_head__weight="")
-    with pytest.raises(ConfigError, match=r"model\.lm_head_key is needed, as no name ends with lm_head\.weight or "):
-        load_weights(folder, CPU)
-    shared = load_weights(folder, CPU, lm_head_key="model.embed_tokens.weight")
+    with pytest.raises(
+        ConfigError, match=r"model\.lm_head_key is needed, as no name ends with lm_head\.weight or "
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
+    shared = load_weights(
+        spec_of(folder, lm_head_key="model.embed_tokens.weight", dtype="auto"), CPU
+    )
     assert torch.equal(shared.head, shared.embedding)
 
 
@@ -172,28 +187,38 @@ def test_a_head_that_is_stored_wins_over_a_config_that_ties(tmp_path):
     folder = save(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
-    assert_equal(load_weights(folder, CPU), HFTarget(folder, CPU))
+    assert_equal(
+        load_weights(spec_of(folder, dtype="auto"), CPU),
+        HFTarget(spec_of(folder, dtype="auto"), CPU),
+    )
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    equal = load_weights(folder, CPU)
+    equal = load_weights(spec_of(folder, dtype="auto"), CPU)
     assert equal.head is equal.embedding
 
 
 def test_shapes_must_fit_the_config(tmp_path):
     folder = save(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.norm\.weight .* is F32 \[64\], but must be a float tensor \[96, 6"):
-        load_weights(folder, CPU, lm_head_key="model.norm.weight")
+    with pytest.raises(
+        ConfigError,
+        match=r"model\.norm\.weight .* is F32 \[64\], but must be a float tensor \[96, 6",
+    ):
+        load_weights(spec_of(folder, lm_head_key="model.norm.weight", dtype="auto"), CPU)
 
 
 def test_files_without_safetensors(tmp_path):
     folder = save(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"):
-        load_weights(folder, CPU)
+    with pytest.raises(
+        ConfigError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin only, .*; convert it to safetensors"):
-        load_weights(folder, CPU)
+    with pytest.raises(
+        ConfigError, match=r"pytorch_model\.bin only, .*; convert it to safetensors"
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
 
 
 def test_damaged_and_missing_files(tmp_path):
@@ -201,25 +226,31 @@ def test_damaged_and_missing_files(tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     shard = tmp_path / index["lm_head.weight"]
     shard.write_bytes(b"no header")
-    with pytest.raises(RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"):
-        load_weights(folder, CPU)
+    with pytest.raises(
+        RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
     shard.unlink()
-    with pytest.raises(RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"):
-        load_weights(folder, CPU)
+    with pytest.raises(
+        RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
     (tmp_path / INDEX).write_text("{}")
-    with pytest.raises(RunError, match=rf"{INDEX} of the target at .* names no tensors; get it again"):
-        load_weights(folder, CPU)
+    with pytest.raises(
+        RunError, match=rf"{INDEX} of the target at .* names no tensors; get it again"
+    ):
+        load_weights(spec_of(folder, dtype="auto"), CPU)
 
 
 def test_heads_that_are_no_product_are_refused(tmp_path):
     config = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"changes its logits behind the head \(a bias\)"):
-        load_weights(str(tmp_path), CPU)
+        load_weights(spec_of(tmp_path, dtype="auto"), CPU)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"final_logit_softcapping": 30.0}))
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        load_weights(str(tmp_path), CPU)
+        load_weights(spec_of(tmp_path, dtype="auto"), CPU)
 
 
 def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
@@ -244,11 +275,15 @@ def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "hf_hub_download", download)
     for name in ("AutoConfig", "GenerationConfig"):
         monkeypatch.setattr(weights, name, Local(getattr(weights, name)))
-    monkeypatch.setattr(weights, "text_config", lambda *_: weights.AutoConfig.from_pretrained("").get_text_config())
-    ours = load_weights("some/model", CPU, revision="main")
-    local = load_weights(str(tmp_path / "hub"), CPU)
+    monkeypatch.setattr(
+        weights, "text_config", lambda *_: weights.AutoConfig.from_pretrained("").get_text_config()
+    )
+    ours = load_weights(spec_of("some/model", revision="main", dtype="auto"), CPU)
+    local = load_weights(spec_of(tmp_path / "hub", dtype="auto"), CPU)
     assert torch.equal(ours.head, local.head) and torch.equal(ours.embedding, local.embedding)
     index = json.loads((tmp_path / "hub" / INDEX).read_text())["weight_map"]
-    needed = {index[name] for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")}
+    needed = {
+        index[name] for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
+    }
     assert set(fetched) == {INDEX} | needed
     assert needed < set(index.values())

@@ -1,4 +1,6 @@
-"""What drafting is worth without a model: the two cheapest drafts, walked over a known greedy answer."""
+"""What drafting is worth without a model: the two cheapest drafts, walked over a known greedy
+answer.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +10,8 @@ NGRAM = 3
 
 
 def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """int64 [V]: the most frequent successor of each token in these texts (ids [n] each), -1 if it has none.
+    """int64 [V]: the most frequent successor of each token in these texts (ids [n] each), -1 if it
+    has none.
 
     Of equally frequent successors the smallest id wins.
     """
@@ -31,7 +34,9 @@ def bigram(successors: list[int], text: list[int], draft_length: int) -> list[in
 
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest n-gram (3 down to 1) that ends the text."""
+    """What followed the latest earlier occurrence of the longest n-gram (3 down to 1) that ends the
+    text.
+    """
     best_length = best_end = 0
     for end in range(len(text) - 1, 0, -1):
         if text[end - 1] != text[-1]:
@@ -47,12 +52,17 @@ def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
 
 
 def acceptance_of(
-    drafts_at: Callable[[list[int], int], list[int]], prompt_ids: list[int], answer_ids: list[int], draft_length: int
+    drafts_at: Callable[[list[int], int], list[int]],
+    prompt_ids: list[int],
+    answer_ids: list[int],
+    draft_length: int,
 ) -> list[int]:
-    """Tokens committed by each verification round if `drafts_at(text, draft_length)` drafts for a greedy target.
+    """Tokens committed by each verification round if `drafts_at(text, draft_length)` drafts for a
+    greedy target.
 
-    Rounds are those of `eagle3.decode`: the first answer token comes from the prefill, a round commits the
-    accepted drafts and one token of the target, the last round what is left of the answer.
+    Rounds are those of `eagle3.decode.speculate`: the first answer token comes from the prefill, a
+    round commits the accepted drafts and one token of the target, the last round what is left of
+    the answer.
     """
     text, emitted = prompt_ids + answer_ids[:1], []
     while left := answer_ids[len(text) - len(prompt_ids) :]:

@@ -1,4 +1,6 @@
-"""The flow of every benchmark: suites x configs through an engine, then statistics, scores and benchmark.json."""
+"""The flow of every benchmark: suites x configs through an engine, then statistics, scores and
+benchmark.json.
+"""
 
 import json
 import os
@@ -34,8 +36,12 @@ console = Console(markup=False)
 class Engine(Protocol):
     """A loaded target, with or without a draft, at one [batch, steps, topk, verify_tokens]."""
 
-    def answer(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[Answer]:
-        """One answer per prompt, in order, with up to `batch` requests in flight; ended before a text of `stop`."""
+    def answer(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+    ) -> list[Answer]:
+        """One answer per prompt, in order, with up to `batch` requests in flight; ended before a
+        text of `stop`.
+        """
 
     def close(self) -> None:
         """Free what the opener took."""
@@ -47,7 +53,9 @@ Opener = Callable[[list[int]], Engine]
 
 @dataclass
 class Task:
-    """A suite as it is asked: the manner, its questions, and those that are shown with their solutions."""
+    """A suite as it is asked: the manner, its questions, and those that are shown with their
+    solutions.
+    """
 
     name: str
     manner: Manner
@@ -79,16 +87,22 @@ def check(
         if name not in SUITES:
             raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {', '.join(SUITES)}")
         if not os.path.exists(path):
-            raise ConfigError(f"benchmark.paths.{name}={path} does not exist; give a local file or folder")
+            raise ConfigError(
+                f"benchmark.paths.{name}={path} does not exist; give a local file or folder"
+            )
 
 
 def check_config(config: list[int]) -> None:
     if len(config) != 4 or not all(isinstance(number, int) for number in config):
-        raise ConfigError(f"benchmark.configs={config} must be four numbers: batch, steps, topk, verify_tokens")
+        raise ConfigError(
+            f"benchmark.configs={config} must be four numbers: batch, steps, topk, verify_tokens"
+        )
     batch, steps, topk, verify_tokens = config
     alone = batch >= 1 and config[1:] == [0, 0, 0]
     chain = batch >= 1 and steps >= 1 and topk == 1 and verify_tokens == steps + 1
-    nodes = topk + (steps - 1) * topk * topk  # what a round drafts: topk children of topk nodes at each further step
+    nodes = (
+        topk + (steps - 1) * topk * topk
+    )  # what a round drafts: topk children of topk nodes at each further step
     tree = batch >= 1 and steps >= 1 and topk > 1 and 2 <= verify_tokens <= nodes + 1
     if not (alone or chain or tree):
         raise ConfigError(
@@ -112,33 +126,48 @@ def run(
     together: bool = False,
     further: Callable[[list[Trial], list[Trial], int], dict] | None = None,
 ) -> dict:
-    """The stage `benchmark` of `job`, an `eagle3.pipeline.Run`: writes benchmark.json and returns what it holds.
+    """The stage `benchmark` of `job`, an `eagle3.pipeline.Run`: writes benchmark.json and returns
+    what it holds.
 
-    `opener` is called once per config and once per batch for the target alone, and must see to `temperature` itself.
-    `max_new_tokens` None: what the protocol says. `facts` of the engine (runner, version, device, dtype, ...) go
-    into benchmark.json's `protocol`. `together`: the engines of one batch may be open at the same time, and then take
-    turns at every group of questions; else one config is measured after the other. `further(drafted, alone, steps)`
-    adds to a row.
+    `opener` is called once per config and once per batch for the target alone, and must see to
+    `temperature` itself. `max_new_tokens` None: what the protocol says. `facts` of the engine
+    (runner, version, device, dtype, ...) go into benchmark.json's `protocol`. `together`: the
+    engines of one batch may be open at the same time, and then take turns at every group of
+    questions; else one config is measured after the other. `further(drafted, alone, steps)` adds to
+    a row.
     """
     configs, suites = [list(config) for config in configs], list(suites)
     check(configs, suites, protocol, system_prompt, paths)
-    tasks = [prepare(job, spec, protocol, system_prompt, max_new_tokens, paths or {}) for spec in suites]
+    tasks = [
+        prepare(job, spec, protocol, system_prompt, max_new_tokens, paths or {}) for spec in suites
+    ]
     measured: dict[tuple[int, ...], dict[str, list[Trial]]] = {}
-    asked = {"suites": suites, "protocol": protocol} | described(tasks) | {"template": template(job)}
-    asked |= {"temperature": temperature, "seed": job.config.seed, "drafting": drafting(configs), "timing": TIMING}
+    asked = (
+        {"suites": suites, "protocol": protocol} | described(tasks) | {"template": template(job)}
+    )
+    asked |= {
+        "temperature": temperature,
+        "seed": job.config.seed,
+        "drafting": drafting(configs),
+        "timing": TIMING,
+    }
     asked |= {"device": device_name(job.device)} | (facts or {})
 
     def row(task: Task, config: list[int]) -> dict:
         drafted, alone = (measured[key][task.name] for key in (tuple(config), (config[0], 0, 0, 0)))
         found = {"config": config, "num_prompts": len(drafted)}
-        found |= acceptance(drafted, config[1], job.config.seed) | speed(drafted, alone, job.config.seed)
+        found |= acceptance(drafted, config[1], job.config.seed) | speed(
+            drafted, alone, job.config.seed
+        )
         found |= equality(drafted, alone) if temperature == 0 else {"lossless": None}
         found |= scores(task.name, drafted, alone, execute_code)
         found |= further(drafted, alone, config[1]) if further else {}
         return found | warning(task.name, found)
 
     def write() -> dict:
-        done = [config for config in configs if {tuple(config), (config[0], 0, 0, 0)} <= measured.keys()]
+        done = [
+            config for config in configs if {tuple(config), (config[0], 0, 0, 0)} <= measured.keys()
+        ]
         rows = {task.name: [row(task, config) for config in done] for task in tasks}
         path, result = job.run_dir / "benchmark.json", {"suites": rows, "protocol": asked}
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1, allow_nan=False))
@@ -157,14 +186,20 @@ def run(
 
 
 def prepare(
-    job, spec: str, protocol: str, system_prompt: str | None, max_new_tokens: int | None, paths: dict[str, str]
+    job,
+    spec: str,
+    protocol: str,
+    system_prompt: str | None,
+    max_new_tokens: int | None,
+    paths: dict[str, str],
 ) -> Task:
     """A suite with its questions and how they are asked."""
     (name, count), data = parse(spec), job.config.data
     manner = PROTOCOLS[protocol](name, system_prompt, data.system_prompt)
     path = paths.get(name)
     if name == "heldout" and path is None:
-        # what `prepare` holds out is tokenised with data.system_prompt; another one needs the conversations
+        # what `prepare` holds out is tokenised with data.system_prompt; another one needs the
+        # conversations
         as_prepared = manner.system_prompt == data.system_prompt
         path = str(job.prepared_path / "heldout.jsonl") if as_prepared else data.eval_path
         if path is None:
@@ -182,20 +217,37 @@ def in_order(configs: list[list[int]], together: bool) -> list[list[list[int]]]:
     """The configs that are open at the same time, the target alone at every batch among them."""
     groups = []
     for batch in dict.fromkeys(config[0] for config in configs):
-        groups.append([[batch, 0, 0, 0], *(config for config in configs if config[0] == batch and config[1] > 0)])
+        groups.append(
+            [
+                [batch, 0, 0, 0],
+                *(config for config in configs if config[0] == batch and config[1] > 0),
+            ]
+        )
     if together:
         return groups
     # a server restarts only where more than the batch changes
-    return [[config] for config in sorted(chain.from_iterable(groups), key=lambda config: config[1:])]
+    return [
+        [config] for config in sorted(chain.from_iterable(groups), key=lambda config: config[1:])
+    ]
 
 
-def answer(opener: Opener, configs: list[list[int]], tasks: list[Task], chat: Chat) -> list[dict[str, list[Trial]]]:
-    """The trials of every config and suite. All configs are open at once; the order in which they answer a group of
-    questions turns round from group to group, so that a machine that grows slower favours none."""
+def answer(
+    opener: Opener, configs: list[list[int]], tasks: list[Task], chat: Chat
+) -> list[dict[str, list[Trial]]]:
+    """The trials of every config and suite. All configs are open at once; the order in which they
+    answer a group of questions turns round from group to group, so that a machine that grows slower
+    favours none.
+    """
     trials = [{task.name: [] for task in tasks} for _ in configs]
     # a server with a batch is kept busy: its questions are given all at once
-    size = configs[0][0] if len(configs) > 1 or configs[0][0] == 1 else max(len(task.questions) for task in tasks)
-    groups = [(t, t.questions[i : i + size]) for t in tasks for i in range(0, len(t.questions), size)]
+    size = (
+        configs[0][0]
+        if len(configs) > 1 or configs[0][0] == 1
+        else max(len(task.questions) for task in tasks)
+    )
+    groups = [
+        (t, t.questions[i : i + size]) for t in tasks for i in range(0, len(t.questions), size)
+    ]
     name = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
     with ExitStack() as stack:
         engines = [stack.enter_context(closing(opener(config))) for config in configs]
@@ -212,7 +264,9 @@ def warm_up(engine: Engine, task: Task, batch: int, chat: Chat) -> None:
     engine.answer(prompts, min(WARM_UP_TOKENS, task.manner.max_new_tokens))
 
 
-def ask(engine: Engine, questions: list[Question], task: Task, batch: int, chat: Chat) -> list[Trial]:
+def ask(
+    engine: Engine, questions: list[Question], task: Task, batch: int, chat: Chat
+) -> list[Trial]:
     """All turns of these questions, each after the engine's own answers to the turns before.
 
     Answers that overlap in time share it in proportion to their own seconds.
@@ -222,7 +276,8 @@ def ask(engine: Engine, questions: list[Question], task: Task, batch: int, chat:
         going = [trial for trial in trials if turn <= len(trial.question.later)]
         said = [[answer.text for answer in trial.answers] for trial in going]
         prompts = [
-            prompt_ids(t.question, texts, manner, task.solved, chat) for t, texts in zip(going, said, strict=True)
+            prompt_ids(t.question, texts, manner, task.solved, chat)
+            for t, texts in zip(going, said, strict=True)
         ]
         began = time.perf_counter()
         answers = engine.answer(prompts, manner.max_new_tokens, manner.stop)
@@ -248,15 +303,23 @@ def scores(name: str, drafted: list[Trial], alone: list[Trial], execute_code: bo
         key = trial.question.id, trial.answers[0].text
         if key not in right:
             right[key] = suite.score(trial.answers[0].text, trial.question.reference)
-    count, baseline = (sum(right[t.question.id, t.answers[0].text] for t in trials) for trials in (drafted, alone))
-    return {"score": count / len(drafted), "baseline_score": baseline / len(alone), "num_scored": len(drafted)}
+    count, baseline = (
+        sum(right[t.question.id, t.answers[0].text] for t in trials) for trials in (drafted, alone)
+    )
+    return {
+        "score": count / len(drafted),
+        "baseline_score": baseline / len(alone),
+        "num_scored": len(drafted),
+    }
 
 
 def warning(name: str, row: dict) -> dict[str, str]:
     """What the row should make one doubt; printed too."""
     if row["config"][1] == 0 or row["acceptance_length"] != 1:
         return {}
-    console.print(f"benchmark: {name} {row['config']}: {NOTHING_ACCEPTED}", style="yellow", soft_wrap=True)
+    console.print(
+        f"benchmark: {name} {row['config']}: {NOTHING_ACCEPTED}", style="yellow", soft_wrap=True
+    )
     return {"warning": NOTHING_ACCEPTED}
 
 

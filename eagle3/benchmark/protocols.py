@@ -1,6 +1,7 @@
 """Protocols: how a suite is put to the target. A protocol is a function; `PROTOCOLS` names them.
 
-`system_prompt` is benchmark.system_prompt; `trained_with` is data.system_prompt, which prepared prompts hold already.
+`system_prompt` is benchmark.system_prompt; `trained_with` is data.system_prompt, which prepared
+prompts hold already.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from eagle3.errors import ConfigError
 
 @dataclass(frozen=True)
 class Manner:
-    """How one suite is asked: through the target's chat template behind `system_prompt`, or, with `shots` > 0, as a
-    plain text behind so many solved questions. An answer ends before a text of `stop`."""
+    """How one suite is asked: through the target's chat template behind `system_prompt`, or, with
+    `shots` > 0, as a plain text behind so many solved questions. An answer ends before a text of
+    `stop`.
+    """
 
     max_new_tokens: int
     system_prompt: str | None = None
@@ -23,7 +26,9 @@ class Manner:
 
 
 def chat(suite: str, system_prompt: str | None, trained_with: str | None) -> Manner:
-    """The target's own template and the plain question, behind the system prompt that the draft was trained with."""
+    """The target's own template and the plain question, behind the system prompt that the draft was
+    trained with.
+    """
     return Manner(1024, trained_with if system_prompt is None else system_prompt)
 
 
@@ -37,15 +42,17 @@ SPECFORGE = {
 def specforge(suite: str, system_prompt: str | None, trained_with: str | None) -> Manner:
     """What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes.
 
-    GSM8K is a raw completion behind the first five rows of its own test split, which are asked as well. Its acceptance
-    length divides all tokens by the rounds; ours leaves out the first token, so it is lower by less than a percent.
+    GSM8K is a raw completion behind the first five rows of its own test split, which are asked as
+    well. Its acceptance length divides all tokens by the rounds; ours leaves out the first token,
+    so it is lower by less than a percent.
     """
     refuse(system_prompt, "specforge")
     return SPECFORGE.get(suite, Manner(2048))
 
 
 def eagle(suite: str, system_prompt: str | None, trained_with: str | None) -> Manner:
-    """EAGLE's evaluation of Llama-3 chat models: zero-shot, every suite behind the same system prompt.
+    """EAGLE's evaluation of Llama-3 chat models: zero-shot, every suite behind the same system
+    prompt.
 
     Its scripts name 1024 new tokens, but do not hand them to the decoder, which then ends at 512;
     benchmark.max_new_tokens=512 does what they do.
@@ -70,11 +77,13 @@ def refuse(system_prompt: str | None, protocol: str) -> None:
         )
 
 
-def prompt_ids(question: Question, answers: list[str], manner: Manner, solved: list[Question], chat: Chat) -> list[int]:
+def prompt_ids(
+    question: Question, answers: list[str], manner: Manner, solved: list[Question], chat: Chat
+) -> list[int]:
     """What the target reads for the turn behind `answers`, its own answers to the turns before.
 
-    `solved` are the questions shown with their solutions where the manner asks for shots. A question that comes
-    tokenised is what it is.
+    `solved` are the questions shown with their solutions where the manner asks for shots. A
+    question that comes tokenised is what it is.
     """
     if question.input_ids is not None:
         return question.input_ids

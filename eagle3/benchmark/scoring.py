@@ -1,7 +1,7 @@
 """Whether an answer is right: one function a suite, of the answer's text and the row's reference.
 
-They are simple and the same for every config, so they tell whether drafting loses something, and they are not the
-graders behind published scores.
+They are simple and the same for every config, so they tell whether drafting loses something, and
+they are not the graders behind published scores.
 """
 
 import os
@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SECONDS, MEMORY = 10, 1 << 30
 PASSED = 97  # not 0, so that an answer that exits early passes nothing
-# Runs in the child, before the answer does: sets the limits, leaves the network where the kernel lets it.
+# Runs in the child, before the answer does: sets the limits, leaves the network where the kernel
+# lets it.
 GUARD = f"""
 import ctypes, os, resource, runpy, sys
 for what, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
@@ -39,8 +40,9 @@ def last_number(text: str) -> Fraction | None:
 
 
 def math500(answer: str, reference: str) -> bool:
-    r"""What stands in the last \boxed, else the last number, equals the reference: as a number, or as text once
-    spaces, units in \text and LaTeX that changes nothing but the looks are taken out."""
+    r"""What stands in the last \boxed, else the last number, equals the reference: as a number, or
+    as text once spaces, units in \text and LaTeX that changes nothing but the looks are taken out.
+    """
     given = boxed(answer)
     if given is None:
         numbers = NUMBER.findall(answer)
@@ -66,7 +68,9 @@ def plain(latex: str) -> str:
     latex = re.sub(r"\\[dt]frac", r"\\frac", latex)
     latex = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", latex)
     latex = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "", latex)
-    latex = re.sub(r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", "", latex.strip())
+    latex = re.sub(
+        r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", "", latex.strip()
+    )
     latex = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", latex)
     latex = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", latex)
     return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", latex)).rstrip(".")
@@ -84,8 +88,12 @@ def value(text: str) -> Fraction | None:
 
 
 def ceval(answer: str, reference: str) -> bool:
-    """The last letter A-D that the text calls the answer, else the first that stands alone, is the reference."""
-    called = re.findall(r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer)
+    """The last letter A-D that the text calls the answer, else the first that stands alone, is the
+    reference.
+    """
+    called = re.findall(
+        r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer
+    )
     alone = re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)
     return (called[-1:] or alone[:1]) == [reference.strip()]
 
@@ -96,8 +104,10 @@ def humaneval(answer: str, reference: dict[str, str]) -> bool:
 
 
 def program(answer: str, reference: dict[str, str]) -> str:
-    """The answer's code (its first fenced block with the function, else all of it) with the row's tests behind it;
-    behind what the row's prompt has before the function, or behind the whole prompt if the answer only goes on."""
+    """The answer's code (its first fenced block with the function, else all of it) with the row's
+    tests behind it; behind what the row's prompt has before the function, or behind the whole
+    prompt if the answer only goes on.
+    """
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
@@ -107,8 +117,8 @@ def program(answer: str, reference: dict[str, str]) -> str:
 
 
 def passes(source: str) -> bool:
-    """Runs `source` in a Python of its own: an empty folder and environment, limits on time, memory, files and
-    processes, no network where the kernel can take it away.
+    """Runs `source` in a Python of its own: an empty folder and environment, limits on time,
+    memory, files and processes, no network where the kernel can take it away.
 
     It guards against accidents and is no prison: what reads files can read ours.
     """

@@ -1,7 +1,7 @@
 """Benchmarks of served targets: one server at a time, started for a config or given by its address.
 
-Configs are [batch, steps, topk, verify_tokens]; the batch is how many requests are under way and needs no server of
-its own.
+Configs are [batch, steps, topk, verify_tokens]; the batch is how many requests are under way and
+needs no server of its own.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from transformers import PretrainedConfig
 
 from eagle3.benchmark import measure
 from eagle3.benchmark.statistics import Answer
-from eagle3.draft.folder import flatten, read_config
-from eagle3.engine import Server, choose_port
+from eagle3.engines.server import Server, choose_port
 from eagle3.errors import ConfigError, RunError
+from eagle3.export.folder import flatten, read_config
 from eagle3.job import hardware
-from eagle3.logger import redact
+from eagle3.runs.logger import redact
 
 DEATH_SECONDS = 5.0  # a process may end that long after its connections
 
@@ -28,9 +28,10 @@ DEATH_SECONDS = 5.0  # a process may end that long after its connections
 class Dialect:
     """How one kind of server is spoken to.
 
-    `body(prompt, max_new_tokens, stop)` is what is posted to `path`; `read(reply, steps)` an Answer from what comes
-    back, raising RunError where it does not tell its rounds and seconds; `served(get)` the [steps, topk, verify_tokens]
-    of a server that `get(path)` asks, raising RunError where it drafts in another way.
+    `body(prompt, max_new_tokens, stop)` is what is posted to `path`; `read(reply, steps)` an Answer
+    from what comes back, raising RunError where it does not tell its rounds and seconds;
+    `served(get)` the [steps, topk, verify_tokens] of a server that `get(path)` asks, raising
+    RunError where it drafts in another way.
     """
 
     name: str
@@ -41,10 +42,11 @@ class Dialect:
 
 
 class Servers:
-    """An `Opener`: engines of the server that `command(port, [steps, topk, verify_tokens])` starts, or of given ones.
+    """An `Opener`: engines of the server that `command(port, [steps, topk, verify_tokens])` starts,
+    or of given ones.
 
-    A given `url` answers configs with a draft and `alone_url` those without. A server is kept while the next config
-    needs the same one. Leaving the context ends it.
+    A given `url` answers configs with a draft and `alone_url` those without. A server is kept while
+    the next config needs the same one. Leaving the context ends it.
     """
 
     def __init__(
@@ -59,7 +61,12 @@ class Servers:
         timeout: float,
     ):
         self.dialect, self.command, self.url, self.alone_url = dialect, command, url, alone_url
-        self.port, self.log_folder, self.ready_seconds, self.timeout = port, log_folder, ready_seconds, timeout
+        self.port, self.log_folder, self.ready_seconds, self.timeout = (
+            port,
+            log_folder,
+            ready_seconds,
+            timeout,
+        )
         self.server: Server | None = None
         self.drafting: list[int] = []
 
@@ -105,7 +112,9 @@ class Servers:
 
 @dataclass
 class Client:
-    """An `Engine`: `batch` requests under way at the server at `url`, each answered within `timeout` seconds."""
+    """An `Engine`: `batch` requests under way at the server at `url`, each answered within
+    `timeout` seconds.
+    """
 
     dialect: Dialect
     url: str
@@ -119,15 +128,23 @@ class Client:
         try:
             return httpx.get(self.url + path, timeout=min(30.0, self.timeout), trust_env=False)
         except httpx.HTTPError as error:
-            raise RunError(f"no server answers at {self.url}{path} ({error}); check its address") from error
+            raise RunError(
+                f"no server answers at {self.url}{path} ({error}); check its address"
+            ) from error
 
-    def answer(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()) -> list[Answer]:
+    def answer(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+    ) -> list[Answer]:
         return asyncio.run(self.answer_all(prompts, max_new_tokens, stop))
 
-    async def answer_all(self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...]) -> list[Answer]:
+    async def answer_all(
+        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...]
+    ) -> list[Answer]:
         free = asyncio.Semaphore(self.batch)
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=self.timeout, trust_env=False, limits=limits) as client:
+        async with httpx.AsyncClient(
+            timeout=self.timeout, trust_env=False, limits=limits
+        ) as client:
 
             async def ask(prompt: list[int]) -> Answer:
                 async with free:
@@ -144,19 +161,27 @@ class Client:
         try:
             response = await client.post(self.url + self.dialect.path, json=body)
         except httpx.TimeoutException as error:
-            raise RunError(f"{self.url} gave no answer within {self.timeout:g} s: raise benchmark.timeout") from error
+            raise RunError(
+                f"{self.url} gave no answer within {self.timeout:g} s: raise benchmark.timeout"
+            ) from error
         except httpx.HTTPError as error:
             await self.explain()
-            raise RunError(f"{self.url} broke off a request ({type(error).__name__}: {error})") from error
+            raise RunError(
+                f"{self.url} broke off a request ({type(error).__name__}: {error})"
+            ) from error
         if response.status_code >= 500:
             await self.explain()
         if response.status_code != 200:
-            raise RunError(f"{self.url} refused a request (HTTP {response.status_code}): {response.text[:300]}")
+            raise RunError(
+                f"{self.url} refused a request (HTTP {response.status_code}): {response.text[:300]}"
+            )
         try:
             return self.dialect.read(response.json(), self.steps)
         except (ValueError, LookupError, TypeError) as error:
             words = f"{type(error).__name__}: {error}"
-            raise RunError(f"{self.url} answers in a form we do not know ({words}): {response.text[:300]}") from error
+            raise RunError(
+                f"{self.url} answers in a form we do not know ({words}): {response.text[:300]}"
+            ) from error
 
     async def explain(self) -> None:
         """Raises RunError with the server's last words if it ends about now."""
@@ -185,7 +210,16 @@ def run(
     known = {"url": servers.url, "alone_url": servers.alone_url, "dtype": job.target_dtype}
     known["device"] = None if servers.url else hardware(job.device)["name"]
     job.let_go_of_target()  # it would take memory that the engine needs
-    asked = (configs, suites, max_new_tokens, temperature, system_prompt, protocol, execute_code, paths)
+    asked = (
+        configs,
+        suites,
+        max_new_tokens,
+        temperature,
+        system_prompt,
+        protocol,
+        execute_code,
+        paths,
+    )
     with servers:
         return measure.run(job, servers, *asked, redact(facts | known))
 
@@ -199,13 +233,19 @@ def check_draft(folder: Path, target: PretrainedConfig, engine: str, speculators
     values, form = flatten(given), given.get("speculators_model_type")
     kind = [*(given.get("architectures") or []), form or ""]
     if not any("eagle3" in name.lower() for name in kind):
-        raise RunError(f"draft at {folder} is no EAGLE3 draft: its config.json names the architectures {kind}")
+        raise RunError(
+            f"draft at {folder} is no EAGLE3 draft: its config.json names the architectures {kind}"
+        )
     if form and not speculators:
-        raise RunError(f"draft at {folder} has the form of speculators, which {engine} does not read; give another one")
+        raise RunError(
+            f"draft at {folder} has the form of speculators, which {engine} does not read; give another one"
+        )
     theirs = {
         "vocab_size": values.get("vocab_size"),
         "hidden_size": values.get("target_hidden_size") or values.get("hidden_size"),
     }
     for name, value in theirs.items():
         if value != getattr(target, name):
-            raise RunError(f"draft at {folder} is for a target with {name}={value}, not {getattr(target, name)}")
+            raise RunError(
+                f"draft at {folder} is for a target with {name}={value}, not {getattr(target, name)}"
+            )

@@ -1,4 +1,6 @@
-"""The benchmark in SGLang: a stock server, chains and trees; acceptance from its counters of every request."""
+"""The benchmark in SGLang: a stock server, chains and trees; acceptance from its counters of every
+request.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +10,7 @@ import httpx
 
 from eagle3.benchmark import served
 from eagle3.benchmark.statistics import Answer
-from eagle3.engine import find_package, interpreter
+from eagle3.engines.server import find_package, interpreter
 from eagle3.errors import RunError
 
 VERSIONS = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
@@ -17,7 +19,12 @@ VERSIONS = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
 def check_settings(benchmark: dict[str, Any]) -> None:
     """What can be told of the section `benchmark` before anything starts. Raises ConfigError."""
     if not (benchmark.get("url") and benchmark.get("alone_url")):
-        find_package(interpreter("sglang", benchmark.get("python")), ("sglang",), VERSIONS, "benchmark.python")
+        find_package(
+            interpreter("sglang", benchmark.get("python")),
+            ("sglang",),
+            VERSIONS,
+            "benchmark.python",
+        )
 
 
 def run(
@@ -40,31 +47,66 @@ def run(
     ready_seconds: float = 1800.0,
     timeout: float = 1800.0,
 ) -> dict:
-    """The stage `benchmark` of `job`, an `eagle3.pipeline.Run`: writes benchmark.json and returns what it holds.
+    """The stage `benchmark` of `job`, an `eagle3.pipeline.Run`: writes benchmark.json and returns
+    what it holds.
 
-    The interpreter `python` (this one if null) has SGLang; `server_args` go to its server as they are. `url` is a
-    running server with the draft, `alone_url` one without, both with --enable-metrics; those that are null are started.
-    Raises ConfigError, RunError.
+    The interpreter `python` (this one if null) has SGLang; `server_args` go to its server as they
+    are. `url` is a running server with the draft, `alone_url` one without, both with
+    --enable-metrics; those that are null are started. Raises ConfigError, RunError.
     """
     model, python = job.config.model, interpreter("sglang", python)
     served.check_draft(job.draft_folder, job.target_config, "SGLang", speculators=False)
-    version = find_package(python, ("sglang",), VERSIONS, "benchmark.python") if not (url and alone_url) else None
+    version = (
+        find_package(python, ("sglang",), VERSIONS, "benchmark.python")
+        if not (url and alone_url)
+        else None
+    )
     batch = max(config[0] for config in configs)
     options = ["--model-path", model.path, "--dtype", job.target_dtype, "--tp-size", str(tp_size)]
-    options += ["--random-seed", str(job.config.seed), "--max-running-requests", str(batch), "--enable-metrics"]
-    options += ["--disable-radix-cache"]  # else a prompt costs nothing when the next batch asks it again
+    options += [
+        "--random-seed",
+        str(job.config.seed),
+        "--max-running-requests",
+        str(batch),
+        "--enable-metrics",
+    ]
+    options += [
+        "--disable-radix-cache"
+    ]  # else a prompt costs nothing when the next batch asks it again
     options += ["--revision", model.revision] if model.revision else []
     options += ["--trust-remote-code"] if model.trust_remote_code else []
     options += ["--mem-fraction-static", str(mem_fraction_static)] if mem_fraction_static else []
 
     def command(port: int, drafting: list[int]) -> list[str]:
         whole = [python, "-m", "sglang.launch_server", *options, "--host", "127.0.0.1"]
-        return [*whole, "--port", str(port), *drafting_options(str(job.draft_folder), *drafting), *server_args]
+        return [
+            *whole,
+            "--port",
+            str(port),
+            *drafting_options(str(job.draft_folder), *drafting),
+            *server_args,
+        ]
 
     dialect = served.Dialect("SGLang", "/generate", partial(body, temperature), read, drafting_of)
-    facts = {"runner": "sglang", "version": version, "tp_size": tp_size, "server_args": list(server_args)}
-    servers = served.Servers(dialect, command, url, alone_url, port, job.run_dir, ready_seconds, timeout)
-    asked = (configs, suites, max_new_tokens, temperature, system_prompt, protocol, execute_code, paths)
+    facts = {
+        "runner": "sglang",
+        "version": version,
+        "tp_size": tp_size,
+        "server_args": list(server_args),
+    }
+    servers = served.Servers(
+        dialect, command, url, alone_url, port, job.run_dir, ready_seconds, timeout
+    )
+    asked = (
+        configs,
+        suites,
+        max_new_tokens,
+        temperature,
+        system_prompt,
+        protocol,
+        execute_code,
+        paths,
+    )
     return served.run(job, servers, *asked, facts)
 
 
@@ -76,9 +118,19 @@ def drafting_options(draft: str, steps: int, topk: int, verify_tokens: int) -> l
     return [*drafting, "--speculative-num-draft-tokens", str(verify_tokens)]
 
 
-def body(temperature: float, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
-    """Nothing but the temperature shapes the distribution, whatever generation_config.json recommends."""
-    sampling = {"temperature": temperature, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+def body(
+    temperature: float, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...]
+) -> dict[str, Any]:
+    """Nothing but the temperature shapes the distribution, whatever generation_config.json
+    recommends.
+    """
+    sampling = {
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+    }
     return {
         "input_ids": prompt,
         "sampling_params": sampling | {"max_new_tokens": max_new_tokens, "stop": list(stop)},
@@ -88,7 +140,8 @@ def body(temperature: float, prompt: list[int], max_new_tokens: int, stop: tuple
 def read(reply: dict[str, Any], steps: int) -> Answer:
     """A reply of /generate.
 
-    The histogram holds how many rounds accepted 0, 1, ... drafts, those of the last round also behind the answer's end.
+    The histogram holds how many rounds accepted 0, 1, ... drafts, those of the last round also
+    behind the answer's end.
     """
     ids, meta = reply["output_ids"], reply["meta_info"]
     if meta["finish_reason"]["type"] == "abort":
@@ -109,7 +162,9 @@ def drafting_of(get: Callable[[str], httpx.Response]) -> list[int]:
     """[steps, topk, verify_tokens] of a running server. Raises RunError."""
     response = get("/server_info")
     if response.status_code != 200:
-        raise RunError(f"{response.url} is no SGLang server (HTTP {response.status_code}); check benchmark.url")
+        raise RunError(
+            f"{response.url} is no SGLang server (HTTP {response.status_code}); check benchmark.url"
+        )
     info = response.json()
     algorithm = info.get("speculative_algorithm")
     if algorithm is None:

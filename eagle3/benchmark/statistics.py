@@ -1,4 +1,5 @@
-"""What the answers of an engine come to: acceptance, speed, equality, each with its interval over prompts.
+"""What the answers of an engine come to: acceptance, speed, equality, each with its interval over
+prompts.
 
 P questions of a suite, R resamples of them.
 """
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from eagle3.benchmark.suites import Question
-from eagle3.loops import is_loop
+from eagle3.evaluate import is_loop
 
 RESAMPLES = 2000
 
@@ -18,10 +19,11 @@ RESAMPLES = 2000
 class Answer:
     """What an engine answered to one prompt.
 
-    `ids` [n] without the prompt, `rounds` verification rounds, which committed all tokens but the first (the prefill
-    gives that one); `accepted_at[k-1]` rounds in which the draft at position k was accepted, None without a draft or
-    where the engine does not tell it per request; `seconds` of this request's decoding where known, else of the
-    request. `emitted`: tokens of every round, where the engine tells them.
+    `ids` [n] without the prompt, `rounds` verification rounds, which committed all tokens but the
+    first (the prefill gives that one); `accepted_at[k-1]` rounds in which the draft at position k
+    was accepted, None without a draft or where the engine does not tell it per request; `seconds`
+    of this request's decoding where known, else of the request. `emitted`: tokens of every round,
+    where the engine tells them.
     """
 
     ids: list[int]
@@ -34,7 +36,9 @@ class Answer:
 
 @dataclass
 class Trial:
-    """One question under one config: the prompt and the answer of every turn, and its share of the seconds."""
+    """One question under one config: the prompt and the answer of every turn, and its share of the
+    seconds.
+    """
 
     question: Question
     prompts: list[list[int]] = field(default_factory=list)
@@ -68,11 +72,17 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     told_rounds = sum(answer.rounds for answer in told)
     return {
         "acceptance_length": ratio(tokens.sum(), rounds.sum()),
-        "interval95": interval95(lambda picked: tokens[picked].sum(1) / rounds[picked].sum(1), len(trials), seed),
-        "acceptance_length_loop_free": ratio(sum(len(a.ids) - 1 for a in free), sum(a.rounds for a in free)),
+        "interval95": interval95(
+            lambda picked: tokens[picked].sum(1) / rounds[picked].sum(1), len(trials), seed
+        ),
+        "acceptance_length_loop_free": ratio(
+            sum(len(a.ids) - 1 for a in free), sum(a.rounds for a in free)
+        ),
         "loops": len(answers) - len(free),
         "first_round": ratio(sum(first), len(first)),
-        "accepted_by_position": [ratio(sum(a.accepted_at[k] for a in told), told_rounds) for k in range(steps)],
+        "accepted_by_position": [
+            ratio(sum(a.accepted_at[k] for a in told), told_rounds) for k in range(steps)
+        ],
     }
 
 
@@ -85,7 +95,10 @@ def speed(drafted: list[Trial], alone: list[Trial], seed: int) -> dict:
         with_draft = tokens[picked].sum(1) / seconds[picked].sum(1)
         return with_draft * alone_seconds[picked].sum(1) / alone_tokens[picked].sum(1)
 
-    with_draft, without = ratio(tokens.sum(), seconds.sum()), ratio(alone_tokens.sum(), alone_seconds.sum())
+    with_draft, without = (
+        ratio(tokens.sum(), seconds.sum()),
+        ratio(alone_tokens.sum(), alone_seconds.sum()),
+    )
     return {
         "tokens_per_second": with_draft,
         "baseline_tokens_per_second": without,
@@ -95,7 +108,9 @@ def speed(drafted: list[Trial], alone: list[Trial], seed: int) -> dict:
 
 
 def equality(drafted: list[Trial], alone: list[Trial]) -> dict:
-    """`lossless`: whether all answers are those of the target alone, token for token; `equal_answers`: their share."""
+    """`lossless`: whether all answers are those of the target alone, token for token;
+    `equal_answers`: their share.
+    """
     same = [one.ids == other.ids for one, other in zip(drafted, alone, strict=True)]
     return {"lossless": all(same), "equal_answers": sum(same) / len(same)}
 
@@ -109,9 +124,17 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return float(numerator / denominator) if denominator and numerator is not None else None
 
 
-def interval95(statistic: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int) -> list[float] | None:
+def interval95(
+    statistic: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int
+) -> list[float] | None:
     """Bootstrap over questions: `statistic` of int64 [R,P], the questions of every resample -> [R]."""
-    picked = torch.randint(questions, (RESAMPLES, questions), generator=torch.Generator().manual_seed(seed))
+    picked = torch.randint(
+        questions, (RESAMPLES, questions), generator=torch.Generator().manual_seed(seed)
+    )
     values = statistic(picked)
     values = values[values.isfinite()]
-    return values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist() if len(values) else None
+    return (
+        values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+        if len(values)
+        else None
+    )

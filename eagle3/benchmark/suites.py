@@ -1,4 +1,6 @@
-"""Suites: named lists of questions. A suite is a data set and a function that reads its rows; `SUITES` names them."""
+"""Suites: named lists of questions. A suite is a data set and a function that reads its rows;
+`SUITES` names them.
+"""
 
 import re
 from collections.abc import Callable, Iterator
@@ -17,9 +19,11 @@ from eagle3.errors import ConfigError, RunError
 
 @dataclass
 class Question:
-    """A conversation up to the first turn to be answered, and the user's `later` turns; or its `input_ids`.
+    """A conversation up to the first turn to be answered, and the user's `later` turns; or its
+    `input_ids`.
 
-    `reference` is what an answer is scored by; in a suite that can be shown as solved it is the solution.
+    `reference` is what an answer is scored by; in a suite that can be shown as solved it is the
+    solution.
     """
 
     messages: Messages = field(default_factory=list)
@@ -31,10 +35,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """`source` on the hub (subset `*`: all of them, in order), `read` a row of it, `score` an answer's text.
+    """`source` on the hub (subset `*`: all of them, in order), `read` a row of it, `score` an
+    answer's text.
 
-    `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite. `runs_code`: scoring
-    runs what the model wrote.
+    `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite.
+    `runs_code`: scoring runs what the model wrote.
     """
 
     read: Callable[[dict], Question]
@@ -63,7 +68,10 @@ def gsm8k(row: dict) -> Question:
 
 
 def humaneval(row: dict) -> Question:
-    return asked(row["prompt"], reference={name: text(row[name]) for name in ("prompt", "test", "entry_point")})
+    return asked(
+        row["prompt"],
+        reference={name: text(row[name]) for name in ("prompt", "test", "entry_point")},
+    )
 
 
 def math500(row: dict) -> Question:
@@ -74,13 +82,15 @@ def ceval(row: dict) -> Question:
     """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
     options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
     return asked(
-        f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。", reference=text(row["answer"])
+        f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。",
+        reference=text(row["answer"]),
     )
 
 
 def conversation(row: dict) -> Question:
-    """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's `turns` or a `prompt`,
-    or any conversation, of which the last user turn is asked."""
+    """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's
+    `turns` or a `prompt`, or any conversation, of which the last user turn is asked.
+    """
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])
     turns = row.get("turns", row.get("prompt"))
@@ -93,7 +103,12 @@ SUITES = {
     "heldout": Suite(conversation),
     "mtbench": Suite(mtbench, Source("HuggingFaceH4/mt_bench_prompts")),
     "gsm8k": Suite(gsm8k, Source("openai/gsm8k", "main", "test"), scoring.gsm8k),
-    "humaneval": Suite(humaneval, Source("openai/openai_humaneval", None, "test"), scoring.humaneval, runs_code=True),
+    "humaneval": Suite(
+        humaneval,
+        Source("openai/openai_humaneval", None, "test"),
+        scoring.humaneval,
+        runs_code=True,
+    ),
     "math500": Suite(math500, Source("HuggingFaceH4/MATH-500", None, "test"), scoring.math500),
     # every subject; the answers of the test split are not public
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
@@ -102,7 +117,9 @@ OWN = Suite(conversation)
 
 
 def parse(spec: str) -> tuple[str, int | None]:
-    """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file. Raises ConfigError."""
+    """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file.
+    Raises ConfigError.
+    """
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not name.endswith(SUFFIXES):
         raise ConfigError(
@@ -110,15 +127,21 @@ def parse(spec: str) -> tuple[str, int | None]:
             f":num_prompts{nearest(name, list(SUITES))}"
         )
     if colon and not (count.isdecimal() and int(count) > 0):
-        raise ConfigError(f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48")
+        raise ConfigError(
+            f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48"
+        )
     if name not in SUITES and not Path(name).is_file():
-        raise ConfigError(f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a suite")
+        raise ConfigError(
+            f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a suite"
+        )
     return name, int(count) if colon else None
 
 
 def load(name: str, count: int | None, path: str | None, cache_dir: str) -> list[Question]:
-    """The first `count` questions of a suite (fewer where it has fewer), of `path` where that is given, else of the
-    hub or the file that `name` is. Raises RunError for a row that is none and for a suite without questions."""
+    """The first `count` questions of a suite (fewer where it has fewer), of `path` where that is
+    given, else of the hub or the file that `name` is. Raises RunError for a row that is none and
+    for a suite without questions.
+    """
     questions = list(islice(read(name, path, cache_dir), count))
     if not questions:
         raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
@@ -127,14 +150,18 @@ def load(name: str, count: int | None, path: str | None, cache_dir: str) -> list
 
 def read(name: str, path: str | None, cache_dir: str) -> Iterator[Question]:
     suite = SUITES.get(name, OWN)
-    sources = [Source(path or name)] if path or suite.source is None else subsets(name, suite.source)
+    sources = (
+        [Source(path or name)] if path or suite.source is None else subsets(name, suite.source)
+    )
     for source in sources:
         for file in files_of(name, source, cache_dir):
             for line, raw, _ in raw_rows(file):
                 try:
                     question = suite.read(decode(raw))
                 except (RowError, LookupError, TypeError, ValueError) as error:
-                    raise RunError(f"{file.name}, line {line}: not a question of the suite {name} ({error})") from error
+                    raise RunError(
+                        f"{file.name}, line {line}: not a question of the suite {name} ({error})"
+                    ) from error
                 yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
 
 

@@ -1,4 +1,6 @@
-"""Conversations to token ids and the assistant mask: one rendering, one tokenisation, spans found in that text."""
+"""Conversations to token ids and the assistant mask: one rendering, one tokenisation, spans found
+in that text.
+"""
 
 import re
 from dataclasses import dataclass
@@ -22,10 +24,14 @@ WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 LONGEST_TEXT = 1 << 23
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
-PROBE_TOOL = {"type": "function", "function": {"name": "qzcall", "description": "", "parameters": {"properties": {}}}}
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "qzcall", "description": "", "parameters": {"properties": {}}},
+}
 
 SYSTEM_PROMPTS = {
-    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have (so their drafts too).
+    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have (so
+    # their drafts too).
     "llama2": (
         "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
         "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
@@ -39,7 +45,9 @@ SYSTEM_PROMPTS = {
 
 @dataclass
 class Encoded:
-    """`input_ids` of n tokens, and the spans [first, stop) of tokens that are supervised: answers and their ends."""
+    """`input_ids` of n tokens, and the spans [first, stop) of tokens that are supervised: answers
+    and their ends.
+    """
 
     text: str
     input_ids: list[int]
@@ -55,8 +63,10 @@ class Encoded:
 
 @dataclass
 class Turns:
-    """How a template frames an assistant turn: `opening` stands before it, `prompt_rest` is what a generation prompt
-    adds to that, and one of `closings` ends it, but for the last turn where that has an `open_end`."""
+    """How a template frames an assistant turn: `opening` stands before it, `prompt_rest` is what a
+    generation prompt adds to that, and one of `closings` ends it, but for the last turn where that
+    has an `open_end`.
+    """
 
     opening: str
     prompt_rest: str
@@ -65,7 +75,9 @@ class Turns:
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has none of its own."""
+    """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has
+    none of its own.
+    """
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
@@ -75,13 +87,21 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
 def load_tokenizer(
     path: str, revision: str | None, trust_remote_code: bool, chat_template: str = "auto"
 ) -> PreTrainedTokenizerBase:
-    """The target's tokenizer with the named chat template, or its own; raises ConfigError when there is none."""
+    """The target's tokenizer with the named chat template, or its own; raises ConfigError when
+    there is none.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={path} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            f"model.path={path} has no tokenizer that loads: {str(error).splitlines()[0]}"
+        ) from error
     if not tokenizer.is_fast:
-        raise ConfigError(f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json")
+        raise ConfigError(
+            f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json"
+        )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if chat_template != "auto":
@@ -96,12 +116,16 @@ def load_tokenizer(
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ConfigError where a named template frames turns by tokens that the tokenizer does not have."""
+    """Raise ConfigError where a named template frames turns by tokens that the tokenizer does not
+    have.
+    """
     words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     text, _ = Chat(tokenizer).render(words)
     unknown = [token for token in SPECIAL_LOOK.findall(text) if token not in tokenizer.get_vocab()]
     if unknown:
-        raise ConfigError(f"data.chat_template={name} needs {unknown[0]}, which is no token of the target's tokenizer")
+        raise ConfigError(
+            f"data.chat_template={name} needs {unknown[0]}, which is no token of the target's tokenizer"
+        )
 
 
 class Chat:
@@ -117,10 +141,17 @@ class Chat:
         """For fingerprints: equal when the same conversations give the same ids."""
         whole = self.tokenizer.backend_tokenizer.to_str().encode()
         dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
-        return {"tokenizer": sha256(whole).hexdigest(), "template": self.template, "options": self.options} | dated
+        return {
+            "tokenizer": sha256(whole).hexdigest(),
+            "template": self.template,
+            "options": self.options,
+        } | dated
 
-    def render(self, messages: Messages, tools=None, prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text of `messages` and, where the template has `{% generation %}`, the character spans it marks.
+    def render(
+        self, messages: Messages, tools=None, prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text of `messages` and, where the template has `{% generation %}`, the character
+        spans it marks.
 
         Raises RowError with what the template refuses.
         """
@@ -133,7 +164,9 @@ class Chat:
                 add_generation_prompt=prompt,
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
-        except Exception as error:  # templates raise what they like: jinja's errors, KeyError, TypeError
+        except (
+            Exception
+        ) as error:  # templates raise what they like: jinja's errors, KeyError, TypeError
             raise RowError(f"refused by the chat template: {str(error).splitlines()[0]}") from error
         return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
 
@@ -172,7 +205,11 @@ class Chat:
                 raise RowError("no assistant turn")
             text, marked = self.render(conversation.messages, conversation.tools)
             cut = any(m.get("truncated") for m in conversation.messages)
-            spans = mend(self, marked, text, cut) if marked else find_turns(self, conversation.messages, text)
+            spans = (
+                mend(self, marked, text, cut)
+                if marked
+                else find_turns(self, conversation.messages, text)
+            )
         if not any(first < stop for first, stop in spans):
             raise RowError(NOT_FOUND)
         if len(text) > LONGEST_TEXT:
@@ -182,7 +219,9 @@ class Chat:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise RowError("bad UTF-8") from error
-        return Encoded(text, encoding.ids, [span for span in map(token_span(encoding, text), spans) if span])
+        return Encoded(
+            text, encoding.ids, [span for span in map(token_span(encoding, text), spans) if span]
+        )
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:
         """The ids that ask for the next assistant turn; trailing assistant messages are dropped."""
@@ -205,9 +244,11 @@ class Chat:
 
 
 def token_span(encoding, text: str):
-    """A function from characters [start, stop) to the tokens [first, stop) that end in them, or None when none does.
+    """A function from characters [start, stop) to the tokens [first, stop) that end in them, or
+    None when none does.
 
-    `char_to_token` is the first token over a character; where a tokenizer leaves characters out, all offsets are read.
+    `char_to_token` is the first token over a character; where a tokenizer leaves characters out,
+    all offsets are read.
     """
 
     def boundary(place: int) -> int:
@@ -217,7 +258,9 @@ def token_span(encoding, text: str):
         token = encoding.char_to_token(place)
         if token is not None:
             return token
-        return next((i for i, (_, end) in enumerate(encoding.offsets) if end > place), len(encoding.ids))
+        return next(
+            (i for i, (_, end) in enumerate(encoding.offsets) if end > place), len(encoding.ids)
+        )
 
     def tokens(span: Span) -> Span | None:
         first, stop = boundary(span[0]), boundary(span[1])
@@ -229,7 +272,11 @@ def token_span(encoding, text: str):
 def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     """Where the first special token stands in `text`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text) if special else None
+    found = (
+        re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text)
+        if special
+        else None
+    )
     return found.span() if found else None
 
 
@@ -242,14 +289,20 @@ def common_prefix(*texts: str) -> str:
 
 
 def learn(chat: Chat) -> Turns:
-    """Render a conversation of known words and see what the template puts around them. Raises ConfigError."""
+    """Render a conversation of known words and see what the template puts around them. Raises
+    ConfigError.
+    """
     words = ["qzfirst", "qzsecond", "qzthird", "qzfourth"]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)
+    ]
     try:
         text, asked = chat.render(messages)[0], chat.render(messages[:1])[0]
         prompted = chat.render(messages[:1], prompt=True)[0]
     except RowError as error:
-        raise ConfigError(f"the tokenizer's chat template cannot be used: {error}; set data.chat_template") from error
+        raise ConfigError(
+            f"the tokenizer's chat template cannot be used: {error}; set data.chat_template"
+        ) from error
     places = [text.find(word) for word in words]
     if -1 in places or places != sorted(places):
         raise ConfigError(
@@ -285,7 +338,9 @@ def learn(chat: Chat) -> Turns:
 
 
 def start_of_turn(turns: Turns, text: str, cursor: int) -> int:
-    """Where the next assistant turn begins: behind its opening, and behind all of a generation prompt."""
+    """Where the next assistant turn begins: behind its opening, and behind all of a generation
+    prompt.
+    """
     found = text.find(turns.opening, cursor)
     if found < 0:
         return -1
@@ -294,11 +349,12 @@ def start_of_turn(turns: Turns, text: str, cursor: int) -> int:
 
 
 def find_turns(chat: Chat, messages: Messages, text: str) -> list[Span]:
-    """Characters of every assistant turn with its closing, by walking the messages and the text side by side.
+    """Characters of every assistant turn with its closing, by walking the messages and the text
+    side by side.
 
-    A question is stepped over by its content, so that an opening quoted in it is not taken for one; an answer must
-    stand between an opening and a closing. What a template does to earlier turns (drop thinking, add an empty block)
-    is thereby seen as it was rendered.
+    A question is stepped over by its content, so that an opening quoted in it is not taken for one;
+    an answer must stand between an opening and a closing. What a template does to earlier turns
+    (drop thinking, add an empty block) is thereby seen as it was rendered.
     """
     turns, cursor, spans = chat.turns, 0, []
     for message in messages:
@@ -319,11 +375,15 @@ def find_turns(chat: Chat, messages: Messages, text: str) -> list[Span]:
     return spans
 
 
-def close(text: str, start: int, message: Message, closings: tuple[str, ...], open_end: bool) -> Span:
+def close(
+    text: str, start: int, message: Message, closings: tuple[str, ...], open_end: bool
+) -> Span:
     """Where the answer that begins at `start` ends, and where its closing does. Raises RowError."""
     content = message["content"].strip()
     answer = content.rpartition("</think>")[2].strip()
-    cores = [content, answer] if answer else [content or message.get("reasoning_content", "").strip()]
+    cores = (
+        [content, answer] if answer else [content or message.get("reasoning_content", "").strip()]
+    )
     cores += [""] if message.get("tool_calls") else []  # some templates drop the text beside a call
     for core in dict.fromkeys(cores):
         found = text.find(core, start)
@@ -344,7 +404,8 @@ def close(text: str, start: int, message: Message, closings: tuple[str, ...], op
 
 
 def mend(chat: Chat, marked: list[Span], text: str, cut: bool) -> list[Span]:
-    """Spans that a template marks: from behind the opening, where that is marked too, to the closing with it.
+    """Spans that a template marks: from behind the opening, where that is marked too, to the
+    closing with it.
 
     The last ends before its closing where the answer was cut.
     """
@@ -358,7 +419,9 @@ def mend(chat: Chat, marked: list[Span], text: str, cut: bool) -> list[Span]:
         closing = next((c for c in chat.frame.closings if text.startswith(c, behind)), None)
         if closing:
             stop = behind + len(closing)
-        elif ends := [p + len(c) for c in chat.frame.closings if (p := text.rfind(c, start, stop)) >= 0]:
+        elif ends := [
+            p + len(c) for c in chat.frame.closings if (p := text.rfind(c, start, stop)) >= 0
+        ]:
             stop = max(ends)
         spans.append((start, stop))
     if cut:
@@ -369,7 +432,9 @@ def mend(chat: Chat, marked: list[Span], text: str, cut: bool) -> list[Span]:
 
 
 def find_spans(chat: Chat, text: str) -> list[Span]:
-    """Assistant turns of a text that was rendered elsewhere: from every opening to the next closing."""
+    """Assistant turns of a text that was rendered elsewhere: from every opening to the next
+    closing.
+    """
     spans, cursor = [], 0
     while (start := start_of_turn(chat.turns, text, cursor)) >= 0:
         stops = [(text.find(closing, start), len(closing)) for closing in chat.turns.closings]

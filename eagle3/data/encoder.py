@@ -68,11 +68,15 @@ class Chunk:
 def hash_of(value: object) -> int:
     """64 bits of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
 
 
 def opening_hash(conversation: Conversation, chat: Chat) -> int:
-    """Equal for conversations that open with the same question, whatever system message, space or answer it has."""
+    """Equal for conversations that open with the same question, whatever system message, space or
+    answer it has.
+    """
     if conversation.text is not None:
         return hash_of(conversation.text[: find_spans(chat, conversation.text)[0][0]])
     turns = [m for m in conversation.messages if m["role"] != "system"]
@@ -115,19 +119,28 @@ class Encoder:
                     chunk.example = chunk.example or self.example(conversation)
                 continue
             kept = encoded.input_ids[: self.options.max_length]
-            inside = [(first, min(stop, len(kept))) for first, stop in encoded.spans if first < len(kept)]
+            inside = [
+                (first, min(stop, len(kept))) for first, stop in encoded.spans if first < len(kept)
+            ]
             ids.append(np.array(kept, dtype=np.int32))
             spans += [(first + total, stop + total) for first, stop in inside]
             total += len(kept)
-            record["tokens"], record["supervised"] = len(kept), sum(stop - first for first, stop in inside)
+            record["tokens"], record["supervised"] = (
+                len(kept),
+                sum(stop - first for first, stop in inside),
+            )
             starts = {first for first, _ in inside} | {len(kept)}
-            record["teachers"] = record["supervised"] + sum(stop not in starts for _, stop in inside)
+            record["teachers"] = record["supervised"] + sum(
+                stop not in starts for _, stop in inside
+            )
             record["content"] = hash_of(encoded.text)
             record["opening"] = opening
             chunk.cut += len(encoded.input_ids) > len(kept)
             chunk.repaired.update([conversation.repaired] if conversation.repaired else [])
             if prompt is not None:
-                chunk.candidates.append({"hash": opening, "source": source, "file": file, "line": line, "ids": prompt})
+                chunk.candidates.append(
+                    {"hash": opening, "source": source, "file": file, "line": line, "ids": prompt}
+                )
         chunk.ids = np.concatenate(ids) if ids else chunk.ids
         chunk.mask = np.zeros(total, bool)
         for first, stop in spans:
@@ -144,14 +157,22 @@ class Encoder:
 
     def encode(self, conversation: Conversation) -> Encoded:
         encoded = self.chat.encode(conversation, self.options.only_last_turn)
-        inside = [min(stop, self.options.max_length) - max(first, 1) for first, stop in encoded.spans]
+        inside = [
+            min(stop, self.options.max_length) - max(first, 1) for first, stop in encoded.spans
+        ]
         if not any(tokens >= 2 for tokens in inside):
             too_long = len(encoded.input_ids) > self.options.max_length
-            raise RowError("no assistant token within data.max_length" if too_long else "assistant turn too short")
+            raise RowError(
+                "no assistant token within data.max_length"
+                if too_long
+                else "assistant turn too short"
+            )
         return encoded
 
     def prompt(self, conversation: Conversation) -> list[int] | None:
-        """The prompt of the last answer, where it can be held out: the row ends with an answer and the prompt fits."""
+        """The prompt of the last answer, where it can be held out: the row ends with an answer and
+        the prompt fits.
+        """
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
             return None
         try:
@@ -188,11 +209,14 @@ def encode_in_worker(rows: list, held_below: int) -> Chunk:
 def encode_in_order(
     encode: Encoder, chunks: Iterator[list], held_below: Callable[[], int], num_proc: int
 ) -> Iterator[Chunk]:
-    """Chunks of rows through `num_proc` processes (1: this one), handed out in order, a few of them ahead."""
+    """Chunks of rows through `num_proc` processes (1: this one), handed out in order, a few of them
+    ahead.
+    """
     if num_proc == 1:
         yield from (encode(rows, held_below()) for rows in chunks)
         return
-    # Forked, so that a worker starts at once with the tokenizer in memory it shares; it never touches a GPU.
+    # Forked, so that a worker starts at once with the tokenizer in memory it shares; it never
+    # touches a GPU.
     pool = ProcessPoolExecutor(num_proc, get_context("fork"), start_worker, (encode, os.getpid()))
     ahead: deque[Future] = deque()
     try:

@@ -1,8 +1,9 @@
-"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are memory-mapped.
+"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are
+memory-mapped.
 
-Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so that the artefact does
-not depend on how many there were. Memory holds a few chunks and, at the end, about 150 bytes a row. A killed call goes
-on at the last part it finished.
+Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so
+that the artefact does not depend on how many there were. Memory holds a few chunks and, at the end,
+about 150 bytes a row. A killed call goes on at the last part it finished.
 """
 
 import json
@@ -18,18 +19,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
+from eagle3.batch import Document
 from eagle3.data.chat import Chat
-from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, Preparation, encode_in_order, opening_hash
+from eagle3.data.encoder import (
+    LEFT_OUT,
+    RECORD,
+    Chunk,
+    Encoder,
+    Preparation,
+    encode_in_order,
+    opening_hash,
+)
 from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, raw_rows, read_rows, selects
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.data.writer import Writer
 from eagle3.errors import RunError
-from eagle3.target.store import Document
 
 CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
 PART_CHUNKS = 64
-FORMAT = 1  # of what is written: part of the fingerprint, raised when the same rows come to be encoded differently
+# of what is written: part of the fingerprint, raised when the same rows come to be encoded
+# differently
+FORMAT = 1
 EXAMPLE_LETTERS = 2000
 DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
@@ -39,7 +50,8 @@ INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("tea
 class Prepared:
     """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document.
 
-    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind them.
+    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind
+    them.
     """
 
     input_ids: np.ndarray
@@ -67,7 +79,11 @@ class Prepared:
         """(number, input_ids int32 [n], loss_mask bool [n])."""
         start, length = self.index[["start", "length"]][number].item()
         span = slice(start, start + length)
-        return number, torch.from_numpy(self.input_ids[span].copy()), torch.from_numpy(self.loss_mask[span].copy())
+        return (
+            number,
+            torch.from_numpy(self.input_ids[span].copy()),
+            torch.from_numpy(self.loss_mask[span].copy()),
+        )
 
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -91,7 +107,8 @@ def load(folder: Path) -> Prepared:
 def chunks_of(
     sources: SourceFiles, num_samples: int | None, skip: int, show: Callable[[int, float], None]
 ) -> Iterator[list]:
-    """Lists of (source, file, line, raw) behind the first `skip` rows; files are numbered through all sources.
+    """Lists of (source, file, line, raw) behind the first `skip` rows; files are numbered through
+    all sources.
 
     `show` is told (file, share of it that was read) with every chunk.
     """
@@ -101,7 +118,13 @@ def chunks_of(
         for number, (_, files) in enumerate(sources):
             located = ((first + i, *row) for i, file in enumerate(files) for row in raw_rows(file))
             for file, line, raw, read in islice(located, num_samples):
-                yield number, file, line, raw if selects(sources[number][0].weight, line) else None, read
+                yield (
+                    number,
+                    file,
+                    line,
+                    raw if selects(sources[number][0].weight, line) else None,
+                    read,
+                )
             first += len(files)
 
     remaining = islice(rows(), skip, None)
@@ -126,7 +149,9 @@ def write(
     eval_files: list[DataFile],
     num_proc: int = 1,
 ) -> dict:
-    """Fill `folder`; returns the facts: rows and what became of them, tokens, rejects by reason, coverage."""
+    """Fill `folder`; returns the facts: rows and what became of them, tokens, rejects by reason,
+    coverage.
+    """
     files = [file for _, found in sources for file in found]
     writer = Writer(folder, options, len(sources))
     encode = Encoder(chat, options)
@@ -142,7 +167,9 @@ def write(
             writer.state.rows,
             lambda file, share: progress.update(task, completed=file + share),
         )
-        for number, chunk in enumerate(encode_in_order(encode, chunks, lambda: writer.held.below, num_proc), start=1):
+        for number, chunk in enumerate(
+            encode_in_order(encode, chunks, lambda: writer.held.below, num_proc), start=1
+        ):
             writer.append(chunk)
             progress.update(task, rows=writer.state.rows)
             if options.on_reject == "fail":
@@ -157,7 +184,9 @@ def write(
 
 
 def check_found(writer: Writer, allowed: float) -> None:
-    """End with an example when the template's assistant turns are not found in more than that share of the rows."""
+    """End with an example when the template's assistant turns are not found in more than that share
+    of the rows.
+    """
     state = writer.state
     if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= CHUNK_ROWS):
         raise RunError(
@@ -168,7 +197,9 @@ def check_found(writer: Writer, allowed: float) -> None:
 
 def fail_on_reject(chunk: Chunk, reasons: list[str], files: list[DataFile]) -> None:
     for record in chunk.records[chunk.records["outcome"] > 0][:1]:
-        raise RunError(rejected(files[record["file"]].name, record["line"], reasons[record["outcome"] - 1]))
+        raise RunError(
+            rejected(files[record["file"]].name, record["line"], reasons[record["outcome"] - 1])
+        )
 
 
 def rejected(file: str, line: int, reason: str) -> str:
@@ -176,7 +207,9 @@ def rejected(file: str, line: int, reason: str) -> str:
 
 
 def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], list[dict]]:
-    """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line", "reason"}."""
+    """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line",
+    "reason"}.
+    """
     prompts, rejects = [], []
     for row in read_rows(files, preformatted=encode.options.preformatted):
         try:
@@ -189,7 +222,9 @@ def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], lis
             opening = opening_hash(conversation, encode.chat)
             if any(prompt["hash"] == opening for prompt in prompts):
                 raise RowError("asks what an earlier held-out prompt asks")
-            prompts.append({"id": f"{Path(row.file).name}:{row.line}", "hash": opening, "input_ids": ids})
+            prompts.append(
+                {"id": f"{Path(row.file).name}:{row.line}", "hash": opening, "input_ids": ids}
+            )
         except RowError as error:
             if encode.options.on_reject == "fail":
                 raise RunError(rejected(row.file, row.line, str(error))) from error
@@ -202,7 +237,9 @@ def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], lis
 
 
 def held_out_by_hash(writer: Writer, openings: int, files: list[str]) -> list[dict]:
-    """The prompts that the writer kept while rows came by, out of so many different openings. Raises RunError."""
+    """The prompts that the writer kept while rows came by, out of so many different openings.
+    Raises RunError.
+    """
     wanted = writer.options.num_heldout
     if openings <= wanted:
         raise RunError(
@@ -212,7 +249,11 @@ def held_out_by_hash(writer: Writer, openings: int, files: list[str]) -> list[di
     if not writer.held.kept:
         raise RunError(f"data.path={files[0]} has no prompt within data.max_length to hold out")
     return [
-        {"id": f"{Path(files[kept['file']]).name}:{kept['line']}", "hash": kept["hash"], "input_ids": kept["ids"]}
+        {
+            "id": f"{Path(files[kept['file']]).name}:{kept['line']}",
+            "hash": kept["hash"],
+            "input_ids": kept["ids"],
+        }
         for _, kept in sorted(writer.held.kept.items())
     ]
 
@@ -225,7 +266,9 @@ def finish(
     heldout: list[dict] | None,
     rejects: list[dict],
 ) -> dict:
-    """Leave out duplicates and what is held out, choose the draft vocabulary, write the index; returns the facts."""
+    """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
+    returns the facts.
+    """
     state, options = writer.state, writer.options
     files = [file.name for _, found in sources for file in found]
     rows = np.fromfile(folder / "rows.bin", RECORD)
@@ -234,8 +277,13 @@ def finish(
     usable = np.flatnonzero(outcome == 0)
     if not len(usable):
         counted = Counter(outcome[outcome > 0].tolist())
-        told = ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in counted.items()) or "there are none"
-        raise RunError(f"data.path={files[0]}: none of {state.rows} rows can be trained on ({told})")
+        told = (
+            ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in counted.items())
+            or "there are none"
+        )
+        raise RunError(
+            f"data.path={files[0]}: none of {state.rows} rows can be trained on ({told})"
+        )
 
     reasons = [*state.reasons, DUPLICATE]
     again = np.ones(len(usable), bool)
@@ -246,13 +294,19 @@ def finish(
         raise RunError(rejected(files[file], line, DUPLICATE))
     if heldout is None:
         heldout = held_out_by_hash(writer, len(np.unique(rows["opening"][usable])), files)
-    held = (outcome == 0) & np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
+    held = (outcome == 0) & np.isin(
+        rows["opening"], np.array([p["hash"] for p in heldout], np.uint64)
+    )
 
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
-    passes = np.floor(np.maximum(weights, 1) + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(np.int64)
+    passes = np.floor(np.maximum(weights, 1) + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(
+        np.int64
+    )
     trained = (outcome == 0) & ~held
     if not trained.any():
-        raise RunError(f"data.path={files[0]}: every conversation is held out, so none is left to train on")
+        raise RunError(
+            f"data.path={files[0]}: every conversation is held out, so none is left to train on"
+        )
     index = np.empty(len(rows), INDEX)
     index["start"], index["length"] = starts, rows["tokens"]
     index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
@@ -268,7 +322,9 @@ def finish(
         {"file": files[file], "line": line, "reason": reasons[place - 1]}
         for file, line, place in rows[outcome > 0][["file", "line", "outcome"]].tolist()
     ]
-    (folder / "rejects.jsonl").write_text("".join(json.dumps(reject) + "\n" for reject in [*bad, *rejects]))
+    (folder / "rejects.jsonl").write_text(
+        "".join(json.dumps(reject) + "\n" for reject in [*bad, *rejects])
+    )
     facts = {
         "rows": len(rows),
         "documents": int(trained.sum()),
@@ -291,7 +347,9 @@ def finish(
 
 
 def digest(folder: Path) -> str:
-    """Equal for the same documents in the same order, whatever was held out and chosen as vocabulary beside them."""
+    """Equal for the same documents in the same order, whatever was held out and chosen as
+    vocabulary beside them.
+    """
     total = xxh3_128()
     for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
         with (folder / name).open("rb") as stream:

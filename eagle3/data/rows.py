@@ -13,7 +13,11 @@ ROLES = {
     "model": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
 }  # fmt: skip
-FOLLOWS = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+FOLLOWS = {
+    "user": (None, "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 
@@ -24,10 +28,11 @@ class RowError(ValueError):
 
 @dataclass
 class Conversation:
-    """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas, or a rendered `text`.
+    """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas,
+    or a rendered `text`.
 
-    A message may carry `reasoning_content`, `tool_calls`, and `truncated` (the answer was cut, so it has no end of
-    turn). `repaired` says what was left out to make the row usable.
+    A message may carry `reasoning_content`, `tool_calls`, and `truncated` (the answer was cut, so
+    it has no end of turn). `repaired` says what was left out to make the row usable.
     """
 
     messages: list[Message]
@@ -37,7 +42,9 @@ class Conversation:
 
 
 def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
-    """A row with `messages`, `conversations`, instruction and output; `text` if `preformatted`. Raises RowError."""
+    """A row with `messages`, `conversations`, instruction and output; `text` if `preformatted`.
+    Raises RowError.
+    """
     if not isinstance(row, dict):
         raise RowError("row is not an object")
     if preformatted:
@@ -49,7 +56,12 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[:1] != [] and messages[0]["role"] != "system":
+    if (
+        isinstance(system, str)
+        and system.strip()
+        and messages[:1] != []
+        and messages[0]["role"] != "system"
+    ):
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     answers = first
@@ -81,7 +93,9 @@ def read_message(turn: Any) -> Message:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise RowError("unknown role")
     role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and "text" in part for part in content
+    ):
         content = "".join(str(part["text"]) for part in content)
     message: Message = {"role": role, "content": content}
     calls = turn.get("tool_calls")
@@ -104,7 +118,9 @@ def read_message(turn: Any) -> Message:
 
 
 def read_calls(calls: Any) -> list[dict]:
-    """Tool calls, also as a JSON text; arguments become objects, which is what chat templates render."""
+    """Tool calls, also as a JSON text; arguments become objects, which is what chat templates
+    render.
+    """
     calls = parse(calls, "tool calls are not JSON")
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -113,7 +129,13 @@ def read_calls(calls: Any) -> list[dict]:
             raise RowError("tool call without a name")
         arguments = parse(function.get("arguments") or {}, "tool call arguments are not JSON")
         named = {"id": call["id"]} if call.get("id") else {}
-        read.append({**named, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+        read.append(
+            {
+                **named,
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
     return read
 
 
@@ -124,7 +146,9 @@ def read_tools(tools: Any) -> list[dict] | None:
     tools = parse(tools, "tools are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools are not a list of objects")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools] or None
+    return [
+        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+    ] or None
 
 
 def parse(value: Any, reason: str) -> Any:

@@ -1,6 +1,7 @@
 """Where rows come from: local files, folders, hub datasets and remote addresses, one row at a time.
 
-A broken row never costs its file: JSON Lines are read line by line, and each row carries its file and place.
+A broken row never costs its file: JSON Lines are read line by line, and each row carries its file
+and place.
 """
 
 import codecs
@@ -16,10 +17,10 @@ from typing import Any, BinaryIO
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from eagle3.artefact import describe_file, fingerprint
 from eagle3.config import Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.artefact import describe_file, fingerprint
 
 JSON = (".jsonl", ".json", ".ndjson")
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -31,7 +32,9 @@ LONGEST_ITEM = 1 << 26
 
 @dataclass
 class DataFile:
-    """`name` is what users know it by, `path` the local copy that is read, `identity` goes into fingerprints."""
+    """`name` is what users know it by, `path` the local copy that is read, `identity` goes into
+    fingerprints.
+    """
 
     name: str
     path: str
@@ -43,7 +46,8 @@ SourceFiles = list[tuple[Source, list[DataFile]]]
 
 @dataclass
 class Row:
-    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the reason for none.
+    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the
+    reason for none.
 
     `share` of its source was read up to here, about.
     """
@@ -57,20 +61,25 @@ class Row:
 
 def may_be_remote(path: str) -> bool:
     """Whether `path` has the form of an address or of a hub id (owner/name)."""
-    return "://" in path or bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(SUFFIXES))
+    return "://" in path or bool(
+        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(SUFFIXES)
+    )
 
 
 def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFile]:
-    """The files of a source; remote ones are downloaded through `datasets`. Raises ConfigError or RunError.
+    """The files of a source; remote ones are downloaded through `datasets`. Raises ConfigError or
+    RunError.
 
-    `key` is where the source stands in the config. What a hub id resolves to is noted under `cache_dir`, so that a
-    machine without network finds it again.
+    `key` is where the source stands in the config. What a hub id resolves to is noted under
+    `cache_dir`, so that a machine without network finds it again.
     """
     local = Path(source.path).expanduser()
     if local.is_file():
         return [DataFile(str(local), str(local), describe_file(local))]
     if local.is_dir():
-        found = sorted(path for path in local.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file())
+        found = sorted(
+            path for path in local.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()
+        )
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
@@ -105,7 +114,9 @@ def download(source: Source, key: str) -> list[DataFile]:
     splits = builder.config.data_files or {}
     if source.split not in splits:
         names = ", ".join(map(str, splits)) or "none"
-        raise ConfigError(f"{key}.split={source.split} is no split of {source.path}; it has: {names}")
+        raise ConfigError(
+            f"{key}.split={source.split} is no split of {source.path}; it has: {names}"
+        )
     urls = splits[source.split]
     paths = DownloadManager().download(list(urls))
     return [
@@ -115,7 +126,8 @@ def download(source: Source, key: str) -> list[DataFile]:
 
 
 def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
-    """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item or a parquet row.
+    """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item
+    or a parquet row.
 
     Blank lines do not count. Raises RunError for a file that cannot be read.
     """
@@ -123,11 +135,19 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
     if not name.endswith(SUFFIXES):
         raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
     if name.endswith(PACKED[1:]) and infer_compression(name) is None:
-        raise RunError(f"{file.name} needs a package that unpacks it, such as `pip install zstandard` for .zst")
+        raise RunError(
+            f"{file.name} needs a package that unpacks it, such as `pip install zstandard` for .zst"
+        )
     try:
-        yield from parquet_rows(file) if name.endswith(".parquet") else json_rows(file, infer_compression(name))
+        yield from (
+            parquet_rows(file)
+            if name.endswith(".parquet")
+            else json_rows(file, infer_compression(name))
+        )
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        raise RunError(f"{file.name} is damaged: {' '.join(str(error).split())}; fetch it again") from error
+        raise RunError(
+            f"{file.name} is damaged: {' '.join(str(error).split())}; fetch it again"
+        ) from error
 
 
 def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
@@ -167,7 +187,9 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
                 item, stop = decoder.raw_decode(text, place)
             except (ValueError, RecursionError) as error:
                 if not block or len(text) - place > LONGEST_ITEM:
-                    raise RunError(f"{name} is not JSON: {error} near {text[place : place + 40]!r}") from error
+                    raise RunError(
+                        f"{name} is not JSON: {error} near {text[place : place + 40]!r}"
+                    ) from error
                 break
             if stop == len(text) and block:
                 break  # a number may go on in the next block
@@ -206,14 +228,21 @@ def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
 
 
 def selects(share: float, line: int) -> bool:
-    """Whether a row is among the `share` of its file that is used: always the same rows, spread evenly."""
+    """Whether a row is among the `share` of its file that is used: always the same rows, spread
+    evenly.
+    """
     return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
 
 
 def read_rows(
-    files: list[DataFile], num_samples: int | None = None, preformatted: bool = False, share: float = 1.0
+    files: list[DataFile],
+    num_samples: int | None = None,
+    preformatted: bool = False,
+    share: float = 1.0,
 ) -> Iterator[Row]:
-    """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in this process."""
+    """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in
+    this process.
+    """
     located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))
     for i, file, line, raw, read in islice(located, num_samples):
         if not selects(share, line):

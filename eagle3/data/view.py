@@ -1,4 +1,6 @@
-"""What training sees of conversations: their tokens, the supervised ones coloured, in the terminal and as a page."""
+"""What training sees of conversations: their tokens, the supervised ones coloured, in the terminal
+and as a page.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,13 +24,16 @@ BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
 MARKS = {"\n": "↵", "\t": "⇥   "}
 MOST_RENDERINGS = 3
 MOST_PLACES = 5
-# Both colours are set, so that they read alike on light and dark terminals; 256 colours, as tmux may have no more.
+# Both colours are set, so that they read alike on light and dark terminals; 256 colours, as tmux
+# may have no more.
 SHADES = ("color(231) on color(22)", "color(231) on color(28)")
 
 
 @dataclass
 class Piece:
-    """A token, or the tokens that only together make a character; `positions` count the sample's tokens from 0."""
+    """A token, or the tokens that only together make a character; `positions` count the sample's
+    tokens from 0.
+    """
 
     text: str
     ids: list[int]
@@ -39,7 +44,9 @@ class Piece:
 
 @dataclass
 class Sample:
-    """A conversation as it is trained on; `length` is its tokens before the cut to `data.max_length`."""
+    """A conversation as it is trained on; `length` is its tokens before the cut to
+    `data.max_length`.
+    """
 
     file: str
     line: int
@@ -82,27 +89,37 @@ class Collected:
         ]
 
 
-def split_tokens(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]) -> list[Piece]:
+def split_tokens(
+    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]
+) -> list[Piece]:
     """The tokens with their texts, which joined are the decoded `input_ids`."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[Piece] = []
     before = first = 0
 
     def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(input_ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(
+            input_ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
 
     def text_of(start: int, stop: int) -> str:
-        """Decoded behind the piece before, as some decoders drop a space in front of what comes first."""
+        """Decoded behind the piece before, as some decoders drop a space in front of what comes
+        first.
+        """
         return decode(before, stop)[len(decode(before, start)) :]
 
     for stop in range(1, len(input_ids) + 1):
         text = text_of(first, stop)
         if (not text or text.endswith(BROKEN)) and stop < len(input_ids):
             continue
-        # A broken end may be a real U+FFFD or lost bytes: tokens belong together only if decoding them apart differs.
+        # A broken end may be a real U+FFFD or lost bytes: tokens belong together only if decoding
+        # them apart differs.
         while first < stop:
             text, ends = text_of(first, stop), range(first + 1, stop)
-            end = next((k for k in ends if (part := text_of(first, k)) and part + decode(k, stop) == text), stop)
+            end = next(
+                (k for k in ends if (part := text_of(first, k)) and part + decode(k, stop) == text),
+                stop,
+            )
             pieces.append(
                 Piece(
                     text_of(first, end),
@@ -157,13 +174,18 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
             break
     if not collected.samples:
         told = "; ".join(collected.reasons) or "no rows"
-        rendered = [f"; this is how one was rendered:\n{row.text[:EXAMPLE_LETTERS]}" for row in collected.renderings]
+        rendered = [
+            f"; this is how one was rendered:\n{row.text[:EXAMPLE_LETTERS]}"
+            for row in collected.renderings
+        ]
         raise RunError(f"data.path has no conversation to show: {told}{''.join(rendered[:1])}")
     return collected
 
 
 def runs(text: str) -> Iterator[tuple[str, bool]]:
-    """Parts of `text` that show as they are, and marks (True) for what would not be seen or would steer the display."""
+    """Parts of `text` that show as they are, and marks (True) for what would not be seen or would
+    steer the display.
+    """
     for printable, letters in groupby(text, str.isprintable):
         if printable:
             yield "".join(letters), False
@@ -183,8 +205,12 @@ def heading(row: Sample | Rejected) -> str:
 
 
 def about(sample: Sample) -> str:
-    supervised = f"{sample.supervised:,} of them supervised ({sample.supervised / sample.tokens:.1%})"
-    cut = f", cut from {sample.length:,} to data.max_length" if sample.length > sample.tokens else ""
+    supervised = (
+        f"{sample.supervised:,} of them supervised ({sample.supervised / sample.tokens:.1%})"
+    )
+    cut = (
+        f", cut from {sample.length:,} to data.max_length" if sample.length > sample.tokens else ""
+    )
     return f"{sample.tokens:,} tokens, {supervised}{cut}"
 
 
@@ -196,8 +222,14 @@ def cut_mark(sample: Sample) -> str:
 def hint(piece: Piece) -> str:
     """`id 5, position 12, 'text'`."""
     several = len(piece.ids) > 1
-    positions = f"positions {piece.positions[0]}–{piece.positions[-1]}" if several else f"position {piece.positions[0]}"
-    return f"{'ids' if several else 'id'} {' '.join(map(str, piece.ids))}, {positions}, {piece.text!r}"
+    positions = (
+        f"positions {piece.positions[0]}–{piece.positions[-1]}"
+        if several
+        else f"position {piece.positions[0]}"
+    )
+    return (
+        f"{'ids' if several else 'id'} {' '.join(map(str, piece.ids))}, {positions}, {piece.text!r}"
+    )
 
 
 def colour(sample: Sample, plain: bool) -> Text:
@@ -219,7 +251,11 @@ def colour(sample: Sample, plain: bool) -> Text:
 def show(collected: Collected, console: Console) -> None:
     """Print the samples, then what was rejected; nothing in them is taken for markup."""
     plain = console.no_color or console.color_system is None
-    console.print(Text(f"view: supervised tokens {'stand in ⟦ ⟧' if plain else 'are green, in two shades by turns'}"))
+    console.print(
+        Text(
+            f"view: supervised tokens {'stand in ⟦ ⟧' if plain else 'are green, in two shades by turns'}"
+        )
+    )
     for sample in collected.samples:
         console.rule(Text(heading(sample)), style="dim")
         console.print(Text(about(sample), "dim"))
@@ -235,16 +271,23 @@ def show(collected: Collected, console: Console) -> None:
 
 
 def page(collected: Collected, alone: bool = True) -> str:
-    """The samples as HTML that loads nothing: a page, or with `alone=False` a part for a notebook's output."""
+    """The samples as HTML that loads nothing: a page, or with `alone=False` a part for a notebook's
+    output.
+    """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("view.html").read_text(encoding="utf-8"))
+    template = environment.from_string(
+        Path(__file__).with_name("view.html").read_text(encoding="utf-8")
+    )
     samples = collected.samples
     return template.render(
         alone=alone,
         collected=collected,
         tokens=sum(sample.tokens for sample in samples),
         supervised=sum(sample.supervised for sample in samples),
-        **{function.__name__: function for function in (runs, visible, heading, about, cut_mark, hint)},
+        **{
+            function.__name__: function
+            for function in (runs, visible, heading, about, cut_mark, hint)
+        },
     )
 
 

@@ -9,8 +9,8 @@ from eagle3.errors import RunError
 def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:
     """int64 [size] ascending target ids: `always`, then by count descending, id ascending.
 
-    `counts` int64 [V] over supervised tokens. Ties, and what is missing when too few tokens are seen, go to the lowest
-    ids.
+    `counts` int64 [V] over supervised tokens. Ties, and what is missing when too few tokens are
+    seen, go to the lowest ids.
     """
     order = np.argsort(-counts, kind="stable")
     forced = np.array(sorted(always), dtype=np.int64)[:size]
@@ -24,7 +24,8 @@ def coverage(counts: np.ndarray, vocab: np.ndarray) -> float:
 
 
 def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id + d2t[draft id]).
+    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id +
+    d2t[draft id]).
 
     Raises RunError where the ids are no subset of this target's vocabulary.
     """

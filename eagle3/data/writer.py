@@ -80,7 +80,9 @@ class Writer:
         rejected = chunk.records["outcome"] > 0
         chunk.records["outcome"][rejected] = places[chunk.records["outcome"][rejected]]
         self.count(chunk)
-        state.ends = sorted({*state.ends, *chunk.ids[chunk.mask & ~np.append(chunk.mask[1:], False)].tolist()})
+        state.ends = sorted(
+            {*state.ends, *chunk.ids[chunk.mask & ~np.append(chunk.mask[1:], False)].tolist()}
+        )
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
             stream.write(values.tobytes())
         state.rows += len(chunk.records)
@@ -103,7 +105,11 @@ class Writer:
             stream.flush()
             os.fsync(stream.fileno())
         self.state.candidates = list(self.held.kept.values())
-        np.savez(self.folder / "state.partial.npz", state=json.dumps(vars(self.state)), counts=self.counts)
+        np.savez(
+            self.folder / "state.partial.npz",
+            state=json.dumps(vars(self.state)),
+            counts=self.counts,
+        )
         os.replace(self.folder / "state.partial.npz", self.folder / "state.npz")
 
     def close(self) -> None:

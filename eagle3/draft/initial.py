@@ -1,4 +1,6 @@
-"""The draft before its first update: its shape, and what it takes over from the target or from another draft."""
+"""The draft before its first update: its shape, and what it takes over from the target or from
+another draft.
+"""
 
 import json
 from collections.abc import Callable
@@ -10,9 +12,9 @@ from transformers import PretrainedConfig
 
 from eagle3.config import DraftSection
 from eagle3.draft.attention import Backend
-from eagle3.draft.folder import locate
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
+from eagle3.export.folder import locate
 from eagle3.target.hf import HFTarget
 from eagle3.target.weights import TargetWeights
 
@@ -44,21 +46,36 @@ def dense_size(target: PretrainedConfig) -> int:
 
 
 def read_config(path: str, derived: DraftConfig) -> DraftConfig:
-    """The shape in a JSON file of the guides' kind; what it does not name is derived. Raises ConfigError.
+    """The shape in a JSON file of the guides' kind; what it does not name is derived. Raises
+    ConfigError.
 
-    Maximum positions and RoPE theta are always the target's: the guides' files carry the training length.
+    Maximum positions and RoPE theta are always the target's: the guides' files carry the training
+    length.
     """
     try:
         values = json.loads(Path(path).read_text())
-        shape = {f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None}
+        shape = {
+            f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None
+        }
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"draft.config={path} is not a JSON object with the draft's shape: {error}") from error
-    for name in ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "hidden_act"):
+        raise ConfigError(
+            f"draft.config={path} is not a JSON object with the draft's shape: {error}"
+        ) from error
+    for name in (
+        "vocab_size",
+        "draft_vocab_size",
+        "hidden_size",
+        "target_hidden_size",
+        "hidden_act",
+    ):
         if name in shape and shape[name] != getattr(derived, name):
             raise ConfigError(
                 f"draft.config={path}: {name}={shape[name]}, but it must be {getattr(derived, name)} here"
             )
-    kept = {"max_position_embeddings": derived.max_position_embeddings, "rope_theta": derived.rope_theta}
+    kept = {
+        "max_position_embeddings": derived.max_position_embeddings,
+        "rope_theta": derived.rope_theta,
+    }
     return replace(derived, **shape | kept)
 
 
@@ -72,7 +89,9 @@ Initial = Callable[[Draft, torch.Tensor, torch.Tensor], None]
 
 
 def random(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
-    """Weights as `Draft` draws them; only the head starts as the target's rows of the draft vocabulary."""
+    """Weights as `Draft` draws them; only the head starts as the target's rows of the draft
+    vocabulary.
+    """
     draft.lm_head.weight.data.copy_(head[draft.target_ids.to(head.device)])
 
 
@@ -86,20 +105,26 @@ def induction(
     others: float = 0.5,
     seed: int = 0,
 ) -> None:
-    """Start attention as an induction head: look for the newest token earlier in the text, propose what followed it.
+    """Start attention as an induction head: look for the newest token earlier in the text, propose
+    what followed it.
 
-    Row j of step 0 holds the token behind it (its embedding, x_{j+1}) and, because residual streams keep a token's
-    embedding in the low layers, its own token x_j in the lowest auxiliary state. So one layer can copy: queries read
-    the embedding of x_{t+1}, keys the lowest auxiliary state through the same projection, on the `slow_share` of
-    rotary dimensions that turn least with distance; values read E[x_{j+1}], and the output maps embeddings to the
-    head's space by the best low-rank outer-product association of the two. Copying names from the prompt is the slow
-    part of learning to draft; this gives it at update 0, and everything stays trainable.
+    Row j of step 0 holds the token behind it (its embedding, x_{j+1}) and, because residual streams
+    keep a token's embedding in the low layers, its own token x_j in the lowest auxiliary state. So
+    one layer can copy: queries read the embedding of x_{t+1}, keys the lowest auxiliary state
+    through the same projection, on the `slow_share` of rotary dimensions that turn least with
+    distance; values read E[x_{j+1}], and the output maps embeddings to the head's space by the best
+    low-rank outer-product association of the two. Copying names from the prompt is the slow part of
+    learning to draft; this gives it at update 0, and everything stays trainable.
 
-    `embedding` [V,D] and `head` [V,D] are the target's; `sharpness` scales the matching scores; `others` scales the
-    weights that read the two higher auxiliary states.
+    `embedding` [V,D] and `head` [V,D] are the target's; `sharpness` scales the matching scores;
+    `others` scales the weights that read the two higher auxiliary states.
     """
     random(draft, embedding, head)
-    size, head_dim, kv_heads = draft.config.hidden_size, draft.config.head_dim, draft.config.num_key_value_heads
+    size, head_dim, kv_heads = (
+        draft.config.hidden_size,
+        draft.config.head_dim,
+        draft.config.num_key_value_heads,
+    )
     groups = draft.config.num_attention_heads // kv_heads
     attention, generator = draft.midlayer.self_attn, torch.Generator().manual_seed(seed)
     embedding, head = embedding.float().cpu(), head.float().cpu()
@@ -133,11 +158,18 @@ def new_draft(
     t2d: torch.Tensor,
     d2t: torch.Tensor,
 ) -> Draft:
-    """The draft that `section.init_from` names, else a new one for `target` with the weights that `initial` gives."""
-    from eagle3.export import read_draft
+    """The draft that `section.init_from` names, else a new one for `target` with the weights that
+    `initial` gives.
+    """
+    from eagle3.export.write import read_draft
 
     if section.init_from is not None:
-        return read_draft(locate(section.init_from, "draft.init_from"), attention, target.config, target.aux_layer_ids)
+        return read_draft(
+            locate(section.init_from, "draft.init_from"),
+            attention,
+            target.config,
+            target.aux_layer_ids,
+        )
     draft = Draft(draft_config(section, target.config), attention, t2d, d2t)
     initial(draft, target.embedding, target.head)
     return draft

@@ -1,8 +1,8 @@
 """The EAGLE3 draft: one decoder layer that reads three of the target's layers.
 
-Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are kept in fp32 and
-cast to the dtype of the activations where they are used (free when both are fp32): the gradients of the K steps then
-add up in fp32 whatever the model computes in.
+Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are
+kept in fp32 and cast to the dtype of the activations where they are used (free when both are fp32):
+the gradients of the K steps then add up in fp32 whatever the model computes in.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from eagle3.draft.rope import Rope
 
 @dataclass
 class DraftConfig:
-    """Shape of a draft. `target_hidden_size` is that of one auxiliary layer; `vocab_size` is the target's."""
+    """Shape of a draft. `target_hidden_size` is that of one auxiliary layer; `vocab_size` is the
+    target's.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -59,7 +61,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedDown(torch.autograd.Function):
-    """(silu(gate) * up) @ down^T that keeps only gate and up: a third less than autograd would keep of an MLP."""
+    """(silu(gate) * up) @ down^T that keeps only gate and up: a third less than autograd would keep
+    of an MLP.
+    """
 
     @staticmethod
     def forward(ctx, gate, up, down):
@@ -84,13 +88,18 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return GatedDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight.to(x.dtype))
+        return GatedDown.apply(
+            self.gate_proj(x), self.up_proj(x), self.down_proj.weight.to(x.dtype)
+        )
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: DraftConfig):
         super().__init__()
-        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        heads, kv_heads = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         self.q_proj = Linear(2 * config.hidden_size, heads)
         self.k_proj = Linear(2 * config.hidden_size, kv_heads)
         self.v_proj = Linear(2 * config.hidden_size, kv_heads)
@@ -110,11 +119,13 @@ class Layer(nn.Module):
 class Draft(nn.Module):
     """fc, one layer, a norm and a head over the draft vocabulary.
 
-    The steps of a forward pass are methods, because training (`ttt.unroll`) and serving (`decode`) walk them over
-    different keys; neither knows the other's.
+    The steps of a forward pass are methods, because training (`ttt.unroll`) and serving (`decode`)
+    walk them over different keys; neither knows the other's.
     """
 
-    def __init__(self, config: DraftConfig, attention: type[Backend], t2d: torch.Tensor, d2t: torch.Tensor):
+    def __init__(
+        self, config: DraftConfig, attention: type[Backend], t2d: torch.Tensor, d2t: torch.Tensor
+    ):
         """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
         super().__init__()
         self.config, self.attention = config, attention
@@ -142,7 +153,9 @@ class Draft(nn.Module):
         return linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(0))
 
     def qkv_weight(self, half: int) -> torch.Tensor:
-        """[(H + 2G) d, D]: the columns of q, k, v that read the embedding (half 0) or the hidden state (half 1)."""
+        """[(H + 2G) d, D]: the columns of q, k, v that read the embedding (half 0) or the hidden
+        state (half 1).
+        """
         attention, size = self.midlayer.self_attn, self.config.hidden_size
         columns = slice(half * size, (half + 1) * size)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -151,10 +164,14 @@ class Draft(nn.Module):
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[n, (H + 2G) d] -> q [n,H,d], k [n,G,d], v [n,G,d]."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return qkv.unflatten(-1, (-1, self.config.head_dim)).split((heads, kv_heads, kv_heads), dim=-2)
+        return qkv.unflatten(-1, (-1, self.config.head_dim)).split(
+            (heads, kv_heads, kv_heads), dim=-2
+        )
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual and MLP: hidden [n,D] and attended [n,H,d] -> the next hidden [n,D]."""
+        """Output projection, residual and MLP: hidden [n,D] and attended [n,H,d] -> the next hidden
+        [n,D].
+        """
         hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
         return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
 

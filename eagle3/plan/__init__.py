@@ -1,8 +1,9 @@
-"""`plan=true`: tokens, disk, memory and hours of a run, before anything runs and without loading weights."""
+"""`plan=true`: tokens, disk, memory and hours of a run, before anything runs and without loading
+weights.
+"""
 
-from eagle3.plan.disk import check_disk
 from eagle3.plan.estimate import make
 from eagle3.plan.results import Plan
 from eagle3.plan.table import show
 
-__all__ = ["Plan", "check_disk", "make", "show"]
+__all__ = ["Plan", "make", "show"]

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 
+from eagle3.batch import Batch, pack
 from eagle3.config import RunConfig, parse_size
-from eagle3.data.loader import fill_micro_steps, plan_epoch
-from eagle3.data.packing import Batch, pack
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import DraftConfig
+from eagle3.hidden_states.store import DTYPES, document_bytes
+from eagle3.loader import fill_micro_steps, plan_epoch
 from eagle3.loss import SoftTargetLoss
 from eagle3.plan.costs import (
     TargetSize,
@@ -23,10 +24,9 @@ from eagle3.plan.costs import (
     saved_bytes,
     target_size,
 )
-from eagle3.plan.disk import free_bytes
 from eagle3.plan.results import Cost, Disk, Hours, Memory, Plan, Tokens, recommend
 from eagle3.plan.sample import Sample, count, estimate
-from eagle3.target.store import DTYPES, document_bytes
+from eagle3.runs.disk import free_bytes
 from eagle3.ttt import training_flops
 
 H200_FLOPS = 790e12  # bf16 products, measured (FIELD.md, section 6)
@@ -47,7 +47,9 @@ def make(run) -> Plan:
     cost = Cost(
         target=size,
         draft_parameters=draft_parameters(shape),
-        prefill_flops=prefill_flops(size, target, sample.lengths, sample.weights, tokens.teacher_share),
+        prefill_flops=prefill_flops(
+            size, target, sample.lengths, sample.weights, tokens.teacher_share
+        ),
         training_flops=sum(training_flops(shape, batch) for batch in batches) / packed,
         stored_bytes=disk.needed / tokens.different_tokens,
     )
@@ -60,19 +62,29 @@ def make(run) -> Plan:
 
 
 def sample_of(run) -> Sample:
-    """The prepared data where it is there already, else an estimate from the rows that it will be made of."""
+    """The prepared data where it is there already, else an estimate from the rows that it will be
+    made of.
+    """
     config = run.config
-    again = "regenerate" in config.stages  # its answers are not there yet: those given stand for them
+    again = (
+        "regenerate" in config.stages
+    )  # its answers are not there yet: those given stand for them
     prepared = None if again else run.prepared_if_there()
     if prepared is not None:
         return count(prepared)
     options = replace(run.preparation, on_reject="skip", num_heldout=0)
     sources = run.given_sources if again else run.sources
-    return estimate(sources, run.chat, options, 0 if config.data.eval_path else config.eval.num_prompts)
+    return estimate(
+        sources, run.chat, options, 0 if config.data.eval_path else config.eval.num_prompts
+    )
 
 
-def micro_steps(sample: Sample, config: RunConfig, vocab_size: int, loss: SoftTargetLoss) -> list[Batch]:
-    """Typical micro-steps of a replica. Every token is taken for one of the draft vocabulary, a slight overestimate."""
+def micro_steps(
+    sample: Sample, config: RunConfig, vocab_size: int, loss: SoftTargetLoss
+) -> list[Batch]:
+    """Typical micro-steps of a replica. Every token is taken for one of the draft vocabulary, a
+    slight overestimate.
+    """
     train, everything = config.train, torch.ones(vocab_size, dtype=torch.bool)
     places = sample.typical(4 * train.tokens_per_step)
     per_update = len(places)
@@ -82,7 +94,14 @@ def micro_steps(sample: Sample, config: RunConfig, vocab_size: int, loss: SoftTa
     for start in range(0, len(places), per_update):
         documents = np.array(places[start : start + per_update])
         for step in fill_micro_steps(documents, sample.lengths, train.tokens_per_step):
-            batches.append(pack([sample.document(i) for i in step], everything, config.draft.ttt_steps, loss.mask))
+            batches.append(
+                pack(
+                    [sample.document(i) for i in step],
+                    everything,
+                    config.draft.ttt_steps,
+                    loss.mask,
+                )
+            )
     return batches
 
 
@@ -92,7 +111,9 @@ def replicas_of(config: RunConfig) -> int:
 
 
 def tokens_of(sample: Sample, config: RunConfig) -> Tokens:
-    """Totals of an epoch; updates are counted on as many documents, at most `SIMULATED_DOCUMENTS` of them."""
+    """Totals of an epoch; updates are counted on as many documents, at most `SIMULATED_DOCUMENTS`
+    of them.
+    """
     train, replicas = config.train, replicas_of(config)
     documents, tokens = float(sample.weights.sum()), float(sample.lengths @ sample.weights)
     simulated = max(1, min(round(documents), SIMULATED_DOCUMENTS))
@@ -120,21 +141,31 @@ def tokens_of(sample: Sample, config: RunConfig) -> Tokens:
 
 
 def disk_of(sample: Sample, run, trained: int) -> Disk:
-    """Hidden states of all different documents; prepared data as `prepare` leaves it; checkpoints as they are pruned.
+    """Hidden states of all different documents; prepared data as `prepare` leaves it; checkpoints
+    as they are pruned.
 
-    A checkpoint has the weights and AdamW's two states in fp32; `keep_last`, `best` and one half written are there.
+    A checkpoint has the weights and AdamW's two states in fp32; `keep_last`, `best` and one half
+    written are there.
     """
     config, hidden, size = run.config, run.config.hidden_states, run.target_config.hidden_size
-    stored = {dtype: document_bytes(sample.lengths, sample.teachers, size, dtype) for dtype in DTYPES}
+    stored = {
+        dtype: document_bytes(sample.lengths, sample.teachers, size, dtype) for dtype in DTYPES
+    }
     sizes = {dtype: int(each @ sample.distinct) for dtype, each in stored.items()}
     checkpoint = 3 * 4 * trained
     checkpoints = checkpoint * (config.train.keep_last + 2)
     prepared = int((5 * sample.lengths) @ sample.distinct + 20 * sample.weights.sum())
-    folders = {"hidden states": hidden.path or config.cache_dir, "prepared": config.cache_dir, "run": str(run.run_dir)}
+    folders = {
+        "hidden states": hidden.path or config.cache_dir,
+        "prepared": config.cache_dir,
+        "run": str(run.run_dir),
+    }
     free = {name: free_bytes(folder) for name, folder in folders.items()}
     allowed = parse_size(hidden.max_disk) if hidden.max_disk else free["hidden states"]
     allowed = max(0, min(allowed, free["hidden states"] - prepared - checkpoints))
-    budget = allowed if hidden.max_disk else min(allowed, free["hidden states"] * 9 // 10)  # as `Run.growing_store`
+    budget = (
+        allowed if hidden.max_disk else min(allowed, free["hidden states"] * 9 // 10)
+    )  # as `Run.growing_store`
     return Disk(
         hidden_states=sizes,
         dtype=hidden.dtype,
@@ -155,24 +186,32 @@ def compute_dtype(run) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
-def memory_of(run, shape: DraftConfig, size: TargetSize, batches: list[Batch], chunk_rows: int) -> Memory:
-    """Of the largest of `batches`. A sequence-parallel group shares a micro-step, a tensor-parallel one the layers.
+def memory_of(
+    run, shape: DraftConfig, size: TargetSize, batches: list[Batch], chunk_rows: int
+) -> Memory:
+    """Of the largest of `batches`. A sequence-parallel group shares a micro-step, a tensor-parallel
+    one the layers.
 
-    16 bytes a trained parameter: weight, gradient and AdamW's states in fp32. Prefill and unroll take turns.
+    16 bytes a trained parameter: weight, gradient and AdamW's states in fp32. Prefill and unroll
+    take turns.
     """
     config, target, element = run.config, run.target_config, compute_dtype(run).itemsize
     together = config.parallel.ulysses * config.parallel.ring
     ends = size.embedding + (0 if size.tied else size.head)
     whole = ((size.parameters - ends) // config.target.get("tp_size", 1) + ends) * element
     copied = shape.draft_vocab_size * target.hidden_size * element
-    fused = run.device.type == "cuda" or element == 2  # a plan made elsewhere is for GPUs, unless it is in fp32
+    fused = (
+        run.device.type == "cuda" or element == 2
+    )  # a plan made elsewhere is for GPUs, unless it is in fp32
     kept = max(saved_bytes(shape, batch, element, fused) for batch in batches) // together
     work = max(loss_bytes(shape, batch, chunk_rows, element) for batch in batches) // together
     tokens = max(len(batch.input_ids) for batch in batches)
     states = 16 * draft_parameters(shape) + copied
     captured = config.target.get("batch_tokens") or config.train.tokens_per_step
     parts = {
-        "train online, hybrid": training(whole, states, kept, work, prefill_bytes(target, tokens, element)),
+        "train online, hybrid": training(
+            whole, states, kept, work, prefill_bytes(target, tokens, element)
+        ),
         "train offline": training(ends * element, states, kept, work, 0),
         "capture": training(whole, 0, 0, 0, prefill_bytes(target, captured, element)),
     }
@@ -182,7 +221,11 @@ def memory_of(run, shape: DraftConfig, size: TargetSize, batches: list[Batch], c
         + max(part["target at work"], part["kept for backward"] + part["loss at work"])
         for name, part in parts.items()
     }
-    gpu = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else None
+    gpu = (
+        torch.cuda.get_device_properties(run.device).total_memory
+        if run.device.type == "cuda"
+        else None
+    )
     return Memory(parts, total, gpu)
 
 
@@ -197,7 +240,9 @@ def training(weights: int, states: int, kept: int, loss: int, prefill: int) -> d
 
 
 def speeds(device: torch.device, dtype: torch.dtype, gpus: int) -> list[tuple[str, int, float]]:
-    """(name, how many, FLOP/s of each in products): this GPU; without one, a stated H200, and the one CPU here."""
+    """(name, how many, FLOP/s of each in products): this GPU; without one, a stated H200, and the
+    one CPU here.
+    """
     if device.type == "cuda":
         return [(torch.cuda.get_device_name(device), gpus, measured_flops(device, dtype, 8192))]
     return [("H200", gpus, H200_FLOPS), ("this CPU", 1, measured_flops(device, dtype, 768))]
@@ -214,12 +259,14 @@ def measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float
     return 2 * size**3 / best
 
 
-def hours_of(device: str, devices: int, flops: float, cost: Cost, tokens: Tokens, kept_share: float) -> Hours:
+def hours_of(
+    device: str, devices: int, flops: float, cost: Cost, tokens: Tokens, kept_share: float
+) -> Hours:
     """Hours on all devices, and the storage that offline training would need of each.
 
-    Reading runs behind training, so offline is at full speed while storage gives what training takes a second.
-    Below `break_even_bandwidth` a token is recomputed sooner than read (FIELD.md, section 6: 1.8 GB/s for an 8B at the
-    peak rate).
+    Reading runs behind training, so offline is at full speed while storage gives what training
+    takes a second. Below `break_even_bandwidth` a token is recomputed sooner than read (FIELD.md,
+    section 6: 1.8 GB/s for an 8B at the peak rate).
     """
     prefill = cost.prefill_flops / (flops * PREFILL_UTILISATION)  # seconds a token on one
     train = cost.training_flops / (flops * TRAINING_UTILISATION)
@@ -241,10 +288,14 @@ def hours_of(device: str, devices: int, flops: float, cost: Cost, tokens: Tokens
             "offline": capture + epoch * tokens.passes * train,
         },
         full_speed_bandwidth=cost.stored_bytes / train,
-        break_even_bandwidth=break_even(cost.stored_bytes, cost.prefill_flops, flops * PREFILL_UTILISATION),
+        break_even_bandwidth=break_even(
+            cost.stored_bytes, cost.prefill_flops, flops * PREFILL_UTILISATION
+        ),
     )
 
 
 def break_even(stored_bytes: float, prefill: float, flops: float) -> float:
-    """Bytes a second at which reading a token takes as long as its prefill of `prefill` FLOPs at `flops` a second."""
+    """Bytes a second at which reading a token takes as long as its prefill of `prefill` FLOPs at
+    `flops` a second.
+    """
     return stored_bytes * flops / prefill

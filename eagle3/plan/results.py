@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from eagle3.plan.costs import TargetSize
-from eagle3.plan.disk import size_text
+from eagle3.runs.disk import size_text
 
 MODES = ("online", "hybrid", "offline")
 WORTH_IT = 0.1  # of the hours; below that, storing hidden states is not worth the disk
@@ -11,7 +11,9 @@ WORTH_IT = 0.1  # of the hours; below that, storing hidden states is not worth t
 
 @dataclass
 class Tokens:
-    """What is trained on. `standard_error` is of `tokens`; `passes` counts epochs, also broken ones."""
+    """What is trained on. `standard_error` is of `tokens`; `passes` counts epochs, also broken
+    ones.
+    """
 
     exact: bool
     sampled_documents: int
@@ -30,7 +32,9 @@ class Tokens:
 
 @dataclass
 class Disk:
-    """Bytes; `hidden_states` by dtype, `allowed` for them, `kept_share` of them is what `mode=hybrid` has room for."""
+    """Bytes; `hidden_states` by dtype, `allowed` for them, `kept_share` of them is what
+    `mode=hybrid` has room for.
+    """
 
     hidden_states: dict[str, int]
     dtype: str
@@ -49,7 +53,9 @@ class Disk:
 
 @dataclass
 class Memory:
-    """Bytes on each GPU, part by part, in each situation; `total` of a situation takes what is not held at once."""
+    """Bytes on each GPU, part by part, in each situation; `total` of a situation takes what is not
+    held at once.
+    """
 
     parts: dict[str, dict[str, int]]
     total: dict[str, int]
@@ -58,7 +64,9 @@ class Memory:
 
 @dataclass
 class Cost:
-    """Of a token: FLOPs of the target's prefill and of the draft's training, bytes of its hidden states."""
+    """Of a token: FLOPs of the target's prefill and of the draft's training, bytes of its hidden
+    states.
+    """
 
     target: TargetSize
     draft_parameters: int
@@ -96,7 +104,11 @@ class Plan:
 def recommend(plan: Plan) -> str:
     """One sentence: which mode, and why."""
     here = plan.hours[-1]  # a CPU is meant where it would be done within a day
-    disk, memory, hours = plan.disk, plan.memory, here if here.total["online"] < 24 else plan.hours[0]
+    disk, memory, hours = (
+        plan.disk,
+        plan.memory,
+        here if here.total["online"] < 24 else plan.hours[0],
+    )
     online = hours.total["online"]
     stored = hours.epoch_offline * plan.tokens.passes + min(1.0, plan.tokens.passes) * (
         hours.epoch_online - hours.epoch_offline
@@ -106,7 +118,11 @@ def recommend(plan: Plan) -> str:
     if memory.gpu and together > memory.gpu >= alone:
         return (
             f"mode=offline: target and draft do not fit in {size_text(memory.gpu)} together, the draft alone does"
-            + ("." if disk.needed <= disk.allowed else f"; it needs {size_text(disk.needed)} of disk.")
+            + (
+                "."
+                if disk.needed <= disk.allowed
+                else f"; it needs {size_text(disk.needed)} of disk."
+            )
         )
     if plan.tokens.passes <= 1:
         return "mode=online: the data is passed over once, so nothing that is stored would be read again."

@@ -1,4 +1,6 @@
-"""How much data there is: counted where it is prepared, else estimated from some rows of every file."""
+"""How much data there is: counted where it is prepared, else estimated from some rows of every
+file.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +24,9 @@ FEWEST_PACKED, MOST_PACKED = 100, 2000
 class Sample:
     """n documents that stand for all; all of them where that is known (`exact`).
 
-    `weights` [n]: how many documents of an epoch each stands for; `distinct` [n]: how many of those differ.
-    `standard_error`: of the tokens of an epoch. `document(i)` -> (i, input_ids [n], loss_mask [n]).
+    `weights` [n]: how many documents of an epoch each stands for; `distinct` [n]: how many of those
+    differ. `standard_error`: of the tokens of an epoch. `document(i)` -> (i, input_ids [n],
+    loss_mask [n]).
     """
 
     exact: bool
@@ -62,11 +65,14 @@ def count(prepared: Prepared) -> Sample:
     )
 
 
-def scan(file: DataFile, num_bytes: float, most_rows: float, keep: int) -> tuple[float, list[tuple]]:
-    """(rows of the file, some of them): `keep` or up to twice as many, evenly spread over its first `num_bytes`.
+def scan(
+    file: DataFile, num_bytes: float, most_rows: float, keep: int
+) -> tuple[float, list[tuple]]:
+    """(rows of the file, some of them): `keep` or up to twice as many, evenly spread over its first
+    `num_bytes`.
 
-    Compressed files and JSON lists are read in blocks, so rows are counted against the share of the file only where
-    that share has just moved on.
+    Compressed files and JSON lists are read in blocks, so rows are counted against the share of the
+    file only where that share has just moved on.
     """
     kept: list[tuple] = []
     stride, rows, read = 1, 0, 0.0
@@ -90,10 +96,12 @@ def file_bytes(file: DataFile) -> int:
 
 
 def estimate(sources: SourceFiles, chat: Chat, options: Preparation, held_out: int) -> Sample:
-    """What `prepare` will make of the sources, from some rows of every file; `held_out` documents are left out.
+    """What `prepare` will make of the sources, from some rows of every file; `held_out` documents
+    are left out.
 
-    Duplicates are not known here. The standard error is that of a stratified sample without replacement, whose rows
-    are as good as drawn at random (Cochran, Sampling Techniques, 5.6): sum over rows of w (w - 1) (tokens - mean)^2.
+    Duplicates are not known here. The standard error is that of a stratified sample without
+    replacement, whose rows are as good as drawn at random (Cochran, Sampling Techniques, 5.6): sum
+    over rows of w (w - 1) (tokens - mean)^2.
     """
     encode, parts, variance = Encoder(chat, options), [], 0.0
     for number, (source, files) in enumerate(sources):
@@ -117,7 +125,8 @@ def estimate(sources: SourceFiles, chat: Chat, options: Preparation, held_out: i
 
 
 def joined(parts: list[tuple], standard_error: float, held_out: int) -> Sample:
-    """One sample of the usable rows of all sources: (chunk, weights of its rows, weight of the source).
+    """One sample of the usable rows of all sources: (chunk, weights of its rows, weight of the
+    source).
 
     Raises RunError when there are none.
     """
@@ -129,8 +138,13 @@ def joined(parts: list[tuple], standard_error: float, held_out: int) -> Sample:
     distinct = np.concatenate([rows * min(1.0, passes) for _, rows, passes in parts])
     usable = np.flatnonzero(records["outcome"] == 0)
     if not len(usable):
-        reasons = ", ".join(sorted({reason for chunk, _, _ in parts for reason in chunk.reasons})) or "no rows"
-        raise RunError(f"data.path: none of {len(records)} rows looked at can be trained on ({reasons})")
+        reasons = (
+            ", ".join(sorted({reason for chunk, _, _ in parts for reason in chunk.reasons}))
+            or "no rows"
+        )
+        raise RunError(
+            f"data.path: none of {len(records)} rows looked at can be trained on ({reasons})"
+        )
     kept = max(0.0, 1 - held_out / max(1.0, distinct[usable].sum()))
     lengths = records["tokens"][usable].astype(np.int64)
 

@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eagle3.plan.disk import size_text
 from eagle3.plan.estimate import PREFILL_UTILISATION, TRAINING_UTILISATION
 from eagle3.plan.results import MODES, Disk, Hours, Plan
+from eagle3.runs.disk import size_text
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -19,7 +19,9 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def table_of(title: str, *columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold"
+    )
     table.add_column(overflow="fold")
     for column in columns:
         table.add_column(Text(column), justify="right", overflow="fold")
@@ -29,7 +31,9 @@ def table_of(title: str, *columns: str) -> Table:
 def tokens_table(plan: Plan) -> Table:
     tokens, about = plan.tokens, "" if plan.tokens.exact else "about "
     error = "" if tokens.exact else f" ± {tokens.standard_error / tokens.tokens:.1%}"
-    table = table_of("Data", "prepared" if tokens.exact else f"from {tokens.sampled_documents:,} conversations")
+    table = table_of(
+        "Data", "prepared" if tokens.exact else f"from {tokens.sampled_documents:,} conversations"
+    )
     table.add_row("tokens an epoch", f"{about}{rounded(tokens.tokens, tokens.exact)}{error}")
     table.add_row("conversations an epoch", f"{about}{rounded(tokens.documents, tokens.exact)}")
     table.add_row("supervised", f"{tokens.supervised_share:.1%}")
@@ -37,7 +41,9 @@ def tokens_table(plan: Plan) -> Table:
     table.add_row("updates an epoch", f"{about}{rounded(tokens.updates_per_epoch, tokens.exact)}")
     table.add_row("epochs", f"{tokens.passes:.3g}")
     table.add_row("updates in all", f"{about}{rounded(tokens.updates, tokens.exact)}")
-    table.add_row("GPUs, of which each replica has", f"{tokens.gpus}, {tokens.gpus // tokens.replicas}")
+    table.add_row(
+        "GPUs, of which each replica has", f"{tokens.gpus}, {tokens.gpus // tokens.replicas}"
+    )
     return table
 
 
@@ -50,7 +56,11 @@ def disk_table(disk: Disk) -> Table:
     table = table_of("Disk", "bytes", "free there")
     for dtype, size in disk.hidden_states.items():
         chosen = " (chosen)" if dtype == disk.dtype else ""
-        table.add_row(f"hidden states, {dtype}{chosen}", size_text(size), size_text(disk.free["hidden states"]))
+        table.add_row(
+            f"hidden states, {dtype}{chosen}",
+            size_text(size),
+            size_text(disk.free["hidden states"]),
+        )
     table.add_row("prepared data", size_text(disk.prepared), size_text(disk.free["prepared"]))
     table.add_row(
         f"checkpoints, {disk.checkpoints // disk.checkpoint} of {size_text(disk.checkpoint)}",
@@ -71,27 +81,41 @@ def verdict(mode: str, disk: Disk) -> tuple[str, str]:
     if mode == "online":
         return size_text(others), "fits"
     if mode == "offline":
-        return size_text(others + disk.needed), "fits" if disk.needed <= disk.allowed else "does not fit"
+        return size_text(
+            others + disk.needed
+        ), "fits" if disk.needed <= disk.allowed else "does not fit"
     kept = round(disk.needed * disk.kept_share)
-    return size_text(others + kept), "fits" if disk.kept_share == 1 else f"keeps {disk.kept_share:.0%}"
+    return size_text(
+        others + kept
+    ), "fits" if disk.kept_share == 1 else f"keeps {disk.kept_share:.0%}"
 
 
 def memory_table(plan: Plan) -> Table:
     memory = plan.memory
     table = table_of("Memory of each GPU", *(name.replace(" ", "\n", 1) for name in memory.parts))
     for part in next(iter(memory.parts.values())):
-        table.add_row(part, *(size_text(parts[part]) if parts[part] else "–" for parts in memory.parts.values()))
+        table.add_row(
+            part,
+            *(size_text(parts[part]) if parts[part] else "–" for parts in memory.parts.values()),
+        )
     table.add_section()
     table.add_row("at once", *map(size_text, memory.total.values()))
     if memory.gpu:
-        fits = ("fits" if total <= memory.gpu else "does not fit" for total in memory.total.values())
+        fits = (
+            "fits" if total <= memory.gpu else "does not fit" for total in memory.total.values()
+        )
         table.add_row(f"of {size_text(memory.gpu)}", *fits)
     return table
 
 
 def hours_table(plan: Plan) -> Table:
-    names = [f"{hours.devices} x {hours.device}" if hours.devices > 1 else hours.device for hours in plan.hours]
-    table = table_of("Time", *(f"{name}\n{rate_text(hours.flops)}" for name, hours in zip(names, plan.hours)))
+    names = [
+        f"{hours.devices} x {hours.device}" if hours.devices > 1 else hours.device
+        for hours in plan.hours
+    ]
+    table = table_of(
+        "Time", *(f"{name}\n{rate_text(hours.flops)}" for name, hours in zip(names, plan.hours))
+    )
     rows = {
         "target's prefill": lambda h: rate(h, plan.cost.prefill_flops, PREFILL_UTILISATION),
         "draft's training": lambda h: rate(h, plan.cost.training_flops, TRAINING_UTILISATION),
@@ -100,10 +124,16 @@ def hours_table(plan: Plan) -> Table:
         "an epoch offline": lambda h: time_text(h.epoch_offline),
     }
     chosen = {plan.mode: " (chosen)"}
-    rows |= {f"all of mode={m}{chosen.get(m, '')}": lambda h, m=m: time_text(h.total[m]) for m in MODES}
     rows |= {
-        "storage for offline at full speed": lambda h: f"{size_text(h.full_speed_bandwidth)}/s per GPU",
-        "recomputing beats reading below": lambda h: f"{size_text(h.break_even_bandwidth)}/s per GPU",
+        f"all of mode={m}{chosen.get(m, '')}": lambda h, m=m: time_text(h.total[m]) for m in MODES
+    }
+    rows |= {
+        "storage for offline at full speed": lambda h: (
+            f"{size_text(h.full_speed_bandwidth)}/s per GPU"
+        ),
+        "recomputing beats reading below": lambda h: (
+            f"{size_text(h.break_even_bandwidth)}/s per GPU"
+        ),
     }
     for name, value in rows.items():
         table.add_row(name, *(value(hours) for hours in plan.hours))
@@ -123,7 +153,13 @@ def time_text(hours: float) -> str:
     if hours >= 1:
         return f"{hours:.1f} hours" if hours < 100 else f"{hours:,.0f} hours"
     seconds = hours * 3600
-    return f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} s" if seconds >= 1 else "under a second"
+    return (
+        f"{seconds / 60:.1f} minutes"
+        if seconds >= 60
+        else f"{seconds:.0f} s"
+        if seconds >= 1
+        else "under a second"
+    )
 
 
 def assumptions(plan: Plan) -> str:

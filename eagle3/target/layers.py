@@ -3,8 +3,9 @@
 We and transformers' own code count decoder layers from 0 and mean their outputs.
 """
 
-# What is added to such a number. `hidden_states` is the tuple that transformers returns, with the embedding in front;
-# vLLM means the inputs of layers; SGLang's explicit ids mean outputs (inside it adds one, for inputs).
+# What is added to such a number. `hidden_states` is the tuple that transformers returns, with the
+# embedding in front; vLLM means the inputs of layers; SGLang's explicit ids mean outputs (inside it
+# adds one, for inputs).
 SHIFTS = {"hidden_states": 1, "sglang": 0, "vllm": 1, "tensorrt_llm": 0}
 
 
@@ -19,5 +20,7 @@ def meant_by(tool: str, numbers: list[int]) -> list[int]:
 
 
 def engines_default(num_layers: int) -> list[int]:
-    """What every engine feeds unasked, in our numbers; some coincide in a model of fewer than 7 layers."""
+    """What every engine feeds unasked, in our numbers; some coincide in a model of fewer than 7
+    layers.
+    """
     return [1, num_layers // 2 - 1, num_layers - 4]

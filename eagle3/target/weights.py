@@ -1,4 +1,5 @@
-"""The target's embedding, head and final norm from its safetensors files, for training that never runs the target.
+"""The target's embedding, head and final norm from its safetensors files, for training that never
+runs the target.
 
 V the target's vocabulary, D the width of its embedding, H its hidden size.
 """
@@ -12,14 +13,21 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.hf import check_supported, default_aux_layer_ids, end_token_ids, text_config
+from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 
 SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# How families end the names; what stands before (`model.`, `model.language_model.`) is found in the checkpoint.
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "tok_embeddings.weight")
+# How families end the names; what stands before (`model.`, `model.language_model.`) is found in the
+# checkpoint.
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
 
@@ -28,8 +36,8 @@ NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_no
 class TargetWeights:
     """What offline training needs of a target, under the names that `HFTarget` has.
 
-    `config` is the text config; `embedding` [V,D]; `head` [V,H], the embedding itself when tied; `norm` [H], the final
-    norm's weight where it has one.
+    `config` is the text config; `embedding` [V,D]; `head` [V,H], the embedding itself when tied;
+    `norm` [H], the final norm's weight where it has one.
     """
 
     config: PretrainedConfig
@@ -45,7 +53,9 @@ class TargetWeights:
 
 
 class Checkpoint:
-    """The tensors of a folder or hub id by name; only the files that hold those asked for are downloaded."""
+    """The tensors of a folder or hub id by name; only the files that hold those asked for are
+    downloaded.
+    """
 
     def __init__(self, path: str, revision: str | None):
         """Raises ConfigError where there are no safetensors."""
@@ -55,7 +65,9 @@ class Checkpoint:
             try:
                 self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
             except (ValueError, KeyError, TypeError) as error:
-                raise RunError(f"{INDEX} of the target at {path} names no tensors; get it again") from error
+                raise RunError(
+                    f"{INDEX} of the target at {path} names no tensors; get it again"
+                ) from error
         elif self.locate(SINGLE) is not None:
             self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
         elif any(self.locate(name) is not None for name in (PICKLED, f"{PICKLED}.index.json")):
@@ -70,7 +82,9 @@ class Checkpoint:
             )
 
     def locate(self, name: str) -> Path | None:
-        """Where the file lies on this machine, downloaded if need be; None where the checkpoint has none."""
+        """Where the file lies on this machine, downloaded if need be; None where the checkpoint has
+        none.
+        """
         if Path(self.path).is_dir():
             file = Path(self.path, name)
             return file if file.is_file() else None
@@ -80,77 +94,108 @@ class Checkpoint:
             return None
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(f"{name} of model.path={self.path} cannot be downloaded: {reason}") from error
+            raise RunError(
+                f"{name} of model.path={self.path} cannot be downloaded: {reason}"
+            ) from error
 
     def open(self, name: str) -> safe_open:
-        """A safetensors file of the checkpoint, of which nothing but the header is read. Raises RunError."""
+        """A safetensors file of the checkpoint, of which nothing but the header is read. Raises
+        RunError.
+        """
         file = self.locate(name)
         try:
             return safe_open(file or Path(self.path, name), "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(f"{name} of the target at {self.path} does not open ({reason}); get it again") from error
+            raise RunError(
+                f"{name} of the target at {self.path} does not open ({reason}); get it again"
+            ) from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, but not those of numbered layers."""
         names = [n for n in self.files if f".{n}".endswith(tuple(f".{e}" for e in endings))]
-        return sorted((n for n in names if not any(part.isdigit() for part in n.split("."))), key=len)
+        return sorted(
+            (n for n in names if not any(part.isdigit() for part in n.split("."))), key=len
+        )
 
     def find(self, key: str, given: str | None, endings: tuple[str, ...]) -> str:
-        """The name that model.`key` gives, else the shortest that ends as families end it. Raises ConfigError."""
+        """The name that model.`key` gives, else the shortest that ends as families end it. Raises
+        ConfigError.
+        """
         names = self.ending(endings) if given is None else [given]
         if names and names[0] in self.files:
             return names[0]
-        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4) or list(self.files)[:3]
-        what = f"={given} is no tensor of" if given else f" is needed, as no name ends with {' or '.join(endings)} in"
+        near = (
+            difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4)
+            or list(self.files)[:3]
+        )
+        what = (
+            f"={given} is no tensor of"
+            if given
+            else f" is needed, as no name ends with {' or '.join(endings)} in"
+        )
         file = SINGLE if SINGLE in self.files.values() else INDEX
-        raise ConfigError(f"model.{key}{what} {Path(self.path, file)}; the nearest names there are {', '.join(near)}")
+        raise ConfigError(
+            f"model.{key}{what} {Path(self.path, file)}; the nearest names there are {', '.join(near)}"
+        )
 
-    def read(self, name: str, shape: list[int], device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-        """One tensor, in `dtype` or as stored. Raises ConfigError where it is not of `shape` or no float."""
+    def read(
+        self, name: str, shape: list[int], device: torch.device, dtype: torch.dtype | None
+    ) -> torch.Tensor:
+        """One tensor, in `dtype` or as stored. Raises ConfigError where it is not of `shape` or no
+        float.
+        """
         with self.open(self.files[name]) as tensors:
             stored = tensors.get_slice(name)
-            if stored.get_shape() != shape or stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            if stored.get_shape() != shape or stored.get_dtype() not in (
+                "F64",
+                "F32",
+                "F16",
+                "BF16",
+            ):
                 raise ConfigError(
                     f"{name} of the target at {self.path} is {stored.get_dtype()} {stored.get_shape()}, but must be a "
                     f"float tensor {shape} by its config; set model.embedding_key or model.lm_head_key to another"
                 )
-            # A copy, because the tensor is a view of the mapped file, whose pages the system may drop and read again.
+            # A copy, because the tensor is a view of the mapped file, whose pages the system may
+            # drop and read again.
             return tensors.get_tensor(name).to(device, dtype, copy=True)
 
 
-def load_weights(
-    path: str,
-    device: torch.device,
-    aux_layer_ids: list[int] | None = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    embedding_key: str | None = None,
-    lm_head_key: str | None = None,
-) -> TargetWeights:
-    """The three tensors just as `HFTarget` would hold them, without the model. Raises ConfigError and RunError."""
-    config = text_config(path, revision, trust_remote_code)
-    check_supported(config)
-    checkpoint = Checkpoint(path, revision)
-    if checkpoint.ending(tuple(f"{head.removesuffix('weight')}bias" for head in HEADS)):
-        raise ConfigError(f"the target at {path} changes its logits behind the head (a bias); it is not supported")
-    whole = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-    kind = whole.dtype if dtype == "auto" else getattr(torch, dtype)
+def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
+    """The three tensors as `HFTarget` would hold them, without the model.
 
-    embedding_name = checkpoint.find("embedding_key", embedding_key, EMBEDDINGS)
-    embedding = head = checkpoint.read(embedding_name, [config.vocab_size, config.hidden_size], device, kind)
+    Raises ConfigError and RunError.
+    """
+    config, path = spec.config, spec.path
+    check_supported(config)
+    checkpoint = Checkpoint(path, spec.revision)
+    if checkpoint.ending(tuple(f"{head.removesuffix('weight')}bias" for head in HEADS)):
+        raise ConfigError(
+            f"the target at {path} changes its logits behind the head (a bias); it is not supported"
+        )
+    whole = whole_config(path, spec.revision, spec.trust_remote_code)
+    kind = getattr(torch, spec.dtype)
+
+    embedding_name = checkpoint.find("embedding_key", spec.embedding_key, EMBEDDINGS)
+    embedding = head = checkpoint.read(
+        embedding_name, [config.vocab_size, config.hidden_size], device, kind
+    )
     tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, config))
-    if lm_head_key is not None or not tied or checkpoint.ending(HEADS):
-        head_name = checkpoint.find("lm_head_key", lm_head_key, HEADS)
+    if spec.lm_head_key is not None or not tied or checkpoint.ending(HEADS):
+        head_name = checkpoint.find("lm_head_key", spec.lm_head_key, HEADS)
         head = checkpoint.read(head_name, [config.vocab_size, config.hidden_size], device, kind)
         if tied and torch.equal(head, embedding):
             head = embedding
 
     decoder = embedding_name.rpartition(".")[0].rpartition(".")[0]
-    norms = [name for name in (f"{decoder}.{norm}".lstrip(".") for norm in NORMS) if name in checkpoint.files]
+    norms = [
+        name
+        for name in (f"{decoder}.{norm}".lstrip(".") for norm in NORMS)
+        if name in checkpoint.files
+    ]
     try:
-        eos = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(path, revision=spec.revision).eos_token_id
     except OSError:
         eos = None
     return TargetWeights(
@@ -158,6 +203,6 @@ def load_weights(
         embedding=embedding,
         head=head,
         norm=checkpoint.read(norms[0], [config.hidden_size], device, kind) if norms else None,
-        aux_layer_ids=aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers),
+        aux_layer_ids=spec.aux_layer_ids,
         eos_token_ids=end_token_ids(eos, config),
     )

@@ -1,5 +1,6 @@
-"""Stands in for an interpreter that has SGLang and vLLM: their servers count upwards, and every round of a prompt
-accepts as many drafts as its first token says."""
+"""Stands in for an interpreter that has SGLang and vLLM: their servers count upwards, and every
+round of a prompt accepts as many drafts as its first token says.
+"""
 
 import argparse
 import json
@@ -10,13 +11,36 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
-for flag in ("--host", "--dtype", "--model-path", "--random-seed", "--max-running-requests", "--mem-fraction-static"):
+for flag in (
+    "--host",
+    "--dtype",
+    "--model-path",
+    "--random-seed",
+    "--max-running-requests",
+    "--mem-fraction-static",
+):
     parser.add_argument(flag)
-for flag in ("--model", "--seed", "--max-num-seqs", "--per-request-spec-decode-metrics", "--gpu-memory-utilization"):
+for flag in (
+    "--model",
+    "--seed",
+    "--max-num-seqs",
+    "--per-request-spec-decode-metrics",
+    "--gpu-memory-utilization",
+):
     parser.add_argument(flag)
-for flag in ("--speculative-algorithm", "--speculative-draft-model-path", "--tensor-parallel-size", "--tp-size"):
+for flag in (
+    "--speculative-algorithm",
+    "--speculative-draft-model-path",
+    "--tensor-parallel-size",
+    "--tp-size",
+):
     parser.add_argument(flag)
-for flag in ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens", "--port"):
+for flag in (
+    "--speculative-num-steps",
+    "--speculative-eagle-topk",
+    "--speculative-num-draft-tokens",
+    "--port",
+):
     parser.add_argument(flag, type=int)
 for flag in (
     "--enable-metrics",
@@ -56,12 +80,16 @@ class Handler(BaseHTTPRequestHandler):
         steps = options.speculative_config.get("num_speculative_tokens", 0)
         names = ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")
         counter = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-        lines = "".join(f'{counter}{{engine="0",position="{position}"}} 0.0\n' for position in range(steps))
+        lines = "".join(
+            f'{counter}{{engine="0",position="{position}"}} 0.0\n' for position in range(steps)
+        )
         self.reply(
             {
                 "/health": "",
                 "/most": [most],
-                "/server_info": {f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names},
+                "/server_info": {
+                    f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names
+                },
                 "/metrics": "vllm:num_requests_running 0.0\n" + lines,
             }[self.path]
         )
@@ -98,7 +126,10 @@ def vllm(body):
     ids, accepted = answer(body["prompt"], body["max_tokens"], steps)
     metrics = {"generation_time_ms": 1000 * (len(ids) - 1) / (100 * (1 + steps))}
     if options.per_request_spec_decode_metrics == "detailed":
-        metrics["speculative_decoding"] = {"num_spec_steps": len(accepted), "per_step_accepted": accepted}
+        metrics["speculative_decoding"] = {
+            "num_spec_steps": len(accepted),
+            "per_step_accepted": accepted,
+        }
     return {"choices": [{"text": " ".join(map(str, ids)), "token_ids": ids}], "metrics": metrics}
 
 

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from eagle3.engine import Server, choose_port
+from eagle3.engines.server import Server, choose_port
 
 # Without these SGLang takes most of the memory, or plain attention that cannot draft.
 SGLANG_ON_CPU = [
@@ -46,7 +46,9 @@ def pytest_collection_modifyitems(items):
 def interpreter(engine: str) -> str:
     python = Path(os.environ.get("ENGINES_DIR", ROOT)) / f".venv-{engine}" / "bin" / "python"
     if not python.exists():
-        pytest.fail(f"{python} does not exist: make it with launch/engines.sh {engine}, or set ENGINES_DIR")
+        pytest.fail(
+            f"{python} does not exist: make it with launch/engines.sh {engine}, or set ENGINES_DIR"
+        )
     return str(python)
 
 
@@ -67,10 +69,20 @@ def serve_sglang(sglang_python, tmp_path_factory):
     @contextmanager
     def serve(model: Path, *options: str):
         port = str(choose_port(None, "port"))
-        command = [sglang_python, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", "float32"]
+        command = [
+            sglang_python,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(model),
+            "--dtype",
+            "float32",
+        ]
         command += [*SGLANG_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
         log = tmp_path_factory.mktemp("sglang") / "server.log"
-        with Server(command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "SGLang") as server:
+        with Server(
+            command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "SGLang"
+        ) as server:
             yield server
 
     return serve
@@ -78,15 +90,27 @@ def serve_sglang(sglang_python, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serve_vllm(vllm_python, tmp_path_factory):
-    """serve_vllm(model, *options): a context with the running server; its `url` takes /v1/completions."""
+    """serve_vllm(model, *options): a context with the running server; its `url` takes
+    /v1/completions.
+    """
 
     @contextmanager
     def serve(model: Path, *options: str):
         port = str(choose_port(None, "port"))
-        command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"]
+        command = [
+            vllm_python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(model),
+            "--dtype",
+            "float32",
+        ]
         command += [*VLLM_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
         log = tmp_path_factory.mktemp("vllm") / "server.log"
-        with Server(command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "vLLM") as server:
+        with Server(
+            command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "vLLM"
+        ) as server:
             yield server
 
     return serve
@@ -97,24 +121,38 @@ SHAPE = {
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-CONFIGS: dict[str, type[PretrainedConfig]] = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
 def random_target(request, tokenizer, tmp_path_factory) -> Path:
-    """An untrained target of each family, 8 layers x 64 in fp32: fewer than 7 would give two auxiliary layers."""
+    """An untrained target of each family, 8 layers x 64 in fp32: fewer than 7 would give two
+    auxiliary layers.
+    """
     torch.manual_seed(0)
     experts = EXPERTS if request.param == "qwen3_moe" else {}
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     folder = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(CONFIGS[request.param](**SHAPE, **experts, **ids)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(
+        CONFIGS[request.param](**SHAPE, **experts, **ids)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained_draft(tmp_path_factory) -> Path:
-    """The draft folder of a short run on the embedded target: 60 updates, and the induction start helps."""
+    """The draft folder of a short run on the embedded target: 60 updates, and the induction start
+    helps.
+    """
     folder = tmp_path_factory.mktemp("trained")
     command = [
         sys.executable, "run.py", "stages=[prepare,train,export]", "train.max_steps=60", "train.eval_every=60",

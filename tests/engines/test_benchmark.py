@@ -1,5 +1,6 @@
-"""benchmark=vllm and benchmark=sglang as a user runs them, on the embedded target: the answers and the acceptance are
-those of the built-in benchmark."""
+"""benchmark=vllm and benchmark=sglang as a user runs them, on the embedded target: the answers and
+the acceptance are those of the built-in benchmark.
+"""
 
 import json
 import os
@@ -16,7 +17,9 @@ from engines.conftest import CPU_ENVIRONMENT, SGLANG_ON_CPU, VLLM_ON_CPU
 def benchmark(trained_draft, tmp_path_factory):
     """benchmark(runner, configs, *overrides): its rows for four held-out prompts and the protocol."""
 
-    def benchmark(runner: str, configs: list[list[int]], *overrides: str) -> tuple[list[dict], dict]:
+    def benchmark(
+        runner: str, configs: list[list[int]], *overrides: str
+    ) -> tuple[list[dict], dict]:
         folder = tmp_path_factory.mktemp(runner)
         command = [
             sys.executable, "run.py", "stages=[benchmark]", f"benchmark={runner}", f"benchmark.configs={configs}",
@@ -24,7 +27,9 @@ def benchmark(trained_draft, tmp_path_factory):
             f"cache_dir={trained_draft.parents[1] / 'cache'}", f"hydra.run.dir={folder}", *overrides,
         ]  # fmt: skip
         environment = os.environ | CPU_ENVIRONMENT
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         result = json.loads((folder / "benchmark.json").read_text())
         return result["suites"]["heldout"], result["protocol"]
@@ -47,7 +52,9 @@ def server_args(options: list[str]) -> str:
 def test_vllm_measures_what_the_built_in_benchmark_measures(benchmark, vllm_python):
     configs = [[1, 3, 1, 4], [2, 3, 1, 4]]
     expected, _ = benchmark("builtin", configs)
-    rows, protocol = benchmark("vllm", configs, f"benchmark.python={vllm_python}", server_args(VLLM_ON_CPU))
+    rows, protocol = benchmark(
+        "vllm", configs, f"benchmark.python={vllm_python}", server_args(VLLM_ON_CPU)
+    )
     assert_same(rows, expected)
     assert rows[0]["accepted_by_position"] == pytest.approx(expected[0]["accepted_by_position"])
     assert protocol["runner"] == "vllm" and protocol["dtype"] == "float32"
@@ -56,6 +63,8 @@ def test_vllm_measures_what_the_built_in_benchmark_measures(benchmark, vllm_pyth
 def test_sglang_measures_what_the_built_in_benchmark_measures(benchmark, sglang_python):
     configs = [[1, 3, 1, 4], [2, 3, 1, 4], [1, 4, 3, 10]]
     expected, _ = benchmark("builtin", configs)
-    rows, protocol = benchmark("sglang", configs, f"benchmark.python={sglang_python}", server_args(SGLANG_ON_CPU))
+    rows, protocol = benchmark(
+        "sglang", configs, f"benchmark.python={sglang_python}", server_args(SGLANG_ON_CPU)
+    )
     assert_same(rows, expected)
     assert protocol["runner"] == "sglang" and protocol["drafting"] == "chain and tree"

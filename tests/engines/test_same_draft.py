@@ -1,5 +1,6 @@
-"""The same trained draft on the embedded target, greedy and in fp32: every engine gives the same answer and accepts
-the same drafts as the built-in decoder, prompt by prompt."""
+"""The same trained draft on the embedded target, greedy and in fp32: every engine gives the same
+answer and accepts the same drafts as the built-in decoder, prompt by prompt.
+"""
 
 import json
 from collections.abc import Callable
@@ -7,13 +8,13 @@ from collections.abc import Callable
 import httpx
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, spec_of
 
 from eagle3.benchmark import sglang, vllm
 from eagle3.benchmark.statistics import Answer
-from eagle3.decode import speculate
-from eagle3.draft.attention import FlashCPU
-from eagle3.export import MadeFor, read_draft, write_speculators
+from eagle3.decode.speculate import speculate
+from eagle3.draft.flash import FlashCPU
+from eagle3.export.write import MadeFor, read_draft, write_speculators
 from eagle3.target.hf import HFTarget
 
 TARGET = TINY / "target"
@@ -24,7 +25,9 @@ TREE = (4, 3, 10)
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer) -> list[list[int]]:
-    conversations = [json.loads(line)["messages"] for line in (TINY / "eval.jsonl").read_text().splitlines()[:6]]
+    conversations = [
+        json.loads(line)["messages"] for line in (TINY / "eval.jsonl").read_text().splitlines()[:6]
+    ]
     return [
         tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
         for messages in conversations
@@ -33,12 +36,17 @@ def prompts(tokenizer) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def answer(trained_draft, tiny_config, prompts):
-    """answer(steps, topk, verify_tokens): the built-in decoder's Generations, a prompt after the other."""
-    target = HFTarget(str(TARGET), torch.device("cpu"), LAYERS, dtype="float32")
+    """answer(steps, topk, verify_tokens): the built-in decoder's Generations, a prompt after the
+    other.
+    """
+    target = HFTarget(spec_of(TARGET, LAYERS), torch.device("cpu"))
     draft = read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
 
     def answer(*tree: int):
-        return [speculate(target, draft, [torch.tensor(prompt)], *tree, NEW_TOKENS)[0] for prompt in prompts]
+        return [
+            speculate(target, draft, [torch.tensor(prompt)], *tree, NEW_TOKENS)[0]
+            for prompt in prompts
+        ]
 
     return answer
 
@@ -47,7 +55,9 @@ def answer(trained_draft, tiny_config, prompts):
 def chains(answer):
     generations = answer(STEPS, 1, STEPS + 1)
     rounds = sum(len(generation.accepted) for generation in generations)
-    assert 0 < accepted(generations, STEPS) < rounds, "a draft that is always wrong or right shows nothing"
+    assert 0 < accepted(generations, STEPS) < rounds, (
+        "a draft that is always wrong or right shows nothing"
+    )
     return generations
 
 
@@ -75,16 +85,22 @@ def assert_same(answers: list[Answer], generations, steps: int = STEPS) -> None:
     for answer, generation in zip(answers, generations, strict=True):
         assert answer.ids == generation.ids
         assert answer.rounds == len(generation.accepted)
-        assert answer.accepted_at == [accepted([generation], position) for position in range(1, steps + 1)]
+        assert answer.accepted_at == [
+            accepted([generation], position) for position in range(1, steps + 1)
+        ]
 
 
-def test_sglang_accepts_what_the_built_in_decoder_accepts(serve_sglang, trained_draft, prompts, chains):
+def test_sglang_accepts_what_the_built_in_decoder_accepts(
+    serve_sglang, trained_draft, prompts, chains
+):
     drafting = sglang.drafting_options(str(trained_draft), STEPS, 1, STEPS + 1)
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
         assert_same(in_sglang(server, prompts, STEPS), chains)
 
 
-def test_a_tree_in_sglang_accepts_what_the_built_in_tree_accepts(serve_sglang, trained_draft, prompts, answer, chains):
+def test_a_tree_in_sglang_accepts_what_the_built_in_tree_accepts(
+    serve_sglang, trained_draft, prompts, answer, chains
+):
     drafting = sglang.drafting_options(str(trained_draft), *TREE)
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
         trees = answer(*TREE)
@@ -101,7 +117,10 @@ def test_vllm_accepts_what_the_built_in_decoder_accepts(serve_vllm, trained_draf
 def test_vllm_serves_the_speculators_form_without_being_told_its_target(
     serve_vllm, trained_draft, tiny_config, prompts, chains, tmp_path
 ):
-    folder, draft = tmp_path / "speculators", read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
+    folder, draft = (
+        tmp_path / "speculators",
+        read_draft(trained_draft, FlashCPU, tiny_config, LAYERS),
+    )
     write_speculators(draft, folder, tiny_config, LAYERS, MadeFor(str(TARGET), STEPS))
     metrics = ("--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed")
     with serve_vllm(folder, *metrics) as server:

@@ -1,4 +1,6 @@
-"""target=sglang in the real engine: the hidden states, and the losses of whole runs, are those of target=hf."""
+"""target=sglang in the real engine: the hidden states, and the losses of whole runs, are those of
+target=hf.
+"""
 
 import json
 import os
@@ -10,19 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, spec_of
 
-from eagle3.data.packing import pack
-from eagle3.data.supervision import serving
-from eagle3.engine import choose_port
+from eagle3.batch import Document, pack, serving
+from eagle3.engines.server import choose_port
 from eagle3.errors import RunError
-from eagle3.generate import GREEDY, sample
+from eagle3.evaluate import GREEDY, sample
+from eagle3.hidden_states.store import Store
 from eagle3.target.hf import HFTarget
 from eagle3.target.sglang.target import SGLangTarget
-from eagle3.target.store import Store
 
 CPU = torch.device("cpu")
-SMALL_POOLS = ["--max-total-tokens", "8192", "--max-running-requests", "16", "--context-length", "2048"]
+SMALL_POOLS = [
+    "--max-total-tokens",
+    "8192",
+    "--max-running-requests",
+    "16",
+    "--context-length",
+    "2048",
+]
 ONE_FAMILY = pytest.mark.parametrize("random_target", ["llama"], indirect=True)
 LENGTHS = [13, 1, 300, 7, 128, 200, 3, 500, 64]
 
@@ -38,10 +46,8 @@ def open_target(sglang_python, monkeypatch):
             monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
         opened.append(
             SGLangTarget(
-                str(folder),
+                spec_of(folder, layer_ids),
                 CPU,
-                layer_ids,
-                dtype="float32",
                 tp_size=tp_size,
                 mem_fraction_static=0.2,
                 batch_tokens=batch_tokens,
@@ -60,7 +66,9 @@ def batch_of(vocab_size):
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in LENGTHS]
     documents = [(i, row, torch.ones(len(row), dtype=torch.bool)) for i, row in enumerate(ids)]
-    return pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
+    return pack(
+        [Document(*d) for d in documents], torch.ones(vocab_size, dtype=torch.bool), 7, serving
+    )
 
 
 def assert_equal(target, reference):
@@ -70,7 +78,9 @@ def assert_equal(target, reference):
     assert len(found.argmax) == sum(LENGTHS)
     for name in ("aux_hidden_states", "last_hidden_states", "logsumexp"):
         ours, theirs = getattr(found, name), getattr(expected, name)
-        print(f"{name}: at most {(ours - theirs).abs().max():.1e} apart, the largest is {theirs.abs().max():.1f}")
+        print(
+            f"{name}: at most {(ours - theirs).abs().max():.1e} apart, the largest is {theirs.abs().max():.1f}"
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
     assert torch.equal(found.argmax, expected.argmax)
 
@@ -83,7 +93,7 @@ def assert_equal(target, reference):
 )
 def test_states_equal_those_of_transformers(random_target, open_target, layer_ids, tp_size):
     target = open_target(random_target, layer_ids, tp_size)
-    reference = HFTarget(str(random_target), CPU, layer_ids, dtype="float32")
+    reference = HFTarget(spec_of(random_target, layer_ids), CPU)
     assert_equal(target, reference)
     prompts = [list(range(3, 3 + n)) for n in (5, 12, 9)]
     assert sample(target, prompts, 16, GREEDY) == sample(reference, prompts, 16, GREEDY)
@@ -92,14 +102,20 @@ def test_states_equal_those_of_transformers(random_target, open_target, layer_id
 @ONE_FAMILY
 def test_chunked_prefill_is_stitched(random_target, open_target):
     target = open_target(random_target, server_args=["--chunked-prefill-size", "48"])
-    assert_equal(target, HFTarget(str(random_target), CPU, dtype="float32"))
+    assert_equal(target, HFTarget(spec_of(random_target), CPU))
 
 
 @ONE_FAMILY
 def test_a_killed_model_process_is_noticed(random_target, open_target):
     target = open_target(random_target)
-    listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout.splitlines()
-    mine = [line.split(maxsplit=2) for line in listed if line.split()[1] == str(target.server.process.pid)]
+    listed = subprocess.run(
+        ["ps", "-eo", "pid,sid,args"], capture_output=True, text=True
+    ).stdout.splitlines()
+    mine = [
+        line.split(maxsplit=2)
+        for line in listed
+        if line.split()[1] == str(target.server.process.pid)
+    ]
     scheduler = next(int(pid) for pid, _, args in mine if "sglang::scheduler" in args)
     os.kill(scheduler, signal.SIGKILL)
     began = time.monotonic()
@@ -148,7 +164,9 @@ def test_runs_have_the_losses_of_target_hf(random_target, sglang_python, tmp_pat
 
 
 @ONE_FAMILY
-def test_two_processes_capture_through_a_server_started_by_hand(random_target, sglang_python, tmp_path):
+def test_two_processes_capture_through_a_server_started_by_hand(
+    random_target, sglang_python, tmp_path
+):
     """The store is that of one process with target=hf."""
     settings = [
         "model=hf", f"model.path={random_target}", "model.dtype=float32", "data.max_length=256", "data.num_samples=60",
@@ -156,7 +174,14 @@ def test_two_processes_capture_through_a_server_started_by_hand(random_target, s
         "target.batch_tokens=512",
     ]  # fmt: skip
     port = choose_port(None, "port")
-    command = [sys.executable, "-m", "eagle3.target.sglang.serve", str(random_target), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "eagle3.target.sglang.serve",
+        str(random_target),
+        "--port",
+        str(port),
+    ]
     command += ["--device", "cpu", "--dtype", "float32", "--python", sglang_python, *SMALL_POOLS]
     command += ["--mem-fraction-static", "0.2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
@@ -174,6 +199,10 @@ def test_two_processes_capture_through_a_server_started_by_hand(random_target, s
     ours, theirs = Store(tmp_path / "sglang.store"), Store(tmp_path / "hf.store")
     assert ours.keys.tolist() == theirs.keys.tolist()
     for a, b in zip(ours.load(ours.keys.tolist()), theirs.load(ours.keys.tolist()), strict=True):
-        torch.testing.assert_close(a.features.aux_hidden_states, b.features.aux_hidden_states, rtol=1e-4, atol=2e-5)
-        torch.testing.assert_close(a.features.last_hidden_states, b.features.last_hidden_states, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            a.features.aux_hidden_states, b.features.aux_hidden_states, rtol=1e-4, atol=2e-5
+        )
+        torch.testing.assert_close(
+            a.features.last_hidden_states, b.features.last_hidden_states, rtol=1e-4, atol=2e-5
+        )
         assert torch.equal(a.features.argmax, b.features.argmax)

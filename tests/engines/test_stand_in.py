@@ -1,4 +1,6 @@
-"""SGLang with the stand-in for its kernels answers as transformers does, for every family that the stand-in serves."""
+"""SGLang with the stand-in for its kernels answers as transformers does, for every family that the
+stand-in serves.
+"""
 
 import httpx
 import pytest
@@ -12,14 +14,18 @@ NEW_TOKENS = 24
 def prompts() -> list[list[int]]:
     """Lengths differ, so that requests of one batch are told apart."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(6, 2048, (length,), generator=generator).tolist() for length in (5, 17, 40)]
+    return [
+        torch.randint(6, 2048, (length,), generator=generator).tolist() for length in (5, 17, 40)
+    ]
 
 
 @torch.inference_mode()
 def test_greedy_answers_equal_transformers(random_target, serve_sglang, prompts):
     model = AutoModelForCausalLM.from_pretrained(random_target, dtype="float32")
     expected = [
-        model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
         for prompt in prompts
     ]
     sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from eagle3.batch import Features
 from eagle3.errors import RunError
-from eagle3.target.features import Features
 from eagle3.target.sglang.hook import ALIVE, ERROR
 
 SHARED = Path("/dev/shm")
@@ -26,7 +26,8 @@ PAUSE = 0.003  # seconds between two looks
 
 
 class Blocks:
-    """A folder of this process under `root`; gone when it is closed, collected, or when the process ends in any way.
+    """A folder of this process under `root`; gone when it is closed, collected, or when the process
+    ends in any way.
 
     `rid(number)` is what a request is called so that its hidden states land here.
     """
@@ -70,10 +71,14 @@ class Blocks:
         for path in [*self.folder.glob("*.safetensors"), self.folder / ERROR]:
             path.unlink(missing_ok=True)
 
-    def collect(self, prompts: dict[int, slice], features: Features, check: Callable[[], None]) -> None:
-        """Fill the rows of `features` that each of `prompts`, by its number, stands for; all T rows are teacher rows.
+    def collect(
+        self, prompts: dict[int, slice], features: Features, check: Callable[[], None]
+    ) -> None:
+        """Fill the rows of `features` that each of `prompts`, by its number, stands for; all T rows
+        are teacher rows.
 
-        Parts of a prompt are stitched. Raises RunError where a part is missing, and what `check` and `wait` raise.
+        Parts of a prompt are stitched. Raises RunError where a part is missing, and what `check`
+        and `wait` raise.
         """
         received = dict.fromkeys(prompts, 0)
         while received:

@@ -1,12 +1,16 @@
-"""The part that runs inside SGLang's model processes: a forward hook that leaves hidden states in shared memory.
+"""The part that runs inside SGLang's model processes: a forward hook that leaves hidden states in
+shared memory.
 
-SGLang finds it as `eagle3.target.sglang.hook:factory` (its `forward_hooks` argument) and calls it after every forward
-pass of the logits processor. Requests whose `rid` is `<folder>:<number>` (see `blocks.Blocks`) are ours: their rows
-go to a file in that folder, one for each pass, in the safetensors format:
+SGLang finds it as `eagle3.target.sglang.hook:factory` (its `forward_hooks` argument) and calls it
+after every forward pass of the logits processor. Requests whose `rid` is `<folder>:<number>` (see
+`blocks.Blocks`) are ours: their rows go to a file in that folder, one for each pass, in the
+safetensors format:
 
-    argmax int64 [n], logsumexp fp32 [n], aux_hidden_states [3,n,H], last_hidden_states [n,H] (after the final norm)
+    argmax int64 [n], logsumexp fp32 [n], aux_hidden_states [3,n,H], last_hidden_states [n,H] (after
+    the final norm)
 
-with `requests`, a list of [number, tokens before, tokens here], as metadata. Nothing but torch is needed here.
+with `requests`, a list of [number, tokens before, tokens here], as metadata. Nothing but torch is
+needed here.
 """
 
 import contextlib
@@ -36,7 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def factory(config: dict[str, Any]) -> Callable[..., None]:
-    """What SGLang calls once in each model process; `config` has `root`, where the clients' folders are."""
+    """What SGLang calls once in each model process; `config` has `root`, where the clients' folders
+    are.
+    """
     return Tap(Path(config["root"]), sglang_group)
 
 
@@ -47,7 +53,9 @@ def sglang_group() -> dist.ProcessGroup:
 
 
 class Tap:
-    """The hook. It returns None always, or the model's output would change, and raises nothing, or the engine ends."""
+    """The hook. It returns None always, or the model's output would change, and raises nothing, or
+    the engine ends.
+    """
 
     def __init__(self, root: Path, group: Callable[[], dist.ProcessGroup]):
         self.root, self.group = root, group
@@ -70,10 +78,15 @@ class Tap:
         except Exception as error:
             logger.exception("eagle3: the hook failed")
             for folder in ours:
-                report(self.root / folder, f"{error} ({traceback.extract_tb(error.__traceback__)[-1].line})")
+                report(
+                    self.root / folder,
+                    f"{error} ({traceback.extract_tb(error.__traceback__)[-1].line})",
+                )
 
     @torch.no_grad()
-    def take(self, folder: Path, requests: list[tuple[int, int]], last, lm_head, batch, aux) -> None:
+    def take(
+        self, folder: Path, requests: list[tuple[int, int]], last, lm_head, batch, aux
+    ) -> None:
         """Write the rows of these requests, (place in the batch, number), to `folder`."""
         if aux is None:
             raise RuntimeError("the model gave no auxiliary hidden states to its logits processor")
@@ -86,7 +99,9 @@ class Tap:
         if len(requests) == len(lengths):
             rows = slice(0, sum(lengths))  # behind them there may be padding
         else:
-            rows = torch.cat([torch.arange(starts[p], starts[p] + lengths[p]) for p, _ in requests]).to(last.device)
+            rows = torch.cat(
+                [torch.arange(starts[p], starts[p] + lengths[p]) for p, _ in requests]
+            ).to(last.device)
         last, aux = last[rows], [tensor[rows] for tensor in aux]
         split = getattr(lm_head, "tp_size", 1) > 1
         group = self.group() if split else None
@@ -99,7 +114,9 @@ class Tap:
         listed = [[number, int(before[place]), int(lengths[place])] for place, number in requests]
         self.watch(folder)
         self.blocks += 1
-        self.writer.submit(write, folder, f"{os.getpid()}-{self.blocks:08d}", tensors, listed, copied)
+        self.writer.submit(
+            write, folder, f"{os.getpid()}-{self.blocks:08d}", tensors, listed, copied
+        )
 
     def watch(self, folder: Path) -> None:
         """Delete `folder` as soon as its client is gone, however that ended."""
@@ -108,13 +125,19 @@ class Tap:
             threading.Thread(target=outlive, args=(folder,), daemon=True).start()
 
 
-def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """argmax int64 [n] and logsumexp fp32 [n] of the logits of `last` [n,H] over the whole vocabulary.
+def statistics(
+    last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax int64 [n] and logsumexp fp32 [n] of the logits of `last` [n,H] over the whole
+    vocabulary.
 
-    Each process of `group` has some of the head's rows; padding and tokens added for adapters do not count.
+    Each process of `group` has some of the head's rows; padding and tokens added for adapters do
+    not count.
     """
     shard = getattr(lm_head, "shard_indices", None)
-    first, size = (shard.org_vocab_start_index, shard.num_org_elements) if shard else (0, len(lm_head.weight))
+    first, size = (
+        (shard.org_vocab_start_index, shard.num_org_elements) if shard else (0, len(lm_head.weight))
+    )
     head = lm_head.weight[:size]
     if not head.is_floating_point() or head.shape[-1:] != last.shape[-1:]:
         raise RuntimeError("the head of the model is quantised, which is not supported")
@@ -122,7 +145,11 @@ def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
     for rows in last.split(max(1, CHUNK_BYTES // (4 * max(1, size)))):
         if size == 0:  # a small vocabulary can leave a process without a token
             lowest = rows.new_full((len(rows),), -torch.inf, dtype=torch.float32)
-            best, token, logsumexp = [*best, lowest], [*token, lowest.new_zeros(len(rows))], [*logsumexp, lowest]
+            best, token, logsumexp = (
+                [*best, lowest],
+                [*token, lowest.new_zeros(len(rows))],
+                [*logsumexp, lowest],
+            )
             continue
         logits = (rows.to(head.dtype) @ head.T).float()
         values, places = logits.max(-1)
@@ -136,8 +163,12 @@ def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
     best, token, logsumexp = torch.stack(every, 1)
-    best = best.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # else a row that is not finite has no best token
-    token = torch.where(best == best.amax(0), token, torch.inf).amin(0)  # the first of equals, as argmax says
+    best = best.nan_to_num(
+        -torch.inf, torch.inf, -torch.inf
+    )  # else a row that is not finite has no best token
+    token = torch.where(best == best.amax(0), token, torch.inf).amin(
+        0
+    )  # the first of equals, as argmax says
     return token.long(), logsumexp.logsumexp(0).float()
 
 
@@ -150,8 +181,12 @@ def to_host(tensors: list[torch.Tensor]) -> torch.Tensor:
     return host
 
 
-def write(folder: Path, name: str, tensors: dict[str, torch.Tensor], requests: list, copied: Any) -> None:
-    """One block: complete as soon as its name ends in .safetensors. Nothing is written for a client that is gone."""
+def write(
+    folder: Path, name: str, tensors: dict[str, torch.Tensor], requests: list, copied: Any
+) -> None:
+    """One block: complete as soon as its name ends in .safetensors. Nothing is written for a client
+    that is gone.
+    """
     try:
         if copied is not None:
             copied.synchronize()
@@ -159,7 +194,11 @@ def write(folder: Path, name: str, tensors: dict[str, torch.Tensor], requests: l
         end = 0
         for key, tensor in tensors.items():
             start, end = end, end + tensor.nbytes
-            header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[key] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
         partial = folder / f"{name}.partial"

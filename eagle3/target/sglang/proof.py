@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModel
 
+from eagle3.batch import Features
 from eagle3.errors import RunError
-from eagle3.target.features import Features
 from eagle3.target.hf import find_layers, head_statistics
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.sglang.serve import HOOK
@@ -17,8 +17,12 @@ from eagle3.target.sglang.serve import HOOK
 console = Console(stderr=True, markup=False, highlight=False)
 
 
-def check_server(info: dict[str, Any], url: str, path: str, aux_layer_ids: list[int], num_layers: int) -> None:
-    """Raise RunError where the server, by what /server_info says, was not started to capture this target."""
+def check_server(
+    info: dict[str, Any], url: str, path: str, aux_layer_ids: list[int], num_layers: int
+) -> None:
+    """Raise RunError where the server, by what /server_info says, was not started to capture this
+    target.
+    """
     why = None
     explicit = info.get("return_aux_hidden_state_layer_ids")
     captured = engines_default(num_layers) if explicit is None else meant_by("sglang", explicit)
@@ -37,7 +41,8 @@ def check_server(info: dict[str, Any], url: str, path: str, aux_layer_ids: list[
 
 
 def check_head(features: Features, head: torch.Tensor, ends: list[int], sampled: list[int]) -> None:
-    """Raise RunError unless last hidden states x `head` [V,H] are the logits that the engine samples from.
+    """Raise RunError unless last hidden states x `head` [V,H] are the logits that the engine
+    samples from.
 
     `sampled` are its greedy next tokens after the rows `ends`.
     """
@@ -69,13 +74,16 @@ def check_layers(
     dtype: str,
     trust_remote_code: bool,
 ) -> None:
-    """Raise RunError unless the first of the auxiliary states [n,3H] is nearest to that layer in transformers.
+    """Raise RunError unless the first of the auxiliary states [n,3H] is nearest to that layer in
+    transformers.
 
-    Compared with the layers before and behind it, which takes a model of only so many layers. The engine shifts all
-    three by the same rule, so that the first tells.
+    Compared with the layers before and behind it, which takes a model of only so many layers. The
+    engine shifts all three by the same rule, so that the first tells.
     """
     first = aux_layer_ids[0]
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code
+    )
     text = config.get_text_config()
     text.num_hidden_layers = first + 2
     if getattr(text, "layer_types", None):
@@ -91,17 +99,26 @@ def check_layers(
         outputs: list[torch.Tensor] = []
         for layer in find_layers(decoder, first + 2)[max(0, first - 1) :]:
             layer.register_forward_hook(
-                lambda module, inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+                lambda module, inputs, output: outputs.append(
+                    output[0] if isinstance(output, tuple) else output
+                )
             )
         decoder(input_ids=torch.tensor([prompt]), use_cache=False)
-    except Exception as error:  # what needs kernels or packages that are not here, such as quantised weights
+    except (
+        Exception
+    ) as error:  # what needs kernels or packages that are not here, such as quantised weights
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        console.print(f"target=sglang: transformers cannot show that the layers are the right ones ({reason})")
+        console.print(
+            f"target=sglang: transformers cannot show that the layers are the right ones ({reason})"
+        )
         return
     finally:
         library.setLevel(level)
     ours = aux_hidden_states.chunk(3, -1)[0].cpu().float()
-    apart = [((ours - output.view_as(ours).float()).norm(dim=-1) / ours.norm(dim=-1)).median() for output in outputs]
+    apart = [
+        ((ours - output.view_as(ours).float()).norm(dim=-1) / ours.norm(dim=-1)).median()
+        for output in outputs
+    ]
     nearest = max(0, first - 1) + min(range(len(apart)), key=apart.__getitem__)
     if nearest != first:
         raise RunError(

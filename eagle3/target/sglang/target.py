@@ -16,44 +16,40 @@ from typing import Any
 import httpx
 import torch
 
+from eagle3.batch import Batch, Features
 from eagle3.config import Model
-from eagle3.data.packing import Batch
-from eagle3.engine import Server, choose_port, interpreter
+from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.features import Features
-from eagle3.target.hf import check_supported, default_aux_layer_ids, text_config
 from eagle3.target.sglang import blocks, proof, serve
+from eagle3.target.spec import TargetSpec, check_supported, read_spec
 from eagle3.target.weights import TargetWeights, load_weights
 
-SILENT_SECONDS = 20.0  # between an answer of the server and the hidden states that should have come before it
+SILENT_SECONDS = (
+    20.0  # between an answer of the server and the hidden states that should have come before it
+)
 DYING_SECONDS = 5.0  # a server that hangs up is given to end, so that its log can be shown
 LOOK_SECONDS = 0.2
 PROBE = (5, 11)  # tokens of its prompts
 
 
 class SGLangTarget:
-    """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts and ends.
+    """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
+    and ends.
 
-    On a machine with several of our processes, one starts the server and the others share it. `url` names a server
-    that already runs here (`python -m eagle3.target.sglang.serve`). The model is split over `tp_size` GPUs and copied
-    `dp_size` times (null: for as many processes as are here). `batch_tokens` tokens at most are in flight, which
-    bounds the shared memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
-    The embedding and the head are read from the checkpoint. Raises ConfigError and RunError.
+    On a machine with several of our processes, one starts the server and the others share it. `url`
+    names a server that already runs here (`python -m eagle3.target.sglang.serve`). The model is
+    split over `tp_size` GPUs and copied `dp_size` times (null: for as many processes as are here).
+    `batch_tokens` tokens at most are in flight, which bounds the shared memory. `python` is the
+    interpreter of SGLang's environment, `server_args` more of its options. The embedding and the
+    head are read from the checkpoint. Raises ConfigError and RunError.
     """
 
-    split_over_ranks = False  # the engine's processes are its own
     in_process = False
 
     def __init__(
         self,
-        path: str,
+        spec: TargetSpec,
         device: torch.device,
-        aux_layer_ids: list[int] | None = None,
-        revision: str | None = None,
-        dtype: str = "auto",
-        trust_remote_code: bool = False,
-        embedding_key: str | None = None,
-        lm_head_key: str | None = None,
         tp_size: int = 1,
         dp_size: int | None = None,
         ep_size: int = 1,
@@ -66,26 +62,37 @@ class SGLangTarget:
         ready_seconds: float = 1800.0,
         server_args: list[str | int | float] | None = None,
     ):
-        self.config = text_config(path, revision, trust_remote_code)
+        self.spec, self.config, self.dtype = spec, spec.config, spec.dtype
         check_supported(self.config)
-        self.path, self.device, self.batch_tokens = path, device, batch_tokens
-        self.aux_layer_ids = aux_layer_ids or default_aux_layer_ids(self.config.num_hidden_layers)
-        serve.check_capturable(path, revision, trust_remote_code, self.aux_layer_ids)
-        self.dtype = serve.compute_dtype(self.config, dtype)
-        self.named = {"path": path, "revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
-        self.keys = {"embedding_key": embedding_key, "lm_head_key": lm_head_key}
+        self.device, self.batch_tokens, self.aux_layer_ids = (
+            device,
+            batch_tokens,
+            spec.aux_layer_ids,
+        )
+        serve.check_capturable(spec.path, spec.revision, spec.trust_remote_code, self.aux_layer_ids)
         self.blocks = blocks.Blocks()
         self.server: Server | None = None
         self.resources = ExitStack()
         self.resources.callback(self.blocks.close)
         try:
             self.check_space()
-            settings = {"tp_size": tp_size, "dp_size": dp_size or copies(tp_size), "ep_size": ep_size}
+            settings = {
+                "tp_size": tp_size,
+                "dp_size": dp_size or copies(tp_size),
+                "ep_size": ep_size,
+            }
             settings |= {"quantization": quantization, "mem_fraction_static": mem_fraction_static}
-            settings |= {"python": interpreter("sglang", python), "server_args": tuple(map(str, server_args or ()))}
-            self.url = url or self.share(lambda: self.start(settings, port, ready_seconds), ready_seconds)
+            settings |= {
+                "python": interpreter("sglang", python),
+                "server_args": tuple(map(str, server_args or ())),
+            }
+            self.url = url or self.share(
+                lambda: self.start(settings, port, ready_seconds), ready_seconds
+            )
             self.client = self.resources.enter_context(
-                httpx.Client(base_url=self.url, timeout=httpx.Timeout(None, connect=10), trust_env=False)
+                httpx.Client(
+                    base_url=self.url, timeout=httpx.Timeout(None, connect=10), trust_env=False
+                )
             )
             self.sender = ThreadPoolExecutor(1)
             self.resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
@@ -118,14 +125,14 @@ class SGLangTarget:
         """Start the server and wait until it is ready; returns its address."""
         port = choose_port(port, "target.port")
         line = serve.command(
-            self.path,
+            self.spec.path,
             port,
             self.aux_layer_ids,
             self.config.num_hidden_layers,
             self.device,
             self.dtype,
-            self.named["revision"],
-            self.named["trust_remote_code"],
+            self.spec.revision,
+            self.spec.trust_remote_code,
             batch_tokens=self.batch_tokens,
             **settings,
         )
@@ -139,9 +146,11 @@ class SGLangTarget:
             self.server.log.unlink(missing_ok=True)
 
     def share(self, start: Callable[[], str], ready_seconds: float) -> str:
-        """The address of the one server of this launcher's processes here: the first of them starts it.
+        """The address of the one server of this launcher's processes here: the first of them starts
+        it.
 
-        It is the last that needs it: on the first machine it runs the stages that the others have no part in.
+        It is the last that needs it: on the first machine it runs the stages that the others have
+        no part in.
         """
         name = f"serves-{os.getppid()}"
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -155,37 +164,56 @@ class SGLangTarget:
                 if told.stat().st_uid == os.getuid():
                     return told.read_text()
             time.sleep(LOOK_SECONDS)
-        raise RunError(f"the first process here started no SGLang server within target.ready_seconds={ready_seconds}")
+        raise RunError(
+            f"the first process here started no SGLang server within target.ready_seconds={ready_seconds}"
+        )
 
     def check_server(self) -> None:
         """Raise RunError where the server was not started for this."""
         try:
             info = self.client.get("/server_info").raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
-            raise RunError(f"target.url={self.url} is no SGLang server that answers: {error}") from error
-        proof.check_server(info, self.url, self.path, self.aux_layer_ids, self.config.num_hidden_layers)
+            raise RunError(
+                f"target.url={self.url} is no SGLang server that answers: {error}"
+            ) from error
+        proof.check_server(
+            info, self.url, self.spec.path, self.aux_layer_ids, self.config.num_hidden_layers
+        )
 
     def prove(self) -> None:
-        """Raise RunError unless a first request shows that the hidden states come and are the right ones."""
-        tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=torch.Generator().manual_seed(0))
+        """Raise RunError unless a first request shows that the hidden states come and are the right
+        ones.
+        """
+        tokens = torch.randint(
+            self.config.vocab_size, (sum(PROBE),), generator=torch.Generator().manual_seed(0)
+        )
         prompts = [part.tolist() for part in tokens.split(PROBE)]
         features = self.empty(sum(PROBE))
         answers = list(self.fill(features, prompts, max_new_tokens=1))
         ends = [sum(PROBE[: i + 1]) - 1 for i in range(len(PROBE))]
         proof.check_head(features, self.head, ends, [answer["output_ids"][0] for answer in answers])
         aux = features.aux_hidden_states[: PROBE[0]]
-        proof.check_layers(prompts[0], aux, self.aux_layer_ids, **(self.named | {"dtype": self.dtype}))
+        proof.check_layers(
+            prompts[0],
+            aux,
+            self.aux_layer_ids,
+            self.spec.path,
+            self.spec.revision,
+            self.dtype,
+            self.spec.trust_remote_code,
+        )
 
     @cached_property
     def weights(self) -> TargetWeights:
-        return load_weights(**self.named, **self.keys, device=self.device, aux_layer_ids=self.aux_layer_ids)
+        return load_weights(self.spec, self.device)
 
     @staticmethod
     def check_settings(target: dict[str, Any], model: Model) -> None:
-        """What can be told of the sections `target` and `model` before anything starts. Raises ConfigError."""
-        layers = text_config(model.path, model.revision, model.trust_remote_code).num_hidden_layers
-        asked = model.aux_layer_ids or default_aux_layer_ids(layers)
-        serve.check_capturable(model.path, model.revision, model.trust_remote_code, asked)
+        """What can be told of the sections `target` and `model` before anything starts. Raises
+        ConfigError.
+        """
+        spec = read_spec(model)
+        serve.check_capturable(spec.path, spec.revision, spec.trust_remote_code, spec.aux_layer_ids)
         if target.get("url") is None:
             serve.find_sglang(interpreter("sglang", target.get("python")))
 
@@ -220,8 +248,12 @@ class SGLangTarget:
             torch.empty(tokens, dtype=torch.float32, device=self.device),
         )
 
-    def fill(self, features: Features, prompts: list[list[int]], max_new_tokens: int) -> Iterator[dict[str, Any]]:
-        """Have the prompts, packed in `features`, computed `batch_tokens` at a time; yields the server's answers."""
+    def fill(
+        self, features: Features, prompts: list[list[int]], max_new_tokens: int
+    ) -> Iterator[dict[str, Any]]:
+        """Have the prompts, packed in `features`, computed `batch_tokens` at a time; yields the
+        server's answers.
+        """
         first = 0
         while prompts:
             count, tokens = 1, len(prompts[0])
@@ -233,7 +265,10 @@ class SGLangTarget:
             for number, prompt in zip(numbers, prompts, strict=False):
                 rows[number] = slice(first, first + len(prompt))
                 first += len(prompt)
-            body = {"input_ids": prompts[:count], "rid": [self.blocks.rid(number) for number in numbers]}
+            body = {
+                "input_ids": prompts[:count],
+                "rid": [self.blocks.rid(number) for number in numbers],
+            }
             body["sampling_params"] = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
             asked = self.sender.submit(self.ask, body)
             self.blocks.collect(rows, features, self.watch(asked))
@@ -269,9 +304,13 @@ class SGLangTarget:
             while self.server is not None and time.monotonic() < until:
                 self.server.check()
                 time.sleep(0.1)
-            raise RunError(f"the SGLang server at {self.url} does not answer any more ({error})") from error
+            raise RunError(
+                f"the SGLang server at {self.url} does not answer any more ({error})"
+            ) from error
         if response.status_code != 200:
-            raise RunError(f"SGLang refuses a request (HTTP {response.status_code}): {response.text[:500]}")
+            raise RunError(
+                f"SGLang refuses a request (HTTP {response.status_code}): {response.text[:500]}"
+            )
         return response.json()
 
     def generate(
@@ -288,20 +327,32 @@ class SGLangTarget:
         num_beams: int = 1,
         repetition_penalty: float = 1.0,
     ) -> torch.Tensor:
-        """As transformers' `generate`: int64 [B,n], padded on the left -> [B,n+m], padded on the right."""
+        """As transformers' `generate`: int64 [B,n], padded on the left -> [B,n+m], padded on the
+        right.
+        """
         assert num_beams == 1
         sampling = {"max_new_tokens": max_new_tokens, "stop_token_ids": eos_token_id or []}
         sampling |= {"repetition_penalty": repetition_penalty, "temperature": 0.0}
         if do_sample:
             chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k or None}
-            sampling |= {"temperature": 1.0} | {name: value for name, value in chosen.items() if value is not None}
-        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-        answers = [a["output_ids"] for a in self.ask({"input_ids": prompts, "sampling_params": sampling})]
+            sampling |= {"temperature": 1.0} | {
+                name: value for name, value in chosen.items() if value is not None
+            }
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
+        ]
+        answers = [
+            a["output_ids"] for a in self.ask({"input_ids": prompts, "sampling_params": sampling})
+        ]
         width = max(map(len, answers))
-        padded = torch.tensor([a + [pad_token_id] * (width - len(a)) for a in answers], device=input_ids.device)
+        padded = torch.tensor(
+            [a + [pad_token_id] * (width - len(a)) for a in answers], device=input_ids.device
+        )
         return torch.cat([input_ids, padded.long()], 1)
 
 
 def copies(tp_size: int) -> int:
     """How many copies of the model serve the processes of this machine, where each has a GPU."""
-    return max(1, min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) // tp_size)
+    return max(
+        1, min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) // tp_size
+    )

@@ -1,1 +1,3 @@
-"""A stand-in for SGLang in tests: the flags and addresses that we use, and the way it calls a forward hook."""
+"""A stand-in for SGLang in tests: the flags and addresses that we use, and the way it calls a
+forward hook.
+"""

@@ -1,6 +1,8 @@
-"""Serves a transformers model as SGLang would: requests reordered, mixed in one pass, in parts, with padding behind.
+"""Serves a transformers model as SGLang would: requests reordered, mixed in one pass, in parts,
+with padding behind.
 
-POST /fake sets how it behaves: {"chunk": tokens of a part, "silent": no hook, "skip": prefixes that never come}.
+POST /fake sets how it behaves: {"chunk": tokens of a part, "silent": no hook, "skip": prefixes that
+never come}.
 """
 
 import argparse
@@ -24,7 +26,9 @@ given = parser.parse_known_args()[0]
 behaviour = {"chunk": 1 << 30, "silent": False, "skip": 0}
 lock = threading.Lock()
 
-model = AutoModelForCausalLM.from_pretrained(given.model_path, dtype=getattr(torch, given.dtype)).eval()
+model = AutoModelForCausalLM.from_pretrained(
+    given.model_path, dtype=getattr(torch, given.dtype)
+).eval()
 decoder, head = model.get_decoder(), model.get_output_embeddings().weight
 L, V = len(decoder.layers), len(head)
 explicit = given.return_aux_hidden_state_layer_ids
@@ -62,7 +66,10 @@ def prefill(prompts, rids):
             extend_seq_lens_cpu=[len(last) for *_, last in batch],
             extend_prefix_lens_cpu=[at for _, at, *_ in batch],
         )
-        aux = [torch.cat([*(a[i] for _, _, a, _ in batch), batch[0][3][:1]]) for i in range(len(inputs_of))]
+        aux = [
+            torch.cat([*(a[i] for _, _, a, _ in batch), batch[0][3][:1]])
+            for i in range(len(inputs_of))
+        ]
         last = torch.cat([*(last for *_, last in batch), batch[0][3][:1]])
         if not behaviour["silent"]:
             assert hook(None, (None, last, lm_head, forward, aux), None) is None
@@ -93,7 +100,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/server_info":
-            hooks = {"forward_hooks": json.loads(given.forward_hooks), "model_path": given.model_path}
+            hooks = {
+                "forward_hooks": json.loads(given.forward_hooks),
+                "model_path": given.model_path,
+            }
             self.say(200, vars(given) | hooks)
         else:
             self.say(200, {})
@@ -108,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(400, {"error": {"message": "a token is out of the vocabulary"}})
         with lock:
             prefill(prompts, body.get("rid") or ["health"] * len(prompts))
-            answers = [{"output_ids": answer(prompt, body["sampling_params"])} for prompt in prompts]
+            answers = [
+                {"output_ids": answer(prompt, body["sampling_params"])} for prompt in prompts
+            ]
         self.say(200, answers)
 
     def log_message(self, *args):

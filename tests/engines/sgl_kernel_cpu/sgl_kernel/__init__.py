@@ -1,12 +1,14 @@
 """Test-only: the CPU operators that SGLang 0.5.23 asks of its kernel package, in plain torch.
 
-The published wheel of that package is CUDA only. Written from SGLang's call sites, with only what Llama, Qwen3 and
-Qwen3-MoE call in prefill, decode and EAGLE3 speculation; everything else is absent, so that a use of it fails loudly.
-`convert_weight_packed` is absent on purpose: SGLang then takes its own plain-torch paths for norms, RoPE, linear layers
-and experts, on every CPU. Batches are loops here, because clarity matters and speed does not.
+The published wheel of that package is CUDA only. Written from SGLang's call sites, with only what
+Llama, Qwen3 and Qwen3-MoE call in prefill, decode and EAGLE3 speculation; everything else is
+absent, so that a use of it fails loudly. `convert_weight_packed` is absent on purpose: SGLang then
+takes its own plain-torch paths for norms, RoPE, linear layers and experts, on every CPU. Batches
+are loops here, because clarity matters and speed does not.
 
-Shapes: B requests, N tree nodes a request (the last committed token and the drafts after it), H heads, D head dim,
-S cache slots. `req_to_token` [requests, positions] int32 holds the cache slot of every position of every request.
+Shapes: B requests, N tree nodes a request (the last committed token and the drafts after it), H
+heads, D head dim, S cache slots. `req_to_token` [requests, positions] int32 holds the cache slot of
+every position of every request.
 """
 
 import ctypes
@@ -32,20 +34,26 @@ LIBRARY.define(
 
 def refuse(cap: float, cross: bool, window: int, sinks: Tensor | None) -> None:
     if cap or cross or window > 0 or sinks is not None:
-        raise NotImplementedError("the test stand-in has no logit cap, cross attention, sliding window or sinks")
+        raise NotImplementedError(
+            "the test stand-in has no logit cap, cross attention, sliding window or sinks"
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """q [n, H, D] on k, v [m, kv heads, D], mask bool [n, m] or None -> [n, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)[0].transpose(0, 1)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)[
+        0
+    ].transpose(0, 1)
 
 
 def extend_attention(
     q, k, v, o, k_cache, v_cache, k_scale, v_scale, req_to_token, requests, lengths, extends, starts, longest,
     scaling, cap, cross, window, encoder_lens, sinks, tree_mask, causal,
 ):  # fmt: skip
-    """New tokens q [T, H, D] see the cached prefix and each other: causally, or by tree_mask bool (flat, B x N x N)."""
+    """New tokens q [T, H, D] see the cached prefix and each other: causally, or by tree_mask bool
+    (flat, B x N x N).
+    """
     refuse(cap, cross, window, sinks)
     for b, (request, length, n, start) in enumerate(
         zip(requests.tolist(), lengths.tolist(), extends.tolist(), starts.tolist())
@@ -60,7 +68,10 @@ def extend_attention(
         mask = torch.cat([torch.ones(n, length - n, dtype=torch.bool), inner], dim=1)
         keys, values = k_cache[slots], v_cache[slots]
         if k is not None:
-            keys[length - n :], values[length - n :] = k[new].view_as(keys[:n]), v[new].view_as(values[:n])
+            keys[length - n :], values[length - n :] = (
+                k[new].view_as(keys[:n]),
+                v[new].view_as(values[:n]),
+            )
         o[new] = attend(q[new], keys, values, mask, scaling)
 
 
@@ -68,7 +79,9 @@ def decode_attention(
     q, k_cache, v_cache, k_scale, v_scale, o, k, v, slots, partial, req_to_token, requests, lengths, scaling, cap,
     cross, window, encoder_lens, sinks,
 ):  # fmt: skip
-    """One new token a row: its k, v go to cache slots `slots`, then q [B, H, D] sees `lengths` positions."""
+    """One new token a row: its k, v go to cache slots `slots`, then q [B, H, D] sees `lengths`
+    positions.
+    """
     refuse(cap, cross, window, sinks)
     if k is not None:
         k_cache[slots.long()] = k.view(-1, *k_cache.shape[1:])
@@ -98,14 +111,24 @@ def assign_extend_cache_locs_cpu(requests, req_to_token, begins, ends, slots, wi
         done += end - begin
 
 
-def assign_draft_cache_locs_contiguous_cpu(requests, req_to_token, lengths, slots, width, topk, columns) -> None:
+def assign_draft_cache_locs_contiguous_cpu(
+    requests, req_to_token, lengths, slots, width, topk, columns
+) -> None:
     """The topk x columns slots after each request's last position, into slots [B * topk * columns]."""
-    assign_extend_cache_locs_cpu(requests, req_to_token, lengths, lengths + topk * columns, slots, width)
+    assign_extend_cache_locs_cpu(
+        requests, req_to_token, lengths, lengths + topk * columns, slots, width
+    )
 
 
-def build_draft_decode_metadata_cpu(req_to_token, requests, lengths, topk, num_steps, width) -> Tensor:
-    """A row for each of B x topk branches: the request's prefix, then this branch's num_steps draft slots."""
-    rows = torch.zeros(len(requests) * topk, int(lengths.max()) + num_steps, dtype=req_to_token.dtype)
+def build_draft_decode_metadata_cpu(
+    req_to_token, requests, lengths, topk, num_steps, width
+) -> Tensor:
+    """A row for each of B x topk branches: the request's prefix, then this branch's num_steps draft
+    slots.
+    """
+    rows = torch.zeros(
+        len(requests) * topk, int(lengths.max()) + num_steps, dtype=req_to_token.dtype
+    )
     for b, (request, length) in enumerate(zip(requests.tolist(), lengths.tolist())):
         for branch in range(topk):
             row, begin = rows[b * topk + branch], length + branch * num_steps
@@ -115,15 +138,27 @@ def build_draft_decode_metadata_cpu(req_to_token, requests, lengths, topk, num_s
 
 
 def build_tree_kernel_efficient_cpu(
-    parents, selected, lengths, tree_mask, positions, retrieve_index, next_token, next_sibling, topk, depth, nodes, mode
+    parents,
+    selected,
+    lengths,
+    tree_mask,
+    positions,
+    retrieve_index,
+    next_token,
+    next_sibling,
+    topk,
+    depth,
+    nodes,
+    mode,
 ) -> None:
     """Link the drafts that were kept into trees.
 
-    selected [B, N-1]: index of each draft in the flattened list of all candidates, ascending; candidate c is child of
-    candidate parents[b, c // topk], or of the root where c // topk is 0. Filled here: next_token and next_sibling
-    [B, N] (first child, next child of the same parent, or -1), retrieve_index [B, N] (flat node numbers), positions
-    [B * N], and tree_mask (flat, B x N x N): a node sees the root, its ancestors and itself. Equal scores may keep a
-    child without its parent, which is then never reached.
+    selected [B, N-1]: index of each draft in the flattened list of all candidates, ascending;
+    candidate c is child of candidate parents[b, c // topk], or of the root where c // topk is 0.
+    Filled here: next_token and next_sibling [B, N] (first child, next child of the same parent, or
+    -1), retrieve_index [B, N] (flat node numbers), positions [B * N], and tree_mask (flat, B x N x
+    N): a node sees the root, its ancestors and itself. Equal scores may keep a child without its
+    parent, which is then never reached.
     """
     if mode != 1:
         raise NotImplementedError("the test stand-in builds only the tree mask over the new tokens")
@@ -131,7 +166,10 @@ def build_tree_kernel_efficient_cpu(
     for b, length in enumerate(lengths.tolist()):
         kept = selected[b].tolist()
         wanted = [c // topk and int(parents[b, c // topk]) for c in kept]
-        parent = [0] + [0 if c // topk == 0 else 1 + kept.index(p) if p in kept else None for c, p in zip(kept, wanted)]
+        parent = [0] + [
+            0 if c // topk == 0 else 1 + kept.index(p) if p in kept else None
+            for c, p in zip(kept, wanted)
+        ]
         retrieve_index[b] = torch.arange(b * nodes, (b + 1) * nodes)
         masks[b] = False
         masks[b, :, 0] = True
@@ -154,9 +192,9 @@ def verify_tree_greedy_cpu(
 ) -> None:  # fmt: skip
     """Walk each tree along the target's own choices.
 
-    target_predict [B, N] is the target's greedy token after each node. accept_index [B, depth] gets the flat numbers
-    of the nodes on the path, accept_token_num [B] how many drafts were right, predicts [B * N] the target's token
-    at each node of the path.
+    target_predict [B, N] is the target's greedy token after each node. accept_index [B, depth] gets
+    the flat numbers of the nodes on the path, accept_token_num [B] how many drafts were right,
+    predicts [B * N] the target's token at each node of the path.
     """
     nodes = candidates.shape[1]
     for b in range(len(candidates)):
@@ -189,7 +227,9 @@ def fill_accept_out_cache_loc_cpu(accept_index, slots, accepted_slots) -> None:
 
 
 def copy_all_layer_kv_cache_cpu(pointers, strides, to, source) -> None:
-    """Move cache rows `source` to rows `to` in every buffer, given by address and bytes a row; they may overlap."""
+    """Move cache rows `source` to rows `to` in every buffer, given by address and bytes a row; they
+    may overlap.
+    """
     for pointer, stride in zip(pointers.tolist(), strides.tolist()):
         rows = [ctypes.string_at(pointer + row * stride, stride) for row in source.tolist()]
         for row, content in zip(to.tolist(), rows):

@@ -1,0 +1,300 @@
+"""Documents, packed batches and the target's features: what every room of the package speaks of.
+
+T packed tokens, B documents, H the target's hidden size, K ttt_steps, U teacher rows, M supervised
+pairs (row t, step k), V vocabulary. This module imports nothing else of the package.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+
+class DocumentSpans(NamedTuple):
+    """Where packed documents lie: `cu_seqlens` int32 [B+1] on the device, `lengths` on the host.
+
+    A single document may have queries only from its token `first` on.
+    """
+
+    cu_seqlens: torch.Tensor
+    lengths: list[int]
+    first: int = 0
+
+
+@dataclass
+class Features:
+    """What a target says about a batch; online, hybrid and offline hand the trainer exactly this.
+
+    `aux_hidden_states` [T,3H]: outputs of the three auxiliary decoder layers, low to high.
+    `last_hidden_states` [U,H]: after the target's final norm, of `Batch.teacher_rows`.
+    `argmax` int64 [U] and `logsumexp` fp32 [U]: of the target's logits over its whole vocabulary.
+    """
+
+    aux_hidden_states: torch.Tensor
+    last_hidden_states: torch.Tensor
+    argmax: torch.Tensor
+    logsumexp: torch.Tensor
+
+    def to(self, device: torch.device) -> "Features":
+        return Features(
+            *(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
+        )
+
+
+@dataclass
+class Document:
+    """One conversation: `key` is its number in the prepared data.
+
+    `input_ids` int32 [n], `loss_mask` bool [n]: what the model wrote; `features` of n tokens, where
+    they are known already.
+    """
+
+    key: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    features: Features | None = None
+
+
+@dataclass
+class Batch:
+    """Packed documents. Nothing is padded: T is the sum of the lengths.
+
+    `rows` int64 [N] lists the rows that any step needs, those needed longest first: step k works on
+    the first `row_counts[k]`, so the nested row sets are slices. `pair_*` describe the M supervised
+    (row, step) pairs in order of their teacher's row: `pair_index` into the concatenation over
+    steps of those slices, `pair_step`, and `pair_teacher` into `teacher_rows`, where U (one past
+    its end) stands for "beyond the document", a uniform teacher. `pairs_before[u]`, on the host,
+    counts the pairs whose teacher comes before u.
+
+    `features` came with the documents when all of them had some; else `loaded` are the documents.
+
+    Ranks that share a batch (parallel/sequence.py) each have some of its tokens: `own` int64 [O]
+    are the places in `input_ids` of the tokens whose features this rank has, and `rows` counts in
+    those; `input_ids` then also has the tokens read ahead of them. `num_steps` is how many steps
+    any of the ranks has rows for, `exchange` makes their keys and values, `routes` brings features
+    to them.
+    """
+
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    document_ends: torch.Tensor
+    documents: DocumentSpans
+    document_keys: list[int]
+    teacher_rows: torch.Tensor
+    own: torch.Tensor
+    rows: torch.Tensor
+    row_counts: list[int]
+    num_steps: int
+    pair_index: torch.Tensor
+    pair_step: torch.Tensor
+    pair_teacher: torch.Tensor
+    pairs_before: list[int]
+    pair_counts: list[int]
+    normaliser: int
+    features: Features | None = None
+    loaded: list[Document] = field(default_factory=list)
+    exchange: Any = None
+    routes: Any = None
+
+    def to(self, device: torch.device) -> "Batch":
+        ahead = device.type == "cuda"  # what goes to the host may be read at once
+        moved = {
+            name: value.to(device, non_blocking=ahead)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        cu_seqlens = self.documents.cu_seqlens.to(device, non_blocking=ahead)
+        moved["documents"] = self.documents._replace(cu_seqlens=cu_seqlens)
+        for name in ("features", "exchange"):
+            if getattr(self, name) is not None:
+                moved[name] = getattr(self, name).to(device)
+        return replace(self, **moved)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that this process trains on."""
+        return len(self.own)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.documents.lengths)
+
+
+SupervisedMask = Callable[..., tuple[torch.Tensor, int]]
+
+
+def pack(
+    documents: list[Document], in_draft_vocab: torch.Tensor, ttt_steps: int, mask: SupervisedMask
+) -> Batch:
+    """Concatenate documents and find their row sets.
+
+    `in_draft_vocab` bool [V]; `mask` is `serving` or `shifted`, below. Everything here is known
+    before the target has run, so a loader's thread does it one update ahead.
+    """
+    lengths = [len(document.input_ids) for document in documents]
+    input_ids = torch.cat([document.input_ids for document in documents]).long()
+    loss_mask = torch.cat([document.loss_mask for document in documents]).bool()
+    length = torch.tensor(lengths)
+    document_ids = torch.repeat_interleave(length)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), length.cumsum(0)])
+    starts, ends = cu_seqlens[:-1][document_ids], cu_seqlens[1:][document_ids]
+    places = torch.arange(len(input_ids))
+
+    # Row j teaches the token behind it, so an answer needs the row before it too: a_j or a_{j-1}.
+    follows_answer = loss_mask.roll(1) & (places > starts)
+    teacher_rows = (loss_mask | follows_answer).nonzero()[:, 0]
+    supervised_KT, normaliser = mask(loss_mask, in_draft_vocab[input_ids], ends, lengths, ttt_steps)
+
+    # A row runs through step k while k or a later step supervises it. Ordered by how many steps
+    # that is, every step's rows are a prefix of the rows before: no gather is needed from step to
+    # step.
+    needed_KT = supervised_KT.flip(0).cummax(0).values.flip(0)
+    depth = needed_KT.sum(0)
+    order = torch.argsort(depth, descending=True, stable=True)
+    rows = order[: int((depth > 0).sum())]
+    row_counts = needed_KT.sum(1).tolist()
+
+    teacher_place = torch.full((len(input_ids) + 1,), -1)
+    teacher_place[teacher_rows] = torch.arange(len(teacher_rows))
+    index, step, teacher = [], [], []
+    offset = 0
+    for k, count in enumerate(row_counts):
+        here = supervised_KT[k, rows[:count]].nonzero()[:, 0]
+        row = rows[here] + k + 1
+        inside = row < ends[rows[here]]
+        index.append(here + offset)
+        step.append(torch.full_like(here, k))
+        teacher.append(torch.where(inside, teacher_place[row], len(teacher_rows)))
+        offset += count
+    index, step, teacher = torch.cat(index), torch.cat(step), torch.cat(teacher)
+    assert (teacher >= 0).all(), (
+        "a supervised pair needs a teacher row that Features does not carry"
+    )
+    by_teacher = torch.argsort(teacher, stable=True)
+    return Batch(
+        input_ids=input_ids,
+        loss_mask=loss_mask,
+        position_ids=places - starts,
+        document_ends=ends,
+        documents=DocumentSpans(cu_seqlens.int(), lengths),
+        document_keys=[document.key for document in documents],
+        teacher_rows=teacher_rows,
+        own=places,
+        rows=rows,
+        row_counts=row_counts,
+        num_steps=sum(count > 0 for count in row_counts),
+        pair_index=index[by_teacher],
+        pair_step=step[by_teacher],
+        pair_teacher=teacher[by_teacher],
+        pairs_before=count_before(teacher, len(teacher_rows)),
+        pair_counts=supervised_KT.sum(1).tolist(),
+        normaliser=normaliser,
+    )
+
+
+def count_before(pair_teacher: torch.Tensor, num_teachers: int) -> list[int]:
+    """For u = 0 .. U + 1 the number of pairs whose teacher comes before u."""
+    counts = torch.bincount(pair_teacher, minlength=num_teachers + 1)
+    return F.pad(counts.cumsum(0), (1, 0)).tolist()
+
+
+# The options of `loss/mask`: which (row t, step k) pairs the loss supervises. A function takes, of
+# T packed tokens, `assistant` bool [T] (a_t: content or end of an assistant turn), `in_vocab` bool
+# [T] (x_t lies in the draft vocabulary), `ends` int64 [T] (where the row's document ends), the
+# documents' lengths, and K. It returns bool [K,T] and the batch's normaliser. That the teacher's
+# argmax must lie in the draft vocabulary is not known yet; the loss applies it.
+
+
+def serving(
+    assistant: torch.Tensor,
+    in_vocab: torch.Tensor,
+    ends: torch.Tensor,
+    lengths: list[int],
+    ttt_steps: int,
+) -> tuple[torch.Tensor, int]:
+    """The pairs that drafting reaches when served: a_{t+1} ... a_{t+k+2}, x_{t+2} ... x_{t+k+1} in
+    S.
+
+    Drafting starts behind an accepted assistant token, and goes on only while the drafted token can
+    be right. Normaliser: the number of rows supervised at step 0.
+    """
+    steps = [ahead(assistant, ends, 1) & ahead(assistant, ends, 2)]
+    for k in range(1, ttt_steps):
+        steps.append(steps[-1] & ahead(assistant, ends, k + 2) & ahead(in_vocab, ends, k + 1))
+    return torch.stack(steps), int(steps[0].sum())
+
+
+def shifted(
+    assistant: torch.Tensor,
+    in_vocab: torch.Tensor,
+    ends: torch.Tensor,
+    lengths: list[int],
+    ttt_steps: int,
+) -> tuple[torch.Tensor, int]:
+    """SpecForge's pairs: the gate a_{t+k}. Normaliser: documents times the longest of them."""
+    steps = [ahead(assistant, ends, k) for k in range(ttt_steps)]
+    return torch.stack(steps), len(lengths) * max(lengths)
+
+
+def ahead(values: torch.Tensor, ends: torch.Tensor, distance: int) -> torch.Tensor:
+    """values[t + distance] at t, False beyond the document's end."""
+    places = torch.arange(len(values)) + distance
+    return values[places.clamp(max=len(values) - 1)] & (places < ends)
+
+
+def split_features(batch: Batch, features: Features) -> Iterator[Features]:
+    """A batch's features, document by document, on the host."""
+    host = features.to(torch.device("cpu"))
+    if features.argmax.is_cuda:
+        torch.cuda.current_stream().synchronize()
+    ends = batch.documents.cu_seqlens[1:].cpu()
+    document = torch.bucketize(batch.teacher_rows.cpu(), ends, right=True)
+    teachers = torch.bincount(document, minlength=len(ends)).tolist()
+    yield from map(
+        Features,
+        host.aux_hidden_states.split(batch.documents.lengths),
+        host.last_hidden_states.split(teachers),
+        host.argmax.split(teachers),
+        host.logsumexp.split(teachers),
+    )
+
+
+def concatenate_features(parts: list[Features]) -> Features:
+    """Features of packed documents, in order."""
+    joined = []
+    for name in (f.name for f in fields(Features)):
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0].is_cpu:
+            dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+            out = empty_on_host(sum(map(len, tensors)), tensors[0].shape[1:], dtype)
+            joined.append(torch.cat(tensors, out=out))
+        else:
+            joined.append(torch.cat(tensors))
+    return Features(*joined)
+
+
+def empty_on_host(rows: int, columns: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Like torch.empty; numpy asks for huge pages, torch does not: 10 GB/s against 2.3 on first
+    use.
+    """
+    size = rows * int(np.prod(columns, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(rows, *columns)
+
+
+def split_by_cost(items: np.ndarray, costs: np.ndarray, shares: int) -> list[np.ndarray]:
+    """Deal items (indices into `costs`): the costliest first, each to the share with the least so
+    far.
+    """
+    dealt: list[list[int]] = [[] for _ in range(shares)]
+    loads = [(0, share) for share in range(shares)]
+    for item in sorted(items.tolist(), key=lambda i: (-costs[i], i)):
+        load, share = heapq.heappop(loads)
+        dealt[share].append(item)
+        heapq.heappush(loads, (load + int(costs[item]), share))
+    return [np.array(share, dtype=np.int64) for share in dealt]

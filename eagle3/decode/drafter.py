@@ -1,0 +1,148 @@
+"""The draft at serving time: its keys and values for a batch of texts, and the trees that it grows
+behind them.
+
+It keeps what serving engines keep. Position t of a text, once the target has processed it, owns row
+t: input (fc(g_t), E[x_{t+1}]), key and value at slot t, rotated by position t. A node of depth k in
+the tree behind the newest row t is that row's step k: it reads its parent's un-normalised output
+and its own token, is rotated by t + k, and sees the rows of its text, its ancestors and itself.
+Keys of nodes lie behind the longest text of the batch and last for one round; the tokens accepted
+get rows from the target's features. The result equals `ttt.unroll`.
+
+B sequences, n new rows, K topk, S slots, D hidden size, H query and G key/value heads of size d, V
+and Vd vocabularies.
+"""
+
+import copy
+
+import torch
+from torch.nn import functional as F
+
+from eagle3.decode.tree import Candidates, Tree
+from eagle3.draft.model import Draft
+from eagle3.draft.rope import rotate
+
+
+class Drafter:
+    """A draft beside `batch_size` texts that end before `max_length`, drafts in flight included."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        embedding: torch.Tensor,
+        batch_size: int,
+        max_length: int,
+        steps: int,
+        topk: int,
+    ):
+        """`embedding` [V,D] is the target's; its dtype is the one computed in."""
+        dtype, config, device = embedding.dtype, draft.config, embedding.device
+        if draft.lm_head.weight.dtype != dtype:
+            draft = copy.deepcopy(draft).to(
+                dtype
+            )  # once, where the layers would cast their weights at every call
+        self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
+        self.steps, self.topk = steps, topk
+        self.qkv_weight = torch.cat([draft.qkv_weight(0), draft.qkv_weight(1)], dim=1)
+        with torch.inference_mode(
+            False
+        ):  # the draft keeps the tables, and training could not use inference tensors
+            self.rotation = torch.stack(
+                draft.rope(torch.arange(max_length, device=device), max_length)
+            )
+        slots = max_length + steps * topk
+        shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
+        self.keys, self.values = embedding.new_zeros(
+            shape
+        ).unbind()  # what a mask hides must still be finite
+        self.places = torch.arange(
+            max(slots, batch_size), device=device
+        )  # slots, and rows of the batch
+        self.lengths = [0] * batch_size
+
+    def project(self, token_ids: torch.Tensor, hidden: torch.Tensor, rotation: torch.Tensor):
+        """int64 [N], [N,D] and cosines and sines [2,N,1,d/2] -> q [N,H,d], k and v [N,G,d]."""
+        layer, config = self.draft.midlayer, self.draft.config
+        embedded = layer.input_layernorm(F.embedding(token_ids, self.embedding))
+        qkv = F.linear(torch.cat([embedded, layer.hidden_norm(hidden)], dim=-1), self.qkv_weight)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qk, v = qkv.unflatten(-1, (-1, config.head_dim)).split((heads + kv_heads, kv_heads), dim=1)
+        qk = rotate(qk, *rotation)
+        return qk[:, :heads], qk[:, heads:], v
+
+    def read(
+        self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor, counts: list[int]
+    ) -> None:
+        """Add rows of positions that the target has processed: their features [B,n,A] and the
+        tokens behind them [B,n].
+
+        Of a sequence's n rows the first `counts[b]` are real.
+        """
+        batch, width = next_ids.shape
+        first, count = self.places.new_tensor([self.lengths, counts])
+        slots, row = first[:, None] + self.places[:width], self.places[:batch]
+        hidden = self.draft.fc(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
+        q, k, v = self.project(next_ids.flatten(), hidden, self.rotation[:, slots.flatten()])
+        self.keys[row[:, None], :, slots] = k.view(batch, width, *k.shape[1:])
+        self.values[row[:, None], :, slots] = v.view(batch, width, *v.shape[1:])
+        newest = row * width + count - 1
+        self.query, self.hidden = q[newest], hidden[newest]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these sequences alone."""
+        self.keys, self.values, self.query, self.hidden = (
+            x[rows] for x in (self.keys, self.values, self.query, self.hidden)
+        )
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def attend(
+        self, query: torch.Tensor, length: int, visible: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B*n,H,d] over the first `length` slots, of which bool [B,n,S] are visible -> [B*n,H,d]."""
+        (_, heads, size), (batch, groups) = query.shape, self.keys.shape[:2]
+        # the heads of a group go in as query rows
+        query = query.view(batch, -1, heads, size).transpose(1, 2).reshape(batch, groups, -1, size)
+        if visible is not None:
+            visible = visible[:, None, :, :length].repeat(1, 1, heads // groups, 1)
+        keys, values = self.keys[:, :, :length], self.values[:, :, :length]
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
+        return attended.reshape(batch, heads, -1, size).transpose(1, 2).reshape(-1, heads, size)
+
+    def grow(self, newest: torch.Tensor, verify_tokens: int, rule) -> Tree:
+        """Draft behind `newest` int64 [B], the tokens that the newest rows have read, with no host
+        sync.
+
+        A chain's drafts are what `rule` draws, a tree's are the draft's likeliest.
+        """
+        batch, topk, longest = len(newest), self.topk, max(self.lengths)
+        ends, row = self.places.new_tensor(self.lengths), self.places[:batch, None]
+        ahead = ends.repeat_interleave(topk)[:, None] + self.places[: self.steps]
+        rotation, hidden, query, visible = self.rotation[:, ahead], self.hidden, self.query, None
+        if topk > 1:
+            candidates = Candidates(batch, topk, newest.device)
+        if topk > 1 or batch > 1:
+            visible = (self.places < ends[:, None])[:, None]
+        tokens, drafted, logits = newest, [newest], []
+        for step in range(self.steps):
+            length = longest + step * topk
+            if step > 0:
+                here = slice(length - topk, length)
+                query, k, v = self.project(tokens, hidden, rotation[:, :, step - 1])
+                self.keys[:, :, here] = k.view(batch, topk, *k.shape[1:]).transpose(1, 2)
+                self.values[:, :, here] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
+            hidden = self.draft.finish(hidden, self.attend(query, length, visible))
+            logits.append(self.draft.logits(hidden))
+            if topk == 1:
+                tokens = self.target_ids[rule.draw(logits[-1])]
+                drafted.append(tokens)
+            else:
+                ids, parents = candidates.extend(logits[-1].view(batch, -1, len(self.target_ids)))
+                tokens = self.target_ids[ids].flatten()
+                hidden = hidden.view(batch, -1, hidden.shape[1])[row, parents].flatten(0, 1)
+                visible = visible[row, parents]
+            if visible is not None:
+                node = self.places[:topk]
+                visible[:, node, length + node] = True
+        if topk == 1:
+            return Tree(torch.stack(drafted, dim=1), self.places[None, : self.steps + 1], logits)
+        return candidates.tree(newest, self.target_ids, verify_tokens)

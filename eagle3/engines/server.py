@@ -1,0 +1,241 @@
+"""An inference engine's HTTP server as a child process that never outlives the run."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+from packaging.specifiers import SpecifierSet
+from rich.console import Console
+from rich.text import Text
+
+from eagle3.errors import ConfigError, RunError
+
+PAUSE = 0.3  # seconds between two looks at a server that starts
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL
+QUIET = 30.0  # seconds between two lines where there is no terminal
+SHOWN, SEARCHED = 15, 300  # last lines of the log
+RAISED = re.compile(
+    r"^(?:.*\s)?((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$", re.MULTILINE
+)
+OF_A_WORKER = re.compile(
+    "(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)"
+)
+
+KNOWN = [  # what a log says and what that means, the cause before its consequences
+    (
+        r"(?i)OutOfMemoryError|out of memory|not enough memory|cannot allocate memory|no available memory"
+        r"|less than desired GPU memory|estimated maximum model length|memory capacity is unbalanced",
+        "it is out of memory: change mem_fraction_static, raise tp_size, or free the device of other processes",
+    ),
+    (
+        r"(?i)address already in use|EADDRINUSE|port \d+ .{0,20}in use",
+        "its port is taken: choose another port",
+    ),
+    (
+        r"(?:ModuleNotFoundError|Error while finding module).{0,80}No module named '?([\w.]+)",
+        "the package {} is missing in the engine's environment: install it there, or name another interpreter",
+    ),
+    (
+        r"(?i)(architectures? \S+|model type `?\S+).{0,60}(not supported|unsupported|does not recogni[sz]e)"
+        r"|does not recognize this architecture|unsupported (model )?architecture",
+        "it does not know the model's architecture: use a version of the engine that does, or another engine",
+    ),
+]
+
+
+class Server:
+    """`command` serves HTTP at `url`; ready as soon as GET `health_path` answers 200, within
+    `ready_seconds`.
+
+    `environment` is added to this process's own. Its output goes to `log`. Leaving the context ends
+    the server with all that it started; so does the end of this process, whatever ends it. Raises
+    RunError.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        url: str,
+        environment: dict[str, str],
+        log: Path,
+        ready_seconds: float,
+        health_path: str,
+        name: str = "the engine",
+    ):
+        self.command, self.url, self.environment, self.log = command, url, environment, log
+        self.ready_seconds, self.health_path, self.name = ready_seconds, health_path, name
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Server":
+        inherited = {
+            name: value for name, value in os.environ.items() if not OF_A_WORKER.fullmatch(name)
+        }
+        watcher = [
+            sys.executable,
+            "-I",
+            str(Path(__file__).with_name("watcher.py")),
+            str(os.getpid()),
+            str(GRACE),
+        ]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*watcher, *self.command],
+                env=inherited | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us: we end the server in order
+            )
+        try:
+            self.wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self.close()
+
+    def wait(self) -> None:
+        """Until the server is ready."""
+        started, said = time.monotonic(), 0.0
+        console = Console(stderr=True)
+        with (
+            console.status("") as status,
+            httpx.Client(base_url=self.url, trust_env=False, timeout=5) as client,
+        ):
+            while True:
+                with suppress(httpx.HTTPError):
+                    if client.get(self.health_path).status_code == 200:
+                        self.check()  # else somebody else's server answers at this port
+                        return
+                self.check()
+                elapsed = time.monotonic() - started
+                if elapsed > self.ready_seconds:
+                    raise RunError(
+                        f"{self.name} is not ready after {elapsed:,.0f} s: raise ready_seconds if it is still loading; "
+                        + self.end_of_log()
+                    )
+                line = f"{self.name} starts, {elapsed:,.0f} s (at most {self.ready_seconds:,.0f} s, {self.log})"
+                if console.is_terminal:
+                    status.update(
+                        Text(f"{line}: {(self.last_lines(1) or [''])[0]}"[: console.width - 4])
+                    )
+                elif elapsed - said >= QUIET:
+                    console.print(line, soft_wrap=True, markup=False, highlight=False)
+                    said = elapsed
+                time.sleep(PAUSE)
+
+    def check(self) -> None:
+        """Raises RunError, with the cause if it is a known one, when the server has ended by
+        itself.
+        """
+        code = self.process.poll() if self.process else None
+        if code is not None:
+            raise RunError(
+                f"{self.name} ended with exit code {code}: {self.cause(code)}; " + self.end_of_log()
+            )
+
+    def cause(self, code: int) -> str:
+        """A known cause, else the last exception in the log: SGLang kills itself when one of its
+        processes fails.
+        """
+        text = "\n".join(self.last_lines(SEARCHED))
+        for pattern, meaning in KNOWN:
+            if found := re.search(pattern, text):
+                return meaning.format(*found.groups()[:1])
+        if raised := RAISED.findall(text):
+            return raised[-1]
+        if code in (128 + signal.SIGKILL, -signal.SIGKILL):
+            return "it was killed, mostly for want of main memory"
+        return "see its log"
+
+    def end_of_log(self) -> str:
+        return f"the end of {self.log}:\n" + "\n".join(self.last_lines(SHOWN))
+
+    def last_lines(self, number: int) -> list[str]:
+        """Of the log, without blank ones."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 1000 * number))
+            lines = log.read().decode(errors="replace").replace("\r", "\n").splitlines()
+        return [line.rstrip() for line in lines if line.strip()][-number:]
+
+    def close(self) -> None:
+        """End the server and all that it started."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.terminate()
+            process.wait(GRACE + 5)
+        if process.poll() is None or process.returncode < 0:  # the watcher hangs or was killed
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def choose_port(port: int | None, key: str) -> int:
+    """`port` of 127.0.0.1, or any free one if it is None or 0. Raises RunError, naming `key`, when
+    it is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port or 0))
+        except OSError as error:
+            raise RunError(
+                f"{key}={port} cannot be used ({error.strerror}): choose another one, or null for any that is free"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def environment(engine: str) -> Path:
+    """Where launch/engines.sh makes the environment of `sglang` or `vllm`."""
+    return Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[1])) / f".venv-{engine}"
+
+
+def interpreter(engine: str, given: str | None) -> str:
+    """The Python of an engine: the one given, else that of its own environment where there is one,
+    else this one.
+    """
+    own = environment(engine) / "bin" / "python"
+    return given or (str(own) if own.exists() else sys.executable)
+
+
+def find_package(python: str, names: tuple[str, ...], versions: str, key: str) -> str:
+    """Version of the first of these distributions that the interpreter `python` has.
+
+    Raises ConfigError, naming `key` (which chooses the interpreter), when it has none or not one of
+    `versions`.
+    """
+    script = (
+        "import sys\nfrom importlib.metadata import version, PackageNotFoundError\nfor name in sys.argv[1:]:\n"
+        "    try: print(version(name)); break\n    except PackageNotFoundError: pass"
+    )
+    try:
+        answer = subprocess.run(
+            [python, "-c", script, *names], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"{key}={python} does not run ({error}): give the path of a Python interpreter"
+        ) from error
+    found = answer.stdout.strip()
+    if not found:
+        raise ConfigError(
+            f"{names[0]} is not installed for {python}: make its environment with launch/engines.sh "
+            f"and set {key}=<environment>/bin/python"
+        )
+    if not SpecifierSet(versions).contains(found, prereleases=True):
+        raise ConfigError(
+            f"{names[0]} {found} of {python} is not one of the versions we know ({versions})"
+        )
+    return found

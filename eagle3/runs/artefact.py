@@ -1,0 +1,63 @@
+"""What stages leave behind: folders whose path is the fingerprint of everything they were made
+from.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from eagle3.errors import RunError
+
+
+def fingerprint(inputs: dict[str, Any]) -> str:
+    """16 hex digits of SHA-256 over the canonical JSON of `inputs`."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def describe_file(path: str | Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return {"bytes": Path(path).stat().st_size, "sha256": digest.hexdigest()}
+
+
+def artefact(
+    cache_dir: str, kind: str, inputs: dict[str, Any], write: Callable[[Path], dict[str, Any]]
+) -> Path:
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by
+    `write(folder)`.
+
+    `write` fills a `.partial` folder, in which it finds what an interrupted call left, and returns
+    facts that are kept in `artefact.json`; the folder gets its name only when complete. Processes
+    that want the same one wait.
+    """
+    path = Path(cache_dir) / kind / fingerprint(inputs)
+    if (path / "artefact.json").is_file():
+        return path
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock").acquire()
+    except OSError as error:
+        raise RunError(
+            f"cache_dir={cache_dir} cannot be written: {error}; name another one"
+        ) from error
+    with lock:
+        if (path / "artefact.json").is_file():
+            return path
+        partial.mkdir(exist_ok=True)
+        learnt = write(partial)
+        content = json.dumps({"inputs": inputs, "facts": learnt}, indent=1, default=str)
+        (partial / "artefact.json").write_text(content)
+        partial.rename(path)
+    return path
+
+
+def facts(path: Path) -> dict[str, Any]:
+    return json.loads((path / "artefact.json").read_text())["facts"]

@@ -1,0 +1,119 @@
+"""Which model is the target: where it lies, what it computes in, and which of its layers are read."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from eagle3.config import Model
+from eagle3.errors import ConfigError
+from eagle3.target.layers import engines_default
+
+SAMPLED_BLOCKS = 64  # of each weight file, a mebibyte each
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What every way of loading the target needs; `config` is that of its language model.
+
+    `dtype` is the name of what it computes in, such as bfloat16; `aux_layer_ids` are zero-based
+    decoder layers, low to high; `embedding_key` and `lm_head_key` name tensors of checkpoints that
+    call them unusually.
+    """
+
+    path: str
+    config: PretrainedConfig
+    dtype: str
+    aux_layer_ids: list[int]
+    revision: str | None = None
+    trust_remote_code: bool = False
+    embedding_key: str | None = None
+    lm_head_key: str | None = None
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a target is, for fingerprints: a hub id with its commit, or what a folder holds.
+
+        Of weight files the size and 64 blocks of a mebibyte spread over them: all of a small one,
+        seconds for a large one.
+        """
+        folder = Path(self.path)
+        if not folder.is_dir():
+            commit = getattr(self.config, "_commit_hash", None)
+            return {"path": self.path, "revision": self.revision, "commit": commit}
+        files = {}
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+            digest, size = hashlib.sha256(), file.stat().st_size
+            with file.open("rb") as stream:
+                for block in range(SAMPLED_BLOCKS):
+                    stream.seek(block * size // SAMPLED_BLOCKS)
+                    digest.update(stream.read(1 << 20))
+            files[file.name] = [size, digest.hexdigest()]
+        return files
+
+    def with_layers(self, aux_layer_ids: list[int]) -> "TargetSpec":
+        return replace(self, aux_layer_ids=aux_layer_ids)
+
+
+def read_spec(model: Model) -> TargetSpec:
+    """The section `model`, with what it leaves to be derived. Raises ConfigError."""
+    whole = whole_config(model.path, model.revision, model.trust_remote_code)
+    config, dtype = whole.get_text_config(), model.dtype
+    if dtype == "auto":
+        dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
+    return TargetSpec(
+        path=model.path,
+        config=config,
+        dtype=dtype,
+        aux_layer_ids=model.aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        embedding_key=model.embedding_key,
+        lm_head_key=model.lm_head_key,
+    )
+
+
+def whole_config(path: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """The config at `path`, other modalities included; raises ConfigError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={path} is not a model that transformers can read: {reason}"
+        ) from error
+
+
+def default_aux_layer_ids(num_layers: int) -> list[int]:
+    """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
+    if num_layers < 7:
+        raise ConfigError(
+            f"the target has {num_layers} layers, too few for the default auxiliary layers: set "
+            f"model.aux_layer_ids to three of 0..{num_layers - 1}, e.g. "
+            f"model.aux_layer_ids=[0,1,{num_layers - 1}]"
+        )
+    return engines_default(num_layers)
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
+    for name, neutral in (
+        ("final_logit_softcapping", None),
+        ("logits_scaling", 1),
+        ("logit_scale", 1),
+    ):
+        if getattr(config, name, neutral) not in (neutral, None):
+            raise ConfigError(
+                f"the target's {name}={getattr(config, name)} changes its logits; it is not supported"
+            )
+
+
+def end_token_ids(generation: int | list[int] | None, config: PretrainedConfig) -> set[int]:
+    """Tokens that end an answer: those the generation config names, if any, else the config's."""
+    eos = getattr(config, "eos_token_id", None) if generation is None else generation
+    return set(eos) if isinstance(eos, list) else {eos} - {None}
