@@ -34,7 +34,7 @@ from eagle3.hidden_states.specforge import convert, is_specforge
 from eagle3.hidden_states.store import Store, check_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.parallel.ranks import Ranks, choose_device
-from eagle3.runs.artefact import artefact, facts, fingerprint
+from eagle3.runs.artefact import artefact, read_facts, fingerprint
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec, read_spec
@@ -177,7 +177,11 @@ class Run:
         rows = read_rows(files, config.data.num_samples, share=min(1.0, source.weight))
         write = instantiate(config.regenerate)
         return artefact(
-            config.cache_dir, "regenerated", inputs, lambda folder: write(self, rows, folder)
+            config.cache_dir,
+            "regenerated",
+            inputs,
+            lambda folder: write(self, rows, folder),
+            "regenerate",
         )
 
     @property
@@ -222,7 +226,7 @@ class Run:
                 folder, self.chat, self.preparation, self.sources, self.eval_files, num_proc
             )
 
-        return artefact(self.config.cache_dir, "prepared", self.prepared_inputs, write)
+        return artefact(self.config.cache_dir, "prepared", self.prepared_inputs, write, "prepare")
 
     def prepared_if_there(self) -> prepare.Prepared | None:
         """The prepared data, if an earlier run has left it; for plans, which make nothing."""
@@ -258,6 +262,7 @@ class Run:
                 config.eval.max_new_tokens,
                 config.eval.batch_size,
             ),
+            "generate",
         )
 
     @property
@@ -289,7 +294,7 @@ class Run:
             and not {"prepare", "capture"} & set(config.stages)
         )
         if not alone:
-            made_from["documents"] = facts(self.prepared_path)["digest"]
+            made_from["documents"] = read_facts(self.prepared_path)["digest"]
         return made_from
 
     @cached_property
@@ -325,7 +330,7 @@ class Run:
                 source, folder, weights, given.dtype, max_length, given.on_damage, inputs["target"]
             )
 
-        return artefact(self.config.cache_dir, "imported", inputs, write)
+        return artefact(self.config.cache_dir, "imported", inputs, write, "import")
 
     @cached_property
     def store(self) -> Store:

@@ -29,7 +29,7 @@ from eagle3.parallel.ranks import Ranks
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
 from eagle3.runs import checkpoint
-from eagle3.runs.artefact import facts
+from eagle3.runs.artefact import read_facts
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
 from eagle3.train import Trainer, fit
@@ -52,7 +52,7 @@ def view_stage(run: Run) -> None:
 def regenerate_stage(run: Run) -> None:
     run.inputs["regenerated"] = []
     for path in run.regenerated_paths:
-        learnt = facts(path)
+        learnt = read_facts(path)
         console.print(
             f"regenerate: {learnt['answered']:,} of {learnt['rows']:,} conversations answered again, "
             f"{path / 'conversations.jsonl'}",
@@ -64,7 +64,7 @@ def regenerate_stage(run: Run) -> None:
 
 
 def prepare_stage(run: Run) -> None:
-    learnt = facts(run.prepared_path)
+    learnt = read_facts(run.prepared_path)
     console.print(prepared_table(learnt))
     if learnt["rejected"] or learnt["heldout_rejected"]:
         console.print(
@@ -75,7 +75,7 @@ def prepare_stage(run: Run) -> None:
 
 
 def generate_stage(run: Run) -> None:
-    learnt = facts(run.answers_path)
+    learnt = read_facts(run.answers_path)
     console.print(
         f"generate: {learnt['answers']} answers of the target, {learnt['answer_tokens']:,} tokens"
     )
@@ -87,7 +87,7 @@ def import_stage(run: Run) -> None:
         raise ConfigError(
             "stages=[import] needs hidden_states.path=<folder of SpecForge's rows_*/data_*.ckpt>"
         )
-    learnt = facts(run.imported_path)
+    learnt = read_facts(run.imported_path)
     console.print(
         f"import: {learnt['documents']:,} documents, {learnt['bytes'] / 1e9:,.2f} GB, {run.imported_path}"
     )

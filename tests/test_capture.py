@@ -23,7 +23,7 @@ from eagle3.hidden_states import capture as capturing
 from eagle3.hidden_states.capture import capture, plan_shards, see
 from eagle3.hidden_states.store import Store
 from eagle3.job import Run
-from eagle3.runs.artefact import facts
+from eagle3.runs.artefact import read_facts
 from eagle3.target.hf import HFTarget
 
 quiet = Console(quiet=True)
@@ -95,7 +95,7 @@ def test_plans_hold_every_document_once(prepared):
 
 def test_a_store_holds_what_the_target_says(tmp_path, prepared, target):
     store = fill(tmp_path, prepared, target)
-    assert len(store) == 40 and facts(tmp_path)["documents"] == 40
+    assert len(store) == 40 and read_facts(tmp_path)["documents"] == 40
     assert store.lengths.tolist() == prepared.lengths[:40].tolist()
     assert np.load(tmp_path / "order.npy").tolist() == [*range(40), *range(5)]
     for batch in (batch for shard in plan_shards(prepared, 64, "fp32", 128) for batch in shard):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from eagle3.hidden_states.store import Store
-from eagle3.runs.artefact import facts
+from eagle3.runs.artefact import read_facts
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_target_shared_by_two_processes_is_captured_alike(command, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("capture: ") == 1, "one process speaks"
         stores[name] = Store(tmp_path / name)
-    assert facts(tmp_path / "one") == facts(tmp_path / "two") and len(stores["one"]) == 21
+    assert read_facts(tmp_path / "one") == read_facts(tmp_path / "two") and len(stores["one"]) == 21
     keys = stores["one"].keys.tolist()
     for one, two in zip(stores["one"].load(keys), stores["two"].load(keys), strict=True):
         assert torch.equal(one.input_ids, two.input_ids)

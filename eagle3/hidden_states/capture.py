@@ -31,7 +31,7 @@ from eagle3.hidden_states.store import (
     write_shard,
 )
 from eagle3.runs import disk
-from eagle3.runs.artefact import describe_file, facts
+from eagle3.runs.artefact import describe_file, read_facts
 from eagle3.target.hf import HFTarget
 
 POLL_SECONDS = 1.0
@@ -131,7 +131,7 @@ def is_complete(folder: Path) -> bool:
     """Whether the index was written and no shard has been deleted since."""
     if not (folder / "artefact.json").is_file():
         return False
-    return all(shard_is_complete(folder, number) for number in range(facts(folder)["shards"]))
+    return all(shard_is_complete(folder, number) for number in range(read_facts(folder)["shards"]))
 
 
 def read_beside(folder: Path, name: str) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""What stages leave behind: folders whose path is the fingerprint of everything they were made
-from.
-"""
+"""What stages leave behind: folders whose path is the fingerprint of everything they were made from."""
 
 import hashlib
 import json
@@ -15,7 +13,8 @@ from eagle3.errors import RunError
 
 def fingerprint(inputs: dict[str, Any]) -> str:
     """16 hex digits of SHA-256 over the canonical JSON of `inputs`."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
@@ -27,19 +26,27 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     return {"bytes": Path(path).stat().st_size, "sha256": digest.hexdigest()}
 
 
-def artefact(
-    cache_dir: str, kind: str, inputs: dict[str, Any], write: Callable[[Path], dict[str, Any]]
-) -> Path:
-    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by
-    `write(folder)`.
+Write = Callable[[Path], dict[str, Any]]
 
-    `write` fills a `.partial` folder, in which it finds what an interrupted call left, and returns
-    facts that are kept in `artefact.json`; the folder gets its name only when complete. Processes
-    that want the same one wait.
+
+def artefact(
+    cache_dir: str, kind: str, inputs: dict[str, Any], write: Write | None, stage: str
+) -> Path:
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
+
+    `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
+    returns facts that are kept in `artefact.json`; the folder gets its name only when complete.
+    Processes that want the same one wait. Without `write`, because `stage` is not listed, it must be
+    there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
         return path
+    if write is None:
+        raise RunError(
+            f"cache_dir={cache_dir} has no {kind} data of this config ({path.name}): add {stage} to "
+            "stages"
+        )
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,12 +59,13 @@ def artefact(
         if (path / "artefact.json").is_file():
             return path
         partial.mkdir(exist_ok=True)
-        learnt = write(partial)
-        content = json.dumps({"inputs": inputs, "facts": learnt}, indent=1, default=str)
+        facts = write(partial)
+        content = json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
         (partial / "artefact.json").write_text(content)
         partial.rename(path)
     return path
 
 
-def facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `write` returned for the artefact at `path`."""
     return json.loads((path / "artefact.json").read_text())["facts"]
