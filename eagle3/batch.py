@@ -135,7 +135,8 @@ def pack(
     """Concatenate documents and find their row sets.
 
     `in_draft_vocab` bool [V]; `mask` is `serving` or `shifted`, below. Everything here is known
-    before the target has run, so a loader's thread does it one update ahead.
+    before the target has run, so a loader's thread does it one update ahead. Documents that all
+    have features give them to the batch; else it keeps the documents.
     """
     lengths = [len(document.input_ids) for document in documents]
     input_ids = torch.cat([document.input_ids for document in documents]).long()
@@ -177,6 +178,8 @@ def pack(
         "a supervised pair needs a teacher row that Features does not carry"
     )
     by_teacher = torch.argsort(teacher, stable=True)
+    known = [document.features for document in documents if document.features is not None]
+    complete = len(known) == len(documents)
     return Batch(
         input_ids=input_ids,
         loss_mask=loss_mask,
@@ -195,6 +198,8 @@ def pack(
         pairs_before=count_before(teacher, len(teacher_rows)),
         pair_counts=supervised_KT.sum(1).tolist(),
         normaliser=normaliser,
+        features=concatenate_features(known) if complete else None,
+        loaded=[] if complete else documents,
     )
 
 

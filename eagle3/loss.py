@@ -1,26 +1,43 @@
 """Teacher-major fused soft-target loss: no [tokens, vocabulary] tensor exists, forward or backward.
 
-A teacher row serves every (row, step) pair that predicts its next token, so the loss waits for the
-whole unroll and then walks chunks of teacher rows: teacher probabilities once, the students'
-logits, loss, accuracy, and the gradients in place. M pairs in order of their teacher, U teacher
-rows, Vd draft vocabulary, D and H hidden sizes.
+    l^k_t = W_lm RMS(h^{k+1}_t)                     the draft's logits of (row t, step k)
+    j     = t + k + 1                               its teacher's row
+    p     = softmax(W_head z_j) on the draft vocabulary S
+    loss  = sum_k gamma^k sum_t M^k_t CE(p, l^k_t) / normaliser
+
+A teacher's row j serves every pair (t, k) with t + k + 1 = j, so the loss waits for the whole unroll and
+then walks chunks of teacher rows: their probabilities once, the logits of all pairs that they teach,
+loss, accuracy, and the gradients in place. M pairs in order of their teacher, U teacher rows, Vd draft
+vocabulary, D and H hidden sizes of draft and target.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from torch.nn import functional as F
 
-from eagle3.batch import Batch, Features, SupervisedMask, serving
+from eagle3.batch import Batch, Features, SupervisedMask
+from eagle3.config import Within
 from eagle3.draft.model import Draft
 
 Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass
+class FrozenWeights:
+    """What training reads of the target's weights: `embedding` [V,D], and the head's rows of the
+    draft vocabulary, `draft_head` [Vd,H].
+    """
+
+    embedding: torch.Tensor
+    draft_head: torch.Tensor
+
+
+@dataclass
 class LossOutput:
-    """`loss` is the weighted sum over pairs, not yet divided by the normaliser; it alone carries
-    gradients.
+    """`loss` is the weighted sum over pairs, not yet normalised; it alone carries gradients.
 
     `step_loss`, `step_correct` fp32 [K]: unweighted sums over the step's pairs. `correct` bool [M]:
     the draft's argmax is the target's argmax over the full vocabulary.
@@ -33,8 +50,7 @@ class LossOutput:
 
 
 def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `logits` [m,Vd] against probabilities `teacher` [m,Vd]: value [m], gradient
-    [m,Vd].
+    """Cross-entropy of `logits` [m,Vd] against probabilities `teacher` [m,Vd]: value [m], gradient.
 
     KL divergence up to the teacher's entropy, which no gradient sees (EAGLE-3, arXiv 2503.01840).
     """
@@ -44,10 +60,9 @@ def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def lk(
-    logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0
+    logits: torch.Tensor, teacher: torch.Tensor, eta: Annotated[float, Within(0, 1e6)]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LK loss, adaptive form (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
-    acceptance).
+    """LK loss, adaptive (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta acceptance).
 
     acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w
     is a constant to the gradient, and is taken pair by pair.
@@ -64,24 +79,13 @@ def lk(
 
 
 class FusedLoss(torch.autograd.Function):
-    """Sum of weighted pairwise losses; writes d(loss)/d(students) and d(loss)/d(lm_head) while
-    going forward.
-    """
+    """Sum of weighted pair losses; makes d(loss)/d(students) and d(loss)/d(lm_head) going forward."""
 
     @staticmethod
     def forward(
-        ctx,
-        students_MD,
-        lm_head_VD,
-        teachers_UH,
-        head_VH,
-        batch,
-        target_ids,
-        argmax,
-        weights,
-        pointwise,
-        chunk,
-    ):
+        ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights,
+        pointwise, chunk,
+    ):  # fmt: skip
         want_gradients = any(ctx.needs_input_grad[:2])
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
@@ -90,6 +94,7 @@ class FusedLoss(torch.autograd.Function):
         head = lm_head_VD.to(students_MD.dtype)
         for start in range(0, len(teachers_UH), chunk):
             stop = min(start + chunk, len(teachers_UH))
+            # Pairs lie in order of their teacher, so those of a chunk of teachers are a slice.
             pairs = slice(batch.pairs_before[start], batch.pairs_before[stop])
             if pairs.start == pairs.stop:
                 continue
@@ -121,9 +126,9 @@ class SoftTargetLoss:
     def __init__(
         self,
         pointwise: Pointwise,
-        gamma: float = 0.8,
-        chunk_rows: int = 1024,
-        mask: SupervisedMask = serving,
+        gamma: Annotated[float, Within(0, 1)],
+        chunk_rows: Annotated[int, Within(1, 1 << 30)],
+        mask: SupervisedMask,
     ):
         """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.
 
@@ -139,27 +144,25 @@ class SoftTargetLoss:
         batch: Batch,
         draft_head: torch.Tensor,
     ) -> LossOutput:
-        """`hidden_ND` is what `unroll` returned; `draft_head` [Vd,H]: the target head's rows of the
-        draft vocabulary.
+        """`hidden_ND` is what `unroll` returned; `draft_head` as in `FrozenWeights`.
 
         A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the
         accuracy it counts regardless, as a miss.
         """
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        teachers = torch.nn.functional.pad(
-            features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1)
-        )
-        argmax = torch.nn.functional.pad(features.argmax, (0, 1))
-        powers = torch.tensor([self.gamma**k for k in range(len(batch.row_counts))], dtype=wide).to(
-            argmax.device
-        )
+        # One teacher more, all zeros, is what rows beyond a document's end have: a uniform one.
+        teachers = F.pad(features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1))
+        argmax = F.pad(features.argmax, (0, 1))
+        num_steps = len(batch.row_counts)
+        powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
+        weights = powers.to(argmax.device)[batch.pair_step] * counted
         students = draft.norm(hidden_ND[batch.pair_index])
         loss, losses, correct = FusedLoss.apply(
             students, draft.lm_head.weight, teachers, draft_head, batch, draft.target_ids, argmax,
-            powers[batch.pair_step] * counted, self.pointwise, self.chunk_rows,
+            weights, self.pointwise, self.chunk_rows,
         )  # fmt: skip
-        sums = losses.new_zeros(2, len(batch.row_counts))
+        sums = losses.new_zeros(2, num_steps)
         sums[0].index_add_(0, batch.pair_step, losses * counted)
         sums[1].index_add_(0, batch.pair_step, correct.to(wide))
         return LossOutput(loss, *sums, correct)

@@ -1,10 +1,29 @@
-"""Learning-rate schedules and the guarded optimiser step."""
+"""Learning-rate schedules, and the optimiser step that a non-finite gradient can't spoil."""
 
 import math
+from typing import Annotated
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from eagle3.config import Within
+
+Share = Annotated[float, Within(0, 1)]
+
+
+def adamw(
+    parameters,
+    lr: Annotated[float, Within(1e-12, 1e3)],
+    betas: Annotated[list[float], Within(0, 1)],
+    eps: float,
+    weight_decay: Annotated[float, Within(0, 1e3)],
+    fused: bool,
+) -> Optimizer:
+    """torch's AdamW."""
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused
+    )
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -12,27 +31,29 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def cosine(
-    optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015, min_ratio: float = 0.0
+    optimizer: Optimizer, total_steps: int, warmup_ratio: Share, min_ratio: Share
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `min_ratio` of the learning rate at `total_steps`."""
     warmup_steps = round(warmup_ratio * total_steps)
 
     def scale(step: int) -> float:
-        share = min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-        return warmup(step, warmup_steps) * (
-            min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
-        )
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        share = min(1.0, max(0.0, done))
+        decay = min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
+        return warmup(step, warmup_steps) * decay
 
     return LambdaLR(optimizer, scale)
 
 
-def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015) -> LambdaLR:
+def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: Share) -> LambdaLR:
     """Linear warm-up, then constant."""
     warmup_steps = round(warmup_ratio * total_steps)
     return LambdaLR(optimizer, lambda step: warmup(step, warmup_steps))
 
 
-def step_if_finite(optimizer: Optimizer, parameters: list[torch.Tensor], max_grad_norm: float):
+def step_if_finite(
+    optimizer: Optimizer, parameters: list[torch.Tensor], max_grad_norm: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip by the global norm and step; a non-finite norm leaves weights and states as they are.
 
     Returns the norm before clipping and whether the step was skipped, both tensors: with a fused
@@ -43,9 +64,40 @@ def step_if_finite(optimizer: Optimizer, parameters: list[torch.Tensor], max_gra
     skipped = ~norm.isfinite()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if optimizer.defaults.get("fused"):
+        # The fused kernel reads `found_inf`, as a GradScaler would set it, and then changes nothing.
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
         optimizer.step()
     elif not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, skipped
+
+
+class GuardedOptimizer:
+    """An optimiser with its schedule, and the count of steps that non-finite gradients were kept from.
+
+    `skipped` and `skipped_in_a_row` are int64 tensors on the device, like all that `step` decides.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, scheduler: LRScheduler, max_grad_norm: float, reduce_dtype: str
+    ):
+        """Gradients are exchanged between ranks in `reduce_dtype`, fp32 or bf16."""
+        self.optimizer, self.scheduler, self.max_grad_norm = optimizer, scheduler, max_grad_norm
+        self.reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[reduce_dtype]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        device = self.parameters[0].device
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def lr(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def step(self) -> torch.Tensor:
+        """One step on the gradients that have accumulated; returns their norm, on the device."""
+        norm, skipped = step_if_finite(self.optimizer, self.parameters, self.max_grad_norm)
+        self.scheduler.step()
+        self.skipped += skipped
+        self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
+        return norm

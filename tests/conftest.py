@@ -1,28 +1,63 @@
-"""Marks that the default run leaves out, and small targets that several files share."""
+"""Marks that the default run leaves out, small targets, and runs as users start them."""
 
+import json
+import multiprocessing
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from eagle3.batch import serving
+from eagle3.checks import check
 from eagle3.config import Model
+from eagle3.loss import SoftTargetLoss, kl
+from eagle3.parallel.launch import launch
+from eagle3.pipeline import run_pipeline
+from eagle3.runs.resume import load_config
 from eagle3.target.spec import TargetSpec, read_spec
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
+TRAIN_ONLY = "stages=[prepare,generate,train]"
+SMALL = [
+    "model=hf",
+    "model.dtype=float32",
+    "name=test",
+    "data=jsonl",
+    "data.max_length=96",
+    "draft.vocab_size=300",
+    "draft.ttt_steps=3",
+    "eval.num_prompts=3",
+    "eval.max_new_tokens=12",
+    "eval.draft_length=3",
+    "train.tokens_per_step=192",
+    "train.max_steps=6",
+    "train.epochs=9",
+    "train.log_every=1",
+    "train.eval_every=2",
+    "train.save_every=2",
+    "optimizer.lr=1e-3",
+    "benchmark.suites=[heldout:2]",
+    "benchmark.configs=[[1,3,1,4]]",
+    "benchmark.max_new_tokens=8",
+]
 
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # of small tensors a second thread makes nothing faster
 
 
-def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
-    """The target in a folder, as `model.path=...` names it."""
-    return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **model))
-
-
 def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only what starts no run and no process")
     parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
     parser.addoption("--gpu", action="store_true", help="also the tests that need a CUDA device")
     parser.addoption(
@@ -35,6 +70,39 @@ def pytest_collection_modifyitems(config, items):
         for mark in ("slow", "gpu", "engines"):
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{mark}"))
+    if config.getoption("--fast"):
+        config.hook.pytest_deselected(items=[item for item in items if "runs" in item.keywords])
+        items[:] = [item for item in items if "runs" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def no_processes_unless_marked(request, monkeypatch):
+    """What starts a process carries the mark `runs`, or --fast would not be what it says."""
+    if "runs" in request.keywords:
+        return
+
+    def refuse(*args, **kwargs):
+        pytest.fail("this test starts a process: give it the mark `runs`")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+
+
+def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
+    """The target in a folder, as `model.path=...` names it."""
+    given = {"revision": None, "trust_remote_code": False, "embedding_key": None}
+    given |= {"lm_head_key": None} | model
+    return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **given))
+
+
+def soft_target_loss(pointwise=kl, gamma=0.8, chunk_rows=1024, mask=serving) -> SoftTargetLoss:
+    """The loss with the values that conf/loss has."""
+    return SoftTargetLoss(pointwise, gamma, chunk_rows, mask)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +112,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def target_folder(tmp_path_factory, tokenizer) -> Path:
-    """An untrained Llama of 8 layers x 64 with the tiny tokenizer, saved as a user's target would
-    be.
-    """
+    """An untrained Llama of 8 layers x 64 with the tiny tokenizer, saved as a user's would be."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -64,3 +130,92 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def settings(target_folder, tmp_path_factory):
+    """Overrides for a run of seconds; the cache is shared, as it is between a user's runs."""
+    folder = tmp_path_factory.mktemp("settings")
+    words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
+    lines = []
+    for i in range(40):
+        question = f"Say {words[i % 10]} and {words[i // 4]} {i}."
+        answer = " ".join(words[(i * j) % 10] for j in range(3, 25))
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        lines.append(json.dumps({"conversations": turns}) + "\n")
+    (folder / "chat.jsonl").write_text("".join(lines))
+    return [
+        *SMALL,
+        f"model.path={target_folder}",
+        f"data.path={folder / 'chat.jsonl'}",
+        f"cache_dir={folder / 'cache'}",
+    ]
+
+
+def compose_config(overrides, run_dir):
+    """What run.py makes of a command line."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        # the default of `name` asks the running hydra
+        composed = compose("run", overrides=[*overrides, "name=test"])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return load_config(composed, run_dir, overrides)
+
+
+def run(overrides, run_dir):
+    """A run in this process; returns its acceptance length."""
+    config = compose_config(overrides, run_dir)
+    check(config)
+    return launch(run_pipeline, config, run_dir, overrides)
+
+
+def run_command(*overrides, **options):
+    """A run as a command, to its end."""
+    command = [sys.executable, str(ROOT / "run.py"), *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def start_command(overrides, run_dir):
+    """A run in the background, whose processes are a group of their own."""
+    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.run.dir={run_dir}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def wait_for(condition, process, seconds=400):
+    """Until `condition()` holds; fails when the process ends before, and leaves none behind."""
+    give_up = time.monotonic() + seconds
+    running = (None, -signal.SIGKILL)
+    while not condition() and process.poll() in running and time.monotonic() < give_up:
+        time.sleep(0.05)
+    if not condition():
+        kill_group(process)
+        pytest.fail(process.communicate()[1][-3000:])
+
+
+def kill_group(process):
+    """End a started command and all of its processes, stopped ones too."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def losses(run_dir):
+    """Loss by update."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def stop_after(update, monkeypatch):
+    """SIGINT arrives during the given update, as Ctrl-C would."""
+    from eagle3.train import Trainer
+
+    original = Trainer.train_update
+
+    def train_update(self, *args, **kwargs):
+        if self.update + 1 == update:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train_update", train_update)

@@ -7,105 +7,34 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from conftest import (
+    TRAIN_ONLY,
+    compose_config,
+    kill_group,
+    losses,
+    run,
+    run_command,
+    spec_of,
+    start_command,
+    stop_after,
+    wait_for,
+)
 from safetensors.torch import load_file
 
-from eagle3 import config as configuration
-from eagle3.checks import check
+from eagle3 import evaluate
+from eagle3.data import prepare
 from eagle3.errors import ConfigError, RunError
-from eagle3.job import Run
-from eagle3.parallel.ranks import launch
-from eagle3.runs import checkpoint
+from eagle3.hidden_states.supply import Online
+from eagle3.runs.checkpoint import draft_weights, load_checkpoint
+from eagle3.target.handle import TargetHandle
 
-SMALL = [
-    "model=hf",
-    "model.dtype=float32",
-    "name=test",
-    "data=jsonl",
-    "data.max_length=96",
-    "draft.vocab_size=300",
-    "draft.ttt_steps=3",
-    "eval.num_prompts=3",
-    "eval.max_new_tokens=12",
-    "eval.draft_length=3",
-    "train.tokens_per_step=192",
-    "train.max_steps=6",
-    "train.epochs=9",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.save_every=2",
-    "optimizer.lr=1e-3",
-    "benchmark.suites=[heldout:2]",
-    "benchmark.configs=[[1,3,1,4]]",
-    "benchmark.max_new_tokens=8",
-]
-TRAIN_ONLY = "stages=[prepare,generate,train]"
-
-
-@pytest.fixture(scope="module")
-def settings(target_folder, tmp_path_factory):
-    """Overrides for a run of seconds; the cache is shared, as it is between a user's runs."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
-    rows = [
-        [
-            f"Say {words[i % 10]} and {words[i // 4]} {i}.",
-            " ".join(words[(i * j) % 10] for j in range(3, 25)),
-        ]
-        for i in range(40)
-    ]
-    lines = [
-        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
-        for q, a in rows
-    ]
-    (folder / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [
-        *SMALL,
-        f"model.path={target_folder}",
-        f"data.path={folder / 'chat.jsonl'}",
-        f"cache_dir={folder / 'cache'}",
-    ]
-
-
-def compose_config(overrides, run_dir):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose(
-            "run", overrides=[*overrides, "name=test"]
-        )  # its default asks the running hydra
-    run_dir.mkdir(parents=True, exist_ok=True)
-    return configuration.typed(composed, run_dir, overrides)
-
-
-def run(overrides, run_dir):
-    config = compose_config(overrides, run_dir)
-    check(config)
-    return launch(config, run_dir, overrides)
-
-
-def run_command(*overrides, **options):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        **options,
-    )
-
-
-def losses(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+pytestmark = pytest.mark.runs
+HF = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +78,6 @@ def test_everything_is_written(finished, settings):
     assert "<svg" in (run_dir / "report.html").read_text()
 
 
-def test_a_target_let_go_of_leaves_its_memory_to_an_engine(settings, tmp_path):
-    job = Run(compose_config(settings, tmp_path), tmp_path, settings)
-    model = weakref.ref(job.supply.features_of.model)
-    job.let_go_of_target()
-    assert model() is None
-
-
 def test_evaluation_and_benchmark_agree(finished):
     """The walk over cached text and real decoding of the exported draft (bf16) see about the same
     drafts.
@@ -168,13 +90,8 @@ def test_evaluation_and_benchmark_agree(finished):
 def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(
     finished, settings, tmp_path, monkeypatch
 ):
-    from eagle3 import evaluate as generate
-    from eagle3.data import prepare
-
-    for module in (prepare, generate):
-        monkeypatch.setattr(
-            module, "write", lambda *args: pytest.fail("an artefact was made again")
-        )
+    for module, name in ((prepare, "write_prepared"), (evaluate, "write_answers")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("an artefact was made again"))
     run([*settings, TRAIN_ONLY], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
 
@@ -223,20 +140,6 @@ def test_wandb_follows_a_run(settings, tmp_path):
     assert b"eval/acceptance_length" in content and b"report" in content and b"ttt_steps" in content
 
 
-def stop_after(update, monkeypatch):
-    """SIGINT arrives during the given update, as Ctrl-C would."""
-    from eagle3.train import Trainer
-
-    original = Trainer.train_on
-
-    def train_on(self, *args):
-        if self.update + 1 == update:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    monkeypatch.setattr(Trainer, "train_on", train_on)
-
-
 def test_a_resumed_window_of_the_log_is_whole(finished, settings, tmp_path, monkeypatch):
     """Stopped between two log lines, the next line still averages all updates since the last."""
     often = [*settings, TRAIN_ONLY, "train.log_every=2"]
@@ -279,7 +182,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeyp
         run_dir,
     )
     assert losses(run_dir) == losses(finished[0])
-    resumed, whole = (checkpoint.load(d / "checkpoints" / "last") for d in (run_dir, finished[0]))
+    resumed, whole = (load_checkpoint(d / "checkpoints" / "last") for d in (run_dir, finished[0]))
     assert any(name.endswith("exp_avg_sq") for name in resumed.tensors)
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
     assert (
@@ -301,35 +204,29 @@ def test_a_run_is_not_resumed_as_another(finished, settings):
 
 
 def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch):
-    from eagle3.hidden_states import supply as modes
+    poisoned, count, original = {2}, [0], Online.features
 
-    poisoned = {2}
+    def features(self, batch):
+        found = original(self, batch)
+        count[0] += 1
+        if count[0] in poisoned or count[0] > 20:
+            found.aux_hidden_states[0] = float("nan")
+        return found
 
-    def online(run):
-        count = [0]
-
-        def features_of(batch):
-            features = run.target(batch)
-            count[0] += 1
-            if count[0] in poisoned or count[0] > 20:
-                features.aux_hidden_states[0] = float("nan")
-            return features
-
-        return modes.Supply(run.prepared, features_of)
-
-    monkeypatch.setattr(modes, "online", online)
+    monkeypatch.setattr(Online, "features", features)
     run([*settings, TRAIN_ONLY, "train.max_steps=4"], tmp_path / "one")
     rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_updates"] for row in rows if "loss" in row] == [0, 1, 1, 1]
     assert all(torch.isfinite(t).all() for t in draft_of(tmp_path / "one").values())
     poisoned.update(range(20))
-    with pytest.raises(RunError, match=r"last 5 updates were not finite.*non_finite_batch\.pt"):
+    count[0] = 0
+    with pytest.raises(RunError, match=r"non_finite_batch\.pt"):
         run([*settings, TRAIN_ONLY, "train.max_steps=9"], tmp_path / "many")
     assert (tmp_path / "many" / "non_finite_batch.pt").exists()
 
 
 def draft_of(run_dir: Path):
-    return checkpoint.draft_weights(run_dir / "checkpoints" / "last")
+    return draft_weights(run_dir / "checkpoints" / "last")
 
 
 def test_checkpoints_are_pruned_but_the_best_is_kept(finished):
@@ -345,7 +242,7 @@ def test_a_cut_checkpoint_says_so(finished, settings, tmp_path):
     with pytest.raises(
         RunError, match=r"last is damaged .*; to go on from step_4: ln -sfn step_4 .*/last"
     ):
-        checkpoint.load(tmp_path / "checkpoints" / "last")
+        load_checkpoint(tmp_path / "checkpoints" / "last")
 
 
 def test_folders_that_cannot_be_written(settings, tmp_path):
@@ -377,20 +274,53 @@ def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
 
 
 def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
-    arguments = [
-        *settings,
-        TRAIN_ONLY,
-        "train.max_steps=10000",
-        "train.epochs=3000",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=subprocess.PIPE
-    )
+    endless = [*settings, TRAIN_ONLY, "train.max_steps=10000", "train.epochs=3000"]
+    process = start_command(endless, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    give_up = time.time() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 3) and time.time() < give_up:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    assert checkpoint.load(tmp_path / "run" / "checkpoints" / "last").plain["update"] >= 3
+    try:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    finally:
+        kill_group(process)
+    assert process.returncode == 143
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last").plain["update"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("stages", "missing"),
+    [("[train]", "prepare"), ("[generate]", "prepare"), ("[prepare,train]", "generate")],
+)
+def test_a_stage_that_is_not_listed_must_have_left_what_is_read(
+    settings, tmp_path, stages, missing
+):
+    cold = [*settings, f"cache_dir={tmp_path / 'cache'}", f"stages={stages}"]
+    with pytest.raises(RunError, match=f"add {missing} to stages"):
+        run(cold, tmp_path / "run")
+    if missing == "prepare":
+        assert not (tmp_path / "cache" / "prepared").exists()
+
+
+def test_offline_training_names_capture(settings, tmp_path):
+    stages = "stages=[prepare,generate,train]"
+    with pytest.raises(RunError, match="add capture to stages"):
+        run(
+            [*settings, stages, "mode=offline", f"cache_dir={tmp_path / 'cache'}"], tmp_path / "run"
+        )
+
+
+def test_a_benchmark_on_ones_own_suite_prepares_nothing(finished, settings, tmp_path):
+    suite = tmp_path / "own.jsonl"
+    suite.write_text('{"prompt": "Say alpha."}\n')
+    overrides = [o for o in settings if not o.startswith("benchmark.suites")]
+    overrides += [f"benchmark.suites=['{suite}:1']", f"cache_dir={tmp_path / 'cache'}"]
+    overrides += ["stages=[benchmark]", f"draft_path={finished[0] / 'draft'}"]
+    assert run(overrides, tmp_path / "run") >= 1
+    assert not (tmp_path / "cache" / "prepared").exists()
+
+
+def test_a_closed_target_leaves_its_memory_to_an_engine(target_folder):
+    handle = TargetHandle(spec_of(target_folder), HF, torch.device("cpu"))
+    model = weakref.ref(handle.load().model)
+    handle.close()
+    assert model() is None

@@ -6,20 +6,29 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT
-from test_pipeline import TRAIN_ONLY, compose_config, losses, run, run_command, settings  # noqa: F401
+from conftest import (
+    ROOT,
+    TRAIN_ONLY,
+    compose_config,
+    free_port,
+    kill_group,
+    losses,
+    run,
+    run_command,
+    start_command,
+    wait_for,
+)
 
 from eagle3.checks import check
 from eagle3.errors import ConfigError
-from eagle3.runs import checkpoint
+from eagle3.runs.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.runs
 FIXED = [
     TRAIN_ONLY,
     "launch.threads=1",
@@ -31,28 +40,19 @@ FIXED += ["train.eval_every=15"]  # three updates an epoch
 TWO = ["launch.nproc_per_node=2"]
 
 
-def start(overrides, run_dir):
-    """A run in the background, whose processes are a group of their own."""
-    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.run.dir={run_dir}"]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start():
+    """`start_command`, of which nothing is left behind when the test ends."""
+    started = []
 
+    def start(overrides, run_dir):
+        started.append(start_command(overrides, run_dir))
+        return started[-1]
 
-def wait_for(condition, process, seconds=240):
-    give_up = time.time() + seconds
-    while not condition() and process.poll() in (None, -signal.SIGKILL) and time.time() < give_up:
-        time.sleep(0.05)
-    assert condition(), (
-        process.communicate()[1][-3000:]
-        if process.poll() is not None
-        else "nothing happened in time"
-    )
+    yield start
+    for process in started:
+        kill_group(process)
+        process.communicate()
 
 
 def logged(run_dir):
@@ -76,13 +76,13 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def alone(settings, tmp_path_factory):  # noqa: F811
+def alone(settings, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("alone")
     run([*settings, *FIXED], run_dir)
     return run_dir
 
 
-def test_a_stopped_run_of_two_goes_on_in_one_process(alone, settings, tmp_path):  # noqa: F811
+def test_a_stopped_run_of_two_goes_on_in_one_process(alone, settings, tmp_path, start):
     """USP over two ranks, online; SIGTERM after some updates; one process goes on, and all is as if
     it had begun.
     """
@@ -98,24 +98,21 @@ def test_a_stopped_run_of_two_goes_on_in_one_process(alone, settings, tmp_path):
     )
     assert "death signal" not in errors, "the launcher's own words"
     assert not any(map(is_alive, pids))
-    done = checkpoint.load(run_dir / "checkpoints" / "last").plain["update"]
+    done = load_checkpoint(run_dir / "checkpoints" / "last").plain["update"]
     seen = logged(run_dir)
     assert max(seen) == done >= 2
     run([f"train.resume={run_dir}", TRAIN_ONLY, "launch.nproc_per_node=1", "parallel=ddp"], run_dir)
     assert len(losses(run_dir)) == 30 and same(losses(run_dir), losses(alone))
 
 
-def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path):  # noqa: F811
-    """Two ranks share the target and keep what they see (hybrid); one is killed in the second
-    epoch.
-    """
+def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path, start):
+    """Two ranks keep what they compute (hybrid); one is killed in the second epoch."""
     hybrid = [
         *settings,
         *FIXED,
         *TWO,
         "mode=hybrid",
         "hidden_states.dtype=fp32",
-        "target.tp_size=2",
     ]
     hybrid = [*hybrid, f"hidden_states.path={tmp_path / 'kept'}"]
     run_dir = tmp_path / "run"
@@ -130,34 +127,42 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path):  
     ), errors[-2000:]
     assert "Traceback" not in errors and "Terminating" not in errors
     assert not any(map(is_alive, pids))
-    before = checkpoint.load(run_dir / "checkpoints" / "last").plain["update"]
+    before = load_checkpoint(run_dir / "checkpoints" / "last").plain["update"]
     assert before >= 3
     run(
-        [f"train.resume={run_dir}", TRAIN_ONLY, "launch.nproc_per_node=1", "target.tp_size=1"],
+        [f"train.resume={run_dir}", TRAIN_ONLY, "launch.nproc_per_node=1"],
         run_dir,
     )
     assert len(losses(run_dir)) == 30 and same(losses(run_dir), losses(alone))
 
 
-def test_a_target_over_two_ranks_comes_to_its_end(settings, tmp_path):  # noqa: F811
-    """Stages behind the training find the ranks that share a target where they wait for them."""
-    stages = ["stages=[prepare,generate,train,export]", "train.max_steps=2", "launch.timeout=60"]
+def test_stages_behind_the_training_come_to_their_end(settings, tmp_path):
+    """Ranks are born for capture and train; the other stages run in the launcher."""
+    stages = ["stages=[prepare,generate,capture,train,export,benchmark]", "mode=offline"]
     done = run_command(
-        *settings,
-        *FIXED,
-        *TWO,
-        "target.tp_size=2",
-        *stages,
-        f"hydra.run.dir={tmp_path}",
-        timeout=240,
+        *settings, *FIXED, *TWO, *stages, "train.max_steps=2", f"hydra.run.dir={tmp_path}"
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "draft" / "config.json").exists() and (tmp_path / "evaluation.json").exists()
+    assert done.stdout.count("capture: ") == 1, "one process speaks"
+
+
+@pytest.mark.slow
+def test_two_launchers_are_two_nodes(settings, tmp_path, start):
+    """Each spawns one process; the first runs the pipeline, the second lends its process."""
+    where = f"launch.rdzv_endpoint=127.0.0.1:{free_port()}"
+    given = [*settings, *FIXED, "launch.nnodes=2", where, "train.max_steps=3"]
+    given = [o for o in given if o != "train.max_steps=30"]
+    nodes = [start(given, tmp_path / name) for name in ("one", "two")]
+    for node in nodes:
+        assert node.wait(400) == 0, node.stderr.read()[-2000:]
+    found = [name for name in ("one", "two") if (tmp_path / name / "checkpoints").exists()]
+    assert len(found) == 1 and len(losses(tmp_path / found[0])) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [False, True])
-def test_the_same_layout_goes_on_bit_for_bit(settings, tmp_path, stopped):  # noqa: F811
+def test_the_same_layout_goes_on_bit_for_bit(settings, tmp_path, stopped, start):
     layout = [*settings, *FIXED, *TWO, "train.save_every=1"]
     for name in ("whole", "stopped"):
         process = start(layout, tmp_path / name)
@@ -172,13 +177,13 @@ def test_the_same_layout_goes_on_bit_for_bit(settings, tmp_path, stopped):  # no
         assert process.wait(240) == 0, process.stderr.read()[-2000:]
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     whole, again = (
-        checkpoint.load(tmp_path / name / "checkpoints" / "last") for name in ("whole", "stopped")
+        load_checkpoint(tmp_path / name / "checkpoints" / "last") for name in ("whole", "stopped")
     )
     assert all(torch.equal(tensor, again.tensors[name]) for name, tensor in whole.tensors.items())
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path):  # noqa: F811
+def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path, start):
     process = start(
         [*settings, *FIXED, *TWO, "train.max_steps=5000", "train.epochs=5000"], tmp_path
     )
@@ -186,11 +191,11 @@ def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path):  # noqa: F8
     pids = [pid_of(tmp_path, rank) for rank in (0, 1)]
     process.kill()
     wait_for(lambda: not any(map(is_alive, pids)), process)
-    assert checkpoint.load(tmp_path / "checkpoints" / "last").plain["update"] >= 2
+    assert load_checkpoint(tmp_path / "checkpoints" / "last").plain["update"] >= 2
 
 
 @pytest.mark.slow
-def test_torchrun_and_a_sweep(settings, tmp_path):  # noqa: F811
+def test_torchrun_and_a_sweep(settings, tmp_path):
     """Plain torchrun; each job of the sweep has one run dir and one .hydra."""
     command = [
         sys.executable,
@@ -223,7 +228,7 @@ def test_torchrun_and_a_sweep(settings, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_torchrun_shows_a_plan_and_ends(settings):  # noqa: F811
+def test_torchrun_shows_a_plan_and_ends(settings):
     command = [
         sys.executable,
         "-m",
@@ -238,7 +243,7 @@ def test_torchrun_shows_a_plan_and_ends(settings):  # noqa: F811
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):  # noqa: F811
+def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):
     def refused(*overrides):
         with pytest.raises(ConfigError) as error:
             check(compose_config([*settings, *overrides], tmp_path))
@@ -253,23 +258,8 @@ def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):  #
         refused("parallel=usp", "parallel.ulysses=8", "launch.nproc_per_node=8"),
     )
     assert "needs launch.rdzv_endpoint=" in refused("launch.nnodes=2")
-    assert "set target.tp_size=1 or benchmark=sglang" in refused(
-        "target.tp_size=2", "launch.nproc_per_node=2"
-    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert refused("launch.nproc_per_node=4").startswith(
         "launch.nproc_per_node=4 is more than the 2 GPUs that torch sees here; set launch.nproc_per_node=2"
     )
-
-
-def test_a_port_in_use_is_named(settings, tmp_path):  # noqa: F811
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        where = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = run_command(
-            *settings, *FIXED, *TWO, f"launch.rdzv_endpoint={where}", f"hydra.run.dir={tmp_path}"
-        )
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert f"launch.rdzv_endpoint={where}" in done.stderr.strip().splitlines()[-1]

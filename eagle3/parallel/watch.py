@@ -1,6 +1,4 @@
-"""Logs of processes that have no terminal, and a watch that ends a run one of whose processes
-hangs.
-"""
+"""Logs of ranks that have no terminal, and a watch that ends a run one of whose ranks hangs."""
 
 import faulthandler
 import json
@@ -20,18 +18,17 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from eagle3.errors import RunError
 from eagle3.parallel.ranks import Ranks
 
-LOOKS = 10  # how often within `launch.timeout` a process looks and shows itself
+LOOKS = 10  # how often within `launch.timeout` a rank looks at the others and shows itself
 
 
-def keep_log(run_dir: Path, rank: int) -> TextIO:
-    """Opens logs/rank_N.log, where all but the first rank write what they would print, and every
-    one its stacks.
-    """
+def redirect_output(run_dir: Path, rank: int) -> TextIO:
+    """Open logs/rank_N.log: for what ranks beside the first would print, and for everyone's stacks."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115 (for the life of the process)
     if rank > 0:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.enable(log)
@@ -40,81 +37,82 @@ def keep_log(run_dir: Path, rank: int) -> TextIO:
 
 
 class Watch:
-    """A thread in every process that ends it, with one sentence, when it hangs or waits for one
-    that does.
+    """A thread in every rank that ends it, with one sentence, when it hangs or waits for one that does.
 
     Each shows in logs/rank_N.json how many collectives it has begun. When that has not changed for
-    `timeout` seconds, those who have begun the fewest are the ones that hang: such a process writes
-    its stack to its log and ends; where it can't (it was stopped), the others name it.
+    `timeout` seconds, those who have begun the fewest are the ones that hang: such a rank writes its
+    stack to its log and ends; where it can't (it was stopped), the others name it. A thread does this
+    because the main thread of a rank that waits is inside a collective and can't look at the clock.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, timeout: float):
         self.folder, self.ranks, self.timeout = run_dir / "logs", ranks, timeout
         self.main_thread = threading.get_ident()
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self.look_on, daemon=True)
+        self.thread = threading.Thread(target=self.watch_ranks, daemon=True)
 
     def __enter__(self) -> "Watch":
         if self.ranks.world_size > 1:
-            self.show()
-            # what an earlier run left in the folder is overwritten before anyone looks
-            self.ranks.meet()
+            self.write_state()
+            # What an earlier run left in the folder is overwritten before anyone looks.
+            self.ranks.barrier()
             self.thread.start()
         return self
 
     def __exit__(self, *unused) -> None:
         self.over.set()
 
-    def path(self, rank: int) -> Path:
+    def state_path(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}.json"
 
-    def show(self) -> None:
-        shown = {"begun": self.ranks.begun, "pid": os.getpid(), "host": socket.gethostname()}
-        partial = self.path(self.ranks.rank).with_suffix(".partial")
-        partial.write_text(json.dumps(shown))
-        os.replace(partial, self.path(self.ranks.rank))
+    def write_state(self) -> None:
+        state = {"begun": self.ranks.begun, "pid": os.getpid(), "host": socket.gethostname()}
+        path = self.state_path(self.ranks.rank)
+        path.with_suffix(".partial").write_text(json.dumps(state))
+        os.replace(path.with_suffix(".partial"), path)
 
-    def look_on(self) -> None:
+    def watch_ranks(self) -> None:
         begun, since = -1, time.monotonic()
         while not self.over.wait(self.timeout / LOOKS):
-            self.show()
+            self.write_state()
             if self.ranks.begun != begun:
                 begun, since = self.ranks.begun, time.monotonic()
             waited = time.monotonic() - since
-            if waited < self.timeout:
-                continue
-            try:
-                everyone = [
-                    json.loads(self.path(rank).read_text()) for rank in range(self.ranks.world_size)
-                ]
-            except (OSError, ValueError) as error:
-                self.end(
-                    f"process {self.ranks.rank} waits and cannot see the others ({error}; is the folder shared?)"
-                )
-            fewest = min(shown["begun"] for shown in everyone)
-            if begun == fewest:
-                self.end(f"process {self.ranks.rank} hangs, {self.where()}")
-            elif waited > self.timeout * (1 + 3 / LOOKS):  # it had its time to say so itself
-                rank = next(rank for rank, shown in enumerate(everyone) if shown["begun"] == fewest)
-                pid, host = everyone[rank]["pid"], everyone[rank]["host"]
-                if host == socket.gethostname():
-                    with suppress(ProcessLookupError):
-                        os.kill(
-                            pid, signal.SIGUSR1
-                        )  # its stack goes to its log, even from within a C call
-                self.end(f"process {rank} does not respond (pid {pid} on {host})")
+            if waited >= self.timeout:
+                self.name_culprit(begun, waited)
+
+    def name_culprit(self, begun: int, waited: float) -> None:
+        """End this rank if it is the one that hangs, or if that one has not ended itself by now."""
+        ranks = range(self.ranks.world_size)
+        try:
+            states = [json.loads(self.state_path(rank).read_text()) for rank in ranks]
+        except (OSError, ValueError) as error:
+            self.end(
+                f"process {self.ranks.rank} waits and cannot see the others ({error}; is the folder "
+                "shared?)"
+            )
+        fewest = min(state["begun"] for state in states)
+        if begun == fewest:
+            self.end(f"process {self.ranks.rank} hangs, {self.where()}")
+        elif waited > self.timeout * (1 + 3 / LOOKS):  # it had its time to end itself
+            rank = next(rank for rank in ranks if states[rank]["begun"] == fewest)
+            pid, host = states[rank]["pid"], states[rank]["host"]
+            if host == socket.gethostname():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGUSR1)  # its stack goes to its log, even from a C call
+            self.end(f"process {rank} does not respond (pid {pid} on {host})")
 
     def where(self) -> str:
         """The innermost lines of this package that the main thread is in."""
         with open(self.folder / f"rank_{self.ranks.rank}.log", "a") as log:
             faulthandler.dump_traceback(log)
         frames = traceback.extract_stack(sys._current_frames()[self.main_thread])
-        package = str(Path(__file__).parent)
-        ours = [f for f in frames if f.filename.startswith(package)] or frames
-        last = frames[-1]
+        package = str(Path(__file__).parents[1])
+        ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
+        inner, last = ours[-1], frames[-1]
         return (
-            f"in {ours[-1].name} ({Path(ours[-1].filename).name}, line {ours[-1].lineno}), innermost {last.name} "
-            f"({Path(last.filename).name}, line {last.lineno})"
+            f"in {inner.name} ({Path(inner.filename).name}, line {inner.lineno}), innermost "
+            f"{last.name} ({Path(last.filename).name}, line {last.lineno})"
         )
 
     def end(self, what: str) -> None:

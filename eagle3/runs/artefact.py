@@ -69,3 +69,8 @@ def artefact(
 def read_facts(path: Path) -> dict[str, Any]:
     """What `write` returned for the artefact at `path`."""
     return json.loads((path / "artefact.json").read_text())["facts"]
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """What the artefact at `path` was made from."""
+    return json.loads((path / "artefact.json").read_text())["inputs"]

@@ -1,0 +1,264 @@
+"""Where a run's stages compute: the launcher, and the ranks that it has started for some of them.
+
+Three ways lead to the same ranks: our own launcher spawns `launch.nproc_per_node` processes for each
+stage that needs them; torchrun started all processes, of which the first runs the pipeline and the
+others wait in `serve_tasks`; with `launch.nnodes` launchers, the first does, and the others wait there
+too and spawn their own processes. Whoever waits does so on a store, not in a collective, so that it
+may take as long as it takes while collectives keep a timeout.
+"""
+
+import ctypes
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from eagle3.config import RunConfig
+from eagle3.errors import ConfigError, RunError
+from eagle3.parallel.ranks import Ranks, collective_timeout, init_ranks, set_up_process
+from eagle3.parallel.watch import redirect_output
+from eagle3.runs.resume import command_to_resume
+
+PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+BETWEEN_TASKS = timedelta(days=30)  # prepare and generate may take days, and the others wait
+CULPRIT_SECONDS = 3.0
+
+Task = Callable[..., Any]  # task(ranks, config, run_dir, *arguments), which must be picklable
+
+
+def is_torchrun() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def local_processes(config: RunConfig) -> int:
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else config.launch.nproc_per_node
+
+
+def launch(
+    pipeline: Callable[..., float | None], config: RunConfig, run_dir: Path, overrides: list[str]
+) -> float | None:
+    """Run the pipeline in this process; on further nodes, wait for what its stages need ranks for."""
+    set_up_process(config)
+    if config.launch.nnodes == 1 or is_torchrun() or config.plan:
+        return pipeline(config, run_dir, overrides)
+    store, node = connect_nodes(config)
+    if node > 0:
+        serve_node_tasks(store, node)
+        return None
+    try:
+        return pipeline(config, run_dir, overrides)
+    finally:
+        post_task(store, None)
+
+
+def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) -> Any:
+    """`task(ranks, config, run_dir, *arguments)` on every rank; returns what the first rank's did.
+
+    Raises what the first process that failed has to say, as ConfigError or RunError.
+    """
+    if config.launch.nproc_per_node * config.launch.nnodes == 1:
+        return task(Ranks(), config, run_dir, *arguments)
+    call = (task, config, run_dir, arguments)
+    if is_torchrun():
+        post_task(torchrun_store(), call)
+        return run_task(torchrun_store(), *call)
+    endpoint = "127.0.0.1:0"
+    if config.launch.nnodes > 1:
+        host = config.launch.rdzv_endpoint.rpartition(":")[0]
+        endpoint = f"{host}:{find_free_port()}"
+        post_task(connect_nodes(config)[0], (endpoint, call))
+    return spawn_ranks(endpoint, 0, *call)
+
+
+def spawn_ranks(
+    endpoint: str, node: int, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
+) -> Any:
+    """This node's processes for one task; returns what the first rank's did, None on other nodes."""
+    nnodes = config.launch.nnodes
+    settings = LaunchConfig(
+        min_nodes=nnodes,
+        max_nodes=nnodes,
+        nproc_per_node=config.launch.nproc_per_node,
+        run_id="eagle3",
+        rdzv_backend="c10d" if nnodes == 1 else "static",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={} if nnodes == 1 else {"rank": node},
+        # a machine's name need not be known to itself
+        local_addr="127.0.0.1" if nnodes == 1 else None,
+        max_restarts=0,
+        start_method="spawn",
+        shutdown_timeout=config.launch.shutdown_timeout,
+    )
+    logging.disable(logging.ERROR)  # what failed is said below, in one sentence
+    try:
+        results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
+    except SignalException as stopped:
+        print(f"stopped; go on with: {command_to_resume(run_dir)}", file=sys.stderr)
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as error:
+        raise explain_failure(*error.get_first_failure(), command_to_resume(run_dir)) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    return results.get(0)
+
+
+@record
+def run_spawned(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+    """What a spawned process does; its error is handed to the launcher."""
+    with suppress(OSError, AttributeError):  # where the C library has it
+        # a launcher that is killed leaves nobody behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    result = run_task(None, task, config, run_dir, arguments)
+    dist.destroy_process_group()  # or nccl complains
+    return result
+
+
+def run_task(
+    store: dist.Store | None, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
+) -> Any:
+    """A task as one of several ranks; those beside the first write to logs/."""
+    set_up_process(config, local_processes(config))
+    ranks = init_ranks(collective_timeout(config.launch.timeout), store)
+    log = redirect_output(run_dir, ranks.rank)
+    try:
+        return task(ranks, config, run_dir, *arguments)
+    except Exception as error:
+        traceback.print_exc(file=log)
+        if not isinstance(error, ConfigError | RunError):
+            # It may only miss a rank that died, which the launcher should see first.
+            time.sleep(CULPRIT_SECONDS)
+        raise
+
+
+def explain_failure(rank: int, failure: ProcessFailure, resume: str) -> Exception:
+    """What the first process that failed has to say, as one of our errors."""
+    message = failure.message
+    text = message["message"] if isinstance(message, dict) else str(message)
+    kind, _, sentence = text.partition(": ")
+    if kind == "ConfigError":
+        return ConfigError(sentence)
+    if failure.exitcode < 0:
+        return RunError(
+            f"process {rank} was killed by {failure.signal_name()} (the system does that when memory "
+            f"runs out); go on with: {resume}"
+        )
+    if kind == "RunError":
+        return RunError(sentence)
+    return RunError(
+        f"process {rank} failed: {text.splitlines()[0]}; logs/rank_{rank}.log in the run's folder has "
+        "more"
+    )
+
+
+# Tasks are posted on a store under their number; None is posted when there are no more.
+
+
+def post_task(store: dist.Store, call: Any) -> None:
+    store.set(f"task/{store.add('tasks', 1)}", pickle.dumps(call))
+
+
+def read_task(store: dist.Store, number: int) -> Any:
+    """The task with that number, from 1; waits until it has been posted."""
+    store.set_timeout(BETWEEN_TASKS)
+    return pickle.loads(store.get(f"task/{number}"))
+
+
+@cache
+def torchrun_store() -> dist.Store:
+    """The store that torchrun serves to its processes."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=BETWEEN_TASKS))
+    return dist.PrefixStore("eagle3", store)
+
+
+@record
+def serve_tasks() -> None:
+    """Under torchrun, beside the first process: take part in its tasks, until it has no more."""
+    number = 1
+    while (call := read_task(torchrun_store(), number)) is not None:
+        run_task(torchrun_store(), *call)
+        number += 1
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_tasks() -> None:
+    """Under torchrun, in the first process: there are no more jobs."""
+    if is_torchrun():
+        post_task(torchrun_store(), None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def serve_node_tasks(store: dist.Store, node: int) -> None:
+    """On further nodes: spawn processes for the first node's tasks, until it has no more."""
+    number = 1
+    while (posted := read_task(store, number)) is not None:
+        endpoint, call = posted
+        spawn_ranks(endpoint, node, *call)
+        number += 1
+
+
+@cache
+def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
+    """The store at host:port that the launchers of all nodes share, and this node's number.
+
+    Raises RunError where the launchers cannot meet there.
+    """
+    host, _, port = endpoint.rpartition(":")
+    try:
+        # A socket can be bound to the host's address on that machine alone, and by one launcher.
+        with suppress(OSError):
+            socket.create_server((host, int(port))).close()
+            return dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False), 0
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(minutes=15))
+        return store, store.add("nodes", 1)
+    except (DistError, ValueError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise RunError(
+            f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port that "
+            "is free there"
+        ) from error
+
+
+def connect_nodes(config: RunConfig) -> tuple[dist.Store, int]:
+    return meet_nodes(config.launch.rdzv_endpoint)
+
+
+def find_free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def read_torchrun(config: RunConfig) -> None:
+    """Under torchrun, its numbers stand in the config. Raises ConfigError if others were asked for."""
+    if not is_torchrun():
+        return
+    given = config.launch.nproc_per_node * config.launch.nnodes
+    world_size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if given not in (1, world_size):
+        raise ConfigError(
+            f"launch.nproc_per_node x launch.nnodes = {given}, but torchrun started {world_size}; "
+            "leave them out"
+        )
+    config.launch.nproc_per_node, config.launch.nnodes = local, world_size // local
