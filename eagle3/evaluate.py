@@ -1,8 +1,9 @@
-"""The target's own answers to held-out prompts, and exact greedy acceptance on them without decoding.
+"""The target's own answers to held-out prompts, and exact greedy acceptance on them without
+decoding.
 
-On text that the target generated greedily, the draft at anchor t proposes exactly what chain drafting
-would propose when served there. So one teacher-forced unroll, and a walk over anchors t -> t + emitted,
-gives the acceptance length of every draft length at once.
+On text that the target generated greedily, the draft at anchor t proposes exactly what chain
+drafting would propose when served there. So one teacher-forced unroll, and a walk over anchors t ->
+t + emitted, gives the acceptance length of every draft length at once.
 
 n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
 """
@@ -28,7 +29,9 @@ from eagle3.ttt import unroll
 
 @dataclass
 class Answer:
-    """A prompt and the target's greedy answer: `input_ids` [n], the first `prompt_length` the prompt."""
+    """A prompt and the target's greedy answer: `input_ids` [n], the first `prompt_length` the
+    prompt.
+    """
 
     id: str
     input_ids: torch.Tensor
@@ -83,10 +86,11 @@ def write_answers(
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Flat tensors of one part. An answer ends before the first token that isn't the packed pass's argmax.
+    """Flat tensors of one part. An answer ends before the first token that isn't the packed pass's
+    argmax.
 
-    Batched generation and the packed pass round differently, so a near tie may go either way; cutting
-    there (counted as shortened) leaves text on which the walk over anchors is exact.
+    Batched generation and the packed pass round differently, so a near tie may go either way;
+    cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
     """
     answers = sample(target, prompts, max_new_tokens, GREEDY)
     any_token = torch.ones(target.config.vocab_size, dtype=torch.bool)
@@ -165,7 +169,8 @@ def pack_answers(
 
 @dataclass
 class Evaluation:
-    """Means over the rounds of all held-out answers; `acceptance_length[L]`: that of draft length L.
+    """Means over the rounds of all held-out answers; `acceptance_length[L]`: that of draft length
+    L.
 
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
     `first_round` (tokens of the first round after the prompt) and `loop_free` (acceptance length
@@ -213,7 +218,9 @@ def evaluate(
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
-    """bool [T,K]: whether the draft's token of (row, step) is the target's; False where none is drafted."""
+    """bool [T,K]: whether the draft's token of (row, step) is the target's; False where none is
+    drafted.
+    """
     counts = torch.tensor(batch.row_counts, device=correct_M.device)
     offsets = counts.cumsum(0) - counts
     rows = batch.rows[batch.pair_index - offsets[batch.pair_step]]
@@ -223,13 +230,11 @@ def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     return accepted
 
 
-def walk(
-    accepted_nK: torch.Tensor, prompt_length: int, draft_length: int
-) -> list[tuple[int, int]]:
+def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> list[tuple[int, int]]:
     """(tokens emitted, drafted tokens accepted) of each verification round of one answer.
 
-    The first answer token comes from the prefill. A round drafts `draft_length` tokens at its anchor
-    row t, commits the accepted ones and the target's next, as far as the answer goes.
+    The first answer token comes from the prefill. A round drafts `draft_length` tokens at its
+    anchor row t, commits the accepted ones and the target's next, as far as the answer goes.
     """
     leading = accepted_nK[:, :draft_length].long().cumprod(1).sum(1).tolist()
     anchor, last, rounds = prompt_length - 1, len(accepted_nK) - 2, []

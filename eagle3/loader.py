@@ -19,8 +19,8 @@ class DocumentSource(Protocol):
     """What a loader packs: `lengths` and `supervised` int64 [documents] count tokens of each.
 
     `load` leaves out documents that are damaged and may be skipped. In epoch 0 there is nothing yet
-    that `mode=hybrid` could have kept. `begin` is called by all ranks alike when an epoch begins, or
-    is taken up again.
+    that `mode=hybrid` could have kept. `begin` is called by all ranks alike when an epoch begins,
+    or is taken up again.
     """
 
     lengths: np.ndarray
@@ -92,8 +92,8 @@ class Loader:
     def __iter__(self) -> Iterator[Update]:
         """Endless; `state` already points behind the update that was handed out.
 
-        The first update of an epoch is packed only when it is asked for, since hybrid keeps features
-        up to the end of the epoch before.
+        The first update of an epoch is packed only when it is asked for, since hybrid keeps
+        features up to the end of the epoch before.
         """
         with ThreadPoolExecutor(1) as packer:
             packed_ahead = None

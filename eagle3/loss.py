@@ -5,10 +5,10 @@
     p     = softmax(W_head z_j) on the draft vocabulary S
     loss  = sum_k gamma^k sum_t M^k_t CE(p, l^k_t) / normaliser
 
-A teacher's row j serves every pair (t, k) with t + k + 1 = j, so the loss waits for the whole unroll and
-then walks chunks of teacher rows: their probabilities once, the logits of all pairs that they teach,
-loss, accuracy, and the gradients in place. M pairs in order of their teacher, U teacher rows, Vd draft
-vocabulary, D and H hidden sizes of draft and target.
+A teacher's row j serves every pair (t, k) with t + k + 1 = j, so the loss waits for the whole
+unroll and then walks chunks of teacher rows: their probabilities once, the logits of all pairs that
+they teach, loss, accuracy, and the gradients in place. M pairs in order of their teacher, U teacher
+rows, Vd draft vocabulary, D and H hidden sizes of draft and target.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,8 @@ def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch
 def lk(
     logits: torch.Tensor, teacher: torch.Tensor, eta: Annotated[float, Within(0, 1e6)]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LK loss, adaptive (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta acceptance).
+    """LK loss, adaptive (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
+    acceptance).
 
     acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w
     is a constant to the gradient, and is taken pair by pair.

@@ -64,7 +64,8 @@ def step_if_finite(
     skipped = ~norm.isfinite()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if optimizer.defaults.get("fused"):
-        # The fused kernel reads `found_inf`, as a GradScaler would set it, and then changes nothing.
+        # The fused kernel reads `found_inf`, as a GradScaler would set it, and then changes
+        # nothing.
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
         optimizer.step()
     elif not skipped:
@@ -74,7 +75,8 @@ def step_if_finite(
 
 
 class GuardedOptimizer:
-    """An optimiser with its schedule, and the count of steps that non-finite gradients were kept from.
+    """An optimiser with its schedule, and the count of steps that non-finite gradients were kept
+    from.
 
     `skipped` and `skipped_in_a_row` are int64 tensors on the device, like all that `step` decides.
     """

@@ -3,29 +3,31 @@
 import contextlib
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import get_class, instantiate
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.batch import Batch, Features, pack
-from eagle3.config import RunConfig
+from eagle3.config import DraftSection, RunConfig
 from eagle3.data.prepare import load_prepared
-from eagle3.draft.initial import build_draft
+from eagle3.data.vocab import vocab_tensors
+from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import evaluate, load_answers, pack_answers
-from eagle3.hidden_states.store import open_for_hybrid, open_store
+from eagle3.export.read import locate
+from eagle3.export.write import read_draft
+from eagle3.hidden_states.store import Store, open_for_hybrid, store_inputs
+from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader, Update
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer
-from eagle3.parallel.ranks import Ranks, collective_timeout
+from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
 from eagle3.runs.checkpoint import (
@@ -36,7 +38,9 @@ from eagle3.runs.checkpoint import (
 )
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
+from eagle3.runs.progress import note_signals, progress_bar
 from eagle3.target.handle import TargetHandle
+from eagle3.target.weights import TargetWeights
 from eagle3.ttt import training_flops, unroll
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -50,14 +54,12 @@ class Interrupted(SystemExit):
 class TrainingData:
     """What the stages before left for training, as folders that every rank opens for itself.
 
-    `store_inputs` is what hidden states must have been made from; `fingerprints`, by name, are those
-    of what a checkpoint belongs to.
+    `fingerprints`, by name, are those of what a checkpoint belongs to.
     """
 
     prepared: Path | None
     answers: Path | None
     store: Path | None
-    store_inputs: dict
     fingerprints: dict[str, str]
 
 
@@ -70,77 +72,30 @@ def train(
     last is the best. Returns why documents of a store were left out, by key. Raises ConfigError and
     RunError.
     """
-    section, mode = config.train, get_class(config.mode["_target_"])
-    prepared = load_prepared(data.prepared) if data.prepared else None
-    store = None
-    if mode.captures:
-        store = open_store(config.hidden_states, data.store, data.store_inputs)
-    elif mode.keeps:
-        cache_dir = config.cache_dir
-        store = open_for_hybrid(config.hidden_states, data.store_inputs, cache_dir, ranks.rank)
-    if mode.needs_target:
-        target.load_on_ranks(ranks.local_rank, ranks.all_gather)
-    supply = mode(prepared=prepared, store=store, target=target, barrier=ranks.barrier)
-    weights = target.load_weights()
-
-    torch.manual_seed(config.seed)
-    vocab = store.vocab if mode.captures else prepared.vocab
-    draft = build_draft(config.draft, target.spec, weights, vocab).to(target.device)
-    frozen = FrozenWeights(weights.embedding, weights.head[draft.target_ids])
-    loss = instantiate(config.loss)
-    last = run_dir / "checkpoints" / "last"
+    section, folder = config.train, run_dir / "checkpoints"
+    last, best = folder / "last", folder / "best"
     # The first rank decides: what another node sees of a shared disk may be old.
     saved = load_checkpoint(last) if ranks.broadcast(last.exists()) else None
-
-    # Ranks that share a batch are one replica: each packs it whole and keeps its part.
-    shape = config.parallel
-    group = shape.ulysses * shape.ring
-    replicas = ranks.world_size // group
-    pack_batch = partial(
-        pack, in_draft_vocab=draft.t2d.cpu(), ttt_steps=config.draft.ttt_steps, mask=loss.mask
-    )
-    pack_documents, features = pack_batch, supply.features
-    if group > 1:
-        sequence = Sequence(shape, ranks, draft.config, collective_timeout(config.launch.timeout))
-        features = sequence.share_features(supply.features, weights.embedding)
-
-        def pack_documents(documents):
-            return sequence.deal(pack_batch(documents))
-
-    tokens_per_update = section.tokens_per_step * section.grad_accum * replicas
-    if saved:  # as the run began, however many ranks there are now
-        tokens_per_update = saved.plain["tokens_per_update"]
-    replica = ranks.rank // group
-    loader = Loader(
-        supply.documents, section, pack_documents, tokens_per_update, config.seed, replica, replicas
-    )
-    optimizer = instantiate(config.optimizer)(draft.parameters())
-    scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
-    optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
-    meter = Meter(config.draft.ttt_steps, loss.gamma, target.device)
-    trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
-    resumed_at = None
     if saved:
         check_fingerprints(saved.plain["inputs"], data.fingerprints)
-        trainer.restore(saved)
+    supply = open_supply(config, target, data, ranks)
+    trainer = build_trainer(config, target, supply, saved, ranks)
+    draft, total, resumed_at = trainer.draft, trainer.loader.total_updates, None
+    if saved:
         resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
         if ranks.is_main:
-            print(f"train: resumed after update {resumed_at} of {loader.total_updates}")
-    # Other processors may round other first weights.
-    ranks.broadcast_tensors(list(draft.state_dict().values()))
+            print(f"train: resumed after update {resumed_at} of {total}")
 
     measure = None
     if data.answers:
         draft_length = config.eval.draft_length
-        steps = max(config.draft.ttt_steps, draft_length)
-        answers = pack_answers(load_answers(data.answers), draft.t2d, steps, section.tokens_per_step)
-        measure = partial(evaluate, draft, frozen, loss, answers, draft_length)
+        steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
+        answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
+        measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
     log = JsonLines(run_dir / "metrics.jsonl", resumed_at).log if ranks.is_main else discard
     timeout = collective_timeout(config.launch.timeout)
-    checkpoints = CheckpointWriter(
-        run_dir / "checkpoints", section.keep_last, ranks.rank, ranks.world_size, timeout
-    )
-    total, updates = loader.total_updates, iter(loader)
+    checkpoints = CheckpointWriter(folder, section.keep_last, ranks.rank, ranks.world_size, timeout)
+    updates = iter(trainer.loader)
     with (
         contextlib.closing(supply),
         Watch(run_dir, ranks, config.launch.timeout),
@@ -150,7 +105,7 @@ def train(
         while trainer.update < total:
             began = time.perf_counter()
             update = next(updates)
-            lr = optim.lr
+            lr = trainer.optim.lr
             norm = trainer.train_update(update, waited=time.perf_counter() - began)
             is_last = trainer.update == total
             stopping = ranks.all_reduce(received["signal"], "max")
@@ -159,7 +114,7 @@ def train(
                 refuse_endless_skipping(trainer, update, run_dir)
                 metrics = trainer.meter.read(ranks.all_reduce_tensor)
                 metrics |= {"lr": lr, "grad_norm": float(norm)}
-                metrics["skipped_updates"] = int(optim.skipped)
+                metrics["skipped_updates"] = int(trainer.optim.skipped)
                 log(metrics, trainer.update)
                 show(trainer.update, loss=metrics["loss"])
 
@@ -176,7 +131,7 @@ def train(
             due = trainer.update % section.save_every == 0 or is_last or stopping
             if due or (measure and is_best):
                 trainer.best_update = trainer.update if is_best else trainer.best_update
-                supply.sync()  # what a checkpoint says was trained on must be there when it is read
+                supply.sync()  # what a checkpoint says was trained on must be on disk by then
                 state = trainer.state()
                 state.plain["inputs"] = data.fingerprints
                 checkpoints.save(trainer.update, state, is_best)
@@ -184,19 +139,102 @@ def train(
             if stopping:
                 checkpoints.wait()
                 if ranks.is_main:
-                    print(f"\nstopped after update {trainer.update}; go on with: ", end="")
-                    print(f"python run.py train.resume={run_dir}")
+                    command = f"python run.py train.resume={run_dir}"
+                    print(f"\nstopped after update {trainer.update}; go on with: {command}")
                 raise Interrupted(128 + stopping)
             trainer.meter.leave_out(time.perf_counter() - began)
         checkpoints.wait()
         ranks.barrier()
 
     if measure and ranks.is_main:
-        draft.load_state_dict(draft_weights(run_dir / "checkpoints" / "best"))
-        best = asdict(measure()) | {"update": trainer.best_update}
-        (run_dir / "evaluation.json").write_text(json.dumps(best))
-    damaged = ranks.all_gather(store.damaged if mode.captures else {})
+        draft.load_state_dict(draft_weights(best))
+        evaluation, update = measure(), trainer.best_update
+        values = asdict(evaluation) | {"update": update}
+        (run_dir / "evaluation.json").write_text(json.dumps(values))
+        length = evaluation.acceptance_length[draft_length]
+        print(
+            f"train: best acceptance length {length:.2f} at draft length {draft_length}, update "
+            f"{update}"
+        )
+    elif ranks.is_main:
+        print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
+    damaged = ranks.all_gather(supply.store.damaged if data.store else {})
     return {key: reason for each in damaged for key, reason in each.items()}
+
+
+def open_supply(
+    config: RunConfig, target: TargetHandle, data: TrainingData, ranks: Ranks
+) -> Supply:
+    """Where hidden states come from: what `mode` names, with the folders and the target it needs."""
+    mode, hidden = get_class(config.mode["_target_"]), config.hidden_states
+    prepared = load_prepared(data.prepared) if data.prepared else None
+    store = Store(data.store, hidden.on_damage) if data.store else None
+    if mode.keeps:
+        inputs = store_inputs(target, hidden.dtype, prepared.digest)
+        store = open_for_hybrid(hidden, inputs, config.cache_dir, ranks.rank)
+    if mode.needs_target:
+        load_target(target, ranks)
+    return mode(prepared, store, target, ranks.barrier)
+
+
+def build_trainer(
+    config: RunConfig,
+    target: TargetHandle,
+    supply: Supply,
+    saved: CheckpointState | None,
+    ranks: Ranks,
+) -> "Trainer":
+    """The draft with all that trains it, as `saved` left it."""
+    section, shape, weights = config.train, config.parallel, target.load_weights()
+    torch.manual_seed(config.seed)
+    draft = build_draft(config.draft, target, weights, supply).to(target.device)
+    frozen = FrozenWeights(weights.embedding, weights.head[draft.target_ids])
+    loss = instantiate(config.loss)
+
+    # Ranks that share a batch are one replica: each packs it whole and keeps its part.
+    group = shape.ulysses * shape.ring
+    replica, replicas = ranks.rank // group, ranks.world_size // group
+    in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
+    pack_documents = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
+    features = supply.features
+    if group > 1:
+        timeout = collective_timeout(config.launch.timeout)
+        sequence = Sequence(
+            shape.ulysses, shape.ring, ranks.rank, ranks.world_size, draft.config, timeout
+        )
+        features = sequence.share_features(features, weights.embedding.dtype)
+        pack_documents = sequence.deal_packed(pack_documents)
+
+    tokens_per_update = section.tokens_per_step * section.grad_accum * replicas
+    if saved:  # as the run began, however many ranks there are now
+        tokens_per_update = saved.plain["tokens_per_update"]
+    loader = Loader(
+        supply.documents, section, pack_documents, tokens_per_update, config.seed, replica, replicas
+    )
+    optimizer = instantiate(config.optimizer)(draft.parameters())
+    scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
+    optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
+    meter = Meter(steps, loss.gamma, target.device)
+    trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
+    if saved:
+        trainer.restore(saved)
+    # Other processors may round other first weights.
+    ranks.broadcast_tensors(list(draft.state_dict().values()))
+    return trainer
+
+
+def build_draft(
+    section: DraftSection, target: TargetHandle, weights: TargetWeights, supply: Supply
+) -> Draft:
+    """The draft that `draft.init_from` names, else a new one with the data's draft vocabulary."""
+    spec, attention = target.spec, instantiate(section.attention)
+    if section.init_from is not None:
+        return read_draft(locate(section.init_from, "draft.init_from"), attention, spec)
+    # An imported store comes without prepared data, and counts its own tokens.
+    vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
+    t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
+    config, initial = draft_config(section, spec.config), instantiate(section.initial)
+    return new_draft(config, attention, initial, weights, t2d, d2t)
 
 
 class Trainer:
@@ -221,7 +259,8 @@ class Trainer:
         self.update, self.best, self.best_update = 0, -math.inf, 0
 
     def train_update(self, update: Update, waited: float) -> torch.Tensor:
-        """Forward, backward and one guarded optimiser step; returns the gradient norm, on the device.
+        """Forward, backward and one guarded optimiser step; returns the gradient norm, on the
+        device.
 
         Gradients are added up unnormalised and divided by the count of all ranks, so that every
         layout and micro-batching gives the same. An update all of whose documents are damaged
@@ -326,44 +365,3 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
         f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr or look at "
         f"the last batch, saved in {path}"
     )
-
-
-@contextlib.contextmanager
-def note_signals(launched: bool) -> Iterator[dict[str, int]]:
-    """The first Ctrl-C or SIGTERM is noted: the loop ends after its update.
-
-    A second one acts at once, except in a launched process, which hears of each signal twice (from
-    the terminal and from its launcher).
-    """
-    received = {"signal": 0}
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number, frame):
-        received["signal"] = number
-        for each, handler in before.items() if not launched else ():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, done: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A bar with ETA, the latest loss and acceptance; yields `show(update, loss=, acceptance=)`."""
-    text = TextColumn("{task.fields[text]}")
-    columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text
-    latest: dict[str, float] = {}
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task("train", total=total, completed=done, text="")
-
-        def show(update: int, **values: float) -> None:
-            latest.update(values)
-            text = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
-            progress.update(task, completed=update, text=text)
-
-        yield show

@@ -18,5 +18,5 @@ if [ "${NNODES:-1}" -gt 1 ]; then
   meet=(--nnodes="$NNODES" --node-rank="${NODE_RANK:-${SLURM_NODEID:?NNODES=$NNODES needs NODE_RANK}}")
   meet+=(--master-addr="${head%:*}" --master-port="${head##*:}")
 fi
-exec "$python" launch/torchrun.py "${meet[@]}" --nproc-per-node="$processes" \
+exec "$python" -m eagle3.parallel.torchrun "${meet[@]}" --nproc-per-node="$processes" \
   --shutdown-timeout="${SHUTDOWN_TIMEOUT:-600}" run.py "$@"

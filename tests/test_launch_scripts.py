@@ -11,6 +11,8 @@ import time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.runs
+
 TASKS = 'trap "exit $AFTER_SIGNAL" {signals}\ntouch "$LOG.begun"\n[ -z "$LAST" ] || exit "$LAST"\n'
 TASKS += "for _ in $(seq 100); do sleep 0.1; done\n"
 
@@ -57,7 +59,7 @@ def test_torchrun_on_one_node(stand_ins):
     code, calls = run("torchrun.sh", stand_ins, "2", "-m", "seed=0,1", "data.path=a b", LAST="0")
     assert code == 0
     assert calls == [
-        "python launch/torchrun.py --standalone --nproc-per-node=2 --shutdown-timeout=600 "
+        "python -m eagle3.parallel.torchrun --standalone --nproc-per-node=2 --shutdown-timeout=600 "
         "run.py -m seed=0,1 data.path=a b"
     ]
 
@@ -86,7 +88,7 @@ def test_torchrun_ends_as_its_processes_do(tmp_path, script, code, said):
     (tmp_path / "run.py").write_text(f"import os, signal, sys, time\n{script}\n")
     command = [
         sys.executable,
-        "launch/torchrun.py",
+        "eagle3/parallel/torchrun.py",
         "--standalone",
         "--shutdown-timeout=5",
         str(tmp_path / "run.py"),

@@ -1,10 +1,10 @@
 """Where a run's stages compute: the launcher, and the ranks that it has started for some of them.
 
-Three ways lead to the same ranks: our own launcher spawns `launch.nproc_per_node` processes for each
-stage that needs them; torchrun started all processes, of which the first runs the pipeline and the
-others wait in `serve_tasks`; with `launch.nnodes` launchers, the first does, and the others wait there
-too and spawn their own processes. Whoever waits does so on a store, not in a collective, so that it
-may take as long as it takes while collectives keep a timeout.
+Three ways lead to the same ranks: our own launcher spawns `launch.nproc_per_node` processes for
+each stage that needs them; torchrun started all processes, of which the first runs the pipeline and
+the others wait in `serve_tasks`; with `launch.nnodes` launchers, the first does, and the others
+wait there too and spawn their own processes. Whoever waits does so on a store, not in a collective,
+so that it may take as long as it takes while collectives keep a timeout.
 """
 
 import ctypes
@@ -49,6 +49,11 @@ Task = Callable[..., Any]  # task(ranks, config, run_dir, *arguments), which mus
 def is_torchrun() -> bool:
     """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def spawns_ranks(config: RunConfig) -> bool:
+    """Whether stages that need ranks compute in other processes than this one."""
+    return config.launch.nproc_per_node * config.launch.nnodes > 1 and not is_torchrun()
 
 
 def local_processes(config: RunConfig) -> int:

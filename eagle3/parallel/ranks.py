@@ -1,7 +1,8 @@
 """The ranks of a run and their collectives; the process that a rank computes in.
 
-Ranks are born for the stages that need them (`capture`, `train`) and are equal there: each knows its
-number and takes part in the same collectives in the same order. `parallel/launch.py` starts them.
+Ranks are born for the stages that need them (`capture`, `train`) and are equal there: each knows
+its number and takes part in the same collectives in the same order. `parallel/launch.py` starts
+them.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError
+from eagle3.target.handle import TargetHandle
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 
@@ -103,8 +105,8 @@ def collective_timeout(timeout: float) -> timedelta:
 def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
     """Join the process group of those that torchrun, or our launcher, started; once a process.
 
-    `store` is where they meet, if not by the environment. A collective that waits for `timeout` ends
-    its process.
+    `store` is where they meet, if not by the environment. A collective that waits for `timeout`
+    ends its process.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():  # with device=cpu there may be more processes than GPUs
@@ -120,6 +122,18 @@ def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
             )
     host_group = dist.new_group(timeout=timeout, backend="gloo")
     return Ranks(rank, world_size, int(os.environ["LOCAL_RANK"]), host_group)
+
+
+def load_target(target: TargetHandle, ranks: Ranks) -> None:
+    """Load the target on every rank; of an engine, each machine's first rank starts one for all."""
+    if target.in_process:
+        target.load()
+        return
+    url = target.load().url if ranks.local_rank == 0 else None
+    urls = ranks.all_gather(url)
+    if ranks.local_rank > 0:
+        target.section = target.section | {"url": urls[ranks.rank - ranks.local_rank]}
+        target.load()
 
 
 def choose_device(name: str) -> torch.device:

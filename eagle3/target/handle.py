@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 
 from eagle3.target.spec import TargetSpec
 from eagle3.target.weights import TargetWeights, load_weights
@@ -35,6 +35,18 @@ class TargetHandle:
         }
         name = self.section.get("quantization")
         return known if name is None else known | {"quantization": name}
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the model is loaded into this process, and not into an engine's."""
+        return get_class(self.section["_target_"]).in_process
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes: they load the target themselves, or use the engine that runs here."""
+        state = vars(self) | {"loaded": None}
+        if self.loaded is not None and not self.in_process:
+            state["section"] = self.section | {"url": self.loaded.url}
+        return state
 
     def load(self) -> Any:
         """The loaded target. Raises ConfigError and RunError."""

@@ -1,0 +1,48 @@
+"""What a long loop shows, and how it hears that it should end."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextlib.contextmanager
+def note_signals(launched: bool) -> Iterator[dict[str, int]]:
+    """The first Ctrl-C or SIGTERM is noted: the loop ends after its update.
+
+    A second one acts at once, except in a launched process, which hears of each signal twice (from
+    the terminal and from its launcher).
+    """
+    received = {"signal": 0}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        received["signal"] = number
+        for each, handler in before.items() if not launched else ():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, done: int, shown: bool) -> Iterator[Callable[..., None]]:
+    """A bar with ETA, the latest loss and acceptance; yields `show(update, loss=, acceptance=)`."""
+    text = TextColumn("{task.fields[text]}")
+    columns = TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text
+    latest: dict[str, float] = {}
+    with Progress(*columns, disable=not shown) as progress:
+        task = progress.add_task("train", total=total, completed=done, text="")
+
+        def show(update: int, **values: float) -> None:
+            latest.update(values)
+            text = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
+            progress.update(task, completed=update, text=text)
+
+        yield show
