@@ -20,12 +20,13 @@ from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import write as export
+from eagle3.export.folder import locate
 from eagle3.hidden_states.capture import capture, is_complete
 from eagle3.hidden_states.specforge import is_specforge
 from eagle3.job import Run
 from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss
-from eagle3.parallel.ranks import Ranks
+from eagle3.parallel.ranks import PATIENCE, Ranks
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
 from eagle3.runs import checkpoint
@@ -125,8 +126,14 @@ def draft_for(run: Run) -> Draft:
         instantiate(run.config.draft.attention),
         instantiate(run.config.draft.initial),
     )
-    vocab = run.vocab if run.config.draft.init_from is None else (None, None)
-    return new_draft(run.config.draft, attention, initial, run.weights, *vocab).to(run.device)
+    section, weights = run.config.draft, run.weights
+    if section.init_from is not None:
+        folder = locate(section.init_from, "draft.init_from")
+        draft = export.read_draft(folder, attention, weights.config, weights.aux_layer_ids)
+    else:
+        shape = draft_config(section, weights.config)
+        draft = new_draft(shape, attention, initial, weights, *run.vocab)
+    return draft.to(run.device)
 
 
 def train_stage(run: Run) -> None:
@@ -145,8 +152,10 @@ def train_stage(run: Run) -> None:
     replicas, supply, deal = ranks.world_size // group, run.supply, {}
     tokens_per_update = given.tokens_per_step * given.grad_accum * replicas
     if group > 1:
-        sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, ranks.world_size, draft.config)
-        supply, deal = sequence.spread(supply, weights.embedding), {"deal": sequence.deal}
+        place = ranks.rank, ranks.world_size
+        sequence = Sequence(shape.ulysses, shape.ring, *place, draft.config, PATIENCE)
+        shared = sequence.share_features(supply.features_of, weights.embedding.dtype)
+        supply, deal = dataclasses.replace(supply, features_of=shared), {"deal": sequence.deal}
     loader = Loader(
         supply.documents,
         draft.t2d.cpu(),
