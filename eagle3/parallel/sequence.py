@@ -6,25 +6,19 @@ heads, and returns their gradients once. With `ring` alone later steps send noth
 `ulysses` group swap rows for heads and back around each step's attention (arXiv 2405.07719 has the
 same layout for whole models, where k and v go round in every layer).
 
-The only collective is torch's all-to-all with uneven splits and gradients, which gloo and nccl
-have: row sets differ from rank to rank, and yunchang's all-to-all takes equal ones.
+T packed tokens, of which a rank owns O; N rows; H query and G key/value heads of size d; u ulysses,
+P = u x ring ranks. Index vectors are named x_of_y: they give an x for every y, where token is a
+place in the packed batch, own a place among a rank's own tokens, input a place in its `input_ids`,
+row a place in `batch.rows`, and arrival a place in what an all-to-all brings, rank by rank.
 
-T packed tokens, of which a rank owns O; N rows; U teacher rows; H query and G key/value heads of
-size d; u ulysses, P = u x ring ranks. A vector is named after what it gives and what it is indexed
-by: token (place in the packed batch), own (place among a rank's own tokens), input (place in a
-rank's `input_ids`), row (place in `batch.rows`), arrival (place in what an all-to-all brings, rank
-by rank).
+An example: ring 2, K = 1, a document of 8 tokens, its first and last two on rank 0:
 
-An example: 2 ranks (ring 2), one document of 8 tokens, K = 1, and blocks of 2 tokens. Later blocks
-cost more, so rank 0 gets the last block and the first, rank 1 those between:
-
-    rank_of_token        0 0 1 1 1 1 0 0
-    on rank 0:
-      token_of_input     0 1 2 6 7          its tokens, and token 2, whose embedding row 1 reads
-      input_of_own       0 1 3 4            batch.own: where its own tokens 0 1 6 7 stand there
-      keys arrive        0 1 6 7 2 3 4 5    rank by rank
-      arrival_of_token   0 1 4 5 6 7 2 3    puts them in packed order
-      segments           tokens 0 1 see keys 0:2, tokens 6 7 see keys 0:8
+    rank_of_token       0 0 1 1 1 1 0 0
+    token_of_input      0 1 2 6 7          rank 0's, and token 2: row 1 reads its embedding
+    input_of_own        0 1 3 4            batch.own: its own tokens 0 1 6 7 among these
+    keys arrive         0 1 6 7 2 3 4 5    first rank 0's, then rank 1's
+    arrival_of_token    0 1 4 5 6 7 2 3    picks them in packed order
+    segments            tokens 0 1 see keys 0:2, tokens 6 7 see keys 0:8
 """
 
 from collections.abc import Callable
@@ -63,11 +57,10 @@ def inverse(permutation: Tensor) -> Tensor:
 class Exchange(NamedTuple):
     """What the attention of a dealt batch moves between ranks; planned on the host.
 
-    Of all P ranks: `tokens_of_rank` [P] counts their tokens, `arrival_of_token` [T] finds each
-    token's key among what they send. Of the u ranks of the ulysses group, who swap their rows:
-    `row_counts` [u][K] counts each one's rows at each step, `segments` are their tokens together,
-    and `rows` [N] all their rows, needed longest first, as places among those tokens.
-    `row_of_arrival[k]` [N_k] says which of `rows` arrives where at step k.
+    `tokens_of_rank` [P] are counts, `arrival_of_token` int64 [T]. The ranks of a ulysses group swap
+    rows: `segments` are their tokens together, `rows` int64 [N] all their rows, needed longest
+    first, as places among those; `row_counts` [u][K] counts each rank's, and `row_of_arrival`,
+    int64 [N_k] for each step k, gives places in `rows`.
     """
 
     sequence: "Sequence"
@@ -127,9 +120,7 @@ class Exchange(NamedTuple):
 
 
 class SharedKeysValues:
-    """`attention.KeysValues` of a shared batch: k0, v0 [T,G/u,d] are all tokens', for this rank's
-    heads; `later` those of the group's rows.
-    """
+    """`attention.KeysValues` of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
 
     def __init__(self, exchange: Exchange, backend: Backend, k0: Tensor, v0: Tensor):
         self.exchange, self.backend, self.k0, self.v0 = exchange, Segmented(backend), k0, v0
@@ -148,10 +139,8 @@ class SharedKeysValues:
 
 
 class Route(NamedTuple):
-    """One all-to-all that brings what some ranks have to those who need it.
-
-    `picked` int64 are the places, among what this rank has, of what it sends, rank by rank; `sent`
-    and `received` [P] count; `arrival_of_wanted` orders what has arrived.
+    """An all-to-all of vectors: what this rank sends (`picked` int64, places among those it has,
+    rank by rank), counts sent and received [P], and the order of what it wanted.
     """
 
     picked: Tensor
@@ -178,18 +167,12 @@ class Sequence:
     """The ranks that share a replica's micro-batches; rank p has ring place p // u, heads p % u."""
 
     def __init__(
-        self,
-        ulysses: int,
-        ring: int,
-        rank: int,
-        world_size: int,
-        config: DraftConfig,
+        self, ulysses: int, ring: int, rank: int, world_size: int, config: DraftConfig,
         timeout: timedelta | None = None,
-    ):
+    ):  # fmt: skip
         """`rank` and `world_size` are those of the run, whose ranks must all make their Sequence.
 
-        `timeout` is that of its collectives. Without one it has no process groups: such a Sequence
-        deals batches and cannot send.
+        `timeout` is that of its collectives; without one it deals batches and cannot send.
         """
         self.ulysses, self.ring, self.size = ulysses, ring, ulysses * ring
         self.rank, self.config = rank % self.size, config
@@ -318,8 +301,8 @@ class Sequence:
         )
 
     def plan_routes(self, batch: Batch, rank_of_token: Tensor, rank_of_pair: Tensor) -> Routes:
-        """A target reads whole documents, so ranks prefill documents and send the features of each
-        token, and of each teacher row, to the ranks that train on it.
+        """A target reads whole documents: ranks prefill some each, and send the features of tokens
+        and teacher rows to where these are trained on.
         """
         lengths = batch.documents.lengths
         source_of_document = assign(np.array(lengths), self.size)
@@ -367,9 +350,7 @@ class Sequence:
 
 
 def new_group(size: int, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Cut the run's ranks into groups of `size` neighbours, all of which every rank has to make;
-    returns the one that `rank` belongs to.
-    """
+    """The group of `size` neighbours that `rank` is in; every rank has to make every group."""
     starts = range(0, world_size, size)
     groups = [dist.new_group(range(start, start + size), timeout=timeout) for start in starts]
     return groups[rank // size]
@@ -390,9 +371,7 @@ def starts_of(counts: list[int]) -> Tensor:
 
 
 def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -> Tensor:
-    """Sorted places of own tokens and of up to `steps` tokens behind each in its document: step k
-    of row t reads the embedding of token t+k+1.
-    """
+    """Own tokens and up to `steps` behind each in its document: step k of row t reads t+k+1."""
     needed, own = token_is_own.clone(), token_is_own.nonzero()[:, 0]
     for distance in range(1, steps + 1):
         ahead = own + distance
@@ -401,15 +380,12 @@ def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -
 
 
 def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
-    """`wanted[p]` are the sorted places that rank p needs, `source` the rank that has each place.
-
-    A rank has its places in order, so it finds one by counting its own before it.
-    """
+    """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
     has = source == rank
     sent = [places[has[places]] for places in wanted]
     source_of_wanted = source[wanted[rank]]
     return Route(
-        picked=(has.cumsum(0) - 1)[torch.cat(sent)],
+        picked=(has.cumsum(0) - 1)[torch.cat(sent)],  # a rank has its places in order
         sent=[len(places) for places in sent],
         received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
         arrival_of_wanted=inverse(torch.argsort(source_of_wanted, stable=True)),
