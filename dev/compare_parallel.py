@@ -1,8 +1,7 @@
 """How training spreads over ranks: work, balance, bytes sent and memory per rank, layout by layout.
 
-    python dev/compare_parallel.py                  # computed at Llama-3.1-8B shapes, checked in
-    gloo processes python dev/compare_parallel.py --time           # real updates; the default where
-    there are several GPUs
+    python dev/compare_parallel.py          # computed at Llama-3.1-8B shapes, checked in processes
+    python dev/compare_parallel.py --time   # real updates; the default where there are several GPUs
 
 Work is FLOPs of a rank's products and attention, forward and backward (7 products of 2 d for each
 pair of a query and a key of a head: 2 forward, 5 backward, as flash kernels do). Sent bytes are
@@ -20,12 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from compare_step import saved_bytes as measured_bytes
+from compare_step import saved_bytes
 from gpu_step import SHAPES
 from rich.console import Console
 from time_parallel import (
     SMALL,
     STEPS,
+    TIMEOUT,
     Layout,
     compare_time,
     connect,
@@ -36,37 +36,23 @@ from time_parallel import (
     table,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
+from torch.utils._pytree import tree_flatten
 
 from eagle3.batch import Batch
 from eagle3.draft.model import DraftConfig
 from eagle3.parallel.sequence import Sequence
-from eagle3.plan import costs
 from eagle3.ttt import training_flops
 
 PER_RANK = 16384
-TARGET = LlamaConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-)
-TARGET_BYTES = 2 * 8_030_261_248  # of Llama-3.1-8B in bf16
-
-
 LAYOUTS = [Layout(1), Layout(8), Layout(2, 4), Layout(1, 1, 8), Layout(1, 2, 4), Layout(1, 8)]
 CHECKED = [Layout(1, 1, 4), Layout(1, 4), Layout(1, 2, 2), Layout(2, 2)]
 
 
 def imagined(layout: Layout, rank: int, config: DraftConfig) -> Sequence | None:
     """The Sequence of a rank, without processes: it deals, and can't send."""
-    sequence = object.__new__(Sequence)
-    vars(sequence).update(
-        ulysses=layout.ulysses, ring=layout.ring, rank=rank % layout.group, size=layout.group
-    )
-    sequence.config = config
-    return sequence if layout.group > 1 else None
+    if layout.group == 1:
+        return None
+    return Sequence(layout.ulysses, layout.ring, rank, layout.ranks, config)
 
 
 def causal_pairs(batch: Batch) -> int:
@@ -82,25 +68,21 @@ def sent_bytes(batch: Batch, layout: Layout, config: DraftConfig, element: int) 
     if layout.group == 1:
         return 0
     exchange, u = batch.exchange, layout.ulysses
-    q, kv = (
-        config.num_attention_heads * config.head_dim,
-        2 * config.num_key_value_heads * config.head_dim,
-    )
-    here, length = exchange.held[exchange.sequence.rank], sum(exchange.held)
-    numbers = (here * (layout.group - 1) + length - here) * kv // u
-    for step, everyone in enumerate(exchange.steps(batch)):
-        mine = exchange.counts[exchange.sequence.rank % u][step]
-        moved = mine * (u - 1) + everyone - mine  # one way, and back as gradients or as rows
+    q = config.num_attention_heads * config.head_dim
+    kv = 2 * config.num_key_value_heads * config.head_dim
+    own, length = batch.tokens, sum(exchange.tokens_of_rank)
+    numbers = (own * (layout.group - 1) + length - own) * kv // u
+    for step in range(max(1, batch.num_steps)):
+        own, everyone = batch.row_counts[step], sum(counts[step] for counts in exchange.row_counts)
+        moved = own * (u - 1) + everyone - own  # one way, and back as gradients or as rows
         numbers += moved * (2 * q + (kv if step else 0)) // u
     return numbers * element
 
 
 def public_bytes(length: int, layout: Layout, config: DraftConfig, element: int) -> float:
     """The same of a rank in the scheme of public trainers (see the top)."""
-    q, kv = (
-        config.num_attention_heads * config.head_dim,
-        2 * config.num_key_value_heads * config.head_dim,
-    )
+    q = config.num_attention_heads * config.head_dim
+    kv = 2 * config.num_key_value_heads * config.head_dim
     around = 3 * (layout.ring - 1) * (length / layout.ring) * kv / layout.ulysses
     swapped = 2 * (length / layout.group) * (2 * q + kv) * (layout.ulysses - 1) / layout.ulysses
     return STEPS * (around + swapped) * element
@@ -111,18 +93,15 @@ def routed_bytes(batch: Batch, layout: Layout, config: DraftConfig, element: int
     if layout.group == 1:
         return 0
     rank, width = batch.exchange.sequence.rank, config.target_hidden_size * element
-    routes = batch.routes.tokens, batch.routes.teachers
     tokens, teachers = (
-        sum(count for other, count in enumerate(route[1]) if other != rank) for route in routes
+        sum(route.sent) - route.sent[rank] for route in (batch.routes.tokens, batch.routes.teachers)
     )
     return tokens * 3 * width + teachers * (width + 8 + 4)
 
 
-def compare_work(title: str, lengths: np.ndarray, console: Console) -> dict[Layout, list[Batch]]:
-    """Prints a row a layout; returns the last micro-step of each rank, where ranks share it or
-    there is one rank.
-    """
-    config, length, last = SHAPES["llama3-8b"], int(lengths.sum()), {}
+def compare_work(title: str, lengths: np.ndarray, console: Console) -> None:
+    """Prints a row a layout."""
+    config, length = SHAPES["llama3-8b"], int(lengths.sum())
     shown = table(
         f"{title}, {length:,} tokens, Llama-3.1-8B shapes in bf16: the busiest rank; MB: mean of the ranks", "layout",
         "tokens", "rows", "pairs", "TFLOP", "/ mean", "sent MB", "public scheme MB", "ratio", "kB a token", "online MB",
@@ -156,21 +135,7 @@ def compare_work(title: str, lengths: np.ndarray, console: Console) -> dict[Layo
             f"{flops.max() / flops.mean():.3f}", f"{sent / 1e6:.0f}", f"{public / 1e6:.0f}",
             f"{public / sent:.1f}" if sent else "", f"{sent * layout.ranks / length / 1e3:.1f}", f"{routed / 1e6:.0f}",
         )  # fmt: skip
-        if layout.replicas == 1:
-            last[layout] = [batches[-1] for batches in dealt]
     console.print(shown)
-    return last
-
-
-def kept_bytes(batch: Batch, config: DraftConfig, layout: Layout, element: int, fused: bool) -> int:
-    """Bytes kept for backward on a rank: `plan`'s formula, and the keys and values of all tokens
-    for its heads.
-    """
-    kept = costs.saved_bytes(config, batch, element, fused)
-    if layout.group > 1:
-        heads = config.num_key_value_heads // layout.ulysses
-        kept += 2 * heads * config.head_dim * sum(batch.exchange.held) * element
-    return kept
 
 
 class Sent(TorchDispatchMode):
@@ -189,14 +154,13 @@ class Sent(TorchDispatchMode):
 
 
 def check(rank: int, world_size: int, folder: str) -> None:
-    """In a process: bytes counted and computed by layout, and bytes kept for backward measured and
-    computed.
-    """
+    """In a process: bytes counted and computed by layout, and bytes kept for backward measured."""
     cpu = torch.device("cpu")
     connect(rank, world_size, folder, cpu)
     model, sent, kept = make_model(SMALL, cpu, torch.float32), {}, {}
     for layout in CHECKED:
-        sequence = Sequence(layout.ulysses, layout.ring, rank, world_size, SMALL)
+        shape = layout.ulysses, layout.ring
+        sequence = Sequence(*shape, rank, world_size, SMALL, TIMEOUT)
         batches = micro_steps(lognormal(2000), layout, rank, SMALL, sequence, 1000)
         with Sent() as counter:
             for batch in batches:
@@ -206,26 +170,15 @@ def check(rank: int, world_size: int, folder: str) -> None:
             sum(sent_bytes(batch, layout, SMALL, 4) for batch in batches),
         )
     layout = CHECKED[0]
-    sequence = Sequence(layout.ulysses, layout.ring, rank, world_size, SMALL)
+    sequence = Sequence(layout.ulysses, layout.ring, rank, world_size, SMALL, TIMEOUT)
     for length in (2048, 4096, 8192):
         (batch,) = micro_steps(np.array([length]), layout, rank, SMALL, sequence, length)
         features, exchange = imagine(batch, SMALL, torch.float32), batch.exchange
-        given = [
-            *vars(batch).values(),
-            *vars(features).values(),
-            *vars(exchange).values(),
-            model.embedding,
-            model.head,
-        ]
-        given += [
-            *exchange.grouped,
-            *exchange.back,
-            *(part.rows for part in exchange.segments.parts),
-        ]
-        _, measured = measured_bytes(
+        tensors = [model.embedding, model.head]
+        given, _ = tree_flatten([vars(batch), exchange, vars(features), tensors])
+        _, kept[length] = saved_bytes(
             lambda b=batch, f=features: model.forward(b, f), model.draft, given
         )
-        kept[length] = measured, kept_bytes(batch, SMALL, layout, 4, False)
     everyone = [None] * world_size
     dist.all_gather_object(everyone, (sent, kept))
     if rank == 0:
@@ -252,56 +205,19 @@ def compare_sent(everyone: list[tuple[dict, dict]], console: Console) -> None:
     console.print(shown)
 
 
-def compare_memory(
-    everyone: list[tuple[dict, dict]], batches: dict[Layout, list[Batch]], console: Console
-) -> None:
-    """Kept bytes measured at a small size against the formula; that formula, so corrected, at
-    Llama-3.1-8B shapes.
-    """
-    shown = table(f"Kept for backward, mean of the ranks: {CHECKED[0]} in gloo processes, small shapes in fp32",
-                  "tokens", "measured MB", "computed MB", "ratio", "bytes a token", "of those added")  # fmt: skip
-    factor, before, shorter = 0.0, 0.0, 0
-    for length in everyone[0][1]:
-        measured, computed = np.mean([kept[length] for _, kept in everyone], axis=0)
-        factor = max(factor, measured / computed)
+def compare_memory(kept: list[dict[int, int]], console: Console) -> None:
+    """Bytes kept for backward, which grow with the tokens and not with their square."""
+    title = (
+        f"Kept for backward, mean of the ranks: {CHECKED[0]} in gloo processes, small shapes, fp32"
+    )
+    shown = table(title, "tokens", "MB", "bytes a token", "of those added")
+    before, shorter = 0.0, 0
+    for length in kept[0]:
+        measured = np.mean([of_rank[length] for of_rank in kept])
         added = f"{(measured - before) / (length - shorter):,.0f}" if shorter else ""
-        row = (
-            f"{measured / 1e6:.2f}",
-            f"{computed / 1e6:.2f}",
-            f"{measured / computed:.3f}",
-            f"{measured / length:,.0f}",
-        )
-        shown.add_row(f"{length:,}", *row, added)
+        row = f"{measured / 1e6:.2f}", f"{measured / length:,.0f}", added
+        shown.add_row(f"{length:,}", *row)
         before, shorter = measured, length
-    console.print(shown)
-    config, columns = SHAPES["llama3-8b"], {}
-    ends = 2 * config.vocab_size * config.hidden_size
-    for layout, dealt in batches.items():
-        length = sum(batch.tokens for batch in dealt)
-        key = config.num_key_value_heads * config.head_dim // layout.ulysses
-        states = (
-            16 * costs.draft_parameters(config) + 2 * config.draft_vocab_size * config.hidden_size
-        )
-        work = {
-            "features": max(
-                2 * config.target_hidden_size * (3 * b.tokens + len(b.teacher_rows)) for b in dealt
-            ),
-            "kept for backward": factor
-            * max(kept_bytes(b, config, layout, 2, True) for b in dealt),
-            "gradients of all keys, values": 2 * (4 + 2) * key * length,
-            "loss at work": max(costs.loss_bytes(config, b, 1024, 2) for b in dealt),
-        }
-        prefill = costs.prefill_bytes(TARGET, length, 2)
-        columns[layout] = {
-            "draft, gradient, AdamW in fp32; head": states, "embedding": ends, **work,
-            "OFFLINE": states + ends + sum(work.values()),
-            "online: the target's other weights": TARGET_BYTES - ends, "online: its prefill, before the rest": prefill,
-            "ONLINE": states + TARGET_BYTES + max(prefill, sum(work.values())),
-        }  # fmt: skip
-    title = f"GB on the fullest rank, one document at Llama-3.1-8B shapes in bf16 (kept: computed x {factor:.3f})"
-    shown = table(title, "", *map(str, columns))
-    for name in next(iter(columns.values())):
-        shown.add_row(name, *(f"{column[name] / 1e9:.1f}" for column in columns.values()))
     console.print(shown)
 
 
@@ -331,8 +247,8 @@ def main() -> None:
         everyone = torch.load(f"{folder}/checked.pt")
     compare_sent(everyone, console)
     compare_work("Documents of about 1,500 tokens", lognormal(options.length), console)
-    batches = compare_work("One document", np.array([options.length]), console)
-    compare_memory(everyone, batches, console)
+    compare_work("One document", np.array([options.length]), console)
+    compare_memory([kept for _, kept in everyone], console)
 
 
 if __name__ == "__main__":

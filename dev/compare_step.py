@@ -2,9 +2,8 @@
 in one run.
 
     python dev/compare_step.py                            # against plain padded dense attention
-    python dev/compare_step.py --peer specforge           # against SpecForge, a document at a time
-    without padding python dev/compare_step.py --peer dense specforge --supervised 0.3 0.6 0.92
-    --repeats 5
+    python dev/compare_step.py --peer specforge           # against SpecForge, document by document
+    python dev/compare_step.py --peer dense specforge --supervised 0.3 0.6 0.92 --repeats 5
 
 `--peer specforge` wants `pip install --no-deps specforge==0.2.0`. Its core needs triton for the
 loss alone, which has a torch reference beside it: that one runs here, compiled when `--compile` is
@@ -44,7 +43,7 @@ from reference import Case, dense_loss, relative_error  # noqa: E402
 
 from eagle3 import batch as supervision  # noqa: E402
 from eagle3.batch import Document, pack  # noqa: E402
-from eagle3.draft.attention import Auto  # noqa: E402
+from eagle3.draft.flash import Auto  # noqa: E402
 from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
 from eagle3.ttt import unroll  # noqa: E402

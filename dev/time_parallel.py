@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +22,23 @@ from rich.console import Console
 from rich.table import Table
 
 root = Path(__file__).parents[1]
-sys.path[:0] = [str(root), str(root / "launch")]
+sys.path[:0] = [str(root), str(root / "dev")]
 
 from gpu_step import SHAPES  # noqa: E402
 
-from eagle3.batch import (  # noqa: E402
-    Batch,
-    Document,
-    Features,
-    pack,
-    serving,
-)
-from eagle3.draft.attention import Auto  # noqa: E402
+from eagle3.batch import Batch, Document, Features, pack, serving, split_by_cost  # noqa: E402
+from eagle3.draft.flash import Auto  # noqa: E402
 from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
-from eagle3.loader import fill_micro_steps, split  # noqa: E402
+from eagle3.loader import fill_micro_steps  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
 from eagle3.optim import step_if_finite  # noqa: E402
 from eagle3.parallel.ranks import join  # noqa: E402
 from eagle3.parallel.sequence import Sequence  # noqa: E402
 from eagle3.ttt import unroll  # noqa: E402
 
-STEPS, TURN_TOKENS = 7, 600
-SMALL = DraftConfig(
-    128, 448, 16, 4, 8, 4008, 1000, 128, 16384
-)  # Llama-3.1-8B by 32, with enough heads for ulysses 4
+STEPS, TURN_TOKENS, TIMEOUT = 7, 600, timedelta(minutes=10)
+# Llama-3.1-8B by 32, with enough heads for ulysses 4.
+SMALL = DraftConfig(128, 448, 16, 4, 8, 4008, 1000, 128, 16384)
 
 
 @dataclass(frozen=True)
@@ -85,20 +79,16 @@ def micro_steps(
     """The dealt batches of a rank, cut as `Loader` does, `tokens` a rank; two thirds of each turn
     are answer.
     """
-    share = split(np.arange(len(lengths)), lengths, layout.replicas)[rank // layout.group]
+    share = split_by_cost(np.arange(len(lengths)), lengths, layout.replicas)[rank // layout.group]
     in_vocab = torch.arange(config.vocab_size) < config.draft_vocab_size
     batches = []
     for numbers in fill_micro_steps(share, lengths, tokens * layout.group):
         documents = []
         for number in numbers:
             ids = torch.randint(config.draft_vocab_size, (int(lengths[number]),))
-            documents.append(
-                (number, ids, torch.arange(len(ids)) % TURN_TOKENS >= TURN_TOKENS // 3)
-            )
-        batch = replace(
-            pack([Document(*d) for d in documents], in_vocab, STEPS, serving),
-            loaded=[None] * len(numbers),
-        )
+            answer = torch.arange(len(ids)) % TURN_TOKENS >= TURN_TOKENS // 3
+            documents.append(Document(number, ids, answer))
+        batch = replace(pack(documents, in_vocab, STEPS, serving), loaded=documents)
         batches.append(sequence.deal(batch) if sequence else batch)
     return batches
 
@@ -171,7 +161,8 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
     model = make_model(config, device, dtype)
     sequence = None
     if layout.group > 1:
-        sequence = Sequence(layout.ulysses, layout.ring, rank, layout.ranks, config)
+        shape = layout.ulysses, layout.ring
+        sequence = Sequence(*shape, rank, layout.ranks, config, TIMEOUT)
     lengths = lognormal(options.tokens * options.processes)
     batches = [
         batch.to(device)
@@ -181,13 +172,13 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
     parameters, seconds = list(model.draft.parameters()), []
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     for _ in range(options.repeats + 2):
-        ranks.meet()
+        dist.barrier()
         began = time.perf_counter()
         for batch, seen in zip(batches, features, strict=True):
             (model.forward(batch, seen) / lengths.sum()).backward()
         ranks.sum_gradients(parameters, torch.float32)
         float(step_if_finite(optimizer, parameters, 0.5)[0])  # waits for the device
-        ranks.meet()
+        dist.barrier()
         seconds.append(time.perf_counter() - began)
     if rank == 0:
         torch.save((statistics.median(seconds[2:]), int(lengths.sum())), f"{folder}/timed.pt")

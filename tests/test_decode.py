@@ -13,10 +13,17 @@ from transformers import (
 )
 
 from eagle3.batch import Document, pack, serving
-from eagle3.decode import speculate as decode
 from eagle3.decode.drafter import Drafter
-from eagle3.decode.speculate import Greedy, Sample, Verdict, follow, generate, speculate
+from eagle3.decode.speculate import (
+    Accepted,
+    Greedy,
+    Sampling,
+    accept_matching,
+    generate,
+    speculate,
+)
 from eagle3.decode.tree import Candidates, Tree
+from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
@@ -24,7 +31,6 @@ from eagle3.loss import SoftTargetLoss, kl
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 CONFIGS = {
     LlamaForCausalLM: LlamaConfig,
@@ -67,10 +73,13 @@ def alone(target, prompt, max_new_tokens):
     return generate(target, [prompt], max_new_tokens)[0]
 
 
-def chain(target, draft, prompt, steps, max_new_tokens, temperature=0.0, generator=None):
-    return speculate(
-        target, draft, [prompt], steps, 1, steps + 1, max_new_tokens, temperature, generator
-    )[0]
+def chain(target, draft, prompt, steps, max_new_tokens, rule=None):
+    return speculate(target, draft, [prompt], steps, 1, steps + 1, max_new_tokens, rule)[0]
+
+
+def tree_of(topk, verify_tokens, target, draft, prompt, steps, max_new_tokens, rule=None):
+    tree = steps, topk, verify_tokens
+    return speculate(target, draft, [prompt], *tree, max_new_tokens, rule)[0]
 
 
 def make_draft(target, draft_vocab_size, seed=0):
@@ -164,16 +173,16 @@ def test_chain_equals_unroll(target):
     )
 
     with torch.inference_mode():
-        drafter, compared = Drafter(draft, target.embedding, 1, length + steps, steps, 1), 0
+        drafter, compared = Drafter(draft, target.embedding, 1, length, steps, 1, steps + 1), 0
         for size in (1, 5, 2, 1, 7, 4, 3, 8):
             before = drafter.lengths[0]
-            drafter.read(
+            drafter.append(
                 aux[None, before : before + size],
                 text[None, before + 1 : before + size + 1],
                 [size],
             )
             row = before + size - 1
-            tree = drafter.grow(text[row + 1 : row + 2], steps + 1, Forced(draft_ids[row + 2 :]))
+            tree = drafter.propose(text[row + 1 : row + 2], Forced(draft_ids[row + 2 :]))
             assert tree.ids.tolist() == [text[row + 1 : row + 2 + steps].tolist()]
             for step in range(steps):
                 if (row, step) in expected:
@@ -277,32 +286,29 @@ def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts
     unroll(draft, target.embedding, aux, batch).sum().backward()
 
 
-class AlwaysAccept(Sample):
+class AlwaysAccept(Sampling):
     def verify(self, tree, logits, target_ids):
         ids = torch.cat([tree.ids[:, 1:], self.draw(logits[:, -1])[:, None]], dim=1)
-        return Verdict(ids, tree.depths.expand_as(ids), [ids.shape[1]] * len(ids))
+        return Accepted(ids, tree.depths.expand_as(ids), [ids.shape[1]] * len(ids))
 
 
-class NoResidual(Sample):
+class NoResidual(Sampling):
     """Rejects as it should, then draws from p instead of max(p - q, 0)."""
 
     def verify(self, tree, logits, target_ids):
-        verdict = super().verify(tree, logits, target_ids)
-        last = (torch.arange(len(logits)), torch.tensor(verdict.counts) - 1)
-        verdict.ids[last] = self.draw(logits[last])
-        return verdict
+        accepted = super().verify(tree, logits, target_ids)
+        last = (torch.arange(len(logits)), torch.tensor(accepted.counts) - 1)
+        accepted.ids[last] = self.draw(logits[last])
+        return accepted
 
 
-class Likeliest(Greedy):
-    """Takes the child that the target finds likeliest, whether or not the target says it."""
-
-    def __init__(self, temperature, generator):
-        self.sample = Sample(temperature, generator)
+class Likeliest(Sampling):
+    """Takes the child that the draft finds likeliest, whether or not the target draws it."""
 
     def verify(self, tree, logits, target_ids):
-        own = self.sample.draw(logits)
-        own[:, 0] = tree.ids[:, 1]
-        return follow(tree, own)
+        drawn = self.draw(logits)
+        drawn[:, 0] = tree.ids[:, 1]
+        return accept_matching(tree, drawn)
 
 
 class Markov:
@@ -351,14 +357,12 @@ def chi_square(counts, probabilities):
     )
 
 
-def p_value(small, runs, topk, verify_tokens, seed=0):
+def p_value(small, runs, topk, verify_tokens, rule=Sampling):
     """Of answer tokens 1 and 2 over `runs` sampled answers."""
     target, draft, prompt, probabilities = small
-    generator = torch.Generator().manual_seed(seed)
+    sampling = rule(0.7, torch.Generator().manual_seed(0))
     counts = torch.zeros(24, 24)
-    for answer in speculate(
-        target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, 0.7, generator
-    ):
+    for answer in speculate(target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, sampling):
         counts[answer.ids[1], answer.ids[2]] += 1
     return chi_square(counts.flatten(), probabilities.flatten())
 
@@ -369,43 +373,32 @@ def test_samples_are_distributed_as_the_target(small, topk, verify_tokens):
 
 
 @pytest.mark.parametrize("broken, topk", [(AlwaysAccept, 1), (NoResidual, 1), (Likeliest, 3)])
-def test_chi_square_notices_a_broken_rule(small, monkeypatch, broken, topk):
-    monkeypatch.setattr(decode, "Sample", broken)
-    assert p_value(small, 1200, topk, 3) < 1e-6
+def test_chi_square_notices_a_broken_rule(small, broken, topk):
+    assert p_value(small, 1200, topk, 3, broken) < 1e-6
 
 
 def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
     """All that the target can say behind 6 nodes of a tree over 3 tokens, each with its
     probability.
     """
+    paths = ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])
     tree = Tree(
         ids=torch.tensor([[0, 1, 2, 1, 0, 2]]),
         depths=torch.tensor([[0, 1, 1, 2, 2, 2]]),
         parents=torch.tensor([[0, 0, 0, 1, 2, 2]]),
-        sees=torch.tensor(
-            [
-                [
-                    [j in path for j in range(6)]
-                    for path in ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])
-                ]
-            ]
-        ),
+        mask=torch.tensor([[[j in path for j in range(6)] for path in paths]]),
     )
     following = torch.rand(
         3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     ).softmax(-1)
     said = torch.cartesian_prod(*[torch.arange(3)] * 6)
-    many = Tree(
-        *(x.expand(len(said), *x.shape[1:]) for x in (tree.ids, tree.depths)),
-        None,
-        *(x.expand(len(said), *x.shape[1:]) for x in (tree.parents, tree.sees)),
-    )
+    many = Tree(tree.ids.expand(len(said), -1), tree.depths, tree.parents, tree.mask)
     probabilities = following[tree.ids, said].prod(1)
-    verdict = follow(many, said)
-    assert set(verdict.counts) == {1, 2, 3}
+    accepted = accept_matching(many, said)
+    assert set(accepted.counts) == {1, 2, 3}
     joint = torch.zeros(3, 3, 3, dtype=torch.float64)
     for ids, path, count, probability in zip(
-        verdict.ids, verdict.path, verdict.counts, probabilities, strict=True
+        accepted.ids, accepted.path, accepted.counts, probabilities, strict=True
     ):
         assert tree.depths[0, path[:count]].tolist() == list(range(count))
         assert tree.ids[0, path[1:count]].tolist() == ids[: count - 1].tolist()
@@ -422,34 +415,14 @@ def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
 
 def test_sampling_is_reproducible_and_survives_equal_distributions(target, trained, prompts):
     for sampled in (chain, partial(tree_of, 3, 8)):
-        runs = [
-            sampled(
-                target, trained, prompts[2], 4, 24, 1.0, torch.Generator().manual_seed(seed)
-            ).ids
-            for seed in (1, 1, 2)
-        ]
+        rules = [Sampling(1.0, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+        runs = [sampled(target, trained, prompts[2], 4, 24, rule).ids for rule in rules]
         assert runs[0] == runs[1] != runs[2]
     same = torch.full((1, 2, 4), 0.25).log()
-    rule = Sample(1.0, torch.Generator().manual_seed(0))
-    tree = Tree(torch.tensor([[3, 2]]), torch.arange(2)[None], [same[:, 0]])
-    verdict = rule.verify(tree, same, torch.arange(4))
-    assert verdict.ids[0, 0] == 2 and verdict.counts == [2]
-
-
-def tree_of(
-    topk,
-    verify_tokens,
-    target,
-    draft,
-    prompt,
-    steps,
-    max_new_tokens,
-    temperature=0.0,
-    generator=None,
-):
-    return speculate(
-        target, draft, [prompt], steps, topk, verify_tokens, max_new_tokens, temperature, generator
-    )[0]
+    rule = Sampling(1.0, torch.Generator().manual_seed(0))
+    drafted = drafted_chain(torch.tensor([[3, 2]]), [same[:, 0]])
+    accepted = rule.verify(drafted, same, torch.arange(4))
+    assert accepted.ids[0, 0] == 2 and accepted.counts == [2]
 
 
 def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
@@ -490,7 +463,7 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
     texts = [torch.randint(64, (n,), generator=random) for n in (9, 4, 12)]
     aux = [torch.randn(len(text) - 1, 192, dtype=torch.float64, generator=random) for text in texts]
     with torch.inference_mode():
-        drafter = Drafter(draft, target.embedding, 3, 20, steps, topk)
+        drafter = Drafter(draft, target.embedding, 3, 20, steps, topk, verify_tokens)
         for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):
             ends = [b + c for b, c in zip(before, counts, strict=True)]
             pieces = [
@@ -501,9 +474,9 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
                 torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_value=7)
                 for x in zip(*pieces, strict=True)
             ]
-            drafter.read(*padded, counts)
+            drafter.append(*padded, counts)
             newest = torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
-            tree = drafter.grow(newest, verify_tokens, Greedy())
+            tree = drafter.propose(newest, Greedy())
             for i, end in enumerate(ends):
                 expected = slow_tree(
                     draft,
@@ -514,7 +487,7 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
                     topk,
                     verify_tokens,
                 )
-                seen = [tree.ids[i, sees][1:].tolist() for sees in tree.sees[i]]
+                seen = [tree.ids[i, mask][1:].tolist() for mask in tree.mask[i]]
                 assert {tuple(path) for path in seen[1:]} == expected and seen[0] == []
                 assert tree.depths[i].tolist() == [len(path) for path in seen]
                 assert [seen[p] for p in tree.parents[i][1:].tolist()] == [

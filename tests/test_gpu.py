@@ -12,7 +12,7 @@ from eagle3.draft.attention import Dense
 from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.parallel.sequence import Segmented, segments_of
+from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 

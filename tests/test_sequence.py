@@ -5,6 +5,7 @@ float64.
 import os
 import socket
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel import sequence
 from eagle3.parallel.ranks import Ranks, join
-from eagle3.parallel.sequence import Segmented, Sequence, segments_of
+from eagle3.parallel.segments import Segmented, segments_of
+from eagle3.parallel.sequence import Sequence
 from eagle3.train import Trainer
 
 VOCAB, STEPS, UPDATES = 60, 4, 5
@@ -100,8 +102,9 @@ def trainer_of(
     documents = Conversations(stored)
     supply, deal = Supply(documents, imagine), {}
     if ulysses * ring > 1:
-        group = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE)
-        supply, deal = group.spread(supply, embedding), {"deal": group.deal}
+        group = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE, timedelta(minutes=5))
+        shared = group.share_features(imagine, embedding.dtype)
+        supply, deal = Supply(documents, shared), {"deal": group.deal}
     group = ulysses * ring
     loader = Loader(
         documents, chosen, serving, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160, tokens_per_update=320,
@@ -187,7 +190,7 @@ def expected_sent(trainer: Trainer) -> list[int]:
         head = SHAPE.head_dim // group.ulysses
         elements.append((group.size - 1) * batch.tokens * 2 * SHAPE.num_key_value_heads * head)
         others, heads = group.ulysses - 1, SHAPE.num_attention_heads
-        for step, everyone in enumerate(map(sum, zip(*batch.exchange.counts))):
+        for step, everyone in enumerate(map(sum, zip(*batch.exchange.row_counts))):
             if others and (everyone or step == 0):
                 own = heads + (2 * SHAPE.num_key_value_heads if step else 0)
                 elements.append(others * batch.row_counts[step] * own * head)
@@ -246,15 +249,7 @@ def whole_batch(mask=serving):
 
 def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
     """As on a rank of a group, without processes."""
-    group = object.__new__(Sequence)
-    group.ulysses, group.ring, group.rank, group.size, group.config = (
-        ulysses,
-        ring,
-        rank,
-        ulysses * ring,
-        SHAPE,
-    )
-    return group
+    return Sequence(ulysses, ring, rank, ulysses * ring, SHAPE)
 
 
 @pytest.mark.parametrize("mask", [serving, shifted])
@@ -286,7 +281,7 @@ def test_a_group_deals_work_evenly():
     """
     ids, mask = torch.zeros(4096, dtype=torch.long), torch.ones(4096, dtype=torch.bool)
     batch = pack([Document(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
-    owner, depth = sequence_of(0, 1, 8).owners(batch)
+    owner, depth = sequence_of(0, 1, 8).assign_tokens(batch)
     work = torch.zeros(8).index_add_(0, owner, (depth * (batch.position_ids + 1)).float())
     rows = torch.zeros(8).index_add_(0, owner, depth.float())
     assert work.max() < 1.03 * work.mean() and rows.max() < 1.15 * rows.mean()

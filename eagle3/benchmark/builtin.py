@@ -11,7 +11,7 @@ from eagle3.benchmark import measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
 from eagle3.benchmark.statistics import Answer, Trial, ratio
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, generate, speculate
+from eagle3.decode.speculate import Generation, Greedy, Sampling, generate, speculate
 from eagle3.draft.model import Draft
 
 BIGRAM_CONVERSATIONS = 20_000
@@ -94,18 +94,11 @@ class Decoder:
     def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> list[Generation]:
         _, steps, topk, verify_tokens = self.config
         prompts = [prompt.to(self.target.embedding.device) for prompt in prompts]
+        rule = Sampling(self.temperature, self.generator) if self.temperature else Greedy()
         if steps == 0:
-            return generate(self.target, prompts, max_new_tokens, self.temperature, self.generator)
+            return generate(self.target, prompts, max_new_tokens, rule)
         tree = steps, topk, verify_tokens
-        return speculate(
-            self.target,
-            self.draft,
-            prompts,
-            *tree,
-            max_new_tokens,
-            self.temperature,
-            self.generator,
-        )
+        return speculate(self.target, self.draft, prompts, *tree, max_new_tokens, rule)
 
     @cached_property
     def generator(self) -> torch.Generator:

@@ -1,5 +1,4 @@
-"""The draft at serving time: its keys and values for a batch of texts, and the trees that it grows
-behind them.
+"""The draft at serving time: its cache for a batch of texts, and the trees that it proposes.
 
 It keeps what serving engines keep. Position t of a text, once the target has processed it, owns row
 t: input (fc(g_t), E[x_{t+1}]), key and value at slot t, rotated by position t. A node of depth k in
@@ -8,8 +7,8 @@ and its own token, is rotated by t + k, and sees the rows of its text, its ances
 Keys of nodes lie behind the longest text of the batch and last for one round; the tokens accepted
 get rows from the target's features. The result equals `ttt.unroll`.
 
-B sequences, n new rows, K topk, S slots, D hidden size, H query and G key/value heads of size d, V
-and Vd vocabularies.
+B sequences, n new rows, K topk, S slots, D hidden size, A three layers of the target, H query and G
+key/value heads of size d, V and Vd vocabularies.
 """
 
 import copy
@@ -17,46 +16,35 @@ import copy
 import torch
 from torch.nn import functional as F
 
-from eagle3.decode.tree import Candidates, Tree
+from eagle3.decode.tree import Candidates, Tree, chain
 from eagle3.draft.model import Draft
 from eagle3.draft.rope import rotate
 
 
 class Drafter:
-    """A draft beside `batch_size` texts that end before `max_length`, drafts in flight included."""
+    """A draft beside `batch_size` texts that end before `max_length`."""
 
     def __init__(
-        self,
-        draft: Draft,
-        embedding: torch.Tensor,
-        batch_size: int,
-        max_length: int,
-        steps: int,
-        topk: int,
-    ):
+        self, draft: Draft, embedding: torch.Tensor, batch_size: int, max_length: int, steps: int,
+        topk: int, verify_tokens: int,
+    ):  # fmt: skip
         """`embedding` [V,D] is the target's; its dtype is the one computed in."""
         dtype, config, device = embedding.dtype, draft.config, embedding.device
         if draft.lm_head.weight.dtype != dtype:
-            draft = copy.deepcopy(draft).to(
-                dtype
-            )  # once, where the layers would cast their weights at every call
+            # Once, where the layers would cast their weights at every call.
+            draft = copy.deepcopy(draft).to(dtype)
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
-        self.steps, self.topk = steps, topk
+        self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
         self.qkv_weight = torch.cat([draft.qkv_weight(0), draft.qkv_weight(1)], dim=1)
-        with torch.inference_mode(
-            False
-        ):  # the draft keeps the tables, and training could not use inference tensors
-            self.rotation = torch.stack(
-                draft.rope(torch.arange(max_length, device=device), max_length)
-            )
-        slots = max_length + steps * topk
+        # The draft keeps the tables, and training could not use inference tensors.
+        with torch.inference_mode(False):
+            positions = torch.arange(max_length + steps, device=device)
+            self.rotation = torch.stack(draft.rope(positions, len(positions)))
+        slots = max_length + steps + steps * topk
         shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
-        self.keys, self.values = embedding.new_zeros(
-            shape
-        ).unbind()  # what a mask hides must still be finite
-        self.places = torch.arange(
-            max(slots, batch_size), device=device
-        )  # slots, and rows of the batch
+        # Zeros, because what a mask hides must still be finite.
+        self.keys, self.values = embedding.new_zeros(shape).unbind()  # [B,G,S,d]
+        self.numbers = torch.arange(max(slots, batch_size), device=device)
         self.lengths = [0] * batch_size
 
     def project(self, token_ids: torch.Tensor, hidden: torch.Tensor, rotation: torch.Tensor):
@@ -69,19 +57,16 @@ class Drafter:
         qk = rotate(qk, *rotation)
         return qk[:, :heads], qk[:, heads:], v
 
-    def read(
-        self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor, counts: list[int]
-    ) -> None:
+    def append(self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor, counts: list[int]):
         """Add rows of positions that the target has processed: their features [B,n,A] and the
-        tokens behind them [B,n].
-
-        Of a sequence's n rows the first `counts[b]` are real.
+        tokens behind them [B,n], of which the first `counts[b]` are real.
         """
         batch, width = next_ids.shape
-        first, count = self.places.new_tensor([self.lengths, counts])
-        slots, row = first[:, None] + self.places[:width], self.places[:batch]
+        first, count = self.numbers.new_tensor([self.lengths, counts])
+        slots, row = first[:, None] + self.numbers[:width], self.numbers[:batch]
         hidden = self.draft.fc(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
         q, k, v = self.project(next_ids.flatten(), hidden, self.rotation[:, slots.flatten()])
+        # Rows that are not real are overwritten by the next ones, and hidden until then.
         self.keys[row[:, None], :, slots] = k.view(batch, width, *k.shape[1:])
         self.values[row[:, None], :, slots] = v.view(batch, width, *v.shape[1:])
         newest = row * width + count - 1
@@ -89,18 +74,15 @@ class Drafter:
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these sequences alone."""
-        self.keys, self.values, self.query, self.hidden = (
-            x[rows] for x in (self.keys, self.values, self.query, self.hidden)
-        )
+        """Keep only these sequences of the batch."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.query, self.hidden = self.query[rows], self.hidden[rows]
         self.lengths = [self.lengths[row] for row in rows]
 
-    def attend(
-        self, query: torch.Tensor, length: int, visible: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[B*n,H,d] over the first `length` slots, of which bool [B,n,S] are visible -> [B*n,H,d]."""
+    def attend(self, query: torch.Tensor, length: int, visible: torch.Tensor | None):
+        """Queries [B*n,H,d] over the first `length` slots, as far as bool [B,n,S] visible."""
         (_, heads, size), (batch, groups) = query.shape, self.keys.shape[:2]
-        # the heads of a group go in as query rows
+        # The heads of a group go in as query rows: keys need no copy for each head.
         query = query.view(batch, -1, heads, size).transpose(1, 2).reshape(batch, groups, -1, size)
         if visible is not None:
             visible = visible[:, None, :, :length].repeat(1, 1, heads // groups, 1)
@@ -108,28 +90,28 @@ class Drafter:
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible)
         return attended.reshape(batch, heads, -1, size).transpose(1, 2).reshape(-1, heads, size)
 
-    def grow(self, newest: torch.Tensor, verify_tokens: int, rule) -> Tree:
-        """Draft behind `newest` int64 [B], the tokens that the newest rows have read, with no host
-        sync.
+    def propose(self, newest: torch.Tensor, rule) -> Tree:
+        """Draft behind `newest` int64 [B], the tokens that the newest rows have read.
 
-        A chain's drafts are what `rule` draws, a tree's are the draft's likeliest.
+        A chain's drafts are what `rule` draws, a tree's the draft's likeliest. No host sync.
         """
         batch, topk, longest = len(newest), self.topk, max(self.lengths)
-        ends, row = self.places.new_tensor(self.lengths), self.places[:batch, None]
-        ahead = ends.repeat_interleave(topk)[:, None] + self.places[: self.steps]
-        rotation, hidden, query, visible = self.rotation[:, ahead], self.hidden, self.query, None
-        if topk > 1:
-            candidates = Candidates(batch, topk, newest.device)
-        if topk > 1 or batch > 1:
-            visible = (self.places < ends[:, None])[:, None]
+        ends, row = self.numbers.new_tensor(self.lengths), self.numbers[:batch, None]
+        node = self.numbers[:topk]
+        positions = ends.repeat_interleave(topk)[:, None] + self.numbers[: self.steps]
+        rotation = self.rotation[:, positions]
+        hidden, query, visible = self.hidden, self.query, None
+        if topk > 1 or batch > 1:  # a lone chain sees all slots before it
+            visible = (self.numbers < ends[:, None])[:, None]
+        candidates = Candidates(batch, topk, newest.device)
         tokens, drafted, logits = newest, [newest], []
         for step in range(self.steps):
             length = longest + step * topk
             if step > 0:
-                here = slice(length - topk, length)
+                slots = slice(length - topk, length)
                 query, k, v = self.project(tokens, hidden, rotation[:, :, step - 1])
-                self.keys[:, :, here] = k.view(batch, topk, *k.shape[1:]).transpose(1, 2)
-                self.values[:, :, here] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
+                self.keys[:, :, slots] = k.view(batch, topk, *k.shape[1:]).transpose(1, 2)
+                self.values[:, :, slots] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
             hidden = self.draft.finish(hidden, self.attend(query, length, visible))
             logits.append(self.draft.logits(hidden))
             if topk == 1:
@@ -139,10 +121,9 @@ class Drafter:
                 ids, parents = candidates.extend(logits[-1].view(batch, -1, len(self.target_ids)))
                 tokens = self.target_ids[ids].flatten()
                 hidden = hidden.view(batch, -1, hidden.shape[1])[row, parents].flatten(0, 1)
-                visible = visible[row, parents]
+                visible = visible[row, parents]  # a node sees what its parent sees, and itself
             if visible is not None:
-                node = self.places[:topk]
                 visible[:, node, length + node] = True
         if topk == 1:
-            return Tree(torch.stack(drafted, dim=1), self.places[None, : self.steps + 1], logits)
-        return candidates.tree(newest, self.target_ids, verify_tokens)
+            return chain(torch.stack(drafted, dim=1), logits)
+        return candidates.tree(newest, self.target_ids, self.verify_tokens)

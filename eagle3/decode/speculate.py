@@ -1,13 +1,13 @@
 """Reference speculative decoding: chains and trees of drafts, batches of prompts, greedy or
 sampled, lossless always.
 
-A round: the draft grows a tree behind the newest token (`drafter`), the target reads all of it in
-one forward pass in which each token sees its ancestors, and the tokens that the target would have
-said itself are kept. Position t of a text lies at slot t of the target's cache; what is read in a
-round lies behind the longest text until the accepted tokens have moved to the end of theirs.
+A round: the draft proposes a tree behind the newest token (`drafter`), the target processes all of
+it in one forward pass in which each token sees its ancestors, and the tokens that the target would
+have generated itself are kept. Position t of a text lies at slot t of the target's cache; a round's
+tokens lie behind the longest text until the accepted ones have moved to the end of theirs.
 
-B sequences, W tokens of a verification pass, the root included, L chain length, V and Vd
-vocabularies, H hidden size.
+B sequences, W tokens of a verification pass, the root included, A three layers of the target, H its
+hidden size, V and Vd vocabularies.
 """
 
 import time
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from eagle3.decode.drafter import Drafter
-from eagle3.decode.tree import Tree, check_tree
+from eagle3.decode.tree import Tree, chain, check_tree
 from eagle3.draft.model import Draft
 
 
@@ -45,9 +45,11 @@ class Generation:
 
 
 @dataclass
-class Verdict:
-    """Per sequence the first `counts[b]` of `ids` int64 [B,n] are committed; their rows are those
-    of the nodes `path` int64 [B,n] of the tree, the root first.
+class Accepted:
+    """The tokens that a round commits: the first `counts[b]` of `ids` int64 [B,n].
+
+    Their features are those of the tree's nodes `path` int64 [B,n], the root first: a node's
+    features predict the token behind it, so the last token is the target's own.
     """
 
     ids: torch.Tensor
@@ -55,20 +57,15 @@ class Verdict:
     counts: list[int]
 
 
-def follow(tree: Tree, own: torch.Tensor) -> Verdict:
-    """Go down the tree as long as the token that the target says behind a node, `own` int64 [B,W],
-    is its child.
-    """
-    if tree.sees is None:
-        counts = (1 + (own[:, :-1] == tree.ids[:, 1:]).cumprod(1).sum(1)).tolist()
-        path = tree.depths[:, : max(counts)].expand(len(own), -1)
-        return Verdict(own[:, : max(counts)], path, counts)
-    said = own.gather(1, tree.parents) == tree.ids
-    said[:, 0] = True
-    accepted = (said[:, None] | ~tree.sees).all(-1).long()
+def accept_matching(tree: Tree, target_tokens: torch.Tensor) -> Accepted:
+    """Go down the tree while the target's token behind a node, of [B,W], is one of its children."""
+    parents = tree.parents.expand_as(tree.ids)
+    matches = target_tokens.gather(1, parents) == tree.ids
+    matches[:, 0] = True
+    accepted = (matches[:, None] | ~tree.mask).all(-1).long()  # with all of its ancestors
     counts = accepted.sum(1).tolist()
     path = accepted.argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
-    return Verdict(own.gather(1, path), path, counts)
+    return Accepted(target_tokens.gather(1, path), path, counts)
 
 
 class Greedy:
@@ -78,12 +75,12 @@ class Greedy:
         """[..,V] -> int64 [..]."""
         return logits.argmax(-1)
 
-    def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Verdict:
-        """The target's logits [B,W,V] of the nodes decide."""
-        return follow(tree, self.draw(logits))
+    def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
+        """Judge a tree by the target's logits [B,W,V] behind its nodes."""
+        return accept_matching(tree, self.draw(logits))
 
 
-class Sample:
+class Sampling:
     """Tokens are distributed as the target's, whatever the draft proposes.
 
     A chain is drawn from the draft. Draft d is accepted with probability min(1, p(d) / q(d)); the
@@ -92,151 +89,175 @@ class Sample:
     each, and where that is a child, the child is accepted.
     """
 
-    def __init__(self, temperature: float, generator: torch.Generator | None):
+    def __init__(self, temperature: float, generator: torch.Generator | None = None):
         self.temperature, self.generator = temperature, generator
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """[..,V] -> [..,V], at least fp32."""
-        return (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        ).softmax(-1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return (logits.to(wide) / self.temperature).softmax(-1)
 
-    def choose(self, probabilities: torch.Tensor) -> torch.Tensor:
+    def sample(self, probabilities: torch.Tensor) -> torch.Tensor:
         flat = probabilities.flatten(0, -2)
         return torch.multinomial(flat, 1, generator=self.generator).view(probabilities.shape[:-1])
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        return self.choose(self.probabilities(logits))
+        return self.sample(self.probabilities(logits))
 
-    def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Verdict:
-        if tree.sees is not None:
-            return follow(tree, self.draw(logits))
+    def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
+        if not tree.logits:  # a tree, or a root alone
+            return accept_matching(tree, self.draw(logits))
         p = self.probabilities(logits)
-        q = torch.zeros_like(p)  # its last row stays 0: behind the last draft, max(p - q, 0) is p
+        # The last row of q stays 0: behind the last draft, max(p - q, 0) is p.
+        q = torch.zeros_like(p)
         q[:, :-1, target_ids] = self.probabilities(torch.stack(tree.logits, dim=1))
         drafted, row = tree.ids[:, 1:], torch.arange(len(p), device=p.device)
         p_drafted, q_drafted = (x[:, :-1].gather(2, drafted[..., None])[..., 0] for x in (p, q))
-        luck = torch.rand(drafted.shape, dtype=p.dtype, device=p.device, generator=self.generator)
-        accepted = (luck * q_drafted < p_drafted).cumprod(1).sum(1)
+        options = {"dtype": p.dtype, "device": p.device, "generator": self.generator}
+        uniform = torch.rand(drafted.shape, **options)
+        accepted = (uniform * q_drafted < p_drafted).cumprod(1).sum(1)
         p, residual = p[row, accepted], (p - q)[row, accepted].clamp_(min=0)
-        # p = q up to rounding may leave nothing of the residual
-        own = self.choose(torch.where(residual.sum(-1, keepdim=True) > 0, residual, p))
+        # Where p = q, rounding may leave nothing of the residual.
+        replacement = self.sample(torch.where(residual.sum(-1, keepdim=True) > 0, residual, p))
         counts = (accepted + 1).tolist()
-        ids = torch.cat([drafted, own[:, None]], dim=1)[:, : max(counts)]
-        ids[row, accepted] = own
-        return Verdict(ids, tree.depths[:, : max(counts)].expand_as(ids), counts)
+        ids = torch.cat([drafted, replacement[:, None]], dim=1)[:, : max(counts)]
+        ids[row, accepted] = replacement
+        return Accepted(ids, tree.depths[:, : max(counts)].expand_as(ids), counts)
 
 
-def clock(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, after all work given to the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def cut(ids: list[int], room: int, eos_token_ids: set[int]) -> list[int]:
-    """At most `room` tokens, ending with the first end-of-sequence token."""
+def truncate(ids: list[int], limit: int, eos_token_ids: set[int]) -> list[int]:
+    """At most `limit` tokens, ending with the first end-of-sequence token."""
     ends = (i + 1 for i, token in enumerate(ids) if token in eos_token_ids)
-    return ids[: min(room, next(ends, room))]
+    return ids[: min(limit, next(ends, limit))]
 
 
-class Texts:
-    """Prompts and their answers in the target's cache. `rows`: the prompts whose answers go on, the
-    batch of now.
-    """
+class DecodingBatch:
+    """Prompts and their answers in the target's cache; `rows` are the prompts not finished yet."""
 
-    def __init__(
-        self, target, prompts: list[torch.Tensor], max_new_tokens: int, verify_tokens: int = 1
-    ):
-        self.target, self.max_new_tokens, self.eos_token_ids = (
-            target,
-            max_new_tokens,
-            target.eos_token_ids,
-        )
+    def __init__(self, target, prompts: list[torch.Tensor], max_new_tokens: int):
+        self.target, self.max_new_tokens = target, max_new_tokens
         self.cache, self.lengths = DynamicCache(), [len(prompt) for prompt in prompts]
         self.device, self.rows = target.embedding.device, list(range(len(prompts)))
-        slots = max(self.lengths) + max_new_tokens + verify_tokens
-        self.places = torch.arange(
-            max(slots, len(prompts)), device=self.device
-        )  # slots, and rows of the batch
-        self.started = clock(self.device)
+        self.started = synchronized_time(self.device)
+
+    def on_device(self, numbers) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)
 
     def prefill(self, prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """aux_hidden_states [B,n,A], and last_hidden_states [B,H] of each prompt's last token."""
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
-        aux, last = self.target.states(ids, self.places[: ids.shape[1]].expand_as(ids), self.cache)
-        return aux, last[self.places[: len(ids)], self.places.new_tensor(self.lengths) - 1]
+        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
+        aux, last = self.target.states(ids, positions, self.cache)
+        return aux, last[self.on_device(self.rows), self.on_device(self.lengths) - 1]
 
-    def begin(self, newest: torch.Tensor) -> list[int] | None:
-        """Take the first tokens, int64 [B], when the prefill is done; returns what `drop_ended`
-        does.
-        """
+    def start(self, newest: torch.Tensor) -> list[int] | None:
+        """Take the first tokens, int64 [B], of the prefill; returns what `drop_finished` does."""
         self.generations = [Generation([token]) for token in newest.tolist()]
-        self.prefilled = clock(self.device)
+        self.prefilled = synchronized_time(self.device)
         for generation in self.generations:
             generation.prefill_seconds = self.prefilled - self.started
-        return self.drop_ended()
+        return self.drop_finished()
 
-    def read(self, ids: torch.Tensor, depths: torch.Tensor, sees: torch.Tensor | None):
-        """The target's states of int64 [B,W] behind the texts, laid out as in `Tree`: [B,W,A] and
-        [B,W,H].
-        """
-        width, longest, ends = (
-            ids.shape[1],
-            max(self.lengths),
-            self.places.new_tensor(self.lengths)[:, None],
-        )
-        self.in_place, visible = sees is None and min(self.lengths) == longest, None
+    def forward(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's states of a tree behind the texts: [B,W,A] and [B,W,H]."""
+        ends, longest = self.on_device(self.lengths)[:, None], max(self.lengths)
+        # A chain behind texts of one length lies where it will stay, and is causal by itself.
+        self.in_place = tree.logits is not None and min(self.lengths) == longest
+        visible = None
         if not self.in_place:
-            if sees is None:
-                sees = (self.places[:width, None] >= self.places[:width]).expand(len(ids), -1, -1)
-            text = (self.places[:longest] < ends)[:, None].expand(-1, width, -1)
-            visible = torch.cat([text, sees], dim=-1)
-        return self.target.states(ids, ends + depths, self.cache, visible=visible)
+            text = torch.arange(longest, device=self.device) < ends
+            text = text[:, None].expand(-1, tree.ids.shape[1], -1)
+            visible = torch.cat([text, tree.mask.expand(len(text), -1, -1)], dim=-1)
+        return self.target.states(tree.ids, ends + tree.depths, self.cache, visible=visible)
 
-    def commit(self, verdict: Verdict, width: int) -> None:
-        """Of the `width` tokens just read keep what the verdict says."""
-        longest = max(self.lengths)
+    def commit(self, accepted: Accepted, width: int) -> None:
+        """Keep what was accepted of the `width` tokens of the last forward pass."""
+        longest, counts = max(self.lengths), accepted.counts
         if not self.in_place:
-            row, read = self.places[: len(self.rows), None], longest + verdict.path
-            kept = self.places.new_tensor(self.lengths)[:, None] + self.places[: read.shape[1]]
+            source = longest + accepted.path
+            batch, count = source.shape
+            row = torch.arange(batch, device=self.device)[:, None]
+            slots = self.on_device(self.lengths)[:, None] + torch.arange(count, device=row.device)
             for layer in self.cache.layers:
-                layer.keys[row, :, kept] = layer.keys[row, :, read]
-                layer.values[row, :, kept] = layer.values[row, :, read]
-        self.lengths = [
-            length + count for length, count in zip(self.lengths, verdict.counts, strict=True)
-        ]
-        self.cache.crop(
-            max(self.lengths) - longest - width
-        )  # a negative number: how many to forget
-        for i, ids, count in zip(self.rows, verdict.ids.tolist(), verdict.counts, strict=True):
+                layer.keys[row, :, slots] = layer.keys[row, :, source]
+                layer.values[row, :, slots] = layer.values[row, :, source]
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.cache.crop(max(self.lengths) - longest - width)  # negative: how many to forget
+        for i, ids, count in zip(self.rows, accepted.ids.tolist(), counts, strict=True):
             generation = self.generations[i]
-            kept = cut(ids[:count], self.max_new_tokens - len(generation.ids), self.eos_token_ids)
+            limit = self.max_new_tokens - len(generation.ids)
+            kept = truncate(ids[:count], limit, self.target.eos_token_ids)
             generation.ids += kept
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
 
-    def drop_ended(self) -> list[int] | None:
-        """Forget the texts that have ended; returns which of the batch go on, None if all."""
-        answers = [self.generations[i].ids for i in self.rows]
-        going = [
-            len(ids) < self.max_new_tokens and ids[-1] not in self.eos_token_ids for ids in answers
-        ]
-        if all(going):
+    def drop_finished(self) -> list[int] | None:
+        """Remove the texts that have ended; returns which rows of the batch go on, None if all."""
+        unfinished = []
+        for row, i in enumerate(self.rows):
+            ids = self.generations[i].ids
+            if len(ids) < self.max_new_tokens and ids[-1] not in self.target.eos_token_ids:
+                unfinished.append(row)
+        if len(unfinished) == len(self.rows):
             return None
-        now, longest = clock(self.device), max(self.lengths)
-        for i, goes in zip(self.rows, going, strict=True):
-            if not goes:
-                self.generations[i].decode_seconds = now - self.prefilled
-        left = [row for row, goes in enumerate(going) if goes]
-        self.rows, self.lengths = (
-            [self.rows[row] for row in left],
-            [self.lengths[row] for row in left],
-        )
-        if left:
-            self.cache.batch_select_indices(self.places.new_tensor(left))
+        seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
+        for i in set(self.rows) - {self.rows[row] for row in unfinished}:
+            self.generations[i].decode_seconds = seconds
+        self.rows = [self.rows[row] for row in unfinished]
+        self.lengths = [self.lengths[row] for row in unfinished]
+        if unfinished:
+            self.cache.batch_select_indices(self.on_device(unfinished))
             self.cache.crop(max(self.lengths) - longest)
-        return left
+        return unfinished
+
+
+@torch.inference_mode()
+def generate(
+    target,
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    rule: Greedy | Sampling | None = None,
+    drafter: Drafter | None = None,
+) -> list[Generation]:
+    """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
+    forward pass; without one, a token per pass: what speculation must equal and beat.
+    """
+    rule = rule or Greedy()
+    batch = DecodingBatch(target, prompts, max_new_tokens)
+    aux, last = batch.prefill(prompts)
+    newest = rule.draw(target.lm_head(last))
+    if drafter is not None:
+        following = [
+            torch.cat([prompt[1:].to(batch.device), token[None]])
+            for prompt, token in zip(prompts, newest, strict=True)
+        ]
+        drafter.append(aux, pad_sequence(following, batch_first=True), batch.lengths)
+    unfinished = batch.start(newest)
+    while batch.rows:
+        if unfinished is not None:
+            newest = newest[unfinished]
+            if drafter is not None:
+                drafter.select(unfinished)
+        if drafter is None:
+            tree, target_ids = chain(newest[:, None], []), None
+        else:
+            tree, target_ids = drafter.propose(newest, rule), drafter.target_ids
+        aux, last = batch.forward(tree)
+        accepted = rule.verify(tree, target.lm_head(last), target_ids)
+        batch.commit(accepted, tree.ids.shape[1])
+        row = torch.arange(len(newest), device=newest.device)
+        if drafter is not None:
+            drafter.append(aux[row[:, None], accepted.path], accepted.ids, accepted.counts)
+        newest = accepted.ids[row, row.new_tensor(accepted.counts) - 1]
+        unfinished = batch.drop_finished()
+    return batch.generations
 
 
 @torch.inference_mode()
@@ -248,65 +269,11 @@ def speculate(
     topk: int,
     verify_tokens: int,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    rule: Greedy | Sampling | None = None,
 ) -> list[Generation]:
-    """Answer a batch of prompts, int64 [n] each, with the trees that `tree` describes; raises
-    ConfigError.
-
-    Each round the target checks all drafts of all prompts in one forward pass; greedy ids equal
-    those of `generate`.
-    """
+    """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
     check_tree(steps, topk, verify_tokens, draft.config.draft_vocab_size)
-    rule = Sample(temperature, generator) if temperature else Greedy()
-    texts = Texts(target, prompts, max_new_tokens, verify_tokens)
-    max_length = max(texts.lengths) + max_new_tokens + steps
-    drafter = Drafter(draft, target.embedding, len(prompts), max_length, steps, topk)
-    aux, last = texts.prefill(prompts)
-    newest = rule.draw(target.lm_head(last))
-    following = [
-        torch.cat([p[1:].to(texts.device), token[None]])
-        for p, token in zip(prompts, newest, strict=True)
-    ]
-    drafter.read(aux, pad_sequence(following, batch_first=True), texts.lengths)
-    left = texts.begin(newest)
-    while texts.rows:
-        if left:
-            drafter.select(left)
-            newest = newest[left]
-        tree = drafter.grow(newest, verify_tokens, rule)
-        aux, last = texts.read(tree.ids, tree.depths, tree.sees)
-        verdict = rule.verify(tree, target.lm_head(last), drafter.target_ids)
-        texts.commit(verdict, verify_tokens)
-        row = texts.places[: len(newest), None]
-        drafter.read(aux[row, verdict.path], verdict.ids, verdict.counts)
-        newest = verdict.ids[row[:, 0], texts.places.new_tensor(verdict.counts) - 1]
-        left = texts.drop_ended()
-    return texts.generations
-
-
-@torch.inference_mode()
-def generate(
-    target,
-    prompts: list[torch.Tensor],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> list[Generation]:
-    """The same answers without a draft, a token per forward pass: what `speculate` must equal and
-    beat.
-    """
-    rule = Sample(temperature, generator) if temperature else Greedy()
-    texts = Texts(target, prompts, max_new_tokens)
-    _, last = texts.prefill(prompts)
-    newest = rule.draw(target.lm_head(last))
-    left = texts.begin(newest)
-    root = newest.new_zeros(1, 1)
-    while texts.rows:
-        if left:
-            newest = newest[left]
-        _, last = texts.read(newest[:, None], root, None)
-        newest = rule.draw(target.lm_head(last[:, 0]))
-        texts.commit(Verdict(newest[:, None], root.expand(len(newest), 1), [1] * len(newest)), 1)
-        left = texts.drop_ended()
-    return texts.generations
+    max_length = max(map(len, prompts)) + max_new_tokens
+    shape = steps, topk, verify_tokens
+    drafter = Drafter(draft, target.embedding, len(prompts), max_length, *shape)
+    return generate(target, prompts, max_new_tokens, rule, drafter)

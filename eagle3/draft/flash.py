@@ -6,13 +6,15 @@ Shapes as in `draft/attention.py`: T packed tokens, N query rows, H query heads 
 
 import torch
 
-from eagle3.draft.attention import Backend, Dense
+from eagle3.draft.attention import Backend, Dense, empty_outputs
 
 
 def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Put `values` [N, ...] at `rows` of zeros [length, ...]: flash kernels know no gathered rows.
+    """Put `values` [N, ...] at `rows` of zeros [length, ...].
 
-    A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
+    A flash kernel takes a query's place from its position in q and knows no gathered rows. So q is
+    scattered to full length, which is cheap beside the rest of a step (attention is less than 5 %
+    of the work). A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
     """
     return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
 
@@ -20,21 +22,20 @@ def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tens
 class FlashCPU:
     """The flash kernel that torch ships for CPUs (fp32, fp64, bf16), one call a document."""
 
+    # It takes no lengths and aligns its causal mask top left, so queries begin with the document.
+
     @staticmethod
     def forward(q, rows, k, v, documents, scale):
         q = scatter(q, rows, len(k))
-        out, lse = (
-            torch.empty_like(q),
-            q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)),
-        )
+        out, lse = empty_outputs(q)
         start = 0
         for length in documents.lengths:
             span = slice(start, start + length)
-            heads = [x[span].transpose(0, 1)[None] for x in (q, k, v)]
-            o, m = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            heads = [x[span].transpose(0, 1)[None] for x in (q, k, v)]  # [1,heads,length,d]
+            part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *heads, 0.0, True, scale=scale
             )
-            out[span], lse[span] = o[0].transpose(0, 1), m[0].transpose(0, 1)
+            out[span], lse[span] = part_out[0].transpose(0, 1), part_lse[0].transpose(0, 1)
             start += length
         return out[rows], lse[rows]
 
@@ -55,114 +56,81 @@ class FlashCPU:
         return grads[0][rows], grads[1], grads[2]
 
 
-class FlashCUDA:
+class Varlen:
+    """A backend over a varlen kernel: all documents in one call, each at its cumulative lengths.
+
+    The kernel aligns its causal mask bottom right: the last query of a document sees all its keys.
+    A document whose queries begin at token `first` (a segment of a shared batch) therefore needs no
+    zero queries before that, and q is scattered to the tokens from `first` on alone.
+
+    `kernel` and `kernel_backward` take `spans`: cu_seqlens of queries and keys, and the longest of
+    each.
+    """
+
+    @staticmethod
+    def spans(documents):
+        cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
+        cu_seqlens_q = (cu_seqlens - documents.first).clamp(min=0)
+        return cu_seqlens_q, cu_seqlens, longest - documents.first, longest
+
+    @classmethod
+    def forward(cls, q, rows, k, v, documents, scale):
+        rows = rows - documents.first
+        q = scatter(q, rows, len(k) - documents.first)
+        out, lse_HS = cls.kernel(q, k, v, cls.spans(documents), scale)
+        return out[rows], lse_HS.transpose(0, 1)[rows]
+
+    @classmethod
+    def backward(cls, grad_out, q, rows, k, v, out, lse, documents, scale):
+        rows, length = rows - documents.first, len(k) - documents.first
+        grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
+        lse_HS = lse.transpose(0, 1).contiguous()
+        spans = cls.spans(documents)
+        grads = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans, scale)
+        return grads[0][rows], grads[1], grads[2]
+
+
+class FlashCUDA(Varlen):
     """The varlen flash kernel inside torch (CUDA, fp16 and bf16, head size up to 256): nothing to
     install.
     """
 
     @staticmethod
-    def forward(q, rows, k, v, documents, scale):
-        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
-        cu_q, rows = (
-            (cu - first).clamp(min=0),
-            rows - first,
-        )  # the kernel aligns its causal mask bottom right
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            scatter(q, rows, len(k) - first),
-            k,
-            v,
-            cu_q,
-            cu,
-            longest - first,
-            longest,
-            0.0,
-            True,
-            False,
-            scale=scale,
+    def kernel(q, k, v, spans, scale):
+        results = torch.ops.aten._flash_attention_forward(
+            q, k, v, *spans, 0.0, True, False, scale=scale
         )
-        return out[rows], lse.transpose(0, 1)[rows]
+        return results[:2]
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
-        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
-        cu_q, rows = (cu - first).clamp(min=0), rows - first
-        grad_out, q, out, lse = (scatter(x, rows, len(k) - first) for x in (grad_out, q, out, lse))
-        lse = lse.transpose(0, 1).contiguous()
+    def kernel_backward(grad_out, q, k, v, out, lse, spans, scale):
+        # The state of a random generator, which only dropout reads.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cu_q,
-            cu,
-            longest - first,
-            longest,
-            0.0,
-            True,
-            unused,
-            unused,
-            scale=scale,
+        return torch.ops.aten._flash_attention_backward(
+            grad_out, q, k, v, out, lse, *spans, 0.0, True, unused, unused, scale=scale
         )
-        return grads[0][rows], grads[1], grads[2]
 
 
-class FlashAttn:
+class FlashAttn(Varlen):
     """The flash-attn package (2.8): the same kernel family, for those who built it for their card."""
 
     @staticmethod
-    def forward(q, rows, k, v, documents, scale):
+    def kernel(q, k, v, spans, scale):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
-        cu_q, rows = (cu - first).clamp(min=0), rows - first
-        out, lse, *_ = _flash_attn_varlen_forward(
-            scatter(q, rows, len(k) - first),
-            k,
-            v,
-            cu_q,
-            cu,
-            longest - first,
-            longest,
-            0.0,
-            scale,
-            causal=True,
-        )
-        return out[rows], lse.transpose(0, 1)[rows]
+        return _flash_attn_varlen_forward(q, k, v, *spans, 0.0, scale, causal=True)[:2]
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
+    def kernel_backward(grad_out, q, k, v, out, lse, spans, scale):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
-        cu, longest, first = documents.cu_seqlens, max(documents.lengths), documents.first
-        cu_q, rows = (cu - first).clamp(min=0), rows - first
-        grad_out, q, out, lse = (scatter(x, rows, len(k) - first) for x in (grad_out, q, out, lse))
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        lse = lse.transpose(0, 1).contiguous()
-        longest = (longest - first, longest)
+        # Causal, no window (-1, -1), no soft cap, no ALiBi slopes, not deterministic.
+        options = (True, -1, -1, 0.0, None, False)
         _flash_attn_varlen_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            *grads,
-            cu_q,
-            cu,
-            *longest,
-            0.0,
-            scale,
-            True,
-            -1,
-            -1,
-            0.0,
-            None,
-            False,
+            grad_out, q, k, v, out, lse, *grads, *spans, 0.0, scale, *options
         )
-        return grads[0][rows], grads[1], grads[2]
+        return grads
 
 
 class Auto:

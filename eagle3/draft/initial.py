@@ -1,11 +1,10 @@
-"""The draft before its first update: its shape, and what it takes over from the target or from
-another draft.
-"""
+"""The draft before its first update: its shape, and the weights that it starts with."""
 
 import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -14,9 +13,9 @@ from eagle3.config import DraftSection
 from eagle3.draft.attention import Backend
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
-from eagle3.export.folder import locate
-from eagle3.target.hf import HFTarget
-from eagle3.target.weights import TargetWeights
+
+# What a file of the guides may name but not change.
+FIXED = ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "hidden_act")
 
 
 def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfig:
@@ -24,9 +23,13 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
     rope = getattr(target, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     heads = target.num_attention_heads
+    # A mixture without a dense MLP gets one as large as its active experts together.
+    intermediate_size = getattr(target, "intermediate_size", None)
+    if not intermediate_size:
+        intermediate_size = target.moe_intermediate_size * target.num_experts_per_tok
     return DraftConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=dense_size(target),
+        intermediate_size=intermediate_size,
         num_attention_heads=heads,
         num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
@@ -39,44 +42,27 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
     )
 
 
-def dense_size(target: PretrainedConfig) -> int:
-    """The MLP's size; of a mixture that has no dense one, what its active experts come to."""
-    dense = getattr(target, "intermediate_size", None)
-    return dense or target.moe_intermediate_size * target.num_experts_per_tok
-
-
 def read_config(path: str, derived: DraftConfig) -> DraftConfig:
-    """The shape in a JSON file of the guides' kind; what it does not name is derived. Raises
-    ConfigError.
+    """The shape in a JSON file of the guides' kind; what it does not name is derived.
 
     Maximum positions and RoPE theta are always the target's: the guides' files carry the training
-    length.
+    length. Raises ConfigError.
     """
+    names = [f.name for f in fields(DraftConfig)]
     try:
         values = json.loads(Path(path).read_text())
-        shape = {
-            f.name: values[f.name] for f in fields(DraftConfig) if values.get(f.name) is not None
-        }
+        shape = {name: values[name] for name in names if values.get(name) is not None}
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"draft.config={path} is not a JSON object with the draft's shape: {error}"
         ) from error
-    for name in (
-        "vocab_size",
-        "draft_vocab_size",
-        "hidden_size",
-        "target_hidden_size",
-        "hidden_act",
-    ):
-        if name in shape and shape[name] != getattr(derived, name):
-            raise ConfigError(
-                f"draft.config={path}: {name}={shape[name]}, but it must be {getattr(derived, name)} here"
-            )
-    kept = {
-        "max_position_embeddings": derived.max_position_embeddings,
-        "rope_theta": derived.rope_theta,
-    }
-    return replace(derived, **shape | kept)
+    for name in FIXED:
+        value, needed = shape.get(name), getattr(derived, name)
+        if value is not None and value != needed:
+            raise ConfigError(f"draft.config={path}: {name}={value}, but it must be {needed} here")
+    shape["max_position_embeddings"] = derived.max_position_embeddings
+    shape["rope_theta"] = derived.rope_theta
+    return replace(derived, **shape)
 
 
 def draft_config(section: DraftSection, target: PretrainedConfig) -> DraftConfig:
@@ -85,13 +71,12 @@ def draft_config(section: DraftSection, target: PretrainedConfig) -> DraftConfig
     return derived if section.config is None else read_config(section.config, derived)
 
 
+# An option of `draft/initial` changes a new draft, given the target's embedding and head [V,D].
 Initial = Callable[[Draft, torch.Tensor, torch.Tensor], None]
 
 
 def random(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
-    """Weights as `Draft` draws them; only the head starts as the target's rows of the draft
-    vocabulary.
-    """
+    """Weights as `Draft` draws them, but for the head: the target's rows of the draft vocabulary."""
     draft.lm_head.weight.data.copy_(head[draft.target_ids.to(head.device)])
 
 
@@ -112,24 +97,24 @@ def induction(
     keep a token's embedding in the low layers, its own token x_j in the lowest auxiliary state. So
     one layer can copy: queries read the embedding of x_{t+1}, keys the lowest auxiliary state
     through the same projection, on the `slow_share` of rotary dimensions that turn least with
-    distance; values read E[x_{j+1}], and the output maps embeddings to the head's space by the best
-    low-rank outer-product association of the two. Copying names from the prompt is the slow part of
-    learning to draft; this gives it at update 0, and everything stays trainable.
+    distance; values read E[x_{j+1}], and the output maps embeddings to the head's space. Copying
+    names from the prompt is the slow part of learning to draft; this gives it at update 0, and
+    everything stays trainable.
 
-    `embedding` [V,D] and `head` [V,D] are the target's; `sharpness` scales the matching scores;
-    `others` scales the weights that read the two higher auxiliary states.
+    `sharpness` scales the matching scores, `others` the weights that read the two higher auxiliary
+    states.
     """
     random(draft, embedding, head)
-    size, head_dim, kv_heads = (
-        draft.config.hidden_size,
-        draft.config.head_dim,
-        draft.config.num_key_value_heads,
-    )
-    groups = draft.config.num_attention_heads // kv_heads
-    attention, generator = draft.midlayer.self_attn, torch.Generator().manual_seed(seed)
+    config, attention = draft.config, draft.midlayer.self_attn
+    size, head_dim, kv_heads = config.hidden_size, config.head_dim, config.num_key_value_heads
+    groups = config.num_attention_heads // kv_heads
+    generator = torch.Generator().manual_seed(seed)
     embedding, head = embedding.float().cpu(), head.float().cpu()
     normed = torch.nn.functional.rms_norm(embedding, (size,), eps=1e-5)
     mean = torch.nn.functional.normalize(normed.mean(0), dim=0)
+
+    # The best map of low rank from embeddings to the head's rows of the same tokens: the singular
+    # vectors of their outer products, of which each head gets the next `head_dim`.
     association = (head - head.mean(0)).T @ (normed - normed.mean(0)) / len(head)
     out, strength, into = torch.linalg.svd(association)
     out = out * (strength / strength[0])
@@ -137,8 +122,9 @@ def induction(
     draft.fc.weight[:, size:].mul_(others)
     draft.fc.weight[:, :size] = torch.eye(size)
     slow = torch.arange(head_dim // 2)[round((1 - slow_share) * (head_dim // 2)) :]
-    slow = torch.cat([slow, slow + head_dim // 2])
+    slow = torch.cat([slow, slow + head_dim // 2])  # RoPE turns dimension i with i + d/2
     for g in range(kv_heads):
+        # Orthogonal to the mean embedding: what all tokens have in common matches everything.
         projection = torch.randn(size, len(slow), generator=generator)
         projection = projection - mean[:, None] * (mean @ projection)
         projection = torch.linalg.qr(projection).Q.T * sharpness**0.5
@@ -150,26 +136,22 @@ def induction(
             attention.o_proj.weight[:, h * head_dim : (h + 1) * head_dim] = out[:, shared] / groups
 
 
+class TargetEnds(Protocol):
+    """A target, or its weights read from disk."""
+
+    embedding: torch.Tensor
+    head: torch.Tensor
+
+
 def new_draft(
-    section: DraftSection,
+    config: DraftConfig,
     attention: Backend,
     initial: Initial,
-    target: HFTarget | TargetWeights,
+    weights: TargetEnds,
     t2d: torch.Tensor,
     d2t: torch.Tensor,
 ) -> Draft:
-    """The draft that `section.init_from` names, else a new one for `target` with the weights that
-    `initial` gives.
-    """
-    from eagle3.export.write import read_draft
-
-    if section.init_from is not None:
-        return read_draft(
-            locate(section.init_from, "draft.init_from"),
-            attention,
-            target.config,
-            target.aux_layer_ids,
-        )
-    draft = Draft(draft_config(section, target.config), attention, t2d, d2t)
-    initial(draft, target.embedding, target.head)
+    """A draft with the weights that `initial` gives; `t2d` and `d2t` as in `Draft`."""
+    draft = Draft(config, attention, t2d, d2t)
+    initial(draft, weights.embedding, weights.head)
     return draft

@@ -3,6 +3,9 @@
 Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are
 kept in fp32 and cast to the dtype of the activations where they are used (free when both are fp32):
 the gradients of the K steps then add up in fp32 whatever the model computes in.
+
+n tokens, D hidden size, H query and G key/value heads of size d, V and Vd the target's and the
+draft's vocabulary (equations: `ttt.py`).
 """
 
 from dataclasses import dataclass
@@ -17,9 +20,7 @@ from eagle3.draft.rope import Rope
 
 @dataclass
 class DraftConfig:
-    """Shape of a draft. `target_hidden_size` is that of one auxiliary layer; `vocab_size` is the
-    target's.
-    """
+    """Shape of a draft; `target_hidden_size` and `vocab_size` are the target's."""
 
     hidden_size: int
     intermediate_size: int
@@ -61,8 +62,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedDown(torch.autograd.Function):
-    """(silu(gate) * up) @ down^T that keeps only gate and up: a third less than autograd would keep
-    of an MLP.
+    """(silu(gate) * up) @ down^T that keeps only gate and up for backward.
+
+    Autograd would also keep silu(gate) and the product: [n, intermediate_size] each, at every step.
     """
 
     @staticmethod
@@ -73,7 +75,7 @@ class GatedDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up, down = ctx.saved_tensors
-        activated = F.silu(gate)
+        activated = F.silu(gate)  # computed again: cheap beside the three products
         grad_down = grad.flatten(0, -2).T @ (activated * up).flatten(0, -2)
         grad_product = grad @ down
         grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
@@ -94,19 +96,21 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """The projections alone: `Draft.qkv_weight` joins those of q, k and v into one product."""
+
     def __init__(self, config: DraftConfig):
         super().__init__()
-        heads, kv_heads = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
-        self.q_proj = Linear(2 * config.hidden_size, heads)
-        self.k_proj = Linear(2 * config.hidden_size, kv_heads)
-        self.v_proj = Linear(2 * config.hidden_size, kv_heads)
-        self.o_proj = Linear(heads, config.hidden_size)
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(2 * config.hidden_size, query_size)
+        self.k_proj = Linear(2 * config.hidden_size, key_size)
+        self.v_proj = Linear(2 * config.hidden_size, key_size)
+        self.o_proj = Linear(query_size, config.hidden_size)
 
 
 class Layer(nn.Module):
+    """The parameters of a Llama layer that reads [embedding; hidden], each with a norm of its own."""
+
     def __init__(self, config: DraftConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -119,8 +123,8 @@ class Layer(nn.Module):
 class Draft(nn.Module):
     """fc, one layer, a norm and a head over the draft vocabulary.
 
-    The steps of a forward pass are methods, because training (`ttt.unroll`) and serving (`decode`)
-    walk them over different keys; neither knows the other's.
+    It has no forward: training (`ttt.unroll`) and serving (`decode`) attend to different keys, so
+    each calls the parts of a forward pass, which are the methods here.
     """
 
     def __init__(
@@ -146,15 +150,15 @@ class Draft(nn.Module):
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def project_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The embedding half of q, k, v before rotation: [n, D] -> [n, (H + 2G) d].
+        """The embedding half of q, k, v before rotation: [n,D] -> [n,(H+2G)d].
 
         It depends on the token alone, so one call serves every step that reads the token.
         """
         return linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(0))
 
     def qkv_weight(self, half: int) -> torch.Tensor:
-        """[(H + 2G) d, D]: the columns of q, k, v that read the embedding (half 0) or the hidden
-        state (half 1).
+        """[(H+2G)d,D]: the columns of q, k, v that read the embedding (half 0) or the hidden state
+        (half 1).
         """
         attention, size = self.midlayer.self_attn, self.config.hidden_size
         columns = slice(half * size, (half + 1) * size)
@@ -162,19 +166,19 @@ class Draft(nn.Module):
         return torch.cat([p.weight[:, columns] for p in projections])
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[n, (H + 2G) d] -> q [n,H,d], k [n,G,d], v [n,G,d]."""
+        """[n,(H+2G)d] -> q [n,H,d], k [n,G,d], v [n,G,d], views of it."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        return qkv.unflatten(-1, (-1, self.config.head_dim)).split(
-            (heads, kv_heads, kv_heads), dim=-2
-        )
+        qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
+        return qkv.split((heads, kv_heads, kv_heads), dim=-2)
 
     def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Output projection, residual and MLP: hidden [n,D] and attended [n,H,d] -> the next hidden
-        [n,D].
+        """Output projection, residual and MLP: hidden [n,D], attended [n,H,d] -> next hidden [n,D].
+
+        It is not normalised: the next step reads the residual stream itself.
         """
         hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
         return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n,D] -> [n,Vd]; training never calls this on more than a chunk (see `loss`)."""
+        """[n,D] -> [n,Vd]; training calls this on no more than a chunk of rows (see `loss`)."""
         return self.lm_head(self.norm(hidden))

@@ -4,8 +4,7 @@ import torch
 
 
 class Rope(torch.nn.Module):
-    """Tables for positions below `max_position_embeddings`, grown on demand; never cast and never
-    saved.
+    """cos and sin of positions, grown on demand; never cast and never saved.
 
     Rotates halves, as Llama and Qwen do: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
     """
@@ -13,33 +12,27 @@ class Rope(torch.nn.Module):
     def __init__(self, head_dim: int, theta: float):
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
+        # A plain attribute: a buffer would follow .to(bfloat16) and appear in the state dict.
         self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def grow(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, fp32 [>= length, head_dim / 2], on `device`."""
         if self.tables is None or len(self.tables[0]) < length or self.tables[0].device != device:
-            frequencies = self.theta ** -(
-                torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-            )
-            angles = torch.arange(max(length, 2048), dtype=torch.float64)[:, None] * frequencies
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+            positions = torch.arange(max(length, 2048), dtype=torch.float64)
+            angles = positions[:, None] * self.theta**-exponents
             self.tables = (angles.cos().float().to(device), angles.sin().float().to(device))
         return self.tables
 
-    def forward(
-        self, positions: torch.Tensor, max_position: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, fp32 [n, 1, head_dim / 2], of `positions` [n], all of them below
-        `max_position`.
-
-        The bound is passed because reading it off the device would make the host wait.
+    def forward(self, positions: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, fp32 [n, 1, head_dim / 2], of `positions` [n], all of them below `bound`,
+        which is passed because reading it off the device would make the host wait.
         """
-        cos, sin = self.grow(max_position, positions.device)
+        cos, sin = self.grow(bound, positions.device)
         return cos[positions][:, None], sin[positions][:, None]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads `x` [n, heads, head_dim]; computed in the wider of x's dtype and fp32, returned
-    in x's dtype.
-    """
+    """Rotate heads `x` [n, heads, head_dim] in at least fp32; returned in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

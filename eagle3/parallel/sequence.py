@@ -1,492 +1,399 @@
-"""Sequence parallelism (USP): `ulysses` x `ring` ranks share every micro-batch.
+"""Sequence parallelism (USP): `ulysses` x `ring` ranks train on the same micro-batches together.
 
 Rows meet only through k^0 and v^0, so each rank takes some of the tokens and their rows through all
-steps. One exchange brings every rank the keys and values of all tokens, for its share of the heads,
-and returns their gradients once. With `ring` alone later steps send nothing; `ulysses` ranks swap
-rows for heads and back around each step's attention (arXiv 2405.07719 has the same layout for whole
-models, where k and v go round in every layer).
+steps. One all-to-all brings every rank the keys and values of all tokens, for its share of the
+heads, and returns their gradients once. With `ring` alone later steps send nothing; the ranks of a
+`ulysses` group swap rows for heads and back around each step's attention (arXiv 2405.07719 has the
+same layout for whole models, where k and v go round in every layer).
 
-The only collective is torch's all-to-all with uneven splits and gradients, which gloo and nccl
-have: row sets differ from rank to rank, and yunchang's all-to-all takes equal ones.
+T packed tokens, of which a rank owns O; N rows; H query and G key/value heads of size d; u ulysses,
+P = u x ring ranks. Index vectors are named x_of_y: they give an x for every y, where token is a
+place in the packed batch, own a place among a rank's own tokens, input a place in its `input_ids`,
+row a place in `batch.rows`, and arrival a place in what an all-to-all brings, rank by rank.
 
-T packed tokens, O of them held here, N rows, H query and G key/value heads of size d, P = ulysses x
-ring ranks.
+An example: ring 2, K = 1, a document of 8 tokens, its first and last two on rank 0:
+
+    rank_of_token       0 0 1 1 1 1 0 0
+    token_of_input      0 1 2 6 7          rank 0's, and token 2: row 1 reads its embedding
+    input_of_own        0 1 3 4            batch.own: its own tokens 0 1 6 7 among these
+    keys arrive         0 1 6 7 2 3 4 5    first rank 0's, then rank 1's
+    arrival_of_token    0 1 4 5 6 7 2 3    picks them in packed order
+    segments            tokens 0 1 see keys 0:2, tokens 6 7 see keys 0:8
 """
 
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
+from torch.utils._pytree import tree_map_only
 
-from eagle3.batch import (
-    Batch,
-    Document,
-    DocumentSpans,
-    Features,
-    count_before,
-    pack,
-    serving,
-    split_by_cost,
-)
+from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost
 from eagle3.draft.attention import Attend, Backend
-from eagle3.draft.flash import scatter
 from eagle3.draft.model import DraftConfig
-from eagle3.hidden_states.supply import Supply
-from eagle3.parallel.ranks import PATIENCE
+from eagle3.parallel.segments import Segmented, Segments, segments_of
 
 BLOCKS_PER_RANK = 8  # more of them balance better, fewer share more teacher rows
 SMALLEST_BLOCK = 16
 
 
-class Segment(NamedTuple):
-    """Neighbouring tokens of one document: their `queries` among those of the group, the `keys`
-    they may see.
-    """
-
-    queries: slice
-    keys: slice
-    rows: torch.Tensor
-    documents: DocumentSpans
-
-
-class Segments(NamedTuple):
-    parts: list[Segment]
-    length: int
-
-
-@dataclass
-class Segmented:
-    """A backend over segments, each against its document's keys up to its own end."""
-
-    backend: Backend
-
-    def forward(self, q, rows, k, v, segments: Segments, scale):
-        q = scatter(q, rows, segments.length)
-        out, lse = (
-            torch.empty_like(q),
-            q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32)),
-        )
-        for part in segments.parts:
-            here, keys = part.queries, part.keys
-            out[here], lse[here] = self.backend.forward(
-                q[here], part.rows, k[keys], v[keys], part.documents, scale
-            )
-        return out[rows], lse[rows]
-
-    def backward(self, grad_out, q, rows, k, v, out, lse, segments: Segments, scale):
-        grad_out, q, out, lse = (scatter(x, rows, segments.length) for x in (grad_out, q, out, lse))
-        grad_q, wide = torch.empty_like(q), torch.promote_types(k.dtype, torch.float32)
-        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for part in segments.parts:
-            here, keys = part.queries, part.keys
-            grads = self.backend.backward(
-                grad_out[here],
-                q[here],
-                part.rows,
-                k[keys],
-                v[keys],
-                out[here],
-                lse[here],
-                part.documents,
-                scale,
-            )
-            grad_q[here] = grads[0]
-            grad_k[keys] += grads[1]
-            grad_v[keys] += grads[2]
-        return grad_q[rows], grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def swap(
-    x: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
-) -> torch.Tensor:
-    """All-to-all along the first dimension, differentiable."""
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group) -> Tensor:
+    """Send the first `sent[0]` rows of x to the group's rank 0, and so on; differentiable."""
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), received, sent, group))
 
 
-@dataclass
-class Exchange:
-    """What a dealt batch moves between ranks; made on the host with the batch.
+def inverse(permutation: Tensor) -> Tensor:
+    """The permutation that undoes an int64 [n] one: inverse(p)[p] = 0, 1, 2, ..."""
+    undone = torch.empty_like(permutation)
+    undone[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return undone
 
-    `held` [P] counts each rank's tokens, `order` [T] finds each packed token among them, rank by
-    rank. Of the ulysses group: `counts` [u][K], the rows of each rank at each step; `rows` [N], all
-    of them, needed longest first, as places among the queries of `segments`; `grouped[k]` finds the
-    group's order in the rows that come rank by rank, and `back[k]` the reverse.
+
+class Exchange(NamedTuple):
+    """What the attention of a dealt batch moves between ranks; planned on the host.
+
+    `tokens_of_rank` [P] are counts, `arrival_of_token` int64 [T]. The ranks of a ulysses group swap
+    rows: `segments` are their tokens together, `rows` int64 [N] all their rows, needed longest
+    first, as places among those; `row_counts` [u][K] counts each rank's, and `row_of_arrival`,
+    int64 [N_k] for each step k, gives places in `rows`.
     """
 
     sequence: "Sequence"
-    held: list[int]
-    order: torch.Tensor
-    counts: list[list[int]]
-    rows: torch.Tensor
+    tokens_of_rank: list[int]
+    arrival_of_token: Tensor
     segments: Segments
-    grouped: list[torch.Tensor]
-    back: list[torch.Tensor]
+    rows: Tensor
+    row_counts: list[list[int]]
+    row_of_arrival: list[Tensor]
 
     def to(self, device: torch.device) -> "Exchange":
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
+        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
 
-        parts = [
-            part._replace(
-                rows=move(part.rows),
-                documents=part.documents._replace(cu_seqlens=move(part.documents.cu_seqlens)),
-            )
-            for part in self.segments.parts
-        ]
-        return replace(
-            self,
-            order=move(self.order),
-            rows=move(self.rows),
-            segments=self.segments._replace(parts=parts),
-            grouped=[move(places) for places in self.grouped],
-            back=[move(places) for places in self.back],
-        )
+    def __call__(self, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
+        """`KeysValues` for `ttt.unroll`."""
+        return SharedKeysValues(self, backend, *self.gather_keys_values(k0, v0))
 
-    def __call__(
-        self, backend: Backend, batch: Batch, k0: torch.Tensor, v0: torch.Tensor
-    ) -> "SharedKeysValues":
-        return SharedKeysValues(self, backend, *self.keys(k0, v0))
-
-    def keys(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the tokens held here, [O,G,d], to those of all tokens for this rank's heads,
-        [T,G/u,d].
-        """
-        ulysses, ring = self.sequence.ulysses, self.sequence.ring
-        both = torch.cat(
-            [k.unflatten(1, (ulysses, -1)), v.unflatten(1, (ulysses, -1))], dim=2
-        ).transpose(0, 1)
-        everyone = both[None].expand(ring, -1, -1, -1, -1).flatten(0, 2)
-        here = self.held[self.sequence.rank]
-        arrived = swap(everyone, self.held, [here] * len(self.held), self.sequence.group)
-        k, v = arrived.index_select(0, self.order).chunk(2, dim=1)
+    def gather_keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of the own tokens [O,G,d] -> of all tokens, for this rank's heads [T,G/u,d]."""
+        sequence, num_own = self.sequence, len(k)
+        heads = (sequence.ulysses, -1)
+        shares = torch.cat([k.unflatten(1, heads), v.unflatten(1, heads)], dim=2)  # [O,u,2G/u,d]
+        shares = shares.transpose(0, 1)  # [u,O,2G/u,d]
+        # Rank p works on the head share p % u, so the shares repeat from ring place to ring place.
+        sent = shares.repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
+        arrived = all_to_all(sent, self.tokens_of_rank, [num_own] * sequence.size, sequence.group)
+        k, v = arrived.index_select(0, self.arrival_of_token).chunk(2, dim=1)  # [T,G/u,d] each
         return k.contiguous(), v.contiguous()
 
-    def to_heads(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """This rank's rows with all heads [n,H,d] to the group's rows, in its order, with this
-        rank's [N,H/u,d].
+    def rows_to_heads(self, tensors: list[Tensor], step: int) -> list[Tensor]:
+        """This rank's rows with all heads, each [n,H,d] -> the group's, in the order of `rows`,
+        with this rank's share of the heads [N_k,H/u,d].
         """
         ulysses = self.sequence.ulysses
         if ulysses == 1:
-            return x
-        parts = x.unflatten(1, (ulysses, -1)).transpose(0, 1).flatten(0, 1)
-        arrived = swap(
-            parts,
-            [counts[step] for counts in self.counts],
-            [len(x)] * ulysses,
-            self.sequence.heads_group,
-        )
-        return arrived.index_select(0, self.grouped[step])
+            return tensors
+        shares = torch.cat([x.unflatten(1, (ulysses, -1)) for x in tensors], dim=2)  # [n,u,*,d]
+        sent = shares.transpose(0, 1).flatten(0, 1)  # [u*n,*,d]
+        received = [counts[step] for counts in self.row_counts]
+        splits = [len(shares)] * ulysses
+        arrived = all_to_all(sent, received, splits, self.sequence.heads_group)  # [N_k,*,d]
+        grouped = arrived.index_select(0, inverse(self.row_of_arrival[step]))
+        parts = grouped.split([x.shape[1] // ulysses for x in tensors], dim=1)
+        return [part.contiguous() for part in parts]
 
-    def to_rows(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """The reverse: [N,H/u,d] to [n,H,d]."""
+    def heads_to_rows(self, x: Tensor, step: int) -> Tensor:
+        """The reverse: [N_k,H/u,d] -> [n,H,d]."""
         ulysses = self.sequence.ulysses
         if ulysses == 1:
             return x
-        sent = [counts[step] for counts in self.counts]
-        here = sent[self.sequence.rank % ulysses]
-        arrived = swap(
-            x.index_select(0, self.back[step]), [here] * ulysses, sent, self.sequence.heads_group
-        )
-        return arrived.unflatten(0, (ulysses, here)).transpose(0, 1).flatten(1, 2)
+        sent = [counts[step] for counts in self.row_counts]
+        num_own = sent[self.sequence.rank % ulysses]
+        by_rank = x.index_select(0, self.row_of_arrival[step])  # [N_k,H/u,d]
+        arrived = all_to_all(by_rank, [num_own] * ulysses, sent, self.sequence.heads_group)
+        shares = arrived.unflatten(0, (ulysses, num_own))  # [u,n,H/u,d]
+        return shares.transpose(0, 1).flatten(1, 2)  # [n,H,d]
 
 
 class SharedKeysValues:
-    """As `KeysValues`, of rows that an ulysses group shares; `later` holds the group's, for this
-    rank's heads.
-    """
+    """`attention.KeysValues` of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
 
-    def __init__(self, exchange: Exchange, backend: Backend, k0: torch.Tensor, v0: torch.Tensor):
+    def __init__(self, exchange: Exchange, backend: Backend, k0: Tensor, v0: Tensor):
         self.exchange, self.backend, self.k0, self.v0 = exchange, Segmented(backend), k0, v0
-        self.step, self.later = 0, []
+        self.step = 0
+        self.later: list[Tensor] = []
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
-    ) -> torch.Tensor:
-        exchange, ulysses = self.exchange, self.exchange.sequence.ulysses
-        if k is None:
-            q = exchange.to_heads(q, self.step)
-        else:
-            parts = torch.cat([x.unflatten(1, (ulysses, -1)) for x in (q, k, v)], dim=2)
-            heads = [x.shape[1] // ulysses for x in (q, k, v)]
-            q, k, v = exchange.to_heads(parts.flatten(1, 2), self.step).split(heads, dim=1)
-            q = q.contiguous()
-            self.later += [k.contiguous(), v.contiguous()]
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        exchange, step = self.exchange, self.step
+        # q, k and v go in one message: its latency counts, not its size.
+        q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
+        self.later += later
         rows = exchange.rows[: len(q)]
         out = Attend.apply(self.backend, exchange.segments, rows, q, self.k0, self.v0, *self.later)
-        out = exchange.to_rows(out, self.step)
         self.step += 1
-        return out
+        return exchange.heads_to_rows(out, step)
 
 
-@dataclass
-class Routes:
-    """How features come from the ranks that prefilled the documents: of my documents' tokens and
-    teacher rows, those sent to each rank (`send`, counts) and how what arrives is put in order.
+class Route(NamedTuple):
+    """An all-to-all of vectors: what this rank sends (`picked` int64, places among those it has,
+    rank by rank), counts sent and received [P], and the order of what it wanted.
     """
 
+    picked: Tensor
+    sent: list[int]
+    received: list[int]
+    arrival_of_wanted: Tensor
+
+    def send(self, x: Tensor, group) -> Tensor:
+        arrived = x.new_empty(sum(self.received), *x.shape[1:])
+        picked = x[self.picked.to(x.device)]
+        dist.all_to_all_single(arrived, picked, self.received, self.sent, group)
+        return arrived[self.arrival_of_wanted.to(x.device)]
+
+
+class Routes(NamedTuple):
+    """How features reach their rank: `batch` are the documents that this one prefills, or None."""
+
     batch: Batch | None
-    tokens: tuple[torch.Tensor, list[int], list[int], torch.Tensor]
-    teachers: tuple[torch.Tensor, list[int], list[int], torch.Tensor]
+    tokens: Route
+    teachers: Route
 
 
 class Sequence:
-    """The ranks side by side that share a replica's micro-batches; rank p has ring place p // u and
-    heads p % u.
-    """
+    """The ranks that share a replica's micro-batches; rank p has ring place p // u, heads p % u."""
 
-    def __init__(self, ulysses: int, ring: int, rank: int, world_size: int, config: DraftConfig):
-        """`rank` and `world_size` are those of the run. Every rank of the run makes its Sequence
-        together.
+    def __init__(
+        self, ulysses: int, ring: int, rank: int, world_size: int, config: DraftConfig,
+        timeout: timedelta | None = None,
+    ):  # fmt: skip
+        """`rank` and `world_size` are those of the run, whose ranks must all make their Sequence.
+
+        `timeout` is that of its collectives; without one it deals batches and cannot send.
         """
-        size = ulysses * ring
-        self.ulysses, self.ring, self.rank, self.size = ulysses, ring, rank % size, size
-        self.config = config
-        for members, name in ((size, "group"), (ulysses, "heads_group")):
-            starts = range(0, world_size, members)
-            made = [
-                dist.new_group(range(start, start + members), timeout=PATIENCE) for start in starts
-            ]
-            setattr(self, name, made[rank // members])
+        self.ulysses, self.ring, self.size = ulysses, ring, ulysses * ring
+        self.rank, self.config = rank % self.size, config
+        self.group = self.heads_group = None
+        if timeout is not None:
+            self.group = new_group(self.size, rank, world_size, timeout)
+            self.heads_group = new_group(ulysses, rank, world_size, timeout)
 
-    def owners(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [T], the rank that holds each token, and [T], how many steps need its row.
+    def assign_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """rank_of_token int64 [T], and depth_of_token int64 [T]: how many steps need its row.
 
         Documents are cut into blocks, and these dealt by what their rows cost, so that causal
         attention, prompts and answers come out even.
         """
-        length, shape = len(batch.input_ids), self.config
-        size = max(SMALLEST_BLOCK, -(-length // (BLOCKS_PER_RANK * self.size)))
-        depth = torch.zeros(length, dtype=torch.long)
+        length, config = len(batch.input_ids), self.config
+        depth_of_token = torch.zeros(length, dtype=torch.long)
         for count in batch.row_counts:
-            depth[batch.rows[:count]] += 1
-        heads, key_heads = (
-            shape.num_attention_heads * shape.head_dim,
-            shape.num_key_value_heads * shape.head_dim,
-        )
-        fixed = shape.hidden_size * (3 * shape.target_hidden_size + 2 * key_heads)
-        each = shape.hidden_size * (
-            2 * heads + 2 * key_heads + 3 * shape.intermediate_size + shape.draft_vocab_size
-        )
-        cost = fixed + depth * (each + 2 * heads * (batch.position_ids + 1))
-        first = (batch.position_ids % size == 0).cumsum(0) - 1
-        costs = (
-            torch.zeros(int(first[-1]) + 1, dtype=torch.double)
-            .index_add_(0, first, cost.double())
-            .long()
-        )
-        owner_of_block = torch.empty(len(costs), dtype=torch.long)
-        for rank, blocks in enumerate(
-            split_by_cost(np.arange(len(costs)), costs.numpy(), self.size)
-        ):
-            owner_of_block[torch.from_numpy(blocks)] = rank
-        return owner_of_block[first], depth
+            depth_of_token[batch.rows[:count]] += 1
+        # In multiplications: fc, k^0 and v^0 for every token; the rest of the layer, the head and
+        # attention to the tokens before for every step that needs the row.
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        per_token = config.hidden_size * (3 * config.target_hidden_size + 2 * keys)
+        width = 2 * queries + 2 * keys + 3 * config.intermediate_size + config.draft_vocab_size
+        per_step = config.hidden_size * width + 2 * queries * (batch.position_ids + 1)
+        cost_of_token = (per_token + depth_of_token * per_step).double()
+
+        size = max(SMALLEST_BLOCK, -(-length // (BLOCKS_PER_RANK * self.size)))
+        block_of_token = (batch.position_ids % size == 0).cumsum(0) - 1
+        cost_of_block = torch.zeros(int(block_of_token[-1]) + 1, dtype=torch.double)
+        cost_of_block.index_add_(0, block_of_token, cost_of_token)
+        rank_of_block = assign(cost_of_block.long().numpy(), self.size)
+        return rank_of_block[block_of_token], depth_of_token
 
     def deal(self, batch: Batch) -> Batch:
-        """What of a packed batch is this rank's: its tokens, their rows and pairs, and the teacher
-        rows of those.
-        """
-        owner, depth = self.owners(batch)
-        steps = len(batch.row_counts)
-        places = with_reach(owner == self.rank, batch.document_ends, steps)
-        held = (owner[places] == self.rank).nonzero()[:, 0]
-        here = torch.full((len(owner),), -1)
-        here[places[held]] = torch.arange(len(held))
+        """Select this rank's tokens, rows, pairs and teacher rows from a packed batch."""
+        rank_of_token, depth_of_token = self.assign_tokens(batch)
+        token_is_own = rank_of_token == self.rank
+        num_steps = len(batch.row_counts)
 
-        row_owner = owner[batch.rows]
-        own_row = row_owner == self.rank
-        rank_of_row = own_row.cumsum(0) - 1
-        counts = [int(own_row[:count].sum()) for count in batch.row_counts]
-        offset, own_offset = starts_of(batch.row_counts), starts_of(counts)
-        row = batch.pair_index - offset[batch.pair_step]
-        kept = own_row[row]
-        step, teacher = batch.pair_step[kept], batch.pair_teacher[kept]
-        beyond = len(batch.teacher_rows)
-        teachers = teacher[teacher < beyond].unique()
-        teacher = torch.where(
-            teacher < beyond, torch.searchsorted(teachers, teacher), len(teachers)
-        )
-        exchange = self.exchange(batch, owner, depth)
-        features = batch.features and Features(
-            batch.features.aux_hidden_states[places[held]],
-            *(getattr(batch.features, f.name)[teachers] for f in fields(Features)[1:]),
-        )
+        token_of_input = with_tokens_ahead(token_is_own, batch.document_ends, num_steps)
+        input_of_own = token_is_own[token_of_input].nonzero()[:, 0]
+        token_of_own = token_of_input[input_of_own]
+        own_of_token = torch.full((len(rank_of_token),), -1)
+        own_of_token[token_of_own] = torch.arange(len(token_of_own))
+
+        # Own rows keep the order of all rows, so those needed longest still come first.
+        row_is_own = token_is_own[batch.rows]
+        own_row_of_row = row_is_own.cumsum(0) - 1
+        row_counts = [int(row_is_own[:count].sum()) for count in batch.row_counts]
+
+        # A pair goes where its row goes; `pair_index` counts through the rows of all steps.
+        row_of_pair = batch.pair_index - starts_of(batch.row_counts)[batch.pair_step]
+        pair_is_own = row_is_own[row_of_pair]
+        pair_step = batch.pair_step[pair_is_own]
+        own_row_of_pair = own_row_of_row[row_of_pair[pair_is_own]]
+        pair_teacher = batch.pair_teacher[pair_is_own]
+        teachers = pair_teacher[pair_teacher < len(batch.teacher_rows)].unique()
+        # U, "beyond the document", lies behind all teachers: it becomes the number of these.
+        pair_teacher = torch.searchsorted(teachers, pair_teacher)
+
+        features, routes = batch.features, None
+        if features is None:
+            routes = self.plan_routes(batch, rank_of_token, rank_of_token[batch.rows][row_of_pair])
+        else:
+            features = Features(
+                features.aux_hidden_states[token_of_own],
+                features.last_hidden_states[teachers],
+                features.argmax[teachers],
+                features.logsumexp[teachers],
+            )
+        exchange = self.plan_exchange(batch, rank_of_token, depth_of_token)
         return replace(
             batch,
-            input_ids=batch.input_ids[places],
-            loss_mask=batch.loss_mask[places],
-            position_ids=batch.position_ids[places],
-            document_ends=torch.searchsorted(places, batch.document_ends[places]),
+            input_ids=batch.input_ids[token_of_input],
+            loss_mask=batch.loss_mask[token_of_input],
+            position_ids=batch.position_ids[token_of_input],
+            document_ends=torch.searchsorted(token_of_input, batch.document_ends[token_of_input]),
             teacher_rows=batch.teacher_rows[teachers],
-            own=held,
-            rows=here[batch.rows[own_row]],
-            row_counts=counts,
-            pair_index=rank_of_row[row[kept]] + own_offset[step],
-            pair_step=step,
-            pair_teacher=teacher,
-            pairs_before=count_before(teacher, len(teachers)),
-            pair_counts=torch.bincount(step, minlength=steps).tolist(),
+            own=input_of_own,
+            rows=own_of_token[batch.rows[row_is_own]],
+            row_counts=row_counts,
+            pair_index=own_row_of_pair + starts_of(row_counts)[pair_step],
+            pair_step=pair_step,
+            pair_teacher=pair_teacher,
+            pairs_before=count_before(pair_teacher, len(teachers)),
+            pair_counts=torch.bincount(pair_step, minlength=num_steps).tolist(),
+            # The normaliser is the whole batch's, and must be counted once.
             normaliser=batch.normaliser if self.rank == 0 else 0,
             features=features,
             loaded=[],
-            num_steps=sum(any(step) for step in zip(*exchange.counts, strict=True)),
+            # A step runs on all ranks of a group or on none: their all-to-alls must meet.
+            num_steps=sum(any(counts) for counts in zip(*exchange.row_counts, strict=True)),
             exchange=exchange,
-            routes=self.routes(batch, owner, row_owner[row]) if features is None else None,
+            routes=routes,
         )
 
-    def exchange(self, batch: Batch, owner: torch.Tensor, depth: torch.Tensor) -> Exchange:
+    def plan_exchange(
+        self, batch: Batch, rank_of_token: Tensor, depth_of_token: Tensor
+    ) -> Exchange:
         first = self.rank - self.rank % self.ulysses
-        rows = [
-            batch.rows[owner[batch.rows] == rank] for rank in range(first, first + self.ulysses)
+        members, steps = range(first, first + self.ulysses), range(len(batch.row_counts))
+        rank_of_row = rank_of_token[batch.rows]
+        rows_of_member = [batch.rows[rank_of_row == rank] for rank in members]
+        row_counts = [
+            [int((depth_of_token[rows] > step).sum()) for step in steps] for rows in rows_of_member
         ]
-        counts = [
-            [int((depth[mine] > step).sum()) for step in range(len(batch.row_counts))]
-            for mine in rows
-        ]
-        everyone, starts = torch.cat(rows), starts_of([len(mine) for mine in rows])
-        by_depth = torch.argsort(depth[everyone], descending=True, stable=True)
-        place = torch.argsort(by_depth)
-        back = [
-            torch.cat(
-                [
-                    place[start : start + count[step]]
-                    for start, count in zip(starts.tolist(), counts, strict=True)
-                ]
-            )
-            for step in range(len(batch.row_counts))
-        ]
-        tokens = ((owner >= first) & (owner < first + self.ulysses)).nonzero()[:, 0]
+        # Together the group's rows must again be nested: order them by need once more.
+        token_of_row = torch.cat(rows_of_member)
+        by_need = torch.argsort(depth_of_token[token_of_row], descending=True, stable=True)
+        places_of_member = inverse(by_need).split([len(rows) for rows in rows_of_member])
+        row_of_arrival = []
+        for step in steps:
+            needed = zip(places_of_member, row_counts, strict=True)
+            row_of_arrival.append(torch.cat([places[: counts[step]] for places, counts in needed]))
+        in_group = (rank_of_token >= first) & (rank_of_token < first + self.ulysses)
+        group_tokens = in_group.nonzero()[:, 0]
         return Exchange(
-            self,
-            torch.bincount(owner, minlength=self.size).tolist(),
-            torch.argsort(torch.argsort(owner, stable=True)),
-            counts,
-            torch.searchsorted(tokens, everyone[by_depth]),
-            segments_of(tokens, batch),
-            [torch.argsort(places) for places in back],
-            back,
+            sequence=self,
+            tokens_of_rank=torch.bincount(rank_of_token, minlength=self.size).tolist(),
+            arrival_of_token=inverse(torch.argsort(rank_of_token, stable=True)),
+            segments=segments_of(group_tokens, batch),
+            rows=torch.searchsorted(group_tokens, token_of_row[by_need]),
+            row_counts=row_counts,
+            row_of_arrival=row_of_arrival,
         )
 
-    def routes(self, batch: Batch, owner: torch.Tensor, pair_owner: torch.Tensor) -> Routes:
-        """The ranks prefill whole documents, and each then sends every rank what that one needs of
-        them.
+    def plan_routes(self, batch: Batch, rank_of_token: Tensor, rank_of_pair: Tensor) -> Routes:
+        """A target reads whole documents: ranks prefill some each, and send the features of tokens
+        and teacher rows to where these are trained on.
         """
-        lengths = np.array(batch.documents.lengths)
-        shares = split_by_cost(np.arange(len(lengths)), lengths, self.size)
-        source_of_document = torch.empty(len(lengths), dtype=torch.long)
-        for rank, share in enumerate(shares):
-            source_of_document[torch.from_numpy(share)] = rank
-        source = source_of_document.repeat_interleave(torch.from_numpy(lengths))
-        known = batch.pair_teacher < len(batch.teacher_rows)
-        tokens = [(owner == rank).nonzero()[:, 0] for rank in range(self.size)]
-        teachers = [
-            batch.pair_teacher[known & (pair_owner == rank)].unique() for rank in range(self.size)
-        ]
+        lengths = batch.documents.lengths
+        source_of_document = assign(np.array(lengths), self.size)
+        source_of_token = source_of_document.repeat_interleave(torch.tensor(lengths))
+        inside = batch.pair_teacher < len(batch.teacher_rows)
+        ranks = range(self.size)
+        tokens = [(rank_of_token == rank).nonzero()[:, 0] for rank in ranks]
+        teachers = [batch.pair_teacher[inside & (rank_of_pair == rank)].unique() for rank in ranks]
+        own_documents = (source_of_document == self.rank).nonzero()[:, 0].tolist()
+        prefilled = None
+        if own_documents:
+            loaded = [batch.loaded[number] for number in own_documents]
+            # Only tokens and teacher rows matter to a target, whatever the draft vocabulary.
+            any_token = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
+            prefilled = replace(pack(loaded, any_token, 1, serving), loaded=loaded)
         return Routes(
-            part_of(batch, np.sort(shares[self.rank])),
-            route(tokens, source, self.rank),
-            route(teachers, source[batch.teacher_rows], self.rank),
+            prefilled,
+            plan_route(tokens, source_of_token, self.rank),
+            plan_route(teachers, source_of_token[batch.teacher_rows], self.rank),
         )
 
-    def spread(self, supply: Supply, embedding: torch.Tensor) -> Supply:
-        """The supply of dealt batches: every rank prefills some of a batch's documents, in the
-        dtype of `embedding`.
+    def share_features(
+        self, features_of: Callable[[Batch], Features], dtype: torch.dtype
+    ) -> Callable[[Batch], Features]:
+        """Wrap a function that computes features of whole documents into one for dealt batches.
+
+        Every rank prefills some of a batch's documents; hidden states are sent as `dtype`.
         """
 
-        def features_of(batch: Batch) -> Features:
-            mine = batch.routes.batch
-            if mine is not None:
-                seen = supply.features_of(mine.to(embedding.device))
+        def features_of_dealt(batch: Batch) -> Features:
+            device = batch.input_ids.device
+            prefilled, tokens, teachers = batch.routes
+            if prefilled is None:
+                features = empty_features(self.config.target_hidden_size, dtype, device)
             else:
-                width = self.config.target_hidden_size
-                empty = embedding.new_empty
-                seen = Features(
-                    empty(0, 3 * width), empty(0, width), empty(0, dtype=torch.long), empty(0)
-                )
-            tokens, teachers = batch.routes.tokens, batch.routes.teachers
+                features = features_of(prefilled.to(device))
             return Features(
-                self.send(seen.aux_hidden_states.to(embedding.dtype), *tokens),
-                self.send(seen.last_hidden_states.to(embedding.dtype), *teachers),
-                self.send(seen.argmax, *teachers),
-                self.send(seen.logsumexp.float(), *teachers),
+                tokens.send(features.aux_hidden_states.to(dtype), self.group),
+                teachers.send(features.last_hidden_states.to(dtype), self.group),
+                teachers.send(features.argmax, self.group),
+                teachers.send(features.logsumexp.float(), self.group),
             )
 
-        return replace(supply, features_of=features_of)
-
-    def send(self, tensor, picked, sent, received, order) -> torch.Tensor:
-        out = tensor.new_empty(sum(received), *tensor.shape[1:])
-        dist.all_to_all_single(
-            out, tensor[picked.to(tensor.device)].contiguous(), received, sent, self.group
-        )
-        return out[order.to(tensor.device)]
+        return features_of_dealt
 
 
-def starts_of(counts: list[int]) -> torch.Tensor:
+def new_group(size: int, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of `size` neighbours that `rank` is in; every rank has to make every group."""
+    starts = range(0, world_size, size)
+    groups = [dist.new_group(range(start, start + size), timeout=timeout) for start in starts]
+    return groups[rank // size]
+
+
+def assign(costs: np.ndarray, num_ranks: int) -> Tensor:
+    """The rank of each item, int64 [items], such that ranks have about the same costs."""
+    rank_of_item = torch.empty(len(costs), dtype=torch.long)
+    for rank, items in enumerate(split_by_cost(np.arange(len(costs)), costs, num_ranks)):
+        rank_of_item[torch.from_numpy(items)] = rank
+    return rank_of_item
+
+
+def starts_of(counts: list[int]) -> Tensor:
     """Where each part begins when parts of these lengths lie one behind the other."""
     counts = torch.tensor(counts)
     return counts.cumsum(0) - counts
 
 
-def with_reach(own: torch.Tensor, ends: torch.Tensor, steps: int) -> torch.Tensor:
-    """Places of one's own tokens and of up to `steps` tokens behind each in its document, whose
-    embeddings it reads.
-    """
-    inside, places = own.clone(), own.nonzero()[:, 0]
+def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -> Tensor:
+    """Own tokens and up to `steps` behind each in its document: step k of row t reads t+k+1."""
+    needed, own = token_is_own.clone(), token_is_own.nonzero()[:, 0]
     for distance in range(1, steps + 1):
-        ahead = places + distance
-        inside[ahead[ahead < ends[places]]] = True
-    return inside.nonzero()[:, 0]
+        ahead = own + distance
+        needed[ahead[ahead < document_ends[own]]] = True
+    return needed.nonzero()[:, 0]
 
 
-def segments_of(tokens: torch.Tensor, batch: Batch) -> Segments:
-    """Runs of neighbours in the sorted places `tokens`, each within one document."""
-    starts = tokens - batch.position_ids[tokens]
-    new = torch.ones(len(tokens), dtype=torch.bool)
-    new[1:] = (tokens[1:] != tokens[:-1] + 1) | (starts[1:] != starts[:-1])
-    firsts = [*new.nonzero()[:, 0].tolist(), len(tokens)]
-    parts = []
-    for first, last in pairwise(firsts):
-        start, end = int(starts[first]), int(tokens[last - 1]) + 1
-        length, before = end - start, end - start - (last - first)
-        documents = DocumentSpans(torch.tensor([0, length], dtype=torch.int32), [length], before)
-        parts.append(
-            Segment(slice(first, last), slice(start, end), torch.arange(before, length), documents)
-        )
-    return Segments(parts, len(tokens))
-
-
-def part_of(batch: Batch, numbers: np.ndarray) -> Batch | None:
-    """Some documents of a batch, packed for the target; None for none."""
-    if not len(numbers):
-        return None
-    spans = [slice(*batch.documents.cu_seqlens[number : number + 2].tolist()) for number in numbers]
-    documents = [
-        Document(batch.document_keys[number], batch.input_ids[span], batch.loss_mask[span])
-        for number, span in zip(numbers, spans, strict=True)
-    ]
-    anything = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
-    return replace(
-        pack(documents, anything, 1, serving), loaded=[batch.loaded[number] for number in numbers]
+def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
+    """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
+    has = source == rank
+    sent = [places[has[places]] for places in wanted]
+    source_of_wanted = source[wanted[rank]]
+    return Route(
+        picked=(has.cumsum(0) - 1)[torch.cat(sent)],  # a rank has its places in order
+        sent=[len(places) for places in sent],
+        received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
+        arrival_of_wanted=inverse(torch.argsort(source_of_wanted, stable=True)),
     )
 
 
-def route(wanted: list[torch.Tensor], source: torch.Tensor, rank: int):
-    """Who sends what: `wanted[q]` are the sorted places that rank q needs, `source` the rank that
-    each comes from.
-
-    Returns which of this rank's own are sent, counts sent and received, and the order of what
-    arrives.
-    """
-    mine = source == rank
-    sent = [places[mine[places]] for places in wanted]
-    arriving = [wanted[rank][source[wanted[rank]] == other] for other in range(len(wanted))]
-    picked = (mine.cumsum(0) - 1)[torch.cat(sent)]
-    return (
-        picked,
-        [len(x) for x in sent],
-        [len(x) for x in arriving],
-        torch.argsort(torch.cat(arriving)),
-    )
+def empty_features(width: int, dtype: torch.dtype, device: torch.device) -> Features:
+    """Of a rank that has no document to prefill, and sends nothing."""
+    empty = torch.empty(0, width, dtype=dtype, device=device)
+    argmax = torch.empty(0, dtype=torch.long, device=device)
+    return Features(empty.repeat(1, 3), empty, argmax, torch.empty(0, device=device))

@@ -1,0 +1,90 @@
+"""Attention of queries that are scattered over documents, against all of their documents' keys.
+
+T packed tokens, S tokens with queries on this rank, N rows (a subset of the S, in any order), H
+query and G key/value heads of size d.
+
+Of a document at packed places 0..7, let this rank have the queries of tokens 0, 1, 6 and 7. These
+are two segments: tokens 0 and 1 (`queries` 0:2) see `keys` 0:2, tokens 6 and 7 (`queries` 2:4) see
+`keys` 0:8 and are `rows` 6 and 7 of those.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+from eagle3.batch import Batch, DocumentSpans
+from eagle3.draft.attention import Backend, empty_outputs
+from eagle3.draft.flash import scatter
+
+
+class Segment(NamedTuple):
+    """A run of neighbouring tokens of one document.
+
+    `queries` are its places among the S tokens, `keys` the packed places from the document's start
+    to the run's end, `rows` int64 [m] its places among those keys. `documents` tells a backend that
+    queries begin behind the tokens before the run.
+    """
+
+    queries: slice
+    keys: slice
+    rows: torch.Tensor
+    documents: DocumentSpans
+
+
+class Segments(NamedTuple):
+    """The segments of `length` = S tokens."""
+
+    parts: list[Segment]
+    length: int
+
+
+@dataclass
+class Segmented:
+    """A backend (see `draft/attention.py`) that takes segments in the place of documents."""
+
+    backend: Backend
+
+    def forward(self, q, rows, k, v, segments: Segments, scale):
+        """q [N,H,d] of `rows` [N] among the S tokens, k and v [T,G,d]; returns out and lse."""
+        q_SHd = scatter(q, rows, segments.length)
+        out, lse = empty_outputs(q_SHd)
+        for queries, keys, own_rows, documents in segments.parts:
+            out[queries], lse[queries] = self.backend.forward(
+                q_SHd[queries], own_rows, k[keys], v[keys], documents, scale
+            )
+        return out[rows], lse[rows]
+
+    def backward(self, grad_out, q, rows, k, v, out, lse, segments: Segments, scale):
+        grad_out, q, out, lse = (scatter(x, rows, segments.length) for x in (grad_out, q, out, lse))
+        grad_q = torch.empty_like(q)
+        # A key is seen by every later segment of its document: bf16 would round at each addition.
+        wide = torch.promote_types(k.dtype, torch.float32)
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        for queries, keys, own_rows, documents in segments.parts:
+            grads = self.backend.backward(
+                grad_out[queries], q[queries], own_rows, k[keys], v[keys], out[queries],
+                lse[queries], documents, scale,
+            )  # fmt: skip
+            grad_q[queries] = grads[0]
+            grad_k[keys] += grads[1]
+            grad_v[keys] += grads[2]
+        return grad_q[rows], grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def segments_of(tokens: torch.Tensor, batch: Batch) -> Segments:
+    """Cut sorted packed places `tokens` [S] into runs of neighbours within one document."""
+    document_starts = tokens - batch.position_ids[tokens]
+    begins = torch.ones(len(tokens), dtype=torch.bool)
+    gap = tokens[1:] != tokens[:-1] + 1
+    begins[1:] = gap | (document_starts[1:] != document_starts[:-1])
+    parts = []
+    for first, last in pairwise([*begins.nonzero()[:, 0].tolist(), len(tokens)]):
+        start, end = int(document_starts[first]), int(tokens[last - 1]) + 1
+        length = end - start
+        before = length - (last - first)
+        documents = DocumentSpans(torch.tensor([0, length], dtype=torch.int32), [length], before)
+        rows = torch.arange(before, length)
+        parts.append(Segment(slice(first, last), slice(start, end), rows, documents))
+    return Segments(parts, len(tokens))
