@@ -1,28 +1,36 @@
-"""Checkpoints that cannot be written, and what stays; what a rank writes of a state that all have."""
+"""Checkpoints: what comes back, what stays when one cannot be written, which rank writes what."""
 
 import errno
 import os
+from concurrent.futures import wait
+from datetime import timedelta
 
 import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from eagle3.errors import RunError
-from eagle3.parallel.ranks import Ranks
-from eagle3.runs.checkpoint import Checkpoints, State, load, share_of
+from eagle3.runs.checkpoint import (
+    CheckpointState,
+    CheckpointWriter,
+    draft_weights,
+    load_checkpoint,
+    partition_tensors,
+)
 
 
-def state(number: float) -> State:
+def state(number: float) -> CheckpointState:
     tensors = {"draft/a": torch.full((3, 2), number), "optimizer/a/step": torch.tensor(number)}
-    return State(
-        tensors,
-        {"rank_0/rng": torch.get_rng_state()},
-        {"update": int(number), "best": -float("inf")},
-    )
+    plain = {"update": int(number), "best": -float("inf")}
+    return CheckpointState(tensors, {"rank_0/rng": torch.get_rng_state()}, plain)
+
+
+def writer(folder, keep_last=1) -> CheckpointWriter:
+    return CheckpointWriter(folder, keep_last, rank=0, world_size=1, timeout=timedelta(minutes=1))
 
 
 def test_a_state_comes_back(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=2, ranks=Ranks())
+    checkpoints = writer(tmp_path, keep_last=2)
     given = state(1)
     checkpoints.save(1, given, best=True)
     given.tensors["draft/a"].zero_()  # training goes on while it is written
@@ -31,20 +39,17 @@ def test_a_state_comes_back(tmp_path):
     checkpoints.wait()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_1", "step_3", "step_4"]
     assert (os.readlink(tmp_path / "best"), os.readlink(tmp_path / "last")) == ("step_1", "step_4")
-    best = load(tmp_path / "best")
-    assert (
-        torch.equal(best.tensors["draft/a"], torch.ones(3, 2))
-        and best.tensors["optimizer/a/step"] == 1
-    )
-    assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state()) and best.plain[
-        "best"
-    ] == -float("inf")
-    assert load(tmp_path / "last", "draft/").tensors.keys() == {"draft/a"}
+    best = load_checkpoint(tmp_path / "best")
+    assert torch.equal(best.tensors["draft/a"], torch.ones(3, 2))
+    assert best.tensors["optimizer/a/step"] == 1 and best.plain["best"] == -float("inf")
+    assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state())
+    weights = draft_weights(tmp_path / "last")
+    assert weights.keys() == {"a"} and torch.equal(weights["a"], torch.full((3, 2), 4.0))
 
 
-@pytest.mark.parametrize("tensor", [True, False])
-def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, tensor):
-    checkpoints = Checkpoints(tmp_path, keep_last=1, ranks=Ranks())
+@pytest.mark.parametrize("broken", [(HuggingFaceStorageWriter, "write_data"), (os, "replace")])
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, broken):
+    checkpoints = writer(tmp_path)
     checkpoints.save(1, state(1))
     checkpoints.wait()
 
@@ -52,23 +57,18 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, tensor)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            *((HuggingFaceStorageWriter, "write_data") if tensor else (os, "replace")), full
-        )
+        patch.setattr(*broken, full)
         checkpoints.save(2, state(2))
-        with pytest.raises(
-            RunError, match=r"update 2 cannot be written .*No space left.*; make room and go on"
-        ) as error:
-            checkpoints.wait()
+        wait([checkpoints.writing])
+        with pytest.raises(RunError, match=r"update 2 .*No space left.*; make room") as error:
+            checkpoints.raise_if_failed()
     assert "\n" not in str(error.value)
-    assert (
-        os.readlink(tmp_path / "last") == "step_1" and load(tmp_path / "last").plain["update"] == 1
-    )
+    assert os.readlink(tmp_path / "last") == "step_1"
+    assert load_checkpoint(tmp_path / "last").plain["update"] == 1
     checkpoints.save(2, state(2))
     checkpoints.wait()
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_2"], (
-        "what was left is pruned"
-    )
+    left = sorted(path.name for path in tmp_path.glob("step_*"))
+    assert left == ["step_2"], "what was left is pruned"
 
 
 def test_what_a_killed_run_left_is_in_no_later_checkpoint(tmp_path):
@@ -76,14 +76,29 @@ def test_what_a_killed_run_left_is_in_no_later_checkpoint(tmp_path):
     left = tmp_path / "step_1.partial" / "shard-00004-model-00001-of-00001.safetensors"
     left.parent.mkdir()
     left.write_bytes(b"half a file")
-    checkpoints = Checkpoints(tmp_path, keep_last=1, ranks=Ranks())
+    checkpoints = writer(tmp_path)
     checkpoints.save(1, state(1))
     checkpoints.wait()
-    assert load(tmp_path / "last").plain["update"] == 1 and not list(tmp_path.rglob(left.name))
+    assert load_checkpoint(tmp_path / "last").plain["update"] == 1
+    assert not list(tmp_path.rglob(left.name))
 
 
-def test_ranks_share_the_writing():
+@pytest.mark.parametrize("others", [True, False])
+def test_a_damaged_one_is_refused_with_a_remedy(tmp_path, others):
+    checkpoints = writer(tmp_path, keep_last=2)
+    for update in (1, 2) if others else (2,):
+        checkpoints.save(update, state(update))
+    checkpoints.wait()
+    (tensors,) = (tmp_path / "step_2").glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(RunError, match="last is damaged") as error:
+        load_checkpoint(tmp_path / "last")
+    remedy = f"ln -sfn step_1 {tmp_path}/last" if others else "start a new run"
+    assert str(error.value).endswith(remedy) and "\n" not in str(error.value)
+
+
+def test_ranks_write_about_as_many_bytes_each():
     tensors = {f"t{i}": torch.zeros(size) for i, size in enumerate([100, 60, 50, 30, 10, 1])}
-    shares = [share_of(tensors, Ranks(rank, 3)) for rank in range(3)]
-    assert sorted(name for share in shares for name in share) == sorted(tensors)
-    assert max(sum(t.nbytes for t in share.values()) for share in shares) == 100 * 4
+    parts = [partition_tensors(tensors, rank, 3) for rank in range(3)]
+    assert sorted(name for part in parts for name in part) == sorted(tensors)
+    assert max(sum(t.nbytes for t in part.values()) for part in parts) == 100 * 4

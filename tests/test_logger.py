@@ -2,19 +2,30 @@
 its files.
 """
 
+import inspect
 import json
 import math
 import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
+from eagle3.errors import ConfigError
 from eagle3.runs import logger
-from eagle3.runs.logger import REDACTED, JsonLines, NoTracker, Wandb, read_metrics, redact
+from eagle3.runs.logger import (
+    REDACTED,
+    JsonLines,
+    NoTracker,
+    Wandb,
+    follow_metrics,
+    read_metrics,
+    redact,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,26 +81,24 @@ def test_no_file_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-SECRET_KEYS = (
-    "token", "HF_TOKEN", "hfToken", "access_token", "auth_tokens", "use_auth_token", "developer_token", "client_secret",
-    "db_password", "passwd", "api_key", "apiKey", "api-key", "openai_api_key", "credentials", "aws_credentials_file",
-    "aws_secret_access_key", "private_key", "hub.token", "Authorization", "secret_tokens",
-)  # fmt: skip
-ORDINARY_KEYS = (
-    "tokens_per_step", "max_new_tokens", "eos_token_ids", "eos_token_id", "eos_token", "pad_token", "mask_token",
-    "chat_template", "tokens_per_second", "tokenizer_path", "supervised_tokens", "token_ids", "bytes_per_token",
-    "embedding_key", "num_key_value_heads", "key", "author", "special_tokens", "token_type_ids", "tokens", "monkey",
-)  # fmt: skip
+SECRET_KEYS = """
+    token HF_TOKEN hfToken access_token auth_token use_auth_token hub.token client_secret passwd
+    db_password api_key apiKey api-key openai_api_key credentials private_key aws_secret_access_key
+    Authorization passphrase
+"""
+ORDINARY_KEYS = """
+    tokens_per_step max_new_tokens eos_token_ids eos_token_id eos_token pad_token mask_token tokens
+    tokens_per_second tokenizer_path token_ids bytes_per_token embedding_key key author monkey
+    special_tokens api_key_env
+"""
 
 
 def test_what_counts_as_a_secret():
-    assert redact(dict.fromkeys(SECRET_KEYS, "x")) == dict.fromkeys(SECRET_KEYS, REDACTED)
-    assert redact([f"{key}=a b" for key in SECRET_KEYS]) == [
-        f"{key}={REDACTED}" for key in SECRET_KEYS
-    ]
-    ordinary = dict.fromkeys(ORDINARY_KEYS, "x")
-    assert redact(ordinary) == ordinary
-    assert redact([f"{key}=x" for key in ORDINARY_KEYS]) == [f"{key}=x" for key in ORDINARY_KEYS]
+    secret, ordinary = SECRET_KEYS.split(), ORDINARY_KEYS.split()
+    assert redact(dict.fromkeys(secret, "x")) == dict.fromkeys(secret, REDACTED)
+    assert redact([f"{key}=a b" for key in secret]) == [f"{key}={REDACTED}" for key in secret]
+    assert redact(dict.fromkeys(ordinary, "x")) == dict.fromkeys(ordinary, "x")
+    assert redact([f"{key}=x" for key in ordinary]) == [f"{key}=x" for key in ordinary]
 
 
 def test_redact_keeps_everything_but_secrets():
@@ -112,26 +121,78 @@ def test_redact_keeps_everything_but_secrets():
     ("text", "expected"),
     [
         ("+model.hf_token=abc", f"+model.hf_token={REDACTED}"),
-        ("hub={user: me, token: abc}", f"hub={{user: me, token: {REDACTED}}}"),
-        ("hub={'token': 'a b'}", f"hub={{'token': {REDACTED}}}"),
-        ("hub={credentials: {user: a, pass: b}}", f"hub={{credentials: {REDACTED}}}"),
-        ("train.tokens_per_step=2048", "train.tokens_per_step=2048"),
-        (
-            "model={eos_token_ids: [1,2], pad_token: x}",
-            "model={eos_token_ids: [1,2], pad_token: x}",
-        ),
+        ("--api-key=abc", f"--api-key={REDACTED}"),
+        ("hub={user: me, token: abc}", f'hub={{"user": "me", "token": "{REDACTED}"}}'),
+        ("hub={'token': 'a b'}", f'hub={{"token": "{REDACTED}"}}'),
+        ("hub=[{token: abc}]", f'hub=[{{"token": "{REDACTED}"}}]'),
+        ("model={eos_token_ids: [1,2], pad: x}", "model={eos_token_ids: [1,2], pad: x}"),
+        ("hub={token: [", "hub={token: ["),
         ("https://me:pw@host/x", f"https://{REDACTED}@host/x"),
-        (
-            "https://host/x?a=1&access_token=abc&b=2",
-            f"https://host/x?a=1&access_token={REDACTED}&b=2",
-        ),
-        ("data.path=hf_" + "a" * 34, f"data.path={REDACTED}"),
+        ("urls=[http://me:pw@host/v1]", f"urls=[http://{REDACTED}@host/v1]"),
         ("the token: you know", "the token: you know"),
         ("data.path=/home/secret/x.jsonl", "data.path=/home/secret/x.jsonl"),
     ],
 )
 def test_redact_inside_strings(text, expected):
     assert redact([text]) == [expected]
+
+
+class Recorder(NoTracker):
+    """Keeps what it is sent; fails at the updates in `failing`."""
+
+    def __init__(self, failing=()):
+        self.failing, self.rows, self.arrived = failing, [], threading.Event()
+
+    def log(self, metrics, step):
+        if step in self.failing:
+            raise OSError("no network")
+        self.rows.append((step, metrics))
+        self.arrived.set()
+
+
+def test_a_tracker_gets_lines_while_they_are_written_and_the_rest_at_the_end(tmp_path):
+    path, tracker = tmp_path / "metrics.jsonl", Recorder()
+    with follow_metrics(path, tracker):  # the file is not there yet
+        lines = JsonLines(path)
+        lines.log({"loss": 3.0, "accuracy/step_4": math.nan}, 1)
+        assert tracker.arrived.wait(timeout=60)
+        lines.log({"loss": 2.0}, 2)
+        lines.log({"eval/loss": 1.0}, 2)
+        lines.file.write('{"step": 3, "lo')
+        lines.file.flush()
+    assert tracker.rows == [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"eval/loss": 1.0})]
+    lines.close()
+
+
+def test_a_resumed_run_sends_no_line_twice(tmp_path):
+    path, tracker = tmp_path / "metrics.jsonl", Recorder()
+    lines = JsonLines(path)
+    lines.log({"loss": 4.0}, 1)
+    with follow_metrics(path, tracker):
+        lines.log({"loss": 3.0}, 2)
+        lines.log({"loss": 2.0}, 3)
+        assert tracker.arrived.wait(timeout=60)
+        lines.close()
+        resumed = JsonLines(path, resume_step=1)
+        for step in range(2, 5):
+            resumed.log({"loss": 5.0 - step}, step)
+            if step == 3:
+                resumed.log({"eval/loss": 1.0}, step)
+        resumed.close()
+    steps = [(step, *metrics) for step, metrics in tracker.rows]
+    assert steps == [(2, "loss"), (3, "loss"), (3, "eval/loss"), (4, "loss")]
+
+
+def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
+    path, tracker = tmp_path / "metrics.jsonl", Recorder(failing=(1, 2))
+    with pytest.raises(KeyError), follow_metrics(path, tracker):  # the thread ends in any case
+        lines = JsonLines(path)
+        for step in range(1, 4):
+            lines.log({"loss": 1.0}, step)
+        lines.close()
+        raise KeyError
+    assert tracker.rows == [(3, {"loss": 1.0})]
+    assert capsys.readouterr().err.count("no network") == 1
 
 
 def test_configs_match_the_signatures():
@@ -145,50 +206,51 @@ def test_configs_match_the_signatures():
 
 
 def test_trackers_have_the_same_methods():
-    import inspect
-
     methods = [name for name in vars(NoTracker) if not name.startswith("_")]
-    assert methods == ["start", "log", "table", "file", "finish"]
+    assert methods == ["start", "log", "table", "page", "finish"]
     for name in methods:
-        assert inspect.signature(getattr(NoTracker, name)) == inspect.signature(
-            getattr(Wandb, name)
-        )
+        ours, theirs = getattr(NoTracker, name), getattr(Wandb, name)
+        assert inspect.signature(ours) == inspect.signature(theirs)
 
 
 def test_wandb_refuses_what_it_cannot_do(monkeypatch):
-    with pytest.raises(ValueError, match=r"logger\.mode must be .* not 'of line'"):
+    with pytest.raises(ConfigError, match=r"logger\.mode must be .* not 'of line'"):
         Wandb("p", mode="of line")
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    Wandb("p", mode="offline").finish()  # without a start
     monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install wandb") as error:
+    with pytest.raises(ConfigError, match="pip install wandb") as error:
         Wandb("p")
     assert "\n" not in str(error.value)
 
 
+def run_python(code, *arguments, **environment):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "WANDB_MODE": "offline", **environment}
+    return subprocess.run(
+        command, cwd=ROOT, timeout=600, capture_output=True, text=True, env=environment
+    )
+
+
 def test_wandb_without_a_login_is_one_sentence(tmp_path):
-    code = "import sys, eagle3.runs.logger as l; l.Wandb('p', mode='online').start(sys.argv[1], 'n', {})"
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "WANDB_API_KEY": ""}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(
-        command, cwd=ROOT, timeout=60, capture_output=True, text=True, env=environment, check=False
-    )
+    code = """
+import sys
+from eagle3.runs.logger import Wandb
+Wandb("p", mode="online").start(sys.argv[1], "n", {})
+"""
+    ended = run_python(code, tmp_path, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online")
     last = ended.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
-        and "logger.mode=offline" in last
-    )
+    assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
+    assert "logger.mode=offline" in last
 
 
-def test_importing_and_choosing_jsonl_does_not_import_wandb():
-    code = "import sys, eagle3.runs.logger as l; l.NoTracker().start('.', 'n', {}); sys.exit('wandb' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, timeout=60).returncode
-        == 0
-    )
-
-
-def test_finish_without_start_is_fine():
-    Wandb("p", mode="offline").finish()
+def test_choosing_jsonl_does_not_import_wandb():
+    code = """
+import sys
+from eagle3.runs.logger import NoTracker
+NoTracker().start(".", "n", {})
+sys.exit("wandb" in sys.modules)
+"""
+    assert run_python(code).returncode == 0
 
 
 OFFLINE_RUN = """
@@ -196,19 +258,21 @@ import sys, time
 from pathlib import Path
 from eagle3.runs.logger import Wandb
 def children():
-    return len(Path("/proc/self/task").joinpath(str(Path("/proc/self").readlink()), "children").read_text().split())
+    task = Path("/proc/self/task") / str(Path("/proc/self").readlink())
+    return len((task / "children").read_text().split())
 run_dir, run_id = sys.argv[1], sys.argv[2] or None
 tracker = Wandb("proj", group="grp", mode="offline", tags=["a"])
-config = {"optimizer": {"lr": 1e-4}, "hub": {"token": "SESAME"}, "overrides": ["hub.token=SESAME", "seed=3"]}
+config = {"optimizer": {"lr": 1e-4}, "hub": {"token": "SESAME"}}
+config["overrides"] = ["hub.token=SESAME", "seed=3"]
 print(tracker.start(run_dir, "my run", config, run_id))
 for step in range(1, 4):
     tracker.log({"loss": 3.0 / step, "accuracy/step_0": 0.1 * step}, step)
-tracker.table("benchmark", ["suite", "speedup", "lossless"], [["mtbench", 1.5, True], ["gsm8k", None, "tie"]])
-tracker.file(run_dir + "/report.html")
-tracker.file(run_dir + "/notes.txt")
+rows = [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
+tracker.table("benchmark", ["suite", "speedup", "lossless"], rows)
+tracker.page(run_dir + "/report.html")
 before = children()
 tracker.finish()
-for _ in range(50):
+for _ in range(600):
     if children():
         time.sleep(0.1)
 print(before, children())
@@ -240,11 +304,7 @@ def offline_run(tmp_path_factory):
     """A run in its own process, whose command line holds the secret too."""
     run_dir = tmp_path_factory.mktemp("run")
     (run_dir / "report.html").write_text("<!doctype html><title>the report</title>")
-    (run_dir / "notes.txt").write_text("a note")
-    command = [sys.executable, "-c", OFFLINE_RUN, str(run_dir), "", "hub.token=SESAME"]
-    ended = subprocess.run(
-        command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True
-    )
+    ended = run_python(OFFLINE_RUN, run_dir, "", "hub.token=SESAME")
     assert ended.returncode == 0, ended.stderr
     (folder,) = (run_dir / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
@@ -252,56 +312,37 @@ def offline_run(tmp_path_factory):
     return run_dir, folder, run_id, offline_records(path), [int(count) for count in children]
 
 
-def test_offline_run_holds_config_and_overrides(offline_run):
+def test_offline_run_holds_config_and_curves(offline_run):
     _, _, run_id, records, _ = offline_run
     (run,) = (record.run for record in records if record.HasField("run"))
-    assert (run.run_id, run.project, run.run_group, run.display_name) == (
-        run_id,
-        "proj",
-        "grp",
-        "my run",
-    )
+    assert (run.run_id, run.project, run.run_group) == (run_id, "proj", "grp")
+    assert run.display_name == "my run"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
-    assert config["optimizer"] == {"lr": 1e-4}
-    assert config["hub"] == {"token": REDACTED}
+    assert config["optimizer"] == {"lr": 1e-4} and config["hub"] == {"token": REDACTED}
     assert config["overrides"] == [f"hub.token={REDACTED}", "seed=3"]
-
-
-def test_offline_run_holds_the_curves(offline_run):
     curves = []
-    for record in offline_run[3]:
-        items = {
-            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
-        }
+    for record in records:
+        items = {}
+        for item in record.history.item:
+            items[item.key or "/".join(item.nested_key)] = item.value_json
         if "loss" in items:
-            curves.append(
-                tuple(json.loads(items[key]) for key in ("step", "loss", "accuracy/step_0"))
-            )
-    assert curves == [(1, 3.0, 0.1), (2, 1.5, 0.2), (3, 1.0, pytest.approx(0.3))]
-    assert any(
-        record.metric.glob_name == "*" and record.metric.step_metric == "step"
-        for record in offline_run[3]
-    )
+            keys = ("step", "loss", "accuracy/step_0")
+            curves.append([json.loads(items[key]) for key in keys])
+    assert curves == [[1, 3.0, 0.1], [2, 1.5, 0.2], [3, 1.0, pytest.approx(0.3)]]
+    axes = [(record.metric.glob_name, record.metric.step_metric) for record in records]
+    assert ("*", "step") in axes
 
 
-def test_offline_run_holds_table_report_and_file(offline_run):
-    _, folder, _, records, _ = offline_run
+def test_offline_run_holds_table_and_report_but_no_secret(offline_run):
+    run_dir, folder, *_ = offline_run
     (table,) = (folder / "files/media/table").glob("benchmark_*.table.json")
     table = json.loads(table.read_text())
     assert table["columns"] == ["suite", "speedup", "lossless"]
     assert table["data"] == [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
-    artifacts = [record.request.log_artifact.artifact for record in records] + [
-        record.artifact for record in records
-    ]
-    assert any(artifact.name.startswith("notes.txt-") for artifact in artifacts)
-
-
-def test_offline_run_holds_no_secret(offline_run):
-    files = [path for path in (offline_run[0] / "wandb").rglob("*") if path.is_file()]
-    assert files
-    assert not [path for path in files if b"SESAME" in path.read_bytes()]
+    files = [path for path in (run_dir / "wandb").rglob("*") if path.is_file()]
+    assert files and not [path for path in files if b"SESAME" in path.read_bytes()]
 
 
 def test_finish_ends_the_background_service(offline_run):
@@ -311,10 +352,6 @@ def test_finish_ends_the_background_service(offline_run):
 
 def test_resumed_run_keeps_its_id(offline_run, tmp_path):
     (tmp_path / "report.html").write_text("<!doctype html>")
-    (tmp_path / "notes.txt").write_text("a note")
-    command = [sys.executable, "-c", OFFLINE_RUN, str(tmp_path), offline_run[2]]
-    ended = subprocess.run(
-        command, check=False, cwd=ROOT, timeout=60, capture_output=True, text=True
-    )
+    ended = run_python(OFFLINE_RUN, tmp_path, offline_run[2])
     assert ended.stdout.split()[0] == offline_run[2], ended.stderr
     assert list((tmp_path / "wandb").glob(f"offline-run-*-{offline_run[2]}"))

@@ -1,5 +1,6 @@
 """The meter against sums written out by hand."""
 
+import json
 import math
 import threading
 import time
@@ -35,9 +36,14 @@ def test_names_are_those_of_the_contract():
     meter = Meter(1, GAMMA)
     meter.add(torch.ones(1), torch.ones(1), [1], 1, 1, 1, 0.0, flops=1e9)
     assert set(meter.read()) == {
-        "loss", "loss/step_0", "accuracy/step_0", "tokens_per_second", "supervised_tokens", "data_wait_fraction",
+        "loss",
+        "loss/step_0",
+        "accuracy/step_0",
+        "tokens_per_second",
+        "supervised_tokens",
+        "data_wait_fraction",
         "peak_memory_bytes",
-    }  # fmt: skip
+    }
 
 
 def test_read_begins_a_new_window():
@@ -49,6 +55,24 @@ def test_read_begins_a_new_window():
     assert read["loss"] == pytest.approx((1 + GAMMA) / 2)
     assert read["accuracy/step_0"] == pytest.approx(0.25)
     assert read["supervised_tokens"] == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_restored_window_reads_as_one_that_was_not_interrupted(ranks):
+    """Of two ranks, gone on with by as many or by one."""
+    states = []
+    for _ in range(2):
+        meter = Meter(2, GAMMA)
+        add_two(meter)
+        states.append(json.loads(json.dumps(meter.state())))
+    resumed = [Meter(2, GAMMA) for _ in range(ranks)]
+    for rank, meter in enumerate(resumed):
+        meter.restore(states, rank, ranks)
+    read = [meter.read() for meter in resumed]
+    assert sum(each["supervised_tokens"] for each in read) == 40
+    for each in read:
+        assert each["loss"] == (8 / 20 + GAMMA * (12 / 20))
+        assert each["accuracy/step_1"] == 3 / 20
 
 
 def test_steps_without_a_pair_are_nan():
@@ -118,9 +142,7 @@ class NoSync(TorchDispatchMode):
     """Fails where a tensor's value is asked for on the host."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert "_local_scalar_dense" not in str(function) and "nonzero" not in str(function), (
-            function
-        )
+        assert not any(word in str(function) for word in ("_local_scalar_dense", "nonzero"))
         return function(*args, **(kwargs or {}))
 
 

@@ -4,7 +4,6 @@ elsewhere.
 
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 
@@ -12,8 +11,14 @@ import pytest
 from rich.console import Console
 
 from eagle3.runs.logger import REDACTED
-from eagle3.runs.report import benchmark_table, summary_table, write_report
-from eagle3.runs.report.summary import read_json
+from eagle3.runs.report import (
+    Plot,
+    benchmark_table,
+    prepared_table,
+    read_json,
+    summary_table,
+    write_report,
+)
 
 EVIL = "<script>alert(1)</script>"
 
@@ -28,7 +33,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "path", "use"):
+        if tag != "meta":
             self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
@@ -45,6 +50,10 @@ class Page(HTMLParser):
             self.text.setdefault(self.open[-1], []).append(data)
             if self.open[-1] in ("td", "th"):
                 self.rows[-1][-1] += data
+
+    @property
+    def headline(self):
+        return " ".join("".join(self.text["p"]).split())
 
     def named(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
@@ -75,38 +84,27 @@ def result(acceptance_length, speedup, lossless, **more):
 def write(run_dir, **files):
     """A run folder; run.json is always there."""
     run_dir.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in files.pop("metrics", []))
+    (run_dir / "metrics.jsonl").write_text(lines)
     for name, content in {"run": RUN, **files}.items():
-        if name == "metrics":
-            (run_dir / "metrics.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in content)
-            )
-        else:
-            (run_dir / f"{name}.json").write_text(json.dumps(content))
+        (run_dir / f"{name}.json").write_text(json.dumps(content))
     return run_dir
 
 
 def training(updates):
+    """Lines of metrics.jsonl."""
     for step in range(1, updates + 1):
-        row = {
-            "step": step,
-            "loss": 3 / step,
-            "tokens_per_second": 1000.0 + step,
-            "data_wait_fraction": 0.01,
-        }
-        row |= {"peak_memory_bytes": 2**31}
-        yield (
-            row
-            | {f"loss/step_{k}": 1 / step + k for k in range(7)}
-            | {f"accuracy/step_{k}": 0.5 for k in range(7)}
-        )
+        row = {"step": step, "loss": 3 / step, "tokens_per_second": 1000.0 + step}
+        row |= {"data_wait_fraction": 0.01, "peak_memory_bytes": 2**31}
+        row |= {f"loss/step_{k}": 1 / step + k for k in range(7)}
+        yield row | {f"accuracy/step_{k}": 0.5 for k in range(7)}
 
 
 METRICS = [
     *training(40),
-    *(
-        {"step": s, "eval/acceptance_length": a, "eval/loss": 3.0}
-        for s, a in ((10, 1.5), (20, 2.25), (40, 2.0))
-    ),
+    {"step": 10, "eval/acceptance_length": 1.5},
+    {"step": 20, "eval/acceptance_length": 2.25},
+    {"step": 40, "eval/acceptance_length": 2.0},
 ]
 RUN = {
     "config": {
@@ -162,104 +160,100 @@ def page(tmp_path_factory):
 
 def test_nothing_runs_and_nothing_is_loaded(page):
     parsed = Page(page)
-    assert not parsed.named("script") and "<script" not in page.lower()
-    assert not parsed.named("link") and not parsed.named("img") and not parsed.named("iframe")
+    for tag in ("script", "link", "img", "iframe"):
+        assert not parsed.named(tag)
     for tag, attributes in parsed.tags:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "action"):
-                assert value.startswith("#"), (tag, value)
-    assert not re.findall(r"https?://|@import|url\((?!#)", page)
-    policy = [
-        meta["content"]
-        for meta in parsed.named("meta")
-        if meta.get("http-equiv") == "Content-Security-Policy"
-    ]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert not attributes.keys() & {"src", "href", "xlink:href", "action"}, tag
+    assert not re.findall(r"https?://|@import|url\(", page)
+    (policy,) = [meta for meta in parsed.named("meta") if "http-equiv" in meta]
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_hostile_names_are_shown_as_text(page):
+def test_hostile_names_are_shown_as_text_and_secrets_not_at_all(page):
     parsed = Page(page)
-    assert parsed.text["h1"] == [f"run {EVIL}"] and parsed.text["title"] == [f"run {EVIL}"]
+    assert parsed.text["h1"] == parsed.text["title"] == [f"run {EVIL}"]
     assert [row[0] for row in parsed.rows if len(row) > 5][1:] == [f"mt {EVIL}"] * 2 + ["$x_1$"]
-    assert f"mt {EVIL}"[:23] in "".join(parsed.text["text"]) and "$x_1$" in parsed.text["text"]
-    assert any(EVIL in text for text in parsed.text["pre"])
+    assert {f"mt {EVIL}", "$x_1$"} <= set(parsed.text["li"])
+    folded = " ".join(parsed.text["pre"])
+    assert EVIL in folded and "tokens_per_step: 4096" in folded
+    assert "SESAME" not in page and REDACTED in folded
 
 
 def test_headline_and_tiles(page):
     parsed = Page(page)
-    (headline,) = parsed.text["p"]
-    assert headline.startswith("Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed")
-    assert "but for ties" in headline
-    assert [text for text in parsed.text["b"] if text.strip()] == [
-        "2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "2.10", "97.3%",
-    ]  # fmt: skip
+    assert parsed.headline.startswith(
+        "Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed"
+    )
+    assert "but for ties" in parsed.headline
+    tiles = [text for text in parsed.text["b"] if text.strip()]
+    assert tiles == ["2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "2.10", "97.3%"]
 
 
 def test_benchmark_table(page):
     header, first, second, _ = [row for row in Page(page).rows if len(row) > 5]
-    assert header == [
-        "suite", "batch, steps, top-k, verify", "prompts", "acceptance length", "95 % interval", "tokens/s with draft",
-        "tokens/s without draft", "speedup", "95 % interval of speedup", "lossless", "widest tie",
-        "acceptance, first round", "acceptance, loops left out", "answers that loop", "acceptance, bigram",
-        "acceptance, prompt look-up",
-    ]  # fmt: skip
-    assert first == [
-        f"mt {EVIL}", "1, 3, 1, 4", "80", "2.41", "2.31 – 2.51", "152", "100", "1.52×", "1.32 – 1.72", "yes", "–",
-        "1.75", "2.22", "3", "1.18", "1.31",
-    ]  # fmt: skip
+    assert len(header) == len(first) == 16
+    shown = dict(zip(header, first, strict=True))
+    assert shown["suite"] == f"mt {EVIL}" and shown["batch, steps, top-k, verify"] == "1, 3, 1, 4"
+    assert shown["acceptance length"] == "2.41" and shown["95 % interval"] == "2.31 – 2.51"
+    assert shown["tokens/s with draft"] == "152" and shown["speedup"] == "1.52×"
+    assert shown["lossless"] == "yes" and shown["widest tie"] == "–"
     assert second[9:11] == ["tie", "0.00123"]
 
 
 def test_facts(page):
     facts = {row[0]: row[1] for row in Page(page).rows if len(row) == 2}
-    assert (
-        facts["loop free"] == "2.05"
-        and facts["answers"] == "64"
-        and "acceptance length" not in facts
-    )
-    assert (
-        facts["temperature"] == "0.00"
-        and facts["system prompt"] == EVIL
-        and facts["max new tokens"] == "20,000"
-    )
-    assert (
-        facts["updates"] == "40" and facts["update"] == "20" and facts["peak memory"] == "2.00 GiB"
-    )
-    assert facts["median tokens per second"] == "1,021"
+    expected = {
+        "loop free": "2.05",
+        "answers": "64",
+        "temperature": "0.00",
+        "system prompt": EVIL,
+        "max new tokens": "20,000",
+        "updates": "40",
+        "update": "20",
+        "peak memory": "2.00 GiB",
+        "median tokens per second": "1,021",
+    }
+    assert {key: facts.get(key) for key in expected} == expected
+    assert "acceptance length" not in facts
 
 
 def test_figures(page):
     parsed = Page(page)
-    assert [figure["aria-label"] for figure in parsed.named("figure")] == [
+    assert [svg["aria-label"] for svg in parsed.named("svg")] == [
         "Acceptance length by draft length",
-        "Share accepted by position in the draft",
-        "Best 2.25 at update 20",
-        "Loss over updates",
-        "loss of each step over updates",
-        "accuracy of each step over updates",
+        "Accepted by position",
+        "Acceptance length while training",
+        "Loss",
+        "Loss by step",
+        "Accuracy by step",
     ]
-    texts = parsed.text["text"]
-    assert "best 2.25 at update 20" in texts
-    assert {"1.60", "2.10", "3.70"} <= set(texts)
-    assert texts.count("step 6") == 2
-    assert not re.search(r"#0[1-7]0[1-7][0-9a-f]{2}\b", page), "a colour placeholder was left"
+    assert {"best 2.25 at update 20", "1.60", "2.10", "3.70"} <= set(parsed.text["text"])
+    assert parsed.text["li"].count("step 6") == 2
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
 
 
-def test_secrets_are_not_shown(page):
-    assert "SESAME" not in page and REDACTED in " ".join(Page(page).text["pre"])
-    assert "tokens_per_step: 4096" in page
+def test_points_lie_inside_a_drawing_in_their_order():
+    plot = Plot({"a": [(1, 0.5), (2, 0.25)], "b": [(4, 1.0)]}, floor=0)
+    assert plot.left < plot.x(1) < plot.x(2) < plot.x(4) < plot.right
+    assert plot.bottom == plot.y(0) > plot.y(0.25) > plot.y(1.0) > plot.top
+    assert plot.x_ticks == [(1.0, "1"), (2.0, "2"), (3.0, "3"), (4.0, "4")]
+    assert plot.y_ticks[:3] == [(0.0, "0.0"), (0.2, "0.2"), (0.4, "0.4")]
+
+
+@pytest.mark.parametrize(
+    "values", [[], [0.0], [2.5, 2.5], [1e-9, 2e-9], [1e12, 3e12], [-1.0, 1.0], [0.004, 0.0]]
+)
+def test_any_numbers_can_be_drawn(values):
+    plot = Plot({"": list(enumerate(values, 1))})
+    assert plot.x_ticks and plot.y_ticks
+    assert all(plot.top <= plot.y(value) <= plot.bottom for value in values)
 
 
 def test_training_without_a_benchmark(tmp_path):
     parsed = Page(write_report(write(tmp_path, evaluation=EVALUATION)).read_text())
-    (headline,) = parsed.text["p"]
-    assert (
-        headline
-        == "Acceptance length 2.10 on held-out prompts with 2 drafted tokens; no benchmark was run."
-    )
-    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["text"]
+    assert "2.10 on held-out prompts with 2 drafted tokens" in parsed.headline
+    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["li"]
 
 
 @pytest.mark.parametrize(
@@ -272,16 +266,15 @@ def test_training_without_a_benchmark(tmp_path):
     ],
 )
 def test_losslessness_is_that_of_the_worst_row(tmp_path, lossless, said):
-    write(
-        tmp_path, benchmark={"suites": {"mtbench": [result(2.0, 1.5, value) for value in lossless]}}
-    )
-    (headline,) = Page(write_report(tmp_path).read_text()).text["p"]
+    rows = [result(2.0, 1.5, value) for value in lossless]
+    write(tmp_path, benchmark={"suites": {"mtbench": rows}})
+    headline = Page(write_report(tmp_path).read_text()).headline
     assert headline.startswith("Acceptance length 2.00 on mtbench, 1.50 times") and said in headline
 
 
 def test_a_run_that_measured_nothing(tmp_path):
     parsed = Page(write_report(write(tmp_path)).read_text())
-    assert parsed.text["p"] == ["No acceptance length was measured."] and not parsed.named("figure")
+    assert parsed.headline == "No acceptance length was measured." and not parsed.named("figure")
     assert printed(tmp_path) == []
 
 
@@ -292,76 +285,49 @@ def test_values_that_could_not_be_measured(tmp_path):
     rows = [{"step": 1, "eval/acceptance_length": 1.5}, *training(2)]
     rows[1] |= {"loss": None, "accuracy/step_0": None}
     rows[2] |= {"accuracy/step_0": None}
-    alone = dict.fromkeys(
-        ["acceptance_length", "interval95", "acceptance_length_loop_free", "first_round"]
-    )
-    alone = result(1.0, 1.0, True) | alone | {"config": [1, 0, 0, 0], "accepted_by_position": []}
-    write(
-        tmp_path,
-        metrics=rows,
-        benchmark={"suites": {"a": [alone, result(2.0, 1.5, True)]}, "protocol": {}},
-    )
+    missing = ("acceptance_length", "interval95", "acceptance_length_loop_free", "first_round")
+    alone = result(1.0, 1.0, True) | dict.fromkeys(missing)
+    alone |= {"config": [1, 0, 0, 0], "accepted_by_position": []}
+    suites = {"a": [alone, result(2.0, 1.5, True)]}
+    write(tmp_path, metrics=rows, benchmark={"suites": suites, "protocol": {}})
     parsed = Page(write_report(tmp_path).read_text())
-    assert parsed.text["p"][0].startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
-    assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["text"]
+    assert parsed.headline.startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
+    assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["li"]
     assert "–" in " ".join(printed(tmp_path))
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
     metrics = list(training(5000))
-    for row in metrics:
-        row.update({f"loss/step_{k}": math.sin(row["step"] ** 2 + k) for k in range(7)})
     metrics += [{"step": s, "eval/acceptance_length": 2 + (s == 777)} for s in range(1, 2000, 2)]
     path = write_report(write(tmp_path, metrics=metrics))
-    assert path.stat().st_size < 300_000
+    assert path.stat().st_size < 200_000
     assert "best 3.00 at update 777" in path.read_text()
 
 
-def test_the_same_files_give_the_same_page(tmp_path):
-    write(tmp_path, metrics=METRICS[:5], benchmark=BENCHMARK)
-    assert write_report(tmp_path).read_text() == write_report(tmp_path).read_text()
-
-
 def test_summary_in_a_narrow_terminal(tmp_path):
-    write(
-        tmp_path,
-        benchmark={"suites": {"mt[bold]": [result(2.41, 1.52, True)]}},
-        evaluation=EVALUATION,
-    )
+    suites = {"mt[bold]": [result(2.41, 1.52, True)]}
+    write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION)
     lines = printed(tmp_path)
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
     found = dict(re.split(r"  +", line.strip()) for line in lines if re.search(r"\S  +\S", line))
-    assert list(found.items()) == [
-        ("1 drafted", "1.60"), ("2 drafted", "2.10"), ("10 drafted", "3.70"),
-        ("2 drafted, first round", "1.95"), ("2 drafted, loops left out", "2.05"),
-        ("prompts", "80"), ("acceptance length", "2.41"), ("tokens/s with draft", "152"),
-        ("tokens/s without draft", "100"), ("speedup", "1.52×"), ("lossless", "yes"),
-        ("acceptance, first round", "1.75"), ("acceptance, loops left out", "2.22"),
-        ("acceptance, bigram", "1.18"), ("acceptance, prompt look-up", "1.31"),
-    ]  # fmt: skip
+    assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]
+    assert found["2 drafted, first round"] == "1.95" and found["prompts"] == "80"
+    assert found["speedup"] == "1.52×" and found["lossless"] == "yes"
+    assert len(found) == 15
 
 
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
     """An engine's rows have no baselines without a model; what was not measured takes no line."""
-    row = result(
-        1.0,
-        0.9,
-        False,
-        score=0.75,
-        baseline_score=0.8,
-        num_scored=80,
-        equal_answers=0.5,
-        warning="too bad",
-    )
-    row = {key: value for key, value in row.items() if key not in ("bigram", "prompt_lookup")}
-    row |= {"config": [4, 7, 10, 60], "first_round": None}
-    text = "\n".join(
-        printed(write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}}))
-    )
+    scores = {"score": 0.75, "baseline_score": 0.8, "num_scored": 80, "equal_answers": 0.5}
+    row = result(1.0, 0.9, False) | scores | {"warning": "too bad", "first_round": None}
+    del row["bigram"], row["prompt_lookup"]
+    row["config"] = [4, 7, 10, 60]
+    write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
+    text = "\n".join(printed(tmp_path))
     assert "4, 7, 10, 60" in text and re.search(r"score +0.75\n *score without draft +0.8", text)
     assert "bigram " not in text and "first round" not in text
     parsed = Page(write_report(tmp_path).read_text())
-    assert parsed.text["p"][0].endswith("gsm8k [4, 7, 10, 60]: too bad.")
+    assert parsed.headline.endswith("gsm8k [4, 7, 10, 60]: too bad.")
     assert "answers equal to the target's own" in " ".join(parsed.rows[0])
 
 
@@ -373,20 +339,42 @@ def test_summary_of_many_suites_stays_narrow(tmp_path):
     assert shown == [["1.00", "2.00", "3.00", "4.00"], ["5.00", "6.00"]]
 
 
-def test_table_for_a_tracker_is_plain(tmp_path):
+def test_table_for_a_tracker_is_plain():
     columns, rows = benchmark_table(BENCHMARK)
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
-    assert (
-        first["config"] == "1, 3, 1, 4"
-        and first["acceptance_length"] == 2.41
-        and first["lossless"] is True
-    )
-    assert all(
-        value is None or isinstance(value, bool | int | float | str)
-        for row in rows
-        for value in row
-    )
+    assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41
+    assert first["lossless"] is True
+    values = [value for row in rows for value in row]
+    assert all(value is None or isinstance(value, bool | int | float | str) for value in values)
+
+
+def test_prepared_rows_add_up(tmp_path):
+    facts = {
+        "documents": 9000,
+        "held_out_rows": 5,
+        "left_out_by_weight": 0,
+        "rejected": {"[no] turn": 1},
+        "rows": 9006,
+        "documents_per_epoch": 9000,
+        "tokens": 1000,
+        "supervised_tokens": 250,
+        "cut_to_max_length": 2,
+        "vocab_coverage": 0.5,
+        "heldout_prompts": 4,
+        "repaired": {"roles": 3},
+        "heldout_rejected": {},
+    }
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(prepared_table(facts))
+    cells = [re.split(r"  +", line.strip()) for line in console.export_text().splitlines()]
+    assert [row for row in cells if len(row) == 2][:4] == [
+        ["conversations to train on", "9,000"],
+        ["held out, and what opens like them", "5"],
+        ["rejected: [no] turn", "1"],
+        ["rows read", "9,006"],
+    ]
+    assert ["supervised", "25.0%"] in cells and ["repaired: roles", "3"] in cells
 
 
 def test_nan_in_a_file_reads_as_none(tmp_path):

@@ -1,4 +1,4 @@
-"""What stages leave behind: folders whose path is the fingerprint of everything they were made from."""
+"""What stages leave behind: folders named by a fingerprint of everything they were made from."""
 
 import hashlib
 import json
@@ -36,16 +36,16 @@ def artefact(
 
     `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
     returns facts that are kept in `artefact.json`; the folder gets its name only when complete.
-    Processes that want the same one wait. Without `write`, because `stage` is not listed, it must be
-    there already. Raises RunError.
+    Processes that want the same one wait. Without `write`, because `stage` is not listed, it must
+    be there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
         return path
     if write is None:
         raise RunError(
-            f"cache_dir={cache_dir} has no {kind} data of this config ({path.name}): add {stage} to "
-            "stages"
+            f"cache_dir={cache_dir} has no {kind} data of this config ({path.name}): "
+            f"add {stage} to stages"
         )
     partial = path.with_suffix(".partial")
     try:
@@ -56,7 +56,7 @@ def artefact(
             f"cache_dir={cache_dir} cannot be written: {error}; name another one"
         ) from error
     with lock:
-        if (path / "artefact.json").is_file():
+        if (path / "artefact.json").is_file():  # another process wrote it while this one waited
             return path
         partial.mkdir(exist_ok=True)
         facts = write(partial)

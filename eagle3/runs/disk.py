@@ -12,16 +12,13 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def size_text(amount: float) -> str:
+def size_text(size: float) -> str:
     """Bytes in words: 4.1 TB, 350 GB, 2.0 MB."""
     for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if amount >= unit:
-            return (
-                f"{amount / unit:.1f} {name}"
-                if amount < 100 * unit
-                else f"{amount / unit:,.0f} {name}"
-            )
-    return f"{amount / 1e3:.0f} kB"
+        if size >= unit:
+            digits = 1 if size < 100 * unit else 0
+            return f"{size / unit:,.{digits}f} {name}"
+    return f"{size / 1e3:.0f} kB"
 
 
 def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None:
@@ -31,11 +28,13 @@ def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None
     free = free_bytes(folder)
     if most is not None and needed > most:
         raise RunError(
-            f"the hidden states need {size_text(needed)} more, but hidden_states.max_disk leaves {size_text(most)}; "
-            "raise it, or set hidden_states.dtype=int8, a smaller data.num_samples or mode=hybrid"
+            f"the hidden states need {size_text(needed)} more, but hidden_states.max_disk leaves "
+            f"{size_text(most)}; raise it, or set hidden_states.dtype=int8, a smaller "
+            "data.num_samples or mode=hybrid"
         )
     if needed > free:
         raise RunError(
-            f"the hidden states need {size_text(needed)}, but {folder} has {size_text(free)} free; set "
-            "hidden_states.dtype=int8, a smaller data.num_samples, hidden_states.path on another disk, or mode=online"
+            f"the hidden states need {size_text(needed)}, but {folder} has {size_text(free)} free; "
+            "set hidden_states.dtype=int8, a smaller data.num_samples, hidden_states.path on "
+            "another disk, or mode=online"
         )

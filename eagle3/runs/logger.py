@@ -4,81 +4,89 @@ chosen.
 A tracker is a class with the five methods of `NoTracker`; conf/logger/ names one.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
 import os
 import re
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eagle3.errors import ConfigError
 
 REDACTED = "<redacted>"
-# A key that holds a login; a token of text (`eos_token`, `bytes_per_token`) is none, nor are
-# `tokens_per_step`.
-TEXT_TOKENS = r"(?<!bos_|eos_|pad_|unk_|sep_|cls_)(?<!mask_|_per_)(?<!image_)"
-SECRET = (
-    r"(?:secret|passw|passphrase|credential|authorization|(?:api|access|private)[_-]?key|auth_?token)\w*"
-    rf"|{TEXT_TOKENS}token\b"
+# Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
+# `bytes_per_token` are about text.
+SECRET_KEY = re.compile(
+    r"(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$"
+    r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
+    r"|(api|access|private|secret)[_-]?key$",
+    re.IGNORECASE,
 )
-VALUE = r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"|'[^']*'|[^\s,&}\])]+"
-ASSIGNED = re.compile(rf"((?:{SECRET})['\"]?\s*[=:]\s*)({VALUE})", re.I)
-SECRET_KEY = re.compile(SECRET, re.I)
-# Access tokens by their look, and the login in `https://user:password@host`.
-KNOWN_SECRETS = re.compile(
-    r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|wandb_v1_)[\w-]{16,}|(?<=://)[^/@\s]+(?=@)"
-)
+URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+OVERRIDE = re.compile(r"([+~]{0,2}[\w./@-]+)=(.+)", re.DOTALL)
+POLL_SECONDS = 0.5
 
 
 def redact(config: Any) -> Any:
-    """A copy of `config` (nested dicts, lists, values) whose secrets read `<redacted>`; empty ones
-    stay as they are.
+    """A copy of `config` (nested dicts, lists, values) in which the values of keys like `token`,
+    `api_key` and `password`, also in overrides (`hub.token=...`), and the login in a URL read
+    `<redacted>`; empty ones stay as they are.
 
-    Also inside overrides (`hub.token=...`) and URLs, and wherever a string looks like a known
-    access token.
+    Nothing else is looked for: a secret in free text, or under a name of its own, stays.
     """
     if isinstance(config, dict):
         return {
-            k: REDACTED if value and SECRET_KEY.search(str(k)) else redact(value)
-            for k, value in config.items()
+            key: REDACTED if value and SECRET_KEY.search(str(key)) else redact(value)
+            for key, value in config.items()
         }
     if isinstance(config, list | tuple):
         return [redact(value) for value in config]
     if not isinstance(config, str):
         return config
-    text = KNOWN_SECRETS.sub(REDACTED, config)
-    key, assigns, _ = text.partition("=")
-    if assigns and re.fullmatch(r"[+~]{0,2}[\w./@-]+", key) and SECRET_KEY.search(key):
+    text = URL_LOGIN.sub(REDACTED, config)
+    override = OVERRIDE.fullmatch(text)
+    if override is None:
+        return text
+    key, value = override.groups()
+    if SECRET_KEY.search(key):
         return f"{key}={REDACTED}"
-    return ASSIGNED.sub(rf"\1{REDACTED}", text) if assigns else text
+    if value[0] in "{[":  # hub={user: me, token: ...}
+        with contextlib.suppress(yaml.YAMLError):
+            given = yaml.safe_load(value)
+            if redact(given) != given:
+                return f"{key}={json.dumps(redact(given))}"
+    return text
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as None, which JSON can hold; lists and dicts are gone
-    through.
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+    """`value` with NaN and infinities as None, which JSON can hold, also inside lists."""
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_line(line: str | bytes) -> dict | None:
+    """A line of metrics.jsonl; None for one that a kill has cut off."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a metrics.jsonl; [] where there is none. A line cut off by a kill is left out."""
-    rows = []
-    if Path(path).exists():
-        for line in Path(path).read_text(errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
-    return rows
+    """The lines of a metrics.jsonl; [] where there is none."""
+    if not Path(path).exists():
+        return []
+    rows = [parse_line(line) for line in Path(path).read_bytes().splitlines()]
+    return [row for row in rows if row is not None]
 
 
 class JsonLines:
@@ -86,24 +94,21 @@ class JsonLines:
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts the file anew, or keeps what an earlier part of the run wrote up to and including
-        `resume_step`.
+        update `resume_step`.
         """
         self.path = Path(path)
-        kept = (
-            []
-            if resume_step is None
-            else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        )
-        fresh = self.path.with_name(self.path.name + ".partial")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(fresh, self.path)
+        kept = []
+        if resume_step is not None:
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, self.path)
         self.file = self.path.open("a")
 
     def log(self, metrics: dict, step: int) -> None:
-        """Appends `metrics` (numbers, strings, lists of them) as of update `step`; NaN becomes
-        null.
-        """
-        self.file.write(json.dumps(finite({"step": step, **metrics}), allow_nan=False) + "\n")
+        """Append `metrics` (numbers, strings, lists) as of update `step`; NaN becomes null."""
+        row = {"step": step} | {key: finite(value) for key, value in metrics.items()}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -114,8 +119,8 @@ class NoTracker:
     """metrics.jsonl is all there is."""
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Begins or, given the id that an earlier `start` returned, continues a run; returns its
-        id.
+        """Begin a run, or continue the one of which an earlier `start` returned the id; returns
+        its id.
         """
 
     def log(self, metrics: dict, step: int) -> None:
@@ -124,11 +129,11 @@ class NoTracker:
     def table(self, name: str, columns: list[str], rows: list[list]) -> None:
         """A table of plain values."""
 
-    def file(self, path: str | Path) -> None:
-        """A file of the run; a page (.html) is shown."""
+    def page(self, path: str | Path) -> None:
+        """A page (.html) of the run, to be shown."""
 
     def finish(self, exit_code: int = 0) -> None:
-        """Ends the run and whatever the tracker started."""
+        """End the run and whatever the tracker started."""
 
 
 class Wandb:
@@ -152,23 +157,18 @@ class Wandb:
             raise ConfigError(
                 "logger=wandb needs the wandb package: pip install wandb, or take logger=jsonl."
             )
-        self.options = {
-            "project": project,
-            "entity": entity,
-            "group": group,
-            "mode": mode,
-            "tags": tags,
-        }
+        self.options = {"project": project, "entity": entity, "group": group}
+        self.options |= {"mode": mode, "tags": tags}
         self.run = None
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Begins or continues a run under `run_dir`/wandb. `config` is redacted; put the overrides
-        into it too.
+        """Begin or continue a run under `run_dir`/wandb. `config` is redacted; put the overrides
+        into it too. Raises ConfigError where W&B cannot start.
         """
         import wandb
 
-        # Without these W&B stores the command line, which may hold a token, and a diff of the
-        # working tree.
+        # without these W&B stores the command line, which may hold a token, and a diff of the
+        # working tree
         settings = wandb.Settings(
             x_disable_meta=True, disable_git=True, disable_code=True, console="off"
         )
@@ -180,8 +180,8 @@ class Wandb:
         except wandb.errors.Error as error:
             message = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(f"logger=wandb: {message}; or set logger.mode=offline.") from error
-        # Its own step may only grow, and a resumed run logs some updates again: ours is a metric
-        # and the x axis.
+        # W&B's own step may only grow, and a resumed run logs some updates again: ours is a metric
+        # and the x axis
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         return self.run.id
@@ -194,24 +194,69 @@ class Wandb:
 
         self.run.log({name: wandb.Table(columns=columns, data=rows, allow_mixed_types=True)})
 
-    def file(self, path: str | Path) -> None:
+    def page(self, path: str | Path) -> None:
         import wandb
 
         path = Path(path)
-        if path.suffix == ".html":
-            self.run.log({path.stem: wandb.Html(path.read_text(), inject=False)})
-        else:
-            self.run.log_artifact(
-                str(path), name=re.sub(r"[^\w.-]", "_", f"{path.name}-{self.run.id}"), type="file"
-            )
+        self.run.log({path.stem: wandb.Html(path.read_text(), inject=False)})
 
     def finish(self, exit_code: int = 0) -> None:
-        """Uploads what is left and ends the background service; does nothing when no run was
-        started.
-        """
+        """Upload what is left and end the background service; nothing where no run was started."""
         if self.run is not None:
             import wandb
 
             self.run.finish(exit_code=exit_code)
             wandb.teardown(exit_code=exit_code)
             self.run = None
+
+
+@contextlib.contextmanager
+def follow_metrics(path: str | Path, tracker: NoTracker | Wandb) -> Iterator[None]:
+    """While the block runs, send every line that is added to a metrics.jsonl to the tracker.
+
+    A thread reads the file, so that training never waits for a tracker, and rank 0 may be another
+    process. Enter before training begins: lines that are there already were sent by the run that
+    this one resumes. A tracker that fails is reported once on stderr and ends nothing.
+    """
+    sent = max(map(place, read_metrics(path)), default=(-1, False))
+    ended = threading.Event()
+    thread = threading.Thread(target=forward_metrics, args=(Path(path), tracker, sent, ended))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def place(row: dict) -> tuple[int, bool]:
+    """The order of lines: that of an update's evaluation follows that of its training."""
+    return row["step"], "loss" not in row
+
+
+def forward_metrics(
+    path: Path, tracker: NoTracker | Wandb, sent: tuple[int, bool], ended: threading.Event
+) -> None:
+    """Send the lines after `sent`, until `ended` and the end of the file are reached."""
+    file, rest, failed, last = None, b"", False, False
+    while not last:
+        last = ended.wait(POLL_SECONDS)
+        with contextlib.suppress(FileNotFoundError):
+            # a resumed run puts a new file in the place of the old one, and begins with a copy of
+            # what it keeps
+            if file is None or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                file, rest = path.open("rb"), b""
+        if file is None:
+            continue
+        *lines, rest = (rest + file.read()).split(b"\n")
+        for row in filter(None, map(parse_line, lines)):
+            if place(row) <= sent:
+                continue
+            sent = place(row)
+            try:
+                measured = {key: value for key, value in row.items() if value is not None}
+                tracker.log(measured, measured.pop("step"))
+            except Exception as error:  # whatever a tracker raises, training is worth more
+                if not failed:
+                    print(f"the tracker failed at update {sent[0]}: {error}", file=sys.stderr)
+                failed = True

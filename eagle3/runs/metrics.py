@@ -1,5 +1,6 @@
-"""Numbers of the training loop, summed on the device and read only when they are logged. K steps of
-the unroll.
+"""Numbers of the training loop, summed on the device and read only when they are logged.
+
+K is the number of steps of the unroll.
 """
 
 import re
@@ -24,9 +25,6 @@ PEAK_FLOPS = {
 }
 
 
-COUNTED = ("counts", "normaliser", "tokens", "supervised_tokens", "flops")
-
-
 def peak_flops(name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU of that name; None for one that is not in the table or is a slice
     of one (MIG).
@@ -41,64 +39,48 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def local(sums: torch.Tensor) -> torch.Tensor:
-    """The sums of this process alone."""
-    return sums
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class Meter:
     """Sums of micro-steps since the last `read`; `add` never waits for the device."""
 
-    def __init__(
-        self,
-        ttt_steps: int,
-        gamma: float,
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, ttt_steps: int, gamma: float, device: torch.device | str = "cpu"):
         """`gamma` weights the loss of step k by gamma^k."""
-        self.gamma, self.device = gamma, torch.device(device)
+        self.ttt_steps, self.gamma, self.device = ttt_steps, gamma, torch.device(device)
+        # float64, because a window adds up thousands of float32 sums
         self.device_sums = torch.zeros(2, ttt_steps, dtype=torch.float64, device=self.device)
-        self.counts = [0] * ttt_steps
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the sums and sets the clock anew."""
+        """Forget the sums and set the clock anew."""
         self.device_sums.zero_()
-        self.counts = [0] * len(self.counts)
-        self.normaliser = self.tokens = self.supervised_tokens = self.flops = 0
-        self.data_wait_seconds = self.left_out_seconds = 0.0
+        # K counts of pairs, then normaliser, tokens, supervised tokens, flops
+        self.host_sums = torch.zeros(self.ttt_steps + 4, dtype=torch.float64)
+        self.data_wait_seconds = self.excluded_seconds = 0.0
         self.began = time.perf_counter()
 
-    def state(self) -> dict:
-        """What a resumed run needs for its first window to hold what an uninterrupted one's would;
-        plain numbers.
+    def state(self) -> dict[str, list]:
+        """What a resumed run needs so that its first window holds what an uninterrupted one's
+        would; plain numbers. Seconds are left out: a clock does not go on where it was stopped.
         """
-        return {"device_sums": self.device_sums.tolist()} | {
-            name: getattr(self, name) for name in COUNTED
-        }
+        return {"device": self.device_sums.tolist(), "host": self.host_sums.tolist()}
 
-    def restore(self, states: list[dict], rank: int, world_size: int) -> None:
-        """Takes up its own of the `states` of all ranks; where their number has changed, the first
-        takes them all.
+    def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
+        """Take up this rank's one of the `states` of all ranks; where their number has changed, the
+        first rank takes them all, since only the sum over ranks is ever read.
         """
         self.restart()
-        mine = [states[rank]] if len(states) == world_size else states if rank == 0 else []
+        mine = states if rank == 0 else []
+        if len(states) == world_size:
+            mine = [states[rank]]
         for state in mine:
-            self.device_sums += torch.tensor(
-                state["device_sums"], dtype=torch.float64, device=self.device
-            )
-            self.counts = [
-                total + count for total, count in zip(self.counts, state["counts"], strict=True)
-            ]
-            for name in COUNTED[1:]:
-                setattr(self, name, getattr(self, name) + state[name])
+            self.device_sums += torch.tensor(state["device"], dtype=torch.float64).to(self.device)
+            self.host_sums += torch.tensor(state["host"], dtype=torch.float64)
 
     def leave_out(self, seconds: float) -> None:
-        """Keeps time that was not training (an evaluation, a checkpoint) out of the rates."""
-        self.left_out_seconds += seconds
+        """Keep time that was not training (an evaluation, a checkpoint) out of the rates."""
+        self.excluded_seconds += seconds
 
     def add(
         self,
@@ -111,64 +93,54 @@ class Meter:
         data_wait_seconds: float,
         flops: float = 0.0,
     ) -> None:
-        """One micro-step of this process: sums [K] over the pairs of each step on the device, the
-        rest on the host.
+        """Add one micro-step of this process: sums [K] over the pairs of each step, on the device,
+        and numbers of the host.
 
         `loss_sums` is unweighted, `counts` are the pairs that `correct` is out of, `normaliser` is
-        this process' share.
+        this process' part of the global one.
         """
         self.device_sums[0] += loss_sums.detach()
         self.device_sums[1] += correct.detach()
-        self.counts = [total + count for total, count in zip(self.counts, counts, strict=True)]
-        self.normaliser += normaliser
-        self.tokens += tokens
-        self.supervised_tokens += supervised_tokens
+        numbers = [*counts, normaliser, tokens, supervised_tokens, flops]
+        self.host_sums += torch.tensor(numbers, dtype=torch.float64)
         self.data_wait_seconds += data_wait_seconds
-        self.flops += flops
 
-    def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = local) -> dict[str, float]:
+    def read(
+        self, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> dict[str, float]:
         """The metrics since the last read, which begins the next window; this waits for the device.
 
         `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
         but `peak_memory_bytes` is of all of them; `supervised_tokens` counts the window. What no
         pair supports is NaN.
         """
-        self.device_sums.cpu()
-        seconds = max(time.perf_counter() - self.began - self.left_out_seconds, 1e-9)
-        host = [
-            self.normaliser,
-            self.tokens,
-            self.supervised_tokens,
-            self.data_wait_seconds,
-            seconds,
-            self.flops,
-            1.0,
-        ]
-        host = torch.tensor([*self.counts, *host], dtype=torch.float64).to(self.device)
-        sums = all_reduce(torch.cat([self.device_sums.flatten(), host])).tolist()
-        ttt_steps = len(self.counts)
-        step_loss, correct, counts = (sums[i * ttt_steps : (i + 1) * ttt_steps] for i in range(3))
-        normaliser, tokens, supervised_tokens, waited, seconds, flops, processes = sums[
-            3 * ttt_steps :
-        ]
+        self.device_sums.cpu()  # waits for the device, so that the clock is read after its work
+        seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
+        # the 1.0 counts the processes
+        clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)
+        host_sums = torch.cat([self.host_sums, clock]).to(self.device)
+        sums = torch.cat([self.device_sums.flatten(), host_sums])
+        if all_reduce is not None:
+            sums = all_reduce(sums)
 
-        step_loss = [ratio(value, normaliser) for value in step_loss]
-        metrics = {"loss": sum(self.gamma**k * value for k, value in enumerate(step_loss))}
-        metrics |= {f"loss/step_{k}": value for k, value in enumerate(step_loss)}
-        metrics |= {
-            f"accuracy/step_{k}": ratio(*pair) for k, pair in enumerate(zip(correct, counts))
-        }
+        steps = self.ttt_steps
+        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 7])
+        normaliser, tokens, supervised_tokens, flops, waited, seconds, processes = numbers.tolist()
+        step_losses = [ratio(loss_sum, normaliser) for loss_sum in loss_sums.tolist()]
+        metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
+        for k, loss in enumerate(step_losses):
+            metrics[f"loss/step_{k}"] = loss
+        for k in range(steps):
+            metrics[f"accuracy/step_{k}"] = ratio(float(correct[k]), float(counts[k]))
+        # `seconds` is summed too: divided by the processes it is the window's length
         metrics["tokens_per_second"] = tokens * processes / seconds
         metrics["supervised_tokens"] = int(supervised_tokens)
         metrics["data_wait_fraction"] = waited / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
-        peak = (
-            peak_flops(torch.cuda.get_device_name(self.device))
-            if self.device.type == "cuda"
-            else None
-        )
-        if peak and flops:
-            metrics["mfu"] = flops / (seconds * peak)
+        if self.device.type == "cuda" and flops:
+            peak = peak_flops(torch.cuda.get_device_name(self.device))
+            if peak is not None:
+                metrics["mfu"] = flops / (seconds * peak)
         self.restart()
         return metrics
 
