@@ -102,14 +102,12 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
-    for name, neutral in (
-        ("final_logit_softcapping", None),
-        ("logits_scaling", 1),
-        ("logit_scale", 1),
-    ):
-        if getattr(config, name, neutral) not in (neutral, None):
+    neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+    for name, harmless in neutral.items():
+        value = getattr(config, name, None)
+        if value not in (harmless, None):
             raise ConfigError(
-                f"the target's {name}={getattr(config, name)} changes its logits; it is not supported"
+                f"the target's {name}={value} changes its logits; it is not supported"
             )
 
 
