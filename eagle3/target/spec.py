@@ -1,4 +1,4 @@
-"""Which model is the target: where it lies, what it computes in, and which of its layers are read."""
+"""Which model is the target: where it lies, what it computes in, which of its layers are read."""
 
 import hashlib
 from dataclasses import dataclass, replace
