@@ -3,6 +3,7 @@
 T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V the vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +37,14 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1  # `check_settings` says what to do instead
         check_supported(self.config)
+        chosen = choose_attention(self.config) if attention == "auto" else attention
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
                 spec.path,
                 revision=spec.revision,
                 dtype=spec.dtype,
                 trust_remote_code=spec.trust_remote_code,
-                attn_implementation=choose_attention(self.config, attention),
+                attn_implementation=chosen,
             )
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -53,8 +55,11 @@ class HFTarget:
         self.captured: dict[int, torch.Tensor] = {}
         layers = find_layers(self.decoder, self.config.num_hidden_layers)
         for layer_id in self.aux_layer_ids:
-            layers[layer_id].register_forward_hook(store_output(self.captured, layer_id))
+            layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
         self.check_head()
+
+    def capture(self, layer_id: int, module, inputs, output) -> None:
+        self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -169,25 +174,12 @@ class HFTarget:
         return Features(aux, last, *head_statistics(last, self.head))
 
 
-def choose_attention(config: PretrainedConfig, attention: str) -> str | None:
-    """`attention`; of `auto` the packed one where it computes what the model means, else None, by
-    which transformers chooses itself.
-    """
+def choose_attention(config: PretrainedConfig) -> str | None:
+    """Ours where it computes what the model means, else None: transformers chooses itself."""
     special = ("attention_chunk_size", "attn_logit_softcapping")
-    if attention != "auto":
-        return attention
     if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
         return None
     return "packed"
-
-
-def store_output(outputs: dict[int, torch.Tensor], layer_id: int):
-    """A forward hook that leaves a decoder layer's output in `outputs`."""
-
-    def hook(module, inputs, output):
-        outputs[layer_id] = output[0] if isinstance(output, tuple) else output
-
-    return hook
 
 
 def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:
