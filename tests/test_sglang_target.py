@@ -23,10 +23,10 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import GREEDY, sample
 from eagle3.target.hf import HFTarget, head_statistics
 from eagle3.target.layers import engines_default, numbered_by
-from eagle3.target.sglang import serve
+from eagle3.target.sglang import hook, serve
 from eagle3.target.sglang import target as target_module
 from eagle3.target.sglang.blocks import PREFIX, SHARED, Blocks
-from eagle3.target.sglang.hook import ALIVE, Hook, statistics
+from eagle3.target.sglang.hook import ALIVE, Hook, sglang_group, statistics
 from eagle3.target.sglang.serve import ServerOptions, capture_server, check_capturable
 from eagle3.target.sglang.target import SGLangTarget, split_prompts
 from eagle3.target.spec import default_aux_layer_ids
@@ -40,7 +40,6 @@ def stand_in():
     """SGLang for this interpreter is the stand-in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(FAKE))
-        patch.setattr(target_module, "SILENT_SECONDS", 0.3)
         yield
 
 
@@ -115,8 +114,9 @@ def test_generation_equals_transformers(target, reference):
         ({}, r"HTTP 400.*out of the vocabulary"),
     ],
 )
-def test_faults_of_the_server(target, behave, how, sentence):
+def test_faults_of_the_server(target, behave, monkeypatch, how, sentence):
     behave(**how)
+    monkeypatch.setattr(target_module, "SILENT_SECONDS", 0.3)
     batch = batch_of(target, [9, 14])
     if not how:
         batch.input_ids[3] = 10**6
@@ -210,22 +210,20 @@ def forward_batch(rids, lengths):
 def test_the_hook_never_raises_and_reports():
     """Requests of others are passed over; what is wrong with ours is the client's to hear."""
     blocks = Blocks()
-    hook = Hook(SHARED, lambda: None)
+    call = Hook(SHARED, lambda: None)
     head, last = SimpleNamespace(weight=torch.randn(9, 4)), torch.randn(5, 4)
     strangers = forward_batch(["HEALTH_CHECK_1", "eagle3-nobody:3"], [2, 3])
-    hook(None, (None, last, head, strangers, [last] * 3), None)
-    hook(None, (None, None), None)
+    call(None, (None, last, head, strangers, [last] * 3), None)
+    call(None, (None, None), None)
     for aux in (None, [last] * 2):
         ours = forward_batch(["other", blocks.request_id(0)], [2, 3])
-        hook(None, (None, last, head, ours, aux), None)
+        call(None, (None, last, head, ours, aux), None)
         with pytest.raises(RunError, match="auxiliary hidden states"):
             blocks.wait(lambda: pytest.fail("nothing was reported"))
     blocks.close()
 
 
 def test_a_block_that_cannot_be_written_is_reported(monkeypatch):
-    from eagle3.target.sglang import hook
-
     def full(*_):
         raise OSError("no space left")
 
@@ -295,7 +293,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_p
         check_capturable(spec_of(tmp_path))
     with pytest.raises(ConfigError, match="behind layer 7 is none"):
         SGLangTarget.check_settings({}, spec_of(target_folder, [0, 1, 7]))
-    with pytest.raises(ConfigError, match="batch_tokens=.* GB of shared memory"):
+    with pytest.raises(ConfigError, match=r"batch_tokens=.* GB of shared memory"):
         SGLangTarget(spec, CPU, batch_tokens=10**12)
     monkeypatch.delenv("PYTHONPATH")
     with pytest.raises(ConfigError, match=r"target\.python"):
@@ -303,47 +301,28 @@ def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_p
     SGLangTarget.check_settings({"url": "http://127.0.0.1:1"}, spec)
 
 
-HOLDER = """
+CLIENT = """
 import sys, time
-from pathlib import Path
-from eagle3.engines.server import Server, choose_port
 from eagle3.target.sglang.blocks import Blocks
-blocks, port = Blocks(), choose_port(None, "port")
-command = [sys.executable, "-c", sys.argv[1], str(port), str(blocks.folder)]
+blocks = Blocks()
 (blocks.folder / "00-1.safetensors").write_bytes(bytes(10**6))
-with Server(command, f"http://127.0.0.1:{port}", {}, Path(sys.argv[2]), 100, "/") as server:
-    print(blocks.folder, server.process.pid, flush=True)
-    time.sleep(1000)
-"""
-ENGINE = """
-import pathlib, sys
-from http.server import HTTPServer, SimpleHTTPRequestHandler
-from eagle3.target.sglang.hook import Hook, sglang_group
-folder = pathlib.Path(sys.argv[2])
-Hook(folder.parent, sglang_group).delete_with_client(folder)
-HTTPServer(("127.0.0.1", int(sys.argv[1])), SimpleHTTPRequestHandler).serve_forever()
+print(blocks.folder, flush=True)
+time.sleep(1000)
 """
 
 
-def wait_until_gone(path):
+def test_the_engine_frees_the_memory_of_a_killed_run():
+    """After SIGKILL the client itself cannot."""
+    command = [sys.executable, "-c", CLIENT]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as client:
+        folder = Path(client.stdout.readline().strip())
+        Hook(SHARED, sglang_group).delete_with_client(folder)
+        assert folder.is_dir()
+        client.send_signal(signal.SIGKILL)
     until = time.monotonic() + 120
-    while path.exists():
-        assert time.monotonic() < until, f"{path} is still there"
+    while folder.exists():
+        assert time.monotonic() < until, "still there"
         time.sleep(0.05)
-
-
-def test_nothing_outlives_a_killed_run(tmp_path):
-    """SIGKILL: the engine ends and the shared memory is free, though nobody could clean up."""
-    command = [sys.executable, "-c", HOLDER, ENGINE, str(tmp_path / "log")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        folder, pid = holder.stdout.readline().split()
-        assert Path(folder).is_dir() and Path("/proc", pid).exists()
-        holder.send_signal(signal.SIGKILL)
-    wait_until_gone(Path(folder))
-    wait_until_gone(Path("/proc", pid))
 
 
 def test_folders_of_the_dead_are_deleted_and_those_of_the_living_kept(tmp_path):
@@ -393,16 +372,17 @@ def test_two_processes_train_as_with_transformers(target_folder, tmp_path):
     assert not [path for path in set(SHARED.iterdir()) - before if path.name.startswith(PREFIX)]
 
 
-def test_a_server_that_dies_is_noticed(target, target_folder):
+def test_a_server_that_dies_is_noticed(target, target_folder, monkeypatch):
     """The last one here, for it ends the server that all use: by who started it, with the cause,
     and by another client.
     """
+    monkeypatch.setattr(target_module, "DYING_SECONDS", 60)
     other = SGLangTarget(spec_of(target_folder), CPU, url=target.url)
     pid = target.server.process.pid
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     os.kill(int(children.split()[0]), signal.SIGKILL)
     batch = batch_of(target, [9, 30])
-    with pytest.raises(RunError, match="does not answer any more .* its log: "):
+    with pytest.raises(RunError, match=r"does not answer any more .* its log: "):
         other(batch)
     other.close()
     try:

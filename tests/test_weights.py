@@ -1,4 +1,4 @@
-"""Embedding, head and final norm read from safetensors are those of the loaded model, bit for bit."""
+"""Embedding, head and final norm read from safetensors are the loaded model's, bit for bit."""
 
 import json
 import shutil

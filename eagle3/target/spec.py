@@ -60,7 +60,7 @@ class TargetSpec:
 
 def read_spec(model: Model) -> TargetSpec:
     """The section `model`, with what it leaves to be derived. Raises ConfigError."""
-    whole = whole_config(model.path, model.revision, model.trust_remote_code)
+    whole = whole_config(model)
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
@@ -76,16 +76,15 @@ def read_spec(model: Model) -> TargetSpec:
     )
 
 
-def whole_config(path: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The config at `path`, other modalities included; raises ConfigError when there is none."""
+def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
+    """The config, other modalities included; raises ConfigError when there is none."""
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model.path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path={path} is not a model that transformers can read: {reason}"
+            f"model.path={model.path} is not a model that transformers can read: {reason}"
         ) from error
 
 

@@ -161,8 +161,8 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
     # A head that is stored wins over a config that ties, as in transformers; an equal one is not
     # held twice.
-    whole = whole_config(path, spec.revision, spec.trust_remote_code)
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, config))
+    parts = (whole_config(spec), config)
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
     if spec.lm_head_key is not None or not tied or checkpoint.ending(HEADS):
         head_name = checkpoint.find("lm_head_key", spec.lm_head_key, HEADS)
         head = checkpoint.read(head_name, shape, device, dtype)

@@ -23,9 +23,7 @@ PAUSE = 0.003  # seconds between two looks
 
 
 class Blocks:
-    """A folder of this process under `root`; it is gone when it is closed or collected, or when the
-    process ends in any way.
-    """
+    """A folder under `root`, gone when it is closed, collected, or its process ends in any way."""
 
     def __init__(self, root: Path = SHARED):
         delete_stale(root)

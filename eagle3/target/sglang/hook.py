@@ -1,5 +1,4 @@
-"""The part that runs inside SGLang's model processes: a forward hook that leaves hidden states in
-shared memory.
+"""A forward hook inside SGLang's model processes that leaves hidden states in shared memory.
 
 SGLang finds it as `eagle3.target.sglang.hook:factory` (its `forward_hooks` argument) and calls it
 after every forward pass of the logits processor. Requests whose `rid` is `<folder>:<number>` (see
@@ -129,8 +128,7 @@ class Hook:
 def statistics(
     last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """argmax int64 [n] and logsumexp fp32 [n] of the logits of `last` [n,H] over the whole
-    vocabulary.
+    """argmax int64 [n] and logsumexp fp32 [n] of `last` [n,H] over the whole vocabulary.
 
     Each process of `group` has some of the head's rows; padding and tokens added for adapters do
     not count.

@@ -1,6 +1,4 @@
-"""Start stock SGLang so that it leaves hidden states; `python -m eagle3.target.sglang.serve` does
-it by hand.
-"""
+"""Start stock SGLang so that it leaves hidden states; also python -m eagle3.target.sglang.serve."""
 
 import argparse
 import os
@@ -57,7 +55,7 @@ def check_capturable(spec: TargetSpec) -> None:
             f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang takes states from the input of the "
             f"next layer, and behind layer {last} is none; choose layers below it, or target=hf"
         )
-    for name in whole_config(spec.path, spec.revision, spec.trust_remote_code).architectures or []:
+    for name in whole_config(spec).architectures or []:
         if name.startswith(UNSEEN):
             raise ConfigError(
                 f"target=sglang: SGLang hides the hidden states of {name} from hooks; use target=hf"
@@ -93,7 +91,7 @@ def capture_server(
     )
     # SGLang runs in an environment of its own: it gets our package, but none of those beside it.
     packages = folder / "packages"
-    packages.mkdir(exist_ok=True)
+    packages.mkdir()
     (packages / "eagle3").symlink_to(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
     return Server(
@@ -114,30 +112,23 @@ def log_path(port: int | None) -> Path:
 
 def main() -> None:
     """Serve a target to the runs of this machine, which name it by `target.url`, until Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=main.__doc__, epilog="Anything else goes to SGLang as it is."
-    )
+    rest = "Anything else goes to SGLang as it is."
+    parser = argparse.ArgumentParser(description=main.__doc__, epilog=rest)
     parser.add_argument("path", help="folder or hub id of the target")
-    parser.add_argument(
-        "--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids; default: derived"
-    )
+    parser.add_argument("--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--ready-seconds", type=float, default=1800)
     parser.add_argument("--python", help="interpreter of SGLang's environment")
-    given, rest = parser.parse_known_args()
+    given, server_args = parser.parse_known_args()
     # Without this SIGTERM would end us before the server is ended in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ENGINE.find(interpreter("sglang", given.python), "--python")
     spec = read_spec(Model(given.path, dtype=given.dtype, aux_layer_ids=given.aux_layer_ids))
     check_capturable(spec)
-    options = ServerOptions(
-        port=given.port,
-        python=given.python,
-        ready_seconds=given.ready_seconds,
-        server_args=rest,
-    )
+    options = ServerOptions(port=given.port, python=given.python, server_args=server_args)
+    options.ready_seconds = given.ready_seconds
     blocks = Blocks()  # its folder goes when this process does
     with capture_server(spec, torch.device(given.device), blocks.folder, options) as server:
         address = f"target=sglang target.url={server.url}"

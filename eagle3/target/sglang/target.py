@@ -77,9 +77,7 @@ class SGLangTarget(serve.ServerOptions):
 
     @staticmethod
     def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
-        """The section `target` for so many processes here: each GPU of theirs holds a copy of the
-        model, or its share of one, where `dp_size` is null.
-        """
+        """The section `target`, a null `dp_size` filled with what these processes' GPUs hold."""
         if section.get("dp_size") is not None:
             return section
         gpus = min(torch.cuda.device_count(), processes)
@@ -123,9 +121,7 @@ class SGLangTarget(serve.ServerOptions):
             self.server.check()
 
     def verify(self) -> None:
-        """Raise RunError unless the server was started for this, and a first request shows that the
-        hidden states come and are the right ones.
-        """
+        """Raise RunError unless the server was started for this and a first request shows it."""
         try:
             info = self.client.get("/server_info").raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
@@ -144,6 +140,11 @@ class SGLangTarget(serve.ServerOptions):
     @cached_property
     def weights(self) -> TargetWeights:
         return load_weights(self.spec, self.device)
+
+    def free_weights(self) -> None:
+        """Give up embedding and head, for ranks that train on this GPU; read again when needed."""
+        self.__dict__.pop("weights", None)
+        torch.cuda.empty_cache()
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -194,9 +195,7 @@ class SGLangTarget(serve.ServerOptions):
         return features, replies
 
     def check_arriving(self, reply: Future) -> Callable[[], None]:
-        """A function that raises RunError when no hidden states can come any more: the server has
-        ended or refused, or it has answered and they are not there.
-        """
+        """A function that raises RunError once no hidden states can come any more."""
         answered: list[float] = []
 
         def check() -> None:
@@ -215,9 +214,7 @@ class SGLangTarget(serve.ServerOptions):
         return check
 
     def post(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """The replies to the prompts of a request. Raises RunError where the server refuses it or
-        is gone.
-        """
+        """A reply for each prompt. Raises RunError where the server refuses, or is gone."""
         try:
             response = self.client.post(serve.ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
@@ -245,8 +242,9 @@ class SGLangTarget(serve.ServerOptions):
         pad_token_id: int = 0,
         **sampling: Any,
     ) -> torch.Tensor:
-        """As transformers' `generate`: int64 [B,n], padded on the left -> [B,n+m], padded on the
-        right. Of `sampling` it knows what shapes the distribution of a single beam.
+        """As transformers: int64 [B,n], padded on the left -> [B,n+m], padded on the right.
+
+        Of `sampling` it knows what shapes the distribution of a single beam.
         """
         assert sampling.get("num_beams", 1) == 1
         given = {name: value for name, value in sampling.items() if value is not None}

@@ -23,9 +23,7 @@ console = Console(stderr=True, markup=False, highlight=False)
 
 
 def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
-    """Raise RunError where the server, by what /server_info says, was not started to capture this
-    target.
-    """
+    """Raise RunError where the server, by its /server_info, does not capture this target."""
     reason = None
     explicit = info.get("return_aux_hidden_state_layer_ids")
     captured = engines_default(spec.config.num_hidden_layers)
@@ -49,8 +47,7 @@ def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
 def verify_head(
     features: Features, head: torch.Tensor, ends: list[int], sampled: list[int]
 ) -> None:
-    """Raise RunError unless last hidden states x `head` [V,H] are the logits that the engine
-    samples from.
+    """Raise RunError unless last hidden states x `head` [V,H] are what the engine samples from.
 
     `sampled` are its greedy next tokens after the rows `ends`.
     """
@@ -76,14 +73,13 @@ def verify_head(
 
 @torch.no_grad()
 def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: TargetSpec) -> None:
-    """Raise RunError unless the first of the auxiliary states [n,3H] is nearest to that layer in
-    transformers, of that, the one before and the one behind it.
+    """Raise RunError where the first of the auxiliary states [n,3H] is nearer to the layer before
+    or behind it, as transformers computes them.
 
-    The engine shifts all three by the same rule, so that the first tells, and it is the cheapest: a
-    model of its first layers is enough.
+    The engine numbers all three by the same rule, so the first tells; a few layers are enough.
     """
     first = spec.aux_layer_ids[0]
-    config = whole_config(spec.path, spec.revision, spec.trust_remote_code)
+    config = whole_config(spec)
     text = config.get_text_config()
     text.num_hidden_layers = first + 3  # the last one's output is given after the final norm
     if getattr(text, "layer_types", None):
