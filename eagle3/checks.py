@@ -127,11 +127,9 @@ def check_target(config: RunConfig) -> None:
         "benchmark" in config.stages
         and find(config.benchmark["_target_"], "benchmark") is builtin.run
     )
-    if target.in_process:
-        return
     if {"generate", "capture", "train", "regenerate"} & set(config.stages):
-        target.check_settings(config.target, config.model)
-    if decodes:
+        target.check_settings(config.target, read_spec(config.model))
+    if decodes and not target.in_process:
         raise ConfigError(
             "benchmark=builtin: the built-in benchmark needs the target in this process: set target=hf or "
             "benchmark=sglang, or leave benchmark out of stages"

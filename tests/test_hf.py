@@ -5,6 +5,7 @@ derived from.
 import pytest
 import torch
 from conftest import spec_of
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -51,47 +52,52 @@ def family(request, tmp_path):
     return tmp_path
 
 
-def documents(lengths):
+def documents(lengths, vocab_size=96):
     torch.manual_seed(1)
     return [
-        (i, torch.randint(0, 96, (n,)), torch.arange(n) >= n // 2) for i, n in enumerate(lengths)
+        Document(i, torch.randint(0, vocab_size, (n,)), torch.arange(n) >= n // 2)
+        for i, n in enumerate(lengths)
     ]
+
+
+def pack_all(documents, vocab_size=96):
+    return pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
 
 
 def test_packed_features_equal_each_document_alone(family):
     target = HFTarget(spec_of(family), torch.device("cpu"))
     assert target.aux_layer_ids == [1, 3, 4]
     docs = documents([13, 1, 30, 7])
-    batch = pack([Document(*d) for d in docs], torch.ones(96, dtype=torch.bool), 7, serving)
+    batch = pack_all(docs)
     features = target(batch)
     plain = AutoModelForCausalLM.from_pretrained(
         family, attn_implementation="eager", dtype=torch.float32
     ).eval()
     aux, last, logits = [], [], []
-    for _, ids, _ in docs:
+    for document in docs:
         with torch.no_grad():
-            output = plain(input_ids=ids[None], output_hidden_states=True)
+            output = plain(input_ids=document.input_ids[None], output_hidden_states=True)
         aux.append(torch.cat([output.hidden_states[i][0] for i in (2, 4, 5)], dim=-1))
         last.append(output.hidden_states[-1][0])
         logits.append(output.logits[0])
     logits = torch.cat(logits)[batch.teacher_rows]
-    torch.testing.assert_close(features.aux_hidden_states, torch.cat(aux), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
+    assert_close(features.aux_hidden_states, torch.cat(aux), rtol=1e-4, atol=1e-5)
+    assert_close(
         features.last_hidden_states, torch.cat(last)[batch.teacher_rows], rtol=1e-4, atol=1e-5
     )
     assert torch.equal(features.argmax, logits.argmax(-1))
-    torch.testing.assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
+    assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_states_continue_a_cache(family):
     target = HFTarget(spec_of(family), torch.device("cpu"))
-    ids, places = documents([30])[0][1], torch.arange(30)
+    ids, places = documents([30])[0].input_ids, torch.arange(30)
     whole_aux, whole_last = target.states(ids, places)
     cache = DynamicCache(config=target.config)
     target.states(ids[:20], places[:20], cache)
     aux, last = target.states(ids[20:], places[20:], cache)
-    torch.testing.assert_close(aux, whole_aux[20:], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(last, whole_last[20:], rtol=1e-4, atol=1e-5)
+    assert_close(aux, whole_aux[20:], rtol=1e-4, atol=1e-5)
+    assert_close(last, whole_last[20:], rtol=1e-4, atol=1e-5)
 
 
 def test_draft_shape_is_derived(family):
@@ -148,18 +154,15 @@ def test_a_target_is_described_by_its_weights(tmp_path):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_own_attention_agrees(target_folder, attention):
-    ids = [
-        (i, torch.randint(0, 2048, (n,)), torch.arange(n) >= n // 2)
-        for i, n in enumerate([13, 1, 30])
-    ]
-    batch = pack([Document(*d) for d in ids], torch.ones(2048, dtype=torch.bool), 3, serving)
+    batch = pack_all(documents([13, 1, 30], 2048), 2048)
     ours = HFTarget(spec_of(target_folder), torch.device("cpu"))(batch)
     theirs = HFTarget(spec_of(target_folder), torch.device("cpu"), attention=attention)(batch)
-    torch.testing.assert_close(
-        ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5
-    )
+    assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5)
 
 
-def test_not_a_model(tmp_path):
+def test_what_is_refused(target_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path"):
-        HFTarget(spec_of(tmp_path, dtype="auto"), torch.device("cpu"))
+        spec_of(tmp_path)
+    HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
+    with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):
+        HFTarget.check_settings({"tp_size": 8}, spec_of(target_folder))

@@ -1,7 +1,8 @@
-"""Embedding, head and final norm read from safetensors are those of the loaded model, bit for bit."""
+"""Embedding, head and final norm read from safetensors are the loaded model's, bit for bit."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import spec_of
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     GPT2Config,
@@ -22,7 +24,6 @@ from transformers import (
 from eagle3.errors import ConfigError, RunError
 from eagle3.target import weights
 from eagle3.target.hf import HFTarget
-from eagle3.target.weights import load_weights
 
 SHAPE = {
     "vocab_size": 96,
@@ -34,59 +35,71 @@ SHAPE = {
     "max_position_embeddings": 256,
     "eos_token_id": 5,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
     "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
-    "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    ),
+    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **MOE),
     "gpt2-tied": GPT2Config(vocab_size=96, n_embd=64, n_head=4, n_layer=8, eos_token_id=5),
 }
 CPU = torch.device("cpu")
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WANTED = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
 
 
-def save(folder: Path, family: str = "llama", **options) -> str:
+def load(folder: Path, dtype="auto", **model) -> weights.TargetWeights:
+    return weights.load_weights(spec_of(folder, dtype=dtype, **model), CPU)
+
+
+def save(folder: Path, family: str = "llama", **options) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(FAMILIES[family])
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)  # or the norm would be ones
     model.save_pretrained(folder, **options)
-    return str(folder)
+    return folder
 
 
-def rename(folder: str, **names: str) -> None:
-    """Rename or (with an empty name) drop tensors of a single-file checkpoint; dots are written
-    `__`.
-    """
-    file = Path(folder, "model.safetensors")
-    tensors = load_file(file)
+def save_sharded(folder: Path) -> dict[str, str]:
+    """Returns which file has which tensor."""
+    save(folder, max_shard_size="60KB")
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def rename(folder: Path, names: dict[str, str]) -> None:
+    """Rename or (with an empty name) drop tensors of a single-file checkpoint."""
+    tensors = load_file(folder / SINGLE)
     for old, new in names.items():
-        tensor = tensors.pop(old.replace("__", "."))
+        tensor = tensors.pop(old)
         if new:
             tensors[new] = tensor
-    save_file(tensors, file, {"format": "pt"})
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
 
 
-def assert_equal(ours: weights.TargetWeights, target: HFTarget) -> None:
-    for name in ("embedding", "head"):
-        torch.testing.assert_close(getattr(ours, name), getattr(target, name), rtol=0, atol=0)
+def edit_config(folder: Path, **keys) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def assert_loaded_alike(folder: Path, dtype="auto") -> weights.TargetWeights:
+    ours, target = load(folder, dtype), HFTarget(spec_of(folder, dtype=dtype), CPU)
     norm = target.decoder.norm if hasattr(target.decoder, "norm") else target.decoder.ln_f
     torch.testing.assert_close(ours.norm, norm.weight, rtol=0, atol=0)
+    for name in ("embedding", "head"):
+        torch.testing.assert_close(getattr(ours, name), getattr(target, name), rtol=0, atol=0)
     for name in ("aux_layer_ids", "eos_token_ids", "device"):
         assert getattr(ours, name) == getattr(target, name)
     assert ours.config.to_dict() == target.config.to_dict()
+    return ours
 
 
 @pytest.mark.parametrize("shard", [{}, {"max_shard_size": "60KB"}], ids=["single", "sharded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loaded_models_own(tmp_path, family, shard):
-    folder = save(tmp_path, family, **shard)
+    save(tmp_path, family, **shard)
     assert (tmp_path / INDEX).exists() == bool(shard)
-    ours = load_weights(spec_of(folder, dtype="auto"), CPU)
-    assert_equal(ours, HFTarget(spec_of(folder, dtype="auto"), CPU))
+    ours = assert_loaded_alike(tmp_path)
     assert (ours.head is ours.embedding) == family.endswith("tied")
 
 
@@ -95,166 +108,130 @@ def test_the_loaded_models_own(tmp_path, family, shard):
 def test_numbers_are_converted_as_the_model_converts_them(tmp_path, stored, dtype):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES["llama"]).to(stored).save_pretrained(tmp_path)
-    ours = load_weights(spec_of(tmp_path, dtype=dtype), CPU)
-    assert_equal(ours, HFTarget(spec_of(tmp_path, dtype=dtype), CPU))
+    ours = assert_loaded_alike(tmp_path, dtype)
     assert ours.head.dtype == (stored if dtype == "auto" else getattr(torch, dtype))
 
 
-def test_only_the_files_and_tensors_needed_are_read(tmp_path, monkeypatch):
-    folder = save(tmp_path, max_shard_size="60KB")
-    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
-    wanted = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
-    for file in set(index.values()) - {index[name] for name in wanted}:
+def test_only_the_files_needed_are_read(tmp_path):
+    index = save_sharded(tmp_path)
+    for file in set(index.values()) - {index[name] for name in WANTED}:
         (tmp_path / file).unlink()
-    read = []
-
-    class Watched:
-        def __init__(self, *arguments):
-            self.file = safe_open(*arguments)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *arguments):
-            pass
-
-        def get_slice(self, name):
-            return self.file.get_slice(name)
-
-        def get_tensor(self, name):
-            read.append(name)
-            return self.file.get_tensor(name)
-
-    safe_open = weights.safe_open
-    monkeypatch.setattr(weights, "safe_open", Watched)
-    load_weights(spec_of(folder, dtype="auto"), CPU)
-    assert set(read) == wanted
+    load(tmp_path)
 
 
 def test_ends_of_answers_from_the_generation_config(tmp_path):
-    folder = save(tmp_path)
-    assert load_weights(spec_of(folder, dtype="auto"), CPU).eos_token_ids == {5}
+    save(tmp_path)
+    assert load(tmp_path).eos_token_ids == {5}
     GenerationConfig(eos_token_id=[7, 9]).save_pretrained(tmp_path)
-    assert (
-        load_weights(spec_of(folder, dtype="auto"), CPU).eos_token_ids
-        == HFTarget(spec_of(folder, dtype="auto"), CPU).eos_token_ids
-        == {7, 9}
-    )
+    assert assert_loaded_alike(tmp_path).eos_token_ids == {7, 9}
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 def test_prefixes_are_found(tmp_path, prefix):
-    folder = save(tmp_path)
-    plain = load_weights(spec_of(folder, dtype="auto"), CPU)
-    rename(
-        folder,
-        model__embed_tokens__weight=f"{prefix}embed_tokens.weight",
-        model__norm__weight=f"{prefix}norm.weight",
-        lm_head__weight="language_model.lm_head.weight",
-    )
-    prefixed = load_weights(spec_of(folder, dtype="auto"), CPU)
+    plain = load(save(tmp_path))
+    new = (f"{prefix}embed_tokens.weight", "language_model.lm_head.weight", f"{prefix}norm.weight")
+    rename(tmp_path, dict(zip(WANTED, new, strict=True)))
+    prefixed = load(tmp_path)
     for name in ("embedding", "head", "norm"):
         assert torch.equal(getattr(prefixed, name), getattr(plain, name))
 
 
 def test_names_from_the_config(tmp_path):
-    folder = save(tmp_path)
-    plain = load_weights(spec_of(folder, dtype="auto"), CPU)
-    rename(folder, model__embed_tokens__weight="words.table", lm_head__weight="words.back")
-    named = load_weights(
-        spec_of(folder, embedding_key="words.table", lm_head_key="words.back", dtype="auto"), CPU
-    )
+    plain = load(save(tmp_path))
+    rename(tmp_path, {WANTED[0]: "words.table", WANTED[1]: "words.back"})
+    named = load(tmp_path, embedding_key="words.table", lm_head_key="words.back")
     assert torch.equal(named.embedding, plain.embedding) and torch.equal(named.head, plain.head)
-
-
-def test_missing_names_are_said_with_the_nearest(tmp_path):
-    folder = save(tmp_path)
-    sentence = r"model\.lm_head_key=lm_haed\.weight is no tensor of .*model\.safetensors; .* there are lm_head\.weight"
-    with pytest.raises(ConfigError, match=sentence):
-        load_weights(spec_of(folder, lm_head_key="lm_haed.weight", dtype="auto"), CPU)
-    rename(folder, lm_head__weight="")
-    with pytest.raises(
-        ConfigError, match=r"model\.lm_head_key is needed, as no name ends with lm_head\.weight or "
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
-    shared = load_weights(
-        spec_of(folder, lm_head_key="model.embed_tokens.weight", dtype="auto"), CPU
-    )
+    shared = load(tmp_path, embedding_key="words.table", lm_head_key="words.table")
     assert torch.equal(shared.head, shared.embedding)
 
 
 def test_a_head_that_is_stored_wins_over_a_config_that_ties(tmp_path):
-    folder = save(tmp_path)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
-    assert_equal(
-        load_weights(spec_of(folder, dtype="auto"), CPU),
-        HFTarget(spec_of(folder, dtype="auto"), CPU),
-    )
-    tensors = load_file(tmp_path / "model.safetensors")
+    save(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    assert_loaded_alike(tmp_path)
+    tensors = load_file(tmp_path / SINGLE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    equal = load_weights(spec_of(folder, dtype="auto"), CPU)
+    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    equal = load(tmp_path)
     assert equal.head is equal.embedding
 
 
-def test_shapes_must_fit_the_config(tmp_path):
-    folder = save(tmp_path)
-    with pytest.raises(
-        ConfigError,
-        match=r"model\.norm\.weight .* is F32 \[64\], but must be a float tensor \[96, 6",
-    ):
-        load_weights(spec_of(folder, lm_head_key="model.norm.weight", dtype="auto"), CPU)
-
-
-def test_files_without_safetensors(tmp_path):
-    folder = save(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(
-        ConfigError, match=r"neither model\.safetensors\.index\.json nor model\.safetensors"
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(
-        ConfigError, match=r"pytorch_model\.bin only, .*; convert it to safetensors"
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
-
-
-def test_damaged_and_missing_files(tmp_path):
-    folder = save(tmp_path, max_shard_size="60KB")
-    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
-    shard = tmp_path / index["lm_head.weight"]
+def damage_shard(folder: Path) -> None:
+    shard = folder / save_sharded(folder)["lm_head.weight"]
     shard.write_bytes(b"no header")
-    with pytest.raises(
-        RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
-    shard.unlink()
-    with pytest.raises(
-        RunError, match=rf"{shard.name} of the target at .* does not open .*; get it again"
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
-    (tmp_path / INDEX).write_text("{}")
-    with pytest.raises(
-        RunError, match=rf"{INDEX} of the target at .* names no tensors; get it again"
-    ):
-        load_weights(spec_of(folder, dtype="auto"), CPU)
 
 
-def test_heads_that_are_no_product_are_refused(tmp_path):
-    config = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"changes its logits behind the head \(a bias\)"):
-        load_weights(spec_of(tmp_path, dtype="auto"), CPU)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"final_logit_softcapping": 30.0}))
-    with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        load_weights(spec_of(tmp_path, dtype="auto"), CPU)
+def lose_shard(folder: Path) -> None:
+    (folder / save_sharded(folder)["lm_head.weight"]).unlink()
+
+
+def empty_index(folder: Path) -> None:
+    save_sharded(folder)
+    (folder / INDEX).write_text("{}")
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / SINGLE).unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+PHI = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "keys", "error", "sentence"),
+    [
+        (
+            lambda folder: None,
+            {"lm_head_key": "lm_haed.weight"},
+            ConfigError,
+            r"model\.lm_head_key=lm_haed\.weight is no tensor of .* there are lm_head\.weight",
+        ),
+        (
+            lambda folder: rename(folder, {"lm_head.weight": ""}),
+            {},
+            ConfigError,
+            r"model\.lm_head_key is needed, as no name ends with lm_head\.weight or ",
+        ),
+        (
+            lambda folder: None,
+            {"lm_head_key": "model.norm.weight"},
+            ConfigError,
+            r"model\.norm\.weight .* is F32 \[64\], but must be a float tensor \[96, 6",
+        ),
+        (
+            lambda folder: (folder / SINGLE).unlink(),
+            {},
+            ConfigError,
+            r"neither model\.safetensors\.index\.json nor model\.safetensors",
+        ),
+        (pickle_only, {}, ConfigError, r"pytorch_model\.bin only, .*; convert it to safetensors"),
+        (damage_shard, {}, RunError, "model-.* does not open .*; get it again"),
+        (lose_shard, {}, RunError, "model-.* does not open .*; get it again"),
+        (empty_index, {}, RunError, rf"{INDEX} .* names no tensors; get it again"),
+        (
+            lambda folder: AutoModelForCausalLM.from_config(PHI).save_pretrained(folder),
+            {},
+            ConfigError,
+            r"changes its logits behind the head \(a bias\)",
+        ),
+        (
+            lambda folder: edit_config(folder, final_logit_softcapping=30.0),
+            {},
+            ConfigError,
+            "final_logit_softcapping",
+        ),
+    ],
+)
+def test_what_cannot_be_read(tmp_path, spoil, keys, error, sentence):
+    save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(error, match=sentence):
+        load(tmp_path, **keys)
 
 
 def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
-    save(tmp_path / "hub", max_shard_size="60KB")
+    index = save_sharded(tmp_path / "hub")
     fetched = []
 
     def download(repo, name, revision):
@@ -265,25 +242,14 @@ def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
         (tmp_path / "cache").mkdir(exist_ok=True)
         return shutil.copy(tmp_path / "hub" / name, tmp_path / "cache" / name)
 
-    class Local:
-        def from_pretrained(self, path, **options):
-            return self.kind.from_pretrained(tmp_path / "hub")
-
-        def __init__(self, kind):
-            self.kind = kind
-
+    spec, local = spec_of(tmp_path / "hub", dtype="auto"), load(tmp_path / "hub")
+    config = AutoConfig.from_pretrained(tmp_path / "hub")
+    generation = GenerationConfig.from_pretrained(tmp_path / "hub")
     monkeypatch.setattr(weights, "hf_hub_download", download)
-    for name in ("AutoConfig", "GenerationConfig"):
-        monkeypatch.setattr(weights, name, Local(getattr(weights, name)))
-    monkeypatch.setattr(
-        weights, "text_config", lambda *_: weights.AutoConfig.from_pretrained("").get_text_config()
-    )
-    ours = load_weights(spec_of("some/model", revision="main", dtype="auto"), CPU)
-    local = load_weights(spec_of(tmp_path / "hub", dtype="auto"), CPU)
+    monkeypatch.setattr(weights, "whole_config", lambda *_: config)
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", lambda *_, **__: generation)
+    ours = weights.load_weights(replace(spec, path="some/model", revision="main"), CPU)
     assert torch.equal(ours.head, local.head) and torch.equal(ours.embedding, local.embedding)
-    index = json.loads((tmp_path / "hub" / INDEX).read_text())["weight_map"]
-    needed = {
-        index[name] for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight")
-    }
+    needed = {index[name] for name in WANTED}
     assert set(fetched) == {INDEX} | needed
     assert needed < set(index.values())

@@ -1,6 +1,10 @@
-"""A transformers model as the target: packed hidden states, without logits of all rows and without
-patching it.
+"""A transformers model as the target: hidden states of packed documents, without patching it.
+
+T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V the vocabulary.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -11,22 +15,12 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
 
-def choose_attention(config: PretrainedConfig) -> str | None:
-    """`packed` where it computes what the model means, else None: what transformers chooses itself."""
-    special = ("attention_chunk_size", "attn_logit_softcapping")
-    if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
-        return None
-    return "packed"
-
-
 class HFTarget:
     """`target(batch) -> Features`, and the pieces that decoding needs.
 
     `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
-    `batch_tokens` is how many tokens a prefill that stores hidden states packs. With `tp_size` > 1
-    the layers are split over as many consecutive ranks of torch.distributed, `group`: every rank of
-    it makes the target and calls it with the same batch, and each gets the same result. The
-    embedding and the head stay whole on every rank.
+    `batch_tokens` is how many tokens a prefill that stores hidden states packs; `tp_size` must be
+    1. Raises ConfigError and RunError.
     """
 
     in_process = True  # it has `states`, which decoding needs
@@ -37,9 +31,11 @@ class HFTarget:
         device: torch.device,
         attention: str = "auto",
         batch_tokens: int = 16384,
+        tp_size: int = 1,
     ):
         self.spec, self.config, self.device = spec, spec.config, device
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
+        assert tp_size == 1  # `check_settings` says what to do instead
         check_supported(self.config)
         chosen = choose_attention(self.config) if attention == "auto" else attention
         try:
@@ -54,31 +50,41 @@ class HFTarget:
             reason = str(error).splitlines()[0]
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        decoder = self.model.get_decoder()
-        self.decoder = decoder
+        self.decoder = self.model.get_decoder()
+        # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
-        layers = find_layers(decoder, self.config.num_hidden_layers)
+        layers = find_layers(self.decoder, self.config.num_hidden_layers)
         for layer_id in self.aux_layer_ids:
-            layers[layer_id].register_forward_hook(self.capture(layer_id))
+            layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
         self.check_head()
 
-    def capture(self, layer_id: int):
-        def hook(module, inputs, output):
-            self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
+    def capture(self, layer_id: int, module, inputs, output) -> None:
+        self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
 
-        return hook
+    @staticmethod
+    def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
+        """Raise ConfigError for what the section `target` asks for and this class cannot do."""
+        tp_size = section.get("tp_size", 1)
+        if tp_size > 1:
+            raise ConfigError(
+                f"target.tp_size={tp_size}: target=hf loads the whole target in each process; use "
+                "target=sglang, which splits it over GPUs"
+            )
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raise ConfigError where the model's logits are not last hidden states times the head (a
-        bias, a scale).
+        """Raise ConfigError where the logits are not last hidden states times the head.
+
+        The teacher's distribution is computed as that product. A bias or a scale that no key of the
+        config names would train the draft towards another model, and no loss would show it.
         """
         ids = torch.arange(3, device=self.device)
-        theirs = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
-        ours = self.lm_head(self.states(ids, ids)[1]).double()
-        if (theirs - ours).norm() > 0.02 * theirs.norm():
+        logits = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
+        product = self.lm_head(self.states(ids, ids)[1]).double()
+        if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
             raise ConfigError(
-                f"the target at {self.spec.path} changes its logits behind the head; it is not supported"
+                f"the target at {self.spec.path} changes its logits behind the head; it is not "
+                "supported"
             )
 
     @property
@@ -101,8 +107,8 @@ class HFTarget:
     def states(
         self, input_ids, position_ids, cache=None, documents=None, visible=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and last_hidden_states [..,T,H] (after
-        the final norm).
+        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and last_hidden_states [..,T,H], the
+        latter after the final norm.
 
         With `documents` the T tokens are packed documents; with `cache` they continue it. Each
         token sees all before it, or what `visible` bool [B,T,S] says of the S that are cached and
@@ -111,7 +117,7 @@ class HFTarget:
         rows = input_ids.reshape(-1, input_ids.shape[-1])
         output = self.decoder(
             input_ids=rows,
-            attention_mask=None if visible is None else self.masks(visible, position_ids),
+            attention_mask=None if visible is None else self.additive_mask(visible, position_ids),
             position_ids=position_ids.reshape(rows.shape),
             past_key_values=cache,
             use_cache=cache is not None,
@@ -119,23 +125,24 @@ class HFTarget:
         )
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self.captured.clear()
-        return aux.reshape(*input_ids.shape, -1), output.last_hidden_state.reshape(
-            *input_ids.shape, -1
-        )
+        last = output.last_hidden_state
+        return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
-    def masks(
+    def additive_mask(
         self, visible: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """`visible` as transformers takes it: [B,1,T,S] to be added, by kind of layer where only
-        some have a window.
+        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen.
+
+        A dict of two, by kind of layer, where only some layers have a window. Raises ConfigError
+        where the attention ignores such masks or cuts the text into chunks.
         """
         attention = self.decoder.config._attn_implementation
-        if attention not in ("packed", "sdpa", "eager") or getattr(
-            self.config, "attention_chunk_size", None
-        ):
+        chunked = getattr(self.config, "attention_chunk_size", None)
+        if attention not in ("packed", "sdpa", "eager") or chunked:
             raise ConfigError(
-                f"{self.config.model_type} with target.attention={attention} decodes chains at batch 1 only; trees and "
-                "batches need target.attention=eager, and a target without chunked attention"
+                f"{self.config.model_type} with target.attention={attention} decodes chains at "
+                "batch 1 only; trees and batches need target.attention=eager, and a target without "
+                "chunked attention"
             )
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
@@ -145,6 +152,7 @@ class HFTarget:
         window = getattr(self.config, "sliding_window", None)
         if window is None:
             return additive(visible)
+        # A window counts positions, not slots: the nodes of a tree share positions.
         cached = torch.arange(visible.shape[2] - visible.shape[1], device=visible.device)
         places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)
         windowed = additive(visible & (position_ids[..., None] - places[:, None] < window))
@@ -157,7 +165,7 @@ class HFTarget:
         return self.model.generate(input_ids, **options)
 
     def close(self) -> None:
-        """Nothing is left to end: the memory is free as soon as nobody holds the target."""
+        """Nothing is left to end: the memory is free as soon as nobody refers to the target."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
@@ -166,10 +174,29 @@ class HFTarget:
         return Features(aux, last, *head_statistics(last, self.head))
 
 
-def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
-    """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, a chunk of rows at a
-    time.
-    """
+def choose_attention(config: PretrainedConfig) -> str | None:
+    """Ours where it computes what the model means, else None: transformers chooses itself."""
+    special = ("attention_chunk_size", "attn_logit_softcapping")
+    if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
+        return None
+    return "packed"
+
+
+def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:
+    """The list of decoder layers, whatever the model calls it (`layers`, `h`, `blocks`)."""
+    for module in decoder.children():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise RunError(
+        f"{type(decoder).__name__} has no list of its {num_layers} decoder layers among its "
+        "children"
+    )
+
+
+def head_statistics(
+    last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
     wide = torch.promote_types(last.dtype, torch.float32)
     argmax, logsumexp = [], []
     for rows in last.split(max(1, chunk_bytes // (4 * len(head)))):
@@ -177,13 +204,3 @@ def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1
         argmax.append(logits.argmax(-1))
         logsumexp.append(logits.logsumexp(-1))
     return torch.cat(argmax), torch.cat(logsumexp)
-
-
-def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:
-    """The list of decoder layers, whatever the model calls it."""
-    for module in decoder.children():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise RunError(
-        f"{type(decoder).__name__} has no list of its {num_layers} decoder layers among its children"
-    )

@@ -1,11 +1,10 @@
-"""Every tool's way to number the decoder layers whose outputs an EAGLE3 draft reads, in one place.
+"""How each tool numbers the decoder layers whose outputs an EAGLE3 draft reads.
 
-We and transformers' own code count decoder layers from 0 and mean their outputs.
+We, as transformers' own code, count decoder layers from 0 and mean their outputs.
 """
 
-# What is added to such a number. `hidden_states` is the tuple that transformers returns, with the
-# embedding in front; vLLM means the inputs of layers; SGLang's explicit ids mean outputs (inside it
-# adds one, for inputs).
+# What is added to our number. `hidden_states` is the tuple that transformers returns, the embedding
+# in front; vLLM means inputs of layers; SGLang's explicit ids mean outputs (inside, it adds one).
 SHIFTS = {"hidden_states": 1, "sglang": 0, "vllm": 1, "tensorrt_llm": 0}
 
 
@@ -20,7 +19,5 @@ def meant_by(tool: str, numbers: list[int]) -> list[int]:
 
 
 def engines_default(num_layers: int) -> list[int]:
-    """What every engine feeds unasked, in our numbers; some coincide in a model of fewer than 7
-    layers.
-    """
+    """What every engine feeds unasked, in our numbers; below 7 layers some coincide."""
     return [1, num_layers // 2 - 1, num_layers - 4]

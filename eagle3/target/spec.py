@@ -1,4 +1,4 @@
-"""Which model is the target: where it lies, what it computes in, and which of its layers are read."""
+"""Which model is the target: where it lies, what it computes in, which of its layers are read."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class TargetSpec:
 
 def read_spec(model: Model) -> TargetSpec:
     """The section `model`, with what it leaves to be derived. Raises ConfigError."""
-    whole = whole_config(model.path, model.revision, model.trust_remote_code)
+    whole = whole_config(model)
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
@@ -76,16 +76,15 @@ def read_spec(model: Model) -> TargetSpec:
     )
 
 
-def whole_config(path: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
-    """The config at `path`, other modalities included; raises ConfigError when there is none."""
+def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
+    """The config, other modalities included; raises ConfigError when there is none."""
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(model.path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path={path} is not a model that transformers can read: {reason}"
+            f"model.path={model.path} is not a model that transformers can read: {reason}"
         ) from error
 
 
@@ -102,14 +101,12 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
-    for name, neutral in (
-        ("final_logit_softcapping", None),
-        ("logits_scaling", 1),
-        ("logit_scale", 1),
-    ):
-        if getattr(config, name, neutral) not in (neutral, None):
+    neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
+    for name, harmless in neutral.items():
+        value = getattr(config, name, None)
+        if value not in (harmless, None):
             raise ConfigError(
-                f"the target's {name}={getattr(config, name)} changes its logits; it is not supported"
+                f"the target's {name}={value} changes its logits; it is not supported"
             )
 
 

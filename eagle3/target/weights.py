@@ -1,5 +1,5 @@
-"""The target's embedding, head and final norm from its safetensors files, for training that never
-runs the target.
+"""The target's embedding, head and final norm alone, from its safetensors files, for training that
+never runs the target.
 
 V the target's vocabulary, D the width of its embedding, H its hidden size.
 """
@@ -19,16 +19,14 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 
 SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# How families end the names; what stands before (`model.`, `model.language_model.`) is found in the
-# checkpoint.
-EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
+# How families end the names; what stands before (`model.`, `model.language_model.`) differs too
+# much to be listed and is found in the checkpoint.
+EMBEDDINGS = tuple(
+    f"{name}.weight"
+    for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 )
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+HEAD_BIASES = ("lm_head.bias", "embed_out.bias", "output.bias")
 NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
 
 
@@ -53,12 +51,13 @@ class TargetWeights:
 
 
 class Checkpoint:
-    """The tensors of a folder or hub id by name; only the files that hold those asked for are
-    downloaded.
+    """The tensors of a folder or hub id by name; only files that hold one asked for are downloaded.
+
+    `files` maps names of tensors to names of files. Raises ConfigError where there are no
+    safetensors, RunError where they are damaged.
     """
 
     def __init__(self, path: str, revision: str | None):
-        """Raises ConfigError where there are no safetensors."""
         self.path, self.revision = path, revision
         index = self.locate(INDEX)
         if index is not None:
@@ -70,10 +69,10 @@ class Checkpoint:
                 ) from error
         elif self.locate(SINGLE) is not None:
             self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
-        elif any(self.locate(name) is not None for name in (PICKLED, f"{PICKLED}.index.json")):
+        elif self.locate(PICKLED) is not None or self.locate(f"{PICKLED}.index.json") is not None:
             raise ConfigError(
-                f"model.path={path} has its weights in {PICKLED} only, which can run code when it is read; "
-                "convert it to safetensors (save_pretrained of transformers writes them)"
+                f"model.path={path} has its weights in {PICKLED} only, which can run code when it "
+                "is read; convert it to safetensors (save_pretrained of transformers writes them)"
             )
         else:
             raise ConfigError(
@@ -82,9 +81,7 @@ class Checkpoint:
             )
 
     def locate(self, name: str) -> Path | None:
-        """Where the file lies on this machine, downloaded if need be; None where the checkpoint has
-        none.
-        """
+        """Where a file lies on this machine, downloaded if need be; None if there is none."""
         if Path(self.path).is_dir():
             file = Path(self.path, name)
             return file if file.is_file() else None
@@ -99,12 +96,9 @@ class Checkpoint:
             ) from error
 
     def open(self, name: str) -> safe_open:
-        """A safetensors file of the checkpoint, of which nothing but the header is read. Raises
-        RunError.
-        """
-        file = self.locate(name)
+        """One of the files, of which only the header is read."""
         try:
-            return safe_open(file or Path(self.path, name), "pt")
+            return safe_open(self.locate(name) or Path(self.path, name), "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(
@@ -112,53 +106,41 @@ class Checkpoint:
             ) from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
-        """Names with one of `endings`, shortest first, but not those of numbered layers."""
-        names = [n for n in self.files if f".{n}".endswith(tuple(f".{e}" for e in endings))]
-        return sorted(
-            (n for n in names if not any(part.isdigit() for part in n.split("."))), key=len
-        )
+        """Names with one of `endings`, shortest first, without those of numbered layers."""
+        names = [n for n in self.files if f".{n}".endswith(tuple(f".{end}" for end in endings))]
+        names = [n for n in names if not any(part.isdigit() for part in n.split("."))]
+        return sorted(names, key=len)
 
     def find(self, key: str, given: str | None, endings: tuple[str, ...]) -> str:
-        """The name that model.`key` gives, else the shortest that ends as families end it. Raises
-        ConfigError.
-        """
+        """The name that model.`key` gives, else the shortest that ends as families end it."""
         names = self.ending(endings) if given is None else [given]
         if names and names[0] in self.files:
             return names[0]
-        near = (
-            difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4)
-            or list(self.files)[:3]
-        )
-        what = (
-            f"={given} is no tensor of"
-            if given
-            else f" is needed, as no name ends with {' or '.join(endings)} in"
-        )
-        file = SINGLE if SINGLE in self.files.values() else INDEX
+        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4)
+        what = f" is needed, as no name ends with {' or '.join(endings)} in"
+        if given is not None:
+            what = f"={given} is no tensor of"
+        file = Path(self.path, SINGLE if SINGLE in self.files.values() else INDEX)
         raise ConfigError(
-            f"model.{key}{what} {Path(self.path, file)}; the nearest names there are {', '.join(near)}"
+            f"model.{key}{what} {file}; the nearest names there are "
+            f"{', '.join(near or list(self.files)[:3])}"
         )
 
     def read(
-        self, name: str, shape: list[int], device: torch.device, dtype: torch.dtype | None
+        self, name: str, shape: list[int], device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor:
-        """One tensor, in `dtype` or as stored. Raises ConfigError where it is not of `shape` or no
-        float.
-        """
+        """One tensor. Raises ConfigError where it is not of `shape`, or not of floats."""
         with self.open(self.files[name]) as tensors:
             stored = tensors.get_slice(name)
-            if stored.get_shape() != shape or stored.get_dtype() not in (
-                "F64",
-                "F32",
-                "F16",
-                "BF16",
-            ):
+            kind, found = stored.get_dtype(), stored.get_shape()
+            if found != shape or kind not in ("F64", "F32", "F16", "BF16"):
                 raise ConfigError(
-                    f"{name} of the target at {self.path} is {stored.get_dtype()} {stored.get_shape()}, but must be a "
-                    f"float tensor {shape} by its config; set model.embedding_key or model.lm_head_key to another"
+                    f"{name} of the target at {self.path} is {kind} {found}, but must be a float "
+                    f"tensor {shape} by its config; set model.embedding_key or model.lm_head_key "
+                    "to another"
                 )
-            # A copy, because the tensor is a view of the mapped file, whose pages the system may
-            # drop and read again.
+            # A copy: the tensor is a view of the mapped file, whose pages the system may drop and
+            # read again during training.
             return tensors.get_tensor(name).to(device, dtype, copy=True)
 
 
@@ -167,33 +149,28 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
 
     Raises ConfigError and RunError.
     """
-    config, path = spec.config, spec.path
+    config, path, dtype = spec.config, spec.path, getattr(torch, spec.dtype)
     check_supported(config)
     checkpoint = Checkpoint(path, spec.revision)
-    if checkpoint.ending(tuple(f"{head.removesuffix('weight')}bias" for head in HEADS)):
+    if checkpoint.ending(HEAD_BIASES):
         raise ConfigError(
             f"the target at {path} changes its logits behind the head (a bias); it is not supported"
         )
-    whole = whole_config(path, spec.revision, spec.trust_remote_code)
-    kind = getattr(torch, spec.dtype)
-
+    shape = [config.vocab_size, config.hidden_size]
     embedding_name = checkpoint.find("embedding_key", spec.embedding_key, EMBEDDINGS)
-    embedding = head = checkpoint.read(
-        embedding_name, [config.vocab_size, config.hidden_size], device, kind
-    )
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in (whole, config))
+    embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
+    # A head that is stored wins over a config that ties, as in transformers; an equal one is not
+    # held twice.
+    parts = (whole_config(spec), config)
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
     if spec.lm_head_key is not None or not tied or checkpoint.ending(HEADS):
         head_name = checkpoint.find("lm_head_key", spec.lm_head_key, HEADS)
-        head = checkpoint.read(head_name, [config.vocab_size, config.hidden_size], device, kind)
+        head = checkpoint.read(head_name, shape, device, dtype)
         if tied and torch.equal(head, embedding):
             head = embedding
-
     decoder = embedding_name.rpartition(".")[0].rpartition(".")[0]
-    norms = [
-        name
-        for name in (f"{decoder}.{norm}".lstrip(".") for norm in NORMS)
-        if name in checkpoint.files
-    ]
+    norms = [f"{decoder}.{name}".lstrip(".") for name in NORMS]
+    norm = next((name for name in norms if name in checkpoint.files), None)
     try:
         eos = GenerationConfig.from_pretrained(path, revision=spec.revision).eos_token_id
     except OSError:
@@ -202,7 +179,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         config=config,
         embedding=embedding,
         head=head,
-        norm=checkpoint.read(norms[0], [config.hidden_size], device, kind) if norms else None,
+        norm=checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None,
         aux_layer_ids=spec.aux_layer_ids,
         eos_token_ids=end_token_ids(eos, config),
     )

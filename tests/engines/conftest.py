@@ -22,9 +22,9 @@ from eagle3.engines.server import Server, choose_port
 
 # Without these SGLang takes most of the memory, or plain attention that cannot draft.
 SGLANG_ON_CPU = [
-    "--device", "cpu", "--mem-fraction-static", "0.2", "--max-total-tokens", "8192", "--context-length", "2048",
-    "--disable-cuda-graph", "--prefill-attention-backend", "intel_amx", "--decode-attention-backend", "intel_amx",
-    "--speculative-draft-attention-backend", "intel_amx",
+    "--device", "cpu", "--mem-fraction-static", "0.2", "--max-total-tokens", "8192",
+    "--context-length", "2048", "--disable-cuda-graph", "--prefill-attention-backend", "intel_amx",
+    "--decode-attention-backend", "intel_amx", "--speculative-draft-attention-backend", "intel_amx",
 ]  # fmt: skip
 VLLM_ON_CPU = ["--max-model-len", "2048", "--enforce-eager"]
 CPU_ENVIRONMENT = {
@@ -64,25 +64,17 @@ def vllm_python() -> str:
 
 @pytest.fixture(scope="session")
 def serve_sglang(sglang_python, tmp_path_factory):
-    """serve_sglang(model, *options): a context with the running server; its `url` takes /generate."""
+    """serve_sglang(model, *options): a context with the running server, which has a `url`."""
 
     @contextmanager
     def serve(model: Path, *options: str):
         port = str(choose_port(None, "port"))
-        command = [
-            sglang_python,
-            "-m",
-            "sglang.launch_server",
-            "--model-path",
-            str(model),
-            "--dtype",
-            "float32",
-        ]
+        command = [sglang_python, "-m", "sglang.launch_server", "--model-path", str(model)]
+        command += ["--dtype", "float32"]
         command += [*SGLANG_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
         log = tmp_path_factory.mktemp("sglang") / "server.log"
-        with Server(
-            command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "SGLang"
-        ) as server:
+        url = f"http://127.0.0.1:{port}"
+        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", "SGLang") as server:
             yield server
 
     return serve
@@ -90,27 +82,17 @@ def serve_sglang(sglang_python, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def serve_vllm(vllm_python, tmp_path_factory):
-    """serve_vllm(model, *options): a context with the running server; its `url` takes
-    /v1/completions.
-    """
+    """serve_vllm(model, *options): a context with the running server, which has a `url`."""
 
     @contextmanager
     def serve(model: Path, *options: str):
         port = str(choose_port(None, "port"))
-        command = [
-            vllm_python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(model),
-            "--dtype",
-            "float32",
-        ]
+        command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--dtype", "float32"]
         command += [*VLLM_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
         log = tmp_path_factory.mktemp("vllm") / "server.log"
-        with Server(
-            command, f"http://127.0.0.1:{port}", CPU_ENVIRONMENT, log, 900, "/health", "vLLM"
-        ) as server:
+        url = f"http://127.0.0.1:{port}"
+        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", "vLLM") as server:
             yield server
 
     return serve
@@ -118,7 +100,8 @@ def serve_vllm(vllm_python, tmp_path_factory):
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048, "initializer_range": 0.1,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 CONFIGS: dict[str, type[PretrainedConfig]] = {
@@ -150,13 +133,12 @@ def random_target(request, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_draft(tmp_path_factory) -> Path:
-    """The draft folder of a short run on the embedded target: 60 updates, and the induction start
-    helps.
-    """
+    """A draft of 60 updates on the embedded target, which the induction start makes useful."""
     folder = tmp_path_factory.mktemp("trained")
     command = [
-        sys.executable, "run.py", "stages=[prepare,train,export]", "train.max_steps=60", "train.eval_every=60",
-        "eval.num_prompts=2", f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'run'}",
+        sys.executable, "run.py", "stages=[prepare,train,export]", "train.max_steps=60",
+        "train.eval_every=60", "eval.num_prompts=2", f"cache_dir={folder / 'cache'}",
+        f"hydra.run.dir={folder / 'run'}",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]

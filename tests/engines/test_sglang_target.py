@@ -23,14 +23,8 @@ from eagle3.target.hf import HFTarget
 from eagle3.target.sglang.target import SGLangTarget
 
 CPU = torch.device("cpu")
-SMALL_POOLS = [
-    "--max-total-tokens",
-    "8192",
-    "--max-running-requests",
-    "16",
-    "--context-length",
-    "2048",
-]
+SMALL_POOLS = ["--max-total-tokens", "8192", "--max-running-requests", "16"]
+SMALL_POOLS += ["--context-length", "2048"]
 ONE_FAMILY = pytest.mark.parametrize("random_target", ["llama"], indirect=True)
 LENGTHS = [13, 1, 300, 7, 128, 200, 3, 500, 64]
 
@@ -65,10 +59,10 @@ def open_target(sglang_python, monkeypatch):
 def batch_of(vocab_size):
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(0, vocab_size, (n,), generator=generator) for n in LENGTHS]
-    documents = [(i, row, torch.ones(len(row), dtype=torch.bool)) for i, row in enumerate(ids)]
-    return pack(
-        [Document(*d) for d in documents], torch.ones(vocab_size, dtype=torch.bool), 7, serving
-    )
+    documents = [
+        Document(i, row, torch.ones(len(row), dtype=torch.bool)) for i, row in enumerate(ids)
+    ]
+    return pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
 
 
 def assert_equal(target, reference):
@@ -78,9 +72,8 @@ def assert_equal(target, reference):
     assert len(found.argmax) == sum(LENGTHS)
     for name in ("aux_hidden_states", "last_hidden_states", "logsumexp"):
         ours, theirs = getattr(found, name), getattr(expected, name)
-        print(
-            f"{name}: at most {(ours - theirs).abs().max():.1e} apart, the largest is {theirs.abs().max():.1f}"
-        )
+        apart, largest = (ours - theirs).abs().max(), theirs.abs().max()
+        print(f"{name}: at most {apart:.1e} apart, the largest is {largest:.1f}")
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
     assert torch.equal(found.argmax, expected.argmax)
 
@@ -125,6 +118,20 @@ def test_a_killed_model_process_is_noticed(random_target, open_target):
     assert time.monotonic() - began < 15
 
 
+def run(folder: Path, name: str, target: Path, *settings: str) -> Path:
+    common = [
+        "model=hf", f"model.path={target}", "model.dtype=float32", "data.max_length=256",
+        "data.num_samples=60", "draft.vocab_size=300", "draft.ttt_steps=3", "eval.num_prompts=4",
+        "eval.max_new_tokens=16", "train.epochs=9", "train.tokens_per_step=4096",
+        "train.max_steps=6", "train.log_every=1", "hidden_states.dtype=fp32",
+        f"hydra.run.dir={folder / name}",
+    ]  # fmt: skip
+    command = [sys.executable, "run.py", *common, *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / name
+
+
 def losses(run_dir: Path) -> list[float]:
     rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
@@ -132,35 +139,20 @@ def losses(run_dir: Path) -> list[float]:
 
 @ONE_FAMILY
 def test_runs_have_the_losses_of_target_hf(random_target, sglang_python, tmp_path):
-    settings = [
-        "model=hf", f"model.path={random_target}", "model.dtype=float32", "data.max_length=256", "data.num_samples=60",
-        "draft.vocab_size=300", "draft.ttt_steps=3", "eval.num_prompts=4", "eval.max_new_tokens=16", "train.epochs=9",
-        "train.tokens_per_step=4096", "train.max_steps=6", "train.log_every=1", "hidden_states.dtype=fp32",
-        "benchmark.suites=[heldout:2]",
-    ]  # fmt: skip
     engine = [
         "target=sglang", f"target.python={sglang_python}", "target.mem_fraction_static=0.2",
         f"target.server_args=[{','.join(SMALL_POOLS)}]", "target.batch_tokens=1024",
+        f"cache_dir={tmp_path / 'engine.cache'}",
     ]  # fmt: skip
-    runs = {
-        "hf": ["stages=[prepare,generate,train]"],
-        "online": ["stages=[prepare,generate,train]", *engine],
-        "offline": ["stages=[prepare,generate,capture,train]", "mode=offline", *engine],
-        "hybrid": ["stages=[prepare,generate,train]", "mode=hybrid", *engine],
-    }
-    for name, own in runs.items():
-        folders = [
-            f"hydra.run.dir={tmp_path / name}",
-            f"cache_dir={tmp_path / ('hf' if name == 'hf' else 'engine')}.cache",
-        ]
-        command = [sys.executable, "run.py", *settings, *own, *folders]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr[-3000:]
-    expected = losses(tmp_path / "hf")
+    stages = "stages=[prepare,generate,train]"
+    own_cache = f"cache_dir={tmp_path / 'hf.cache'}"
+    expected = losses(run(tmp_path, "hf", random_target, stages, own_cache))
     assert len(expected) == 6
-    for name in ("online", "offline", "hybrid"):
-        print(name, max(abs(a - b) for a, b in zip(losses(tmp_path / name), expected, strict=True)))
-        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
+    captured = "stages=[prepare,generate,capture,train]"
+    for mode, listed in (("online", stages), ("offline", captured), ("hybrid", stages)):
+        found = losses(run(tmp_path, mode, random_target, listed, f"mode={mode}", *engine))
+        print(mode, max(abs(a - b) for a, b in zip(found, expected, strict=True)))
+        assert found == pytest.approx(expected, rel=1e-4)
 
 
 @ONE_FAMILY
@@ -168,41 +160,24 @@ def test_two_processes_capture_through_a_server_started_by_hand(
     random_target, sglang_python, tmp_path
 ):
     """The store is that of one process with target=hf."""
-    settings = [
-        "model=hf", f"model.path={random_target}", "model.dtype=float32", "data.max_length=256", "data.num_samples=60",
-        "draft.vocab_size=300", "mode=offline", "hidden_states.dtype=fp32", "stages=[prepare,capture]",
-        "target.batch_tokens=512",
-    ]  # fmt: skip
     port = choose_port(None, "port")
-    command = [
-        sys.executable,
-        "-m",
-        "eagle3.target.sglang.serve",
-        str(random_target),
-        "--port",
-        str(port),
-    ]
-    command += ["--device", "cpu", "--dtype", "float32", "--python", sglang_python, *SMALL_POOLS]
-    command += ["--mem-fraction-static", "0.2"]
+    command = [sys.executable, "-m", "eagle3.target.sglang.serve", str(random_target)]
+    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32", *SMALL_POOLS]
+    command += ["--python", sglang_python, "--mem-fraction-static", "0.2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline().startswith("ready: python run.py target=sglang")
-        ours = ["target=sglang", f"target.url=http://127.0.0.1:{port}", "launch.nproc_per_node=2"]
-        for name, own in (("hf", []), ("sglang", ours)):
-            folders = [f"hydra.run.dir={tmp_path / name}", f"cache_dir={tmp_path / name}.cache"]
-            done = subprocess.run(
-                [sys.executable, "run.py", *settings, *own, *folders, f"hidden_states.path={tmp_path / name}.store"],
-                cwd=ROOT, capture_output=True, text=True, timeout=900,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr[-3000:]
+        engine = [f"target.url=http://127.0.0.1:{port}", "launch.nproc_per_node=2"]
+        for name, own in (("hf", []), ("sglang", ["target=sglang", *engine])):
+            folders = [f"cache_dir={tmp_path / name}.cache"]
+            folders += [f"hidden_states.path={tmp_path / name}.store"]
+            settings = ["stages=[prepare,capture]", "mode=offline", "target.batch_tokens=512"]
+            run(tmp_path, name, random_target, *settings, *own, *folders)
         server.terminate()
     assert server.returncode == 143
     ours, theirs = Store(tmp_path / "sglang.store"), Store(tmp_path / "hf.store")
     assert ours.keys.tolist() == theirs.keys.tolist()
     for a, b in zip(ours.load(ours.keys.tolist()), theirs.load(ours.keys.tolist()), strict=True):
-        torch.testing.assert_close(
-            a.features.aux_hidden_states, b.features.aux_hidden_states, rtol=1e-4, atol=2e-5
-        )
-        torch.testing.assert_close(
-            a.features.last_hidden_states, b.features.last_hidden_states, rtol=1e-4, atol=2e-5
-        )
+        for name in ("aux_hidden_states", "last_hidden_states"):
+            found, expected = getattr(a.features, name), getattr(b.features, name)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
         assert torch.equal(a.features.argmax, b.features.argmax)

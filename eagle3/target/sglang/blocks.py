@@ -1,7 +1,4 @@
-"""The client's end of `hook`: a private folder in shared memory, and what is read from it.
-
-T packed tokens, H the target's hidden size.
-"""
+"""The client's end of `hook`: a private folder in shared memory, and what is read from it."""
 
 import fcntl
 import json
@@ -26,28 +23,26 @@ PAUSE = 0.003  # seconds between two looks
 
 
 class Blocks:
-    """A folder of this process under `root`; gone when it is closed, collected, or when the process
-    ends in any way.
-
-    `rid(number)` is what a request is called so that its hidden states land here.
-    """
+    """A folder under `root`, gone when it is closed, collected, or its process ends in any way."""
 
     def __init__(self, root: Path = SHARED):
-        remove_stale(root)
+        delete_stale(root)
+        # Under a hidden name until it is locked, or another process would take it for stale.
         made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
         alive = (made / ALIVE).open("w")
         fcntl.flock(alive, fcntl.LOCK_EX)
         self.folder = made.rename(root / made.name[1:])
-        self.close = weakref.finalize(self, remove, self.folder, alive)
+        self.close = weakref.finalize(self, delete, self.folder, alive)
         self.numbers = 0
 
-    def rid(self, number: int) -> str:
-        return f"{self.folder.name}:{number}"
-
-    def number(self, count: int) -> list[int]:
+    def new_numbers(self, count: int) -> list[int]:
         """Numbers for `count` requests, none of which was used before."""
         self.numbers += count
         return list(range(self.numbers - count, self.numbers))
+
+    def request_id(self, number: int) -> str:
+        """What a request is called so that its hidden states land here."""
+        return f"{self.folder.name}:{number}"
 
     def wait(self, check: Callable[[], None]) -> Path:
         """The oldest block, once there is one. Raises RunError where the hook reports an error.
@@ -55,7 +50,7 @@ class Blocks:
         Until then `check` is called again and again, to raise when none can come any more.
         """
         while True:
-            # a block's name ends in its number, and the blocks of one prompt come from one process
+            # A name ends in the block's number, and the blocks of a prompt come from one process.
             found = min(self.folder.glob("*.safetensors"), default=None)
             if found is not None:
                 return found
@@ -71,59 +66,59 @@ class Blocks:
         for path in [*self.folder.glob("*.safetensors"), self.folder / ERROR]:
             path.unlink(missing_ok=True)
 
-    def collect(
+    def receive(
         self, prompts: dict[int, slice], features: Features, check: Callable[[], None]
     ) -> None:
-        """Fill the rows of `features` that each of `prompts`, by its number, stands for; all T rows
-        are teacher rows.
+        """Fill the rows of `features` that each of `prompts`, by its number, stands for.
 
-        Parts of a prompt are stitched. Raises RunError where a part is missing, and what `check`
-        and `wait` raise.
+        All its rows are teacher rows. Parts of a prompt, which SGLang may compute one by one, are
+        stitched. Raises RunError where a part is missing, and what `check` and `wait` raise.
         """
         received = dict.fromkeys(prompts, 0)
         while received:
             path = self.wait(check)
             with safe_open(path, "pt") as block:
                 start = 0
-                for number, before, here in json.loads(block.metadata()["requests"]):
-                    mine = slice(start, start + here)
-                    start += here
+                for number, before, count in json.loads(block.metadata()["requests"]):
+                    part = slice(start, start + count)
+                    start += count
                     if number not in received:
                         continue  # of a call that was given up
                     whole = prompts[number]
                     length = whole.stop - whole.start
-                    if before != received[number] or before + here > length:
+                    if before != received[number] or before + count > length:
                         raise RunError(
-                            f"SGLang computed tokens {before} to {before + here} of a prompt of {length} after "
-                            f"{received[number]} others: its prefix cache is on; start it with --disable-radix-cache"
+                            f"SGLang computed tokens {before} to {before + count} of a prompt of "
+                            f"{length} after {received[number]} others: its prefix cache is on; "
+                            "start it with --disable-radix-cache"
                         )
-                    rows = slice(whole.start + before, whole.start + before + here)
-                    copy(block, mine, features, rows)
-                    received[number] += here
+                    first = whole.start + before
+                    copy_rows(block, part, features, slice(first, first + count))
+                    received[number] += count
                     if received[number] == length:
                         del received[number]
             path.unlink()
 
 
-def copy(block: safe_open, mine: slice, features: Features, rows: slice) -> None:
-    """The rows `mine` of a block to `rows` of `features`."""
+def copy_rows(block: safe_open, part: slice, features: Features, rows: slice) -> None:
+    """The rows `part` of a block to `rows` of `features`."""
     aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
-    aux.copy_(block.get_slice("aux_hidden_states")[:, mine])
+    aux.copy_(block.get_slice("aux_hidden_states")[:, part])
     for name in ("last_hidden_states", "argmax", "logsumexp"):
-        getattr(features, name)[rows] = block.get_slice(name)[mine].to(features.argmax.device)
+        getattr(features, name)[rows] = block.get_slice(name)[part].to(features.argmax.device)
 
 
-def remove(folder: Path, alive) -> None:
+def delete(folder: Path, alive) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     alive.close()
 
 
-def remove_stale(root: Path) -> None:
+def delete_stale(root: Path) -> None:
     """Delete folders in `root` that were left by processes of this user that are no more."""
     for folder in root.glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.stat().st_uid != os.getuid():
                 continue
             with (folder / ALIVE).open() as alive:
-                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its owner lives
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,190 +1,140 @@
-"""How stock SGLang is started so that it leaves hidden states; `python -m
-eagle3.target.sglang.serve` does it too.
-"""
+"""Start stock SGLang so that it leaves hidden states; also python -m eagle3.target.sglang.serve."""
 
 import argparse
-import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from eagle3.config import Model
-from eagle3.engines.server import Server, choose_port, find_package, interpreter
+from eagle3.engines.engine import Launch
+from eagle3.engines.server import Server, choose_port, interpreter
+from eagle3.engines.sglang import Capture, SGLang
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
-from eagle3.target.spec import read_spec
+from eagle3.target.spec import TargetSpec, read_spec, whole_config
 
-VERSIONS = ">=0.5.23,<0.6"
+ENGINE = SGLang()
 HOOK = "eagle3.target.sglang.hook:factory"
 # In these the auxiliary states travel as keywords, which a forward hook does not see (0.5.23).
 UNSEEN = ("BailingMoeV3", "Inkling", "MiMoV2", "OPT", "Whisper")
-CONFLICTS = (
-    "--enable-dp-attention",
-    "--enable-mixed-chunk",
-    "--pp-size",
-    "--pipeline-parallel-size",
-)
 
 
-def check_capturable(
-    path: str, revision: str | None, trust_remote_code: bool, aux_layer_ids: list[int]
-) -> None:
-    """Raise ConfigError for a model, or layers of it, whose hidden states the hook would not see."""
-    config = AutoConfig.from_pretrained(
-        path, revision=revision, trust_remote_code=trust_remote_code
-    )
-    layers = config.get_text_config().num_hidden_layers
-    if aux_layer_ids[-1] == layers - 1:
+@dataclass(kw_only=True)
+class ServerOptions:
+    """How a server is started: the keys of conf/target/sglang.yaml but `url`.
+
+    The model is split over `tp_size` GPUs and copied `dp_size` times (None: once), its experts are
+    spread over `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared
+    memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
+    """
+
+    tp_size: int = 1
+    dp_size: int | None = None
+    ep_size: int = 1
+    quantization: str | None = None
+    mem_fraction_static: float | None = None
+    batch_tokens: int = 16384
+    python: str | None = None
+    port: int | None = None
+    ready_seconds: float = 1800.0
+    server_args: list[str | int | float] | None = None
+
+
+def check_capturable(spec: TargetSpec) -> None:
+    """Raise ConfigError for a model, or layers of it, that the hook would not see."""
+    last = spec.config.num_hidden_layers - 1
+    if spec.aux_layer_ids[-1] == last:
         raise ConfigError(
-            f"model.aux_layer_ids={aux_layer_ids}: SGLang takes states from the input of the next layer, and behind "
-            f"layer {layers - 1} is none; choose layers below it, or target=hf"
+            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang takes states from the input of the "
+            f"next layer, and behind layer {last} is none; choose layers below it, or target=hf"
         )
-    for name in config.architectures or []:
+    for name in whole_config(spec).architectures or []:
         if name.startswith(UNSEEN):
             raise ConfigError(
                 f"target=sglang: SGLang hides the hidden states of {name} from hooks; use target=hf"
             )
 
 
-def command(
-    path: str,
-    port: int,
-    aux_layer_ids: list[int],
-    num_layers: int,
-    device: torch.device,
-    dtype: str,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    tp_size: int = 1,
-    dp_size: int = 1,
-    ep_size: int = 1,
-    quantization: str | None = None,
-    mem_fraction_static: float | None = None,
-    batch_tokens: int = 16384,
-    python: str = sys.executable,
-    server_args: tuple[str, ...] = (),
-) -> list[str]:
-    """The command line of the server. Raises ConfigError where `server_args` would spoil the
-    capture.
-    """
-    for argument in server_args:
-        if argument.split("=")[0] in CONFLICTS:
-            raise ConfigError(
-                f"target.server_args: {argument} does not go with capturing hidden states; leave it out"
-            )
-    hook = {"name": "eagle3", "target_modules": ["*logits_processor"], "hook_factory": HOOK}
-    options = {
-        "--model-path": path,
-        "--revision": revision,
-        "--dtype": dtype,
-        "--device": device.type,
-        "--host": "127.0.0.1",
-        "--port": port,
-        "--tp-size": tp_size,
-        "--dp-size": dp_size,
-        "--ep-size": ep_size,
-        "--quantization": quantization,
-        "--mem-fraction-static": mem_fraction_static,
-        "--max-prefill-tokens": batch_tokens,
-        "--chunked-prefill-size": -1,
-        "--speculative-algorithm": "EAGLE3",  # names how layers are numbered; no draft is loaded
-        "--return-hidden-states-mode": "last",
-        "--forward-hooks": json.dumps([hook | {"config": {"root": str(SHARED)}}]),
-    }
-    flags = ["--enable-return-aux-hidden-states", "--disable-radix-cache", "--skip-tokenizer-init"]
-    flags += ["--disable-prefill-cuda-graph", "--disable-decode-cuda-graph"]
-    if device.type == "cpu":
-        options["--attention-backend"] = "torch_native"
-    if trust_remote_code:
-        flags.append("--trust-remote-code")
-    if aux_layer_ids != engines_default(num_layers):
-        flags += [
-            "--return-aux-hidden-state-layer-ids",
-            *map(str, numbered_by("sglang", aux_layer_ids)),
-        ]
-    named = [
-        str(word) for name, value in options.items() if value is not None for word in (name, value)
-    ]
-    return [python, "-m", "sglang.launch_server", *named, *flags, *server_args]
+def capture_server(
+    spec: TargetSpec, device: torch.device, folder: Path, options: ServerOptions
+) -> Server:
+    """A server of the target, not yet started, that finds our package in `folder`.
 
-
-def environment(folder: Path, device: torch.device) -> dict[str, str]:
-    """What the server needs besides: our package, but no other package of this environment, and the
-    device.
+    Raises ConfigError where the options would spoil the capture, RunError where the port is taken.
     """
+    port = choose_port(options.port, "target.port")
+    launch = Launch(
+        spec,
+        interpreter("sglang", options.python),
+        port,
+        options.tp_size,
+        options.mem_fraction_static,
+        tuple(map(str, options.server_args or ())),
+    )
+    by_default = spec.aux_layer_ids == engines_default(spec.config.num_hidden_layers)
+    capture = Capture(
+        hook_factory=HOOK,
+        hook_config={"root": str(SHARED)},
+        layer_ids=None if by_default else numbered_by("sglang", spec.aux_layer_ids),
+        device=device.type,
+        batch_tokens=options.batch_tokens,
+        dp_size=options.dp_size or 1,
+        ep_size=options.ep_size,
+        quantization=options.quantization,
+    )
+    # SGLang runs in an environment of its own: it gets our package, but none of those beside it.
     packages = folder / "packages"
-    packages.mkdir(exist_ok=True)
+    packages.mkdir()
     (packages / "eagle3").symlink_to(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path} | ({"SGLANG_USE_CPU_ENGINE": "1"} if device.type == "cpu" else {})
-
-
-def find_sglang(python: str) -> None:
-    """Raise ConfigError where this interpreter has no SGLang that we know."""
-    find_package(python, ("sglang",), VERSIONS, "target.python")
-
-
-def server(
-    command: list[str], port: int, blocks: Blocks, device: torch.device, ready_seconds: float
-) -> Server:
-    """Not yet started."""
-    log = Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getpid()}-{port}.log")
-    url = f"http://127.0.0.1:{port}"
     return Server(
-        command, url, environment(blocks.folder, device), log, ready_seconds, "/health", "SGLang"
+        ENGINE.capture_command(launch, capture),
+        f"http://127.0.0.1:{port}",
+        {"PYTHONPATH": path} | ENGINE.capture_environment(device.type),
+        log_path(port),
+        options.ready_seconds,
+        ENGINE.health_path,
+        ENGINE.name,
     )
+
+
+def log_path(port: int | None) -> Path:
+    """Where the log of a server at `port` lies, for every process of this user that asks it."""
+    return Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getuid()}-{port}.log")
 
 
 def main() -> None:
     """Serve a target to the runs of this machine, which name it by `target.url`, until Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description=main.__doc__, epilog="Anything else goes to SGLang as it is."
-    )
+    rest = "Anything else goes to SGLang as it is."
+    parser = argparse.ArgumentParser(description=main.__doc__, epilog=rest)
     parser.add_argument("path", help="folder or hub id of the target")
-    parser.add_argument(
-        "--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids; default: derived"
-    )
+    parser.add_argument("--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--ready-seconds", type=float, default=1800)
-    parser.add_argument(
-        "--python", default=interpreter("sglang", None), help="interpreter of SGLang's environment"
-    )
-    given, rest = parser.parse_known_args()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # else what is under way would not be ended in order
-    find_sglang(given.python)
+    parser.add_argument("--python", help="interpreter of SGLang's environment")
+    given, server_args = parser.parse_known_args()
+    # Without this SIGTERM would end us before the server is ended in order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ENGINE.find(interpreter("sglang", given.python), "--python")
     spec = read_spec(Model(given.path, dtype=given.dtype, aux_layer_ids=given.aux_layer_ids))
-    config, layers, device = spec.config, spec.aux_layer_ids, torch.device(given.device)
-    check_capturable(given.path, None, False, layers)
-    port = choose_port(given.port, "--port")
-    line = command(
-        given.path,
-        port,
-        layers,
-        config.num_hidden_layers,
-        device,
-        spec.dtype,
-        python=given.python,
-        server_args=tuple(rest),
-    )
-    blocks = Blocks()
-    with server(line, port, blocks, device, given.ready_seconds) as running:
-        print(
-            f"ready: python run.py target=sglang target.url={running.url} ... (log: {running.log})",
-            flush=True,
-        )
+    check_capturable(spec)
+    options = ServerOptions(port=given.port, python=given.python, server_args=server_args)
+    options.ready_seconds = given.ready_seconds
+    blocks = Blocks()  # its folder goes when this process does
+    with capture_server(spec, torch.device(given.device), blocks.folder, options) as server:
+        address = f"target=sglang target.url={server.url}"
+        print(f"ready: python run.py {address} ... (log: {server.log})", flush=True)
         while True:
-            running.check()
+            server.check()
             time.sleep(1)
 
 

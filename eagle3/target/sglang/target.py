@@ -10,97 +10,103 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import torch
 
 from eagle3.batch import Batch, Features
-from eagle3.config import Model
-from eagle3.engines.server import Server, choose_port, interpreter
+from eagle3.engines.server import Server, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.sglang import blocks, proof, serve
-from eagle3.target.spec import TargetSpec, check_supported, read_spec
+from eagle3.target.sglang import serve, verify
+from eagle3.target.sglang.blocks import SHARED, Blocks
+from eagle3.target.spec import TargetSpec, check_supported
 from eagle3.target.weights import TargetWeights, load_weights
 
-SILENT_SECONDS = (
-    20.0  # between an answer of the server and the hidden states that should have come before it
-)
+# Seconds between an answer of the server and the hidden states that should have come before it.
+SILENT_SECONDS = 20.0
 DYING_SECONDS = 5.0  # a server that hangs up is given to end, so that its log can be shown
-LOOK_SECONDS = 0.2
-PROBE = (5, 11)  # tokens of its prompts
+PROBE = (5, 11)  # tokens of the first prompts
 
 
-class SGLangTarget:
+@dataclass(eq=False)
+class SGLangTarget(serve.ServerOptions):
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
-    and ends.
+    and ends, or from one that runs here already, at `url`.
 
-    On a machine with several of our processes, one starts the server and the others share it. `url`
-    names a server that already runs here (`python -m eagle3.target.sglang.serve`). The model is
-    split over `tp_size` GPUs and copied `dp_size` times (null: for as many processes as are here).
-    `batch_tokens` tokens at most are in flight, which bounds the shared memory. `python` is the
-    interpreter of SGLang's environment, `server_args` more of its options. The embedding and the
-    head are read from the checkpoint. Raises ConfigError and RunError.
+    `url` is the server's address in any case, for the other processes of this machine. The
+    embedding and the head are read from the checkpoint. Raises ConfigError and RunError.
     """
 
-    in_process = False
+    spec: TargetSpec
+    device: torch.device
+    url: str | None = field(default=None, kw_only=True)
 
-    def __init__(
-        self,
-        spec: TargetSpec,
-        device: torch.device,
-        tp_size: int = 1,
-        dp_size: int | None = None,
-        ep_size: int = 1,
-        quantization: str | None = None,
-        mem_fraction_static: float | None = None,
-        batch_tokens: int = 16384,
-        python: str | None = None,
-        url: str | None = None,
-        port: int | None = None,
-        ready_seconds: float = 1800.0,
-        server_args: list[str | int | float] | None = None,
-    ):
-        self.spec, self.config, self.dtype = spec, spec.config, spec.dtype
+    in_process: ClassVar[bool] = False
+
+    def __post_init__(self):
+        self.config, self.aux_layer_ids = self.spec.config, self.spec.aux_layer_ids
         check_supported(self.config)
-        self.device, self.batch_tokens, self.aux_layer_ids = (
-            device,
-            batch_tokens,
-            spec.aux_layer_ids,
-        )
-        serve.check_capturable(spec.path, spec.revision, spec.trust_remote_code, self.aux_layer_ids)
-        self.blocks = blocks.Blocks()
+        serve.check_capturable(self.spec)
         self.server: Server | None = None
+        self.blocks = Blocks()
         self.resources = ExitStack()
         self.resources.callback(self.blocks.close)
         try:
             self.check_space()
-            settings = {
-                "tp_size": tp_size,
-                "dp_size": dp_size or copies(tp_size),
-                "ep_size": ep_size,
-            }
-            settings |= {"quantization": quantization, "mem_fraction_static": mem_fraction_static}
-            settings |= {
-                "python": interpreter("sglang", python),
-                "server_args": tuple(map(str, server_args or ())),
-            }
-            self.url = url or self.share(
-                lambda: self.start(settings, port, ready_seconds), ready_seconds
-            )
-            self.client = self.resources.enter_context(
-                httpx.Client(
-                    base_url=self.url, timeout=httpx.Timeout(None, connect=10), trust_env=False
-                )
-            )
+            if self.url is None:
+                self.start()
+            timeout = httpx.Timeout(None, connect=10)  # a long prefill is no error
+            client = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+            self.client = self.resources.enter_context(client)
             self.sender = ThreadPoolExecutor(1)
             self.resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
-            self.check_server()
-            self.prove()
+            self.verify()
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
+        """Raise ConfigError for what the section `target` asks for and this class cannot do."""
+        serve.check_capturable(spec)
+        if section.get("url") is None:
+            serve.ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
+
+    @staticmethod
+    def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
+        """The section `target`, a null `dp_size` filled with what these processes' GPUs hold."""
+        if section.get("dp_size") is not None:
+            return section
+        gpus = min(torch.cuda.device_count(), processes)
+        return section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
+
+    def check_space(self) -> None:
+        """Raise ConfigError where shared memory cannot hold what is in flight."""
+        row = 4 * self.config.hidden_size * getattr(torch, self.spec.dtype).itemsize
+        # Each process of this machine has so many tokens in flight, and they share the memory.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed, free = self.batch_tokens * row * processes, shutil.disk_usage(SHARED).free
+        if free < needed:
+            raise ConfigError(
+                f"target.batch_tokens={self.batch_tokens} needs {needed / 1e9:.2f} GB of shared "
+                f"memory, but {SHARED} has {free / 1e9:.2f} GB free; lower it, or start the "
+                "container with more, such as --shm-size=16g"
+            )
+
+    def start(self) -> None:
+        """Start the server and wait until it is ready."""
+        server = serve.capture_server(self.spec, self.device, self.blocks.folder, self)
+        self.server = self.resources.enter_context(server)
+        self.url = server.url
+
+        def delete_log(kind: type | None, *error: Any) -> None:
+            if kind is None:  # else the error may name it
+                server.log.unlink(missing_ok=True)
+
+        self.resources.push(delete_log)
 
     def close(self) -> None:
         """End the server, if this process started it, and free the shared memory.
@@ -109,113 +115,36 @@ class SGLangTarget:
         """
         self.resources.__exit__(*sys.exc_info())
 
-    def check_space(self) -> None:
-        """Raise ConfigError where shared memory cannot hold what is in flight."""
-        row = 4 * self.config.hidden_size * getattr(torch, self.dtype).itemsize
-        needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = shutil.disk_usage(self.blocks.folder).free
-        if free < needed:
-            raise ConfigError(
-                f"target.batch_tokens={self.batch_tokens} needs {needed / 1e9:.2f} GB of shared memory, but "
-                f"{blocks.SHARED} has {free / 1e9:.2f} GB free; lower it, or start the container with more, such as "
-                "--shm-size=16g"
-            )
+    def check_alive(self) -> None:
+        """Raise RunError with the cause where the server that this process started has ended."""
+        if self.server is not None:
+            self.server.check()
 
-    def start(self, settings: dict[str, Any], port: int | None, ready_seconds: float) -> str:
-        """Start the server and wait until it is ready; returns its address."""
-        port = choose_port(port, "target.port")
-        line = serve.command(
-            self.spec.path,
-            port,
-            self.aux_layer_ids,
-            self.config.num_hidden_layers,
-            self.device,
-            self.dtype,
-            self.spec.revision,
-            self.spec.trust_remote_code,
-            batch_tokens=self.batch_tokens,
-            **settings,
-        )
-        self.server = serve.server(line, port, self.blocks, self.device, ready_seconds)
-        self.resources.enter_context(self.server)
-        self.resources.push(self.forget_log)
-        return self.server.url
-
-    def forget_log(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        if kind is None:
-            self.server.log.unlink(missing_ok=True)
-
-    def share(self, start: Callable[[], str], ready_seconds: float) -> str:
-        """The address of the one server of this launcher's processes here: the first of them starts
-        it.
-
-        It is the last that needs it: on the first machine it runs the stages that the others have
-        no part in.
-        """
-        name = f"serves-{os.getppid()}"
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            url = start()
-            (self.blocks.folder / f".{name}").write_text(url)
-            (self.blocks.folder / f".{name}").rename(self.blocks.folder / name)
-            return url
-        until = time.monotonic() + ready_seconds
-        while time.monotonic() < until:
-            for told in blocks.SHARED.glob(f"{blocks.PREFIX}*/{name}"):
-                if told.stat().st_uid == os.getuid():
-                    return told.read_text()
-            time.sleep(LOOK_SECONDS)
-        raise RunError(
-            f"the first process here started no SGLang server within target.ready_seconds={ready_seconds}"
-        )
-
-    def check_server(self) -> None:
-        """Raise RunError where the server was not started for this."""
+    def verify(self) -> None:
+        """Raise RunError unless the server was started for this and a first request shows it."""
         try:
             info = self.client.get("/server_info").raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             raise RunError(
                 f"target.url={self.url} is no SGLang server that answers: {error}"
             ) from error
-        proof.check_server(
-            info, self.url, self.spec.path, self.aux_layer_ids, self.config.num_hidden_layers
-        )
-
-    def prove(self) -> None:
-        """Raise RunError unless a first request shows that the hidden states come and are the right
-        ones.
-        """
-        tokens = torch.randint(
-            self.config.vocab_size, (sum(PROBE),), generator=torch.Generator().manual_seed(0)
-        )
+        verify.verify_server(info, self.url, self.spec)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=generator)
         prompts = [part.tolist() for part in tokens.split(PROBE)]
-        features = self.empty(sum(PROBE))
-        answers = list(self.fill(features, prompts, max_new_tokens=1))
-        ends = [sum(PROBE[: i + 1]) - 1 for i in range(len(PROBE))]
-        proof.check_head(features, self.head, ends, [answer["output_ids"][0] for answer in answers])
-        aux = features.aux_hidden_states[: PROBE[0]]
-        proof.check_layers(
-            prompts[0],
-            aux,
-            self.aux_layer_ids,
-            self.spec.path,
-            self.spec.revision,
-            self.dtype,
-            self.spec.trust_remote_code,
-        )
+        features, replies = self.prefill(prompts, max_new_tokens=1)
+        ends = [PROBE[0] - 1, sum(PROBE) - 1]
+        verify.verify_head(features, self.head, ends, [r["output_ids"][0] for r in replies])
+        verify.verify_layers(prompts[0], features.aux_hidden_states[: PROBE[0]], self.spec)
 
     @cached_property
     def weights(self) -> TargetWeights:
         return load_weights(self.spec, self.device)
 
-    @staticmethod
-    def check_settings(target: dict[str, Any], model: Model) -> None:
-        """What can be told of the sections `target` and `model` before anything starts. Raises
-        ConfigError.
-        """
-        spec = read_spec(model)
-        serve.check_capturable(spec.path, spec.revision, spec.trust_remote_code, spec.aux_layer_ids)
-        if target.get("url") is None:
-            serve.find_sglang(interpreter("sglang", target.get("python")))
+    def free_weights(self) -> None:
+        """Give up embedding and head, for ranks that train on this GPU; read again when needed."""
+        self.__dict__.pop("weights", None)
+        torch.cuda.empty_cache()
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -232,80 +161,71 @@ class SGLangTarget:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
         prompts = [ids.tolist() for ids in batch.input_ids.cpu().split(batch.documents.lengths)]
-        features = self.empty(len(batch.input_ids))
-        list(self.fill(features, prompts, max_new_tokens=0))
+        features, _ = self.prefill(prompts, max_new_tokens=0)
         rows = batch.teacher_rows.to(self.device)
         last, argmax, logsumexp = features.last_hidden_states, features.argmax, features.logsumexp
         return Features(features.aux_hidden_states, last[rows], argmax[rows], logsumexp[rows])
 
-    def empty(self, tokens: int) -> Features:
-        """Features of so many tokens, each of them a teacher row, still to be filled."""
-        size, dtype = self.config.hidden_size, getattr(torch, self.dtype)
-        return Features(
-            torch.empty(tokens, 3 * size, dtype=dtype, device=self.device),
-            torch.empty(tokens, size, dtype=dtype, device=self.device),
+    def prefill(
+        self, prompts: list[list[int]], max_new_tokens: int
+    ) -> tuple[Features, list[dict[str, Any]]]:
+        """Features of the packed prompts, each token a teacher row, and the server's replies.
+
+        The prompts are sent `batch_tokens` at a time: what is not read yet fills shared memory.
+        """
+        tokens, size = sum(map(len, prompts)), self.config.hidden_size
+        kind = {"dtype": getattr(torch, self.spec.dtype), "device": self.device}
+        features = Features(
+            torch.empty(tokens, 3 * size, **kind),
+            torch.empty(tokens, size, **kind),
             torch.empty(tokens, dtype=torch.int64, device=self.device),
             torch.empty(tokens, dtype=torch.float32, device=self.device),
         )
-
-    def fill(
-        self, features: Features, prompts: list[list[int]], max_new_tokens: int
-    ) -> Iterator[dict[str, Any]]:
-        """Have the prompts, packed in `features`, computed `batch_tokens` at a time; yields the
-        server's answers.
-        """
-        first = 0
-        while prompts:
-            count, tokens = 1, len(prompts[0])
-            while count < len(prompts) and tokens + len(prompts[count]) <= self.batch_tokens:
-                tokens += len(prompts[count])
-                count += 1
-            numbers = self.blocks.number(count)
-            rows = {}
-            for number, prompt in zip(numbers, prompts, strict=False):
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
+        replies, first = [], 0
+        for group in split_prompts(prompts, self.batch_tokens):
+            numbers, rows = self.blocks.new_numbers(len(group)), {}
+            for number, prompt in zip(numbers, group, strict=True):
                 rows[number] = slice(first, first + len(prompt))
                 first += len(prompt)
-            body = {
-                "input_ids": prompts[:count],
-                "rid": [self.blocks.rid(number) for number in numbers],
-            }
-            body["sampling_params"] = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
-            asked = self.sender.submit(self.ask, body)
-            self.blocks.collect(rows, features, self.watch(asked))
-            yield from asked.result()
-            prompts = prompts[count:]
+            body = {"input_ids": group, "rid": list(map(self.blocks.request_id, numbers))}
+            reply = self.sender.submit(self.post, body | {"sampling_params": sampling})
+            self.blocks.receive(rows, features, self.check_arriving(reply))
+            replies += reply.result()
+        return features, replies
 
-    def watch(self, asked: Future):
-        """What is looked at while hidden states are awaited: the request, the server, the time."""
+    def check_arriving(self, reply: Future) -> Callable[[], None]:
+        """A function that raises RunError once no hidden states can come any more."""
         answered: list[float] = []
 
         def check() -> None:
-            if self.server is not None:
-                self.server.check()
-            if not asked.done():
+            self.check_alive()
+            if not reply.done():
                 return
-            asked.result()
+            reply.result()
             answered.append(time.monotonic())
             if answered[-1] - answered[0] > SILENT_SECONDS:
                 raise RunError(
-                    f"SGLang answered, but no hidden states came within {SILENT_SECONDS:.0f} s: its forward hook does "
-                    f"not fire, or it does not share {blocks.SHARED} with this process; use target=hf for this model, "
-                    "or run both in one container"
+                    f"SGLang answered, but no hidden states came within {SILENT_SECONDS:.0f} s: "
+                    f"its forward hook does not fire, or it does not share {SHARED} with this "
+                    "process; use target=hf for this model, or run both in one container"
                 )
 
         return check
 
-    def ask(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        """Raises RunError where the server refuses or is gone."""
+    def post(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """A reply for each prompt. Raises RunError where the server refuses, or is gone."""
         try:
-            response = self.client.post("/generate", json=body)
+            response = self.client.post(serve.ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
             until = time.monotonic() + DYING_SECONDS
             while self.server is not None and time.monotonic() < until:
-                self.server.check()
+                self.check_alive()  # it knows the cause
                 time.sleep(0.1)
+            log = serve.log_path(httpx.URL(self.url).port)
+            named = f"; its log: {log}" if log.exists() else ""
             raise RunError(
-                f"the SGLang server at {self.url} does not answer any more ({error})"
+                f"the SGLang server at {self.url} does not answer any more ({error}){named}"
             ) from error
         if response.status_code != 200:
             raise RunError(
@@ -320,39 +240,38 @@ class SGLangTarget:
         max_new_tokens: int,
         eos_token_id: list[int] | None = None,
         pad_token_id: int = 0,
-        do_sample: bool = False,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        num_beams: int = 1,
-        repetition_penalty: float = 1.0,
+        **sampling: Any,
     ) -> torch.Tensor:
-        """As transformers' `generate`: int64 [B,n], padded on the left -> [B,n+m], padded on the
-        right.
+        """As transformers: int64 [B,n], padded on the left -> [B,n+m], padded on the right.
+
+        Of `sampling` it knows what shapes the distribution of a single beam.
         """
-        assert num_beams == 1
-        sampling = {"max_new_tokens": max_new_tokens, "stop_token_ids": eos_token_id or []}
-        sampling |= {"repetition_penalty": repetition_penalty, "temperature": 0.0}
-        if do_sample:
-            chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k or None}
-            sampling |= {"temperature": 1.0} | {
-                name: value for name, value in chosen.items() if value is not None
-            }
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)
-        ]
-        answers = [
-            a["output_ids"] for a in self.ask({"input_ids": prompts, "sampling_params": sampling})
-        ]
-        width = max(map(len, answers))
-        padded = torch.tensor(
-            [a + [pad_token_id] * (width - len(a)) for a in answers], device=input_ids.device
-        )
-        return torch.cat([input_ids, padded.long()], 1)
+        assert sampling.get("num_beams", 1) == 1
+        given = {name: value for name, value in sampling.items() if value is not None}
+        chosen = {
+            "max_new_tokens": max_new_tokens,
+            "stop_token_ids": eos_token_id or [],
+            "temperature": given.get("temperature", 1.0) if given.get("do_sample") else 0.0,
+            "top_p": given.get("top_p", 1.0),
+            "top_k": given.get("top_k", 0) or -1,  # 0 means all tokens there, -1 here
+            "repetition_penalty": given.get("repetition_penalty", 1.0),
+        }
+        pairs = zip(input_ids, attention_mask, strict=True)
+        prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        replies = self.post({"input_ids": prompts, "sampling_params": chosen})
+        answers = [torch.tensor(r["output_ids"], dtype=torch.int64) for r in replies]
+        padded = torch.nn.utils.rnn.pad_sequence(answers, True, pad_token_id)
+        return torch.cat([input_ids, padded.to(input_ids.device)], 1)
 
 
-def copies(tp_size: int) -> int:
-    """How many copies of the model serve the processes of this machine, where each has a GPU."""
-    return max(
-        1, min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) // tp_size
-    )
+def split_prompts(prompts: list[list[int]], most: int) -> Iterator[list[list[int]]]:
+    """In order, as many at a time as have at most `most` tokens together; a longer one alone."""
+    group, tokens = [], 0
+    for prompt in prompts:
+        if group and tokens + len(prompt) > most:
+            yield group
+            group, tokens = [], 0
+        group.append(prompt)
+        tokens += len(prompt)
+    if group:
+        yield group

@@ -42,7 +42,7 @@ lm_head = SimpleNamespace(weight=padded, tp_size=1, shard_indices=shard)
 
 
 @torch.no_grad()
-def states(ids):
+def hidden_states(ids):
     output = decoder(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
     return [output.hidden_states[i][0] for i in inputs_of], output.last_hidden_state[0]
 
@@ -50,10 +50,10 @@ def states(ids):
 def prefill(prompts, rids):
     parts = []
     for prompt, rid in zip(prompts, rids):
-        aux, last = states(prompt)
-        cuts = range(behaviour["skip"], len(prompt), behaviour["chunk"])
-        parts.append([(rid, at, [a[at : at + behaviour["chunk"]] for a in aux], last[at : at + behaviour["chunk"]])
-                      for at in cuts])  # fmt: skip
+        aux, last = hidden_states(prompt)
+        chunk = behaviour["chunk"]
+        cuts = [slice(at, at + chunk) for at in range(behaviour["skip"], len(prompt), chunk)]
+        parts.append([(rid, cut.start, [a[cut] for a in aux], last[cut]) for cut in cuts])
     random.shuffle(parts)
     while parts:
         batch = [part.pop(0) for part in parts[:3]]
@@ -91,7 +91,7 @@ def answer(prompt, sampling):
 
 
 class Handler(BaseHTTPRequestHandler):
-    def say(self, status, value):
+    def reply(self, status, value):
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -104,24 +104,24 @@ class Handler(BaseHTTPRequestHandler):
                 "forward_hooks": json.loads(given.forward_hooks),
                 "model_path": given.model_path,
             }
-            self.say(200, vars(given) | hooks)
+            self.reply(200, vars(given) | hooks)
         else:
-            self.say(200, {})
+            self.reply(200, {})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/fake":
             behaviour.update(body)
-            return self.say(200, behaviour)
+            return self.reply(200, behaviour)
         prompts = body["input_ids"]
         if any(token >= V for prompt in prompts for token in prompt):
-            return self.say(400, {"error": {"message": "a token is out of the vocabulary"}})
+            return self.reply(400, {"error": {"message": "a token is out of the vocabulary"}})
         with lock:
             prefill(prompts, body.get("rid") or ["health"] * len(prompts))
             answers = [
                 {"output_ids": answer(prompt, body["sampling_params"])} for prompt in prompts
             ]
-        self.say(200, answers)
+        self.reply(200, answers)
 
     def log_message(self, *args):
         pass
