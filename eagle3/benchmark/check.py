@@ -21,10 +21,9 @@ from eagle3.data.chat import Chat, with_system
 from eagle3.decode.speculate import speculate
 from eagle3.draft.attention import Backend
 from eagle3.errors import ConfigError, RunError
+from eagle3.export import rules
 from eagle3.export.read import DraftFiles, locate, read_any
-from eagle3.export.rules import (
-    ALL, ENGINES, NOTE, WARNING, WRONG, Finding, build_draft, find_all, readings, wrong,
-)  # fmt: skip
+from eagle3.export.rules import ALL, ENGINES, NOTE, WARNING, WRONG, Finding, wrong
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.layers import meant_by
@@ -78,7 +77,7 @@ def check(
         remedy = "set draft_path=<folder or hub id>"
         raise ConfigError(f"stages=[check] finds no draft at {folder}; {remedy}")
     files = read_any(folder)
-    findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
+    findings = [*rules.find_all(files, target.spec), *judge_embedding(files, target)]
     decoded = None
     if section.decode:
         try:
@@ -100,7 +99,7 @@ def check(
         "weights": files.weights,
         "speculators_form": files.is_speculators,
         "engines": section.engines,
-        "layers": readings(files, target.spec.config.num_hidden_layers),
+        "layers": rules.readings(files, target.spec.config.num_hidden_layers),
         "findings": [asdict(finding) for finding in findings],
         "decoded": asdict(decoded) if decoded else None,
     }
@@ -183,7 +182,7 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     they are read.
     """
     count = target.config.num_hidden_layers
-    read = readings(files, count)
+    read = rules.readings(files, count)
     named = files.named_layers or read["official"]
     different: list[list[int]] = []
     for ids in (named, *read.values(), meant_by("vllm", named)):
@@ -211,7 +210,7 @@ def decode(
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
     spec = target.spec.with_layers(files.named_layers or target.spec.aux_layer_ids)
-    draft = build_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
+    draft = rules.build_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
     target.close()
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)

@@ -14,7 +14,7 @@ from eagle3.config import DraftSection
 from eagle3.draft.attention import Backend
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
-from eagle3.export.folder import locate
+from eagle3.export.read import locate
 from eagle3.target.hf import HFTarget
 from eagle3.target.weights import TargetWeights
 
