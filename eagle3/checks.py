@@ -21,7 +21,7 @@ from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
-from eagle3.export.folder import check_given
+from eagle3.export.read import check_given
 from eagle3.export.rules import ENGINES
 from eagle3.parallel.ranks import choose_device, is_started
 from eagle3.pipeline import STAGES

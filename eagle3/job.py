@@ -26,7 +26,7 @@ from eagle3.data.sources import DataFile, SourceFiles, find_files, read_rows
 from eagle3.data.vocab import choose_vocab, vocab_tensors
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export.folder import locate
+from eagle3.export.read import locate
 from eagle3.export.write import read_draft
 from eagle3.hidden_states.capture import read_beside
 from eagle3.hidden_states.growing import Growing

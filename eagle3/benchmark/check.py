@@ -8,25 +8,26 @@ alone.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PretrainedConfig
 
-from eagle3.data.chat import with_system
+from eagle3.config import Check
+from eagle3.data.chat import Chat, with_system
 from eagle3.decode.speculate import speculate
-from eagle3.draft.model import Draft
+from eagle3.draft.attention import Backend
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.formats import DraftFiles, read_any
-from eagle3.export.rules import ALL, ENGINES, NOTE, WARNING, WRONG, Finding, find_all, readings
-from eagle3.export.write import build, shape_of
-from eagle3.job import Run
+from eagle3.export import rules
+from eagle3.export.read import DraftFiles, locate, read_any
+from eagle3.export.rules import ALL, ENGINES, NOTE, WARNING, WRONG, Finding, wrong
+from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.layers import meant_by
+from eagle3.target.spec import TargetSpec
 
 QUESTIONS = (
     "Explain in a few sentences how a refrigerator keeps food cold.",
@@ -38,10 +39,10 @@ QUESTIONS = (
     "Summarise how rain forms, for a ten-year-old.",
     "Translate into French: the library opens at eight and closes at noon.",
 )
-CLEARLY = (
-    1.5  # an acceptance length that a draft fed with the wrong layers has not been seen to reach
-)
+CLEARLY = 1.5  # an acceptance length that a draft fed with the wrong layers was never seen to reach
 LITTLE = 1.2
+CANNOT = (ConfigError, RunError, torch.OutOfMemoryError)
+console = Console(markup=False)
 
 
 @dataclass
@@ -56,97 +57,108 @@ class Decoded:
     acceptance_length: dict[str, float]
 
 
-def check(run: Run, console: Console) -> None:
-    """Print and write (check.json) what was found; raises RunError with a line for each thing that
-    is wrong.
+def check(
+    section: Check,
+    draft_path: str | None,
+    target: TargetHandle,
+    chat: Chat | None,
+    system_prompt: str | None,
+    attention: Backend,
+    draft_length: int,
+    run_dir: Path,
+) -> None:
+    """Print and write (check.json) what is found about `draft_path`, or else this run's own draft.
+
+    Prompts are decoded in chains of `draft_length`, unless `chat` is None, because the target has
+    no tokenizer. Raises RunError with a line for each thing that is wrong.
     """
-    asked = run.config.check
-    files = read_any(run.draft_folder)
-    findings = find_all(files, run.target_config) + list(embedding(files, run))
-    decoded, more = decode(files, run) if asked.decode else (None, [])
-    named = [f for f in findings + more if not f.engines or set(f.engines) & set(asked.engines)]
-    named.sort(key=lambda finding: (WRONG, WARNING, NOTE).index(finding.severity))
+    folder = locate(draft_path) if draft_path else run_dir / "draft"
+    if not folder.exists():
+        remedy = "set draft_path=<folder or hub id>"
+        raise ConfigError(f"stages=[check] finds no draft at {folder}; {remedy}")
+    files = read_any(folder)
+    findings = [*rules.find_all(files, target.spec), *judge_embedding(files, target)]
+    decoded = None
+    if section.decode:
+        try:
+            prompts = encode_questions(section.num_prompts, chat, system_prompt)
+            decoded = decode(
+                files, target, attention, prompts, draft_length, section.max_new_tokens
+            )
+            findings += judge(decoded)
+        except CANNOT as error:
+            findings.append(Finding(NOTE, (), f"no prompt was decoded: {error}"))
+    asked = set(section.engines)
+    findings = [
+        finding for finding in findings if not finding.engines or asked & {*finding.engines}
+    ]
+    findings.sort(key=lambda finding: (WRONG, WARNING, NOTE).index(finding.severity))
     content = {
-        "draft": str(run.config.draft_path or files.folder),
-        "target": run.config.model.path,
+        "draft": draft_path or str(folder),
+        "target": target.spec.path,
         "weights": files.weights,
         "speculators_form": files.is_speculators,
-        "engines": asked.engines,
-        "layers": readings(files, run.target_config.num_hidden_layers),
-        "findings": [asdict(finding) for finding in named],
+        "engines": section.engines,
+        "layers": rules.readings(files, target.spec.config.num_hidden_layers),
+        "findings": [asdict(finding) for finding in findings],
         "decoded": asdict(decoded) if decoded else None,
     }
-    (run.run_dir / "check.json").write_text(json.dumps(content, indent=1))
-    show(named, decoded, asked.engines, console)
-    wrong = [f"{engines_of(f, asked.engines)}: {f.sentence}" for f in named if f.severity == WRONG]
-    if wrong:
-        raise RunError("\nerror: ".join(wrong))  # run.py puts the first `error: `
+    (run_dir / "check.json").write_text(json.dumps(content, indent=1))
+    show(findings, decoded, section.engines)
+    errors = [
+        f"{engines_of(finding, section.engines)}: {finding.sentence}"
+        for finding in findings
+        if finding.severity == WRONG
+    ]
+    if errors:
+        raise RunError("\nerror: ".join(errors))  # run.py puts the first `error: `
 
 
 def engines_of(finding: Finding, asked: list[str]) -> str:
     return ", ".join(ENGINES[name] for name in finding.engines if name in asked)
 
 
-def show(
-    findings: list[Finding], decoded: Decoded | None, asked: list[str], console: Console
-) -> None:
+def show(findings: list[Finding], decoded: Decoded | None, asked: list[str]) -> None:
     table = Table("check", "engines", "finding", box=SIMPLE_HEAD)
     for finding in findings:
         table.add_row(finding.severity, engines_of(finding, asked), Text(finding.sentence))
-    console.print(
-        table
-        if findings
-        else f"check: nothing found that matters in {', '.join(map(ENGINES.get, asked))}"
-    )
+    names = ", ".join(ENGINES[name] for name in asked)
+    console.print(table if findings else f"check: nothing found that matters in {names}")
     for layers, length in decoded.acceptance_length.items() if decoded else ():
-        console.print(
-            f"check: acceptance length {length:.2f} with chains of {decoded.draft_length} drafts on "
-            f"{decoded.num_prompts} prompts, fed by layers {layers}",
-            soft_wrap=True,
-        )
+        chains = f"with chains of {decoded.draft_length} drafts on {decoded.num_prompts} prompts"
+        line = f"check: acceptance length {length:.2f} {chains}, fed by layers {layers}"
+        console.print(line, soft_wrap=True)
 
 
-def embedding(files: DraftFiles, run: Run) -> Iterator[Finding]:
+def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding]:
     """An embedding in the file: vLLM and the official code use it, SGLang and TensorRT-LLM the
     target's.
     """
-    shipped = files.tensors.get("embed_tokens.weight")
-    own = files.config.get("target_hidden_size") not in (None, files.config.get("hidden_size"))
-    if own and shipped is None:
-        yield Finding(
-            WRONG,
-            ALL,
-            "its hidden_size is not the target's, so it needs embed_tokens.weight of its own",
-        )
-    if own or shipped is None:
+    name = "embed_tokens.weight"
+    shipped, size = files.tensors.get(name), files.config.get("hidden_size")
+    if files.config.get("target_hidden_size") not in (None, size):
+        if shipped is None:
+            yield wrong(ALL, f"its hidden_size is not the target's, so it needs {name} of its own")
+        return
+    if shipped is None:
         return
     try:
-        target = run.load_weights().embedding
-    except (ConfigError, RunError, torch.OutOfMemoryError) as error:
-        yield Finding(
-            NOTE,
-            ALL,
-            f"embed_tokens.weight is there, but was not compared with the target's: {error}",
-        )
+        embedding = target.load_weights().embedding
+    except CANNOT as error:
+        sentence = f"{name} is there, but was not compared with the target's: {error}"
+        yield Finding(NOTE, ALL, sentence)
         return
-    if shipped.shape != target.shape:
-        sentence = f"embed_tokens.weight is {list(shipped.shape)}, but the target's is {list(target.shape)}"
-        yield Finding(WRONG, ALL, sentence)
+    if shipped.shape != embedding.shape:
+        sentence = f"{name} is {list(shipped.shape)}, but the target's is {list(embedding.shape)}"
+        yield wrong(ALL, sentence)
         return
-    rows = differing_rows(shipped, target)
+    rows = differing_rows(shipped, embedding)
     if rows:
-        sentence = (
-            f"embed_tokens.weight differs from the target's in {rows:,} of {len(target):,} rows: vLLM and the official "
-            "code draft with it, SGLang and TensorRT-LLM with the target's"
-        )
-        yield Finding(WRONG, ALL, sentence)
+        sentence = f"{name} differs from the target's in {rows:,} of {len(embedding):,} rows"
+        yield wrong(ALL, f"{sentence}: vLLM and the official code draft with it, others do not")
     else:
-        size = shipped.nbytes / 1e6
-        yield Finding(
-            NOTE,
-            ALL,
-            f"embed_tokens.weight is a copy of the target's, {size:,.0f} MB that nobody needs",
-        )
+        sentence = f"{name} is a copy of the target's, {shipped.nbytes / 1e6:,.0f} MB that nobody"
+        yield Finding(NOTE, ALL, f"{sentence} needs")
 
 
 def differing_rows(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -158,76 +170,62 @@ def differing_rows(one: torch.Tensor, other: torch.Tensor) -> int:
     return count
 
 
-def portable_draft(files: DraftFiles, run: Run) -> Draft:
-    """The draft for the built-in decoder, which uses the target's embedding. Raises RunError where
-    it cannot.
-    """
-    tensors = {
-        n: t
-        for n, t in files.tensors.items()
-        if n != "embed_tokens.weight" and not n.endswith("inv_freq")
-    }
-    shape, target = shape_of(files), run.target_config
-    if (shape.vocab_size, shape.target_hidden_size) != (target.vocab_size, target.hidden_size):
-        raise RunError("it is another target's draft")
-    if shape.hidden_size != target.hidden_size:
-        raise RunError(
-            "its hidden_size is not the target's, which the built-in decoder does not support"
-        )
-    d2t = tensors.get("d2t")
-    if d2t is not None and "t2d" not in tensors:
-        ids = d2t.long() + torch.arange(len(d2t))
-        tensors["t2d"] = torch.isin(torch.arange(shape.vocab_size), ids)
-    return build(replace(files, tensors=tensors), shape, instantiate(run.config.draft.attention))
+def encode_questions(count: int, chat: Chat | None, system: str | None) -> list[torch.Tensor]:
+    if chat is None:
+        raise RunError("the target has no tokenizer")
+    messages = [[{"role": "user", "content": question}] for question in QUESTIONS[:count]]
+    return [torch.tensor(chat.encode_prompt(with_system(each, system))) for each in messages]
 
 
-def candidates(files: DraftFiles, target: PretrainedConfig) -> list[list[int]]:
+def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     """What the draft may have been made for, the likeliest first: the layers it names, and how else
     they are read.
     """
-    read = readings(files, target.num_hidden_layers)
+    count = target.config.num_hidden_layers
+    read = rules.readings(files, count)
     named = files.named_layers or read["official"]
-    every = [named, *read.values(), meant_by("vllm", named)]
-    valid = [
-        ids
-        for ids in every
-        if len(set(ids)) == 3 and 0 <= min(ids) <= max(ids) < target.num_hidden_layers
-    ]
-    return [ids for place, ids in enumerate(valid) if ids not in valid[:place]]
+    different: list[list[int]] = []
+    for ids in (named, *read.values(), meant_by("vllm", named)):
+        valid = len(set(ids)) == 3 and 0 <= min(ids) <= max(ids) < count
+        if valid and ids not in different:
+            different.append(ids)
+    return different
 
 
-def decode(files: DraftFiles, run: Run) -> tuple[Decoded | None, list[Finding]]:
-    """Greedy answers to a few built-in questions: the acceptance length, and what it gives away.
+def decode(
+    files: DraftFiles,
+    target: TargetHandle,
+    attention: Backend,
+    prompts: list[torch.Tensor],
+    draft_length: int,
+    max_new_tokens: int,
+) -> Decoded:
+    """Greedy answers: the acceptance length. Raises ConfigError and RunError where the built-in
+    decoder cannot draft with these files, or the target cannot be loaded.
 
     Where it is low, the other layers that the draft may have been made for are tried too.
     """
-    asked, config = run.config.check, run.config
-    try:
-        draft = portable_draft(files, run).to(run.device).eval()
-        choices = candidates(files, run.target_config)
-        layers = sorted({i for ids in choices for i in ids})
-        run.let_go_of_target()
-        target = HFTarget(run.spec.with_layers(layers), run.device)
-        messages = [
-            [{"role": "user", "content": question}] for question in QUESTIONS[: asked.num_prompts]
-        ]
-        encoded = [
-            run.chat.encode_prompt(with_system(m, config.data.system_prompt)) for m in messages
-        ]
-        prompts = [torch.tensor(ids, device=run.device) for ids in encoded]
-    except (ConfigError, RunError, torch.OutOfMemoryError) as error:
-        return None, [Finding(NOTE, (), f"no prompt was decoded: {error}")]
-    decoded = Decoded(len(prompts), asked.max_new_tokens, config.eval.draft_length, {})
+    own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
+    choices = candidates(files, target.spec)
+    # Which layers are right is what decoding shows; and SGLang too drafts with the target's
+    # embedding, whatever the file has.
+    spec = target.spec.with_layers(files.named_layers or target.spec.aux_layer_ids)
+    draft = rules.build_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
+    target.close()
+    layers = sorted({layer for ids in choices for layer in ids})
+    model = HFTarget(target.spec.with_layers(layers), target.device)
+    prompts = [prompt.to(target.device) for prompt in prompts]
+    decoded = Decoded(len(prompts), max_new_tokens, draft_length, {})
     for ids in choices:
-        target.aux_layer_ids = ids
-        steps = decoded.draft_length
-        answers = speculate(target, draft, prompts, steps, 1, steps + 1, asked.max_new_tokens)
+        model.aux_layer_ids = ids
+        tree = (draft_length, 1, draft_length + 1)
+        answers = speculate(model, draft, prompts, *tree, max_new_tokens)
         rounds = sum(len(answer.emitted) for answer in answers)
         length = sum(sum(answer.emitted) for answer in answers) / max(rounds, 1)
         decoded.acceptance_length[",".join(map(str, ids))] = length
         if length >= CLEARLY:
             break
-    return decoded, list(judge(decoded))
+    return decoded
 
 
 def judge(decoded: Decoded) -> Iterator[Finding]:
@@ -235,17 +233,12 @@ def judge(decoded: Decoded) -> Iterator[Finding]:
     (named, length), *others = decoded.acceptance_length.items()
     best, most = max(others, key=lambda pair: pair[1], default=(named, length))
     if most > 1.1 * length and most > LITTLE:
-        sentence = f"fed by layers {best} it accepts {most:.2f} tokens a round, by the named {named} only {length:.2f}"
-        yield Finding(WRONG, ALL, sentence)
+        sentence = f"fed by layers {best} it accepts {most:.2f} tokens a round"
+        yield wrong(ALL, f"{sentence}, by the named {named} only {length:.2f}")
     elif length == 1:
-        sentence = (
-            "not one draft was accepted (acceptance length exactly 1.0): the draft of another target or other weights "
-            "of it, other layers than it was trained on, a wrong d2t, or an untrained draft"
-        )
-        yield Finding(WRONG, ALL, sentence)
+        sentence = "not one draft was accepted (acceptance length exactly 1.0): it is of another"
+        causes = "target or other weights of it, has other layers or a wrong d2t, or is untrained"
+        yield wrong(ALL, f"{sentence} {causes}")
     elif length < LITTLE:
-        yield Finding(
-            WARNING,
-            ALL,
-            f"acceptance length is only {length:.2f}: little trained, or on other layers or text",
-        )
+        sentence = f"acceptance length is only {length:.2f}: little trained, or on other layers"
+        yield Finding(WARNING, ALL, f"{sentence} or text")

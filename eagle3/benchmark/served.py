@@ -17,7 +17,7 @@ from eagle3.benchmark import measure
 from eagle3.benchmark.statistics import Answer
 from eagle3.engines.server import Server, choose_port
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.folder import flatten, read_config
+from eagle3.export.read import flatten, read_config
 from eagle3.job import hardware
 from eagle3.runs.logger import redact
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from eagle3.engines.server import environment
 from eagle3.errors import RunError
-from eagle3.export.folder import flatten, locate, named_layers, read_config
+from eagle3.export.read import flatten, locate, named_layers, read_config
 
 LENGTH = 3  # of the chain, where nothing says another: that of the published comparisons
 
@@ -27,7 +27,7 @@ class Served:
     """A draft and its target as engines are given them, folders absolute; `layers` are those it
     names, if any.
 
-    `alone`: the draft's own config names this very target, in the speculators form.
+    `alone`: the draft's own config names this very target and length, in the speculators form.
     """
 
     draft: str
@@ -37,35 +37,35 @@ class Served:
     is_speculators: bool
     alone: bool
 
+    def portable(self, engine: str) -> str:
+        """The draft for an engine that reads no other form. Raises RunError."""
+        if self.is_speculators:
+            remedy = "does not read the speculators form; serve the portable draft/, not"
+            raise RunError(f"{engine} {remedy} {self.draft}")
+        return self.draft
+
 
 def resolve(draft: str, target: str | None, draft_length: int | None) -> Served:
     """Raises RunError where there is no draft, or nothing names its target."""
     folder = locate(draft, "DRAFT")
     given = read_config(folder)
-    made_for = of_speculators(given) or given.get("made_for") or of_run(folder.resolve().parent)
-    named = target or made_for.get("target")
-    if not named:
-        raise RunError(
-            f"draft at {draft} does not say which target it was made for; set MODEL=<folder or hub id>"
-        )
-    if named.startswith(("/", ".", "~")) and not Path(named).expanduser().is_dir():
-        raise RunError(
-            f"the target {named} of draft {draft} is not there; set MODEL=<folder or hub id>"
-        )
-    length = draft_length or made_for.get("draft_length") or LENGTH
     is_speculators = "speculators_model_type" in given
-    alone = (
-        is_speculators
-        and target in (None, made_for.get("target"))
-        and length == made_for.get("draft_length")
-    )
+    made_for = verifier_of(given) or given.get("made_for") or run_of(folder.resolve().parent)
+    named = target or made_for.get("target")
+    remedy = "set MODEL=<folder or hub id>"
+    if not named:
+        raise RunError(f"draft at {draft} does not say which target it was made for; {remedy}")
+    if named.startswith(("/", ".", "~")) and not Path(named).expanduser().is_dir():
+        raise RunError(f"the target {named} of draft {draft} is not there; {remedy}")
+    length = draft_length or made_for.get("draft_length") or LENGTH
+    own = (made_for.get("target"), made_for.get("draft_length"))
     return Served(
-        absolute(draft),
-        absolute(named),
-        length,
-        named_layers(flatten(given)),
-        is_speculators,
-        alone,
+        draft=absolute(draft),
+        target=absolute(named),
+        draft_length=length,
+        layers=named_layers(flatten(given)),
+        is_speculators=is_speculators,
+        alone=is_speculators and (named, length) == own,
     )
 
 
@@ -75,19 +75,16 @@ def absolute(path: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else path
 
 
-def of_speculators(given: dict[str, Any]) -> dict[str, Any]:
+def verifier_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What a draft in the speculators form was made for; nothing for any other."""
     section = given.get("speculators_config") or {}
-    method = (section.get("proposal_methods") or [{}])[0]
-    target, length = (
-        (section.get("verifier") or {}).get("name_or_path"),
-        method.get("speculative_tokens"),
-    )
-    return {
-        key: value for key, value in {"target": target, "draft_length": length}.items() if value
-    }
+    [method, *_] = section.get("proposal_methods") or [{}]
+    target = (section.get("verifier") or {}).get("name_or_path")
+    known = {"target": target, "draft_length": method.get("speculative_tokens")}
+    return {key: value for key, value in known.items() if value}
 
 
-def of_run(folder: Path) -> dict[str, Any]:
+def run_of(folder: Path) -> dict[str, Any]:
     """What the run that exported a draft was for; nothing where `folder` is no run."""
     try:
         config = json.loads((folder / "run.json").read_text())["config"]
@@ -102,7 +99,7 @@ def sglang(served: Served, port: int | None, more: list[str]) -> str:
         [program("sglang", "python"), "-m", "sglang.launch_server"],
         ["--model-path", served.target],
         ["--speculative-algorithm", "EAGLE3"],
-        ["--speculative-draft-model-path", portable(served, "SGLang")],
+        ["--speculative-draft-model-path", served.portable("SGLang")],
         ["--speculative-num-steps", str(served.draft_length)],
         ["--speculative-eagle-topk", "1"],
         ["--speculative-num-draft-tokens", str(served.draft_length + 1)],
@@ -113,14 +110,11 @@ def sglang(served: Served, port: int | None, more: list[str]) -> str:
 
 def vllm(served: Served, port: int | None, more: list[str]) -> str:
     """The speculators form is served alone: it names its target itself."""
-    speculative = {
-        "method": "eagle3",
-        "model": served.draft,
-        "num_speculative_tokens": served.draft_length,
-    }
+    method = {"method": "eagle3", "model": served.draft}
+    method["num_speculative_tokens"] = served.draft_length
     return lines(
         [program("vllm", "vllm"), "serve", served.draft if served.alone else served.target],
-        [] if served.alone else ["--speculative-config", json.dumps(speculative)],
+        [] if served.alone else ["--speculative-config", json.dumps(method)],
         ["--host", "127.0.0.1", "--port", str(port or 8000)],
         more,
     )
@@ -128,33 +122,25 @@ def vllm(served: Served, port: int | None, more: list[str]) -> str:
 
 def trtllm(served: Served, port: int | None, more: list[str]) -> str:
     """Its speculation is configured by a file; it does not read the layers from the draft."""
-    speculative = {
-        "decoding_type": "Eagle",
-        "speculative_model_dir": portable(served, "TensorRT-LLM"),
-        "max_draft_len": served.draft_length,
-        **({"eagle3_layers_to_capture": served.layers} if served.layers else {}),
-    }
-    options = shlex.quote(json.dumps({"speculative_config": speculative}))
+    method = {"decoding_type": "Eagle", "speculative_model_dir": served.portable("TensorRT-LLM")}
+    method["max_draft_len"] = served.draft_length
+    if served.layers:
+        method["eagle3_layers_to_capture"] = served.layers
+    options = shlex.quote(json.dumps({"speculative_config": method}))
+    address = ["--host", "127.0.0.1", "--port", str(port or 8000)]
+    text = lines(["trtllm-serve", served.target], address, more)
     return (
-        f"options=$(mktemp) && echo {options} > $options && \\\n"
-        + lines(
-            ["trtllm-serve", served.target],
-            ["--host", "127.0.0.1", "--port", str(port or 8000)],
-            more,
-        )
-        + " \\\n  --extra_llm_api_options $options"
+        f"options=$(mktemp) && echo {options} > $options && \\\n{text} \\\n"
+        "  --extra_llm_api_options $options"
     )
 
 
 ENGINES = {"sglang": sglang, "vllm": vllm, "trtllm": trtllm}
 
 
-def portable(served: Served, engine: str) -> str:
-    if served.is_speculators:
-        raise RunError(
-            f"{engine} does not read the speculators form of {served.draft}; serve the portable draft/"
-        )
-    return served.draft
+def lines(*groups: list[str]) -> str:
+    """Shell text, an option and its value to a line."""
+    return " \\\n  ".join(shlex.join(group) for group in groups if group)
 
 
 def program(engine: str, name: str) -> str:
@@ -165,19 +151,13 @@ def program(engine: str, name: str) -> str:
     return str(own) if own.exists() else name
 
 
-def lines(*groups: list[str]) -> str:
-    return " \\\n  ".join(shlex.join(group) for group in groups if group)
-
-
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "launch/serve.sh", description="the command that serves a draft with its target"
-    )
+    described = "the command that serves a draft with its target"
+    parser = argparse.ArgumentParser("launch/serve.sh", description=described)
     parser.add_argument("draft", help="folder or hub id")
     parser.add_argument("engine", nargs="?", choices=ENGINES, default="sglang")
-    parser.add_argument(
-        "--target", default=os.environ.get("MODEL") or None, help="folder or hub id (or MODEL=)"
-    )
+    model = os.environ.get("MODEL") or None
+    parser.add_argument("--target", default=model, help="folder or hub id (or MODEL=)")
     parser.add_argument("--draft-length", type=int, help="drafts a round")
     parser.add_argument("--port", type=int)
     own = arguments.index("--") if "--" in arguments else len(arguments)
@@ -185,11 +165,8 @@ def main(arguments: list[str]) -> None:
     if asked.draft_length is not None and asked.draft_length < 1:
         parser.error(f"--draft-length {asked.draft_length} must be at least 1")
     try:
-        print(
-            ENGINES[asked.engine](
-                resolve(asked.draft, asked.target, asked.draft_length), asked.port, more
-            )
-        )
+        served = resolve(asked.draft, asked.target, asked.draft_length)
+        print(ENGINES[asked.engine](served, asked.port, more))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
