@@ -6,9 +6,10 @@ wrote what, nor on who was killed when.
 """
 
 import errno
-import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,240 +17,177 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from eagle3.batch import Document, pack, serving, split_features
+from eagle3.config import HiddenStates, parse_size
 from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
-from eagle3.hidden_states.shards import SHARD_BYTES, write_atomically
+from eagle3.hidden_states.shards import SHARD_BYTES, document_bytes, shard_path
 from eagle3.hidden_states.store import (
-    check_inputs,
-    document_bytes,
-    finish,
-    shard_is_complete,
-    shard_path,
-    write_shard,
+    LOCK,
+    Store,
+    create_store,
+    folder_bytes,
+    is_complete,
+    open_store,
+    store_inputs,
 )
-from eagle3.runs import disk
-from eagle3.runs.artefact import describe_file, read_facts
-from eagle3.target.hf import HFTarget
+from eagle3.runs.artefact import fingerprint
+from eagle3.runs.disk import check_disk
+from eagle3.target.handle import TargetHandle
 
 POLL_SECONDS = 1.0
 
-Shards = list[list[list[int]]]
+
+def capture(
+    section: HiddenStates,
+    prepared: Prepared,
+    target: TargetHandle,
+    cache_dir: str,
+    write: bool,
+    console: Console,
+) -> Store:
+    """The complete store of the prepared documents; written if need be, when `write` allows it.
+
+    Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
+    the store or fills up; what was written stays, and the same call goes on.
+    """
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    folder = Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
+    if is_complete(folder):
+        return open_store(section, folder, inputs)
+    if not write:
+        raise RunError(
+            f"{folder} holds no complete store of hidden states: add capture to stages, or set "
+            "hidden_states.path to one"
+        )
+    loaded, hidden_size = target.load(), target.spec.config.hidden_size
+    planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
+    create_store(folder, {"kind": "capture"} | inputs | planned)
+    store = Store(folder)
+    shards = plan_shards(prepared, hidden_size, section.dtype, loaded.batch_tokens)
+    missing = [n for n in range(len(shards)) if not shard_path(folder, n).exists()]
+    numbers = [number for shard in missing for batch in shards[shard] for number in batch]
+    lengths, teachers = prepared.lengths[numbers], prepared.teachers[numbers]
+    needed = document_bytes(lengths, teachers, hidden_size, section.dtype).sum()
+    allowed = parse_size(section.max_disk) - folder_bytes(folder) if section.max_disk else None
+    check_disk(int(needed), folder, allowed)
+    write_shards(store, prepared, loaded, shards, missing, console)
+    with FileLock(folder / LOCK):
+        if not is_complete(folder):
+            store.complete(
+                num_shards=len(shards),
+                order=document_keys(prepared),
+                lengths=prepared.lengths,
+                supervised=prepared.supervised,
+                vocab=np.asarray(prepared.vocab),
+            )
+    return open_store(section, folder, inputs)
 
 
-def plan_shards(documents: Prepared, hidden_size: int, dtype: str, batch_tokens: int) -> Shards:
+def document_keys(prepared: Prepared) -> np.ndarray:
+    """int64 [N]: the number under which each document is stored, that of its first pass: one that
+    an epoch passes over several times is stored once.
+    """
+    starts = prepared.index["start"]
+    _, firsts, numbers = np.unique(starts, return_index=True, return_inverse=True)
+    return firsts[numbers]
+
+
+def plan_shards(
+    prepared: Prepared, hidden_size: int, dtype: str, batch_tokens: int
+) -> list[list[list[int]]]:
     """Document numbers by shard and batch: longest first, at most `batch_tokens` in a batch, whole
     batches in a shard.
-
-    A document that an epoch passes over several times is captured once.
     """
-    _, firsts = np.unique(documents.index["start"], return_index=True)
-    lengths = documents.lengths
+    lengths, firsts = prepared.lengths, np.unique(document_keys(prepared))
     order = firsts[np.lexsort((firsts, -lengths[firsts]))]
-    payload = document_bytes(lengths, documents.teachers, hidden_size, dtype)
-    shards: Shards = []
-    tokens, size = 0, SHARD_BYTES
+    payload = document_bytes(lengths, prepared.teachers, hidden_size, dtype)
+    batches: list[list[int]] = []
+    tokens = batch_tokens
     for number in order.tolist():
-        if not shards or tokens + lengths[number] > batch_tokens:
-            if size >= SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append([])
+        if tokens + lengths[number] > batch_tokens:
+            batches.append([])
             tokens = 0
-        shards[-1][-1].append(number)
+        batches[-1].append(number)
         tokens += lengths[number]
-        size += payload[number]
+    shards: list[list[list[int]]] = []
+    size = SHARD_BYTES
+    for batch in batches:
+        more = payload[batch].sum()
+        if size + more > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(batch)
+        size += more
     return shards
 
 
-def see(target: HFTarget, loaded: list[Document]) -> list[Document]:
+def compute_features(target: Any, documents: list[Document]) -> list[Document]:
     """Documents with the target's features, computed in one packed batch."""
     everything = torch.ones(target.config.vocab_size, dtype=torch.bool)
-    batch = pack(loaded, everything, 1, serving)
-    features = split_features(batch, target(batch.to(target.device)))
-    return [
-        Document(d.key, d.input_ids, d.loss_mask, f) for d, f in zip(loaded, features, strict=True)
-    ]
-
-
-class Claims:
-    """Which shards are still to be written, and the lock of the one that this process takes."""
-
-    def __init__(self, folder: Path, num_shards: int):
-        self.folder = folder
-        self.missing = [n for n in range(num_shards) if not shard_is_complete(folder, n)]
-        self.complete = sorted(set(range(num_shards)) - set(self.missing))
-        self.bytes = sum(shard_path(folder, number).stat().st_size for number in self.complete)
-
-    def take(self) -> tuple[int, FileLock] | None:
-        """The next shard that nobody writes; None when all missing ones are claimed. A dead process
-        holds no lock.
-        """
-        for number in list(self.missing):
-            lock = FileLock(self.folder / f".claim_{number:06d}")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            if not shard_is_complete(self.folder, number):
-                return number, lock
-            lock.release()
-            self.note(number)
-        return None
-
-    def note(self, number: int) -> None:
-        self.missing.remove(number)
-        self.complete.append(number)
-        self.bytes += shard_path(self.folder, number).stat().st_size
-
-
-def begin(folder: Path, inputs: dict[str, Any]) -> None:
-    """Note in `folder` what the store is made from. Raises RunError when it holds one made from
-    something else.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        noted = folder / "inputs.json"
-        with FileLock(folder / ".lock"):
-            if noted.exists():
-                check_inputs(json.loads(noted.read_text()), json.loads(json.dumps(inputs)), folder)
-                return
-            if any(path.suffix == ".safetensors" for path in folder.iterdir()):
-                raise RunError(
-                    f"hidden_states.path={folder} holds files that are no store of ours; name an empty folder"
-                )
-            write_atomically(noted, json.dumps(inputs, indent=1).encode())
-    except OSError as error:
-        raise RunError(
-            f"hidden_states.path={folder} cannot be written: {error}; name another folder"
-        ) from error
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether the index was written and no shard has been deleted since."""
-    if not (folder / "artefact.json").is_file():
-        return False
-    return all(shard_is_complete(folder, number) for number in range(read_facts(folder)["shards"]))
-
-
-def read_beside(folder: Path, name: str) -> np.ndarray:
-    """An array that `complete` wrote beside the index. Raises RunError where it is no longer that."""
-    path = folder / name
-    noted = json.loads((folder / "artefact.json").read_text())["files"][name]
-    if not path.is_file() or describe_file(path) != noted:
-        raise RunError(
-            f"{path} is missing or damaged; delete {folder / 'artefact.json'} and capture again"
-        )
-    return np.load(path)
-
-
-def capture(
-    folder: Path,
-    documents: Prepared,
-    target: HFTarget,
-    inputs: dict[str, Any],
-    dtype: str,
-    batch_tokens: int,
-    max_disk: int | None,
-    console: Console,
-) -> None:
-    """Fill `folder` together with every other process that captures into it; returns when the store
-    is complete.
-
-    Raises RunError when the disk can't hold it or fills up; what was written stays, and the same
-    call goes on.
-    """
-    begin(
-        folder,
-        {"kind": "capture"} | inputs | {"batch_tokens": batch_tokens, "shard_bytes": SHARD_BYTES},
-    )
-    shards = plan_shards(documents, target.config.hidden_size, dtype, batch_tokens)
-    write_shards(folder, documents, target, shards, dtype, max_disk, console)
-    complete(folder, documents, inputs, len(shards))
+    batch = pack(documents, everything, 1, serving)
+    parts = split_features(batch, target(batch.to(target.device)))
+    return [replace(document, features=part) for document, part in zip(documents, parts)]
 
 
 def write_shards(
-    folder: Path,
-    documents: Prepared,
-    target: HFTarget,
-    shards: Shards,
-    dtype: str,
-    max_disk: int | None,
+    store: Store,
+    prepared: Prepared,
+    target: Any,
+    shards: list[list[list[int]]],
+    missing: list[int],
     console: Console,
 ) -> None:
-    """Claim, compute, and write behind the next computation, until no shard is missing; holds two
-    shards in memory.
-    """
-    tokens = [sum(int(documents.lengths[batch].sum()) for batch in shard) for shard in shards]
-    claims = Claims(folder, len(shards))
-    missing = [number for shard in claims.missing for batch in shards[shard] for number in batch]
-    needed = document_bytes(
-        documents.lengths[missing], documents.teachers[missing], target.config.hidden_size, dtype
-    )
-    disk.check_disk(
-        int(np.sum(needed)), folder, None if max_disk is None else max_disk - claims.bytes
-    )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, transient=True, console=console)
-    with ThreadPoolExecutor(1) as writer, bar as progress:
+    """Claim, compute, and write behind the next computation, until no shard is missing."""
+    tokens = [sum(int(prepared.lengths[batch].sum()) for batch in shard) for shard in shards]
+    with ThreadPoolExecutor(1) as writer, Progress(transient=True, console=console) as progress:
         task = progress.add_task("capture", total=float(sum(tokens)))
-        writing: tuple[Future, int, FileLock] | None = None
-        while claims.missing:
-            done = sum(tokens[number] for number in claims.complete)
-            progress.update(
-                task,
-                completed=done,
-                description=f"capture: {done:,} tokens, {claims.bytes / 1e9:,.2f} GB",
-            )
-            taken = claims.take()
-            seen = None
-            if taken is not None:
-                seen = [
-                    document
-                    for batch in shards[taken[0]]
-                    for document in see(target, documents.load(batch))
-                ]
+        writing: Future | None = None
+        while missing:
+            claim = claim_shard(store.folder, missing)
+            done = sum(tokens) - sum(tokens[number] for number in missing)
+            progress.update(task, completed=done, description=f"capture: {done:,} tokens")
+            computed: list[Document] = []
+            if claim is not None:
+                for batch in shards[claim[0]]:
+                    computed += compute_features(target, prepared.load(batch))
+            elif writing is None and missing:
+                time.sleep(POLL_SECONDS)  # other processes write what is missing
             if writing is not None:
-                settle(claims, *writing)
-                writing = None
-            if taken is not None:
-                writing = (writer.submit(write_shard, folder, taken[0], seen, dtype), *taken)
-            elif claims.missing:
-                time.sleep(POLL_SECONDS)
+                writing.result()
+            writing = claim and writer.submit(write_claimed, store, *claim, computed, len(missing))
 
 
-def settle(claims: Claims, future: Future, number: int, lock: FileLock) -> None:
-    """Wait until a shard is written; its claim is free afterwards, whatever came of it. Raises
-    RunError.
+def claim_shard(folder: Path, missing: list[int]) -> tuple[int, FileLock] | None:
+    """The first missing shard that no process is writing, locked; None when there is none.
+
+    Takes out of `missing` those that are complete by now. A dead process holds no lock.
     """
+    for number in list(missing):
+        # The thread that writes releases what this one acquired.
+        lock = FileLock(folder / f".claim_{number:08d}", thread_local=False)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            if not shard_path(folder, number).exists():
+                return number, lock
+            lock.release()
+            missing.remove(number)
+    return None
+
+
+def write_claimed(
+    store: Store, number: int, lock: FileLock, documents: list[Document], missing: int
+) -> None:
     try:
-        future.result()
-        claims.note(number)
+        store.write(number, documents)
     except OSError as error:
         why = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed ({error})"
         raise RunError(
-            f"{why}: {len(claims.missing)} shards of {claims.folder} are still missing; free space, or set "
-            "hidden_states.dtype=int8, data.num_samples or another hidden_states.path; the same command goes on"
+            f"{why}: {missing} shards of {store.folder} are still missing; free space, or set "
+            "hidden_states.dtype=int8, data.num_samples or another hidden_states.path; the same "
+            "command goes on"
         ) from error
     finally:
         lock.release()
-
-
-def complete(folder: Path, documents: Prepared, inputs: dict[str, Any], num_shards: int) -> None:
-    """Write the index, once."""
-    with FileLock(folder / ".lock"):
-        if (folder / "artefact.json").is_file():
-            return
-        learnt = finish(folder, inputs, num_shards)
-        _, firsts, numbers = np.unique(
-            documents.index["start"], return_index=True, return_inverse=True
-        )
-        np.save(folder / "order.npy", firsts[numbers])
-        np.save(folder / "vocab.npy", documents.vocab)
-        for claim in folder.glob(".claim_*"):
-            claim.unlink(missing_ok=True)
-        files = {name: describe_file(folder / name) for name in ("order.npy", "vocab.npy")}
-        content = json.dumps({"inputs": inputs, "facts": learnt, "files": files}, indent=1)
-        write_atomically(folder / "artefact.json", content.encode())

@@ -1,247 +1,221 @@
-"""Hidden states on disk: shards that any process may write, an index over them, and documents read
-at random.
+"""The format of a shard: a safetensors file in which each document can be read alone.
 
-A shard is a safetensors file of flat tensors: per document `keys`, `lengths`, `teacher_rows`,
-`supervised`, `checksums`; then `head_checksum`, of everything before it; then the states. Nothing
-is padded and nothing runs code.
+The tensor `documents` int64 [N,5] has a `RECORD` of each; the other tensors are the documents'
+rows, one behind the other, without padding. The metadata names the store that the shard belongs to
+and has a checksum of both, so that a folder of shards needs no index. Nothing in it runs code.
 
-Documents are read with `pread` into fresh memory: as fast as copying out of a memory map (10 GB/s
-from the page cache, the checksum included), and a file that is cut or fails while it is read
-raises, where a map would kill the process.
+N documents of n tokens and u teacher rows, H hidden size.
 """
 
 import errno
 import json
+import math
 import os
-import threading
 import uuid
-from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import xxhash
+from safetensors.torch import save
 
-from eagle3.batch import Document
+from eagle3.batch import Document, Features
 from eagle3.errors import RunError
-from eagle3.hidden_states.int8 import TOKENS, checksum, checksums, decode, encode, tensors
+from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
 
-VERSION = 1
+VERSION = 2
 SHARD_BYTES = 256 << 20
 READ_BYTES = 1 << 20
-OPEN_SHARDS = 64
-REMEDY = "hidden_states.on_damage=skip leaves damaged documents out, or delete the shard and capture again"
-NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
-RECORD = np.dtype(
-    [
-        ("key", "<i8"),
-        ("shard", "<i4"),
-        ("place", "<i4"),
-        ("tokens_start", "<i8"),
-        ("tokens", "<i4"),
-        ("teacher_rows_start", "<i8"),
-        ("teacher_rows", "<i4"),
-        ("supervised", "<i4"),
-    ]
-)
+FREE = nullcontext()
+DTYPES = ("fp32", "bf16", "int8")
+COUNTS = ("key", "tokens", "teacher_rows", "supervised")
+RECORD = np.dtype([(name, "<i8") for name in COUNTS] + [("checksum", "<u8")])
 
 
 class DamageError(Exception):
-    """Why a document cannot be read."""
+    """Why a document, or a whole shard, cannot be read."""
 
 
-class ShardDamageError(DamageError):
-    """Why none of a shard can."""
+class Column(NamedTuple):
+    """A tensor of a shard: one row of `shape` for each of what the record's field `per` counts."""
+
+    per: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
+    """What is stored of documents, in the order of their checksum."""
+    hidden = torch.float32 if dtype == "fp32" else torch.bfloat16
+    stored = {
+        "input_ids": Column("tokens", torch.int32, ()),
+        "loss_mask": Column("tokens", torch.bool, ()),
+        "aux_hidden_states": Column("tokens", hidden, (3 * hidden_size,)),
+        "last_hidden_states": Column("teacher_rows", hidden, (hidden_size,)),
+        "argmax": Column("teacher_rows", torch.int32, ()),
+        "logsumexp": Column("teacher_rows", torch.float32, ()),
+    }
+    if dtype == "int8":
+        stored["aux_hidden_states"] = Column("tokens", torch.int8, (3 * hidden_size,))
+        groups = math.ceil(3 * hidden_size / GROUP)
+        stored["aux_scales"] = Column("tokens", torch.bfloat16, (groups,))
+    return stored
+
+
+def document_bytes(length, teacher_rows, hidden_size: int, dtype: str):
+    """Bytes of documents in a shard, beside its header; int for ints, int64 array for arrays."""
+    rows = {
+        "tokens": np.asarray(length, np.int64),
+        "teacher_rows": np.asarray(teacher_rows, np.int64),
+    }
+    stored = columns(hidden_size, dtype).values()
+    size = RECORD.itemsize + sum(rows[column.per] * column.row_bytes for column in stored)
+    return size if np.ndim(size) else int(size)
+
+
+def encode(document: Document, dtype: str) -> dict[str, torch.Tensor]:
+    """A document's rows of each column; raises RunError where a hidden state is not finite."""
+    features = document.features
+    hidden_size = features.last_hidden_states.shape[1]
+    values = vars(features) | {"input_ids": document.input_ids, "loss_mask": document.loss_mask}
+    if dtype == "int8":
+        values["aux_hidden_states"], values["aux_scales"] = quantise(features.aux_hidden_states)
+    encoded = {}
+    for name, column in columns(hidden_size, dtype).items():
+        value = encoded[name] = values[name].to("cpu", column.dtype).contiguous()
+        assert value.shape[1:] == column.shape, name
+        if value.is_floating_point() and not is_finite(value):
+            raise RunError(
+                f"document {document.key}: its {name.replace('_', ' ')} in {dtype} are not finite, "
+                "so the target is broken or its dtype too narrow; nothing of its shard was written"
+            )
+    return encoded
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """By the extremes, because a mask of the tensor's size would cost as much as the tensor."""
+    return value.numel() == 0 or bool(torch.stack(value.aminmax()).isfinite().all())
+
+
+def serialise(documents: list[Document], dtype: str, store: str) -> bytes:
+    """The content of a shard of the store with fingerprint `store`. Raises RunError."""
+    hidden_size = documents[0].features.last_hidden_states.shape[1]
+    stored = columns(hidden_size, dtype)
+    records, encoded = np.empty(len(documents), RECORD), []
+    for place, document in enumerate(documents):
+        tensors = encode(document, dtype)
+        encoded.append(tensors)
+        digest = xxhash.xxh3_64()
+        for tensor in tensors.values():
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        n, u = len(document.input_ids), len(document.features.argmax)
+        supervised = int(document.loss_mask.sum())
+        records[place] = document.key, n, u, supervised, digest.intdigest()
+    rows = {name: torch.cat([tensors[name] for tensors in encoded]) for name in stored}
+    rows["documents"] = torch.from_numpy(records.view("<i8").reshape(-1, len(RECORD)))
+    head = {"version": VERSION, "store": store, "dtype": dtype, "hidden_size": hidden_size}
+    text = json.dumps(head)
+    # One entry, because safetensors writes several in no fixed order.
+    return save(rows, {"eagle3": f"{checksum_head(text, records)} {text}"})
+
+
+def checksum_head(text: str, records: np.ndarray) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode() + records.tobytes())
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard_{number:06d}.safetensors"
+    return folder / f"shard_{number:08d}.safetensors"
 
 
 def shard_number(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("shard_"))
 
 
-def shard_is_complete(folder: Path, number: int) -> bool:
-    return shard_path(folder, number).exists()
-
-
-def header_of(documents: list[Document], dtype: str) -> tuple[bytes, dict[str, int], int]:
-    """A shard's safetensors header, where each tensor starts in the file, and the file's size."""
-    hidden_size = documents[0].features.last_hidden_states.shape[1]
-    count = len(documents)
-    totals = {
-        "tokens": sum(len(document.input_ids) for document in documents),
-        "teacher_rows": sum(len(document.features.argmax) for document in documents),
-    }
-    named = {
-        name: ("I64", [count], 8 * count)
-        for name in ("keys", "lengths", "teacher_rows", "supervised")
-    }
-    named |= {"checksums": ("U64", [count, 2], 16 * count), "head_checksum": ("U64", [1], 8)}
-    for name, stored in tensors(hidden_size, dtype).items():
-        rows = totals[stored.per]
-        named[name] = NAMES[stored.dtype], [rows, *stored.columns], stored.bytes(rows)
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": "eagle3",
-            "version": str(VERSION),
-            "dtype": dtype,
-            "hidden_size": str(hidden_size),
-        }
-    }
-    starts, offset = {}, 0
-    for name, (kind, shape, size) in named.items():
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
-        starts[name] = offset
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset
-
-
-def write_shard(folder: Path, number: int, documents: list[Document], dtype: str) -> None:
-    """Write one shard, complete or not at all.
-
-    Raises RunError where a hidden state is not finite, and OSError (a full disk), after which
-    nothing is left of it.
-    """
-    partial = reserve(folder, number, header_of(documents, dtype)[2])
-    fill(partial, documents, dtype)
-    publish(partial, shard_path(folder, number))
-
-
-def reserve(folder: Path, number: int, size: int) -> Path:
-    """A temporary file of that size for a shard."""
-    path = shard_path(folder, number)
+def reserve(path: Path, size: int) -> Path:
+    """A temporary file for `path` that already counts as `size` bytes of its folder."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with partial.open("xb") as stream:
-            stream.truncate(size)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with partial.open("xb") as stream:
+        stream.truncate(size)
     return partial
 
 
-def fill(partial: Path, documents: list[Document], dtype: str) -> None:
-    """Write a shard, with one encoded document in memory at a time; what fails is deleted."""
-    header, starts, _ = header_of(documents, dtype)
-    sums = []
+def write_atomically(
+    path: Path, content: bytes, partial: Path | None = None, lock: AbstractContextManager = FREE
+) -> None:
+    """On disk when this returns, or nothing is left of it and OSError raised (a full disk).
+
+    `partial` was reserved for it; it is renamed while `lock` is held.
+    """
+    partial = partial or reserve(path, 0)
     try:
         with partial.open("r+b") as stream:
-            for document in documents:
-                encoded = encode(document, dtype)
-                sums.append(checksums(encoded))
-                for name, piece in encoded.items():
-                    stream.seek(starts[name])
-                    stream.write(piece)
-                    starts[name] += piece.nbytes
-            columns = (
-                [document.key for document in documents],
-                [len(document.input_ids) for document in documents],
-                [len(document.features.argmax) for document in documents],
-                [int(document.loss_mask.sum()) for document in documents],
-            )
-            head = header + np.array(columns, "<i8").tobytes() + np.array(sums, "<u8").tobytes()
-            stream.seek(0)
-            stream.write(head + checksum([head]).to_bytes(8, "little"))
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
+        with lock:
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """On disk when this returns."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with partial.open("xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    publish(partial, path)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Rename, so that it lasts."""
-    os.replace(partial, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    descriptor = os.open(path.parent, os.O_RDONLY)  # else a power cut may undo the renaming
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 class Shard:
-    """An open shard whose head is intact: `records` (RECORD) and `checksums` uint64 [documents,2].
+    """An open shard of the store with fingerprint `store`, whose head is intact.
 
-    Raises ShardDamageError for what cannot be trusted as a whole, DamageError for one document. Any
-    thread may read.
+    `records` RECORD [N]. Raises DamageError; any thread may read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, store: str):
         self.path = path
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
-            raise ShardDamageError(f"{path} is missing") from None
+            raise DamageError(f"{path} is missing") from None
         self.bytes = os.fstat(self.descriptor).st_size
         try:
             start = 8 + int.from_bytes(self.read(0, 8), "little")
             header = json.loads(self.read(8, start - 8).tobytes())
-            head = self.read(0, start + header["head_checksum"]["data_offsets"][1]).tobytes()
-            if checksum([head[:-8]]) != int.from_bytes(head[-8:], "little"):
-                raise ValueError
-        except DamageError as damage:
-            raise ShardDamageError(str(damage)) from damage
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardDamageError(f"{path}: its head does not match its checksum") from error
-        metadata = header.pop("__metadata__")
-        if metadata["version"] != str(VERSION):
-            raise ShardDamageError(
-                f"{path} has format {metadata['version']}, and this version reads {VERSION}"
-            )
-        self.dtype, self.hidden_size, self.head = (
-            metadata["dtype"],
-            int(metadata["hidden_size"]),
-            head[-8:].hex(),
-        )
-        size = start + max(entry["data_offsets"][1] for entry in header.values())
+            checksum, _, text = header.pop("__metadata__")["eagle3"].partition(" ")
+            spans = {name: entry["data_offsets"] for name, entry in header.items()}
+            first, end = spans["documents"]
+            self.records = self.read(start + first, end - first).view(RECORD)
+            if checksum_head(text, self.records) != checksum:
+                raise DamageError(f"{path}: its head does not match its checksum")
+            head = json.loads(text)
+            self.dtype = head["dtype"]
+            self.columns = columns(head["hidden_size"], self.dtype)
+            self.starts = {name: start + spans[name][0] for name in self.columns}
+            size = start + max(end for _, end in spans.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamageError(f"{path}: its head is damaged") from error
+        if head["store"] != store:
+            raise DamageError(f"{path} belongs to another store")
         if self.bytes != size:
-            raise ShardDamageError(f"{path} has {self.bytes} bytes, not {size}")
-        self.tensors = tensors(self.hidden_size, self.dtype)
-        self.starts = {name: start + entry["data_offsets"][0] for name, entry in header.items()}
-        (count,) = header["keys"]["shape"]
-        columns = np.frombuffer(head, "<i8", 4 * count, self.starts["keys"]).reshape(4, count)
-        self.checksums = np.frombuffer(head, "<u8", 2 * count, self.starts["checksums"]).reshape(
-            count, 2
-        )
-        self.records = np.zeros(count, RECORD)
-        self.records["shard"], self.records["place"] = shard_number(path), np.arange(count)
-        for name, column in zip(
-            ("key", "tokens", "teacher_rows", "supervised"), columns, strict=True
-        ):
-            self.records[name] = column
-        for name in ("tokens", "teacher_rows"):
-            self.records[f"{name}_start"][1:] = self.records[name][:-1].cumsum()
+            raise DamageError(f"{path} has {self.bytes} bytes, not {size}")
+        counts = {per: self.records[per] for per in ("tokens", "teacher_rows")}
+        self.rows_before = {per: count.cumsum() - count for per, count in counts.items()}
 
     def __del__(self, close=os.close):
         if hasattr(self, "descriptor"):
             close(self.descriptor)
 
+    # A memory map would be simpler, but a page that cannot be read (another process cuts the file,
+    # a disk fails) kills the process with SIGBUS, where `pread` raises. It is as fast as copying
+    # out of a map: 10 GB/s from the page cache, the checksum included.
     def read(self, start: int, size: int, digest: xxhash.xxh3_64 | None = None) -> np.ndarray:
-        """Bytes uint8 [size], which `digest` takes in while they are in the cache."""
+        """Bytes uint8 [size], which `digest` takes in while they are in the processor's cache."""
         if not 0 <= size <= self.bytes - start:
-            raise ShardDamageError(f"{self.path} is shorter than its header says")
+            raise DamageError(f"{self.path} is shorter than its header says")
         memory = np.empty(size, np.uint8)
         done = 0
         while done < size:
@@ -252,78 +226,26 @@ class Shard:
                     raise
                 raise DamageError(f"{self.path} cannot be read ({error.strerror})") from error
             if count == 0:
-                raise ShardDamageError(f"{self.path} was cut while it was read")
+                raise DamageError(f"{self.path} was cut while it was read")
             if digest is not None:
                 digest.update(memory[done : done + count])
             done += count
         return memory
 
-    def encoded(self, record: np.void, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Checked bytes of a document: all of its tensors, or TOKENS."""
-        read, digests = {}, (xxhash.xxh3_64(), xxhash.xxh3_64())
-        for name in names:
-            per, size = self.tensors[name].per, self.tensors[name].bytes(1)
-            start = self.starts[name] + int(record[f"{per}_start"]) * size
-            read[name] = self.read(start, int(record[per]) * size, digests[name not in TOKENS])
-        known = self.checksums[record["place"]].tolist()
-        if digests[0].intdigest() != known[0] or (
-            names is not TOKENS and digests[1].intdigest() != known[1]
-        ):
+    def load(self, place: int) -> Document:
+        """The document of `records[place]`; argmax in int64, aux in bf16 where stored as int8."""
+        record, digest = self.records[place], xxhash.xxh3_64()
+        values = {}
+        for name, column in self.columns.items():
+            start = self.starts[name] + int(self.rows_before[column.per][place]) * column.row_bytes
+            rows = int(record[column.per])
+            memory = torch.from_numpy(self.read(start, rows * column.row_bytes, digest))
+            values[name] = memory.view(column.dtype).view(rows, *column.shape)
+        if digest.intdigest() != record["checksum"]:
             raise DamageError(f"its bytes in {self.path} do not match their checksum")
-        return read
-
-    def document(self, record: np.void) -> Document:
-        return decode(
-            int(record["key"]), self.encoded(record, self.tensors), self.hidden_size, self.dtype
-        )
-
-    def ids_and_mask(self, record: np.void) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 [n], bool [n]."""
-        encoded = self.encoded(record, TOKENS)
-        ids, mask = (self.tensors[name].view(encoded[name]) for name in TOKENS)
-        return ids, mask
-
-
-class Shards:
-    """The shards of a folder, of which at most `OPEN_SHARDS` are open; one in use closes when its
-    reader is done.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder, self.lock = folder, threading.Lock()
-        self.open: dict[int, Shard] = {}
-
-    def __getitem__(self, number: int) -> Shard:
-        with self.lock:
-            shard = self.open.pop(number, None) or Shard(shard_path(self.folder, number))
-            self.open[number] = shard
-            if len(self.open) > OPEN_SHARDS:
-                del self.open[next(iter(self.open))]
-        return shard
-
-
-def check_inputs(stored: dict, wanted: dict, folder: Path) -> None:
-    """Raise RunError naming the first (dotted) key in which a store was made from something else."""
-    stored, wanted = (
-        flatten(json.loads(json.dumps(inputs, default=str))) for inputs in (stored, wanted)
-    )
-    for key in {**wanted, **stored}:
-        if key not in stored or key not in wanted or stored[key] != wanted[key]:
-            made, run = (
-                f"{key}={json.dumps(d[key])}" if key in d else f"no {key}" for d in (stored, wanted)
-            )
-            raise RunError(
-                f"the store in {folder} was made with {made}, this run has {run}; make them agree or set "
-                "hidden_states.path to another folder"
-            )
-
-
-def flatten(inputs: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in inputs.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-    return flat
+        if self.dtype == "int8":
+            aux, scales = values["aux_hidden_states"], values["aux_scales"]
+            values["aux_hidden_states"] = dequantise(aux, scales)
+        values["argmax"] = values["argmax"].long()
+        features = Features(*(values[field.name] for field in fields(Features)))
+        return Document(int(record["key"]), values["input_ids"], values["loss_mask"], features)

@@ -1,122 +1,125 @@
-"""Where the trainer's hidden states come from: one function for each option of `mode`."""
+"""Where the trainer's hidden states come from: one class for each option of `mode`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
 from eagle3.batch import Batch, Document, Features, concatenate_features, split_features
 from eagle3.data.prepare import Prepared
-from eagle3.hidden_states.capture import see
-from eagle3.hidden_states.growing import Growing
+from eagle3.hidden_states.capture import compute_features, document_keys
 from eagle3.hidden_states.store import Store
 from eagle3.loader import DocumentSource
+from eagle3.target.handle import TargetHandle
 
 
-@dataclass
 class Supply:
-    """`features_of` is asked for batches whose documents came without features.
+    """The documents of an epoch for a loader, and `features` for batches whose have none.
 
-    `sync` waits until all that was computed so far is kept, which a checkpoint needs; `close` ends
-    the writing. `stand_by` takes part in what other processes ask of a target that several share,
-    that many times.
+    A mode is given what it reads: the prepared data, a store, a target, or several; `barrier` waits
+    for the other ranks. Its class says what it means for the pipeline: `captures` (the stage
+    `capture` writes a store before), `keeps` (hidden states are written while training) and
+    `needs_target`.
     """
 
-    documents: DocumentSource
-    features_of: Callable[[Batch], Features]
-    sync: Callable[[], Any] = lambda: None
-    close: Callable[[], Any] = lambda: None
+    captures = keeps = False
+    needs_target = True
 
+    def __init__(
+        self,
+        prepared: Prepared | None = None,
+        store: Store | None = None,
+        target: TargetHandle | None = None,
+        barrier: Callable[[], None] = lambda: None,
+    ):
+        self.prepared, self.store, self.target, self.barrier = prepared, store, target, barrier
+        data = store if prepared is None else prepared
+        self.lengths, self.supervised = data.lengths, data.supervised
 
-def online(run) -> Supply:
-    """`mode=online`: the target says its Features batch by batch."""
-    target = run.target
-    return Supply(run.prepared, target)
-
-
-class Stored:
-    """Documents of a store, in the order of the data it was made from; some of them may be the
-    same.
-    """
-
-    def __init__(self, store: Store, order: np.ndarray):
-        self.store, self.order = store, order
-        place = {key: i for i, key in enumerate(store.keys.tolist())}
-        places = np.array([place[key] for key in order.tolist()])
-        self.lengths, self.supervised = store.lengths[places], store.supervised[places]
+    @property
+    def documents(self) -> DocumentSource:
+        return self
 
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
-        return self.store.load(self.order[numbers].tolist())
+        return self.prepared.load(numbers)
+
+    def features(self, batch: Batch) -> Features:
+        return self.target.load()(batch)
+
+    def sync(self) -> None:
+        """Wait until all that was computed so far is on disk, which a checkpoint needs."""
+
+    def close(self) -> None:
+        """End the writing."""
 
 
-def offline(run) -> Supply:
-    """`mode=offline`: everything was captured; neither the target nor the prepared data is needed."""
+class Online(Supply):
+    """`mode=online`: the target computes hidden states batch by batch."""
 
-    def no_target(batch: Batch) -> Features:
+
+class Offline(Supply):
+    """`mode=offline`: everything was captured; neither target nor prepared data is needed."""
+
+    captures = True
+    needs_target = False
+
+    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+        keys = self.store.order[numbers].tolist()
+        found = self.store.load(keys)
+        return [found[key] for key in keys if key in found]
+
+    def features(self, batch: Batch) -> Features:
         raise AssertionError("a store gives every document with its features")
 
-    return Supply(Stored(run.store, run.store_order), no_target)
 
-
-class Kept:
-    """Prepared documents, from the second epoch on with the features that the first has kept.
+class Hybrid(Supply):
+    """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later.
 
     Reading only what an earlier epoch kept makes a run's losses independent of how fast the disk
     was, and a resumed run's of where it was stopped.
     """
 
-    def __init__(self, prepared: Prepared, kept: Growing, meet: Callable[[], None]):
-        """`meet` waits for the other processes, each of which keeps the documents that it trained
-        on.
-        """
-        self.prepared, self.kept, self.meet = prepared, kept, meet
-        self.lengths, self.supervised = prepared.lengths, prepared.supervised
-        _, firsts, places = np.unique(
-            prepared.index["start"], return_index=True, return_inverse=True
-        )
-        self.keys = firsts[
-            places
-        ]  # a document that an epoch passes over several times is kept once
+    keeps = True
+
+    @cached_property
+    def keys(self) -> np.ndarray:
+        return document_keys(self.prepared)
 
     def begin(self, epoch: int) -> None:
         if epoch > 0:
-            self.kept.sync()
-            self.meet()
-            self.kept.find()
+            # Each rank kept what it trained on, and any may be given it in this epoch.
+            self.store.sync()
+            self.barrier()
+            self.store.scan()
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
         if epoch == 0:
             return loaded
-        known = self.kept.load([document.key for document in loaded])
-        return [known.get(document.key, document) for document in loaded]
+        found = self.store.load([document.key for document in loaded])
+        return [found.get(document.key, document) for document in loaded]
 
-
-def hybrid(run) -> Supply:
-    """`mode=hybrid`: what the first pass computes is kept, as far as the disk budget goes, and read
-    afterwards.
-    """
-    kept, target = run.growing_store(), run.target
-    everything = Kept(run.prepared, kept, run.ranks.meet)
-
-    def features_of(batch: Batch) -> Features:
+    def features(self, batch: Batch) -> Features:
+        target = self.target.load()
         unknown = [document for document in batch.loaded if document.features is None]
         if len(unknown) == len(batch.loaded):
             features = target(batch)
-            if not kept.full:
+            if not self.store.full:
                 parts = split_features(batch, features)
-                kept.add([replace(d, features=f) for d, f in zip(unknown, parts, strict=True)])
+                self.store.add([replace(d, features=part) for d, part in zip(unknown, parts)])
             return features
-        seen = {document.key: document for document in see(target, unknown)} if unknown else {}
-        if not kept.full:
-            kept.add(list(seen.values()))
-        features = concatenate_features(
-            [seen.get(document.key, document).features for document in batch.loaded]
-        )
-        return features.to(batch.input_ids.device)
+        computed = compute_features(target, unknown) if unknown else []
+        self.store.add(computed)
+        known = {document.key: document for document in computed}
+        parts = [known.get(document.key, document).features for document in batch.loaded]
+        return concatenate_features(parts).to(batch.input_ids.device)
 
-    return Supply(everything, features_of, kept.sync, kept.close)
+    def sync(self) -> None:
+        self.store.sync()
+
+    def close(self) -> None:
+        self.store.close()
