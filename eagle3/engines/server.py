@@ -202,10 +202,14 @@ def environment(engine: str) -> Path:
     return Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[1])) / f".venv-{engine}"
 
 
+def program(engine: str, name: str) -> str:
+    """`name` in the engine's own environment where launch/engines.sh made one, else on the PATH."""
+    own = environment(engine) / "bin" / name
+    return str(own) if own.exists() else name
+
+
 def interpreter(engine: str, given: str | None) -> str:
-    """The Python of an engine: the one given, else that of its own environment where there is one,
-    else this one.
-    """
+    """The Python of an engine: the given one, else its environment's if that exists, else ours."""
     own = environment(engine) / "bin" / "python"
     return given or (str(own) if own.exists() else sys.executable)
 

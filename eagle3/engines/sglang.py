@@ -1,0 +1,199 @@
+"""SGLang: the one place that spells its flags, request bodies and replies."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, command_line
+from eagle3.engines.server import program
+from eagle3.errors import ConfigError, RunError
+
+# With these a prompt's hidden states come in another order, from another process or not at all.
+CAPTURE_CONFLICTS = (
+    "--enable-dp-attention",
+    "--enable-mixed-chunk",
+    "--pp-size",
+    "--pipeline-parallel-size",
+)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a server is asked for that leaves hidden states.
+
+    `hook_factory` is `module:function` of the forward hook, `hook_config` its argument.
+    `layer_ids` are those whose outputs are wanted; None: the ones SGLang captures by default. The
+    model is split over `tp_size` GPUs (of `Launch`) and copied `dp_size` times; at most
+    `batch_tokens` tokens go through it at once.
+    """
+
+    hook_factory: str
+    hook_config: dict[str, Any]
+    layer_ids: list[int] | None
+    device: str
+    batch_tokens: int
+    dp_size: int = 1
+    ep_size: int = 1
+    quantization: str | None = None
+
+
+class SGLang(Engine):
+    name = "SGLang"
+    packages = ("sglang",)
+    versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
+    generate_path = "/generate"
+    drafts_trees = True
+    reads_speculators = False
+
+    def benchmark_command(
+        self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
+    ) -> list[str]:
+        options = {
+            "--random-seed": seed,
+            "--max-running-requests": batch,
+            "--enable-metrics": True,
+            "--disable-radix-cache": True,
+        }
+        if drafting[0]:
+            options |= self.draft_options(draft, *drafting)
+        return self.server_command(launch, options)
+
+    def capture_command(self, launch: Launch, capture: Capture) -> list[str]:
+        """A server that leaves the hidden states of every prompt to a forward hook.
+
+        Raises ConfigError where the launch's `server_args` would spoil the capture.
+        """
+        for argument in launch.server_args:
+            if argument.split("=")[0] in CAPTURE_CONFLICTS:
+                raise ConfigError(
+                    f"target.server_args: {argument} does not go with capturing hidden states; "
+                    "leave it out"
+                )
+        hook = {
+            "name": "eagle3",
+            "target_modules": ["*logits_processor"],
+            "hook_factory": capture.hook_factory,
+            "config": capture.hook_config,
+        }
+        options = {
+            "--device": capture.device,
+            "--dp-size": capture.dp_size,
+            "--ep-size": capture.ep_size,
+            "--quantization": capture.quantization,
+            "--max-prefill-tokens": capture.batch_tokens,
+            "--chunked-prefill-size": -1,
+            "--speculative-algorithm": "EAGLE3",  # names how layers are numbered; loads no draft
+            "--return-hidden-states-mode": "last",
+            "--forward-hooks": json.dumps([hook]),
+            "--enable-return-aux-hidden-states": True,
+            "--disable-radix-cache": True,  # a cached position would never reach the hook
+            "--skip-tokenizer-init": True,
+            "--disable-prefill-cuda-graph": True,  # a replayed graph calls no hook
+            "--disable-decode-cuda-graph": True,
+            "--attention-backend": "torch_native" if capture.device == "cpu" else None,
+        }
+        command = self.server_command(launch, options)
+        if capture.layer_ids is not None:
+            numbers = [str(layer_id) for layer_id in capture.layer_ids]
+            flag = ["--return-aux-hidden-state-layer-ids", *numbers]
+            place = len(command) - len(launch.server_args)
+            command[place:place] = flag
+        return command
+
+    def capture_environment(self, device: str) -> dict[str, str]:
+        """What `capture_command` needs in its environment."""
+        return {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
+
+    def serve_command(
+        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
+    ) -> list[list[str]]:
+        drafting = self.draft_options(draft, draft_length, 1, draft_length + 1) if draft else {}
+        return [
+            [program("sglang", "python"), "-m", "sglang.launch_server"],
+            ["--model-path", target],
+            *([flag, str(value)] for flag, value in drafting.items()),
+            ["--host", "127.0.0.1", "--port", str(port or 30000)],
+            more,
+        ]
+
+    def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
+        model = launch.model
+        common = {
+            "--model-path": model.path,
+            "--revision": model.revision,
+            "--dtype": model.dtype,
+            "--trust-remote-code": model.trust_remote_code,
+            "--host": "127.0.0.1",
+            "--port": launch.port,
+            "--tp-size": launch.tp_size,
+            "--mem-fraction-static": launch.mem_fraction_static,
+        }
+        words = command_line(common | options)
+        return [launch.python, "-m", "sglang.launch_server", *words, *launch.server_args]
+
+    def draft_options(
+        self, draft: str, steps: int, topk: int, verify_tokens: int
+    ) -> dict[str, Any]:
+        return {
+            "--speculative-algorithm": "EAGLE3",
+            "--speculative-draft-model-path": draft,
+            "--speculative-num-steps": steps,
+            "--speculative-eagle-topk": topk,
+            "--speculative-num-draft-tokens": verify_tokens,
+        }
+
+    def request_body(
+        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
+    ) -> dict[str, Any]:
+        sampling = {
+            "temperature": temperature,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": max_new_tokens,
+            "stop": list(stop),
+        }
+        return {"input_ids": prompt, "sampling_params": sampling}
+
+    def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
+        ids, meta = reply["output_ids"], reply["meta_info"]
+        if meta["finish_reason"]["type"] == "abort":
+            raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
+        if len(ids) < 2:
+            return Answer(ids, 0, [0] * steps, 0.0, reply["text"], [])
+        if "decode_throughput" not in meta:
+            raise RunError(
+                "SGLang does not report how long it decoded: start it with --enable-metrics"
+            )
+        seconds = (len(ids) - 1) / meta["decode_throughput"]
+        if steps == 0:
+            return Answer(ids, len(ids) - 1, [], seconds, reply["text"])
+        # How many rounds accepted 0, 1, ... drafts; of the last round also those that lie behind
+        # the end of the answer.
+        histogram = meta["spec_correct_drafts_histogram"]
+        accepted_at = [sum(histogram[position:]) for position in range(1, steps + 1)]
+        return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, reply["text"])
+
+    def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
+        response = get("/server_info")
+        if response.status_code != 200:
+            raise RunError(
+                f"{response.url} is no SGLang server (HTTP {response.status_code}); "
+                "check benchmark.url"
+            )
+        info = response.json()
+        algorithm = info.get("speculative_algorithm")
+        if algorithm is None:
+            return 0, 0, 0
+        if algorithm != "EAGLE3":
+            raise RunError(
+                f"{response.url} drafts with --speculative-algorithm {algorithm}; an EAGLE3 draft "
+                "needs EAGLE3 there, or nothing it drafts is ever accepted"
+            )
+        names = ("num_steps", "eagle_topk", "num_draft_tokens")
+        steps, topk, verify_tokens = (info[f"speculative_{name}"] for name in names)
+        return steps, topk, verify_tokens
