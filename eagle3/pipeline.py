@@ -8,11 +8,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 
 from eagle3 import evaluate, plan
 from eagle3.benchmark import check as diagnosis
+from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.request import Subject
 from eagle3.config import RunConfig, parse_size
 from eagle3.data import view
 from eagle3.data.sources import read_rows
@@ -31,6 +33,7 @@ from eagle3.parallel.watch import Watch
 from eagle3.runs import checkpoint
 from eagle3.runs.artefact import read_facts
 from eagle3.runs.logger import JsonLines
+from eagle3.target.handle import TargetHandle
 from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
 from eagle3.train import Trainer, fit
 
@@ -312,7 +315,20 @@ def benchmark_stage(run: Run) -> None:
         raise ConfigError(
             "stages=[benchmark] needs a draft: set draft_path=<folder>, or list train and export before it"
         )
-    instantiate(run.config.benchmark, run)
+    heldout = any(suite.startswith("heldout") for suite in run.config.benchmark["suites"])
+    in_process = get_class(run.config.benchmark["_target_"]).in_process
+    subject = Subject(
+        run.draft_folder,
+        TargetHandle(run.spec, run.config.target, run.device),
+        run.chat,
+        run.config.data,
+        run.config.cache_dir,
+        run.config.seed,
+        run.prepared_path / "heldout.jsonl" if heldout else None,
+        run.prepared if in_process and heldout else None,
+    )
+    run.let_go_of_target()
+    benchmark(instantiate(run.config.benchmark, _convert_="all"), subject, run.run_dir)
 
 
 STAGES = {

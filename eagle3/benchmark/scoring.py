@@ -20,8 +20,9 @@ PASSED = 97  # not 0, so that an answer that exits early passes nothing
 # lets it.
 GUARD = f"""
 import ctypes, os, resource, runpy, sys
-for what, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+limits = {{"CPU": {SECONDS}, "AS": {MEMORY}, "FSIZE": 1 << 20, "NOFILE": 32, "NPROC": 0, "CORE": 0}}
+for name, most in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 if sys.platform == "linux":
     ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER, CLONE_NEWNET
 runpy.run_path(sys.argv[1], run_name="__main__")
