@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.builtin import Decoder, cut_at, read, ties
+from eagle3.benchmark.builtin import cut_at, read, ties
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Request, Subject, check_config, check_request
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
@@ -89,28 +90,20 @@ class Echo(Request):
 
     def open(self, config):
         self.log.append(("open", config))
-        return EchoSession(self, config)
 
+    def answer(self, config, prompts, max_new_tokens, stop=()):
+        self.log.append(("answer", config, len(prompts), prompts))
+        return [self.one(config[1], prompt[:max_new_tokens]) for prompt in prompts]
 
-@dataclass
-class EchoSession:
-    echo: Echo
-    config: list
-
-    def answer(self, prompts, max_new_tokens, stop=()):
-        self.echo.log.append(("answer", self.config, len(prompts), prompts))
-        return [self.one(prompt[:max_new_tokens]) for prompt in prompts]
-
-    def one(self, ids):
-        steps = self.config[1]
-        accepted = min(steps, self.echo.accepted)
+    def one(self, steps, ids):
+        accepted = min(steps, self.accepted)
         rounds = -(-(len(ids) - 1) // (accepted + 1))
         at = [rounds if k < accepted else 0 for k in range(steps)] if steps else None
-        ids = [*ids[:-1], ids[-1] + 1] if self.echo.broken and steps else ids
-        return Answer(ids, rounds, at, self.echo.seconds * rounds, "".join(map(chr, ids)))
+        ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
+        return Answer(ids, rounds, at, self.seconds * rounds, "".join(map(chr, ids)))
 
     def close(self):
-        self.echo.log.append(("close", self.config))
+        self.log.append(("close",))
 
 
 def rows_file(folder, *rows):
@@ -227,8 +220,9 @@ def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
     assert opened == [[1, 0, 0, 0], [2, 0, 0, 0], [1, 3, 1, 4], [2, 3, 4, 8]], (
         "a server serves any batch"
     )
-    one_by_one, at_once = ["open", *["answer"] * 5, "close"], ["open", "answer", "answer", "close"]
-    assert [kind for kind, *_ in log] == [*one_by_one, *at_once] * 2, "one session at a time"
+    one_by_one, at_once = ["open", *["answer"] * 5], ["open", "answer", "answer"]
+    expected = [*[*one_by_one, *at_once] * 2, "close"]
+    assert [kind for kind, *_ in log] == expected, "one config at a time"
     asked = [entry[2] for entry in log if entry[0] == "answer"]
     assert asked == [1, 1, 1, 1, 1, 2, 4] * 2, "a warm-up, then all; a batch is kept full"
     chain, alone, tree = result["suites"][suite]
@@ -261,26 +255,22 @@ def test_what_was_measured_before_an_error_is_written(tmp_path, error):
     suite, log = rows_file(tmp_path, {"prompt": "question"}), []
 
     class Dying(Echo):
-        def open(self, config):
-            session = super().open(config)
-            if config[1] == dies_at:
-                session.one = session_dies
-            return session
-
-    def session_dies(ids):
-        raise error("the engine died")
+        def one(self, steps, ids):
+            if steps == dies_at:
+                raise error("the engine died")
+            return super().one(steps, ids)
 
     configs = [[1, 5, 1, 6], [1, 3, 1, 4]]
     for dies_at, written in ((0, None), (5, [[1, 3, 1, 4]])):
         with pytest.raises(error):
             measured(tmp_path, configs, [suite], log, Dying)
-        assert log[-1][0] == "close" and log[-1][1][1] == dies_at
+        assert log[-2][:2] == ("answer", [1, dies_at, *log[-2][1][2:]]) and log[-1] == ("close",)
         path = tmp_path / "benchmark.json"
         rows = json.loads(path.read_text())["suites"][suite] if path.exists() else None
         assert rows is written is None or [row["config"] for row in rows] == written
 
 
-def test_sessions_of_a_batch_take_turns(tmp_path):
+def test_configs_of_a_batch_take_turns(tmp_path):
     suite, log = rows_file(tmp_path, *({"prompt": f"{i}"} for i in range(3))), []
     measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, simultaneous=True)
     answers = [(entry[1][1], entry[2]) for entry in log if entry[0] == "answer"]
@@ -360,15 +350,17 @@ def test_builtin_runs_trees_and_batches(tmp_path):
 
 
 def decoder_of(target, config, temperature=0.0):
-    generator = torch.Generator().manual_seed(0)
-    return Decoder(target, None, Words(), config, temperature, generator)
+    request = instantiate(SECTION | {"temperature": temperature}, _convert_="all")
+    request.target, request.chat, request.seed, request.generators = target, Words(), 0, {}
+    request.open(config)
+    return partial(request.answer, config)
 
 
-def test_builtin_sessions_answer_in_order_and_without_common_luck():
-    answers = decoder_of(Cycle(), [2, 0, 0, 0]).answer([[0, 3], [1, 9, 5], [7]], 4)
+def test_builtin_answers_in_order_and_without_common_luck():
+    answers = decoder_of(Cycle(), [2, 0, 0, 0])([[0, 3], [1, 9, 5], [7]], 4)
     assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
     assert answers[0].rounds == 3
-    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0).answer([[0, 3], [0, 3]], 8)
+    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0)([[0, 3], [0, 3]], 8)
     assert one.ids != other.ids
 
 

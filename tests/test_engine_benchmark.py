@@ -1,4 +1,4 @@
-"""benchmark=sglang and benchmark=vllm against a stand-in of their servers (`data/fake_engine.py`)."""
+"""benchmark=sglang and vllm against a stand-in of their servers (`data/fake_engine.py`)."""
 
 import json
 import sys
@@ -106,10 +106,10 @@ def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
     request = instantiate(section(name, configs=[[3, 0, 0, 0]], python=python), _convert_="all")
     request.start(subject, tmp_path)
     for batch in (1, 3):
-        client = request.open([batch, 0, 0, 0])
-        answers = client.answer([[0, i] for i in range(6)], 2)
+        request.open([batch, 0, 0, 0])
+        answers = request.answer([batch, 0, 0, 0], [[0, i] for i in range(6)], 2)
         assert [answer.ids for answer in answers] == [[i + 1, i + 2] for i in range(6)]
-        assert client.get("/most").json()[0] == batch
+        assert request.get("/most").json()[0] == batch
     request.close()
 
 

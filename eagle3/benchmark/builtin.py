@@ -1,4 +1,4 @@
-"""`benchmark=builtin`: the reference decoder, in this process, with the draft and without in turn."""
+"""`benchmark=builtin`: the reference decoder in this process, with the draft and without."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,6 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, generate, speculate
-from eagle3.draft.model import Draft
 from eagle3.engines.engine import Answer
 from eagle3.export.write import read_draft
 
@@ -27,13 +26,13 @@ class Builtin(Request):
     simultaneous: ClassVar[bool] = True
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
-        """Load the draft, then the target, which all sessions use in turn."""
+        """Load the draft, then the target."""
         spec, device, prepared = subject.target.spec, subject.target.device, subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
         draft = read_draft(subject.draft_folder, None, spec.config, spec.aux_layer_ids)
         self.draft = draft.to(device).eval()
         self.target = subject.target.load()
-        self.chat, self.seed = subject.chat, subject.seed
+        self.chat, self.seed, self.generators = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
         if prepared is not None:
             count = min(len(prepared), BIGRAM_CONVERSATIONS)
@@ -47,53 +46,42 @@ class Builtin(Request):
             "threads": torch.get_num_threads(),
         }
 
-    def open(self, config: list[int]) -> "Decoder":
+    def open(self, config: list[int]) -> None:
         # One generator for all questions: were each seeded alike, all would have the same luck and
         # intervals be too narrow.
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
-        return Decoder(self.target, self.draft, self.chat, config, self.temperature, generator)
-
-    def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
-        """What drafts without a model would have reached, and how close unequal answers were."""
-        columns = {name: simulate(draft, baseline, steps) for name, draft in self.costless.items()}
-        return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
-
-
-@dataclass
-class Decoder:
-    """A session at `config` [batch, steps, topk, verify_tokens]."""
-
-    target: Any
-    draft: Draft
-    chat: Chat
-    config: list[int]
-    temperature: float
-    generator: torch.Generator
+        self.generators[tuple(config)] = generator
 
     def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+        self,
+        config: list[int],
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
     ) -> list[Answer]:
+        batch, steps, *_ = config
         answers = []
-        batch, steps, *_ = self.config
         for start in range(0, len(prompts), batch):
-            for generation in self.decode(prompts[start : start + batch], max_new_tokens):
+            for generation in self.decode(config, prompts[start : start + batch], max_new_tokens):
                 if stop:
                     generation = cut_at(generation, stop, self.chat)
                 answers.append(read(generation, steps, stop, self.chat))
         return answers
 
-    def decode(self, prompts: list[list[int]], max_new_tokens: int) -> list[Generation]:
-        _, steps, topk, verify_tokens = self.config
+    def decode(
+        self, config: list[int], prompts: list[list[int]], max_new_tokens: int
+    ) -> list[Generation]:
         device = self.target.embedding.device
         ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-        luck = {"temperature": self.temperature, "generator": self.generator}
-        if steps == 0:
-            return generate(self.target, ids, max_new_tokens, **luck)
-        tree = (steps, topk, verify_tokens)
-        return speculate(self.target, self.draft, ids, *tree, max_new_tokens, **luck)
+        sampling = (max_new_tokens, self.temperature, self.generators[tuple(config)])
+        if config[1] == 0:
+            return generate(self.target, ids, *sampling)
+        return speculate(self.target, self.draft, ids, *config[1:], *sampling)
 
-    def close(self) -> None:
-        """Nothing was taken for it."""
+    def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
+        """What drafts without a model would have reached, and how close unequal answers were."""
+        columns = {name: simulate(draft, baseline, steps) for name, draft in self.costless.items()}
+        return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
 def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:

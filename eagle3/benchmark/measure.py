@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from eagle3.benchmark.protocols import Setup, prompt_ids, setup_of
-from eagle3.benchmark.request import Request, Session, Subject
+from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import OWN, SUITES, Question, load_questions, parse_suite
 from eagle3.data.chat import Chat
@@ -184,23 +184,22 @@ def measure(
         for start in range(0, len(task.questions), size)
     ]
     trials = [{task.name: [] for task in tasks} for _ in configs]
+    first = tasks[0]
+    prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
+    for config in configs:
+        request.open(config)
+        request.answer(config, prompts, min(WARM_UP_TOKENS, first.setup.max_new_tokens))
+    turns = list(zip(configs, trials, strict=True))
     title = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
-    with ExitStack() as stack:
-        opened = [stack.enter_context(closing(request.open(config))) for config in configs]
-        first = tasks[0]
-        prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
-        for session in opened:
-            session.answer(prompts, min(WARM_UP_TOKENS, first.setup.max_new_tokens))
-        turns = list(enumerate(opened))
-        for task, questions in track(groups, description=title, transient=True):
-            for i, session in turns:
-                trials[i][task.name] += ask(session, questions, task, batch, chat)
-            turns.reverse()
+    for task, questions in track(groups, description=title, transient=True):
+        for config, by_suite in turns:
+            by_suite[task.name] += ask(request, config, questions, task, chat)
+        turns.reverse()
     return trials
 
 
 def ask(
-    session: Session, questions: list[Question], task: Task, batch: int, chat: Chat
+    request: Request, config: list[int], questions: list[Question], task: Task, chat: Chat
 ) -> list[Trial]:
     """All turns of these questions, each after the model's own answers to the turns before.
 
@@ -215,13 +214,13 @@ def ask(
             trial.prompts.append(task.prompt_ids(trial.question, texts, chat))
         prompts = [trial.prompts[-1] for trial in going]
         began = time.perf_counter()
-        answers = session.answer(prompts, task.setup.max_new_tokens, task.setup.stop)
+        answers = request.answer(config, prompts, task.setup.max_new_tokens, task.setup.stop)
         wall += time.perf_counter() - began
         for trial, answer in zip(going, answers, strict=True):
             trial.answers.append(answer)
             trial.seconds += answer.seconds
     total = sum(trial.seconds for trial in trials)
-    if batch > 1 and total > 0:
+    if config[0] > 1 and total > 0:
         for trial in trials:
             trial.seconds *= wall / total
     return trials

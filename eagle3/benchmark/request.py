@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar
 
 from eagle3.benchmark.protocols import SETUPS
 from eagle3.benchmark.statistics import Trial
@@ -34,18 +34,6 @@ class Subject:
     prepared: Prepared | None = None
 
 
-class Session(Protocol):
-    """The target, with or without a draft, ready at one [batch, steps, topk, verify_tokens]."""
-
-    def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
-    ) -> list[Answer]:
-        """One answer per prompt, in order, `batch` at a time; each ends before a text of `stop`."""
-
-    def close(self) -> None:
-        """Free what `Request.open` took."""
-
-
 @dataclass(kw_only=True)
 class Request:
     """The keys that every file of conf/benchmark has; its subclasses answer.
@@ -65,25 +53,34 @@ class Request:
     execute_code: bool
 
     in_process: ClassVar[bool]  # it decodes with the target that this process loads
-    simultaneous: ClassVar[bool]  # sessions of one batch may be open at the same time
+    simultaneous: ClassVar[bool]  # all configs of one batch can be ready at the same time
 
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
         """Raise ConfigError where the section `benchmark` asks for what is not installed."""
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
-        """Make ready for `open`; returns facts for benchmark.json. Logs go to `run_dir`.
+        """Called first; returns facts for benchmark.json. Logs go to `run_dir`.
 
         Raises ConfigError and RunError.
         """
         raise NotImplementedError
 
-    def open(self, config: list[int]) -> Session:
-        """Ready at `config`; steps 0 is the target alone."""
+    def open(self, config: list[int]) -> None:
+        """Get ready for questions under `config`; steps 0 is the target alone."""
+
+    def answer(
+        self,
+        config: list[int],
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
+    ) -> list[Answer]:
+        """One answer per prompt, in order, `batch` at a time; each ends before a text of `stop`."""
         raise NotImplementedError
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
-        """More values of a row."""
+        """More values of a row of benchmark.json."""
         return {}
 
     def close(self) -> None:

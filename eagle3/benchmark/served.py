@@ -89,24 +89,23 @@ class Served(Request):
         self.subject, self.run_dir = subject, run_dir
         return redact(facts)
 
-    def open(self, config: list[int]) -> "Client":
-        batch, steps, topk, verify_tokens = config
-        drafting = (steps, topk, verify_tokens)
-        url = self.url if steps else self.alone_url
+    def open(self, config: list[int]) -> None:
+        drafting = tuple(config[1:])
+        url = self.url if config[1] else self.alone_url
         if url is None:
             if self.server is None or self.drafting != drafting:
                 self.close()
                 self.server, self.drafting = self.start_server(drafting), drafting
-            return Client(self, self.server.url, batch, steps, self.server)
-        client = Client(self, url.rstrip("/").removesuffix("/v1"), batch, steps)
-        actual = self.engine.read_drafting(client.get)
+            self.address = self.server.url
+            return
+        self.address = url.rstrip("/").removesuffix("/v1")
+        actual = self.engine.read_drafting(self.get)
         if actual != drafting:
             raise ConfigError(
                 f"benchmark.configs={config} is not what {url} serves, which drafts with "
                 f"[steps, topk, verify_tokens] = {list(actual)}; set benchmark.configs to that, or "
                 "leave its address out"
             )
-        return client
 
     def start_server(self, drafting: Drafting) -> Server:
         port = choose_port(self.port, "benchmark.port")
@@ -137,42 +136,37 @@ class Served(Request):
         if server is not None:
             server.close()
 
-
-@dataclass
-class Client:
-    """A session: `batch` requests under way at the server at `url`; `server` if it is our child."""
-
-    request: Served
-    url: str
-    batch: int
-    steps: int
-    server: Server | None = None
-
     def get(self, path: str) -> httpx.Response:
         """Raises RunError where nobody answers; a refusal is an answer."""
-        timeout = min(30.0, self.request.timeout)
+        timeout = min(30.0, self.timeout)
         try:
-            return httpx.get(self.url + path, timeout=timeout, trust_env=False)
+            return httpx.get(self.address + path, timeout=timeout, trust_env=False)
         except httpx.HTTPError as error:
             raise RunError(
-                f"no server answers at {self.url}{path} ({error}); check its address"
+                f"no server answers at {self.address}{path} ({error}); check its address"
             ) from error
 
     def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
+        self,
+        config: list[int],
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        stop: tuple[str, ...] = (),
     ) -> list[Answer]:
-        body, temperature = self.request.engine.request_body, self.request.temperature
-        bodies = [body(prompt, max_new_tokens, stop, temperature) for prompt in prompts]
-        return asyncio.run(self.post_all(bodies))
+        batch, steps, *_ = config
+        body = self.engine.request_body
+        bodies = [body(prompt, max_new_tokens, stop, self.temperature) for prompt in prompts]
+        replies = asyncio.run(self.post_all(bodies, batch))
+        return [self.read(reply, steps) for reply in replies]
 
-    async def post_all(self, bodies: list[dict[str, Any]]) -> list[Answer]:
-        free = asyncio.Semaphore(self.batch)
+    async def post_all(self, bodies: list[dict[str, Any]], batch: int) -> list[httpx.Response]:
+        free = asyncio.Semaphore(batch)
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
-            timeout=self.request.timeout, trust_env=False, limits=limits
+            timeout=self.timeout, trust_env=False, limits=limits
         ) as client:
 
-            async def post(body: dict[str, Any]) -> Answer:
+            async def post(body: dict[str, Any]) -> httpx.Response:
                 async with free:
                     return await self.post(client, body)
 
@@ -184,32 +178,26 @@ class Client:
                 for task in tasks:
                     task.cancel()
 
-    async def post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-        engine, timeout = self.request.engine, self.request.timeout
+    async def post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
         try:
-            response = await client.post(self.url + engine.generate_path, json=body)
+            response = await client.post(self.address + self.engine.generate_path, json=body)
         except httpx.TimeoutException as error:
             raise RunError(
-                f"{self.url} gave no answer within {timeout:g} s: raise benchmark.timeout"
+                f"{self.address} gave no answer within {self.timeout:g} s: raise benchmark.timeout"
             ) from error
         except httpx.HTTPError as error:
             await self.check_server()
             raise RunError(
-                f"{self.url} broke off a request ({type(error).__name__}: {error})"
+                f"{self.address} broke off a request ({type(error).__name__}: {error})"
             ) from error
         if response.status_code >= 500:
             await self.check_server()
         if response.status_code != 200:
             raise RunError(
-                f"{self.url} refused a request (HTTP {response.status_code}): {response.text[:300]}"
-            )
-        try:
-            return engine.read_reply(response.json(), self.steps)
-        except (ValueError, LookupError, TypeError) as error:
-            raise RunError(
-                f"{self.url} answers in a form we do not know ({type(error).__name__}: {error}): "
+                f"{self.address} refused a request (HTTP {response.status_code}): "
                 f"{response.text[:300]}"
-            ) from error
+            )
+        return response
 
     async def check_server(self) -> None:
         """Raises RunError with the end of the server's log if it ends about now."""
@@ -217,8 +205,14 @@ class Client:
             self.server.check()
             await asyncio.sleep(0.2)
 
-    def close(self) -> None:
-        """The server is that of `Served`."""
+    def read(self, response: httpx.Response, steps: int) -> Answer:
+        try:
+            return self.engine.read_reply(response.json(), steps)
+        except (ValueError, LookupError, TypeError) as error:
+            raise RunError(
+                f"{self.address} answers in a form we do not know ({type(error).__name__}: "
+                f"{error}): {response.text[:300]}"
+            ) from error
 
 
 def check_draft(subject: Subject, engine: Engine) -> None:
