@@ -13,6 +13,7 @@ from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
 from eagle3.benchmark.builtin import cut_at, read, ties
 from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject, check_config, check_request
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question
@@ -91,9 +92,9 @@ class Echo(Request):
     def open(self, config):
         self.log.append(("open", config))
 
-    def answer(self, config, prompts, max_new_tokens, stop=()):
+    def answer(self, config, prompts, setup):
         self.log.append(("answer", config, len(prompts), prompts))
-        return [self.one(config[1], prompt[:max_new_tokens]) for prompt in prompts]
+        return [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
 
     def one(self, steps, ids):
         accepted = min(steps, self.accepted)
@@ -264,7 +265,7 @@ def test_what_was_measured_before_an_error_is_written(tmp_path, error):
     for dies_at, written in ((0, None), (5, [[1, 3, 1, 4]])):
         with pytest.raises(error):
             measured(tmp_path, configs, [suite], log, Dying)
-        assert log[-2][:2] == ("answer", [1, dies_at, *log[-2][1][2:]]) and log[-1] == ("close",)
+        assert log[-2][1][1] == dies_at and log[-1] == ("close",)
         path = tmp_path / "benchmark.json"
         rows = json.loads(path.read_text())["suites"][suite] if path.exists() else None
         assert rows is written is None or [row["config"] for row in rows] == written
@@ -357,10 +358,10 @@ def decoder_of(target, config, temperature=0.0):
 
 
 def test_builtin_answers_in_order_and_without_common_luck():
-    answers = decoder_of(Cycle(), [2, 0, 0, 0])([[0, 3], [1, 9, 5], [7]], 4)
+    answers = decoder_of(Cycle(), [2, 0, 0, 0])([[0, 3], [1, 9, 5], [7]], Setup(4))
     assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
     assert answers[0].rounds == 3
-    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0)([[0, 3], [0, 3]], 8)
+    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0)([[0, 3], [0, 3]], Setup(8))
     assert one.ids != other.ids
 
 
@@ -481,4 +482,5 @@ def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted
     cut = cut_at(whole, (stop,), Words())
     assert cut.ids == whole.ids[:length] and (cut.emitted, cut.accepted) == (emitted, accepted)
     assert cut.decode_seconds == len(emitted)
-    assert read(cut, 2, (stop,), Words()).text == "abcdefgh".partition(stop)[0]
+    answer = read(whole, 2, (stop,), Words())
+    assert answer.ids == cut.ids and answer.text == "abcdefgh".partition(stop)[0]

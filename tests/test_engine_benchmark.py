@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig
 
 from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Subject
 from eagle3.benchmark.served import Served, check_draft
 from eagle3.checks import check_node
@@ -107,7 +108,7 @@ def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
     request.start(subject, tmp_path)
     for batch in (1, 3):
         request.open([batch, 0, 0, 0])
-        answers = request.answer([batch, 0, 0, 0], [[0, i] for i in range(6)], 2)
+        answers = request.answer([batch, 0, 0, 0], [[0, i] for i in range(6)], Setup(2))
         assert [answer.ids for answer in answers] == [[i + 1, i + 2] for i in range(6)]
         assert request.get("/most").json()[0] == batch
     request.close()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
+from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
@@ -52,31 +53,21 @@ class Builtin(Request):
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
         self.generators[tuple(config)] = generator
 
-    def answer(
-        self,
-        config: list[int],
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        stop: tuple[str, ...] = (),
-    ) -> list[Answer]:
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
+        device = self.target.embedding.device
+        sampling = (setup.max_new_tokens, self.temperature, self.generators[tuple(config)])
         answers = []
         for start in range(0, len(prompts), batch):
-            for generation in self.decode(config, prompts[start : start + batch], max_new_tokens):
-                if stop:
-                    generation = cut_at(generation, stop, self.chat)
-                answers.append(read(generation, steps, stop, self.chat))
+            ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + batch]]
+            if steps == 0:
+                generations = generate(self.target, ids, *sampling)
+            else:
+                generations = speculate(self.target, self.draft, ids, *config[1:], *sampling)
+            answers += [
+                read(generation, steps, setup.stop, self.chat) for generation in generations
+            ]
         return answers
-
-    def decode(
-        self, config: list[int], prompts: list[list[int]], max_new_tokens: int
-    ) -> list[Generation]:
-        device = self.target.embedding.device
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-        sampling = (max_new_tokens, self.temperature, self.generators[tuple(config)])
-        if config[1] == 0:
-            return generate(self.target, ids, *sampling)
-        return speculate(self.target, self.draft, ids, *config[1:], *sampling)
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
@@ -85,6 +76,8 @@ class Builtin(Request):
 
 
 def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
+    if stop:
+        generation = cut_at(generation, stop, chat)
     text = chat.decode(generation.ids)
     return Answer(
         generation.ids,

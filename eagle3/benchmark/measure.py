@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from eagle3.benchmark.protocols import Setup, prompt_ids, setup_of
+from eagle3.benchmark.protocols import Setup, Task, setup_of
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import OWN, SUITES, Question, load_questions, parse_suite
@@ -31,19 +31,6 @@ NOTHING_ACCEPTED = (
     "are off by one; d2t holds ids where the engine wants offsets"
 )
 console = Console(markup=False)
-
-
-@dataclass
-class Task:
-    """A suite and how it is asked; `examples` are questions shown with their solutions."""
-
-    name: str
-    setup: Setup
-    questions: list[Question]
-    examples: list[Question]
-
-    def prompt_ids(self, question: Question, answers: list[str], chat: Chat) -> list[int]:
-        return prompt_ids(question, answers, self.setup, self.examples, chat)
 
 
 def benchmark(request: Request, subject: Subject, run_dir: Path) -> dict[str, Any]:
@@ -186,9 +173,11 @@ def measure(
     trials = [{task.name: [] for task in tasks} for _ in configs]
     first = tasks[0]
     prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
+    tokens = min(WARM_UP_TOKENS, first.setup.max_new_tokens)
+    warm_up = replace(first.setup, max_new_tokens=tokens, stop=())
     for config in configs:
         request.open(config)
-        request.answer(config, prompts, min(WARM_UP_TOKENS, first.setup.max_new_tokens))
+        request.answer(config, prompts, warm_up)
     turns = list(zip(configs, trials, strict=True))
     title = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
     for task, questions in track(groups, description=title, transient=True):
@@ -214,7 +203,7 @@ def ask(
             trial.prompts.append(task.prompt_ids(trial.question, texts, chat))
         prompts = [trial.prompts[-1] for trial in going]
         began = time.perf_counter()
-        answers = request.answer(config, prompts, task.setup.max_new_tokens, task.setup.stop)
+        answers = request.answer(config, prompts, task.setup)
         wall += time.perf_counter() - began
         for trial, answer in zip(going, answers, strict=True):
             trial.answers.append(answer)

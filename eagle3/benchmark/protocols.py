@@ -53,24 +53,30 @@ def setup_of(
     return replace(setup, system_prompt=chosen)
 
 
-def prompt_ids(
-    question: Question, answers: list[str], setup: Setup, examples: list[Question], chat: Chat
-) -> list[int]:
-    """What the target reads for the turn behind `answers`, its own answers to the turns before.
+@dataclass
+class Task:
+    """A suite and how it is asked; `examples` are shown with their solutions, for shots."""
 
-    `examples` are the questions shown with their solutions where the setup asks for shots. A
-    question that comes tokenised is what it is.
-    """
-    if question.input_ids is not None:
-        return question.input_ids
-    if setup.shots:
-        shown = [f"{plain_text(example)} {example.reference}\n\n" for example in examples]
-        return chat.tokenizer("".join(shown) + plain_text(question)).input_ids
-    messages = with_system(question.messages, setup.system_prompt)
-    for answer, turn in zip(answers, question.later, strict=False):
-        answered = {"role": "assistant", "content": answer.strip()}
-        messages = [*messages, answered, {"role": "user", "content": turn}]
-    return chat.encode_prompt(messages)
+    name: str
+    setup: Setup
+    questions: list[Question]
+    examples: list[Question]
+
+    def prompt_ids(self, question: Question, answers: list[str], chat: Chat) -> list[int]:
+        """What the target reads for the turn behind `answers`, its own to the turns before.
+
+        A question that comes tokenised is what it is.
+        """
+        if question.input_ids is not None:
+            return question.input_ids
+        if self.setup.shots:
+            shown = [f"{plain_text(example)} {example.reference}\n\n" for example in self.examples]
+            return chat.tokenizer("".join(shown) + plain_text(question)).input_ids
+        messages = with_system(question.messages, self.setup.system_prompt)
+        for answer, turn in zip(answers, question.later, strict=False):
+            answered = {"role": "assistant", "content": answer.strip()}
+            messages = [*messages, answered, {"role": "user", "content": turn}]
+        return chat.encode_prompt(messages)
 
 
 def plain_text(question: Question) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from eagle3.benchmark.protocols import SETUPS
+from eagle3.benchmark.protocols import SETUPS, Setup
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import SUITES, parse_suite
 from eagle3.config import Data, Within, nearest
@@ -69,14 +69,8 @@ class Request:
     def open(self, config: list[int]) -> None:
         """Get ready for questions under `config`; steps 0 is the target alone."""
 
-    def answer(
-        self,
-        config: list[int],
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        stop: tuple[str, ...] = (),
-    ) -> list[Answer]:
-        """One answer per prompt, in order, `batch` at a time; each ends before a text of `stop`."""
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+        """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
         raise NotImplementedError
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:

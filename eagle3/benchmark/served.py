@@ -10,6 +10,7 @@ import httpx
 import torch
 from hydra.utils import instantiate
 
+from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
@@ -146,31 +147,30 @@ class Served(Request):
                 f"no server answers at {self.address}{path} ({error}); check its address"
             ) from error
 
-    def answer(
-        self,
-        config: list[int],
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        stop: tuple[str, ...] = (),
-    ) -> list[Answer]:
-        batch, steps, *_ = config
-        body = self.engine.request_body
-        bodies = [body(prompt, max_new_tokens, stop, self.temperature) for prompt in prompts]
-        replies = asyncio.run(self.post_all(bodies, batch))
-        return [self.read(reply, steps) for reply in replies]
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+        limits = (setup.max_new_tokens, setup.stop, self.temperature)
+        bodies = [self.engine.request_body(prompt, *limits) for prompt in prompts]
+        return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
-    async def post_all(self, bodies: list[dict[str, Any]], batch: int) -> list[httpx.Response]:
+    async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
         free = asyncio.Semaphore(batch)
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
             timeout=self.timeout, trust_env=False, limits=limits
         ) as client:
 
-            async def post(body: dict[str, Any]) -> httpx.Response:
+            async def ask(body: dict[str, Any]) -> Answer:
                 async with free:
-                    return await self.post(client, body)
+                    response = await self.post(client, body)
+                try:
+                    return self.engine.read_reply(response.json(), steps)
+                except (ValueError, LookupError, TypeError) as error:
+                    raise RunError(
+                        f"{self.address} answers in a form we do not know "
+                        f"({type(error).__name__}: {error}): {response.text[:300]}"
+                    ) from error
 
-            tasks = [asyncio.ensure_future(post(body)) for body in bodies]
+            tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
             try:
                 return await asyncio.gather(*tasks)
             finally:
@@ -204,15 +204,6 @@ class Served(Request):
         for _ in range(int(DEATH_SECONDS / 0.2)) if self.server is not None else ():
             self.server.check()
             await asyncio.sleep(0.2)
-
-    def read(self, response: httpx.Response, steps: int) -> Answer:
-        try:
-            return self.engine.read_reply(response.json(), steps)
-        except (ValueError, LookupError, TypeError) as error:
-            raise RunError(
-                f"{self.address} answers in a form we do not know ({type(error).__name__}: "
-                f"{error}): {response.text[:300]}"
-            ) from error
 
 
 def check_draft(subject: Subject, engine: Engine) -> None:

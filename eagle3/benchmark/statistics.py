@@ -104,7 +104,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def interval95(
     statistic: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int
 ) -> list[float] | None:
-    """Bootstrap over questions: `statistic` of int64 [R,P], the questions of each resample -> [R]."""
+    """Bootstrap over questions: `statistic` of int64 [R,P], those of each resample, is [R]."""
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(questions, (RESAMPLES, questions), generator=generator)
     values = statistic(picked)

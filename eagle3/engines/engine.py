@@ -50,7 +50,7 @@ class Answer:
 
 
 class Engine:
-    """An inference engine whose server answers over HTTP; `eagle3.engines.sglang` shows its methods.
+    """An inference engine with an HTTP server; `eagle3.engines.sglang` shows the methods it needs.
 
     `packages` are the names that pip may know it by.
     """
