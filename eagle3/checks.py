@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from eagle3.benchmark import builtin
-from eagle3.benchmark.measure import check as check_benchmark
+from eagle3.benchmark.request import check_request
 from eagle3.config import Data, RunConfig, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
@@ -101,11 +100,9 @@ def check(config: RunConfig) -> None:
             f"data.max_length={config.data.max_length} must be at most "
             f"train.tokens_per_step={config.train.tokens_per_step}, or a document would not fit into a micro-step"
         )
-    asked = ("configs", "suites", "protocol", "system_prompt", "paths")
-    check_benchmark(**{key: config.benchmark[key] for key in asked if key in config.benchmark})
-    runner = importlib.import_module(config.benchmark["_target_"].rpartition(".")[0])
-    if "benchmark" in config.stages and not config.plan and hasattr(runner, "check_settings"):
-        runner.check_settings(config.benchmark)
+    check_request(config.benchmark)
+    if "benchmark" in config.stages and not config.plan:
+        find(config.benchmark["_target_"], "benchmark").check_settings(config.benchmark)
     for engine in config.check.engines:
         if engine not in ENGINES:
             raise ConfigError(f"check.engines={engine} is unknown; allowed: {', '.join(ENGINES)}")
@@ -125,7 +122,7 @@ def check_target(config: RunConfig) -> None:
         return
     decodes = (
         "benchmark" in config.stages
-        and find(config.benchmark["_target_"], "benchmark") is builtin.run
+        and find(config.benchmark["_target_"], "benchmark").in_process
     )
     if {"generate", "capture", "train", "regenerate"} & set(config.stages):
         target.check_settings(config.target, read_spec(config.model))

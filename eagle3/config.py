@@ -21,6 +21,14 @@ def ranged(default: Any, low: float | None = None, high: float | None = None) ->
     return field(default=default, metadata={"low": low, "high": high})
 
 
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a parameter, inclusive."""
+
+    low: float
+    high: float
+
+
 @dataclass
 class Model:
     """The target: `path` is a folder or a hub id; `aux_layer_ids` are zero-based decoder layers,

@@ -1,4 +1,5 @@
 import json
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -6,20 +7,24 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.builtin import ties
-from eagle3.benchmark.measure import check, check_config
-from eagle3.benchmark.statistics import Answer, Trial, acceptance, equality, speed
+from eagle3.benchmark.builtin import cut_at, read, ties
+from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.protocols import Setup
+from eagle3.benchmark.request import Request, Subject, check_config, check_request
+from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question
 from eagle3.checks import check_node
 from eagle3.decode.speculate import Generation
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.engines.engine import Answer
 from eagle3.errors import ConfigError, RunError
 
-torch.set_num_threads(1)
+SECTION = yaml.safe_load((ROOT / "conf/benchmark/builtin.yaml").read_text())
 
 
 class Cycle:
@@ -37,32 +42,101 @@ class Cycle:
         return last @ self.embedding.T
 
 
+class Words:
+    """A chat of characters, with a template that marks roles."""
+
+    template = "roles"
+
+    def encode_prompt(self, messages):
+        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        text = "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
+        return [ord(letter) for letter in text + "<a>"]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+class Prepared(list):
+    def document(self, index):
+        return index, self[index], None
+
+
 def make_draft(target):
     vocab_size, hidden = target.embedding.shape
     config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
-    return Draft(
-        config,
-        FlashCPU,
-        torch.ones(vocab_size, dtype=torch.bool),
-        torch.zeros(vocab_size, dtype=torch.long),
-    )
+    whole = torch.ones(vocab_size, dtype=torch.bool)
+    return Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
 
 
-@pytest.fixture
-def target():
-    return Cycle()
+def subject_of(folder, target=None, eval_path=None, heldout=None, prepared=None):
+    data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared", chat_template="auto")
+    spec = SimpleNamespace(config=None, aux_layer_ids=[1, 2, 3])
+    handle = SimpleNamespace(spec=spec, device=torch.device("cpu"), load=lambda: target)
+    texts = prepared and Prepared(prepared)
+    return Subject(folder / "draft", handle, Words(), data, str(folder), 0, heldout, texts)
+
+
+@dataclass(kw_only=True)
+class Echo(Request):
+    """Repeats prompts: `accepted` of the drafts of a round, `seconds` a token."""
+
+    log: list
+    accepted: int = 1
+    seconds: float = 0.01
+    broken: bool = False
+    simultaneous: bool = False
+
+    def start(self, subject, run_dir):
+        return {"runner": "echo"}
+
+    def open(self, config):
+        self.log.append(("open", config))
+
+    def answer(self, config, prompts, setup):
+        self.log.append(("answer", config, len(prompts), prompts))
+        return [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
+
+    def one(self, steps, ids):
+        accepted = min(steps, self.accepted)
+        rounds = -(-(len(ids) - 1) // (accepted + 1))
+        at = [rounds if k < accepted else 0 for k in range(steps)] if steps else None
+        ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
+        return Answer(ids, rounds, at, self.seconds * rounds, "".join(map(chr, ids)))
+
+    def close(self):
+        self.log.append(("close",))
+
+
+def rows_file(folder, *rows):
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def measured(folder, configs, suites, log=None, kind=Echo, **changed):
+    section = {key: value for key, value in SECTION.items() if key != "_target_"}
+    section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
+    return benchmark(kind(log=[] if log is None else log, **section), subject_of(folder), folder)
+
+
+def decoded(folder, target, heldout, prepared=None, **changed):
+    """benchmark=builtin on the prompts of `heldout`."""
+    path = folder / "heldout.jsonl"
+    lines = [json.dumps({"id": f"h{i}", "input_ids": ids}) for i, ids in enumerate(heldout)]
+    path.write_text("\n".join(lines))
+    subject = subject_of(folder, target, heldout=path, prepared=prepared)
+    changed = {"suites": ["heldout"], "max_new_tokens": 6} | changed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(target))
+        return benchmark(instantiate(SECTION | changed, _convert_="all"), subject, folder)
 
 
 def test_bigram_table_takes_the_most_frequent_successor():
-    table = bigram_table(
-        [torch.tensor([0, 1, 0, 2, 0, 2]), torch.tensor([1, 2, 1, 0]), torch.tensor([3])], 5
-    )
+    texts = [torch.tensor([0, 1, 0, 2, 0, 2]), torch.tensor([1, 2, 1, 0]), torch.tensor([3])]
+    table = bigram_table(texts, 5)
     assert table.tolist() == [2, 0, 0, -1, -1]  # 1 -> 0 twice; 2 -> 0 and 2 -> 1 tie
     assert table.dtype == torch.int64
-
-
-def test_bigram_chain_ends_where_no_successor_is_known():
-    assert bigram([1, 2, -1], [7, 0], 5) == [1, 2]
+    assert bigram([1, 2, -1], [7, 0], 5) == [1, 2], "ended by a token without a successor"
     assert bigram([1, 0], [0], 3) == [1, 0, 1]
 
 
@@ -78,14 +152,12 @@ def test_prompt_lookup_equals_a_plain_search():
     random = torch.Generator().manual_seed(0)
     found = 0
     for _ in range(300):
-        text = torch.randint(
-            4, (int(torch.randint(1, 30, (), generator=random)),), generator=random
-        ).tolist()
+        length = int(torch.randint(1, 30, (), generator=random))
+        text = torch.randint(4, (length,), generator=random).tolist()
         assert prompt_lookup(text, 4) == slow_lookup(text, 4)
         found += bool(slow_lookup(text, 4))
     assert found > 200
     assert prompt_lookup([1, 2, 3, 9, 1, 2, 3], 2) == [9, 1]
-    assert prompt_lookup([1, 2, 3], 2) == []
 
 
 def test_acceptance_of_counts_rounds_as_decoding_does():
@@ -94,16 +166,15 @@ def test_acceptance_of_counts_rounds_as_decoding_does():
     def perfect(text, length):
         return answer[len(text) - 2 :][:length]
 
+    def wrong_first(text, length):
+        return [99, *perfect(text, length)[1:]]
+
     assert acceptance_of(perfect, [0, 0], answer, 2) == [3, 2]
     assert acceptance_of(perfect, [0, 0], answer, 8) == [5]
     assert acceptance_of(lambda text, length: [], [0, 0], answer, 2) == [1] * 5
-    assert (
-        acceptance_of(lambda text, length: [99, *perfect(text, length)[1:]], [0, 0], answer, 2)
-        == [1] * 5
-    )
+    assert acceptance_of(wrong_first, [0, 0], answer, 2) == [1] * 5
     assert acceptance_of(perfect, [0, 0], [5], 2) == []
-    text = [3, 5, 6, 7, 3]
-    assert acceptance_of(prompt_lookup, text, [5, 6, 7, 3, 2], 3) == [4]
+    assert acceptance_of(prompt_lookup, [3, 5, 6, 7, 3], [5, 6, 7, 3, 2], 3) == [4]
 
 
 @pytest.mark.parametrize(
@@ -113,149 +184,51 @@ def test_configs_that_can_run(config):
     check_config(config)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        [1, 3, 1, 5],
-        [1, 0, 1, 1],
-        [0, 3, 1, 4],
-        [1, -1, 1, 0],
-        [1, 1, 4, 6],
-        [1, 3, 2, 1],
-        [1, 3, 1],
-        [],
-        "1234",
-    ],
-)
-def test_configs_that_cannot(config):
-    with pytest.raises(ConfigError, match=r"^benchmark\.configs=[^\n]*\[?batch[^\n]*$"):
-        check_config(config)
+CANNOT = [
+    [1, 3, 1, 5], [1, 0, 1, 1], [0, 3, 1, 4], [1, -1, 1, 0], [1, 1, 4, 6], [1, 3, 2, 1], [1, 3, 1],
+    [], "1234",
+]  # fmt: skip
+MISTAKES = [
+    *(({"configs": [config]}, r"benchmark\.configs=[^\n]*batch") for config in CANNOT),
+    ({"configs": []}, r"benchmark\.configs is empty"),
+    ({"suites": []}, r"benchmark\.suites is empty"),
+    ({"suites": ["heldout:2", "heldout:3"]}, "names a suite twice"),
+    ({"protocol": "eagel"}, r"benchmark\.protocol=eagel is unknown.*did you mean eagle"),
+    ({"protocol": "eagle", "system_prompt": "x"}, r"system_prompt=x does not go with .*eagle"),
+    ({"protocol": "specforge", "system_prompt": "x"}, r"system_prompt=x does not go with "),
+    ({"paths": {"gsm9k": "."}}, r"benchmark\.paths\.gsm9k is no suite"),
+    ({"paths": {"gsm8k": "nowhere"}}, r"benchmark\.paths\.gsm8k=nowhere does not exist"),
+]
+
+
+@pytest.mark.parametrize("changed, words", MISTAKES)
+def test_mistakes_before_anything_loads(changed, words):
+    with pytest.raises(ConfigError, match=words):
+        check_request(SECTION | changed)
 
 
 def test_yaml_fits_the_signature():
-    node = yaml.safe_load((ROOT / "conf/benchmark/builtin.yaml").read_text())
-    check_node(node, "benchmark")
-    check(node["configs"], node["suites"], node["protocol"], node["system_prompt"], node["paths"])
-
-
-def test_mistakes_before_anything_loads(tmp_path):
-    configs, suites = [[1, 3, 1, 4]], ["heldout"]
-    with pytest.raises(ConfigError, match="names a suite twice"):
-        check(configs, ["heldout:2", "heldout:3"])
-    with pytest.raises(
-        ConfigError, match=r"benchmark\.protocol=eagel is unknown.*did you mean eagle"
-    ):
-        check(configs, suites, "eagel")
-    for protocol in ("specforge", "eagle"):
-        with pytest.raises(
-            ConfigError, match=rf"benchmark\.system_prompt=be kind does not go with .*{protocol}"
-        ):
-            check(configs, suites, protocol, "be kind")
-    with pytest.raises(ConfigError, match=r"benchmark\.paths\.gsm9k is no suite"):
-        check(configs, suites, paths={"gsm9k": str(tmp_path)})
-    with pytest.raises(ConfigError, match=r"benchmark\.paths\.gsm8k=nowhere does not exist"):
-        check(configs, suites, paths={"gsm8k": "nowhere"})
-
-
-class Words:
-    """A chat of characters, with a template that marks roles."""
-
-    template = "roles"
-
-    def encode_prompt(self, messages):
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        return [
-            ord(c) for c in "".join(f"<{m['role'][0]}>{m['content']}" for m in messages) + "<a>"
-        ]
-
-    def decode(self, ids):
-        return "".join(map(chr, ids))
-
-
-class Job:
-    """What the stage reads of `eagle3.pipeline.Run`."""
-
-    def __init__(self, run_dir, target=None, eval_path=None):
-        self.run_dir = self.prepared_path = run_dir
-        self.target, self.chat, self.device = target, Words(), torch.device("cpu")
-        data = SimpleNamespace(
-            eval_path=eval_path, system_prompt="as prepared", chat_template="auto"
-        )
-        self.config = SimpleNamespace(seed=0, data=data, cache_dir=str(run_dir))
-
-        class Prepared(list):
-            def document(self, index):
-                return index, self[index], None
-
-        self.prepared = Prepared([torch.arange(10), torch.tensor([3, 5])])
-
-    def read_draft(self):
-        return make_draft(self.target)
-
-
-class Echo:
-    """An engine that repeats its prompt: `accepted` of `steps` drafts a round, `seconds` a token."""
-
-    def __init__(self, config, log, accepted=1, seconds=0.01, broken=False):
-        self.config, self.log, self.accepted, self.seconds, self.broken = (
-            config,
-            log,
-            accepted,
-            seconds,
-            broken,
-        )
-        log.append(("open", config))
-
-    def answer(self, prompts, max_new_tokens, stop=()):
-        self.log.append(("answer", self.config, len(prompts), max_new_tokens, stop))
-        return [self.one(prompt[:max_new_tokens]) for prompt in prompts]
-
-    def one(self, ids):
-        accepted = min(self.config[1], self.accepted)
-        rounds = -(-(len(ids) - 1) // (accepted + 1))
-        at = (
-            [rounds if k < accepted else 0 for k in range(self.config[1])]
-            if self.config[1]
-            else None
-        )
-        ids = [*ids[:-1], ids[-1] + 1] if self.broken and self.config[1] else ids
-        return Answer(ids, rounds, at, self.seconds * rounds, "".join(map(chr, ids)))
-
-    def close(self):
-        self.log.append(("close", self.config))
-
-
-def rows_file(folder, *rows):
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def measured(
-    folder, configs, suites, log=None, temperature=0.0, together=False, options=None, **echo
-):
-    log = [] if log is None else log
-    engine = partial(Echo, log=log, **echo)
-    return measure.run(
-        Job(folder), engine, configs, suites, 40, temperature, together=together, **options or {}
-    )
+    check_node(SECTION, "benchmark")
+    check_request(SECTION)
 
 
 def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
     suite = rows_file(tmp_path, *({"prompt": f"question {i}"} for i in range(5)))
     configs, log = [[1, 3, 1, 4], [2, 0, 0, 0], [2, 3, 4, 8]], []
-    result = measured(tmp_path, configs, [f"{suite}:4"], log, options={"facts": {"runner": "echo"}})
+    result = measured(tmp_path, configs, [f"{suite}:4"], log)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     opened = [entry[1] for entry in log if entry[0] == "open"]
     assert opened == [[1, 0, 0, 0], [2, 0, 0, 0], [1, 3, 1, 4], [2, 3, 4, 8]], (
         "a server serves any batch"
     )
-    one_by_one, at_once = ["open", *["answer"] * 5, "close"], ["open", "answer", "answer", "close"]
-    assert [kind for kind, *_ in log] == [*one_by_one, *at_once] * 2, "one engine at a time"
+    one_by_one, at_once = ["open", *["answer"] * 5], ["open", "answer", "answer"]
+    expected = [*[*one_by_one, *at_once] * 2, "close"]
+    assert [kind for kind, *_ in log] == expected, "one config at a time"
     asked = [entry[2] for entry in log if entry[0] == "answer"]
     assert asked == [1, 1, 1, 1, 1, 2, 4] * 2, "a warm-up, then all; a batch is kept full"
     chain, alone, tree = result["suites"][suite]
-    assert [row["config"] for row in (chain, alone, tree)] == configs and chain["num_prompts"] == 4
+    assert [row["config"] for row in (chain, alone, tree)] == configs
+    assert chain["num_prompts"] == 4
     assert chain["acceptance_length"] == 29 / 15 and alone["acceptance_length"] == 1
     assert chain["accepted_by_position"] == [1, 0, 0] and alone["accepted_by_position"] == []
     assert chain["speedup"] == pytest.approx(29 / 15) and alone["speedup"] == 1
@@ -272,204 +245,148 @@ def test_larger_batches_are_timed_by_the_clock(tmp_path, monkeypatch):
     suite = rows_file(tmp_path, *({"prompt": f"question {i}"} for i in range(10)))
     now = iter(range(0, 1000, 3))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(now)))
-    (row,) = measured(tmp_path, [[10, 3, 1, 4]], [suite], seconds=60.0)["suites"][suite]
-    assert row["tokens_per_second"] == pytest.approx(290 / 3)
-    (row,) = measured(tmp_path, [[1, 3, 1, 4]], [suite], seconds=60.0)["suites"][suite]
-    assert row["tokens_per_second"] == pytest.approx(290 / (10 * 15 * 60))
+    for batch, tokens_per_second in ((10, 290 / 3), (1, 290 / (10 * 15 * 60))):
+        result = measured(tmp_path, [[batch, 3, 1, 4]], [suite], seconds=60.0)
+        (row,) = result["suites"][suite]
+        assert row["tokens_per_second"] == pytest.approx(tokens_per_second)
 
 
-def test_an_engine_is_closed_when_it_fails(tmp_path):
-    log = []
+@pytest.mark.parametrize("error", [RunError, ConfigError, KeyboardInterrupt])
+def test_what_was_measured_before_an_error_is_written(tmp_path, error):
+    suite, log = rows_file(tmp_path, {"prompt": "question"}), []
 
     class Dying(Echo):
-        def one(self, ids):
-            raise RunError("the engine died")
+        def one(self, steps, ids):
+            if steps == dies_at:
+                raise error("the engine died")
+            return super().one(steps, ids)
 
-    with pytest.raises(RunError, match="died"):
-        suite = rows_file(tmp_path, {"prompt": "question"})
-        measure.run(
-            Job(tmp_path), lambda config: Dying(config, log), [[1, 3, 1, 4]], [suite], 40, 0.0
-        )
-    assert log[-1] == ("close", [1, 0, 0, 0])
-
-
-def test_what_was_measured_before_an_engine_failed_is_kept(tmp_path):
-    suite = rows_file(tmp_path, {"prompt": "question"})
-
-    def opener(config):
-        if config[1] == 5:
-            raise RunError("out of memory at start")
-        return Echo(config, [])
-
-    with pytest.raises(RunError, match="out of memory"):
-        measure.run(Job(tmp_path), opener, [[1, 5, 1, 6], [1, 3, 1, 4]], [suite], 40, 0.0)
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["suites"][suite]
-    assert [row["config"] for row in rows] == [[1, 3, 1, 4]]
+    configs = [[1, 5, 1, 6], [1, 3, 1, 4]]
+    for dies_at, written in ((0, None), (5, [[1, 3, 1, 4]])):
+        with pytest.raises(error):
+            measured(tmp_path, configs, [suite], log, Dying)
+        assert log[-2][1][1] == dies_at and log[-1] == ("close",)
+        path = tmp_path / "benchmark.json"
+        rows = json.loads(path.read_text())["suites"][suite] if path.exists() else None
+        assert rows is written is None or [row["config"] for row in rows] == written
 
 
-def test_engines_of_a_batch_take_turns(tmp_path):
+def test_configs_of_a_batch_take_turns(tmp_path):
     suite, log = rows_file(tmp_path, *({"prompt": f"{i}"} for i in range(3))), []
-    measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, together=True)
-    steps = [entry[1][1] for entry in log if entry[0] == "answer"]
-    assert steps == [0, 5, 3, 0, 5, 3, 3, 5, 0], (
-        "warm-up, a group of two, a group of one in the other order"
-    )
-    assert [entry[2] for entry in log if entry[0] == "answer"] == [2] * 6 + [1] * 3
+    measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, simultaneous=True)
+    answers = [(entry[1][1], entry[2]) for entry in log if entry[0] == "answer"]
+    warm_up, two, one = [(0, 2), (5, 2), (3, 2)], [(0, 2), (5, 2), (3, 2)], [(3, 1), (5, 1), (0, 1)]
+    assert answers == warm_up + two + one, "the second group in the other order"
 
 
 def test_the_second_question_follows_the_own_first_answer(tmp_path):
-    path = rows_file(tmp_path, {"turns": ["one", "two"]}, {"turns": ["three"]})
-    log, prompts = [], []
-
-    class Recording(Echo):
-        def answer(self, given, max_new_tokens, stop=()):
-            prompts.append([Words().decode(ids) for ids in given])
-            return super().answer(given, max_new_tokens, stop)
-
-    measure.run(
-        Job(tmp_path), lambda config: Recording(config, log), [[2, 0, 0, 0]], [path], 19, 0.0
-    )
+    path, log = rows_file(tmp_path, {"turns": ["one", "two"]}, {"turns": ["three"]}), []
+    result = measured(tmp_path, [[2, 0, 0, 0]], [path], log, max_new_tokens=19)
+    prompts = [list(map(Words().decode, entry[3])) for entry in log if entry[0] == "answer"]
     assert prompts[1] == ["<s>as prepared<u>one<a>", "<s>as prepared<u>three<a>"]
     assert prompts[2] == ["<s>as prepared<u>one<a><s>as prepared<u>on<u>two<a>"]
-    (row,) = json.loads((tmp_path / "benchmark.json").read_text())["suites"][path]
+    (row,) = result["suites"][path]
     assert row["num_prompts"] == 2, "a question with its turns counts once"
 
 
 def test_sampling_checks_no_losslessness(tmp_path):
     suite = rows_file(tmp_path, {"prompt": "question"})
-    (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], temperature=1.0, broken=True)["suites"][
-        suite
-    ]
-    assert row["lossless"] is None and "equal_answers" not in row
-    (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], broken=True)["suites"][suite]
-    assert row["lossless"] is False and row["equal_answers"] == 0
+    for temperature, equal in ((1.0, None), (0.0, False)):
+        changed = {"temperature": temperature, "broken": True}
+        (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], **changed)["suites"][suite]
+        assert row["lossless"] is equal and row.get("equal_answers") == (None, 0)[equal is False]
 
 
-def test_nothing_accepted_is_said(tmp_path, capsys):
+def test_nothing_accepted_is_a_warning(tmp_path, capsys):
     suite = rows_file(tmp_path, {"prompt": "question"})
     (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], accepted=0)["suites"][suite]
     assert row["acceptance_length"] == 1 and "EAGLE, not EAGLE3" in row["warning"]
-    assert "acceptance is exactly 1.0" in capsys.readouterr().out
+    assert row["warning"] in capsys.readouterr().out
 
 
 def test_answers_are_scored(tmp_path):
     """The echo of the last number of the prompt is right where the question holds the answer."""
     rows = [{"question": f"What is {i}?", "answer": f"It is\n#### {i % 2}"} for i in range(4)]
-    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = measure.run(
-        Job(tmp_path),
-        lambda config: Echo(config, []),
-        [[1, 2, 1, 3]],
-        ["gsm8k"],
-        60,
-        0.0,
-        paths={"gsm8k": str(tmp_path / "g.jsonl")},
-    )
-    (row,) = result["suites"]["gsm8k"]
-    (row,) = result["suites"]["gsm8k"]
+    paths = {"gsm8k": rows_file(tmp_path, *rows)}
+    changed = {"paths": paths, "max_new_tokens": 60}
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], **changed)["suites"]["gsm8k"]
     assert (row["score"], row["baseline_score"], row["num_scored"]) == (0.5, 0.5, 4)
 
 
 def test_code_runs_only_where_that_was_asked_for(tmp_path, monkeypatch):
     paths, ran = {"humaneval": str(ROOT / "tests/data/suites/humaneval.jsonl")}, []
-    monkeypatch.setattr(
-        "eagle3.benchmark.scoring.passes", lambda source: ran.append(source) or True
-    )
-    for execute, times in ((False, 0), (True, 3)):
-        result = measure.run(
-            Job(tmp_path),
-            lambda c: Echo(c, []),
-            [[1, 2, 1, 3]],
-            ["humaneval"],
-            90,
-            0.0,
-            execute_code=execute,
-            paths=paths,
-        )
-        (row,) = result["suites"]["humaneval"]
-        assert len(ran) == times and ("score" in row) is execute
+    score = "eagle3.benchmark.scoring.passes"
+    monkeypatch.setattr(score, lambda source: ran.append(source) or True)
+    for execute_code, times in ((False, 0), (True, 3)):
+        changed = {"paths": paths, "max_new_tokens": 90, "execute_code": execute_code}
+        (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["humaneval"], **changed)["suites"]["humaneval"]
+        assert len(ran) == times and ("score" in row) is execute_code
 
 
-def test_builtin_reports_every_suite_and_config(tmp_path, target):
-    (tmp_path / "heldout.jsonl").write_text(
-        "".join(f'{{"id": "h{i}", "input_ids": [{i}, 3]}}\n' for i in range(3))
-    )
-    configs = ((1, 2, 1, 3), (1, 0, 0, 0))
-    result = builtin.run(Job(tmp_path, target), configs, ("heldout:2",), 6, 0.0)
+def test_builtin_reports_every_suite_and_config(tmp_path):
+    prompts, configs = [[0, 3], [1, 3], [2, 3]], [[1, 2, 1, 3], [1, 0, 0, 0]]
+    texts = [torch.arange(10), torch.tensor([3, 5])]
+    changed = {"configs": configs, "suites": ["heldout:2"]}
+    result = decoded(tmp_path, Cycle(), prompts, prepared=texts, **changed)
     assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     row, alone = result["suites"]["heldout"]
-    assert row["num_prompts"] == 2 and row["config"] == [1, 2, 1, 3] and row["lossless"] is True
-    assert (
-        row["bigram"] == 5 / 2
-        and row["prompt_lookup"] == 1
-        and len(row["accepted_by_position"]) == 2
-    )
-    assert (
-        alone["acceptance_length"] == alone["bigram"] == 1 and alone["accepted_by_position"] == []
-    )
+    assert row["num_prompts"] == 2 and row["config"] == configs[0] and row["lossless"] is True
+    assert row["bigram"] == 5 / 2 and row["prompt_lookup"] == 1
+    assert len(row["accepted_by_position"]) == 2
+    assert alone["acceptance_length"] == alone["bigram"] == 1
     protocol = result["protocol"]
     assert protocol["suites"] == ["heldout:2"] and protocol["system_prompt"] == "as prepared"
-    assert (
-        protocol["drafting"] == "chain"
-        and protocol["dtype"] == "float32"
-        and protocol["threads"] == 1
-    )
-    assert "decode only" in protocol["timing"]
+    assert protocol["drafting"] == "chain" and protocol["dtype"] == "float32"
+    assert protocol["runner"] == "builtin" and protocol["threads"] == torch.get_num_threads()
 
 
-def test_builtin_runs_trees_and_batches(tmp_path, target):
-    """Answers of 6 tokens to three prompts, two of them at a time, are those of the target alone at
-    batch 1.
-    """
-    (tmp_path / "heldout.jsonl").write_text(
-        "".join(f'{{"id": "h{i}", "input_ids": [{i}, 3]}}\n' for i in range(3))
-    )
+def test_builtin_runs_trees_and_batches(tmp_path):
+    """Answers of 6 tokens to three prompts, two of them at a time, are those of batch 1."""
     configs = [[2, 2, 3, 6], [2, 2, 1, 3], [1, 2, 1, 3]]
-    rows = builtin.run(Job(tmp_path, target), configs, ["heldout"], 6, 0.0)["suites"]["heldout"]
-    assert [row["config"] for row in rows] == configs and all(
-        row["lossless"] is True for row in rows
-    )
-    assert (
-        rows[0]["acceptance_length"] >= rows[1]["acceptance_length"] == rows[2]["acceptance_length"]
-    )
-    decoder = builtin.Decoder(target, None, [2, 0, 0, 0], 0.0, 0, Words())
-    answers = decoder.answer([[0, 3], [1, 9, 5], [7]], 4)
-    assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]] and answers[
-        0
-    ].rounds == 3
+    result = decoded(tmp_path, Cycle(), [[0, 3], [1, 3], [2, 3]], configs=configs)
+    tree, batch, chain = rows = result["suites"]["heldout"]
+    assert [row["config"] for row in rows] == configs
+    assert all(row["lossless"] is True and "bigram" not in row for row in rows)
+    assert tree["acceptance_length"] >= batch["acceptance_length"] == chain["acceptance_length"]
 
 
-def test_sampled_answers_do_not_share_their_luck(target):
-    decoder = builtin.Decoder(target, None, [1, 0, 0, 0], 50.0, 0, Words())
-    one, other = decoder.answer([[0, 3], [0, 3]], 8)
+def decoder_of(target, config, temperature=0.0):
+    request = instantiate(SECTION | {"temperature": temperature}, _convert_="all")
+    request.target, request.chat, request.seed, request.generators = target, Words(), 0, {}
+    request.open(config)
+    return partial(request.answer, config)
+
+
+def test_builtin_answers_in_order_and_without_common_luck():
+    answers = decoder_of(Cycle(), [2, 0, 0, 0])([[0, 3], [1, 9, 5], [7]], Setup(4))
+    assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
+    assert answers[0].rounds == 3
+    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0)([[0, 3], [0, 3]], Setup(8))
     assert one.ids != other.ids
 
 
-def test_heldout_behind_another_system_prompt(tmp_path):
-    target, path = Cycle(256), tmp_path / "eval.jsonl"
-    path.write_text(json.dumps({"messages": turns("q")}) + "\n")
-    arguments = [(1, 0, 0, 0)], ["heldout"], 3, 0.0, "be kind"
-    result = builtin.run(Job(tmp_path, target, str(path)), *arguments)
+def test_heldout_needs_prompts_and_another_system_prompt_needs_conversations(tmp_path):
+    path = rows_file(tmp_path, {"messages": [{"role": "user", "content": "q"}]})
+    section = SECTION | {"configs": [[1, 0, 0, 0]], "suites": ["heldout"], "max_new_tokens": 3}
+    kind = section | {"system_prompt": "be kind"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(Cycle(256)))
+        request = instantiate(kind, _convert_="all")
+        result = benchmark(request, subject_of(tmp_path, Cycle(256), path), tmp_path)
     assert result["protocol"]["system_prompt"] == "be kind"
-    with pytest.raises(ConfigError, match=r"heldout is tokenised .* set data\.eval_path"):
-        builtin.run(Job(tmp_path, target), *arguments)
-
-
-def turns(*contents):
-    return [
-        {"role": "user" if i % 2 == 0 else "assistant", "content": c}
-        for i, c in enumerate(contents)
-    ]
+    for asked, words in ((kind, r"set data\.eval_path"), (section, "add prepare to stages")):
+        with pytest.raises(ConfigError, match=words):
+            benchmark(instantiate(asked, _convert_="all"), subject_of(tmp_path), tmp_path)
 
 
 def trial(*answers, prompt=(0,), seconds=1.0):
     """A question answered by (ids, emitted, accepted) in turn."""
-    read = builtin.Decoder(None, None, [1, 3, 1, 4], 0.0, 0, Words()).read
-    answers = [
-        read(Generation(list(ids), list(emitted), list(accepted), 0.5, seconds), ())
+    generations = [
+        Generation(list(ids), list(emitted), list(accepted), 0.5, seconds)
         for ids, emitted, accepted in answers
     ]
-    return Trial(Question(), [list(prompt)] * len(answers), answers, seconds * len(answers))
+    given = [read(generation, 3, (), Words()) for generation in generations]
+    return Trial(Question(), [list(prompt)] * len(answers), given, seconds * len(answers))
 
 
 def test_acceptance_figures():
@@ -487,9 +404,8 @@ def test_acceptance_figures():
     assert low == pytest.approx(7 / 3) and high == pytest.approx(3.9)
     assert acceptance(trials, 3, seed=0) == row
     empty = acceptance([trial(([9], [], []))], 1, seed=0)
-    assert empty["acceptance_length"] is empty["interval95"] is None and empty[
-        "accepted_by_position"
-    ] == [None]
+    assert empty["acceptance_length"] is empty["interval95"] is None
+    assert empty["accepted_by_position"] == [None]
 
 
 def test_turns_of_a_question_are_resampled_together():
@@ -504,21 +420,15 @@ def test_interval_covers_the_mean_as_often_as_it_says():
     random, covered = torch.Generator().manual_seed(0), 0
     for seed in range(100):
         rounds = torch.randint(1, 5, (40, 6), generator=random).tolist()
-        trials = [
-            trial((range(1 + sum(emitted)), emitted, [e - 1 for e in emitted]))
-            for emitted in rounds
-        ]
+        trials = [trial((range(1 + sum(n)), n, [e - 1 for e in n])) for n in rounds]
         low, high = acceptance(trials, 3, seed)["interval95"]
         covered += low <= 2.5 <= high
     assert 88 <= covered <= 100
 
 
 def test_speed_counts_decoding_alone():
-    alone, drafted = (
-        trial((range(11), [], []), seconds=5.0),
-        trial((range(11), [], []), seconds=1.0),
-    )
-    row = speed([drafted, drafted], [alone, alone], seed=0)
+    baseline, drafted = (trial((range(11), [], []), seconds=seconds) for seconds in (5.0, 1.0))
+    row = speed([drafted, drafted], [baseline, baseline], seed=0)
     assert row["tokens_per_second"] == 10 and row["baseline_tokens_per_second"] == 2
     assert row["speedup"] == 5 and row["speedup_interval95"] == pytest.approx([5, 5])
 
@@ -528,9 +438,7 @@ def test_speed_counts_decoding_alone():
     [(1e-6, 1, "tie"), (0.1, 1, False), (1e-6, 2, False), (1e-6, None, True)],
 )
 def test_lossless_or_tie(gap, second, expected):
-    """The target likes tokens 0 and 1 after the second answer token, `gap` apart, and dislikes
-    token 2.
-    """
+    """Behind the second answer token the target likes tokens 0 and 1, `gap` apart, and not 2."""
     logits = torch.tensor([[2.0, 2.0 - 2 * gap, -1.0]])
     texts = []
 
@@ -542,10 +450,9 @@ def test_lossless_or_tie(gap, second, expected):
         embedding=torch.zeros(3, 3), states=states, lm_head=lambda last: logits
     )
     answers = [5, 6, 0, 7], [5, 6, 0, 7] if second is None else [5, 6, second, 8]
-    alone, drafted = (trial((ids, [1] * 3, [0] * 3), prompt=(9, 9)) for ids in answers)
-    row = equality([drafted, drafted], [alone, alone]) | ties(
-        target, [drafted, drafted], [alone, alone]
-    )
+    baseline, drafted = (trial((ids, [1] * 3, [0] * 3), prompt=(9, 9)) for ids in answers)
+    pair = [drafted, drafted], [baseline, baseline]
+    row = equality(*pair) | ties(target, *pair)
     assert row["lossless"] == expected
     if expected is True:
         assert row == {"lossless": True, "equal_answers": 1} and texts == []
@@ -571,9 +478,9 @@ def test_an_answer_that_stops_early_is_not_lossless():
     ],
 )
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
-    whole = Generation([ord(c) for c in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
-    cut = builtin.cut(whole, (stop,), Words())
+    whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
+    cut = cut_at(whole, (stop,), Words())
     assert cut.ids == whole.ids[:length] and (cut.emitted, cut.accepted) == (emitted, accepted)
     assert cut.decode_seconds == len(emitted)
-    decoder = builtin.Decoder(None, None, [1, 2, 1, 3], 0.0, 0, Words())
-    assert decoder.read(cut, (stop,)).text == "abcdefgh".partition(stop)[0]
+    answer = read(whole, 2, (stop,), Words())
+    assert answer.ids == cut.ids and answer.text == "abcdefgh".partition(stop)[0]

@@ -1,6 +1,4 @@
-"""What drafting is worth without a model: the two cheapest drafts, walked over a known greedy
-answer.
-"""
+"""What drafting is worth without a model: two cheap drafts, walked over a known greedy answer."""
 
 from collections.abc import Callable, Iterable
 
@@ -10,8 +8,7 @@ NGRAM = 3
 
 
 def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """int64 [V]: the most frequent successor of each token in these texts (ids [n] each), -1 if it
-    has none.
+    """int64 [V]: the most frequent successor of each token in texts of ids [n], -1 if it has none.
 
     Of equally frequent successors the smallest id wins.
     """
@@ -34,9 +31,7 @@ def bigram(successors: list[int], text: list[int], draft_length: int) -> list[in
 
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
-    """What followed the latest earlier occurrence of the longest n-gram (3 down to 1) that ends the
-    text.
-    """
+    """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
     best_length = best_end = 0
     for end in range(len(text) - 1, 0, -1):
         if text[end - 1] != text[-1]:
@@ -57,8 +52,7 @@ def acceptance_of(
     answer_ids: list[int],
     draft_length: int,
 ) -> list[int]:
-    """Tokens committed by each verification round if `drafts_at(text, draft_length)` drafts for a
-    greedy target.
+    """Tokens that each round commits if `drafts_at(text, draft_length)` drafts for a greedy target.
 
     Rounds are those of `eagle3.decode.speculate`: the first answer token comes from the prefill, a
     round commits the accepted drafts and one token of the target, the last round what is left of

@@ -1,170 +1,129 @@
-"""The benchmark without an engine: `eagle3.decode.speculate`, with the draft and without it in
-turn.
-"""
+"""`benchmark=builtin`: the reference decoder in this process, with the draft and without."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
-from eagle3.benchmark import measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.statistics import Answer, Trial, ratio
+from eagle3.benchmark.protocols import Setup
+from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, Greedy, Sampling, generate, speculate
-from eagle3.draft.model import Draft
+from eagle3.decode.speculate import Generation, generate, speculate
+from eagle3.engines.engine import Answer
+from eagle3.export.write import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000
 
 
-def run(
-    job,
-    configs: list[list[int]],
-    suites: list[str],
-    max_new_tokens: int | None,
-    temperature: float,
-    system_prompt: str | None = None,
-    protocol: str = "chat",
-    execute_code: bool = False,
-    paths: dict[str, str] | None = None,
-) -> dict:
-    """The stage `benchmark` of `job`, an `eagle3.pipeline.Run`: writes benchmark.json and returns
-    what it holds.
-    """
-    draft = job.read_draft()
-    sampled = range(min(len(job.prepared), BIGRAM_CONVERSATIONS))
-    successors = bigram_table(
-        (job.prepared.document(i)[1] for i in sampled), len(job.target.embedding)
-    )
-    drafts = {"prompt_lookup": prompt_lookup, "bigram": partial(bigram, successors.tolist())}
+@dataclass(kw_only=True)
+class Builtin(Request):
+    """The fields are the keys of conf/benchmark/builtin.yaml."""
 
-    def further(drafted: list[Trial], alone: list[Trial], steps: int) -> dict:
-        found = {name: simulated(draft_at, alone, steps) for name, draft_at in drafts.items()}
-        return found | (ties(job.target, drafted, alone) if temperature == 0 else {})
+    in_process: ClassVar[bool] = True
+    simultaneous: ClassVar[bool] = True
 
-    facts = {
-        "runner": "builtin",
-        "dtype": str(job.target.embedding.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-    }
-    return measure.run(
-        job,
-        lambda config: Decoder(job.target, draft, config, temperature, job.config.seed, job.chat),
-        configs,
-        suites,
-        max_new_tokens,
-        temperature,
-        system_prompt,
-        protocol,
-        execute_code,
-        paths,
-        facts,
-        together=True,
-        further=further,
-    )
+    def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
+        """Load the draft, then the target."""
+        spec, device, prepared = subject.target.spec, subject.target.device, subject.prepared
+        # The decoder attends to caches of its own, so the draft needs none of the backends.
+        draft = read_draft(subject.draft_folder, None, spec.config, spec.aux_layer_ids)
+        self.draft = draft.to(device).eval()
+        self.target = subject.target.load()
+        self.chat, self.seed, self.generators = subject.chat, subject.seed, {}
+        self.costless = {"prompt_lookup": prompt_lookup}
+        if prepared is not None:
+            count = min(len(prepared), BIGRAM_CONVERSATIONS)
+            texts = (prepared.document(i)[1] for i in range(count))
+            successors = bigram_table(texts, len(self.target.embedding)).tolist()
+            self.costless["bigram"] = partial(bigram, successors)
+        return {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "runner": "builtin",
+            "dtype": str(self.target.embedding.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
 
+    def open(self, config: list[int]) -> None:
+        # One generator for all questions: were each seeded alike, all would have the same luck and
+        # intervals be too narrow.
+        generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
+        self.generators[tuple(config)] = generator
 
-@dataclass
-class Decoder:
-    """An engine of `eagle3.benchmark.measure` in this process, at `config` [batch, steps, topk,
-    verify_tokens].
-    """
-
-    target: object
-    draft: Draft
-    config: list[int]
-    temperature: float
-    seed: int
-    chat: Chat
-
-    def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
-    ) -> list[Answer]:
-        """One answer per prompt, `batch` at a time."""
-        batch, answers = self.config[0], []
-        for i in range(0, len(prompts), batch):
-            for generation in self.decode(
-                [torch.tensor(p) for p in prompts[i : i + batch]], max_new_tokens
-            ):
-                answers.append(
-                    self.read(cut(generation, stop, self.chat) if stop else generation, stop)
-                )
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+        batch, steps, *_ = config
+        device = self.target.embedding.device
+        sampling = (setup.max_new_tokens, self.temperature, self.generators[tuple(config)])
+        answers = []
+        for start in range(0, len(prompts), batch):
+            ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + batch]]
+            if steps == 0:
+                generations = generate(self.target, ids, *sampling)
+            else:
+                generations = speculate(self.target, self.draft, ids, *config[1:], *sampling)
+            answers += [
+                read(generation, steps, setup.stop, self.chat) for generation in generations
+            ]
         return answers
 
-    def decode(self, prompts: list[torch.Tensor], max_new_tokens: int) -> list[Generation]:
-        _, steps, topk, verify_tokens = self.config
-        prompts = [prompt.to(self.target.embedding.device) for prompt in prompts]
-        rule = Sampling(self.temperature, self.generator) if self.temperature else Greedy()
-        if steps == 0:
-            return generate(self.target, prompts, max_new_tokens, rule)
-        tree = steps, topk, verify_tokens
-        return speculate(self.target, self.draft, prompts, *tree, max_new_tokens, rule)
-
-    @cached_property
-    def generator(self) -> torch.Generator:
-        """One for all questions: were each seeded alike, all would share their luck and intervals
-        be too narrow.
-        """
-        return torch.Generator(self.target.embedding.device).manual_seed(self.seed)
-
-    def read(self, generation: Generation, stop: tuple[str, ...]) -> Answer:
-        steps, accepted, text = (
-            self.config[1],
-            generation.accepted,
-            self.chat.decode(generation.ids),
-        )
-        return Answer(
-            generation.ids,
-            len(generation.emitted),
-            [sum(count > k for count in accepted) for k in range(steps)],
-            generation.decode_seconds,
-            min((text.partition(end)[0] for end in stop), key=len, default=text),
-            generation.emitted,
-        )
-
-    def close(self) -> None:
-        """The target stays with the job."""
+    def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
+        """What drafts without a model would have reached, and how close unequal answers were."""
+        columns = {name: simulate(draft, baseline, steps) for name, draft in self.costless.items()}
+        return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
-def cut(generation: Generation, stop: tuple[str, ...], chat: Chat) -> Generation:
-    """A generation as if it had ended at the first token that completes a text of `stop`; its
-    seconds in proportion to the rounds that are left.
-    """
-    ids, emitted = generation.ids, generation.emitted
-    ends = (n for n in range(1, len(ids)) if any(text in chat.decode(ids[:n]) for text in stop))
-    length = next(ends, len(ids))
-    rounds = next(
-        (n for n in range(len(emitted) + 1) if 1 + sum(emitted[:n]) >= length), len(emitted)
+def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
+    if stop:
+        generation = cut_at(generation, stop, chat)
+    text = chat.decode(generation.ids)
+    return Answer(
+        generation.ids,
+        len(generation.emitted),
+        [sum(count > k for count in generation.accepted) for k in range(steps)],
+        generation.decode_seconds,
+        min((text.partition(end)[0] for end in stop), key=len, default=text),
+        generation.emitted,
     )
-    kept = emitted[:rounds]
-    if rounds:
-        kept[-1] -= 1 + sum(kept) - length
-    accepted = [
-        min(count, tokens) for count, tokens in zip(generation.accepted[:rounds], kept, strict=True)
-    ]
-    seconds = generation.decode_seconds * rounds / max(1, len(emitted))
-    return Generation(ids[:length], kept, accepted, generation.prefill_seconds, seconds)
 
 
-def simulated(draft_at, trials: list[Trial], steps: int) -> float | None:
-    """Acceptance length of a draft without a model, on what the target answers alone."""
-    walks = [
-        acceptance_of(draft_at, prompt, answer.ids, steps)
-        for trial in trials
-        for prompt, answer in zip(trial.prompts, trial.answers, strict=True)
-    ]
-    return ratio(sum(map(sum, walks)), sum(map(len, walks)))
+def cut_at(generation: Generation, stop: tuple[str, ...], chat: Chat) -> Generation:
+    """A generation as if it had ended at the first token that completes a text of `stop`.
 
-
-def ties(target, drafted: list[Trial], alone: list[Trial]) -> dict:
-    """Where answers differ: `lossless` is "tie" if they do so only after near ties, `tie_gap` being
-    the widest.
+    Its seconds are in proportion to the rounds that are left.
     """
-    gaps = [
-        gap(target, *pair)
-        for pair in zip(drafted, alone, strict=True)
-        if pair[0].ids != pair[1].ids
-    ]
+    ids, rounds = generation.ids, len(generation.emitted)
+    texts = (chat.decode(ids[:n]) for n in range(1, len(ids)))
+    ends = (n for n, text in enumerate(texts, 1) if any(end in text for end in stop))
+    length = next(ends, len(ids))
+    left, emitted = length - 1, []  # the first token is the prefill's
+    for tokens in generation.emitted:
+        if left > 0:
+            emitted.append(min(tokens, left))
+            left -= tokens
+    accepted = [min(pair) for pair in zip(generation.accepted, emitted, strict=False)]
+    seconds = generation.decode_seconds * len(emitted) / max(1, rounds)
+    return Generation(ids[:length], emitted, accepted, generation.prefill_seconds, seconds)
+
+
+def simulate(draft, trials: list[Trial], steps: int) -> float | None:
+    """Acceptance length of a draft without a model, on what the target answers alone."""
+    emitted = []
+    for trial in trials:
+        for prompt, answer in zip(trial.prompts, trial.answers, strict=True):
+            emitted += acceptance_of(draft, prompt, answer.ids, steps)
+    return ratio(sum(emitted), len(emitted))
+
+
+def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
+    """Where answers differ: `lossless` is "tie" if they do so only after near ties.
+
+    `tie_gap` is the widest gap. Empty where all are equal, or one answer only goes on.
+    """
+    pairs = zip(drafted, baseline, strict=True)
+    gaps = [gap(target, one, other) for one, other in pairs if one.ids != other.ids]
     if not gaps or None in gaps:
         return {}
     # half-precision logits of equal inputs differ by a rounding or two between shapes
@@ -173,20 +132,20 @@ def ties(target, drafted: list[Trial], alone: list[Trial]) -> dict:
 
 
 @torch.inference_mode()
-def gap(target, drafted: Trial, alone: Trial) -> float | None:
-    """The first tokens that differ: how far the lower one lies below the target's best, relative to
-    its largest absolute logit; None where one answer only goes on behind the other.
+def gap(target, drafted: Trial, baseline: Trial) -> float | None:
+    """How close the target was to choosing the other token where two answers part.
+
+    It is how far the lower of the two tokens lies below the target's best, relative to the largest
+    absolute logit; None where one answer only goes on behind the other.
     """
-    turn = next(
-        i for i, (one, other) in enumerate(zip(drafted.ids, alone.ids, strict=True)) if one != other
-    )
-    pairs = list(zip(alone.ids[turn], drafted.ids[turn], strict=False))
-    place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
-    if place is None:
+    turn = [one != other for one, other in zip(drafted.ids, baseline.ids, strict=True)].index(True)
+    pairs = list(zip(baseline.ids[turn], drafted.ids[turn], strict=False))
+    differs = [one != other for one, other in pairs]
+    if True not in differs:
         return None
-    text = torch.tensor(
-        alone.prompts[turn] + alone.ids[turn][:place], device=target.embedding.device
-    )
-    _, last = target.states(text, torch.arange(len(text), device=text.device))
+    place = differs.index(True)
+    text = baseline.prompts[turn] + baseline.ids[turn][:place]
+    ids = torch.tensor(text, device=target.embedding.device)
+    _, last = target.states(ids, torch.arange(len(ids), device=ids.device))
     logits = target.lm_head(last[-1:])[0].float()
     return float((logits.max() - logits[list(pairs[place])].min()) / logits.abs().max())

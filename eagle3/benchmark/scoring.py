@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SECONDS, MEMORY = 10, 1 << 30
 PASSED = 97  # not 0, so that an answer that exits early passes nothing
-# Runs in the child, before the answer does: sets the limits, leaves the network where the kernel
-# lets it.
+# Runs in the child, before the answer does.
 GUARD = f"""
 import ctypes, os, resource, runpy, sys
-for what, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", 1 << 20), ("NOFILE", 32), ("NPROC", 0), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+limits = {{"CPU": {SECONDS}, "AS": {MEMORY}, "FSIZE": 1 << 20, "NOFILE": 32, "NPROC": 0, "CORE": 0}}
+for name, most in limits.items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
 if sys.platform == "linux":
     ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER, CLONE_NEWNET
 runpy.run_path(sys.argv[1], run_name="__main__")
@@ -31,7 +31,8 @@ os._exit({PASSED})
 
 def gsm8k(answer: str, reference: str) -> bool:
     """The number behind `####`, else the last number of the text, equals the reference's."""
-    return (given := last_number(answer)) is not None and given == last_number(reference)
+    given = last_number(answer)
+    return given is not None and given == last_number(reference)
 
 
 def last_number(text: str) -> Fraction | None:
@@ -40,8 +41,9 @@ def last_number(text: str) -> Fraction | None:
 
 
 def math500(answer: str, reference: str) -> bool:
-    r"""What stands in the last \boxed, else the last number, equals the reference: as a number, or
-    as text once spaces, units in \text and LaTeX that changes nothing but the looks are taken out.
+    r"""What stands in the last \boxed, else the last number, equals the reference.
+
+    As a number, or as text without spaces, units in \text and LaTeX that changes only the looks.
     """
     given = boxed(answer)
     if given is None:
@@ -88,9 +90,7 @@ def value(text: str) -> Fraction | None:
 
 
 def ceval(answer: str, reference: str) -> bool:
-    """The last letter A-D that the text calls the answer, else the first that stands alone, is the
-    reference.
-    """
+    """The last letter A-D that the text calls the answer, else the first alone, is right."""
     called = re.findall(
         r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer
     )
@@ -104,9 +104,10 @@ def humaneval(answer: str, reference: dict[str, str]) -> bool:
 
 
 def program(answer: str, reference: dict[str, str]) -> str:
-    """The answer's code (its first fenced block with the function, else all of it) with the row's
-    tests behind it; behind what the row's prompt has before the function, or behind the whole
-    prompt if the answer only goes on.
+    """The answer's code, with the row's tests behind it.
+
+    The code is the first fenced block that has the function, else the first, else all of it. Before
+    it stands what the row's prompt has before the function, or all of it if the answer goes on.
     """
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
@@ -117,9 +118,10 @@ def program(answer: str, reference: dict[str, str]) -> str:
 
 
 def passes(source: str) -> bool:
-    """Runs `source` in a Python of its own: an empty folder and environment, limits on time,
-    memory, files and processes, no network where the kernel can take it away.
+    """Whether `source` runs through in a Python of its own.
 
+    It has an empty folder and environment, limits on time, memory, files and processes, and no
+    network where the kernel can take it away.
     It guards against accidents and is no prison: what reads files can read ours.
     """
     with TemporaryDirectory() as folder:

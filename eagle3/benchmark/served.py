@@ -1,234 +1,214 @@
-"""Benchmarks of served targets: one server at a time, started for a config or given by its address.
-
-Configs are [batch, steps, topk, verify_tokens]; the batch is how many requests are under way and
-needs no server of its own.
-"""
+"""`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass
+import platform
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import httpx
-from transformers import PretrainedConfig
+import torch
+from hydra.utils import instantiate
 
-from eagle3.benchmark import measure
-from eagle3.benchmark.statistics import Answer
-from eagle3.engines.server import Server, choose_port
+from eagle3.benchmark.protocols import Setup
+from eagle3.benchmark.request import Request, Subject
+from eagle3.config import Within
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch
+from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.read import flatten, read_config
-from eagle3.job import hardware
+from eagle3.export.folder import flatten, read_config
 from eagle3.runs.logger import redact
 
 DEATH_SECONDS = 5.0  # a process may end that long after its connections
 
 
-@dataclass
-class Dialect:
-    """How one kind of server is spoken to.
+@dataclass(kw_only=True)
+class Served(Request):
+    """The fields are the keys of conf/benchmark/sglang.yaml; `engine` describes which one it is.
 
-    `body(prompt, max_new_tokens, stop)` is what is posted to `path`; `read(reply, steps)` an Answer
-    from what comes back, raising RunError where it does not tell its rounds and seconds;
-    `served(get)` the [steps, topk, verify_tokens] of a server that `get(path)` asks, raising
-    RunError where it drafts in another way.
+    `python` is an interpreter that has it. A server at `url` answers the configs with a draft and
+    one at `alone_url` those without; where one is None, servers are started on `port`, ready within
+    `ready_seconds`. A started server is kept while the next config needs the same one: the batch is
+    only how many requests are under way. An answer may take `timeout` seconds.
     """
 
-    name: str
-    path: str
-    body: Callable[[list[int], int, tuple[str, ...]], dict[str, Any]]
-    read: Callable[[dict[str, Any], int], Answer]
-    served: Callable[[Callable[[str], httpx.Response]], list[int]]
+    engine: Engine
+    url: str | None
+    alone_url: str | None
+    python: str | None
+    port: Annotated[int | None, Within(0, 65535)]
+    tp_size: Annotated[int, Within(1, 1024)]
+    mem_fraction_static: Annotated[float | None, Within(0.01, 1)]
+    server_args: list[str]
+    ready_seconds: Annotated[float, Within(1, 1e6)]
+    timeout: Annotated[float, Within(1, 1e6)]
 
+    in_process: ClassVar[bool] = False
+    simultaneous: ClassVar[bool] = False
+    server: Server | None = field(default=None, init=False)
+    drafting: Drafting | None = field(default=None, init=False)
 
-class Servers:
-    """An `Opener`: engines of the server that `command(port, [steps, topk, verify_tokens])` starts,
-    or of given ones.
+    @classmethod
+    def check_settings(cls, section: dict[str, Any]) -> None:
+        request = instantiate(section, _convert_="all")
+        trees = [config for config in request.configs if config[2] > 1]
+        if trees and not request.engine.drafts_trees:
+            raise ConfigError(
+                f"benchmark.configs={trees[0]} is a tree, but {request.engine.name} drafts chains "
+                "only, [batch, steps, 1, steps + 1]; take benchmark=sglang or benchmark=builtin"
+            )
+        request.find_engine()
 
-    A given `url` answers configs with a draft and `alone_url` those without. A server is kept while
-    the next config needs the same one. Leaving the context ends it.
-    """
+    def find_engine(self) -> str | None:
+        """Its version; None where no server is started. Raises ConfigError where it is missing."""
+        if self.url and self.alone_url:
+            return None
+        return self.engine.find(self.interpreter, "benchmark.python")
 
-    def __init__(
-        self,
-        dialect: Dialect,
-        command: Callable[[int, list[int]], list[str]],
-        url: str | None,
-        alone_url: str | None,
-        port: int | None,
-        log_folder: Path,
-        ready_seconds: float,
-        timeout: float,
-    ):
-        self.dialect, self.command, self.url, self.alone_url = dialect, command, url, alone_url
-        self.port, self.log_folder, self.ready_seconds, self.timeout = (
+    @property
+    def interpreter(self) -> str:
+        return interpreter(self.engine.name.lower(), self.python)
+
+    def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
+        """Free the target's memory for the engine, which has the GPU to itself."""
+        target = subject.target
+        check_draft(subject, self.engine)
+        device = platform.processor() or platform.machine()
+        if target.device.type == "cuda":
+            device = torch.cuda.get_device_name(target.device)
+        facts = {
+            "device": None if self.url else device,
+            "runner": self.engine.name.lower(),
+            "version": self.find_engine(),
+            "tp_size": self.tp_size,
+            "server_args": self.server_args,
+            "url": self.url,
+            "alone_url": self.alone_url,
+            "dtype": target.spec.dtype,
+        }
+        target.close()
+        self.subject, self.run_dir = subject, run_dir
+        return redact(facts)
+
+    def open(self, config: list[int]) -> None:
+        drafting = tuple(config[1:])
+        url = self.url if config[1] else self.alone_url
+        if url is None:
+            if self.server is None or self.drafting != drafting:
+                self.close()
+                self.server, self.drafting = self.start_server(drafting), drafting
+            self.address = self.server.url
+            return
+        self.address = url.rstrip("/").removesuffix("/v1")
+        actual = self.engine.read_drafting(self.get)
+        if actual != drafting:
+            raise ConfigError(
+                f"benchmark.configs={config} is not what {url} serves, which drafts with "
+                f"[steps, topk, verify_tokens] = {list(actual)}; set benchmark.configs to that, or "
+                "leave its address out"
+            )
+
+    def start_server(self, drafting: Drafting) -> Server:
+        port = choose_port(self.port, "benchmark.port")
+        launch = Launch(
+            self.subject.target.spec,
+            self.interpreter,
             port,
-            log_folder,
-            ready_seconds,
-            timeout,
+            self.tp_size,
+            self.mem_fraction_static,
+            tuple(self.server_args),
         )
-        self.server: Server | None = None
-        self.drafting: list[int] = []
-
-    def __enter__(self) -> "Servers":
-        return self
-
-    def __exit__(self, *raised) -> None:
-        self.close()
-
-    def __call__(self, config: list[int]) -> "Client":
-        batch, *drafting = config
-        url = self.url if drafting[0] else self.alone_url
-        if url is not None:
-            url = url.rstrip("/").removesuffix("/v1")
-            client = Client(self.dialect, url, None, batch, drafting[0], self.timeout)
-            if (served := self.dialect.served(client.get)) != drafting:
-                raise ConfigError(
-                    f"benchmark.configs={config} is not what {url} serves, which drafts with [steps, topk, "
-                    f"verify_tokens] = {served}; set benchmark.configs to that, or leave its address out"
-                )
-            return client
-        if self.server is None or self.drafting != drafting:
-            self.close()
-            port = choose_port(self.port, "benchmark.port")
-            name = "-".join(map(str, [self.dialect.name.lower(), *drafting]))
-            self.server = Server(
-                self.command(port, drafting),
-                f"http://127.0.0.1:{port}",
-                {},
-                self.log_folder / f"{name}.log",
-                self.ready_seconds,
-                "/health",
-                self.dialect.name,
-            ).__enter__()
-            self.drafting = drafting
-        return Client(self.dialect, self.server.url, self.server, batch, drafting[0], self.timeout)
+        batch = max(config[0] for config in self.configs)
+        draft = str(self.subject.draft_folder)
+        command = self.engine.benchmark_command(launch, draft, drafting, batch, self.subject.seed)
+        name = "-".join(map(str, [self.engine.name.lower(), *drafting]))
+        return Server(
+            command,
+            f"http://127.0.0.1:{port}",
+            environment={},
+            log=self.run_dir / f"{name}.log",
+            ready_seconds=self.ready_seconds,
+            health_path=self.engine.health_path,
+            name=self.engine.name,
+        ).__enter__()
 
     def close(self) -> None:
         server, self.server = self.server, None
         if server is not None:
             server.close()
 
-
-@dataclass
-class Client:
-    """An `Engine`: `batch` requests under way at the server at `url`, each answered within
-    `timeout` seconds.
-    """
-
-    dialect: Dialect
-    url: str
-    server: Server | None
-    batch: int
-    steps: int
-    timeout: float
-
     def get(self, path: str) -> httpx.Response:
         """Raises RunError where nobody answers; a refusal is an answer."""
+        timeout = min(30.0, self.timeout)
         try:
-            return httpx.get(self.url + path, timeout=min(30.0, self.timeout), trust_env=False)
+            return httpx.get(self.address + path, timeout=timeout, trust_env=False)
         except httpx.HTTPError as error:
             raise RunError(
-                f"no server answers at {self.url}{path} ({error}); check its address"
+                f"no server answers at {self.address}{path} ({error}); check its address"
             ) from error
 
-    def answer(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...] = ()
-    ) -> list[Answer]:
-        return asyncio.run(self.answer_all(prompts, max_new_tokens, stop))
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+        limits = (setup.max_new_tokens, setup.stop, self.temperature)
+        bodies = [self.engine.request_body(prompt, *limits) for prompt in prompts]
+        return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
-    async def answer_all(
-        self, prompts: list[list[int]], max_new_tokens: int, stop: tuple[str, ...]
-    ) -> list[Answer]:
-        free = asyncio.Semaphore(self.batch)
+    async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
+        free = asyncio.Semaphore(batch)
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
             timeout=self.timeout, trust_env=False, limits=limits
         ) as client:
 
-            async def ask(prompt: list[int]) -> Answer:
+            async def ask(body: dict[str, Any]) -> Answer:
                 async with free:
-                    return await self.ask(client, self.dialect.body(prompt, max_new_tokens, stop))
+                    response = await self.post(client, body)
+                try:
+                    return self.engine.read_reply(response.json(), steps)
+                except (ValueError, LookupError, TypeError) as error:
+                    raise RunError(
+                        f"{self.address} answers in a form we do not know "
+                        f"({type(error).__name__}: {error}): {response.text[:300]}"
+                    ) from error
 
-            tasks = [asyncio.ensure_future(ask(prompt)) for prompt in prompts]
+            tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
             try:
                 return await asyncio.gather(*tasks)
             finally:
+                # An error, or Ctrl-C, must not wait for what is still under way.
                 for task in tasks:
                     task.cancel()
 
-    async def ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    async def post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
         try:
-            response = await client.post(self.url + self.dialect.path, json=body)
+            response = await client.post(self.address + self.engine.generate_path, json=body)
         except httpx.TimeoutException as error:
             raise RunError(
-                f"{self.url} gave no answer within {self.timeout:g} s: raise benchmark.timeout"
+                f"{self.address} gave no answer within {self.timeout:g} s: raise benchmark.timeout"
             ) from error
         except httpx.HTTPError as error:
-            await self.explain()
+            await self.check_server()
             raise RunError(
-                f"{self.url} broke off a request ({type(error).__name__}: {error})"
+                f"{self.address} broke off a request ({type(error).__name__}: {error})"
             ) from error
         if response.status_code >= 500:
-            await self.explain()
+            await self.check_server()
         if response.status_code != 200:
             raise RunError(
-                f"{self.url} refused a request (HTTP {response.status_code}): {response.text[:300]}"
+                f"{self.address} refused a request (HTTP {response.status_code}): "
+                f"{response.text[:300]}"
             )
-        try:
-            return self.dialect.read(response.json(), self.steps)
-        except (ValueError, LookupError, TypeError) as error:
-            words = f"{type(error).__name__}: {error}"
-            raise RunError(
-                f"{self.url} answers in a form we do not know ({words}): {response.text[:300]}"
-            ) from error
+        return response
 
-    async def explain(self) -> None:
-        """Raises RunError with the server's last words if it ends about now."""
+    async def check_server(self) -> None:
+        """Raises RunError with the end of the server's log if it ends about now."""
         for _ in range(int(DEATH_SECONDS / 0.2)) if self.server is not None else ():
             self.server.check()
             await asyncio.sleep(0.2)
 
-    def close(self) -> None:
-        """Nothing: the server is that of `Servers`."""
 
-
-def run(
-    job,
-    servers: Servers,
-    configs: list[list[int]],
-    suites: list[str],
-    max_new_tokens: int | None,
-    temperature: float,
-    system_prompt: str | None,
-    protocol: str,
-    execute_code: bool,
-    paths: dict[str, str] | None,
-    facts: dict[str, Any],
-) -> dict:
-    """`measure.run` with servers, which have the GPU to themselves and end with it."""
-    known = {"url": servers.url, "alone_url": servers.alone_url, "dtype": job.target_dtype}
-    known["device"] = None if servers.url else hardware(job.device)["name"]
-    job.let_go_of_target()  # it would take memory that the engine needs
-    asked = (
-        configs,
-        suites,
-        max_new_tokens,
-        temperature,
-        system_prompt,
-        protocol,
-        execute_code,
-        paths,
-    )
-    with servers:
-        return measure.run(job, servers, *asked, redact(facts | known))
-
-
-def check_draft(folder: Path, target: PretrainedConfig, engine: str, speculators: bool) -> None:
-    """Raises RunError, before anything starts, unless `folder` has an EAGLE3 draft of this target.
-
-    `speculators`: whether the engine reads that form of it.
-    """
+def check_draft(subject: Subject, engine: Engine) -> None:
+    """Raise RunError unless the draft is an EAGLE3 one of this target that the engine reads."""
+    folder, target = subject.draft_folder, subject.target.spec.config
     given = read_config(folder)
     values, form = flatten(given), given.get("speculators_model_type")
     kind = [*(given.get("architectures") or []), form or ""]
@@ -236,16 +216,15 @@ def check_draft(folder: Path, target: PretrainedConfig, engine: str, speculators
         raise RunError(
             f"draft at {folder} is no EAGLE3 draft: its config.json names the architectures {kind}"
         )
-    if form and not speculators:
+    if form and not engine.reads_speculators:
         raise RunError(
-            f"draft at {folder} has the form of speculators, which {engine} does not read; give another one"
+            f"draft at {folder} has the form of speculators, which {engine.name} does not read; "
+            "give another one"
         )
-    theirs = {
-        "vocab_size": values.get("vocab_size"),
-        "hidden_size": values.get("target_hidden_size") or values.get("hidden_size"),
-    }
-    for name, value in theirs.items():
-        if value != getattr(target, name):
+    hidden_size = values.get("target_hidden_size") or values.get("hidden_size")
+    sizes = {"vocab_size": values.get("vocab_size"), "hidden_size": hidden_size}
+    for name, size in sizes.items():
+        if size != getattr(target, name):
             raise RunError(
-                f"draft at {folder} is for a target with {name}={value}, not {getattr(target, name)}"
+                f"draft at {folder} is for a target with {name}={size}, not {getattr(target, name)}"
             )

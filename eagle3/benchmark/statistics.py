@@ -1,5 +1,4 @@
-"""What the answers of an engine come to: acceptance, speed, equality, each with its interval over
-prompts.
+"""From answers to acceptance, speed and equality, with intervals over prompts.
 
 P questions of a suite, R resamples of them.
 """
@@ -10,35 +9,15 @@ from dataclasses import dataclass, field
 import torch
 
 from eagle3.benchmark.suites import Question
+from eagle3.engines.engine import Answer
 from eagle3.evaluate import is_loop
 
 RESAMPLES = 2000
 
 
 @dataclass
-class Answer:
-    """What an engine answered to one prompt.
-
-    `ids` [n] without the prompt, `rounds` verification rounds, which committed all tokens but the
-    first (the prefill gives that one); `accepted_at[k-1]` rounds in which the draft at position k
-    was accepted, None without a draft or where the engine does not tell it per request; `seconds`
-    of this request's decoding where known, else of the request. `emitted`: tokens of every round,
-    where the engine tells them.
-    """
-
-    ids: list[int]
-    rounds: int
-    accepted_at: list[int] | None
-    seconds: float
-    text: str
-    emitted: list[int] | None = None
-
-
-@dataclass
 class Trial:
-    """One question under one config: the prompt and the answer of every turn, and its share of the
-    seconds.
-    """
+    """One question under one config: prompt and answer of every turn, and the seconds in all."""
 
     question: Question
     prompts: list[list[int]] = field(default_factory=list)
@@ -60,45 +39,45 @@ class Trial:
 
 
 def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
-    """Acceptance length in all its forms; None where there was no round or an engine does not tell.
+    """Acceptance length in all its forms; None where no round was needed or none is reported.
 
     `accepted_by_position`: share of rounds in which the draft at position 1..steps was accepted.
     """
     answers = [answer for trial in trials for answer in trial.answers]
-    tokens, rounds = totals([[trial.tokens, trial.rounds] for trial in trials])
     free = [answer for answer in answers if not is_loop(answer.ids)]
     first = [answer.emitted[0] for answer in answers if answer.emitted]
-    told = [answer for answer in answers if answer.accepted_at is not None]
-    told_rounds = sum(answer.rounds for answer in told)
+    by_position = [answer for answer in answers if answer.accepted_at is not None]
+    tokens, rounds = totals([[trial.tokens, trial.rounds] for trial in trials])
+    free_tokens = sum(len(answer.ids) - 1 for answer in free)
+
+    def length(picked: torch.Tensor) -> torch.Tensor:
+        return tokens[picked].sum(1) / rounds[picked].sum(1)
+
+    def accepted_at(position: int) -> float | None:
+        accepted = sum(answer.accepted_at[position] for answer in by_position)
+        return ratio(accepted, sum(answer.rounds for answer in by_position))
+
     return {
         "acceptance_length": ratio(tokens.sum(), rounds.sum()),
-        "interval95": interval95(
-            lambda picked: tokens[picked].sum(1) / rounds[picked].sum(1), len(trials), seed
-        ),
-        "acceptance_length_loop_free": ratio(
-            sum(len(a.ids) - 1 for a in free), sum(a.rounds for a in free)
-        ),
+        "interval95": interval95(length, len(trials), seed),
+        "acceptance_length_loop_free": ratio(free_tokens, sum(answer.rounds for answer in free)),
         "loops": len(answers) - len(free),
         "first_round": ratio(sum(first), len(first)),
-        "accepted_by_position": [
-            ratio(sum(a.accepted_at[k] for a in told), told_rounds) for k in range(steps)
-        ],
+        "accepted_by_position": [accepted_at(position) for position in range(steps)],
     }
 
 
-def speed(drafted: list[Trial], alone: list[Trial], seed: int) -> dict:
+def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:
     """Tokens per second with the draft and without it, each question with itself."""
     tokens, seconds = totals([[trial.tokens, trial.seconds] for trial in drafted])
-    alone_tokens, alone_seconds = totals([[trial.tokens, trial.seconds] for trial in alone])
+    base_tokens, base_seconds = totals([[trial.tokens, trial.seconds] for trial in baseline])
 
     def speedup(picked: torch.Tensor) -> torch.Tensor:
         with_draft = tokens[picked].sum(1) / seconds[picked].sum(1)
-        return with_draft * alone_seconds[picked].sum(1) / alone_tokens[picked].sum(1)
+        return with_draft * base_seconds[picked].sum(1) / base_tokens[picked].sum(1)
 
-    with_draft, without = (
-        ratio(tokens.sum(), seconds.sum()),
-        ratio(alone_tokens.sum(), alone_seconds.sum()),
-    )
+    with_draft = ratio(tokens.sum(), seconds.sum())
+    without = ratio(base_tokens.sum(), base_seconds.sum())
     return {
         "tokens_per_second": with_draft,
         "baseline_tokens_per_second": without,
@@ -107,11 +86,9 @@ def speed(drafted: list[Trial], alone: list[Trial], seed: int) -> dict:
     }
 
 
-def equality(drafted: list[Trial], alone: list[Trial]) -> dict:
-    """`lossless`: whether all answers are those of the target alone, token for token;
-    `equal_answers`: their share.
-    """
-    same = [one.ids == other.ids for one, other in zip(drafted, alone, strict=True)]
+def equality(drafted: list[Trial], baseline: list[Trial]) -> dict:
+    """`lossless`: all answers are those of the target alone, token for token; and their share."""
+    same = [one.ids == other.ids for one, other in zip(drafted, baseline, strict=True)]
     return {"lossless": all(same), "equal_answers": sum(same) / len(same)}
 
 
@@ -127,14 +104,10 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
 def interval95(
     statistic: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int
 ) -> list[float] | None:
-    """Bootstrap over questions: `statistic` of int64 [R,P], the questions of every resample -> [R]."""
-    picked = torch.randint(
-        questions, (RESAMPLES, questions), generator=torch.Generator().manual_seed(seed)
-    )
+    """Bootstrap over questions: `statistic` of int64 [R,P], those of each resample, is [R]."""
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(questions, (RESAMPLES, questions), generator=generator)
     values = statistic(picked)
     values = values[values.isfinite()]
-    return (
-        values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-        if len(values)
-        else None
-    )
+    ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
+    return values.quantile(ends).tolist() if len(values) else None

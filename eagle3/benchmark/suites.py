@@ -1,6 +1,4 @@
-"""Suites: named lists of questions. A suite is a data set and a function that reads its rows;
-`SUITES` names them.
-"""
+"""Suites of questions. A suite is a data set and a function that reads its rows."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -19,11 +17,10 @@ from eagle3.errors import ConfigError, RunError
 
 @dataclass
 class Question:
-    """A conversation up to the first turn to be answered, and the user's `later` turns; or its
-    `input_ids`.
+    """A conversation up to the first turn to be answered, and the user's `later` turns.
 
-    `reference` is what an answer is scored by; in a suite that can be shown as solved it is the
-    solution.
+    Or its `input_ids`. `reference` is what an answer is scored by; in a suite that can be shown as
+    solved it is the solution.
     """
 
     messages: Messages = field(default_factory=list)
@@ -35,8 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """`source` on the hub (subset `*`: all of them, in order), `read` a row of it, `score` an
-    answer's text.
+    """`source` on the hub (subset `*`: all, in order), `read` a row of it, `score` an answer.
 
     `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite.
     `runs_code`: scoring runs what the model wrote.
@@ -54,34 +50,34 @@ def text(value: Any) -> str:
     return value
 
 
-def asked(*turns: str, reference: Any = None) -> Question:
+def user_turns(*turns: str, reference: Any = None) -> Question:
     first, *later = map(text, turns)
     return Question([{"role": "user", "content": first}], later, reference=reference)
 
 
 def mtbench(row: dict) -> Question:
-    return asked(*row["prompt" if "prompt" in row else "turns"])
+    return user_turns(*row["prompt" if "prompt" in row else "turns"])
 
 
 def gsm8k(row: dict) -> Question:
-    return asked(row["question"], reference=text(row["answer"]))
+    return user_turns(row["question"], reference=text(row["answer"]))
 
 
 def humaneval(row: dict) -> Question:
-    return asked(
+    return user_turns(
         row["prompt"],
         reference={name: text(row[name]) for name in ("prompt", "test", "entry_point")},
     )
 
 
 def math500(row: dict) -> Question:
-    return asked(row["problem"], reference=text(row["answer"]))
+    return user_turns(row["problem"], reference=text(row["answer"]))
 
 
 def ceval(row: dict) -> Question:
     """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
     options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
-    return asked(
+    return user_turns(
         f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。",
         reference=text(row["answer"]),
     )
@@ -96,7 +92,7 @@ def conversation(row: dict) -> Question:
     turns = row.get("turns", row.get("prompt"))
     if turns is None or "messages" in row:
         return Question(read_conversation(row).messages)
-    return asked(*([turns] if isinstance(turns, str) else turns))
+    return user_turns(*([turns] if isinstance(turns, str) else turns))
 
 
 SUITES = {
@@ -116,77 +112,74 @@ SUITES = {
 OWN = Suite(conversation)
 
 
-def parse(spec: str) -> tuple[str, int | None]:
+def parse_suite(spec: str) -> tuple[str, int | None]:
     """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file.
+
     Raises ConfigError.
     """
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not name.endswith(SUFFIXES):
         raise ConfigError(
-            f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)} or a file such as my.jsonl, each with "
-            f":num_prompts{nearest(name, list(SUITES))}"
+            f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)} or a file such as "
+            f"my.jsonl, each with :num_prompts{nearest(name, list(SUITES))}"
         )
     if colon and not (count.isdecimal() and int(count) > 0):
         raise ConfigError(
-            f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as {name}:48"
+            f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as "
+            f"{name}:48"
         )
     if name not in SUITES and not Path(name).is_file():
         raise ConfigError(
-            f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a suite"
+            f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a "
+            "suite"
         )
     return name, int(count) if colon else None
 
 
-def load(name: str, count: int | None, path: str | None, cache_dir: str) -> list[Question]:
-    """The first `count` questions of a suite (fewer where it has fewer), of `path` where that is
-    given, else of the hub or the file that `name` is. Raises RunError for a row that is none and
-    for a suite without questions.
+def load_questions(
+    name: str, count: int | None, path: str | None, cache_dir: str
+) -> list[Question]:
+    """The first `count` questions of a suite, or as many as it has.
+
+    They come from `path` where that is given, else from the hub or the file that `name` is. Raises
+    RunError for a row that is none and for a suite without questions.
     """
-    questions = list(islice(read(name, path, cache_dir), count))
+    suite = SUITES.get(name, OWN)
+    source = Source(path or name) if path or suite.source is None else suite.source
+    questions = list(islice(read_questions(name, suite, source, cache_dir), count))
     if not questions:
         raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
     return questions
 
 
-def read(name: str, path: str | None, cache_dir: str) -> Iterator[Question]:
-    suite = SUITES.get(name, OWN)
-    sources = (
-        [Source(path or name)] if path or suite.source is None else subsets(name, suite.source)
-    )
-    for source in sources:
-        for file in files_of(name, source, cache_dir):
-            for line, raw, _ in raw_rows(file):
-                try:
-                    question = suite.read(decode(raw))
-                except (RowError, LookupError, TypeError, ValueError) as error:
-                    raise RunError(
-                        f"{file.name}, line {line}: not a question of the suite {name} ({error})"
-                    ) from error
-                yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
+def read_questions(name: str, suite: Suite, source: Source, cache_dir: str) -> Iterator[Question]:
+    for file in find_all_files(name, source, cache_dir):
+        for line, raw, _ in raw_rows(file):
+            try:
+                question = suite.read(decode(raw))
+            except (RowError, LookupError, TypeError, ValueError) as error:
+                raise RunError(
+                    f"{file.name}, line {line}: not a question of the suite {name} ({error})"
+                ) from error
+            yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
 
 
-def subsets(name: str, source: Source) -> list[Source]:
-    """One source, or those of all subsets of a data set."""
-    if source.subset != "*":
-        return [source]
-    from datasets import get_dataset_config_names
-
+def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFile]:
+    """The files of a source, subset by subset, so that no more is fetched than is read."""
     try:
-        return [replace(source, subset=subset) for subset in get_dataset_config_names(source.path)]
+        subsets = [source.subset]
+        if source.subset == "*":
+            from datasets import get_dataset_config_names
+
+            subsets = get_dataset_config_names(source.path)
+        for subset in subsets:
+            yield from find_files(replace(source, subset=subset), cache_dir, "benchmark.suites")
+    except ConfigError:
+        raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        raise unreachable(name, source, error) from error
-
-
-def files_of(name: str, source: Source, cache_dir: str) -> list[DataFile]:
-    try:
-        return find_files(source, cache_dir, "benchmark.suites")
-    except RunError as error:
-        raise unreachable(name, source, error.__cause__ or error) from error
-
-
-def unreachable(name: str, source: Source, error: BaseException) -> RunError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return RunError(
-        f"benchmark.suites={name}: {source.path} is no local file and cannot be fetched ({reason}); download it and "
-        f"set +benchmark.paths.{name}=<file>"
-    )
+        cause = (isinstance(error, RunError) and error.__cause__) or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise RunError(
+            f"benchmark.suites={name}: {source.path} is no local file and cannot be fetched "
+            f"({reason}); download it and set +benchmark.paths.{name}=<file>"
+        ) from error
