@@ -8,10 +8,12 @@ rows, Vd draft vocabulary, D and H hidden sizes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
 from eagle3.batch import Batch, Features, SupervisedMask, serving
+from eagle3.config import Within
 from eagle3.draft.model import Draft
 
 Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -44,7 +46,7 @@ def kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def lk(
-    logits: torch.Tensor, teacher: torch.Tensor, eta: float = 3.0
+    logits: torch.Tensor, teacher: torch.Tensor, eta: Annotated[float, Within(0)] = 3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LK loss, adaptive form (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
     acceptance).
@@ -121,8 +123,8 @@ class SoftTargetLoss:
     def __init__(
         self,
         pointwise: Pointwise,
-        gamma: float = 0.8,
-        chunk_rows: int = 1024,
+        gamma: Annotated[float, Within(0, 1)] = 0.8,
+        chunk_rows: Annotated[int, Within(1)] = 1024,
         mask: SupervisedMask = serving,
     ):
         """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.

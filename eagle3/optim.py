@@ -1,10 +1,30 @@
 """Learning-rate schedules and the guarded optimiser step."""
 
 import math
+from collections.abc import Iterable
+from typing import Annotated
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from eagle3.config import Within
+
+Ratio = Annotated[float, Within(0, 1)]
+
+
+def adamw(
+    parameters: Iterable[torch.nn.Parameter],
+    lr: Annotated[float, Within(1e-12, 1e3)],
+    betas: Annotated[list[float], Within(0, 1)],
+    eps: float,
+    weight_decay: Annotated[float, Within(0, 1e3)],
+    fused: bool,
+) -> Optimizer:
+    """torch's AdamW, with bounds on its parameters."""
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+    )
 
 
 def warmup(step: int, warmup_steps: int) -> float:
@@ -12,7 +32,7 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 
 def cosine(
-    optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015, min_ratio: float = 0.0
+    optimizer: Optimizer, total_steps: int, warmup_ratio: Ratio, min_ratio: Ratio
 ) -> LambdaLR:
     """Linear warm-up, then half a cosine down to `min_ratio` of the learning rate at `total_steps`."""
     warmup_steps = round(warmup_ratio * total_steps)
@@ -26,7 +46,7 @@ def cosine(
     return LambdaLR(optimizer, scale)
 
 
-def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: float = 0.015) -> LambdaLR:
+def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: Ratio) -> LambdaLR:
     """Linear warm-up, then constant."""
     warmup_steps = round(warmup_ratio * total_steps)
     return LambdaLR(optimizer, lambda step: warmup(step, warmup_steps))

@@ -175,3 +175,6 @@ def drafting_of(get: Callable[[str], httpx.Response]) -> list[int]:
             "or nothing it drafts is ever accepted"
         )
     return [info[f"speculative_{name}"] for name in ("num_steps", "eagle_topk", "num_draft_tokens")]
+
+
+run.in_process, run.check_settings = False, check_settings

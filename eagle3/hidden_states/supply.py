@@ -96,6 +96,27 @@ class Kept:
         return [known.get(document.key, document) for document in loaded]
 
 
+class Online:
+    captures, keeps, needs_target = False, False, True
+
+    def __new__(cls, run) -> Supply:
+        return online(run)
+
+
+class Offline:
+    captures, keeps, needs_target = True, False, False
+
+    def __new__(cls, run) -> Supply:
+        return offline(run)
+
+
+class Hybrid:
+    captures, keeps, needs_target = False, True, True
+
+    def __new__(cls, run) -> Supply:
+        return hybrid(run)
+
+
 def hybrid(run) -> Supply:
     """`mode=hybrid`: what the first pass computes is kept, as far as the disk budget goes, and read
     afterwards.

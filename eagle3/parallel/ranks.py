@@ -27,8 +27,9 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from eagle3.config import RunConfig, again
+from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.resume import command_to_resume
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
@@ -302,10 +303,10 @@ def launch(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | No
             ).close()  # or it would be waited for as if another node had it
         return elastic_launch(settings, worker)(config, run_dir, overrides).get(0)
     except SignalException as stopped:
-        print(f"stopped; go on with: {again(run_dir, overrides)}", file=sys.stderr)
+        print(f"stopped; go on with: {command_to_resume(run_dir, overrides)}", file=sys.stderr)
         raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
-        raise failed(*error.get_first_failure(), again(run_dir, overrides)) from error
+        raise failed(*error.get_first_failure(), command_to_resume(run_dir, overrides)) from error
     except (RendezvousError, DistError, ValueError, OSError) as error:
         where, why = settings.rdzv_endpoint, str(error).splitlines()[0]
         raise RunError(

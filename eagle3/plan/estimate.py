@@ -56,7 +56,7 @@ def make(run) -> Plan:
     memory = memory_of(run, shape, size, batches, loss.chunk_rows)
     devices = speeds(run.device, compute_dtype(run), tokens.gpus)
     hours = [hours_of(*device, cost, tokens, disk.kept_share) for device in devices]
-    plan = Plan(config.mode["_target_"].rpartition(".")[2], tokens, disk, memory, cost, hours, "")
+    plan = Plan(config.mode["_target_"].rpartition(".")[2].lower(), tokens, disk, memory, cost, hours, "")
     plan.recommendation = recommend(plan)
     return plan
 

@@ -2,11 +2,14 @@
 patching it.
 """
 
+from typing import Annotated, Any
+
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
 from eagle3.batch import Batch, Features
+from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
@@ -31,13 +34,24 @@ class HFTarget:
 
     in_process = True  # it has `states`, which decoding needs
 
+    @staticmethod
+    def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
+        """Raises ConfigError where the section asks for several processes."""
+        if section.get("tp_size", 1) > 1:
+            raise ConfigError(
+                f"target.tp_size={section['tp_size']}: target=hf does not split a model over GPUs; "
+                "set target=sglang"
+            )
+
     def __init__(
         self,
         spec: TargetSpec,
         device: torch.device,
         attention: str = "auto",
-        batch_tokens: int = 16384,
+        batch_tokens: Annotated[int, Within(1)] = 16384,
+        tp_size: int = 1,
     ):
+        assert tp_size == 1
         self.spec, self.config, self.device = spec, spec.config, device
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         check_supported(self.config)

@@ -17,11 +17,10 @@ import httpx
 import torch
 
 from eagle3.batch import Batch, Features
-from eagle3.config import Model
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.sglang import blocks, proof, serve
-from eagle3.target.spec import TargetSpec, check_supported, read_spec
+from eagle3.target.spec import TargetSpec, check_supported
 from eagle3.target.weights import TargetWeights, load_weights
 
 SILENT_SECONDS = (
@@ -208,11 +207,10 @@ class SGLangTarget:
         return load_weights(self.spec, self.device)
 
     @staticmethod
-    def check_settings(target: dict[str, Any], model: Model) -> None:
-        """What can be told of the sections `target` and `model` before anything starts. Raises
+    def check_settings(target: dict[str, Any], spec: TargetSpec) -> None:
+        """What can be told of the section `target` before anything starts. Raises
         ConfigError.
         """
-        spec = read_spec(model)
         serve.check_capturable(spec.path, spec.revision, spec.trust_remote_code, spec.aux_layer_ids)
         if target.get("url") is None:
             serve.find_sglang(interpreter("sglang", target.get("python")))
