@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf, SCMode
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
 
@@ -205,7 +206,14 @@ class RunConfig:
     launch: Launch
 
 
+def choice(group: str, *, _root_: DictConfig) -> str:
+    """The option of a group, for `name`; a sweep names its folder before hydra runs a job."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else _root_.hydra
+    return hydra.runtime.choices[group]
+
+
 ConfigStore.instance().store(name="schema", node=RunConfig)
+OmegaConf.register_new_resolver("choice", choice, replace=True)
 # where the nodes of a Slurm job meet
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
 OmegaConf.register_new_resolver(

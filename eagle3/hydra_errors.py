@@ -21,7 +21,7 @@ from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
 
 # sections that take any key
-OPEN = ("data.sources", "data.chat_template_kwargs", "regenerate.extra_body", "benchmark.paths")
+OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 
 
 @contextmanager
@@ -71,18 +71,23 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key is not None:
-        section = next((s for s in OPEN if key.startswith(f"{s}.")), None)
-        if section is not None:
-            return f"{key} is new to {section}: put + before it, as +{key}=..."
+        if key.startswith("data.sources."):
+            return new_source(cause.key)
+        if key.startswith(OPEN):
+            return f"{key} is new to the config: put + before it, as +{key}=..."
         return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
-        if wanted is None:  # only sources are sections that the user adds
-            return f"{key} is no source yet: write '+data.sources={{{key}: {{path: ...}}}}'"
+        if wanted is None:  # only sources are typed sections that the user adds
+            return new_source(key)
         if wanted == "list":
             return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"
         return f"{key}={cause.value} must be of type {wanted}"
     return " ".join(str(error).split())
+
+
+def new_source(name: Any) -> str:
+    return f"{name} is no source of data yet: write '+data.sources={{{name}: {{path: ...}}}}'"
 
 
 def type_of(key: str) -> str | None:

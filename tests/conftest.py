@@ -1,10 +1,14 @@
 """Marks that the default run leaves out, and small targets that several files share."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle3.config import Model
@@ -19,7 +23,9 @@ torch.set_num_threads(1)  # of small tensors a second thread makes nothing faste
 
 def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
     """The target in a folder, as `model.path=...` names it."""
-    return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **model))
+    given = dict.fromkeys(("revision", "embedding_key", "lm_head_key")) | model
+    given = {"trust_remote_code": False} | given
+    return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **given))
 
 
 def pytest_addoption(parser):
@@ -64,3 +70,16 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def compose_config(*overrides: str) -> DictConfig:
+    """What a command line comes to; `name`, which asks the running hydra, is `test`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("run", overrides=["name=test", *overrides])
+
+
+def section(name: str, **changes):
+    """A typed section with its defaults of conf/, such as section("data", max_length=160)."""
+    composed = compose_config("model=hf", "model.path=x")
+    return dataclasses.replace(OmegaConf.to_object(composed[name]), **changes)

@@ -163,7 +163,16 @@ def main() -> None:
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # else what is under way would not be ended in order
     find_sglang(given.python)
-    spec = read_spec(Model(given.path, dtype=given.dtype, aux_layer_ids=given.aux_layer_ids))
+    model = Model(
+        path=given.path,
+        revision=None,
+        dtype=given.dtype,
+        trust_remote_code=False,
+        aux_layer_ids=given.aux_layer_ids,
+        embedding_key=None,
+        lm_head_key=None,
+    )
+    spec = read_spec(model)
     config, layers, device = spec.config, spec.aux_layer_ids, torch.device(given.device)
     check_capturable(given.path, None, False, layers)
     port = choose_port(given.port, "--port")
