@@ -1,136 +1,171 @@
 """Every check that can be made before a model loads.
 
-Nodes with a `_target_` are bound to the signature of what they name. A mistake is one ConfigError
-sentence with the key, what is allowed, and the nearest name.
+Values against the bounds and types that stand on the parameters they are for, then files, then the
+pairs that only the whole config can tell. A mistake is one ConfigError sentence with the key, what
+is allowed, and the nearest name.
 """
 
-import importlib
 import inspect
+import pydoc
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from eagle3.benchmark.request import check_request
-from eagle3.config import Data, RunConfig, nearest, parse_size
+from eagle3.benchmark.measure import check as check_benchmark
+from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
-from eagle3.export.read import check_given
-from eagle3.export.rules import ENGINES
+from eagle3.export.folder import check_given
 from eagle3.parallel.ranks import choose_device, is_started
 from eagle3.pipeline import STAGES
 from eagle3.target.spec import check_supported, read_spec
 
-TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")
-RANGES = {
-    "optimizer.lr": (1e-12, 1e3),
-    "optimizer.betas": (0, 1),
-    "optimizer.weight_decay": (0, 1e3),
-    "scheduler.warmup_ratio": (0, 1),
-    "scheduler.min_ratio": (0, 1),
-    "loss.gamma": (0, 1),
-    "loss.chunk_rows": (1, 1 << 30),
-    "regenerate.concurrency": (1, 1e5),
-    "regenerate.retries": (1, 1000),
-    "regenerate.timeout": (0.1, 1e6),
-    "regenerate.max_new_tokens": (1, 1 << 20),
-    "regenerate.temperature": (0, 100),
-    "regenerate.top_p": (1e-6, 1),
-    "regenerate.top_k": (-1, 1 << 30),
-    "regenerate.batch_size": (1, 1 << 20),
-    "benchmark.temperature": (0, 100),
-    "target.tp_size": (1, 1 << 10),
-    "target.dp_size": (1, 1 << 10),
-    "target.ep_size": (1, 1 << 10),
-    "target.batch_tokens": (1, 1 << 30),
-    "target.mem_fraction_static": (0.01, 1),
-    "target.ready_seconds": (1, 1e6),
-    "benchmark.max_new_tokens": (2, 1 << 20),
-    "benchmark.port": (0, 65535),
-    "benchmark.tp_size": (1, 1024),
-    "benchmark.mem_fraction_static": (0.01, 1),
-    "benchmark.ready_seconds": (1, 1e6),
-    "benchmark.timeout": (1, 1e6),
-}
+TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")  # what a config may name runs as code
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for the first value, path or pair that cannot work; looks at files but
-    loads no model.
+    """Raise ConfigError for the first value, path or pair that cannot work."""
+    check_section(config)
+    check_stages(config)
+    check_processes(config)
+    check_benchmark_section(config)
+    check_data(config.data, reads_data(config))
+    check_files(config)
+    check_against_target(config)
+
+
+def check_section(section: Any, prefix: str = "") -> None:
+    """Bounds of a dataclass's fields, and the nodes in it, recursively."""
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        check_value(f"{prefix}{name}", getattr(section, name), hint)
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    if is_dataclass(value):
+        check_section(value, f"{key}.")
+    elif isinstance(value, dict) and "_target_" in value:
+        check_node(value, key)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            check_value(f"{key}.{name}", inner, Any)
+    else:
+        check_bounds(key, value, hint)
+
+
+def check_bounds(key: str, value: Any, hint: Any) -> None:
+    """That a value, or each element of a list, is what the parameter's `Within` or `OneOf` allows."""
+    for bound in bounds(hint):
+        for element in value if isinstance(value, list) else [value]:
+            if element is None:
+                continue
+            if isinstance(bound, OneOf) and element not in bound.names:
+                near = nearest(str(element), list(bound.names))
+                raise ConfigError(f"{key}={value} must be {bound}{near}")
+            if isinstance(bound, Within) and not bound.low <= element <= bound.high:
+                raise ConfigError(f"{key}={value} must be {bound}")
+
+
+def bounds(hint: Any) -> list[Within | OneOf]:
+    """What stands on a parameter, also inside an optional one: `Annotated[int, ...] | None`."""
+    found = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Within | OneOf)]
+    for argument in typing.get_args(hint):
+        found += bounds(argument)
+    return found
+
+
+def check_node(node: dict[str, Any], key: str) -> None:
+    """Bind a node with `_target_` to the signature of what it names, recursively."""
+    name = node["_target_"]
+    called = find_target(node, key)
+    parameters = inspect.signature(called).parameters
+    function = called.__init__ if inspect.isclass(called) else called
+    hints = typing.get_type_hints(function, include_extras=True)
+    for parameter, value in node.items():
+        if parameter in HYDRA_KEYS:
+            continue
+        if parameter not in parameters:
+            raise ConfigError(
+                f"{key}.{parameter} is unknown to {name}; allowed: {', '.join(parameters)}"
+                f"{nearest(parameter, list(parameters))}"
+            )
+        hint = hints.get(parameter, Any)
+        if not fits(value, hint):
+            wanted = getattr(hint, "__name__", str(hint))
+            raise ConfigError(
+                f"{key}.{parameter}={value} is a {type(value).__name__}, but {name} takes {wanted}"
+            )
+        check_value(f"{key}.{parameter}", value, hint)
+
+
+def find_target(node: dict[str, Any], key: str) -> Any:
+    """The class or function that `_target_` names."""
+    name = node["_target_"]
+    if not name.startswith(TARGET_PREFIXES):
+        raise ConfigError(
+            f"{key}._target_={name} must start with one of {', '.join(TARGET_PREFIXES)}"
+        )
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport as error:
+        raise ConfigError(f"{key}._target_={name} cannot be imported: {error}") from error
+    if found is None:
+        raise ConfigError(f"{key}._target_={name} cannot be imported: there is no such name")
+    return found
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit
+    anything.
     """
-    check_fields(config, "")
-    for stage in config.stages:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return fits(value, arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
+    if hint in (bool, str, int, type(None)):
+        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return not inspect.isclass(hint) or isinstance(value, (dict, hint))
+
+
+def check_stages(config: RunConfig) -> None:
+    """Names of stages, and what a stage cannot do without."""
+    stages = config.stages
+    if not stages:
+        raise ConfigError("stages is empty; name at least one")
+    for stage in stages:
         if stage not in STAGES:
             raise ConfigError(
-                f"stages={stage} is unknown; allowed: {', '.join(STAGES)}{nearest(stage, list(STAGES))}"
+                f"stages={stage} is unknown; allowed: {', '.join(STAGES)}"
+                f"{nearest(stage, list(STAGES))}"
             )
-    if config.hidden_states.max_disk is not None:
-        parse_size(config.hidden_states.max_disk)
-    if "regenerate" in config.stages and config.data.preformatted:
+    if "regenerate" in stages and config.data.preformatted:
         raise ConfigError(
             "stages: regenerate needs messages, so it does not go with data.preformatted=true"
         )
-    if (
-        "regenerate" in config.stages
-        and "prepare" in config.stages[: config.stages.index("regenerate")]
-    ):
-        raise ConfigError("stages: regenerate must come before prepare, which reads what it writes")
-    for key in (
-        "mode",
-        "target",
-        "regenerate",
-        "loss",
-        "optimizer",
-        "scheduler",
-        "benchmark",
-        "logger",
-    ):
-        check_node(getattr(config, key), key)
-    check_node(config.draft.attention, "draft.attention")
-    check_node(config.draft.initial, "draft.initial")
-    check_ranges(config)
-    check_processes(config)
+    if "check" in stages and config.draft_path is None and "export" not in stages:
+        raise ConfigError(
+            "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export"
+        )
     if config.data.max_length > config.train.tokens_per_step:
         raise ConfigError(
-            f"data.max_length={config.data.max_length} must be at most "
-            f"train.tokens_per_step={config.train.tokens_per_step}, or a document would not fit into a micro-step"
+            f"data.max_length={config.data.max_length} must be at most train.tokens_per_step="
+            f"{config.train.tokens_per_step}, or a document would not fit into a micro-step"
         )
-    check_request(config.benchmark)
-    if "benchmark" in config.stages and not config.plan:
-        find(config.benchmark["_target_"], "benchmark").check_settings(config.benchmark)
-    for engine in config.check.engines:
-        if engine not in ENGINES:
-            raise ConfigError(f"check.engines={engine} is unknown; allowed: {', '.join(ENGINES)}")
-    if "check" in config.stages and config.draft_path is None and "export" not in config.stages:
-        raise ConfigError(
-            "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export before it"
-        )
-    check_files(config)
-    check_against_target(config)
-    check_target(config)
-
-
-def check_target(config: RunConfig) -> None:
-    """What an engine as the target asks for and cannot do."""
-    target = find(config.target["_target_"], "target")
-    if config.plan:
-        return
-    decodes = (
-        "benchmark" in config.stages
-        and find(config.benchmark["_target_"], "benchmark").in_process
-    )
-    if {"generate", "capture", "train", "regenerate"} & set(config.stages):
-        target.check_settings(config.target, read_spec(config.model))
-    if decodes and not target.in_process:
-        raise ConfigError(
-            "benchmark=builtin: the built-in benchmark needs the target in this process: set target=hf or "
-            "benchmark=sglang, or leave benchmark out of stages"
-        )
+    if config.hidden_states.max_disk is not None:
+        parse_size(config.hidden_states.max_disk)
 
 
 def check_processes(config: RunConfig) -> None:
@@ -139,131 +174,99 @@ def check_processes(config: RunConfig) -> None:
     processes = launch.nproc_per_node * launch.nnodes
     if processes % group:
         raise ConfigError(
-            f"parallel.ulysses x parallel.ring = {group} must divide launch.nproc_per_node x launch.nnodes = "
-            f"{processes}; set launch.nproc_per_node to a multiple of {group}"
+            f"parallel.ulysses x parallel.ring = {group} must divide launch.nproc_per_node x "
+            f"launch.nnodes = {processes}; set launch.nproc_per_node to a multiple of {group}"
         )
     gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else None
-    if gpus is not None and launch.nproc_per_node > gpus and not config.plan:
+    if config.plan:
+        return
+    if gpus is not None and launch.nproc_per_node > gpus:
         raise ConfigError(
-            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that torch sees here; set "
-            f"launch.nproc_per_node={gpus}, or device=cpu"
+            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that torch "
+            f"sees here; set launch.nproc_per_node={gpus}, or device=cpu"
         )
-    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_started() and not config.plan:
+    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_started():
         raise ConfigError(
-            f"launch.nnodes={launch.nnodes} needs launch.rdzv_endpoint=<host of the first node>:<free port>; or start "
-            "with launch/torchrun.sh or launch/slurm.sbatch"
+            f"launch.nnodes={launch.nnodes} needs launch.rdzv_endpoint=<host of the first node>:"
+            "<free port>; or start with launch/torchrun.sh or launch/slurm.sbatch"
         )
 
 
-def check_ranges(config: RunConfig) -> None:
-    """Ranges of values in nodes with a `_target_`, which no typed field holds."""
-    for key, (low, high) in RANGES.items():
-        section, name = key.split(".")
-        values = getattr(config, section).get(name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{key}={values} must be within {low:g} and {high:g}")
-    for key in ("stages", "benchmark.suites", "benchmark.configs"):
-        section, _, name = key.partition(".")
-        values = getattr(config, section).get(name) if name else config.stages
-        if values == []:
-            raise ConfigError(f"{key} is empty; name at least one")
+def check_benchmark_section(config: RunConfig) -> None:
+    """What the benchmark is asked for, and whether it has what it needs."""
+    section = config.benchmark
+    for name in ("suites", "configs"):
+        if not section[name]:
+            raise ConfigError(f"benchmark.{name} is empty; name at least one")
+    asked = ("configs", "suites", "protocol", "system_prompt", "paths")
+    check_benchmark(**{name: section[name] for name in asked})
+    if "benchmark" not in config.stages or config.plan:
+        return
+    engine = find_target(section, "benchmark")
+    engine.check_settings(section)
+    if engine.in_process and not find_target(config.target, "target").in_process:
+        raise ConfigError(
+            "benchmark=builtin: the built-in benchmark needs the target in this process: set "
+            "target=hf or benchmark=sglang, or leave benchmark out of stages"
+        )
 
 
-def check_fields(section: Any, prefix: str) -> None:
-    """Ranges and choices of a dataclass, recursively."""
-    for f in fields(section):
-        key, value = f"{prefix}{f.name}", getattr(section, f.name)
-        if is_dataclass(value):
-            check_fields(value, f"{key}.")
-            continue
-        low, high, choices = (f.metadata.get(name) for name in ("low", "high", "choices"))
-        if value is None:
-            continue
-        if choices is not None and value not in choices:
-            raise ConfigError(
-                f"{key}={value} is not one of {', '.join(choices)}{nearest(str(value), choices)}"
-            )
-        if low is not None and not value >= low:
-            raise ConfigError(f"{key}={value} must be at least {low}")
-        if high is not None and not value <= high:
-            raise ConfigError(f"{key}={value} must be at most {high}")
+def reads_stored(config: RunConfig) -> bool:
+    """Whether training reads hidden states that the user's own folder holds."""
+    mode = find_target(config.mode, "mode")
+    return mode.captures and config.hidden_states.path is not None
 
 
-def check_node(node: dict[str, Any], key: str) -> None:
-    """Bind a node with `_target_` to the signature of what it names, recursively."""
-    target = node.get("_target_")
-    if target is not None:
-        if not target.startswith(TARGET_PREFIXES):
-            raise ConfigError(
-                f"{key}._target_={target} must start with one of {', '.join(TARGET_PREFIXES)}"
-            )
-        called = find(target, key)
-        parameters = inspect.signature(called).parameters
-        hints = typing.get_type_hints(called.__init__ if inspect.isclass(called) else called)
-        for name, value in node.items():
-            if name in ("_target_", "_partial_", "_convert_"):
-                continue
-            if name not in parameters:
-                raise ConfigError(
-                    f"{key}.{name} is unknown to {target}; allowed: {', '.join(parameters)}"
-                    f"{nearest(name, list(parameters))}"
-                )
-            if name in hints and not fits(value, hints[name]):
-                wanted = getattr(hints[name], "__name__", str(hints[name]))
-                raise ConfigError(
-                    f"{key}.{name}={value} is a {type(value).__name__}, but {target} takes {wanted}"
-                )
-    for name, value in node.items():
-        if isinstance(value, dict):
-            check_node(value, f"{key}.{name}")
+def reads_data(config: RunConfig) -> list[str]:
+    """The stages that read conversations, and so cannot do without `data`."""
+    readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
+    if any(suite.split(":")[0] == "heldout" for suite in config.benchmark["suites"]):
+        readers.add("benchmark")
+    return [stage for stage in config.stages if stage in readers]
 
 
-def find(target: str, key: str) -> Any:
-    """The class or function that a dotted name means."""
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}._target_={target} cannot be imported: {error}") from error
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit
-    anything.
+def needs_tokenizer(config: RunConfig) -> bool:
+    """Training on stored hidden states, and what comes after it, does without; `check` says so
+    where it is missing.
     """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(
-            fits(v, arguments[0]) for v in value if arguments
+    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    return bool(set(config.stages) - without)
+
+
+def check_data(data: Data, readers: list[str]) -> None:
+    """That data comes from `path` or from `sources`, that `readers`, the stages that read it, have
+    some, and that what looks like a local path exists.
+    """
+    if data.path is not None and data.sources:
+        raise ConfigError(
+            "data.path and data.sources exclude each other; set one of them, such as "
+            "data.path=<file>"
         )
-    if hint in (bool, str, int, type(None)):
-        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return inspect.isclass(hint) is False or isinstance(value, (dict, hint)) or hint is Any
+    if readers and data.path is None and not data.sources:
+        raise ConfigError(
+            f"stages: {readers[0]} reads data, but none is named; set data=<preset>, or data=jsonl "
+            "data.path=<file, folder, hub id or address>"
+        )
+    paths = {"data.path": data.path, "data.eval_path": data.eval_path}
+    paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
+    for key, path in paths.items():
+        if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
+            raise ConfigError(
+                f"{key}={path} does not exist; give a local file or folder, a hub id, or an address"
+            )
 
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
-    check_data(config.data)
-    hidden = config.hidden_states.path
-    reads = (
-        config.mode["_target_"] == "eagle3.hidden_states.supply.Offline"
-        and "capture" not in config.stages
-    )
-    if hidden is not None and reads and not Path(hidden).is_dir():
+    hidden, shape = config.hidden_states.path, config.draft.config
+    if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
         raise ConfigError(
             f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages"
         )
-    if config.draft.config is not None and not Path(config.draft.config).is_file():
-        raise ConfigError(f"draft.config={config.draft.config} does not exist; give a local file")
-    for key, path in {
-        "draft_path": config.draft_path,
-        "draft.init_from": config.draft.init_from,
-    }.items():
+    if shape is not None and not Path(shape).is_file():
+        raise ConfigError(f"draft.config={shape} does not exist; give a local file")
+    drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
+    for key, path in drafts.items():
         if path is not None:
             check_given(path, key)
     folder = Path(config.model.path)
@@ -275,76 +278,49 @@ def check_files(config: RunConfig) -> None:
         raise ConfigError(
             f"model.path={folder} has no config.json, so it is not a transformers model"
         )
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if needs_tokenizer(config) and not any((folder / name).is_file() for name in names):
+    if needs_tokenizer(config) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(
             f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json"
         )
 
 
-def check_data(data: Data) -> None:
-    """That data comes from `path` or from `sources`, and that what looks like a local path exists."""
-    if (data.path is None) == (not data.sources):
-        raise ConfigError(
-            "data.path and data.sources exclude each other; set one of them, such as data.path=<file>"
-        )
-    paths = {"data.path": data.path, "data.eval_path": data.eval_path}
-    paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
-    for name, source in data.sources.items():
-        check_fields(source, f"data.sources.{name}.")
-    for key, path in paths.items():
-        if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
-            raise ConfigError(
-                f"{key}={path} does not exist; give a local file or folder, a hub id, or an address"
-            )
-
-
-def needs_tokenizer(config: RunConfig) -> bool:
-    """Training on stored hidden states, and what comes after it, does without; `check` says so
-    where it is missing.
-    """
-    if config.stages == ["check"]:
-        return False
-    stored = (
-        config.mode["_target_"] == "eagle3.hidden_states.supply.Offline"
-        and config.hidden_states.path is not None
-    )
-    return not stored or bool(set(config.stages) - {"import", "train", "export"})
-
-
 def check_against_target(config: RunConfig) -> None:
-    """What only the target's config can tell: layers and vocabulary."""
-    target = read_spec(config.model).config
+    """What only the target's config can tell: layers, vocabulary, and what its engine can do."""
+    model, spec = config.model, read_spec(config.model)
+    target, layers = spec.config, config.model.aux_layer_ids
     check_supported(target)
-    layers = config.model.aux_layer_ids
+    last = target.num_hidden_layers - 1
     if layers is not None and (
-        len(layers) != 3
-        or sorted(set(layers)) != layers
-        or not 0 <= layers[0] <= layers[-1] < target.num_hidden_layers
+        len(layers) != 3 or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] > last
     ):
         raise ConfigError(
-            f"model.aux_layer_ids={layers} must be three different layers of 0..{target.num_hidden_layers - 1}, "
-            "low to high"
+            f"model.aux_layer_ids={layers} must be three different layers of 0..{last}, low to high"
         )
     if config.stages == ["check"]:
         return
     if config.data.max_length > target.max_position_embeddings:
         raise ConfigError(
-            f"data.max_length={config.data.max_length} must be at most the target's max_position_embeddings="
-            f"{target.max_position_embeddings}"
+            f"data.max_length={config.data.max_length} must be at most the target's "
+            f"max_position_embeddings={target.max_position_embeddings}"
         )
-    model = config.model
     if needs_tokenizer(config):
         load_tokenizer(
             model.path, model.revision, model.trust_remote_code, config.data.chat_template
         )
     if config.draft.vocab_size > target.vocab_size:
         raise ConfigError(
-            f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary of {target.vocab_size}"
+            f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary "
+            f"of {target.vocab_size}"
         )
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         raise ConfigError(
-            f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} key/value heads (and its "
-            f"{shape.num_attention_heads} heads); make it smaller and parallel.ring larger"
+            f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} "
+            f"key/value heads (and its {shape.num_attention_heads} heads); make it smaller and "
+            "parallel.ring larger"
         )
+    asking = {"generate", "capture", "regenerate"}
+    if find_target(config.mode, "mode").needs_target:
+        asking.add("train")
+    if asking & set(config.stages) and not config.plan:
+        find_target(config.target, "target").check_settings(config.target, spec)

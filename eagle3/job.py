@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from transformers import PretrainedConfig
 
 from eagle3 import evaluate as generate
@@ -108,7 +108,7 @@ class Run:
     @property
     def reads_store(self) -> bool:
         """Whether training needs no target, because hidden states were captured before."""
-        return self.config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        return get_class(self.config.mode["_target_"]).captures
 
     @cached_property
     def weights(self) -> HFTarget | TargetWeights:

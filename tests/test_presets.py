@@ -5,38 +5,12 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from conftest import ROOT, compose_config
 from omegaconf import OmegaConf
 
 from eagle3.checks import check_data
-from eagle3.config import RunConfig  # also registers the schema
-from eagle3.data.sources import Source, find_files, read_rows
-
-REGENERATED = "frankleeeee/PerfectBlend-Regenerated-Llama"
-PRESETS = {
-    "sharegpt": ("Aeala/ShareGPT_Vicuna_unfiltered", None, "train"),
-    "perfectblend": ("mlabonne/open-perfectblend", None, "train"),
-    "perfectblend-llama3.1-8b-instruct": (f"{REGENERATED}-3.1-8B-Instruct", None, "train"),
-    "perfectblend-llama3.3-70b-instruct": (f"{REGENERATED}-3.3-70B-Instruct", None, "train"),
-    "perfectblend-llama4-scout-instruct": (
-        f"{REGENERATED}-4-Scout-17B-16E-Instruct",
-        None,
-        "train",
-    ),
-    "perfectblend-llama4-maverick-instruct": (
-        f"{REGENERATED}-4-Maverick-17B-128E-Instruct",
-        None,
-        "train",
-    ),
-    "ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft"),
-    "magpie": ("Magpie-Align/Magpie-Qwen2.5-Pro-1M-v0.1", None, "train"),
-    "gsm8k": ("openai/gsm8k", "main", "train"),
-    "codealpaca": ("sahil2801/CodeAlpaca-20k", None, "train"),
-    "opc": ("OpenCoder-LLM/opc-sft-stage1", "largescale_diverse_instruct", "train"),
-    "magicoder": ("ise-uiuc/Magicoder-Evol-Instruct-110K", None, "train"),
-}
+from eagle3.config import Source
+from eagle3.data.sources import find_files, may_be_remote, read_rows
 
 ASKED, ANSWERED = "What is 2 + 3?", "It is 5."
 PLAIN = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]
@@ -64,9 +38,6 @@ ROWS = {
         },
     ),
     "perfectblend-llama3.1-8b-instruct": ("jsonl", REWRITTEN),
-    "perfectblend-llama3.3-70b-instruct": ("jsonl", REWRITTEN),
-    "perfectblend-llama4-scout-instruct": ("jsonl", REWRITTEN),
-    "perfectblend-llama4-maverick-instruct": ("jsonl", REWRITTEN),
     "ultrachat": ("parquet", {"prompt": ASKED, "prompt_id": "f0e37e9f7800", "messages": PLAIN}),
     "magpie": (
         "parquet",
@@ -94,7 +65,7 @@ ROWS = {
     "opc": ("jsonl", {"instruction": ASKED, "output": ANSWERED, "tag": "algorithm"}),
     "magicoder": ("jsonl", {"instruction": ASKED, "response": ANSWERED}),
 }
-EXPECTED = dict.fromkeys(PRESETS, PLAIN) | {
+EXPECTED = dict.fromkeys(ROWS, PLAIN) | {
     "sharegpt": [
         *PLAIN,
         {"role": "user", "content": "And 3 + 4?"},
@@ -108,12 +79,13 @@ EXPECTED = dict.fromkeys(PRESETS, PLAIN) | {
 
 def data_of(*overrides):
     """The typed `data` section of a command line."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("run", overrides=["name=test", *overrides]))
-    assert isinstance(config, RunConfig)
-    check_data(config.data)
-    return config.data
+    data = OmegaConf.to_object(compose_config(*overrides)).data
+    check_data(data, ["prepare"])
+    return data
+
+
+def named(source):
+    return source.path, source.subset, source.split
 
 
 def write(path, kind, rows):
@@ -125,19 +97,22 @@ def write(path, kind, rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_every_preset_is_listed():
-    named = {path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")}
-    assert named - {"tiny", "jsonl", "mix"} == PRESETS.keys() == ROWS.keys()
+def test_every_preset_has_a_row():
+    """Those that Perfect-Blend was answered again for have the same columns."""
+    presets = {path.stem for path in (ROOT / "conf" / "data").glob("*.yaml")}
+    again = {name for name in presets if name.startswith("perfectblend-")}
+    assert presets - {"none", "tiny", "jsonl", "mix"} == ROWS.keys() | again
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_compose(preset):
-    data = data_of(f"data={preset}")
-    assert (data.path, data.subset, data.split) == PRESETS[preset]
-    assert data.sources == {} and data.eval_path is None
+@pytest.mark.parametrize("preset", ROWS)
+def test_presets_name_a_hub_dataset_and_nothing_else(preset):
+    data, none = data_of(f"data={preset}"), compose_config("data=none").data
+    assert may_be_remote(data.path) and "/" in data.path
+    different = {key for key in none if none[key] != getattr(data, key)}
+    assert different <= {"path", "subset", "split"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ROWS)
 def test_rows_of_every_preset_are_read(preset, tmp_path):
     kind, row = ROWS[preset]
     local = tmp_path / preset
@@ -156,7 +131,7 @@ def test_the_mix_weighs_its_sources():
     data = data_of("data=mix")
     assert data.path is None and list(data.sources) == ["sharegpt", "perfectblend"]
     for name, source in data.sources.items():
-        assert (source.path, source.subset, source.split) == PRESETS[name]
+        assert named(source) == named(data_of(f"data={name}"))
     assert [source.weight for source in data.sources.values()] == [1.0, 0.1]
 
 
@@ -179,8 +154,7 @@ def test_a_mix_grows_and_shrinks_on_the_command_line():
         "folder": 3.0,
     }
     for name in ("gsm8k", "ultrachat"):
-        source = data.sources[name]
-        assert (source.path, source.subset, source.split) == PRESETS[name]
+        assert named(data.sources[name]) == named(data_of(f"data={name}"))
 
 
 def test_a_mix_of_ones_own(tmp_path):

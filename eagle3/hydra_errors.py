@@ -1,0 +1,109 @@
+"""What Hydra and OmegaConf raise, as one sentence that names the key and the nearest valid one."""
+
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from eagle3.config import RunConfig, flatten, nearest
+from eagle3.errors import ConfigError, RunError
+
+# sections that take any key
+OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
+
+
+@contextmanager
+def one_sentence(conf: Path, show_traceback: bool) -> Iterator[None]:
+    """A mistake ends the process with a sentence and its exit code, or a traceback if asked for."""
+    try:
+        yield
+    except (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError) as error:
+        if show_traceback:
+            raise
+        message, exit_code = explain(error, conf)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+def explain(error: BaseException, conf: Path) -> tuple[str, int]:
+    """-> (sentence, exit code). Exceptions that wrap one of ours are seen through."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError | RunError):
+            return str(cause), cause.exit_code
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MissingConfigException):
+        return missing_option(error, conf), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return wrong_key_or_value(error, conf), 2
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}; name another folder or free it", 1
+    return " ".join(str(error).split()), 1
+
+
+def missing_option(error: MissingConfigException, conf: Path) -> str:
+    """`model=lama`: the group exists, the option does not."""
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not group or not error.options:
+        groups = sorted({str(path.parent.relative_to(conf)) for path in conf.glob("*/**/*.yaml")})
+        return (
+            f"{error.missing_cfg_file} is no config group; groups: {', '.join(groups)}"
+            f"{nearest(option, groups)}"
+        )
+    allowed = ", ".join(error.options)
+    return f"{group}={option} is unknown; allowed: {allowed}{nearest(option, error.options)}"
+
+
+def wrong_key_or_value(error: Exception, conf: Path) -> str:
+    """A key that does not exist, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
+    cause = error.__cause__ or error
+    key = getattr(cause, "full_key", None)
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key is not None:
+        if key.startswith("data.sources."):
+            return new_source(cause.key)
+        if key.startswith(OPEN):
+            return f"{key} is new to the config: put + before it, as +{key}=..."
+        return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
+    if isinstance(cause, ValidationError) and key is not None:
+        wanted = type_of(key)
+        if wanted is None:  # only sources are typed sections that the user adds
+            return new_source(key)
+        if wanted == "list":
+            return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"
+        return f"{key}={cause.value} must be of type {wanted}"
+    return " ".join(str(error).split())
+
+
+def new_source(name: Any) -> str:
+    return f"{name} is no source of data yet: write '+data.sources={{{name}: {{path: ...}}}}'"
+
+
+def type_of(key: str) -> str | None:
+    """What a key of the typed config holds, such as int; None where it has no such key."""
+    hint: Any = RunConfig
+    for name in key.split("."):
+        hint = getattr(hint, "__annotations__", {}).get(name)
+    while typing.get_origin(hint) in (typing.Annotated, typing.Union):
+        hint = typing.get_args(hint)[0]
+    return getattr(typing.get_origin(hint) or hint, "__name__", None) if hint else None
+
+
+def known_keys(conf: Path) -> list[str]:
+    """Every dotted key of the default config, and every section and group."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        keys = list(flatten(compose("run", overrides=["name=x"])))
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    return keys + sorted(sections)

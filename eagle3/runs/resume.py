@@ -1,0 +1,96 @@
+"""Going on with a run that was stopped: its folder, its config, and what may differ from it."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from eagle3.config import RunConfig, flatten
+from eagle3.errors import ConfigError
+
+# Keys and sections that may change when a run is resumed, because no weight depends on them.
+FREE = {
+    "benchmark", "cache_dir", "check", "data.num_proc", "device", "draft_path", "export",
+    "hidden_states.on_damage", "hidden_states.path", "launch", "logger", "name", "parallel", "plan",
+    "regenerate", "stages", "target.batch_tokens", "target.dp_size", "target.ep_size",
+    "target.mem_fraction_static", "target.port", "target.python", "target.ready_seconds",
+    "target.server_args", "target.tp_size", "target.url", "train.eval_every", "train.keep_last",
+    "train.log_every", "train.resume", "train.save_every", "view",
+}  # fmt: skip
+
+
+def is_run(path: str | Path) -> bool:
+    return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
+
+
+def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
+    """What the user types after a run was stopped."""
+    if is_run(run_dir):
+        return f"python run.py train.resume={run_dir}"
+    return f"python run.py {shlex.join(overrides)}"
+
+
+def run_folder(resume: str, default: str) -> str:
+    """Hydra's run dir: the run that `train.resume` names, else a new one."""
+    if resume == "auto":
+        return default
+    if not is_run(resume):
+        raise ConfigError(
+            f"train.resume={resume} is no run folder with a checkpoint; give "
+            "outputs/<name>/<date>, or auto"
+        )
+    return resume
+
+
+OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
+OmegaConf.register_new_resolver(
+    "hydra_folder", lambda resume: ".hydra" if resume == "auto" else ".hydra/resumed", replace=True
+)
+
+
+def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
+    """The composed config as a RunConfig; that of the run being resumed, where there is one.
+
+    A resumed run takes its config from its run.json; raises ConfigError when an override asks for a
+    different draft.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
+    resume = composed.train.resume
+    named = resume != "auto"
+    if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
+        raise ConfigError(
+            f"train.resume={resume} must be a run with a checkpoint, given without hydra.run.dir "
+            "and -m"
+        )
+    if not is_run(run_dir):
+        return OmegaConf.to_object(composed)
+    before = json.loads((run_dir / "run.json").read_text())["config"]
+    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), before)
+    resumed = overridden(saved, composed, overrides) if named else composed
+    for key, was, now in differences(flatten(saved), flatten(resumed)):
+        raise ConfigError(
+            f"{key}={now} differs from the run in {run_dir}, which has {was}; start a new run "
+            "instead"
+        )
+    return OmegaConf.to_object(resumed)
+
+
+def overridden(saved: DictConfig, composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """`saved` with the keys and sections that the command line names taken from `composed`."""
+    resumed, keys = OmegaConf.merge(saved), flatten(composed)
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
+        if any(k == key or k.startswith(f"{key}.") for k in keys):
+            value = OmegaConf.select(composed, key)
+            OmegaConf.update(resumed, key, value, merge=False, force_add=True)
+    return resumed
+
+
+def differences(saved: dict[str, Any], resumed: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, before, now) of every value that a resumed run may not change."""
+    fixed = [k for k in saved | resumed if k not in FREE and k.split(".")[0] not in FREE]
+    return [(k, saved.get(k), resumed.get(k)) for k in fixed if saved.get(k) != resumed.get(k)]
