@@ -9,9 +9,11 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
+from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from eagle3.config import Data, Model
 from eagle3.data import templates
 from eagle3.data.rows import Conversation, Message, RowError
 from eagle3.errors import ConfigError
@@ -23,6 +25,7 @@ NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 LONGEST_TEXT = 1 << 23
+WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # of the probe: in no template, one token none
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {
     "type": "function",
@@ -33,12 +36,12 @@ SYSTEM_PROMPTS = {
     # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have (so
     # their drafts too).
     "llama2": (
-        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while "
-        "being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, "
-        "dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive "
-        "in nature.\n\nIf a question does not make any sense, or is not factually coherent, explain why "
-        "instead of answering something not correct. If you don't know the answer to a question, please don't"
-        " share false information."
+        "You are a helpful, respectful and honest assistant. Always answer as helpfully as "
+        "possible, while being safe.  Your answers should not include any harmful, unethical, "
+        "racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses "
+        "are socially unbiased and positive in nature.\n\nIf a question does not make any sense, "
+        "or is not factually coherent, explain why instead of answering something not correct. If "
+        "you don't know the answer to a question, please don't share false information."
     )
 }
 
@@ -73,6 +76,26 @@ class Turns:
     closings: tuple[str, ...]
     open_end: bool
 
+    def start(self, text: str, cursor: int) -> int:
+        """Where the next turn begins, -1 if none does: behind all of a generation prompt."""
+        found = text.find(self.opening, cursor)
+        if found < 0:
+            return -1
+        start = found + len(self.opening)
+        return start + len(self.prompt_rest) * text.startswith(self.prompt_rest, start)
+
+    def closing_at(self, text: str, place: int) -> int | None:
+        """The end of the closing that stands at `place`, but for white space; None if none does."""
+        behind = WHITESPACE.match(text, place).end()
+        closing = next((c for c in self.closings if text.startswith(c, behind)), None)
+        return None if closing is None else behind + len(closing)
+
+    def end(self, text: str, answer_end: int) -> int | None:
+        """The end of the closing that follows an answer, None if none does."""
+        ends_text = self.open_end and not text[answer_end:].strip()
+        open_ended = answer_end if ends_text or not self.closings else None
+        return self.closing_at(text, answer_end) or open_ended
+
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
     """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has
@@ -82,6 +105,14 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def load_chat(model: Model, data: Data) -> "Chat":
+    """The target's tokenizer with the template of `data`. Raises ConfigError."""
+    tokenizer = load_tokenizer(
+        model.path, model.revision, model.trust_remote_code, data.chat_template
+    )
+    return Chat(tokenizer, data.chat_template_kwargs)
 
 
 def load_tokenizer(
@@ -95,9 +126,8 @@ def load_tokenizer(
             path, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path={path} has no tokenizer that loads: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json"
@@ -109,8 +139,8 @@ def load_tokenizer(
         check_tokens(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"the tokenizer of model.path={path} has no chat template; set data.chat_template to one of "
-            f"{', '.join(templates.names())}, or add chat_template.jinja beside it"
+            f"the tokenizer of model.path={path} has no chat template; set data.chat_template to "
+            f"one of {', '.join(templates.names())}, or add chat_template.jinja beside it"
         )
     return tokenizer
 
@@ -120,16 +150,17 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     have.
     """
     words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, _ = Chat(tokenizer).render(words)
-    unknown = [token for token in SPECIAL_LOOK.findall(text) if token not in tokenizer.get_vocab()]
-    if unknown:
-        raise ConfigError(
-            f"data.chat_template={name} needs {unknown[0]}, which is no token of the target's tokenizer"
-        )
+    known = tokenizer.get_vocab()
+    for token in SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0]):
+        if token not in known:
+            raise ConfigError(
+                f"data.chat_template={name} needs {token}, which is no token of the target's "
+                "tokenizer"
+            )
 
 
 class Chat:
-    """A tokenizer, its chat template, and what was learnt about how that frames assistant turns."""
+    """A tokenizer, its chat template, and how that frames assistant turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, options or {}
@@ -151,9 +182,7 @@ class Chat:
         self, messages: Messages, tools=None, prompt: bool = False
     ) -> tuple[str, list[Span]]:
         """The text of `messages` and, where the template has `{% generation %}`, the character
-        spans it marks.
-
-        Raises RowError with what the template refuses.
+        spans it marks. Raises RowError with what the template refuses.
         """
         try:
             texts, spans = render_jinja_template(
@@ -164,19 +193,17 @@ class Chat:
                 add_generation_prompt=prompt,
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
-        except (
-            Exception
-        ) as error:  # templates raise what they like: jinja's errors, KeyError, TypeError
+        except Exception as error:  # templates raise what they like: jinja's errors, KeyError
             raise RowError(f"refused by the chat template: {str(error).splitlines()[0]}") from error
         return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
 
     @cached_property
     def turns(self) -> Turns:
-        return learn(self)
+        return probe_turns(self)
 
     @cached_property
-    def frame(self) -> Turns | None:
-        """How a marked template frames turns; None where that cannot be learnt."""
+    def turns_if_found(self) -> Turns | None:
+        """How a marked template frames turns; None where probing does not show it."""
         try:
             return self.turns
         except ConfigError:
@@ -188,40 +215,36 @@ class Chat:
         asked = {"role": "user", "content": "qzasked"}
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
         result = {"role": "tool", "content": "qzresult", "name": "qzcall"}
-        text, _ = self.render([asked, call, result], [PROBE_TOOL])
-        _, _, after = text.partition("qzvalue")
+        after = self.render([asked, call, result], [PROBE_TOOL])[0].partition("qzvalue")[2]
         found = first_special(self.tokenizer, after)
         if found is None:
             raise RowError("the chat template does not show where a tool call ends")
-        return after[found[0] : found[1]]
+        return after[slice(*found)]
 
     def encode(self, conversation: Conversation, only_last_turn: bool = False) -> Encoded:
         """Render once, tokenise once; a token belongs to a turn if it ends in it. Raises RowError."""
-        if conversation.text is not None:
-            text = conversation.text
-            spans = find_spans(self, text)
+        messages, text = conversation.messages, conversation.text
+        if text is not None:
+            spans = find_spans(self.turns, text)
+        elif not any(m["role"] == "assistant" for m in messages):
+            raise RowError("no assistant turn")
         else:
-            if not any(m["role"] == "assistant" for m in conversation.messages):
-                raise RowError("no assistant turn")
-            text, marked = self.render(conversation.messages, conversation.tools)
-            cut = any(m.get("truncated") for m in conversation.messages)
-            spans = (
-                mend(self, marked, text, cut)
-                if marked
-                else find_turns(self, conversation.messages, text)
-            )
+            text, marked = self.render(messages, conversation.tools)
+            spans = trim(self, marked, text, messages) if marked else locate(self, messages, text)
         if not any(first < stop for first, stop in spans):
             raise RowError(NOT_FOUND)
         if len(text) > LONGEST_TEXT:
             raise RowError(f"longer than {LONGEST_TEXT:,} characters")
-        spans = spans[-1:] if only_last_turn else spans
         try:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise RowError("bad UTF-8") from error
-        return Encoded(
-            text, encoding.ids, [span for span in map(token_span(encoding, text), spans) if span]
-        )
+        token_spans = []
+        for start, stop in spans[-1:] if only_last_turn else spans:
+            span = token_at(encoding, text, start), token_at(encoding, text, stop)
+            if span[0] < span[1]:
+                token_spans.append(span)
+        return Encoded(text, encoding.ids, token_spans)
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:
         """The ids that ask for the next assistant turn; trailing assistant messages are dropped."""
@@ -231,9 +254,10 @@ class Chat:
 
     def prompt_of(self, conversation: Conversation) -> list[int]:
         """The ids that ask for the last assistant turn again, also of preformatted text."""
-        if conversation.text is None:
+        text = conversation.text
+        if text is None:
             return self.encode_prompt(conversation.messages, conversation.tools)
-        return self.tokenize(conversation.text[: find_spans(self, conversation.text)[-1][0]])
+        return self.tokenize(text[: find_spans(self.turns, text)[-1][0]])
 
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -243,40 +267,25 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def token_span(encoding, text: str):
-    """A function from characters [start, stop) to the tokens [first, stop) that end in them, or
-    None when none does.
+def token_at(encoding: Encoding, text: str, place: int) -> int:
+    """The first token that ends behind the character at `place`.
 
-    `char_to_token` is the first token over a character; where a tokenizer leaves characters out,
-    all offsets are read.
+    That is the first one over it; where a tokenizer leaves characters out, all offsets are read.
     """
-
-    def boundary(place: int) -> int:
-        """The first token that ends behind `place`."""
-        if place >= len(text):
-            return len(encoding.ids)
-        token = encoding.char_to_token(place)
-        if token is not None:
-            return token
-        return next(
-            (i for i, (_, end) in enumerate(encoding.offsets) if end > place), len(encoding.ids)
-        )
-
-    def tokens(span: Span) -> Span | None:
-        first, stop = boundary(span[0]), boundary(span[1])
-        return (first, stop) if first < stop else None
-
-    return tokens
+    if place >= len(text):
+        return len(encoding.ids)
+    token = encoding.char_to_token(place)
+    if token is not None:
+        return token
+    behind = (i for i, (_, end) in enumerate(encoding.offsets) if end > place)
+    return next(behind, len(encoding.ids))
 
 
 def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     """Where the first special token stands in `text`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    found = (
-        re.search("|".join(map(re.escape, sorted(special, key=len, reverse=True))), text)
-        if special
-        else None
-    )
+    longest_first = sorted(special, key=len, reverse=True)
+    found = re.search("|".join(map(re.escape, longest_first)), text) if special else None
     return found.span() if found else None
 
 
@@ -288,14 +297,12 @@ def common_prefix(*texts: str) -> str:
     return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
 
-def learn(chat: Chat) -> Turns:
+def probe_turns(chat: Chat) -> Turns:
     """Render a conversation of known words and see what the template puts around them. Raises
     ConfigError.
     """
-    words = ["qzfirst", "qzsecond", "qzthird", "qzfourth"]
-    messages = [
-        {"role": ("user", "assistant")[i % 2], "content": word} for i, word in enumerate(words)
-    ]
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)]
     try:
         text, asked = chat.render(messages)[0], chat.render(messages[:1])[0]
         prompted = chat.render(messages[:1], prompt=True)[0]
@@ -303,54 +310,52 @@ def learn(chat: Chat) -> Turns:
         raise ConfigError(
             f"the tokenizer's chat template cannot be used: {error}; set data.chat_template"
         ) from error
-    places = [text.find(word) for word in words]
-    if -1 in places or places != sorted(places):
+    parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
+    if parts is None:
         raise ConfigError(
             "the tokenizer's chat template does not render user and assistant turns in order; "
             "set data.chat_template to a named one"
         )
-    tail = asked.partition(words[0])[2]
+    _, before_second, middle, before_fourth, last = parts.groups()
+    tail = asked.partition(WORDS[0])[2]  # what ends a question
     prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-    heads = []
-    for i in (1, 3):
-        between = text[places[i - 1] + len(words[i - 1]) : places[i]]
-        head = between.removeprefix(tail) if between.startswith(tail) else between
-        marker = first_special(chat.tokenizer, prompt)
-        place = head.rfind(prompt[slice(*marker)]) if marker else -1
-        heads.append(head[max(0, place) :])
-    opening = common_prefix(*heads, prompt) if prompt else common_prefix(*heads)
-    rest = prompt[len(opening) :]
+    opening = find_opening(chat.tokenizer, [before_second, before_fourth], tail, prompt)
+    prompt_rest = prompt[len(opening) :]
     if not opening.strip():
-        opening, rest = tail.rstrip() + opening.rstrip(), ""
-    last = text[places[3] + len(words[3]) :].strip()
-    found = first_special(chat.tokenizer, last)
-    closings = [last[: found[1]] if found else last] if last else []
-    middle = text[places[1] + len(words[1]) : places[2]]
-    found = first_special(chat.tokenizer, middle)
-    if found and not any(middle.lstrip().startswith(closing) for closing in closings):
-        closings.append(middle[found[0] : found[1]])
+        opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
     if not opening.strip():
         raise ConfigError(
-            "the tokenizer's chat template has no text in front of assistant turns by which they can be found; "
-            "set data.chat_template, or mark them with {% generation %}"
+            "the tokenizer's chat template has no text in front of assistant turns by which they "
+            "can be found; set data.chat_template, or mark them with {% generation %}"
         )
-    return Turns(opening, rest, tuple(closings), open_end=not last)
+    last = last.strip()
+    found = first_special(chat.tokenizer, last)
+    closings = [last[: found[1]] if found else last] if last else []
+    # Templates may close the last turn otherwise than those before it (gpt-oss).
+    found = first_special(chat.tokenizer, middle)
+    if found and not middle.lstrip().startswith(tuple(closings)):
+        closings.append(middle[slice(*found)])
+    return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
 
 
-def start_of_turn(turns: Turns, text: str, cursor: int) -> int:
-    """Where the next assistant turn begins: behind its opening, and behind all of a generation
-    prompt.
+def find_opening(
+    tokenizer: PreTrainedTokenizerBase, heads: list[str], tail: str, prompt: str
+) -> str:
+    """What all of `heads`, the texts between a question and its answer, and the generation prompt
+    begin with, from the prompt's first special token on.
     """
-    found = text.find(turns.opening, cursor)
-    if found < 0:
-        return -1
-    start = found + len(turns.opening)
-    return start + len(turns.prompt_rest) if text.startswith(turns.prompt_rest, start) else start
+    marker = first_special(tokenizer, prompt)
+    begins = [prompt] if prompt else []
+    for head in heads:
+        head = head.removeprefix(tail)
+        place = head.rfind(prompt[slice(*marker)]) if marker else -1
+        begins.append(head[max(0, place) :])
+    return common_prefix(*begins)
 
 
-def find_turns(chat: Chat, messages: Messages, text: str) -> list[Span]:
+def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
     """Characters of every assistant turn with its closing, by walking the messages and the text
-    side by side.
+    side by side. Raises RowError.
 
     A question is stepped over by its content, so that an opening quoted in it is not taken for one;
     an answer must stand between an opening and a closing. What a template does to earlier turns
@@ -361,86 +366,74 @@ def find_turns(chat: Chat, messages: Messages, text: str) -> list[Span]:
         content = message["content"].strip()
         if message["role"] != "assistant":
             found = text.find(content, cursor) if message["role"] != "system" else -1
-            cursor = found + len(content) if found >= 0 else cursor
-            if found < 0 and turns.opening in content:
+            if found >= 0:
+                cursor = found + len(content)
+            elif turns.opening in content:
                 raise RowError(NOT_FOUND)
             continue
-        start = start_of_turn(turns, text, cursor)
+        start = turns.start(text, cursor)
         if start < 0:
             raise RowError(NOT_FOUND)
-        closings = (chat.call_closing,) if message.get("tool_calls") else turns.closings
-        answer, stop = close(text, start, message, closings, turns.open_end)
-        spans.append((start, answer if message.get("truncated") else stop))
-        cursor = stop
+        answer_end, cursor = find_end(chat, text, start, message)
+        spans.append((start, answer_end if message.get("truncated") else cursor))
     return spans
 
 
-def close(
-    text: str, start: int, message: Message, closings: tuple[str, ...], open_end: bool
-) -> Span:
+def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
     """Where the answer that begins at `start` ends, and where its closing does. Raises RowError."""
     content = message["content"].strip()
-    answer = content.rpartition("</think>")[2].strip()
-    cores = (
-        [content, answer] if answer else [content or message.get("reasoning_content", "").strip()]
-    )
-    cores += [""] if message.get("tool_calls") else []  # some templates drop the text beside a call
-    for core in dict.fromkeys(cores):
-        found = text.find(core, start)
-        while found >= 0:
-            end = found + len(core)
-            if message.get("tool_calls"):
-                place = text.find(closings[0], end)
-                if place >= 0:
-                    return place, place + len(closings[0])
-            behind = WHITESPACE.match(text, end).end()
-            for closing in closings:
-                if text.startswith(closing, behind):
-                    return end, behind + len(closing)
-            if not closings or (open_end and behind == len(text)):
-                return end, end
-            found = text.find(core, found + 1) if core else -1
+    answer = content.rpartition("</think>")[2].strip()  # what stays where thinking is dropped
+    candidates = [content or message.get("reasoning_content", "").strip()]
+    candidates += [answer] if answer else []
+    calls = message.get("tool_calls")
+    for candidate in [*candidates, ""] if calls else candidates:  # some drop the text of a call
+        place = text.find(candidate, start)
+        while place >= 0:
+            answer_end = place + len(candidate)
+            if calls:  # they stand between the text and the closing
+                answer_end = text.find(chat.call_closing, answer_end)
+                stop = answer_end + len(chat.call_closing) if answer_end >= 0 else None
+            else:
+                stop = chat.turns.end(text, answer_end)
+            if stop is not None:
+                return answer_end, stop
+            place = text.find(candidate, place + 1) if candidate else -1
     raise RowError(NOT_FOUND)
 
 
-def mend(chat: Chat, marked: list[Span], text: str, cut: bool) -> list[Span]:
+def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[Span]:
     """Spans that a template marks: from behind the opening, where that is marked too, to the
-    closing with it.
-
-    The last ends before its closing where the answer was cut.
+    closing with it. An answer that was cut ends before its closing.
     """
-    if chat.frame is None:
+    turns = chat.turns_if_found
+    if turns is None:
         return marked
     spans = []
     for start, stop in marked:
-        if text.startswith(chat.frame.opening, start):
-            start += len(chat.frame.opening)
-        behind = WHITESPACE.match(text, stop).end()
-        closing = next((c for c in chat.frame.closings if text.startswith(c, behind)), None)
-        if closing:
-            stop = behind + len(closing)
-        elif ends := [
-            p + len(c) for c in chat.frame.closings if (p := text.rfind(c, start, stop)) >= 0
-        ]:
-            stop = max(ends)
-        spans.append((start, stop))
-    if cut:
+        if text.startswith(turns.opening, start):
+            start += len(turns.opening)
+        behind = turns.closing_at(text, stop)
+        inside = [text.rfind(closing, start, stop) for closing in turns.closings]
+        ends = [p + len(c) for p, c in zip(inside, turns.closings, strict=True) if p >= 0]
+        spans.append((start, behind or max(ends, default=stop)))
+    if any(m.get("truncated") for m in messages):
         start, stop = spans[-1]
-        closing = next((c for c in chat.frame.closings if text[start:stop].endswith(c)), "")
+        closing = next((c for c in turns.closings if text[start:stop].endswith(c)), "")
         spans[-1] = (start, stop - len(closing))
     return spans
 
 
-def find_spans(chat: Chat, text: str) -> list[Span]:
+def find_spans(turns: Turns, text: str) -> list[Span]:
     """Assistant turns of a text that was rendered elsewhere: from every opening to the next
-    closing.
+    closing. Raises RowError.
     """
-    spans, cursor = [], 0
-    while (start := start_of_turn(chat.turns, text, cursor)) >= 0:
-        stops = [(text.find(closing, start), len(closing)) for closing in chat.turns.closings]
-        place, size = min(((p, n) for p, n in stops if p >= 0), default=(len(text), 0))
-        spans.append((start, place + size))
-        cursor = place + size
+    spans = []
+    start = turns.start(text, 0)
+    while start >= 0:
+        found = [(text.find(c, start), len(c)) for c in turns.closings if c in text[start:]]
+        stop = sum(min(found, default=(len(text), 0)))
+        spans.append((start, stop))
+        start = turns.start(text, stop)
     if not spans:
         raise RowError(NOT_FOUND)
     return spans

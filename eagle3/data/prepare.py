@@ -7,43 +7,50 @@ about 150 bytes a row. A killed call goes on at the last part it finished.
 """
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
 from eagle3.batch import Document
+from eagle3.config import Data, Source
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import (
     LEFT_OUT,
     RECORD,
     Chunk,
     Encoder,
-    Preparation,
+    RawRow,
     encode_in_order,
+    number_of,
     opening_hash,
 )
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, raw_rows, read_rows, selects
+from eagle3.data.sources import DataFile, SourceFiles, find_files, raw_rows, read_rows, selects
 from eagle3.data.vocab import choose_vocab, coverage
-from eagle3.data.writer import Writer
 from eagle3.errors import RunError
+from eagle3.runs.artefact import artefact, read_facts
 
-CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
 PART_CHUNKS = 64
+COUNTED_ROWS = 1024
 # of what is written: part of the fingerprint, raised when the same rows come to be encoded
 # differently
-FORMAT = 1
+FORMAT = 2
 EXAMPLE_LETTERS = 2000
 DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
+# What of `data` the prepared data depends on, beside its files and template.
+KEYS = (
+    "num_samples", "max_length", "preformatted", "system_prompt", "train_only_last_turn", "on_reject",
+)  # fmt: skip
 
 
 @dataclass
@@ -51,7 +58,7 @@ class Prepared:
     """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document.
 
     `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind
-    them.
+    them. `heldout` are the prompts to measure on: {"id", "hash", "input_ids"}.
     """
 
     input_ids: np.ndarray
@@ -59,9 +66,16 @@ class Prepared:
     index: np.ndarray
     vocab: np.ndarray
     heldout: list[dict]
+    path: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def digest(self) -> str:
+        """Equal for the same documents in the same order, whatever is held out beside them."""
+        return self.facts["digest"]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,11 +93,8 @@ class Prepared:
         """(number, input_ids int32 [n], loss_mask bool [n])."""
         start, length = self.index[["start", "length"]][number].item()
         span = slice(start, start + length)
-        return (
-            number,
-            torch.from_numpy(self.input_ids[span].copy()),
-            torch.from_numpy(self.loss_mask[span].copy()),
-        )
+        ids, mask = self.input_ids[span].copy(), self.loss_mask[span].copy()
+        return number, torch.from_numpy(ids), torch.from_numpy(mask)
 
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -93,251 +104,298 @@ class Prepared:
         return [Document(*self.document(number), features=None) for number in numbers]
 
 
-def load(folder: Path) -> Prepared:
-    heldout = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+def load_prepared(path: Path) -> Prepared:
     return Prepared(
-        np.memmap(folder / "input_ids.bin", np.int32, "r"),
-        np.memmap(folder / "loss_mask.bin", bool, "r"),
-        np.load(folder / "index.npy", mmap_mode="r"),
-        np.load(folder / "vocab.npy"),
-        heldout,
+        np.memmap(path / "input_ids.bin", np.int32, "r"),
+        np.memmap(path / "loss_mask.bin", bool, "r"),
+        np.load(path / "index.npy", mmap_mode="r"),
+        np.load(path / "vocab.npy"),
+        [json.loads(line) for line in (path / "heldout.jsonl").read_text().splitlines()],
+        path,
+        read_facts(path),
     )
 
 
-def chunks_of(
-    sources: SourceFiles, num_samples: int | None, skip: int, show: Callable[[int, float], None]
-) -> Iterator[list]:
-    """Lists of (source, file, line, raw) behind the first `skip` rows; files are numbered through
-    all sources.
-
-    `show` is told (file, share of it that was read) with every chunk.
-    """
-
-    def rows() -> Iterator[tuple]:
-        first = 0
-        for number, (_, files) in enumerate(sources):
-            located = ((first + i, *row) for i, file in enumerate(files) for row in raw_rows(file))
-            for file, line, raw, read in islice(located, num_samples):
-                yield (
-                    number,
-                    file,
-                    line,
-                    raw if selects(sources[number][0].weight, line) else None,
-                    read,
-                )
-            first += len(files)
-
-    remaining = islice(rows(), skip, None)
-    chunk: list[tuple] = []
-    size = 0
-    for row in remaining:
-        chunk.append(row[:4])
-        size += len(row[3]) if isinstance(row[3], bytes) else 1 << 12
-        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            show(row[1], row[4])
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def write(
-    folder: Path,
-    chat: Chat,
-    options: Preparation,
+def prepare(
+    data: Data,
+    num_heldout: int,
+    vocab_size: int,
+    draft_vocab_size: int,
     sources: SourceFiles,
-    eval_files: list[DataFile],
-    num_proc: int = 1,
-) -> dict:
-    """Fill `folder`; returns the facts: rows and what became of them, tokens, rejects by reason,
-    coverage.
+    chat: Chat,
+    cache_dir: str,
+    write: bool,
+) -> Prepared:
+    """The prepared data, made where it is not there yet; without `write` it must be there.
+
+    `vocab_size` is the target's. Without `data.eval_path`, `num_heldout` conversations are held
+    out. Raises ConfigError, RunError.
     """
-    files = [file for _, found in sources for file in found]
-    writer = Writer(folder, options, len(sources))
-    encode = Encoder(chat, options)
-    heldout, rejects = held_out_of(eval_files, encode) if eval_files else (None, [])
-    if heldout is not None:
-        writer.held.size = 0
+    evaluation = Source(data.eval_path) if data.eval_path else None
+    eval_files = find_files(evaluation, cache_dir) if evaluation else []
+    inputs = {
+        **{name: getattr(data, name) for name in KEYS},
+        "num_heldout": num_heldout,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "format": FORMAT,
+        "sources": [[source.weight, [file.identity for file in fs]] for source, fs in sources],
+        "eval": [file.identity for file in eval_files],
+        "chat": chat.identity,
+    }
+
+    def write_folder(folder: Path) -> dict[str, Any]:
+        encoder = Encoder(chat, data)
+        given = read_heldout(eval_files, encoder, num_heldout) if eval_files else ([], [])
+        writer = Writer(folder, vocab_size, 0 if eval_files else num_heldout)
+        write_rows(writer, encoder, sources)
+        return finish(writer, chat, data, sources, given, draft_vocab_size)
+
+    path = artefact(cache_dir, "prepared", inputs, write_folder if write else None, "prepare")
+    return load_prepared(path)
+
+
+def find_prepared(*inputs: Any) -> Prepared | None:
+    """What `prepare` has left for the same inputs (but `write`), if anything; for plans, which make
+    nothing.
+    """
+    try:
+        return prepare(*inputs, write=False)
+    except RunError:
+        return None
+
+
+def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[RawRow]:
+    """The rows of all sources; files are numbered through all of them."""
+    first = 0
+    for number, (source, files) in enumerate(sources):
+        located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
+        for file, line, raw, share in islice(located, num_samples):
+            yield number, file, line, raw if selects(source.weight, line) else None, share
+        first += len(files)
+
+
+@dataclass
+class State:
+    """What a killed call goes on from: rows and tokens that are written, and what was met in them.
+
+    `candidates` are those of the lowest opening hashes, ascending.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    reasons: list[str] = field(default_factory=list)
+    candidates: list[dict] = field(default_factory=list)
+    not_found: int = 0
+    example: str | None = None
+
+
+class Writer:
+    """Appends chunks to the flat files and notes, after each part, how far it came."""
+
+    def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
+        self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
+        self.noted, self.state, self.files = folder / "state.json", State(), []
+        if self.noted.exists():
+            self.state = State(**json.loads(self.noted.read_text()))
+        tokens, rows = self.state.tokens, self.state.rows * RECORD.itemsize
+        for name, size in ("input_ids", 4 * tokens), ("loss_mask", tokens), ("rows", rows):
+            path = folder / f"{name}.bin"
+            stream = path.open("r+b" if path.exists() else "w+b")
+            if stream.seek(0, os.SEEK_END) < size:
+                raise RunError(f"{path} was damaged after it was written; delete {folder}")
+            stream.truncate(size)  # to what complete parts left
+            stream.seek(size)
+            self.files.append(stream)
+
+    def held_below(self) -> int:
+        """Openings whose hash reaches this cannot be held out any more."""
+        held = self.state.candidates
+        if len(held) < self.num_heldout:
+            return 1 << 64
+        return held[-1]["hash"] + 1 if held else 0
+
+    def append(self, chunk: Chunk) -> None:
+        state = self.state
+        if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
+            raise RunError(
+                f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
+                f"{self.vocab_size} entries; this tokenizer does not belong to this target"
+            )
+        numbers = np.array([0, *(number_of(reason, state.reasons) for reason in chunk.reasons)])
+        for name in ("outcome", "repaired"):
+            column = chunk.records[name]
+            column[column > 0] = numbers[column[column > 0]]
+        for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
+            stream.write(values.tobytes())
+        state.rows += len(chunk.records)
+        state.tokens += len(chunk.ids)
+        state.not_found += chunk.not_found
+        state.example = state.example or chunk.example
+        if chunk.candidates:
+            # of each opening the first one counts
+            both = reversed([*state.candidates, *chunk.candidates])
+            lowest = sorted({candidate["hash"]: candidate for candidate in both}.items())
+            state.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
+
+    def save(self) -> None:
+        for stream in self.files:
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial = self.noted.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self.state)))
+        os.replace(partial, self.noted)
+
+    def close(self) -> np.ndarray:
+        """The records of all rows."""
+        self.save()
+        for stream in self.files:
+            stream.close()
+        return np.fromfile(self.folder / "rows.bin", RECORD)
+
+    def forget(self) -> None:
+        """Remove what only an interrupted call needs; the state first, as it speaks of the rows."""
+        self.noted.unlink()
+        (self.folder / "rows.bin").unlink()
+
+
+def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
+    """Append all rows that are not written yet. Raises RunError."""
+    data, state, names = encoder.data, writer.state, names_of(sources)
+    num_proc = data.num_proc or len(os.sched_getaffinity(0))
+    rows = islice(locate_rows(sources, data.num_samples), state.rows, None)
+    chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
     columns = (TextColumn("prepare {task.fields[rows]:,} rows"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=float(len(files)), rows=writer.state.rows)
-        chunks = chunks_of(
-            sources,
-            options.num_samples,
-            writer.state.rows,
-            lambda file, share: progress.update(task, completed=file + share),
-        )
-        for number, chunk in enumerate(
-            encode_in_order(encode, chunks, lambda: writer.held.below, num_proc), start=1
-        ):
+        task = progress.add_task("", total=float(len(names)), rows=state.rows)
+        for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            progress.update(task, rows=writer.state.rows)
-            if options.on_reject == "fail":
-                fail_on_reject(chunk, writer.state.reasons, files)
+            progress.update(task, completed=chunk.place, rows=state.rows)
+            if data.on_reject == "fail":
+                fail_on_reject(chunk.records, state.reasons, names)
             if number % PART_CHUNKS == 0:
-                check_found(writer, 0.5)
+                check_found(state, 0.5)
                 writer.save()
-    check_found(writer, 0.01)
-    writer.save()
-    writer.close()
-    return finish(folder, chat.tokenizer, writer, sources, heldout, rejects)
+    check_found(state, 0.01)
 
 
-def check_found(writer: Writer, allowed: float) -> None:
+def names_of(sources: SourceFiles) -> list[str]:
+    return [file.name for _, files in sources for file in files]
+
+
+def check_found(state: State, allowed: float) -> None:
     """End with an example when the template's assistant turns are not found in more than that share
     of the rows.
     """
-    state = writer.state
-    if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= CHUNK_ROWS):
+    if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= 128):
         raise RunError(
-            f"assistant turns were not found in {state.not_found} of {state.rows} rows: data.chat_template does not "
-            f"fit the tokenizer or the data; this is how one was rendered:\n{state.example[:EXAMPLE_LETTERS]}"
+            f"assistant turns were not found in {state.not_found} of {state.rows} rows: "
+            "data.chat_template does not fit the tokenizer or the data; this is how one was "
+            f"rendered:\n{state.example[:EXAMPLE_LETTERS]}"
         )
 
 
-def fail_on_reject(chunk: Chunk, reasons: list[str], files: list[DataFile]) -> None:
-    for record in chunk.records[chunk.records["outcome"] > 0][:1]:
-        raise RunError(
-            rejected(files[record["file"]].name, record["line"], reasons[record["outcome"] - 1])
-        )
+def fail_on_reject(rows: np.ndarray, reasons: list[str], names: list[str]) -> None:
+    for reject in list_rejects(rows, reasons, names)[:1]:
+        raise RunError(on_reject_says(**reject))
 
 
-def rejected(file: str, line: int, reason: str) -> str:
+def on_reject_says(file: str, line: int, reason: str) -> str:
     return f"{file}, line {line}: {reason} (data.on_reject=skip would count it and go on)"
 
 
-def held_out_of(files: list[DataFile], encode: Encoder) -> tuple[list[dict], list[dict]]:
+def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
+    """{"file", "line", "reason"} of the rows that are rejected."""
+    return [
+        {"file": names[file], "line": line, "reason": reasons[number - 1]}
+        for file, line, number in rows[rows["outcome"] > 0][["file", "line", "outcome"]].tolist()
+    ]
+
+
+def read_heldout(
+    files: list[DataFile], encoder: Encoder, num_heldout: int
+) -> tuple[list[dict], list[dict]]:
     """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line",
-    "reason"}.
+    "reason"}. Raises RunError.
     """
     prompts, rejects = [], []
-    for row in read_rows(files, preformatted=encode.options.preformatted):
+    for row in read_rows(files, preformatted=encoder.data.preformatted):
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            conversation = encode.with_system(row.conversation)
-            ids = encode.chat.prompt_of(conversation)
-            if not 0 < len(ids) <= encode.options.max_length:
+            conversation = encoder.with_system(row.conversation)
+            ids = encoder.chat.prompt_of(conversation)
+            if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
-            opening = opening_hash(conversation, encode.chat)
+            opening = opening_hash(conversation, encoder.chat)
             if any(prompt["hash"] == opening for prompt in prompts):
                 raise RowError("asks what an earlier held-out prompt asks")
-            prompts.append(
-                {"id": f"{Path(row.file).name}:{row.line}", "hash": opening, "input_ids": ids}
-            )
+            prompts.append(heldout_prompt(row.file, row.line, opening, ids))
         except RowError as error:
-            if encode.options.on_reject == "fail":
-                raise RunError(rejected(row.file, row.line, str(error))) from error
             rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
-        if len(prompts) == encode.options.num_heldout:
+            if encoder.data.on_reject == "fail":
+                raise RunError(on_reject_says(**rejects[-1])) from error
+        if len(prompts) == num_heldout:
             break
     if not prompts:
         raise RunError(f"data.eval_path={files[0].name} has no prompt within data.max_length")
     return prompts, rejects
 
 
-def held_out_by_hash(writer: Writer, openings: int, files: list[str]) -> list[dict]:
-    """The prompts that the writer kept while rows came by, out of so many different openings.
-    Raises RunError.
-    """
-    wanted = writer.options.num_heldout
-    if openings <= wanted:
-        raise RunError(
-            f"data.path={files[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={wanted}; lower it or give data.eval_path"
-        )
-    if not writer.held.kept:
-        raise RunError(f"data.path={files[0]} has no prompt within data.max_length to hold out")
-    return [
-        {
-            "id": f"{Path(files[kept['file']]).name}:{kept['line']}",
-            "hash": kept["hash"],
-            "input_ids": kept["ids"],
-        }
-        for _, kept in sorted(writer.held.kept.items())
-    ]
+def heldout_prompt(file: str, line: int, opening: int, ids: list[int]) -> dict:
+    return {"id": f"{Path(file).name}:{line}", "hash": opening, "input_ids": ids}
 
 
 def finish(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
     writer: Writer,
+    chat: Chat,
+    data: Data,
     sources: SourceFiles,
-    heldout: list[dict] | None,
-    rejects: list[dict],
-) -> dict:
+    given: tuple[list[dict], list[dict]],
+    draft_vocab_size: int,
+) -> dict[str, Any]:
     """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
-    returns the facts.
+    returns the facts. `given`: the prompts of `data.eval_path`, and its rejects.
     """
-    state, options = writer.state, writer.options
-    files = [file.name for _, found in sources for file in found]
-    rows = np.fromfile(folder / "rows.bin", RECORD)
-    outcome = rows["outcome"]
-    starts = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
-    usable = np.flatnonzero(outcome == 0)
-    if not len(usable):
-        counted = Counter(outcome[outcome > 0].tolist())
-        told = (
-            ", ".join(f"{count} x {state.reasons[i - 1]}" for i, count in counted.items())
-            or "there are none"
-        )
+    folder, reasons, names = writer.folder, writer.state.reasons, names_of(sources)
+    rows = writer.close()
+    check_usable(rows, reasons, names)
+    drop_duplicates(rows, reasons)
+    if data.on_reject == "fail":
+        fail_on_reject(rows, reasons, names)
+    heldout, unasked = given
+    heldout = heldout or hold_out(rows, writer, names)
+    held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
+    held &= rows["outcome"] == 0
+    passes = count_passes(rows, sources) * ~held
+    if not passes.any():
         raise RunError(
-            f"data.path={files[0]}: none of {state.rows} rows can be trained on ({told})"
+            f"data.path={names[0]}: every conversation is held out, so none is left to train on"
         )
-
-    reasons = [*state.reasons, DUPLICATE]
-    again = np.ones(len(usable), bool)
-    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
-    outcome[usable[again]] = len(reasons)
-    if again.any() and options.on_reject == "fail":
-        file, line = rows[usable[again]][["file", "line"]][0].tolist()
-        raise RunError(rejected(files[file], line, DUPLICATE))
-    if heldout is None:
-        heldout = held_out_by_hash(writer, len(np.unique(rows["opening"][usable])), files)
-    held = (outcome == 0) & np.isin(
-        rows["opening"], np.array([p["hash"] for p in heldout], np.uint64)
-    )
-
-    weights = np.array([source.weight for source, _ in sources])[rows["source"]]
-    passes = np.floor(np.maximum(weights, 1) + (rows["content"] >> np.uint64(11)) / 2.0**53).astype(
-        np.int64
-    )
-    trained = (outcome == 0) & ~held
-    if not trained.any():
-        raise RunError(
-            f"data.path={files[0]}: every conversation is held out, so none is left to train on"
-        )
-    index = np.empty(len(rows), INDEX)
-    index["start"], index["length"] = starts, rows["tokens"]
-    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
-    np.save(folder / "index.npy", np.repeat(index[trained], passes[trained]))
-
-    counts = writer.counts - untrained_counts(folder, rows, index, trained, writer.counts.shape)
+    write_index(folder, rows, passes)
+    counts, ends = count_vocab(folder, rows, passes > 0, len(sources), writer.vocab_size)
     counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    vocab = choose_vocab(counts, options.draft_vocab_size, special & set(state.ends))
+    special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    vocab = choose_vocab(counts, draft_vocab_size, special & ends)
     np.save(folder / "vocab.npy", vocab)
-    (folder / "heldout.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in heldout))
-    bad = [
-        {"file": files[file], "line": line, "reason": reasons[place - 1]}
-        for file, line, place in rows[outcome > 0][["file", "line", "outcome"]].tolist()
-    ]
-    (folder / "rejects.jsonl").write_text(
-        "".join(json.dumps(reject) + "\n" for reject in [*bad, *rejects])
-    )
+    rejects = list_rejects(rows, reasons, names)
+    for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        (folder / f"{name}.jsonl").write_text(text)
+    repaired = rows["repaired"][rows["repaired"] > 0].tolist()
     facts = {
         "rows": len(rows),
-        "documents": int(trained.sum()),
-        "documents_per_epoch": int(passes[trained].sum()),
+        "documents": int((passes > 0).sum()),
+        "documents_per_epoch": int(passes.sum()),
         "held_out_rows": int(held.sum()),
-        "left_out_by_weight": int((outcome == LEFT_OUT).sum()),
-        "rejected": dict(Counter(reject["reason"] for reject in bad)),
-        "repaired": state.repaired,
-        "cut_to_max_length": state.cut,
-        "tokens": int((rows["tokens"] * passes)[trained].sum()),
-        "supervised_tokens": int((rows["supervised"] * passes)[trained].sum()),
+        "left_out_by_weight": int((rows["outcome"] == LEFT_OUT).sum()),
+        "rejected": dict(Counter(reject["reason"] for reject in rejects)),
+        "repaired": dict(Counter(reasons[number - 1] for number in repaired)),
+        "cut_to_max_length": int(rows["cut"].sum()),
+        "tokens": int((rows["tokens"] * passes).sum()),
+        "supervised_tokens": int((rows["supervised"] * passes).sum()),
         "heldout_prompts": len(heldout),
-        "heldout_rejected": dict(Counter(reject["reason"] for reject in rejects)),
+        "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
         "vocab_coverage": coverage(counts, vocab),
         "vocab_seen": int((counts > 0).sum()),
         "digest": digest(folder),
@@ -346,27 +404,83 @@ def finish(
     return facts
 
 
-def digest(folder: Path) -> str:
-    """Equal for the same documents in the same order, whatever was held out and chosen as
-    vocabulary beside them.
+def check_usable(rows: np.ndarray, reasons: list[str], names: list[str]) -> None:
+    if not (rows["outcome"] == 0).any():
+        counted = Counter(reject["reason"] for reject in list_rejects(rows, reasons, names))
+        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
+        raise RunError(
+            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
+            f"({why or 'there are none'})"
+        )
+
+
+def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
+    """Reject all but the first of rows with the same content."""
+    usable = np.flatnonzero(rows["outcome"] == 0)
+    again = np.ones(len(usable), bool)
+    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
+    if again.any():
+        rows["outcome"][usable[again]] = number_of(DUPLICATE, reasons)
+
+
+def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
+    """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
+    openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
+    if openings <= writer.num_heldout:
+        raise RunError(
+            f"data.path={names[0]} has {openings} different prompts, too few to hold out "
+            f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
+        )
+    candidates = writer.state.candidates
+    if not candidates:
+        raise RunError(f"data.path={names[0]} has no prompt within data.max_length to hold out")
+    return [heldout_prompt(names[c["file"]], c["line"], c["hash"], c["ids"]) for c in candidates]
+
+
+def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
+    """int64 [rows]: how often an epoch passes over each row; the fraction of a weight is decided by
+    the row's content.
     """
+    weights = np.array([source.weight for source, _ in sources])[rows["source"]]
+    drawn = (rows["content"] >> np.uint64(11)) / 2.0**53
+    return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
+
+
+def write_index(folder: Path, rows: np.ndarray, passes: np.ndarray) -> None:
+    index = np.empty(len(rows), INDEX)
+    index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+    index["length"] = rows["tokens"]
+    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
+    np.save(folder / "index.npy", np.repeat(index, passes))
+
+
+def count_vocab(
+    folder: Path, rows: np.ndarray, trained: np.ndarray, num_sources: int, vocab_size: int
+) -> tuple[np.ndarray, set[int]]:
+    """Supervised tokens of the rows that are trained on, int64 [sources, V], and the tokens by
+    which their answers end.
+    """
+    counts, ends = np.zeros((num_sources, vocab_size), np.int64), set()
+    # read, not memory-mapped: mapped pages would count as this process' memory
+    files = (folder / "input_ids.bin").open("rb"), (folder / "loss_mask.bin").open("rb")
+    with files[0] as ids_file, files[1] as mask_file:
+        for first in range(0, len(rows), COUNTED_ROWS):
+            part = slice(first, first + COUNTED_ROWS)
+            tokens = rows["tokens"][part]
+            ids = np.fromfile(ids_file, np.int32, tokens.sum())
+            mask = np.fromfile(mask_file, bool, tokens.sum()) & np.repeat(trained[part], tokens)
+            source_of = np.repeat(rows["source"][part], tokens)
+            for source in np.unique(source_of).tolist():
+                supervised = ids[mask & (source_of == source)]
+                counts[source] += np.bincount(supervised, minlength=vocab_size)
+            ends.update(np.unique(ids[mask & ~np.append(mask[1:], False)]).tolist())
+    return counts, ends
+
+
+def digest(folder: Path) -> str:
     total = xxh3_128()
     for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
         with (folder / name).open("rb") as stream:
             while block := stream.read(1 << 24):
                 total.update(block)
     return total.hexdigest()
-
-
-def untrained_counts(
-    folder: Path, rows: np.ndarray, index: np.ndarray, trained: np.ndarray, shape: tuple
-) -> np.ndarray:
-    """Supervised tokens of documents that were written and are not trained on, int64 [sources, V]."""
-    counts = np.zeros(shape, np.int64)
-    ids = np.memmap(folder / "input_ids.bin", np.int32, "r")
-    mask = np.memmap(folder / "loss_mask.bin", bool, "r")
-    for place in np.flatnonzero(~trained & (rows["tokens"] > 0)).tolist():
-        start, length = index[["start", "length"]][place].item()
-        span = slice(start, start + length)
-        np.add.at(counts[rows["source"][place]], ids[span][mask[span]], 1)
-    return counts

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
-from eagle3.config import Source
+from eagle3.config import Data, Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import describe_file, fingerprint
@@ -59,6 +59,15 @@ class Row:
     share: float = 0.0
 
 
+def find_sources(data: Data, cache_dir: str) -> SourceFiles:
+    """The files that `data` names, by source. Raises ConfigError or RunError."""
+    if data.sources:
+        named = data.sources.items()
+        return [(s, find_files(s, cache_dir, f"data.sources.{name}")) for name, s in named]
+    source = Source(data.path, data.subset, data.split)
+    return [(source, find_files(source, cache_dir))]
+
+
 def may_be_remote(path: str) -> bool:
     """Whether `path` has the form of an address or of a hub id (owner/name)."""
     return "://" in path or bool(
@@ -74,12 +83,9 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
     `cache_dir`, so that a machine without network finds it again.
     """
     local = Path(source.path).expanduser()
-    if local.is_file():
-        return [DataFile(str(local), str(local), describe_file(local))]
-    if local.is_dir():
-        found = sorted(
-            path for path in local.rglob("*") if path.name.endswith(SUFFIXES) and path.is_file()
-        )
+    if local.exists():
+        inside = [path for path in sorted(local.rglob("*")) if path.name.endswith(SUFFIXES)]
+        found = [local] if local.is_file() else [path for path in inside if path.is_file()]
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
@@ -95,7 +101,8 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
                 return files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"{key}.path={source.path} is no local file or folder, and it cannot be fetched: {reason}"
+            f"{key}.path={source.path} is no local file or folder, and it cannot be fetched: "
+            f"{reason}"
         ) from error
     noted.parent.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps([asdict(file) for file in files]))
@@ -139,15 +146,13 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
             f"{file.name} needs a package that unpacks it, such as `pip install zstandard` for .zst"
         )
     try:
-        yield from (
-            parquet_rows(file)
-            if name.endswith(".parquet")
-            else json_rows(file, infer_compression(name))
-        )
+        if name.endswith(".parquet"):
+            yield from parquet_rows(file)
+        else:
+            yield from json_rows(file, infer_compression(name))
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        raise RunError(
-            f"{file.name} is damaged: {' '.join(str(error).split())}; fetch it again"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise RunError(f"{file.name} is damaged: {reason}; fetch it again") from error
 
 
 def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
@@ -180,7 +185,8 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
                     raise RunError(
-                        f"{name} goes on behind the end of its JSON list; give one list, or rows that are objects"
+                        f"{name} goes on behind the end of its JSON list; give one list, or rows "
+                        "that are objects"
                     )
                 return
             try:
@@ -247,7 +253,9 @@ def read_rows(
     for i, file, line, raw, read in islice(located, num_samples):
         if not selects(share, line):
             continue
+        row = Row(file.name, line, None, share=(i + read) / len(files))
         try:
-            yield Row(file.name, line, parse_row(raw, preformatted), None, (i + read) / len(files))
+            row.conversation = parse_row(raw, preformatted)
         except RowError as error:
-            yield Row(file.name, line, None, str(error), (i + read) / len(files))
+            row.reason = str(error)
+        yield row

@@ -1,10 +1,10 @@
-"""What training sees of conversations: their tokens, the supervised ones coloured, in the terminal
-and as a page.
+"""`stages=[view]`: what training sees of conversations, their tokens with the supervised ones
+coloured, in the terminal and as a page.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from jinja2 import Environment
@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle3.config import Data
 from eagle3.data.chat import NOT_FOUND, Chat
-from eagle3.data.encoder import Encoder, Preparation
+from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import EXAMPLE_LETTERS
 from eagle3.data.rows import RowError
-from eagle3.data.sources import Row
+from eagle3.data.sources import Row, SourceFiles, read_rows
 from eagle3.errors import RunError
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
@@ -41,6 +41,14 @@ class Piece:
     supervised: bool
     special: bool
 
+    @property
+    def hint(self) -> str:
+        """`id 5, position 12, 'text'`."""
+        ids, (first, last) = " ".join(map(str, self.ids)), (self.positions[0], self.positions[-1])
+        if first == last:
+            return f"id {ids}, position {first}, {self.text!r}"
+        return f"ids {ids}, positions {first}–{last}, {self.text!r}"
+
 
 @dataclass
 class Sample:
@@ -54,6 +62,17 @@ class Sample:
     tokens: int
     supervised: int
     length: int
+
+    @property
+    def summary(self) -> str:
+        cut = f", cut from {self.length:,} to data.max_length" * (self.length > self.tokens)
+        share = f"{self.supervised / self.tokens:.1%}"
+        return f"{self.tokens:,} tokens, {self.supervised:,} of them supervised ({share}){cut}"
+
+    @property
+    def cut_mark(self) -> str:
+        left_out = self.length - self.tokens
+        return f"✂ {left_out:,} tokens left out" if left_out else ""
 
 
 @dataclass
@@ -83,74 +102,35 @@ class Collected:
         found: dict[str, list[str]] = {}
         for row in self.rejected:
             found.setdefault(row.reason, []).append(f"{Path(row.file).name}:{row.line}")
-        return [
-            f"{len(places):,} x {reason} ({', '.join(places[:MOST_PLACES])}{', …' * (len(places) > MOST_PLACES)})"
-            for reason, places in sorted(found.items(), key=lambda item: -len(item[1]))
-        ]
+        lines = []
+        for reason, places in sorted(found.items(), key=lambda item: -len(item[1])):
+            more = ", …" * (len(places) > MOST_PLACES)
+            lines.append(f"{len(places):,} x {reason} ({', '.join(places[:MOST_PLACES])}{more})")
+        return lines
 
 
-def split_tokens(
-    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]
-) -> list[Piece]:
-    """The tokens with their texts, which joined are the decoded `input_ids`."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces: list[Piece] = []
-    before = first = 0
-
-    def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(
-            input_ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    def text_of(start: int, stop: int) -> str:
-        """Decoded behind the piece before, as some decoders drop a space in front of what comes
-        first.
-        """
-        return decode(before, stop)[len(decode(before, start)) :]
-
-    for stop in range(1, len(input_ids) + 1):
-        text = text_of(first, stop)
-        if (not text or text.endswith(BROKEN)) and stop < len(input_ids):
-            continue
-        # A broken end may be a real U+FFFD or lost bytes: tokens belong together only if decoding
-        # them apart differs.
-        while first < stop:
-            text, ends = text_of(first, stop), range(first + 1, stop)
-            end = next(
-                (k for k in ends if (part := text_of(first, k)) and part + decode(k, stop) == text),
-                stop,
-            )
-            pieces.append(
-                Piece(
-                    text_of(first, end),
-                    input_ids[first:end],
-                    range(first, end),
-                    bool(loss_mask[end - 1]),
-                    input_ids[end - 1] in special,
-                )
-            )
-            before, first = first, end
-    return pieces
+def view(
+    data: Data,
+    num_samples: int,
+    sources: SourceFiles,
+    chat: Chat,
+    run_dir: Path,
+    console: Console,
+) -> None:
+    """Show the first `num_samples` conversations, also as `view.html` in `run_dir`. Raises
+    RunError when there is none.
+    """
+    rows = (read_rows(files, None, data.preformatted) for _, files in sources)
+    collected = collect(chain.from_iterable(rows), chat, data, num_samples)
+    show(collected, console)
+    path = run_dir / "view.html"
+    path.write_text(page(collected), encoding="utf-8")
+    console.print(f"view: {path}")
 
 
 def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Collected:
-    """The first `num_samples` rows that preparation would keep; raises RunError when there is none."""
-    # The very encoder of `prepare`; what it does not read of its options is left empty.
-    encoder = Encoder(
-        chat,
-        Preparation(
-            num_samples=num_samples,
-            max_length=data.max_length,
-            preformatted=data.preformatted,
-            system_prompt=data.system_prompt,
-            only_last_turn=data.train_only_last_turn,
-            on_reject=data.on_reject,
-            num_heldout=0,
-            vocab_size=0,
-            draft_vocab_size=0,
-        ),
-    )
-    collected, renderings = Collected(), 0
+    """The first `num_samples` rows that preparation would keep. Raises RunError when there is none."""
+    encoder, collected = Encoder(chat, data), Collected()
     for row in rows:
         try:
             if row.conversation is None:
@@ -159,9 +139,8 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
             encoded = encoder.encode(conversation)
         except RowError as error:
             rejected = Rejected(row.file, row.line, str(error))
-            if rejected.reason == NOT_FOUND and renderings < MOST_RENDERINGS:
+            if rejected.reason == NOT_FOUND and len(collected.renderings) < MOST_RENDERINGS:
                 rejected.text = encoder.example(conversation)
-                renderings += 1
             collected.rejected.append(rejected)
             continue
         ids, mask = encoded.input_ids[: data.max_length], encoded.loss_mask[: data.max_length]
@@ -173,13 +152,52 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
         if len(collected.samples) == num_samples:
             break
     if not collected.samples:
-        told = "; ".join(collected.reasons) or "no rows"
-        rendered = [
-            f"; this is how one was rendered:\n{row.text[:EXAMPLE_LETTERS]}"
-            for row in collected.renderings
-        ]
-        raise RunError(f"data.path has no conversation to show: {told}{''.join(rendered[:1])}")
+        why = "; ".join(collected.reasons) or "no rows"
+        for row in collected.renderings[:1]:
+            why += f"; this is how one was rendered:\n{row.text[:EXAMPLE_LETTERS]}"
+        raise RunError(f"data.path has no conversation to show: {why}")
     return collected
+
+
+def split_tokens(
+    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]
+) -> list[Piece]:
+    """The tokens with their texts, which joined are the decoded `input_ids`."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    pieces: list[Piece] = []
+    before = first = 0
+
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(input_ids[start:stop], **options)
+
+    def text_of(start: int, stop: int) -> str:
+        """Decoded behind the piece before, as some decoders drop a space in front of what comes
+        first.
+        """
+        return decode(before, stop)[len(decode(before, start)) :]
+
+    def end_of_piece(stop: int) -> int:
+        """A broken end may be a real U+FFFD or lost bytes: tokens belong together only if decoding
+        them apart differs.
+        """
+        text = text_of(first, stop)
+        for end in range(first + 1, stop):
+            part = text_of(first, end)
+            if part and part + decode(end, stop) == text:
+                return end
+        return stop
+
+    for stop in range(1, len(input_ids) + 1):
+        text = text_of(first, stop)
+        if (not text or text.endswith(BROKEN)) and stop < len(input_ids):
+            continue
+        while first < stop:
+            end = end_of_piece(stop)
+            text, ids, place = text_of(first, end), input_ids[first:end], range(first, end)
+            pieces.append(Piece(text, ids, place, bool(loss_mask[end - 1]), ids[-1] in special))
+            before, first = first, end
+    return pieces
 
 
 def runs(text: str) -> Iterator[tuple[str, bool]]:
@@ -204,38 +222,9 @@ def heading(row: Sample | Rejected) -> str:
     return visible(f"{Path(row.file).name}, line {row.line}")
 
 
-def about(sample: Sample) -> str:
-    supervised = (
-        f"{sample.supervised:,} of them supervised ({sample.supervised / sample.tokens:.1%})"
-    )
-    cut = (
-        f", cut from {sample.length:,} to data.max_length" if sample.length > sample.tokens else ""
-    )
-    return f"{sample.tokens:,} tokens, {supervised}{cut}"
-
-
-def cut_mark(sample: Sample) -> str:
-    left_out = sample.length - sample.tokens
-    return f"✂ {left_out:,} tokens left out" if left_out else ""
-
-
-def hint(piece: Piece) -> str:
-    """`id 5, position 12, 'text'`."""
-    several = len(piece.ids) > 1
-    positions = (
-        f"positions {piece.positions[0]}–{piece.positions[-1]}"
-        if several
-        else f"position {piece.positions[0]}"
-    )
-    return (
-        f"{'ids' if several else 'id'} {' '.join(map(str, piece.ids))}, {positions}, {piece.text!r}"
-    )
-
-
 def colour(sample: Sample, plain: bool) -> Text:
     """The sample for a terminal; `plain`: brackets stand for the colour."""
-    text = Text()
-    place = 0
+    text, place = Text(), 0
     for supervised, pieces in groupby(sample.pieces, lambda piece: piece.supervised):
         text.append("⟦" if supervised and plain else "")
         for piece in pieces:
@@ -245,20 +234,17 @@ def colour(sample: Sample, plain: bool) -> Text:
                 text.append(part, f"{style} dim" if mark else style)
             place += 1
         text.append("⟧" if supervised and plain else "")
-    return text.append(cut_mark(sample), "yellow")
+    return text.append(sample.cut_mark, "yellow")
 
 
 def show(collected: Collected, console: Console) -> None:
     """Print the samples, then what was rejected; nothing in them is taken for markup."""
     plain = console.no_color or console.color_system is None
-    console.print(
-        Text(
-            f"view: supervised tokens {'stand in ⟦ ⟧' if plain else 'are green, in two shades by turns'}"
-        )
-    )
+    legend = "stand in ⟦ ⟧" if plain else "are green, in two shades by turns"
+    console.print(Text(f"view: supervised tokens {legend}"))
     for sample in collected.samples:
         console.rule(Text(heading(sample)), style="dim")
-        console.print(Text(about(sample), "dim"))
+        console.print(Text(sample.summary, "dim"))
         console.print(colour(sample, plain), soft_wrap=True)
     for row in collected.renderings:
         console.rule(Text(heading(row)), style="dim")
@@ -275,21 +261,9 @@ def page(collected: Collected, alone: bool = True) -> str:
     output.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        Path(__file__).with_name("view.html").read_text(encoding="utf-8")
-    )
-    samples = collected.samples
-    return template.render(
-        alone=alone,
-        collected=collected,
-        tokens=sum(sample.tokens for sample in samples),
-        supervised=sum(sample.supervised for sample in samples),
-        **{
-            function.__name__: function
-            for function in (runs, visible, heading, about, cut_mark, hint)
-        },
-    )
-
-
-def write_page(collected: Collected, path: Path) -> None:
-    path.write_text(page(collected), encoding="utf-8")
+    text = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
+    tokens = sum(sample.tokens for sample in collected.samples)
+    supervised = sum(sample.supervised for sample in collected.samples)
+    given = {"collected": collected, "tokens": tokens, "supervised": supervised, "alone": alone}
+    functions = {"runs": runs, "visible": visible, "heading": heading}
+    return environment.from_string(text).render(**given, **functions)

@@ -32,8 +32,9 @@ def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, tor
     ids = torch.from_numpy(np.array(vocab, dtype=np.int64))
     if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
         raise RunError(
-            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target, whose {vocab_size} "
-            "tokens it must name in ascending order; prepare the data again for it"
+            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target, "
+            f"whose {vocab_size} tokens it must name in ascending order; prepare the data again "
+            "for it"
         )
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[ids] = True
