@@ -26,11 +26,12 @@ def job(composed: DictConfig) -> float | None:
             config = load_config(composed, run_dir, overrides)
             # torch and transformers load now that the config has been understood
             from eagle3.checks import check
-            from eagle3.parallel.ranks import launch, note_processes
+            from eagle3.parallel.launch import launch, read_torchrun
+            from eagle3.pipeline import run_pipeline
 
-            note_processes(config)
+            read_torchrun(config)
             check(config)
-            return launch(config, run_dir, overrides)
+            return launch(run_pipeline, config, run_dir, overrides)
     except KeyboardInterrupt:
         command = command_to_resume(run_dir, overrides)
         print(f"interrupted; go on with: {command}", file=sys.stderr)
@@ -41,18 +42,18 @@ def main() -> None:
     """Run the command line; under torchrun the first process alone reads it."""
     with one_sentence(CONF, SHOW_TRACEBACK):
         if int(os.environ.get("RANK", 0)) > 0:
-            from eagle3.parallel.ranks import attend
+            from eagle3.parallel.launch import serve_tasks
 
-            return attend()
+            return serve_tasks()
         try:
             job()
         except SystemExit as ended:  # so hydra leaves where it only shows something
             if ended.code:
                 raise
         if "RANK" in os.environ:
-            from eagle3.parallel.ranks import dismiss
+            from eagle3.parallel.launch import end_tasks
 
-            dismiss()
+            end_tasks()
 
 
 if __name__ == "__main__":

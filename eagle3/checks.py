@@ -15,14 +15,15 @@ from typing import Annotated, Any
 
 import torch
 
-from eagle3.benchmark.measure import check as check_benchmark
+from eagle3.benchmark.request import check_request
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
-from eagle3.export.folder import check_given
-from eagle3.parallel.ranks import choose_device, is_started
+from eagle3.export.read import check_given
+from eagle3.parallel.launch import is_torchrun
+from eagle3.parallel.ranks import choose_device
 from eagle3.pipeline import STAGES
 from eagle3.target.spec import check_supported, read_spec
 
@@ -185,7 +186,7 @@ def check_processes(config: RunConfig) -> None:
             f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that torch "
             f"sees here; set launch.nproc_per_node={gpus}, or device=cpu"
         )
-    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_started():
+    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_torchrun():
         raise ConfigError(
             f"launch.nnodes={launch.nnodes} needs launch.rdzv_endpoint=<host of the first node>:"
             "<free port>; or start with launch/torchrun.sh or launch/slurm.sbatch"
@@ -195,11 +196,7 @@ def check_processes(config: RunConfig) -> None:
 def check_benchmark_section(config: RunConfig) -> None:
     """What the benchmark is asked for, and whether it has what it needs."""
     section = config.benchmark
-    for name in ("suites", "configs"):
-        if not section[name]:
-            raise ConfigError(f"benchmark.{name} is empty; name at least one")
-    asked = ("configs", "suites", "protocol", "system_prompt", "paths")
-    check_benchmark(**{name: section[name] for name in asked})
+    check_request(section)
     if "benchmark" not in config.stages or config.plan:
         return
     engine = find_target(section, "benchmark")

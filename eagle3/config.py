@@ -41,14 +41,6 @@ class OneOf:
         return f"one of {', '.join(self.names)}"
 
 
-@dataclass(frozen=True)
-class Within:
-    """Bounds of a parameter, inclusive."""
-
-    low: float
-    high: float
-
-
 @dataclass
 class Model:
     """The target; `embedding_key` and `lm_head_key` name tensors of an unusual checkpoint."""

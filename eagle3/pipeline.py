@@ -7,17 +7,19 @@ made lies under the fingerprint of what it was made from, and is made once.
 
 from pathlib import Path
 
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 
-from eagle3.benchmark.benchmark import benchmark, reads_held_out
 from eagle3.benchmark.check import check
+from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig
-from eagle3.data.chat import load_chat
-from eagle3.data.prepare import find_prepared, load_prepared, prepare
+from eagle3.data.chat import Chat, load_chat
+from eagle3.data.prepare import Prepared, find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources
 from eagle3.data.view import view
+from eagle3.errors import ConfigError
 from eagle3.evaluate import generate
 from eagle3.export.read import locate
 from eagle3.export.write import export_draft
@@ -27,11 +29,11 @@ from eagle3.hidden_states.store import Store
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
-from eagle3.runs.artefact import read_facts
+from eagle3.runs.artefact import fingerprint, read_facts
 from eagle3.runs.tracking import read_acceptance, track_run
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import read_spec
-from eagle3.train import describe_training_data, train
+from eagle3.train import TrainingData, train
 
 STAGES = (
     "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
@@ -41,7 +43,7 @@ console = Console(markup=False, soft_wrap=True)
 
 
 def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
-    """Run the listed stages and write the report; returns the acceptance length that they found.
+    """Run the listed stages and write the report; returns the acceptance length they measured.
 
     Raises ConfigError and RunError.
     """
@@ -49,26 +51,25 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     mode, hidden = get_class(config.mode["_target_"]), config.hidden_states
     device = choose_device(config.device)
     target = TargetHandle(read_spec(config.model), config.target, device)
-    vocab_sizes = target.spec.config.vocab_size, config.draft.vocab_size
 
     # What the listed stages read, beside what lies in the run's own folder.
     imports = mode.captures and hidden.path is not None and is_specforge(Path(hidden.path))
-    reads_store = mode.captures and not imports and bool(listed & {"capture", "train"})
-    reads_answers = "generate" in listed or ("train" in listed and not imports)
+    no_data = data.path is None and not data.sources
+    store_alone = imports or (mode.captures and hidden.path is not None and no_data)
+    reads_answers = "generate" in listed or ("train" in listed and not store_alone)
     reads_prepared = reads_answers or bool(listed & {"prepare", "capture"})
-    if "benchmark" in listed and reads_held_out(config.benchmark):
+    if "benchmark" in listed and asks_heldout(config.benchmark):
         reads_prepared = True
     reads_rows = reads_prepared or config.plan or bool(listed & {"regenerate", "view"})
-    reads_text = reads_rows or bool(listed & {"check", "benchmark"})
     sources = find_sources(data, cache_dir) if reads_rows else None
-    chat = load_chat(config.model, data) if reads_text else None
-
-    def prepared_data(make):
-        return make(data, config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir)
-
+    chat = None
+    if reads_rows or listed & {"check", "benchmark"}:
+        chat = load_chat_for(config, required=reads_rows or "benchmark" in listed)
+    vocab_sizes = target.spec.config.vocab_size, config.draft.vocab_size
     if config.plan:
-        prepared = None if "regenerate" in listed else prepared_data(find_prepared)
-        show(plan(config, target.spec, sources, chat, prepared, device), console)
+        given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
+        prepared = None if "regenerate" in listed else find_prepared(data, *given)
+        show(plan(config, target.spec, sources, chat, prepared, device, run_dir), console)
         return None
 
     prepared = answers = store = None
@@ -77,18 +78,94 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             path = import_specforge(hidden, target, data.max_length, cache_dir, write=True)
             store = Store(path, hidden.on_damage)
             tracking.note("import", (path, read_facts(path)))
+        elif store_alone and "train" in listed:
+            store = Store(Path(hidden.path), hidden.on_damage)
         if "regenerate" in listed:
             sources, paths = regenerate(config.regenerate, data, sources, chat, target, cache_dir)
             tracking.note("regenerate", *((path, read_facts(path)) for path in paths))
         if "view" in listed:
             view(data, config.view.num_samples, sources, chat, run_dir, console)
         if reads_prepared:
-            prepared = prepared_data(prepare if "prepare" in listed else require_prepared)
+            given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
+            prepared = prepare(data, *given, write="prepare" in listed)
             tracking.note("prepare", (prepared.path, prepared.facts))
         if reads_answers:
             write = "generate" in listed
             answers = generate(config.eval, prepared.heldout, target, cache_dir, write)
             tracking.note("generate", (answers, read_facts(answers)))
-        if reads_store:
-            store = find_store(hidden, prepared, target, cache_dir)
-        ...
+        if mode.captures and not store_alone and listed & {"capture", "train"}:
+            if "capture" in listed and not find_store(hidden, prepared, target, cache_dir):
+                free_target(config, target, keep=True)
+                run_on_ranks(capture_on_rank, config, run_dir, target, prepared.path)
+            store = capture(hidden, prepared, target, cache_dir, False, console)
+            tracking.note("capture", (store.folder, store.facts))
+        if "train" in listed:
+            free_target(config, target, keep=mode.needs_target)
+            made = describe_training_data(prepared, answers, store, store_alone)
+            damaged = run_on_ranks(train, config, run_dir, target, made)
+            tracking.note_damage(damaged)
+        if "export" in listed:
+            best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
+            export_draft(best, config.export, config.draft, target.spec, draft_length, run_dir)
+        if "check" in listed:
+            attention, length = instantiate(config.draft.attention), config.eval.draft_length
+            check(
+                config.check, config.draft_path, target, chat, data.system_prompt, attention,
+                length, run_dir,
+            )  # fmt: skip
+        if "benchmark" in listed:
+            folder = find_draft(config, run_dir)
+            heldout = prepared and prepared.path / "heldout.jsonl"
+            subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
+            benchmark(instantiate(config.benchmark), subject, run_dir)
+        target.close()
+    return read_acceptance(run_dir)
+
+
+def load_chat_for(config: RunConfig, required: bool) -> Chat | None:
+    """The target's tokenizer and template; `check` alone does without where there is none."""
+    try:
+        return load_chat(config.model, config.data)
+    except ConfigError:
+        if required:
+            raise
+        return None
+
+
+def find_draft(config: RunConfig, run_dir: Path) -> Path:
+    """The draft to measure: the one that `draft_path` names, else this run's own."""
+    folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
+    if not folder.exists():
+        raise ConfigError(
+            "stages=[benchmark] needs a draft: set draft_path=<folder>, or add train and export to "
+            "stages"
+        )
+    return folder
+
+
+def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:
+    """Make room for ranks that load the target themselves, or do without it."""
+    if not keep or (spawns_ranks(config) and target.in_process):
+        target.close()
+
+
+def capture_on_rank(
+    ranks: Ranks, config: RunConfig, run_dir: Path, target: TargetHandle, prepared: Path
+) -> None:
+    """The stage `capture` as one of several ranks, which share the store's shards."""
+    load_target(target, ranks)
+    documents, hidden = load_prepared(prepared), config.hidden_states
+    quiet = Console(quiet=not ranks.is_main, markup=False, soft_wrap=True)
+    capture(hidden, documents, target, config.cache_dir, True, quiet)
+
+
+def describe_training_data(
+    prepared: Prepared | None, answers: Path | None, store: Store | None, store_alone: bool
+) -> TrainingData:
+    """What `train` reads, and the fingerprints that a checkpoint of it belongs to."""
+    if store_alone:
+        fingerprints = {"the hidden states": fingerprint(store.inputs)}
+        return TrainingData(None, None, store.folder, fingerprints)
+    name = fingerprint(store.inputs) if store else prepared.path.name
+    fingerprints = {"the data": name, "the target's answers": answers.name}
+    return TrainingData(prepared.path, answers, store and store.folder, fingerprints)

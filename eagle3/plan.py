@@ -32,7 +32,7 @@ from eagle3.data.sources import DataFile, SourceFiles, parse_row, raw_rows
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
-from eagle3.hidden_states.int8 import DTYPES, document_bytes
+from eagle3.hidden_states.shards import document_bytes
 from eagle3.loader import fill_micro_steps, plan_epoch
 from eagle3.loss import SoftTargetLoss
 from eagle3.runs.disk import free_bytes, size_text
@@ -151,7 +151,7 @@ def plan(
     trained = sum(parameter.numel() for parameter in draft_without_data(shape).parameters())
     size = target_size(spec)
     hidden_states = {}
-    for name in DTYPES:
+    for name in ("fp32", "bf16", "int8"):
         each = document_bytes(sample.lengths, sample.teachers, spec.config.hidden_size, name)
         hidden_states[name] = int(each @ sample.distinct)
     prepared_bytes = int(5 * sample.different + 20 * sample.weights.sum())

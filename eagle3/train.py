@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from hydra.utils import get_class, instantiate
 
-from eagle3.batch import Batch, Features, pack
+from eagle3.batch import Batch, Document, Features, pack
 from eagle3.config import DraftSection, RunConfig
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
@@ -21,7 +21,7 @@ from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import evaluate, load_answers, pack_answers
 from eagle3.export.read import locate
-from eagle3.export.write import read_draft
+from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import Store, open_for_hybrid, store_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader, Update
@@ -203,7 +203,7 @@ def build_trainer(
             shape.ulysses, shape.ring, ranks.rank, ranks.world_size, draft.config, timeout
         )
         features = sequence.share_features(features, weights.embedding.dtype)
-        pack_documents = sequence.deal_packed(pack_documents)
+        pack_documents = partial(deal_packed, sequence, pack_documents)
 
     tokens_per_update = section.tokens_per_step * section.grad_accum * replicas
     if saved:  # as the run began, however many ranks there are now
@@ -221,6 +221,13 @@ def build_trainer(
     # Other processors may round other first weights.
     ranks.broadcast_tensors(list(draft.state_dict().values()))
     return trainer
+
+
+def deal_packed(
+    sequence: Sequence, pack_documents: Callable[[list[Document]], Batch], documents: list[Document]
+) -> Batch:
+    """A packed batch's part that is this rank's."""
+    return sequence.deal(pack_documents(documents))
 
 
 def build_draft(
@@ -278,8 +285,16 @@ class Trainer:
             hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
             (output.loss / normaliser).backward()
-            flops = training_flops(self.draft.config, batch)
-            self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
+            self.meter.add(
+                output.step_loss,
+                output.step_correct,
+                batch.pair_counts,
+                batch.normaliser,
+                tokens=batch.tokens,
+                supervised_tokens=batch.pair_counts[0],
+                data_wait_seconds=waited,
+                flops=training_flops(self.draft.config, batch),
+            )
             waited = 0.0
         self.ranks.all_reduce_gradients(self.optim.parameters, self.optim.reduce_dtype)
         return self.optim.step()

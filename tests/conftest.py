@@ -1,5 +1,6 @@
 """Marks that the default run leaves out, small targets, and runs as users start them."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle3.batch import serving
@@ -31,7 +33,6 @@ TRAIN_ONLY = "stages=[prepare,generate,train]"
 SMALL = [
     "model=hf",
     "model.dtype=float32",
-    "name=test",
     "data=jsonl",
     "data.max_length=96",
     "draft.vocab_size=300",
@@ -152,19 +153,28 @@ def settings(target_folder, tmp_path_factory):
     ]
 
 
-def compose_config(overrides, run_dir):
-    """What run.py makes of a command line."""
+def compose_config(*overrides: str) -> DictConfig:
+    """What a command line comes to; `name`, which asks the running hydra, is `test`."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        # the default of `name` asks the running hydra
-        composed = compose("run", overrides=[*overrides, "name=test"])
+        return compose("run", overrides=["name=test", *overrides])
+
+
+def section(name: str, **changes):
+    """A typed section with its defaults of conf/, such as section("data", max_length=160)."""
+    composed = compose_config("model=hf", "model.path=x")
+    return dataclasses.replace(OmegaConf.to_object(composed[name]), **changes)
+
+
+def make_config(overrides, run_dir):
+    """The config of a run in `run_dir`."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    return load_config(composed, run_dir, overrides)
+    return load_config(compose_config(*overrides), run_dir, overrides)
 
 
 def run(overrides, run_dir):
     """A run in this process; returns its acceptance length."""
-    config = compose_config(overrides, run_dir)
+    config = make_config(overrides, run_dir)
     check(config)
     return launch(run_pipeline, config, run_dir, overrides)
 

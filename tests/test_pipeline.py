@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import (
     TRAIN_ONLY,
-    compose_config,
+    make_config,
     kill_group,
     losses,
     run,
@@ -194,10 +194,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, settings, tmp_path, monkeyp
 def test_a_run_is_not_resumed_as_another(finished, settings):
     run_dir, _ = finished
     with pytest.raises(ConfigError, match=r"optimizer\.lr=0\.5 differs .* has 0\.001"):
-        compose_config([*settings, "optimizer.lr=0.5"], run_dir)
+        make_config([*settings, "optimizer.lr=0.5"], run_dir)
     with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs"):
-        compose_config([f"train.resume={run_dir}", "draft.ttt_steps=4"], run_dir)
-    kept = compose_config(
+        make_config([f"train.resume={run_dir}", "draft.ttt_steps=4"], run_dir)
+    kept = make_config(
         [f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir
     )
     assert kept.train.keep_last == 9 and kept.stages == ["export"] and kept.optimizer["lr"] == 1e-3

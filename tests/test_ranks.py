@@ -14,7 +14,7 @@ import torch
 from conftest import (
     ROOT,
     TRAIN_ONLY,
-    compose_config,
+    make_config,
     free_port,
     kill_group,
     losses,
@@ -246,7 +246,7 @@ def test_torchrun_shows_a_plan_and_ends(settings):
 def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):
     def refused(*overrides):
         with pytest.raises(ConfigError) as error:
-            check(compose_config([*settings, *overrides], tmp_path))
+            check(make_config([*settings, *overrides], tmp_path))
         return str(error.value)
 
     assert refused("parallel=usp", "parallel.ulysses=2", "launch.nproc_per_node=3").startswith(

@@ -14,7 +14,7 @@ from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, generate, speculate
 from eagle3.engines.engine import Answer
-from eagle3.export.write import read_draft
+from eagle3.export.rules import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000
 
@@ -30,7 +30,7 @@ class Builtin(Request):
         """Load the draft, then the target."""
         spec, device, prepared = subject.target.spec, subject.target.device, subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
-        draft = read_draft(subject.draft_folder, None, spec.config, spec.aux_layer_ids)
+        draft = read_draft(subject.draft_folder, Auto, spec)
         self.draft = draft.to(device).eval()
         self.target = subject.target.load()
         self.chat, self.seed, self.generators = subject.chat, subject.seed, {}
@@ -149,6 +149,3 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     _, last = target.states(ids, torch.arange(len(ids), device=ids.device))
     logits = target.lm_head(last[-1:])[0].float()
     return float((logits.max() - logits[list(pairs[place])].min()) / logits.abs().max())
-
-
-run.in_process, run.check_settings = True, lambda section: None

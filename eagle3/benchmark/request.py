@@ -130,3 +130,9 @@ def check_config(config: list[int]) -> None:
             "[batch, steps, 1, steps + 1] (a chain) and [batch, steps, topk, verify_tokens] "
             f"(a tree, verify_tokens 2 to {max(nodes, 1) + 1})"
         )
+
+
+def asks_heldout(section: dict[str, Any]) -> bool:
+    """Whether the section `benchmark` asks the prompts that `prepare` holds out."""
+    suites = [parse_suite(suite)[0] for suite in section["suites"]]
+    return "heldout" in suites and "heldout" not in section["paths"]

@@ -16,7 +16,7 @@ from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.folder import flatten, read_config
+from eagle3.export.read import flatten, read_config
 from eagle3.runs.logger import redact
 
 DEATH_SECONDS = 5.0  # a process may end that long after its connections

@@ -25,7 +25,12 @@ NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 LONGEST_TEXT = 1 << 23
-WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # of the probe: in no template, one token none
+WORDS = (
+    "qzfirst",
+    "qzsecond",
+    "qzthird",
+    "qzfourth",
+)  # of the probe: in no template, one token none
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {
     "type": "function",

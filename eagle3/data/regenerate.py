@@ -258,7 +258,9 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for row in batch]
-            self.answer_batch(dialogues, target.load(), chat, self.max_new_tokens or data.max_length)
+            self.answer_batch(
+                dialogues, target.load(), chat, self.max_new_tokens or data.max_length
+            )
             for number, row, dialogue in zip(numbers, batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 

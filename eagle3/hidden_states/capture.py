@@ -53,10 +53,11 @@ def capture(
     Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
     the store or fills up; what was written stays, and the same call goes on.
     """
+    found = find_store(section, prepared, target, cache_dir)
+    if found is not None:
+        return found
     inputs = store_inputs(target, section.dtype, prepared.digest)
-    folder = Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
-    if is_complete(folder):
-        return open_store(section, folder, inputs)
+    folder = store_folder(section, inputs, cache_dir)
     if not write:
         raise RunError(
             f"{folder} holds no complete store of hidden states: add capture to stages, or set "
@@ -84,6 +85,19 @@ def capture(
                 vocab=np.asarray(prepared.vocab),
             )
     return open_store(section, folder, inputs)
+
+
+def find_store(
+    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
+) -> Store | None:
+    """The complete store of the prepared documents, if it is there."""
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    folder = store_folder(section, inputs, cache_dir)
+    return open_store(section, folder, inputs) if is_complete(folder) else None
+
+
+def store_folder(section: HiddenStates, inputs: dict[str, Any], cache_dir: str) -> Path:
+    return Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
 
 
 def document_keys(prepared: Prepared) -> np.ndarray:

@@ -37,7 +37,7 @@ from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.parallel.ranks import Ranks, collective_timeout, init_ranks, set_up_process
 from eagle3.parallel.watch import redirect_output
-from eagle3.runs.resume import command_to_resume
+from eagle3.runs.resume import command_to_resume, read_overrides
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 BETWEEN_TASKS = timedelta(days=30)  # prepare and generate may take days, and the others wait
@@ -119,10 +119,15 @@ def spawn_ranks(
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
     except SignalException as stopped:
-        print(f"stopped; go on with: {command_to_resume(run_dir)}", file=sys.stderr)
+        print(
+            f"stopped; go on with: {command_to_resume(run_dir, read_overrides(run_dir))}",
+            file=sys.stderr,
+        )
         raise SystemExit(128 + stopped.sigval) from None
     except ChildFailedError as error:
-        raise explain_failure(*error.get_first_failure(), command_to_resume(run_dir)) from error
+        raise explain_failure(
+            *error.get_first_failure(), command_to_resume(run_dir, read_overrides(run_dir))
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
     return results.get(0)

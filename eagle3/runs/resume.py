@@ -25,6 +25,12 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
 
 
+def read_overrides(run_dir: Path) -> list[str]:
+    """The command line that a run was started with; none before it has written run.json."""
+    path = run_dir / "run.json"
+    return json.loads(path.read_text())["overrides"] if path.exists() else []
+
+
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
     """What the user types after a run was stopped."""
     if is_run(run_dir):

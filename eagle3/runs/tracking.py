@@ -55,6 +55,14 @@ class Tracking:
             for reason, count in facts.get("rejected", {}).items():
                 self.console.print(f"{stage}: rejected {count:,} x {reason}")
 
+    def note_damage(self, damaged: dict[int, str]) -> None:
+        """Keep why documents of a store were left out of training, by key; print the first."""
+        if not damaged:
+            return
+        self.record.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
+        first = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
+        self.console.print(f"train: {len(damaged)} damaged documents were left out ({first})")
+
 
 @contextmanager
 def track_run(
