@@ -116,7 +116,7 @@ def this_trainer(case: Case, mask: str):
     features, draft_head, loss = (
         case.features(batch),
         case.head[case.draft.t2d],
-        SoftTargetLoss(kl, GAMMA),
+        SoftTargetLoss(kl, GAMMA, 1024, getattr(supervision, mask)),
     )
 
     def step() -> float:

@@ -1,6 +1,6 @@
 """The first 20 losses of the default run, which a change that moves no digit leaves as they are.
 
-    python dev/first_losses.py [overrides of run.py] > before.txt
+python dev/first_losses.py [overrides of run.py] > before.txt
 """
 
 import json

@@ -66,7 +66,7 @@ def main() -> None:
         torch.randint(config.draft_vocab_size, (teachers,), device=device),
         torch.zeros(teachers, device=device),
     )
-    loss = SoftTargetLoss(kl)
+    loss = SoftTargetLoss(kl, 0.8, 4096, serving)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
 
     def step() -> torch.Tensor:

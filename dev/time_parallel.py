@@ -117,7 +117,7 @@ def make_model(config: DraftConfig, device: torch.device, dtype: torch.dtype) ->
         )
         embedding = torch.randn(config.vocab_size, config.hidden_size, dtype=dtype)
         head = 0.02 * torch.randn(config.draft_vocab_size, config.target_hidden_size, dtype=dtype)
-    return Model(draft, embedding, head, SoftTargetLoss(kl))
+    return Model(draft, embedding, head, SoftTargetLoss(kl, 0.8, 1024, serving))
 
 
 def imagine(batch: Batch, config: DraftConfig, dtype: torch.dtype) -> Features:

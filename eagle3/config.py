@@ -41,6 +41,13 @@ class OneOf:
         return f"one of {', '.join(self.names)}"
 
 
+# In the order in which the pipeline runs those that are listed.
+STAGES = (
+    "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
+    "benchmark",
+)  # fmt: skip
+
+
 @dataclass
 class Model:
     """The target; `embedding_key` and `lm_head_key` name tensors of an unusual checkpoint."""
@@ -180,7 +187,7 @@ class RunConfig:
 
     name: str
     seed: Annotated[int, Within(0)]
-    stages: list[str]
+    stages: Annotated[list[str], OneOf(STAGES)]
     plan: bool
     device: Annotated[str, OneOf(("auto", "cpu", "cuda"))]
     cache_dir: str

@@ -35,10 +35,6 @@ from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import read_spec
 from eagle3.train import TrainingData, train
 
-STAGES = (
-    "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
-    "benchmark",
-)  # fmt: skip
 console = Console(markup=False, soft_wrap=True)
 
 

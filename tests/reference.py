@@ -12,6 +12,7 @@ zero.
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -229,7 +230,9 @@ class Case:
         )
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
-        soft_target = loss.SoftTargetLoss(getattr(loss, pointwise), gamma, chunk_rows)
+        functions = {"kl": loss.kl, "lk": partial(loss.lk, eta=3.0)}
+        supervised = getattr(supervision, mask)
+        soft_target = loss.SoftTargetLoss(functions[pointwise], gamma, chunk_rows, supervised)
         return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:

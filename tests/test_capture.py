@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, spec_of
+from eagle3.job import Run
 from rich.console import Console
 from test_pipeline import SMALL, TRAIN_ONLY, losses, run, stop_after
 
@@ -22,7 +23,6 @@ from eagle3.errors import RunError
 from eagle3.hidden_states import capture as capturing
 from eagle3.hidden_states.capture import capture, plan_shards, see
 from eagle3.hidden_states.store import Store
-from eagle3.job import Run
 from eagle3.runs.artefact import read_facts
 from eagle3.target.hf import HFTarget
 

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, spec_of
+from eagle3.export.folder import locate
+from eagle3.export.formats import read_any
+from eagle3.mistakes import explain
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
@@ -23,11 +26,8 @@ from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.folder import locate
-from eagle3.export.formats import read_any
 from eagle3.export.rules import NOTE, WARNING, WRONG, find_all
 from eagle3.export.write import MadeFor, read_draft, write_draft, write_speculators
-from eagle3.mistakes import explain
 from eagle3.parallel.ranks import launch
 from eagle3.target.weights import load_weights
 

@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import spec_of
+from conftest import soft_target_loss, spec_of
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,7 +27,7 @@ from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
@@ -130,7 +130,7 @@ def trained(target, prompts):
     batch = batch_of(texts, 6, draft, 4)
     features = target(batch)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    loss = SoftTargetLoss(kl)
+    loss = soft_target_loss(kl)
     for _ in range(60):
         hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
         output = loss(draft, hidden, features, batch, target.head[draft.t2d])

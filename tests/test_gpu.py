@@ -4,14 +4,14 @@ fp32 on the CPU.
 
 import pytest
 import torch
-from conftest import spec_of
+from conftest import soft_target_loss, spec_of
 from reference import attend
 
 from eagle3.batch import Document, DocumentSpans, Features, pack, serving
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
@@ -119,7 +119,7 @@ def test_bf16_training_step_is_near_fp32():
         here, moved = batch.to(torch.device(device)), features.to(torch.device(device))
         table, rows = embedding.to(device, dtype), head.to(device, dtype)
         hidden = unroll(draft, table, moved.aux_hidden_states, here)
-        output = SoftTargetLoss(kl)(draft, hidden, moved, here, rows)
+        output = soft_target_loss(kl)(draft, hidden, moved, here, rows)
         (output.loss / batch.normaliser).backward()
         return float(output.loss), {
             name: p.grad.cpu().clone() for name, p in draft.named_parameters()

@@ -1,12 +1,13 @@
 """The induction start copies what followed a token earlier in the text, before any training."""
 
 import torch
+from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import induction, random
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.ttt import unroll
 
 
@@ -33,7 +34,7 @@ def copied_share(initial) -> float:
     with torch.no_grad():
         hidden = unroll(draft, embedding, aux, batch)
         return float(
-            SoftTargetLoss(kl)(draft, hidden, features, batch, head).correct.float().mean()
+            soft_target_loss(kl)(draft, hidden, features, batch, head).correct.float().mean()
         )
 
 

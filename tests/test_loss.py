@@ -2,10 +2,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import soft_target_loss
 from reference import pair_losses, random_case, relative_error
 
 from eagle3.draft.flash import Auto
-from eagle3.loss import SoftTargetLoss, kl, lk
+from eagle3.loss import kl, lk
 from eagle3.ttt import unroll
 
 
@@ -83,7 +84,7 @@ def test_without_gradients():
     features = case.features(batch)
     with torch.no_grad():
         hidden = unroll(case.draft, case.embedding, features.aux_hidden_states, batch)
-        out = SoftTargetLoss(kl)(case.draft, hidden, features, batch, case.head[case.draft.t2d])
+        out = soft_target_loss(kl)(case.draft, hidden, features, batch, case.head[case.draft.t2d])
     assert torch.equal(out.correct, expected.correct) and out.loss.item() == pytest.approx(
         expected.loss.item()
     )
@@ -94,7 +95,7 @@ def test_eta_of_lk():
     out, batch = case.fast(pointwise="lk")
     features = case.features(batch)
     hidden = unroll(case.draft, case.embedding, features.aux_hidden_states, batch)
-    other = SoftTargetLoss(partial(lk, eta=0.0))(
+    other = soft_target_loss(partial(lk, eta=0.0))(
         case.draft, hidden, features, batch, case.head[case.draft.t2d]
     )
     assert other.loss.item() != pytest.approx(out.loss.item(), rel=1e-3)

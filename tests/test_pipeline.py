@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import (
     TRAIN_ONLY,
-    make_config,
     kill_group,
     losses,
+    make_config,
     run,
     run_command,
     spec_of,
@@ -197,9 +197,7 @@ def test_a_run_is_not_resumed_as_another(finished, settings):
         make_config([*settings, "optimizer.lr=0.5"], run_dir)
     with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs"):
         make_config([f"train.resume={run_dir}", "draft.ttt_steps=4"], run_dir)
-    kept = make_config(
-        [f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir
-    )
+    kept = make_config([f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]"], run_dir)
     assert kept.train.keep_last == 9 and kept.stages == ["export"] and kept.optimizer["lr"] == 1e-3
 
 

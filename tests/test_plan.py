@@ -14,6 +14,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from eagle3.job import Run
+from eagle3.plan.costs import draft_parameters, prefill_flops, saved_bytes, target_size
+from eagle3.plan.estimate import H200_FLOPS, break_even
+from eagle3.plan.results import recommend
+from eagle3.plan.sample import count, estimate, scan
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -31,13 +36,8 @@ from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import document_bytes
-from eagle3.job import Run
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.plan import estimate as estimated
-from eagle3.plan.costs import draft_parameters, prefill_flops, saved_bytes, target_size
-from eagle3.plan.estimate import H200_FLOPS, break_even
-from eagle3.plan.results import recommend
-from eagle3.plan.sample import count, estimate, scan
 from eagle3.runs.disk import free_bytes, size_text
 from eagle3.ttt import training_flops, unroll
 

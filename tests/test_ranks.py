@@ -14,10 +14,10 @@ import torch
 from conftest import (
     ROOT,
     TRAIN_ONLY,
-    make_config,
     free_port,
     kill_group,
     losses,
+    make_config,
     run,
     run_command,
     start_command,

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import spec_of
+from eagle3.data.regenerate.journal import Journal
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_method, instantiate
 
 from eagle3.data.regenerate import batches, builtin, server, servers, turns
-from eagle3.data.regenerate.journal import Journal
 from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row
 from eagle3.errors import ConfigError, RunError

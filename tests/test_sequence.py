@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
@@ -19,7 +20,7 @@ from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.parallel import sequence
 from eagle3.parallel.ranks import Ranks, join
 from eagle3.parallel.segments import Segmented, segments_of
@@ -112,7 +113,7 @@ def trainer_of(
     )  # fmt: skip
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    loss = SoftTargetLoss(kl, chunk_rows=7)
+    loss = soft_target_loss(kl, chunk_rows=7)
     return Trainer(
         draft,
         embedding,

@@ -12,20 +12,21 @@ import pickle
 import zipfile
 from types import SimpleNamespace
 
+import eagle3.hidden_states.specforge as specforge
 import pytest
 import torch
+from conftest import soft_target_loss
+from eagle3.hidden_states.specforge import convert, is_specforge
 from safetensors.torch import save_file
 from test_pipeline import run
 from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
 from transformers import LlamaConfig
 
-import eagle3.hidden_states.specforge as specforge
 from eagle3.batch import Features, concatenate_features, pack, shifted
 from eagle3.errors import RunError
 from eagle3.export.write import write_draft
-from eagle3.hidden_states.specforge import convert, is_specforge
 from eagle3.hidden_states.store import Store
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights
 from eagle3.ttt import unroll
@@ -264,7 +265,7 @@ def test_losses_are_those_of_specforge(tmp_path, name, form):
     features = concatenate_features([d.features for d in documents])
     assert torch.equal(features.argmax, teachers.argmax)
     hidden = unroll(fixture.draft, fixture.embedding, features.aux_hidden_states, batch)
-    out = SoftTargetLoss(kl, GAMMA)(
+    out = soft_target_loss(kl, GAMMA)(
         fixture.draft, hidden, features, batch, weights.head[fixture.draft.t2d]
     )
     assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(

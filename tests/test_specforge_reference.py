@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import soft_target_loss
 from reference import relative_error
 
 from eagle3.batch import Document, Features, pack, shifted
 from eagle3.draft.flash import Auto
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.ttt import unroll
 
 FOLDER = Path(__file__).parent / "data" / "specforge"
@@ -79,7 +80,7 @@ class Fixture:
 
     def __call__(self):
         hidden = unroll(self.draft, self.embedding, self.features.aux_hidden_states, self.batch)
-        out = SoftTargetLoss(kl, GAMMA)(
+        out = soft_target_loss(kl, GAMMA)(
             self.draft, hidden, self.features, self.batch, self.draft_head
         )
         return out, out.loss / self.batch.normaliser

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eagle3.hidden_states.growing import Growing
 from safetensors.numpy import load_file
 
 from eagle3.batch import Document, Features
@@ -24,7 +25,6 @@ from eagle3.errors import RunError
 from eagle3.hidden_states import growing as growing_module
 from eagle3.hidden_states import shards as shard_module
 from eagle3.hidden_states import store as store_module
-from eagle3.hidden_states.growing import Growing
 from eagle3.hidden_states.int8 import GROUP, dequantise, finite, quantise
 from eagle3.hidden_states.store import (
     DTYPES,

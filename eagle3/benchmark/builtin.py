@@ -30,7 +30,7 @@ class Builtin(Request):
         """Load the draft, then the target."""
         spec, device, prepared = subject.target.spec, subject.target.device, subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
-        draft = read_draft(subject.draft_folder, Auto, spec)
+        draft = read_draft(subject.draft_folder, None, spec)
         self.draft = draft.to(device).eval()
         self.target = subject.target.load()
         self.chat, self.seed, self.generators = subject.chat, subject.seed, {}
