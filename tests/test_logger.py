@@ -127,6 +127,8 @@ def test_redact_keeps_everything_but_secrets():
         ("hub=[{token: abc}]", f'hub=[{{"token": "{REDACTED}"}}]'),
         ("model={eos_token_ids: [1,2], pad: x}", "model={eos_token_ids: [1,2], pad: x}"),
         ("hub={token: [", "hub={token: ["),
+        ("a={day: 2026-99-99}", "a={day: 2026-99-99}"),
+        ("a={day: 2026-01-01, token: b}", f'a={{"day": "2026-01-01", "token": "{REDACTED}"}}'),
         ("https://me:pw@host/x", f"https://{REDACTED}@host/x"),
         ("urls=[http://me:pw@host/v1]", f"urls=[http://{REDACTED}@host/v1]"),
         ("the token: you know", "the token: you know"),

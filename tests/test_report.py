@@ -5,9 +5,12 @@ elsewhere.
 import io
 import json
 import re
+import runpy
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+from conftest import ROOT
 from rich.console import Console
 
 from eagle3.runs.logger import REDACTED
@@ -375,6 +378,12 @@ def test_prepared_rows_add_up(tmp_path):
         ["rows read", "9,006"],
     ]
     assert ["supervised", "25.0%"] in cells and ["repaired: roles", "3"] in cells
+
+
+def test_the_readme_picture_is_well_formed(tmp_path):
+    draw = runpy.run_path(str(ROOT / "dev/readme_picture.py"))["draw"]
+    picture = draw(write(tmp_path, metrics=METRICS, evaluation=EVALUATION, benchmark=BENCHMARK))
+    assert len(list(ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}g"))) == 13
 
 
 def test_nan_in_a_file_reads_as_none(tmp_path):
