@@ -347,7 +347,7 @@ def test_table_for_a_tracker_is_plain():
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
     assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41
-    assert first["lossless"] is True
+    assert first["lossless"] is True and first["interval95"] == "2.31 – 2.51"
     values = [value for row in rows for value in row]
     assert all(value is None or isinstance(value, bool | int | float | str) for value in values)
 
