@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 import time
 
 import pytest
@@ -111,31 +110,21 @@ def test_rates_count_training_time_only(monkeypatch):
 def test_two_processes_read_the_same_global_numbers(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    shares, barrier, read = {}, threading.Barrier(2), {}
-    meters = {rank: Meter(2, GAMMA) for rank in range(2)}
-    meters[0].add(torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 1.0)
-    meters[1].add(torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
-    clock[0] = 2.0
-
-    def work(rank):
-        def all_reduce(sums):
-            shares[rank] = sums
-            barrier.wait(timeout=10)
-            return shares[0] + shares[1]
-
-        read[rank] = meters[rank].read(all_reduce)
-        read[rank].pop("peak_memory_bytes")
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert read[0] == read[1]
-    assert read[0]["loss"] == pytest.approx((8 + GAMMA * 12) / 20)
-    assert read[0]["accuracy/step_1"] == pytest.approx(3 / 20)
-    assert read[0]["tokens_per_second"] == 80
-    assert read[0]["data_wait_fraction"] == 0.25
+    meters = [Meter(2, GAMMA) for _ in range(2)]
+    first = (torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 1.0)
+    second = (torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
+    sums = []
+    for _ in range(2):  # first to know what each process sends, then to read the sum of both
+        clock[0] = 0.0
+        for meter, numbers in zip(meters, (first, second)):
+            meter.restart()
+            meter.add(*numbers)
+        clock[0] = 2.0
+        read = [meter.read(lambda own: sums.append(own) or sum(sums[:2])) for meter in meters]
+    for each in read:
+        assert each["loss"] == pytest.approx((8 + GAMMA * 12) / 20)
+        assert each["accuracy/step_1"] == pytest.approx(3 / 20)
+        assert each["tokens_per_second"] == 80 and each["data_wait_fraction"] == 0.25
 
 
 class NoSync(TorchDispatchMode):

@@ -5,9 +5,12 @@ elsewhere.
 import io
 import json
 import re
+import runpy
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
+from conftest import ROOT
 from rich.console import Console
 
 from eagle3.runs.logger import REDACTED
@@ -344,7 +347,7 @@ def test_table_for_a_tracker_is_plain():
     assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
     first = dict(zip(columns, rows[0], strict=True))
     assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41
-    assert first["lossless"] is True
+    assert first["lossless"] is True and first["interval95"] == "2.31 – 2.51"
     values = [value for row in rows for value in row]
     assert all(value is None or isinstance(value, bool | int | float | str) for value in values)
 
@@ -375,6 +378,12 @@ def test_prepared_rows_add_up(tmp_path):
         ["rows read", "9,006"],
     ]
     assert ["supervised", "25.0%"] in cells and ["repaired: roles", "3"] in cells
+
+
+def test_the_readme_picture_is_well_formed(tmp_path):
+    draw = runpy.run_path(str(ROOT / "dev/readme_picture.py"))["draw"]
+    picture = draw(write(tmp_path, metrics=METRICS, evaluation=EVALUATION, benchmark=BENCHMARK))
+    assert len(list(ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}g"))) == 13
 
 
 def test_nan_in_a_file_reads_as_none(tmp_path):

@@ -58,10 +58,10 @@ def redact(config: Any) -> Any:
     if SECRET_KEY.search(key):
         return f"{key}={REDACTED}"
     if value[0] in "{[":  # hub={user: me, token: ...}
-        with contextlib.suppress(yaml.YAMLError):
+        with contextlib.suppress(yaml.YAMLError, ValueError):
             given = yaml.safe_load(value)
             if redact(given) != given:
-                return f"{key}={json.dumps(redact(given))}"
+                return f"{key}={json.dumps(redact(given), default=str)}"
     return text
 
 

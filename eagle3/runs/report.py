@@ -213,8 +213,8 @@ def benchmark_table(benchmark: dict) -> tuple[list[str], list[list]]:
     columns = benchmark_columns(rows)
     table = []
     for row in rows:
-        values = [row.get(key) for key in columns]
-        table.append([cell("", v) if isinstance(v, list) else v for v in values])
+        values = {key: row.get(key) for key in columns}
+        table.append([cell(k, v) if isinstance(v, list) else v for k, v in values.items()])
     return columns, table
 
 
@@ -236,15 +236,15 @@ def cell(key: str, value: Any) -> str:
 
 def prepared_table(facts: dict) -> Table:
     """What became of the rows that `prepare` read; the counts above the line add up to the rows."""
-    became = {
+    rows = {
         "conversations to train on": facts["documents"],
         "held out, and what opens like them": facts["held_out_rows"],
     }
     if facts["left_out_by_weight"]:
-        became["left out by weight"] = facts["left_out_by_weight"]
-    became |= {f"rejected: {reason}": count for reason, count in facts["rejected"].items()}
+        rows["left out by weight"] = facts["left_out_by_weight"]
+    rows |= {f"rejected: {reason}": count for reason, count in facts["rejected"].items()}
     tokens = facts["tokens"]
-    learnt = {
+    amounts = {
         "conversations an epoch passes over": facts["documents_per_epoch"],
         "tokens an epoch": tokens,
         "supervised": f"{facts['supervised_tokens'] / max(1, tokens):.1%}",
@@ -252,12 +252,12 @@ def prepared_table(facts: dict) -> Table:
         "draft vocabulary covers": f"{facts['vocab_coverage']:.2%} of supervised tokens",
         "held-out prompts": facts["heldout_prompts"],
     }
-    learnt |= {f"repaired: {what}": count for what, count in facts["repaired"].items()}
+    amounts |= {f"repaired: {what}": count for what, count in facts["repaired"].items()}
     for reason, count in facts["heldout_rejected"].items():
-        learnt[f"held-out row rejected: {reason}"] = count
+        amounts[f"held-out row rejected: {reason}"] = count
     table = Table("prepare", "", box=SIMPLE_HEAD)
     table.columns[1].justify = "right"
-    for section in (became, {"rows read": facts["rows"]}, learnt):
+    for section in (rows, {"rows read": facts["rows"]}, amounts):
         for name, value in section.items():
             # Text, because a reason may hold what rich takes for markup
             table.add_row(Text(name), value if isinstance(value, str) else f"{value:,}")
@@ -295,7 +295,7 @@ def summary_table(run_dir: str | Path) -> Group:
 
 def config_words(config: list[int]) -> str:
     """A config above a column: `5 drafted` for a chain at batch 1, else its four numbers."""
-    batch, steps, topk, _ = config
+    batch, steps, topk = config[:3]
     return f"{steps} drafted" if batch == 1 and topk <= 1 else ", ".join(map(str, config))
 
 
