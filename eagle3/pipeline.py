@@ -30,6 +30,7 @@ from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
 from eagle3.runs.artefact import fingerprint, read_facts
+from eagle3.runs.logger import follow_metrics
 from eagle3.runs.tracking import read_acceptance, track_run
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import read_spec
@@ -98,7 +99,8 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
             made = describe_training_data(prepared, answers, store, store_alone)
-            damaged = run_on_ranks(train, config, run_dir, target, made)
+            with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
+                damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
         if "export" in listed:
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length

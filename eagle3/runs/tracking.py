@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from eagle3.config import RunConfig
-from eagle3.runs.logger import follow_metrics
+from eagle3.runs.logger import NoTracker, Wandb
 from eagle3.runs.record import RunRecord
 from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
 
@@ -39,8 +39,10 @@ NOT_FOR_BENCHMARK = (
 class Tracking:
     """The record of a run under way; `note` adds what a stage read or made."""
 
-    def __init__(self, record: RunRecord, stages: list[str], console: Console):
-        self.record, self.stages, self.console = record, stages, console
+    def __init__(
+        self, record: RunRecord, tracker: NoTracker | Wandb, stages: list[str], console: Console
+    ):
+        self.record, self.tracker, self.stages, self.console = record, tracker, stages, console
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
@@ -75,8 +77,7 @@ def track_run(
     exit_code = 1
     try:
         record.write()
-        with follow_metrics(run_dir / "metrics.jsonl", tracker):
-            yield Tracking(record, config.stages, console)
+        yield Tracking(record, tracker, config.stages, console)
         record.write()
         report, measured = write_report(run_dir), run_dir / "benchmark.json"
         if measured.exists():
