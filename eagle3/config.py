@@ -4,6 +4,7 @@ allowed range.
 
 import difflib
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -14,6 +15,19 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a parameter, inclusive; of a list, those of its elements."""
+
+    low: float
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"at least {self.low:g}"
+        return f"within {self.low:g} and {self.high:g}"
 
 
 def ranged(default: Any, low: float | None = None, high: float | None = None) -> Any:
