@@ -1,15 +1,7 @@
-"""What the descriptions of all engines have in common, and what they are given and give back.
+"""What all descriptions of engines have in common, and what they are given and give back."""
 
-An engine is described once, by a subclass of `Engine`: its flags, request bodies and replies stand
-nowhere else.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
-
-import httpx
 
 from eagle3.engines.server import find_package
 
@@ -57,11 +49,10 @@ class Answer:
     emitted: list[int] | None = None
 
 
-class Engine(ABC):
-    """An inference engine whose server answers over HTTP.
+class Engine:
+    """An inference engine with an HTTP server; `eagle3.engines.sglang` shows the methods it needs.
 
-    `packages`: names under which pip may know it; `versions`: those it was tested with, and later
-    ones that should do.
+    `packages` are the names that pip may know it by.
     """
 
     name: ClassVar[str]
@@ -75,42 +66,6 @@ class Engine(ABC):
     def find(self, python: str, key: str) -> str:
         """Its version in this interpreter. Raises ConfigError, naming `key`, where it has none."""
         return find_package(python, self.packages, self.versions, key)
-
-    @abstractmethod
-    def benchmark_command(
-        self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
-    ) -> list[str]:
-        """A server that reports what each request took and accepted, and caches no prompt.
-
-        A cached prompt would cost nothing when the next batch asks it again.
-        """
-
-    @abstractmethod
-    def serve_command(
-        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
-    ) -> list[list[str]]:
-        """What a user types to serve a draft with its target, as chains; one list per line.
-
-        `draft` None: the served model names its draft itself. `more` arguments come last.
-        """
-
-    @abstractmethod
-    def request_body(
-        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
-    ) -> dict[str, Any]:
-        """The JSON posted to `generate_path`.
-
-        Nothing but the temperature shapes the distribution, whatever generation_config.json
-        recommends.
-        """
-
-    @abstractmethod
-    def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
-        """The answer in a reply. Raises RunError where it lacks the counters of the request."""
-
-    @abstractmethod
-    def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
-        """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -20,19 +21,22 @@ from eagle3.errors import ConfigError, RunError
 PAUSE = 0.3  # seconds between two looks at a server that starts
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 QUIET = 30.0  # seconds between two lines where there is no terminal
-SHOWN, SEARCHED = 15, 300  # last lines of the log
-RAISED = re.compile(
+SHOWN_LINES, SEARCHED_LINES = 15, 300  # at the end of the log
+EXCEPTION = re.compile(
     r"^(?:.*\s)?((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$", re.MULTILINE
 )
-OF_A_WORKER = re.compile(
+# Under torchrun an engine would take these as its own and wait for our ranks.
+WORKER_VARIABLE = re.compile(
     "(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)"
 )
 
-KNOWN = [  # what a log says and what that means, the cause before its consequences
+KNOWN_CAUSES = [  # what a log contains and what that means, the cause before its consequences
     (
-        r"(?i)OutOfMemoryError|out of memory|not enough memory|cannot allocate memory|no available memory"
-        r"|less than desired GPU memory|estimated maximum model length|memory capacity is unbalanced",
-        "it is out of memory: change mem_fraction_static, raise tp_size, or free the device of other processes",
+        r"(?i)OutOfMemoryError|out of memory|not enough memory|cannot allocate memory"
+        r"|no available memory|less than desired GPU memory|estimated maximum model length"
+        r"|memory capacity is unbalanced",
+        "it is out of memory: change mem_fraction_static, raise tp_size, or free the device of "
+        "other processes",
     ),
     (
         r"(?i)address already in use|EADDRINUSE|port \d+ .{0,20}in use",
@@ -40,54 +44,46 @@ KNOWN = [  # what a log says and what that means, the cause before its consequen
     ),
     (
         r"(?:ModuleNotFoundError|Error while finding module).{0,80}No module named '?([\w.]+)",
-        "the package {} is missing in the engine's environment: install it there, or name another interpreter",
+        "the package {} is missing in the engine's environment: install it there, or name another "
+        "interpreter",
     ),
     (
-        r"(?i)(architectures? \S+|model type `?\S+).{0,60}(not supported|unsupported|does not recogni[sz]e)"
+        r"(?i)(architectures? \S+|model type `?\S+).{0,60}"
+        r"(not supported|unsupported|does not recogni[sz]e)"
         r"|does not recognize this architecture|unsupported (model )?architecture",
-        "it does not know the model's architecture: use a version of the engine that does, or another engine",
+        "it does not know the model's architecture: use a version of the engine that does, or "
+        "another engine",
     ),
 ]
 
 
+@dataclass
 class Server:
-    """`command` serves HTTP at `url`; ready as soon as GET `health_path` answers 200, within
-    `ready_seconds`.
+    """`command` serves HTTP at `url`; ready as soon as GET `health_path` answers 200.
 
-    `environment` is added to this process's own. Its output goes to `log`. Leaving the context ends
-    the server with all that it started; so does the end of this process, whatever ends it. Raises
-    RunError.
+    That must be within `ready_seconds`. `environment` is added to this process's own; the output
+    goes to `log`. Leaving the context ends the server with all that it started; so does the end of
+    this process, whatever ends it. Raises RunError.
     """
 
-    def __init__(
-        self,
-        command: list[str],
-        url: str,
-        environment: dict[str, str],
-        log: Path,
-        ready_seconds: float,
-        health_path: str,
-        name: str = "the engine",
-    ):
-        self.command, self.url, self.environment, self.log = command, url, environment, log
-        self.ready_seconds, self.health_path, self.name = ready_seconds, health_path, name
-        self.process: subprocess.Popen | None = None
+    command: list[str]
+    url: str
+    environment: dict[str, str]
+    log: Path
+    ready_seconds: float
+    health_path: str
+    name: str = "the engine"
+    process: subprocess.Popen | None = field(default=None, init=False)
 
     def __enter__(self) -> "Server":
         inherited = {
-            name: value for name, value in os.environ.items() if not OF_A_WORKER.fullmatch(name)
+            name: value for name, value in os.environ.items() if not WORKER_VARIABLE.fullmatch(name)
         }
-        watcher = [
-            sys.executable,
-            "-I",
-            str(Path(__file__).with_name("watcher.py")),
-            str(os.getpid()),
-            str(GRACE),
-        ]
+        watcher = str(Path(__file__).with_name("watcher.py"))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*watcher, *self.command],
+                [sys.executable, "-I", watcher, str(os.getpid()), str(GRACE), *self.command],
                 env=inherited | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -106,60 +102,67 @@ class Server:
 
     def wait(self) -> None:
         """Until the server is ready."""
-        started, said = time.monotonic(), 0.0
         console = Console(stderr=True)
+        started = time.monotonic()
+        next_line = QUIET
         with (
             console.status("") as status,
             httpx.Client(base_url=self.url, trust_env=False, timeout=5) as client,
         ):
-            while True:
-                with suppress(httpx.HTTPError):
-                    if client.get(self.health_path).status_code == 200:
-                        self.check()  # else somebody else's server answers at this port
-                        return
-                self.check()
+            while not self.is_ready(client):
                 elapsed = time.monotonic() - started
                 if elapsed > self.ready_seconds:
                     raise RunError(
-                        f"{self.name} is not ready after {elapsed:,.0f} s: raise ready_seconds if it is still loading; "
-                        + self.end_of_log()
+                        f"{self.name} is not ready after {elapsed:,.0f} s: raise ready_seconds if "
+                        f"it is still loading; {self.end_of_log()}"
                     )
-                line = f"{self.name} starts, {elapsed:,.0f} s (at most {self.ready_seconds:,.0f} s, {self.log})"
+                line = (
+                    f"{self.name} starts, {elapsed:,.0f} s (at most {self.ready_seconds:,.0f} s, "
+                    f"{self.log})"
+                )
                 if console.is_terminal:
-                    status.update(
-                        Text(f"{line}: {(self.last_lines(1) or [''])[0]}"[: console.width - 4])
-                    )
-                elif elapsed - said >= QUIET:
+                    newest = "".join(self.last_lines(1))
+                    status.update(Text(f"{line}: {newest}"[: console.width - 4]))
+                elif elapsed >= next_line:
                     console.print(line, soft_wrap=True, markup=False, highlight=False)
-                    said = elapsed
+                    next_line = elapsed + QUIET
                 time.sleep(PAUSE)
 
+    def is_ready(self, client: httpx.Client) -> bool:
+        """Raises RunError where it has ended instead."""
+        answered = False
+        with suppress(httpx.HTTPError):
+            answered = client.get(self.health_path).status_code == 200
+        self.check()  # behind the answer, which may be that of another server at this port
+        return answered
+
     def check(self) -> None:
-        """Raises RunError, with the cause if it is a known one, when the server has ended by
-        itself.
-        """
+        """Raises RunError, with the cause if it is a known one, when the server ended by itself."""
         code = self.process.poll() if self.process else None
         if code is not None:
             raise RunError(
-                f"{self.name} ended with exit code {code}: {self.cause(code)}; " + self.end_of_log()
+                f"{self.name} ended with exit code {code}: {self.cause(code)}; {self.end_of_log()}"
             )
 
     def cause(self, code: int) -> str:
-        """A known cause, else the last exception in the log: SGLang kills itself when one of its
-        processes fails.
+        """Of an exit code and the log.
+
+        The last exception in the log comes before the code, because SGLang kills itself when one of
+        its processes fails.
         """
-        text = "\n".join(self.last_lines(SEARCHED))
-        for pattern, meaning in KNOWN:
+        text = "\n".join(self.last_lines(SEARCHED_LINES))
+        for pattern, meaning in KNOWN_CAUSES:
             if found := re.search(pattern, text):
                 return meaning.format(*found.groups()[:1])
-        if raised := RAISED.findall(text):
-            return raised[-1]
+        exceptions = EXCEPTION.findall(text)
+        if exceptions:
+            return exceptions[-1]
         if code in (128 + signal.SIGKILL, -signal.SIGKILL):
             return "it was killed, mostly for want of main memory"
         return "see its log"
 
     def end_of_log(self) -> str:
-        return f"the end of {self.log}:\n" + "\n".join(self.last_lines(SHOWN))
+        return f"the end of {self.log}:\n" + "\n".join(self.last_lines(SHOWN_LINES))
 
     def last_lines(self, number: int) -> list[str]:
         """Of the log, without blank ones."""
@@ -183,8 +186,9 @@ class Server:
 
 
 def choose_port(port: int | None, key: str) -> int:
-    """`port` of 127.0.0.1, or any free one if it is None or 0. Raises RunError, naming `key`, when
-    it is taken.
+    """`port` of 127.0.0.1, or any free one if it is None or 0.
+
+    Raises RunError, naming `key`, when it is taken.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -192,26 +196,25 @@ def choose_port(port: int | None, key: str) -> int:
             probe.bind(("127.0.0.1", port or 0))
         except OSError as error:
             raise RunError(
-                f"{key}={port} cannot be used ({error.strerror}): choose another one, or null for any that is free"
+                f"{key}={port} cannot be used ({error.strerror}): choose another one, or null for "
+                "any that is free"
             ) from error
         return probe.getsockname()[1]
 
 
-def environment(engine: str) -> Path:
-    """Where launch/engines.sh makes the environment of `sglang` or `vllm`."""
-    return Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[1])) / f".venv-{engine}"
+def program(engine: str, name: str, otherwise: str | None = None) -> str:
+    """`name` in the environment that launch/engines.sh made for `sglang` or `vllm`, if it did.
 
-
-def program(engine: str, name: str) -> str:
-    """`name` in the engine's own environment where launch/engines.sh made one, else on the PATH."""
-    own = environment(engine) / "bin" / name
-    return str(own) if own.exists() else name
+    Else `otherwise`, or the one on the PATH.
+    """
+    folder = Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[2]))
+    path = folder / f".venv-{engine}" / "bin" / name
+    return str(path) if path.exists() else otherwise or name
 
 
 def interpreter(engine: str, given: str | None) -> str:
     """The Python of an engine: the given one, else its environment's if that exists, else ours."""
-    own = environment(engine) / "bin" / "python"
-    return given or (str(own) if own.exists() else sys.executable)
+    return given or program(engine, "python", sys.executable)
 
 
 def find_package(python: str, names: tuple[str, ...], versions: str, key: str) -> str:
@@ -221,8 +224,10 @@ def find_package(python: str, names: tuple[str, ...], versions: str, key: str) -
     `versions`.
     """
     script = (
-        "import sys\nfrom importlib.metadata import version, PackageNotFoundError\nfor name in sys.argv[1:]:\n"
-        "    try: print(version(name)); break\n    except PackageNotFoundError: pass"
+        "import sys\nfrom importlib.metadata import version, PackageNotFoundError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: print(version(name)); break\n"
+        "    except PackageNotFoundError: pass"
     )
     try:
         answer = subprocess.run(
@@ -235,8 +240,8 @@ def find_package(python: str, names: tuple[str, ...], versions: str, key: str) -
     found = answer.stdout.strip()
     if not found:
         raise ConfigError(
-            f"{names[0]} is not installed for {python}: make its environment with launch/engines.sh "
-            f"and set {key}=<environment>/bin/python"
+            f"{names[0]} is not installed for {python}: make its environment with "
+            f"launch/engines.sh and set {key}=<environment>/bin/python"
         )
     if not SpecifierSet(versions).contains(found, prereleases=True):
         raise ConfigError(

@@ -41,6 +41,8 @@ class Capture:
 
 
 class SGLang(Engine):
+    """A new engine needs the facts and the methods that have a docstring here."""
+
     name = "SGLang"
     packages = ("sglang",)
     versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
@@ -51,6 +53,10 @@ class SGLang(Engine):
     def benchmark_command(
         self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
     ) -> list[str]:
+        """A server that reports what each request took and accepted.
+
+        It caches no prompt, which would cost nothing when the next batch asks it again.
+        """
         options = {
             "--random-seed": seed,
             "--max-running-requests": batch,
@@ -110,6 +116,10 @@ class SGLang(Engine):
     def serve_command(
         self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
     ) -> list[list[str]]:
+        """What a user types to serve a draft with its target, as chains; one list per line.
+
+        `draft` None: the served model names its draft itself. `more` arguments come last.
+        """
         drafting = self.draft_options(draft, draft_length, 1, draft_length + 1) if draft else {}
         return [
             [program("sglang", "python"), "-m", "sglang.launch_server"],
@@ -148,6 +158,11 @@ class SGLang(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
+        """The JSON posted to `generate_path`.
+
+        Nothing but the temperature shapes the distribution, whatever generation_config.json
+        recommends.
+        """
         sampling = {
             "temperature": temperature,
             "top_p": 1.0,
@@ -160,6 +175,7 @@ class SGLang(Engine):
         return {"input_ids": prompt, "sampling_params": sampling}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
+        """The answer in a reply. Raises RunError where it lacks the counters of the request."""
         ids, meta = reply["output_ids"], reply["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
@@ -179,6 +195,7 @@ class SGLang(Engine):
         return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, reply["text"])
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
+        """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
         response = get("/server_info")
         if response.status_code != 200:
             raise RunError(

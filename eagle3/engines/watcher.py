@@ -1,5 +1,4 @@
-"""Runs one command and ends it, with all that it started, when it is told to or when the process
-that asked is gone.
+"""Runs a command and ends it, with all that it started, on a signal or when its parent is gone.
 
 Usage: python watcher.py PARENT_PID GRACE_SECONDS COMMAND...; exits as the command does. Standard
 library only, because it runs outside our package (`eagle3.engines.server` starts it).
@@ -20,12 +19,11 @@ libc = ctypes.CDLL(None)
 
 
 def main(parent: int, grace: float, command: list[str]) -> int:
-    told: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: told.append(number))
-    libc.prctl(
-        PR_SET_CHILD_SUBREAPER, 1
-    )  # what the command leaves behind becomes ours, also from other groups
+        signal.signal(number, lambda number, frame: received.append(number))
+    # What the command leaves behind becomes our child, also from other process groups.
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         child = subprocess.Popen(
             command, preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -33,7 +31,7 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 127
-    while child.poll() is None and not told and os.getppid() == parent:
+    while child.poll() is None and not received and os.getppid() == parent:
         time.sleep(PAUSE)
     end(child, grace)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
