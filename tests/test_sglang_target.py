@@ -160,7 +160,7 @@ def test_another_head_is_found(target, monkeypatch):
 
 def test_another_layer_is_found(target, target_folder, monkeypatch):
     monkeypatch.setattr(target, "spec", spec_of(target_folder, [2, 3, 4]))
-    monkeypatch.setattr(target_module.verify, "verify_server", lambda *_: None)
+    monkeypatch.setattr(target_module, "verify_server", lambda *_: None)
     sentence = "captured the output of layer 1 where layer 2 was asked for"
     with pytest.raises(RunError, match=sentence):
         target.verify()
