@@ -135,6 +135,23 @@ def test_another_client_uses_the_server(target, target_folder, reference):
     assert not folder.exists() and target.server.process.poll() is None
 
 
+def test_a_server_started_by_hand(target_folder, reference):
+    """It is ended in order by SIGTERM."""
+    command = [sys.executable, "-m", "eagle3.target.sglang.serve", str(target_folder)]
+    command += ["--port", "0", "--device", "cpu", "--dtype", "float32", "--python", sys.executable]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        ready = server.stdout.readline()
+        assert ready.startswith("ready: python run.py target=sglang target.url=")
+        url = ready.partition("target.url=")[2].split()[0]
+        client = SGLangTarget(spec_of(target_folder), CPU, url=url)
+        batch = batch_of(client, [13, 30])
+        assert_equal(client(batch), reference(batch))
+        client.close()
+        server.terminate()
+    assert server.returncode == 143
+    serve.log_path(httpx.URL(url).port).unlink()
+
+
 def test_another_head_is_found(target, monkeypatch):
     monkeypatch.setattr(SGLangTarget, "head", property(lambda self: -self.weights.head))
     with pytest.raises(RunError, match="are not its logits"):
@@ -143,7 +160,7 @@ def test_another_head_is_found(target, monkeypatch):
 
 def test_another_layer_is_found(target, target_folder, monkeypatch):
     monkeypatch.setattr(target, "spec", spec_of(target_folder, [2, 3, 4]))
-    monkeypatch.setattr(target_module.verify, "verify_server", lambda *_: None)
+    monkeypatch.setattr(target_module, "verify_server", lambda *_: None)
     sentence = "captured the output of layer 1 where layer 2 was asked for"
     with pytest.raises(RunError, match=sentence):
         target.verify()

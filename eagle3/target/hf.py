@@ -4,13 +4,14 @@ T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V t
 """
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
 from eagle3.batch import Batch, Features
+from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
@@ -30,7 +31,7 @@ class HFTarget:
         spec: TargetSpec,
         device: torch.device,
         attention: str = "auto",
-        batch_tokens: int = 16384,
+        batch_tokens: Annotated[int, Within(1)] = 16384,
         tp_size: int = 1,
     ):
         self.spec, self.config, self.device = spec, spec.config, device

@@ -8,10 +8,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
-from eagle3.config import Model
+from eagle3.config import Model, Within
 from eagle3.engines.engine import Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.engines.sglang import Capture, SGLang
@@ -35,15 +36,15 @@ class ServerOptions:
     memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
     """
 
-    tp_size: int = 1
-    dp_size: int | None = None
-    ep_size: int = 1
+    tp_size: Annotated[int, Within(1, 1024)] = 1
+    dp_size: Annotated[int | None, Within(1, 1024)] = None
+    ep_size: Annotated[int, Within(1, 1024)] = 1
     quantization: str | None = None
-    mem_fraction_static: float | None = None
-    batch_tokens: int = 16384
+    mem_fraction_static: Annotated[float | None, Within(0.01, 1)] = None
+    batch_tokens: Annotated[int, Within(1)] = 16384
     python: str | None = None
-    port: int | None = None
-    ready_seconds: float = 1800.0
+    port: Annotated[int | None, Within(0, 65535)] = None
+    ready_seconds: Annotated[float, Within(1)] = 1800.0
     server_args: list[str | int | float] | None = None
 
 
@@ -125,7 +126,16 @@ def main() -> None:
     # Without this SIGTERM would end us before the server is ended in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ENGINE.find(interpreter("sglang", given.python), "--python")
-    spec = read_spec(Model(given.path, dtype=given.dtype, aux_layer_ids=given.aux_layer_ids))
+    model = Model(
+        path=given.path,
+        revision=None,
+        dtype=given.dtype,
+        trust_remote_code=False,
+        aux_layer_ids=given.aux_layer_ids,
+        embedding_key=None,
+        lm_head_key=None,
+    )
+    spec = read_spec(model)
     check_capturable(spec)
     options = ServerOptions(port=given.port, python=given.python, server_args=server_args)
     options.ready_seconds = given.ready_seconds

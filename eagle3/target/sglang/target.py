@@ -20,8 +20,15 @@ import torch
 from eagle3.batch import Batch, Features
 from eagle3.engines.server import Server, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.sglang import serve, verify
 from eagle3.target.sglang.blocks import SHARED, Blocks
+from eagle3.target.sglang.serve import (
+    ENGINE,
+    ServerOptions,
+    capture_server,
+    check_capturable,
+    log_path,
+)
+from eagle3.target.sglang.verify import verify_head, verify_layers, verify_server
 from eagle3.target.spec import TargetSpec, check_supported
 from eagle3.target.weights import TargetWeights, load_weights
 
@@ -32,7 +39,7 @@ PROBE = (5, 11)  # tokens of the first prompts
 
 
 @dataclass(eq=False)
-class SGLangTarget(serve.ServerOptions):
+class SGLangTarget(ServerOptions):
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
     and ends, or from one that runs here already, at `url`.
 
@@ -49,7 +56,7 @@ class SGLangTarget(serve.ServerOptions):
     def __post_init__(self):
         self.config, self.aux_layer_ids = self.spec.config, self.spec.aux_layer_ids
         check_supported(self.config)
-        serve.check_capturable(self.spec)
+        check_capturable(self.spec)
         self.server: Server | None = None
         self.blocks = Blocks()
         self.resources = ExitStack()
@@ -71,9 +78,9 @@ class SGLangTarget(serve.ServerOptions):
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        serve.check_capturable(spec)
+        check_capturable(spec)
         if section.get("url") is None:
-            serve.ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
+            ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
 
     @staticmethod
     def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -98,7 +105,7 @@ class SGLangTarget(serve.ServerOptions):
 
     def start(self) -> None:
         """Start the server and wait until it is ready."""
-        server = serve.capture_server(self.spec, self.device, self.blocks.folder, self)
+        server = capture_server(self.spec, self.device, self.blocks.folder, self)
         self.server = self.resources.enter_context(server)
         self.url = server.url
 
@@ -128,14 +135,14 @@ class SGLangTarget(serve.ServerOptions):
             raise RunError(
                 f"target.url={self.url} is no SGLang server that answers: {error}"
             ) from error
-        verify.verify_server(info, self.url, self.spec)
+        verify_server(info, self.url, self.spec)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=generator)
         prompts = [part.tolist() for part in tokens.split(PROBE)]
         features, replies = self.prefill(prompts, max_new_tokens=1)
         ends = [PROBE[0] - 1, sum(PROBE) - 1]
-        verify.verify_head(features, self.head, ends, [r["output_ids"][0] for r in replies])
-        verify.verify_layers(prompts[0], features.aux_hidden_states[: PROBE[0]], self.spec)
+        verify_head(features, self.head, ends, [r["output_ids"][0] for r in replies])
+        verify_layers(prompts[0], features.aux_hidden_states[: PROBE[0]], self.spec)
 
     @cached_property
     def weights(self) -> TargetWeights:
@@ -216,13 +223,13 @@ class SGLangTarget(serve.ServerOptions):
     def post(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """A reply for each prompt. Raises RunError where the server refuses, or is gone."""
         try:
-            response = self.client.post(serve.ENGINE.generate_path, json=body)
+            response = self.client.post(ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
             until = time.monotonic() + DYING_SECONDS
             while self.server is not None and time.monotonic() < until:
                 self.check_alive()  # it knows the cause
                 time.sleep(0.1)
-            log = serve.log_path(httpx.URL(self.url).port)
+            log = log_path(httpx.URL(self.url).port)
             named = f"; its log: {log}" if log.exists() else ""
             raise RunError(
                 f"the SGLang server at {self.url} does not answer any more ({error}){named}"
