@@ -47,7 +47,8 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     listed, cache_dir, data = set(config.stages), config.cache_dir, config.data
     mode, hidden = get_class(config.mode["_target_"]), config.hidden_states
     device = choose_device(config.device)
-    target = TargetHandle(read_spec(config.model), config.target, device)
+    processes = config.launch.nproc_per_node
+    target = TargetHandle(read_spec(config.model), config.target, device, processes)
 
     # What the listed stages read, beside what lies in the run's own folder.
     imports = mode.captures and hidden.path is not None and is_specforge(Path(hidden.path))
@@ -142,9 +143,15 @@ def find_draft(config: RunConfig, run_dir: Path) -> Path:
 
 
 def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:
-    """Make room for ranks that load the target themselves, or do without it."""
-    if not keep or (spawns_ranks(config) and target.in_process):
+    """Make room for ranks that load the target themselves, or do without it.
+
+    An engine stays, and serves ranks of other processes too.
+    """
+    spawns = spawns_ranks(config)
+    if not keep or (spawns and target.in_process):
         target.close()
+    elif spawns:
+        target.load().free_weights()
 
 
 def capture_on_rank(

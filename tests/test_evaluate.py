@@ -21,11 +21,12 @@ from eagle3.ttt import unroll
 
 STEPS = 6
 CPU = torch.device("cpu")
+HF = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
 
 
 @pytest.fixture(scope="module")
 def handle(target_folder):
-    handle = TargetHandle(spec_of(target_folder), {}, CPU)
+    handle = TargetHandle(spec_of(target_folder), HF, CPU)
     handle.loaded = HFTarget(handle.spec, CPU)
     return handle
 

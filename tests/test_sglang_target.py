@@ -20,7 +20,7 @@ from transformers import OPTConfig
 
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import GREEDY, sample
+from eagle3.target.generation import GREEDY, sample
 from eagle3.target.hf import HFTarget, head_statistics
 from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang import hook, serve

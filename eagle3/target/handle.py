@@ -18,8 +18,12 @@ class TargetHandle:
     client, `HFTarget`'s equal.
     """
 
-    def __init__(self, spec: TargetSpec, section: dict[str, Any], device: torch.device):
-        self.spec, self.section, self.device = spec, section, device
+    def __init__(
+        self, spec: TargetSpec, section: dict[str, Any], device: torch.device, processes: int = 1
+    ):
+        """`processes` of this machine will use it together, where several do."""
+        self.spec, self.device = spec, device
+        self.section = get_class(section["_target_"]).for_processes(section, processes)
         self.loaded: Any = None
 
     @cached_property

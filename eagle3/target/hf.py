@@ -63,6 +63,11 @@ class HFTarget:
         self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
 
     @staticmethod
+    def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
+        """The section as it is: each process loads the target itself."""
+        return section
+
+    @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
         tp_size = section.get("tp_size", 1)
