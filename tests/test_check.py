@@ -15,7 +15,6 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from eagle3 import checks
-from eagle3 import config as configuration
 from eagle3.benchmark.check import Decoded, candidates, embedding, judge
 from eagle3.data.vocab import vocab_tensors
 from eagle3.decode.speculate import Generation
@@ -27,8 +26,9 @@ from eagle3.export.folder import locate
 from eagle3.export.formats import read_any
 from eagle3.export.rules import NOTE, WARNING, WRONG, find_all
 from eagle3.export.write import MadeFor, read_draft, write_draft, write_speculators
-from eagle3.mistakes import explain
+from eagle3.hydra_errors import explain
 from eagle3.parallel.ranks import launch
+from eagle3.runs.resume import load_config
 from eagle3.target.weights import load_weights
 
 LAYERS = [1, 3, 4]
@@ -344,7 +344,7 @@ def run_check(draft, target_path, run_dir, *more):
     run_dir.mkdir()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = configuration.typed(compose("run", overrides=given), run_dir, given)
+        config = load_config(compose("run", overrides=given), run_dir, given)
     checks.check(config)
     return launch(config, run_dir, given)
 

@@ -59,7 +59,7 @@ SENTENCES = {
     "data.chat_template=lama3": "data.chat_template=lama3 is none of auto, chatml,",
     "stages=[]": "stages is empty; name at least one",
     "stages=[prepar]": "; did you mean prepare?",
-    "benchmark.suites=[]": "benchmark.suites is empty; name at least one",
+    "benchmark.suites=[]": "benchmark.suites or benchmark.configs is empty; name at least",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
     "benchmark.protocol=specforg": "is unknown; allowed: chat, specforge, eagle; did you mean spec",
     "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be four numbers",
@@ -70,7 +70,7 @@ SENTENCES = {
     "draft.config=nowhere": "draft.config=nowhere does not exist",
     "draft.config=run.py": "draft.config=run.py is not a JSON object with the draft's shape",
     "model.path=./nowhere": "model.path=nowhere is not a folder",
-    "model.path=conf": "model.path=conf has no config.json",
+    "model.path=conf": "model.path=conf is not a model that transformers can read",
     # pairs
     "model=llama3-8b": "stages: prepare reads data, but none is named; set data=<preset>, or data=",
     "data.path=null": "stages: prepare reads data, but none is named",
@@ -254,7 +254,7 @@ def test_bounds_are_inclusive_and_refuse_nan(hint):
 
 
 def test_the_reference_of_all_keys_is_up_to_date():
-    """docs/config.md is what dev/config_reference.py makes of conf/, where each key has a meaning."""
+    """docs/config.md is what dev/config_reference.py makes of conf/; each key has a meaning."""
     made = runpy.run_path(str(ROOT / "dev" / "config_reference.py"))["reference"]()
     written = (ROOT / "docs" / "config.md").read_text()
     assert made == written, "run python dev/config_reference.py"

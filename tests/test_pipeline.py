@@ -20,12 +20,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
-from eagle3 import config as configuration
 from eagle3.checks import check
 from eagle3.errors import ConfigError, RunError
 from eagle3.job import Run
 from eagle3.parallel.ranks import launch
 from eagle3.runs import checkpoint
+from eagle3.runs.resume import load_config
 
 SMALL = [
     "model=hf",
@@ -84,7 +84,7 @@ def compose_config(overrides, run_dir):
             "run", overrides=[*overrides, "name=test"]
         )  # its default asks the running hydra
     run_dir.mkdir(parents=True, exist_ok=True)
-    return configuration.typed(composed, run_dir, overrides)
+    return load_config(composed, run_dir, overrides)
 
 
 def run(overrides, run_dir):
