@@ -144,9 +144,7 @@ def check_stages(config: RunConfig) -> None:
                 f"{nearest(stage, list(STAGES))}"
             )
     if "regenerate" in stages and config.data.preformatted:
-        raise ConfigError(
-            "stages: regenerate needs messages, so it does not go with data.preformatted=true"
-        )
+        raise ConfigError("stages: regenerate needs messages; set data.preformatted=false")
     if "check" in stages and config.draft_path is None and "export" not in stages:
         raise ConfigError(
             "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export"
@@ -248,24 +246,16 @@ def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
     hidden, shape = config.hidden_states.path, config.draft.config
     if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
-        raise ConfigError(
-            f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages"
-        )
+        raise ConfigError(f"hidden_states.path={hidden} does not exist; add capture to stages")
     if shape is not None and not Path(shape).is_file():
         raise ConfigError(f"draft.config={shape} does not exist; give a local file")
     drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
     for key, path in drafts.items():
         if path is not None:
             check_given(path, key)
-    folder = Path(config.model.path)
-    if not folder.is_dir():
-        if config.model.path.startswith((".", "/", "~")):
-            raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
-        return
-    if needs_tokenizer(config) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json"
-        )
+    model = config.model.path
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise ConfigError(f"model.path={model} is not a folder; give a folder or a hub id")
 
 
 def check_against_target(config: RunConfig) -> None:
@@ -288,6 +278,12 @@ def check_against_target(config: RunConfig) -> None:
             f"max_position_embeddings={target.max_position_embeddings}"
         )
     if needs_tokenizer(config):
+        folder = Path(model.path)
+        if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise ConfigError(
+                f"model.path={folder} has no tokenizer; copy the tokenizer's files beside "
+                "config.json"
+            )
         load_tokenizer(
             model.path, model.revision, model.trust_remote_code, config.data.chat_template
         )

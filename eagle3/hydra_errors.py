@@ -78,7 +78,7 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
         return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
-        if wanted is None:  # only sources are typed sections that the user adds
+        if wanted is None:  # of keys that the user adds, only sources have a type
             return new_source(key)
         if wanted == "list":
             return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"

@@ -1,5 +1,6 @@
 """Command lines: what they come to, and mistakes in them as one sentence with exit code 2."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -14,7 +15,7 @@ from eagle3.config import OneOf, Within, flatten
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError
 from eagle3.hydra_errors import explain
-from eagle3.runs.resume import load_config
+from eagle3.runs.resume import command_to_resume, load_config, run_folder
 
 CONF = ROOT / "conf"
 SENTENCES = {
@@ -69,7 +70,7 @@ SENTENCES = {
     "draft_path=nowhere": "draft_path=nowhere does not exist",
     "draft.config=nowhere": "draft.config=nowhere does not exist",
     "draft.config=run.py": "draft.config=run.py is not a JSON object with the draft's shape",
-    "model.path=./nowhere": "model.path=nowhere is not a folder",
+    "model.path=./nowhere": "model.path=./nowhere is not a folder",
     "model.path=conf": "model.path=conf is not a model that transformers can read",
     # pairs
     "model=llama3-8b": "stages: prepare reads data, but none is named; set data=<preset>, or data=",
@@ -102,12 +103,17 @@ def test_mistakes_are_one_sentence(override, tmp_path):
     assert exit_code == 2 and "\n" not in message
 
 
-@pytest.mark.parametrize("override", ["train.epochs=0", "trian.epochs=3", "train.resume=/nowhere"])
-def test_the_command_exits_with_2_and_one_line(override):
-    command = [sys.executable, str(ROOT / "run.py"), override]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "arguments",
+    [["train.epochs=0"], ["trian.epochs=3"], ["train.resume=/nowhere"], ["-m", "train.epochs=0,1"]],
+)
+def test_the_command_exits_with_2_and_one_line(arguments, tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    named = [path.name for path in tmp_path.glob("outputs/*")]
+    assert named in ([], ["tiny-tiny-online"])
 
 
 def test_tracebacks_on_request(tmp_path):
@@ -207,6 +213,30 @@ def test_an_experiment_may_set_what_the_root_sets(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text(recipe)
     mine = compose_config(f"hydra.searchpath=[file://{tmp_path}]", "experiment=mine")
     assert (mine.stages, mine.seed, mine.train.epochs) == (["prepare"], 7, 9)
+
+
+def test_going_on_with_a_run(tmp_path):
+    """A resumed run has its own config; only what no weight depends on may differ."""
+    run_dir, overrides = tmp_path / "run", ["optimizer.lr=0.5", "train.max_steps=3"]
+    assert command_to_resume(run_dir, overrides) == f"python run.py {' '.join(overrides)}"
+    config = load_config(compose_config(*overrides), run_dir, overrides)
+    (run_dir / "checkpoints" / "last").mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
+    assert run_folder("auto", "new") == "new" and run_folder(str(run_dir), "new") == str(run_dir)
+
+    def resumed(*overrides):
+        return load_config(compose_config(*overrides), run_dir, list(overrides))
+
+    named = resumed(f"train.resume={run_dir}", "train.keep_last=9", "stages=[export]")
+    assert (named.optimizer["lr"], named.train.max_steps) == (0.5, 3)
+    assert (named.train.keep_last, named.stages) == (9, ["export"])
+    assert resumed(*overrides, "parallel.ring=2").parallel.ring == 2
+    for mistakes in ([f"train.resume={run_dir}", "draft.ttt_steps=4"], ["train.max_steps=3"]):
+        with pytest.raises(ConfigError, match="differs from the run in"):
+            resumed(*mistakes)
+    with pytest.raises(ConfigError, match="is no run folder with a checkpoint"):
+        run_folder("conf", "new")
 
 
 def test_draft_config_files(target_folder, tmp_path):
