@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 
@@ -80,6 +80,7 @@ def check_node(node: dict[str, Any], key: str) -> None:
     called = find_target(node, key)
     parameters = inspect.signature(called).parameters
     function = called.__init__ if inspect.isclass(called) else called
+    types_of = typing.get_type_hints(function)
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter, value in node.items():
         if parameter in HYDRA_KEYS:
@@ -89,13 +90,13 @@ def check_node(node: dict[str, Any], key: str) -> None:
                 f"{key}.{parameter} is unknown to {name}; allowed: {', '.join(parameters)}"
                 f"{nearest(parameter, list(parameters))}"
             )
-        hint = hints.get(parameter, Any)
-        if not fits(value, hint):
-            wanted = getattr(hint, "__name__", str(hint))
+        wanted = types_of.get(parameter, Any)
+        if not fits(value, wanted):
+            wanted = getattr(wanted, "__name__", str(wanted))
             raise ConfigError(
                 f"{key}.{parameter}={value} is a {type(value).__name__}, but {name} takes {wanted}"
             )
-        check_value(f"{key}.{parameter}", value, hint)
+        check_value(f"{key}.{parameter}", value, hints.get(parameter, Any))
 
 
 def find_target(node: dict[str, Any], key: str) -> Any:
@@ -119,8 +120,6 @@ def fits(value: Any, hint: Any) -> bool:
     anything.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return fits(value, arguments[0])
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):

@@ -67,7 +67,7 @@ def missing_option(error: MissingConfigException, conf: Path) -> str:
 
 
 def wrong_key_or_value(error: Exception, conf: Path) -> str:
-    """A key that does not exist, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
+    """An unknown key, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key is not None:

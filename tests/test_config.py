@@ -42,7 +42,7 @@ SENTENCES = {
     "loss.gamma=high": "loss.gamma=high is a str, but eagle3.loss.SoftTargetLoss takes",
     "loss.gamma=-3": "loss.gamma=-3 must be within 0 and 1",
     "loss.chunk_rows=0": "loss.chunk_rows=0 must be at least 1",
-    "optimizer.lr=abc": "optimizer.lr=abc is a str, but eagle3.optim.adamw takes",
+    "optimizer.lr=abc": "optimizer.lr=abc is a str, but eagle3.optim.adamw takes flo",
     "optimizer.lr=-1": "optimizer.lr=-1 must be within 1e-12 and 1000",
     "optimizer.betas=[0.9,2]": "optimizer.betas=[0.9, 2] must be within 0 and 1",
     "optimizer._target_=os.system": "os.system must start with one of eagle3., torch., transform",
@@ -262,10 +262,10 @@ def test_target_without_a_tokenizer(target_folder, tmp_path):
 
 def test_yaml_values_against_type_hints():
     fitting = [(1, float), ([1.0, 2], list[float]), (None, str | None), ("a", str)]
-    fitting += [([0.9, 0.99], tuple[float, float]), (3, Annotated[int, Within(1)])]
+    fitting += [([0.9, 0.99], tuple[float, float])]
     assert all(fits(value, hint) for value, hint in fitting)
     wrong = [(True, int), ("1", float), (1.5, int), ("x", list[int]), (["x"], list[int])]
-    wrong += [(True, float), ("x", Annotated[int, Within(1)] | None)]
+    wrong += [(True, float), ("x", int | None)]
     assert not any(fits(value, hint) for value, hint in wrong)
 
 
