@@ -103,9 +103,8 @@ def group(folder: Path) -> str:
     section = key.replace("/", ".")
     options = sorted(folder.glob("*.yaml"), key=lambda path: (not is_default(path), path.stem))
     for path in options:
-        text += (
-            f"\n`{key}={path.stem}`{' (default)' if is_default(path) else ''}: {heading(path)}\n"
-        )
+        mark = " (default)" if is_default(path) else ""
+        text += f"\n`{key}={path.stem}`{mark}: {heading(path)}\n"
         if key in ("experiment", "data", "model") and path.stem != "hf":
             continue  # these name values of keys that stand elsewhere
         hints, rows = parameter_hints(path), []

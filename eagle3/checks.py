@@ -146,9 +146,7 @@ def check_stages(config: RunConfig) -> None:
     if not stages:
         raise ConfigError("stages is empty; name at least one")
     if "regenerate" in stages and config.data.preformatted:
-        raise ConfigError(
-            "stages: regenerate needs messages, so it does not go with data.preformatted=true"
-        )
+        raise ConfigError("stages: regenerate needs messages; set data.preformatted=false")
     if "check" in stages and config.draft_path is None and "export" not in stages:
         raise ConfigError(
             "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export"
@@ -176,8 +174,8 @@ def check_processes(config: RunConfig) -> None:
         return
     if gpus is not None and launch.nproc_per_node > gpus:
         raise ConfigError(
-            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that torch "
-            f"sees here; set launch.nproc_per_node={gpus}, or device=cpu"
+            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that "
+            f"torch sees here; set launch.nproc_per_node={gpus}, or device=cpu"
         )
     if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_torchrun():
         raise ConfigError(

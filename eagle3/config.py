@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
 
+PACKAGE = Path(__file__).parent
+
 
 @dataclass(frozen=True)
 class Within:
@@ -24,6 +26,9 @@ class Within:
 
     low: float
     high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -36,6 +41,9 @@ class OneOf:
     """The values that a parameter can have; of a list, those of its elements."""
 
     names: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.names
 
     def __str__(self) -> str:
         return f"one of {', '.join(self.names)}"
@@ -183,8 +191,6 @@ class Launch:
 
 @dataclass
 class RunConfig:
-    """Sections without a class of their own are nodes with a `_target_`, checked against it."""
-
     name: str
     seed: Annotated[int, Within(0)]
     stages: Annotated[list[str], OneOf(STAGES)]
@@ -223,9 +229,7 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
 # where the nodes of a Slurm job meet
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
-OmegaConf.register_new_resolver(
-    "package", lambda path: str(Path(__file__).parent / path), replace=True
-)
+OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

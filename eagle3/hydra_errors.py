@@ -67,7 +67,7 @@ def missing_option(error: MissingConfigException, conf: Path) -> str:
 
 
 def wrong_key_or_value(error: Exception, conf: Path) -> str:
-    """A key that does not exist, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
+    """An unknown key, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key is not None:
@@ -78,7 +78,7 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
         return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
-        if wanted is None:  # only sources are typed sections that the user adds
+        if wanted is None:  # of keys that the user adds, only sources have a type
             return new_source(key)
         if wanted == "list":
             return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"

@@ -33,7 +33,7 @@ def warmup(step: int, warmup_steps: int) -> float:
 def cosine(
     optimizer: Optimizer, total_steps: int, warmup_ratio: Share, min_ratio: Share
 ) -> LambdaLR:
-    """Linear warm-up, then half a cosine down to `min_ratio` of the learning rate at `total_steps`."""
+    """Linear warm-up, then half a cosine down to `min_ratio` of the rate at `total_steps`."""
     warmup_steps = round(warmup_ratio * total_steps)
 
     def scale(step: int) -> float:

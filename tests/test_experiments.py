@@ -90,7 +90,8 @@ ONE_STEP = [
 ]
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072, "initializer_range": 0.1,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072,
+    "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

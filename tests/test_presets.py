@@ -1,4 +1,4 @@
-"""The named datasets: what each preset names, that rows of its shape are read, and mixes of them."""
+"""The named datasets: what each preset names, how its rows are read, and mixes of them."""
 
 import json
 
