@@ -1,6 +1,7 @@
 """Marks that the default run leaves out, and small targets that several files share."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,9 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -161,7 +161,7 @@ def teacher_forced(draft, embedding, aux, batch, ttt_steps):
 
 
 def test_chain_equals_unroll(target):
-    """Every round of every row, over rows read in uneven pieces and slots soiled by earlier drafts."""
+    """Every round of every row, over rows read in uneven pieces and slots soiled by drafts."""
     draft, length, steps = make_draft(target, 48), 40, 6
     draft_ids = torch.randint(48, (length,), generator=torch.Generator().manual_seed(1))
     text = draft.target_ids[draft_ids]
@@ -276,7 +276,7 @@ def test_end_of_sequence_inside_an_accepted_run(target, trained, prompts, monkey
 
 
 def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts):
-    """fp32 weights beside an fp64 target; and decoding leaves nothing behind that autograd refuses."""
+    """fp32 weights beside an fp64 target; decoding leaves nothing that autograd refuses."""
     draft = make_draft(target, 48)
     expected = chain(target, draft, prompts[0], 3, 12)
     assert chain(target, draft.float(), prompts[0], 3, 12).ids == expected.ids
@@ -347,7 +347,7 @@ def small():
 
 
 def chi_square(counts, probabilities):
-    """p-value of counts under probabilities (both flat); cells that expect less than 5 are merged."""
+    """p-value of flat counts under probabilities; cells that expect less than 5 are merged."""
     expected = probabilities * counts.sum()
     rare = expected < 5
     merge = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]
