@@ -38,11 +38,6 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per verification round; nan where no round was needed."""
-        return sum(self.emitted) / len(self.emitted) if self.emitted else float("nan")
-
 
 @dataclass
 class Accepted:
