@@ -129,7 +129,7 @@ class SharedKeysValues:
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         exchange, step = self.exchange, self.step
-        # q, k and v go in one message: its latency counts, not its size.
+        # At step 0 the keys are k0; later q, k and v travel in one message.
         q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
         self.later += later
         rows = exchange.rows[: len(q)]
