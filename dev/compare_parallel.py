@@ -93,36 +93,29 @@ def routed_bytes(batch: Batch, layout: Layout, config: DraftConfig, element: int
     if layout.group == 1:
         return 0
     rank, width = batch.exchange.sequence.rank, config.target_hidden_size * element
-    tokens, teachers = (
-        sum(route.sent) - route.sent[rank] for route in (batch.routes.tokens, batch.routes.teachers)
-    )
+    _, *routes = batch.routes
+    tokens, teachers = (sum(route.sent) - route.sent[rank] for route in routes)
     return tokens * 3 * width + teachers * (width + 8 + 4)
 
 
 def compare_work(title: str, lengths: np.ndarray, console: Console) -> None:
     """Prints a row a layout."""
     config, length = SHAPES["llama3-8b"], int(lengths.sum())
-    shown = table(
-        f"{title}, {length:,} tokens, Llama-3.1-8B shapes in bf16: the busiest rank; MB: mean of the ranks", "layout",
-        "tokens", "rows", "pairs", "TFLOP", "/ mean", "sent MB", "public scheme MB", "ratio", "kB a token", "online MB",
-    )  # fmt: skip
+    title = f"{title}, {length:,} tokens, Llama-3.1-8B shapes in bf16: the busiest rank; MB: mean"
+    columns = ("layout", "tokens", "rows", "pairs", "TFLOP", "/ mean", "sent MB")
+    shown = table(title, *columns, "public scheme MB", "ratio", "kB a token", "online MB")
     for layout in LAYOUTS:
         dealt = [
             micro_steps(lengths, layout, rank, config, imagined(layout, rank, config), PER_RANK)
             for rank in range(layout.ranks)
         ]
         pairs = np.array([sum(map(causal_pairs, batches)) for batches in dealt], dtype=float)
-        pairs = (
-            pairs.reshape(-1, layout.ulysses).mean(1).repeat(layout.ulysses)
-        )  # ulysses ranks share their heads
-        flops = np.array(
-            [sum(training_flops(config, batch) for batch in batches) for batches in dealt]
-        )
+        # Ulysses ranks share their heads.
+        pairs = pairs.reshape(-1, layout.ulysses).mean(1).repeat(layout.ulysses)
+        flops = np.array([sum(training_flops(config, b) for b in batches) for batches in dealt])
         flops = flops + 14 * config.num_attention_heads * config.head_dim * pairs
         sent, routed = (
-            np.mean(
-                [sum(count(batch, layout, config, 2) for batch in batches) for batches in dealt]
-            )
+            sum(count(b, layout, config, 2) for batches in dealt for b in batches) / layout.ranks
             for count in (sent_bytes, routed_bytes)
         )
         public = public_bytes(length / layout.replicas, layout, config, 2)
@@ -130,11 +123,11 @@ def compare_work(title: str, lengths: np.ndarray, console: Console) -> None:
             [(b.tokens, sum(b.row_counts), len(b.pair_index)) for b in batches] for batches in dealt
         ]
         most = np.max([np.sum(batches or [(0, 0, 0)], axis=0) for batches in counts], axis=0)
-        shown.add_row(
-            str(layout), *(f"{count:,}" for count in most), f"{flops.max() / 1e12:.0f}",
-            f"{flops.max() / flops.mean():.3f}", f"{sent / 1e6:.0f}", f"{public / 1e6:.0f}",
-            f"{public / sent:.1f}" if sent else "", f"{sent * layout.ranks / length / 1e3:.1f}", f"{routed / 1e6:.0f}",
-        )  # fmt: skip
+        row = [f"{count:,}" for count in most]
+        row += [f"{flops.max() / 1e12:.0f}", f"{flops.max() / flops.mean():.3f}"]
+        row += [f"{sent / 1e6:.0f}", f"{public / 1e6:.0f}", f"{public / sent:.1f}" if sent else ""]
+        row += [f"{sent * layout.ranks / length / 1e3:.1f}", f"{routed / 1e6:.0f}"]
+        shown.add_row(str(layout), *row)
     console.print(shown)
 
 

@@ -72,9 +72,9 @@ def draw_case(share: float, documents: int, seed: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
     vocab_size, draft_vocab_size, size = 16384, 4096, 512
     config = DraftConfig(
-        hidden_size=size, intermediate_size=3 * size, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-        vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, target_hidden_size=size,
-        max_position_embeddings=2048,
+        hidden_size=size, intermediate_size=3 * size, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, vocab_size=vocab_size,
+        draft_vocab_size=draft_vocab_size, target_hidden_size=size, max_position_embeddings=2048,
     )  # fmt: skip
 
     def normal(*shape):
@@ -100,10 +100,10 @@ def draw_case(share: float, documents: int, seed: int) -> Case:
     )
     head = normal(vocab_size, size) / size**0.5
     head[target_ids] *= 1.5
-    return Case(
-        draft, normal(vocab_size, size), head, lengths, input_ids, (place_in_turn >= 1 - share) & within,
-        normal(*within.shape, 3 * size) * within[..., None], normal(*within.shape, size) * within[..., None],
-    )  # fmt: skip
+    loss_mask, embedding = (place_in_turn >= 1 - share) & within, normal(vocab_size, size)
+    aux = normal(*within.shape, 3 * size) * within[..., None]
+    last_hidden = normal(*within.shape, size) * within[..., None]
+    return Case(draft, embedding, head, lengths, input_ids, loss_mask, aux, last_hidden)
 
 
 def this_trainer(case: Case, mask: str):
@@ -312,21 +312,11 @@ def measure(share: float, options: argparse.Namespace, console: Console) -> None
 
     supervised = float(case.loss_mask.sum()) / sum(case.lengths)
     table = Table(
-        title=f"{len(case.lengths)} documents, {sum(case.lengths)} tokens, longest {max(case.lengths)}, "
-        f"{supervised:.0%} supervised"
+        title=f"{len(case.lengths)} documents, {sum(case.lengths)} tokens, "
+        f"longest {max(case.lengths)}, {supervised:.0%} supervised"
     )
-    columns = (
-        "",
-        "loss",
-        "CPU s",
-        "TFLOP",
-        "saved MB",
-        "peak MB",
-        "CPU x",
-        "FLOPs x",
-        "saved x",
-        "peak x",
-    )
+    columns = ("", "loss", "CPU s", "TFLOP", "saved MB", "peak MB")
+    columns += ("CPU x", "FLOPs x", "saved x", "peak x")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     own = "this trainer"
@@ -334,18 +324,20 @@ def measure(share: float, options: argparse.Namespace, console: Console) -> None
     for name in names:
         own = name if name.startswith("this trainer") else own
         median = statistics.median(seconds[name])
-        table.add_row(
-            name, f"{losses[name]:.6f}", f"{median:.2f}", f"{flops[name] / 1e12:.3f}", f"{saved[name] / 2**20:.0f}",
-            f"{peaks[name] / 2**20:.0f}", f"{median / statistics.median(seconds[own]):.2f}",
-            f"{flops[name] / flops[own]:.2f}", f"{saved[name] / saved[own]:.2f}", f"{peaks[name] / peaks[own]:.2f}",
-        )  # fmt: skip
+        cpu = median / statistics.median(seconds[own])
+        row = [f"{losses[name]:.6f}", f"{median:.2f}", f"{flops[name] / 1e12:.3f}"]
+        row += [f"{saved[name] / 2**20:.0f}", f"{peaks[name] / 2**20:.0f}", f"{cpu:.2f}"]
+        row += [f"{costs[name] / costs[own]:.2f}" for costs in (flops, saved, peaks)]
+        table.add_row(name, *row)
     console.print(table)
     for ours, theirs in (PEERS[peer] for peer in options.peer):
         worst = max(relative_error(gradients[theirs][n], g) for n, g in gradients[ours].items())
         factor = statistics.median(seconds[theirs]) / statistics.median(seconds["this trainer"])
         console.print(
-            f"{theirs} against {ours}: loss differs by {abs(losses[theirs] / losses[ours] - 1):.1e}, gradients by at "
-            f"most {worst:.1e}; it takes {factor:.2f} times the CPU-seconds of this trainer with its own mask"
+            f"{theirs} against {ours}: loss differs by "
+            f"{abs(losses[theirs] / losses[ours] - 1):.1e}, "
+            f"gradients by at most {worst:.1e}; it takes {factor:.2f} times the CPU-seconds of "
+            "this trainer with its own mask"
         )
 
 

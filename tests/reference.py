@@ -12,10 +12,18 @@ zero.
 
 import copy
 from dataclasses import dataclass, replace
+
 from functools import partial
 
 import torch
 from torch.nn import functional as F
+
+from eagle3 import batch as supervision
+from eagle3 import loss as trainer_loss
+from eagle3.batch import Document, Features, pack
+from eagle3.draft.attention import Attend
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.ttt import unroll
 
 
 @dataclass
@@ -187,11 +195,8 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype."""
         draft = copy.deepcopy(self.draft).to(dtype)
-        tensors = {
-            name: x.to(dtype)
-            for name, x in vars(self).items()
-            if name in ("embedding", "head", "aux", "last_hidden")
-        }
+        names = ("embedding", "head", "aux", "last_hidden")
+        tensors = {name: getattr(self, name).to(dtype) for name in names}
         return replace(self, draft=draft, **tensors)
 
     def packed(self, padded: torch.Tensor, order=None) -> torch.Tensor:
@@ -201,14 +206,10 @@ class Case:
 
     def dense(self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl") -> DenseOutput:
         teacher = dense_teacher(self.last_hidden, self.head, self.draft.t2d)
-        return dense_loss(
-            self.draft, self.embedding, self.aux, *teacher, self.input_ids, self.loss_mask, gamma, ttt_steps, mask,
-            pointwise,
-        )  # fmt: skip
+        inputs = self.aux, *teacher, self.input_ids, self.loss_mask
+        return dense_loss(self.draft, self.embedding, *inputs, gamma, ttt_steps, mask, pointwise)
 
     def features(self, batch, order=None):
-        from eagle3.batch import Features
-
         last = self.packed(self.last_hidden, order)[batch.teacher_rows]
         logits = last @ self.head.T
         return Features(self.packed(self.aux, order), last, logits.argmax(-1), logits.logsumexp(-1))
@@ -217,22 +218,13 @@ class Case:
         self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None
     ):
         """The trainer's loss (not yet divided) and its batch."""
-        from eagle3 import batch as supervision
-        from eagle3 import loss
-        from eagle3.batch import Document, pack
-        from eagle3.ttt import unroll
-
-        batch = pack(
-            [Document(*d) for d in self.documents(order)],
-            self.draft.t2d,
-            ttt_steps,
-            getattr(supervision, mask),
-        )
+        documents = [Document(*d) for d in self.documents(order)]
+        batch = pack(documents, self.draft.t2d, ttt_steps, getattr(supervision, mask))
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
-        functions = {"kl": loss.kl, "lk": partial(loss.lk, eta=3.0)}
-        supervised = getattr(supervision, mask)
-        soft_target = loss.SoftTargetLoss(functions[pointwise], gamma, chunk_rows, supervised)
+        soft_target = trainer_loss.SoftTargetLoss(
+            getattr(trainer_loss, pointwise), gamma, chunk_rows
+        )
         return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -246,12 +238,9 @@ def random_turns(lengths: list[int], generator: torch.Generator) -> torch.Tensor
     for row, length in zip(loss_mask, lengths, strict=True):
         place = 0
         while place < length:
-            prompt, answer = (
-                torch.randint(0, 6, (1,), generator=generator),
-                torch.randint(1, 14, (1,), generator=generator),
-            )
-            row[place + int(prompt) : min(place + int(prompt + answer), length)] = True
-            place += int(prompt + answer)
+            start = place + int(torch.randint(0, 6, (1,), generator=generator))
+            place = start + int(torch.randint(1, 14, (1,), generator=generator))
+            row[start : min(place, length)] = True
     return loss_mask
 
 
@@ -263,9 +252,7 @@ def random_case(
     vocab_size: int = 50,
     draft_vocab_size: int = 30,
 ) -> Case:
-    """Noise, except that most tokens lie in the draft vocabulary; the third document has no answer."""
-    from eagle3.draft.model import Draft, DraftConfig
-
+    """Noise, but most tokens lie in the draft vocabulary; the third document has no answer."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -276,9 +263,9 @@ def random_case(
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[target_ids] = True
     config = DraftConfig(
-        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        vocab_size=vocab_size, draft_vocab_size=draft_vocab_size, target_hidden_size=24, max_position_embeddings=64,
-        rms_norm_eps=1e-5,
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size,
+        target_hidden_size=24, max_position_embeddings=64, rms_norm_eps=1e-5,
     )  # fmt: skip
     draft = Draft(config, attention, t2d, target_ids - torch.arange(draft_vocab_size))
     with torch.no_grad():
@@ -288,18 +275,17 @@ def random_case(
     within = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     common = target_ids[torch.randint(0, draft_vocab_size, within.shape, generator=generator)]
     rare = torch.randint(0, vocab_size, within.shape, generator=generator)
-    input_ids = (
-        torch.where(torch.rand(within.shape, generator=generator) < 0.9, common, rare) * within
-    )
+    is_common = torch.rand(within.shape, generator=generator) < 0.9
+    input_ids = torch.where(is_common, common, rare) * within
     loss_mask = random_turns(lengths, generator)
     loss_mask[2:3] = False
     aux, last_hidden = (normal(*within.shape, size) * within[..., None] for size in (3 * 24, 24))
     head = normal(vocab_size, 24)
     head[target_ids] *= 1.3
-    return Case(
-        draft.to(dtype), normal(vocab_size, 32).to(dtype), head.to(dtype), lengths, input_ids, loss_mask,
-        aux.to(dtype), last_hidden.to(dtype),
-    )  # fmt: skip
+    case = Case(
+        draft, normal(vocab_size, 32), head, lengths, input_ids, loss_mask, aux, last_hidden
+    )
+    return case.to(dtype)
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
@@ -310,6 +296,4 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attend(backend, documents, rows, q, k, v, later):
     """The fast attention on plain tensors: `later` is a list of (k^i, v^i)."""
-    from eagle3.draft.attention import Attend
-
     return Attend.apply(backend, documents, rows, q, k, v, *(x for pair in later for x in pair))

@@ -12,7 +12,7 @@ ROWS = torch.tensor([16, 3, 4, 20, 9, 6, 0, 17])
 
 
 def inputs(dtype, heads, kv_heads, steps, head_dim=8):
-    """q [N,H,d], k and v [T,G,d], and later keys and values, each longer than what comes after it."""
+    """q [N,H,d], k and v [T,G,d], and later keys and values, each longer than the next."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):

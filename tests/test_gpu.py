@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import soft_target_loss, spec_of
 from reference import attend
+from torch.utils._pytree import tree_map_only
 
 from eagle3.batch import Document, DocumentSpans, Features, pack, serving
 from eagle3.draft.attention import Dense
@@ -67,26 +68,15 @@ def test_segments_of_a_shared_batch_equal_dense(backend):
     if backend is FlashAttn:
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
-    batch = pack(
-        [Document(*d) for d in [(i, torch.zeros(n), torch.ones(n)) for i, n in enumerate(LENGTHS)]],
-        torch.ones(1).bool(),
-        7,
-        serving,
-    )
+    documents = [Document(i, torch.zeros(n), torch.ones(n)) for i, n in enumerate(LENGTHS)]
+    batch = pack(documents, torch.ones(1).bool(), 7, serving)
     tokens = torch.cat([torch.arange(40, 100), torch.arange(200, 290), torch.arange(400, 500)])
-    segments = segments_of(tokens, batch)
-    parts = [
-        part._replace(
-            rows=part.rows.cuda(),
-            documents=part.documents._replace(cu_seqlens=part.documents.cu_seqlens.cuda()),
-        )
-        for part in segments.parts
-    ]
+    segments = tree_map_only(torch.Tensor, torch.Tensor.cuda, segments_of(tokens, batch))
     q, grad = torch.randn(2, len(tokens), 8, 64, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, sum(LENGTHS), 2, 64, dtype=torch.bfloat16, device="cuda")
-    rows, given = torch.arange(len(tokens), device="cuda"), segments._replace(parts=parts)
-    out, lse = Segmented(backend).forward(q, rows, k, v, given, 0.125)
-    grads = Segmented(backend).backward(grad, q, rows, k, v, out, lse, given, 0.125)
+    rows = torch.arange(len(tokens), device="cuda")
+    out, lse = Segmented(backend).forward(q, rows, k, v, segments, 0.125)
+    grads = Segmented(backend).backward(grad, q, rows, k, v, out, lse, segments, 0.125)
     wide = [x.double().cpu() for x in (q, k, v, grad)]
     expected, expected_lse = Dense.forward(wide[0], tokens, *wide[1:3], batch.documents, 0.125)
     expected_grads = Dense.backward(

@@ -1,11 +1,13 @@
 """The induction start copies what followed a token earlier in the text, before any training."""
 
+from types import SimpleNamespace
+
 import torch
 from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.flash import Auto
-from eagle3.draft.initial import induction, random
+from eagle3.draft.initial import induction, new_draft, random
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import kl
 from eagle3.ttt import unroll
@@ -49,6 +51,6 @@ def test_the_head_starts_as_the_targets():
     d2t = t2d.nonzero()[:, 0] - torch.arange(20)
     head, embedding = torch.randn(50, 32), torch.randn(50, 32)
     for initial in (random, induction):
-        draft = Draft(config, Auto, t2d, d2t)
-        initial(draft, embedding, head)
+        weights = SimpleNamespace(embedding=embedding, head=head)
+        draft = new_draft(config, Auto, initial, weights, t2d, d2t)
         assert torch.equal(draft.lm_head.weight, head[t2d])

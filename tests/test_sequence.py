@@ -3,7 +3,6 @@ float64.
 """
 
 import os
-import socket
 from dataclasses import replace
 from datetime import timedelta
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import soft_target_loss
+from conftest import free_port, soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
@@ -28,24 +27,20 @@ from eagle3.parallel.sequence import Sequence
 from eagle3.train import Trainer
 
 VOCAB, STEPS, UPDATES = 60, 4, 5
-LENGTHS = [
-    150,
-    7,
-    31,
-    64,
-    5,
-    90,
-    18,
-    3,
-    40,
-    77,
-    12,
-    55,
-]  # the first is longer than any rank's share of an update
+# The first is longer than any rank's share of an update.
+LENGTHS = [150, 7, 31, 64, 5, 90, 18, 3, 40, 77, 12, 55]
 SHAPE = DraftConfig(
-    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=VOCAB,
-    draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256, initializer_range=0.3,
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    vocab_size=VOCAB,
+    draft_vocab_size=40,
+    target_hidden_size=12,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
 # (ulysses, ring) by number of processes; the rest of the processes train on other documents
 LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (1, 4)]}
 
@@ -57,9 +52,8 @@ class Conversations:
         randomly = np.random.default_rng(0)
         self.stored, self.lengths = stored, np.array(LENGTHS)
         self.ids = [torch.from_numpy(randomly.integers(0, VOCAB, n)) for n in LENGTHS]
-        self.masks = [
-            torch.from_numpy(np.cumsum(randomly.random(n) < 0.15) % 2 == 1) for n in LENGTHS
-        ]
+        turns = [np.cumsum(randomly.random(n) < 0.15) for n in LENGTHS]
+        self.masks = [torch.from_numpy(turn % 2 == 1) for turn in turns]
         self.supervised = np.array([int(mask.sum()) for mask in self.masks])
 
     def begin(self, epoch):
@@ -72,11 +66,8 @@ class Conversations:
         if not self.stored:
             return None
         everything = torch.ones(VOCAB, dtype=torch.bool)
-        return imagine(
-            pack(
-                [Document(number, self.ids[number], self.masks[number])], everything, STEPS, serving
-            )
-        )
+        document = Document(number, self.ids[number], self.masks[number])
+        return imagine(pack([document], everything, STEPS, serving))
 
 
 def imagine(batch):
@@ -84,9 +75,8 @@ def imagine(batch):
     table = torch.randn(VOCAB, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     states = table[batch.input_ids] * (1 + torch.sin(batch.position_ids.double()))[:, None]
     teachers = states[batch.teacher_rows]
-    return Features(
-        states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, teachers.logsumexp(1).float()
-    )
+    logsumexp = teachers.logsumexp(1).float()
+    return Features(states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, logsumexp)
 
 
 def trainer_of(
@@ -96,10 +86,8 @@ def trainer_of(
     chosen = torch.arange(VOCAB) % 3 < 2
     ids = chosen.nonzero()[:, 0]
     draft = Draft(SHAPE, FlashCPU, chosen, ids - torch.arange(len(ids))).double()
-    embedding, head = (
-        torch.randn(VOCAB, 16, dtype=torch.float64),
-        torch.randn(40, 12, dtype=torch.float64),
-    )
+    embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
+    head = torch.randn(40, 12, dtype=torch.float64)
     documents = Conversations(stored)
     supply, deal = Supply(documents, imagine), {}
     if ulysses * ring > 1:
@@ -108,26 +96,17 @@ def trainer_of(
         supply, deal = Supply(documents, shared), {"deal": group.deal}
     group = ulysses * ring
     loader = Loader(
-        documents, chosen, serving, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160, tokens_per_update=320,
-        documents_per_update=None, seed=3, replica=ranks.rank // group, replicas=ranks.world_size // group, **deal,
+        documents, chosen, serving, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160,
+        tokens_per_update=320, documents_per_update=None, seed=3, replica=ranks.rank // group,
+        replicas=ranks.world_size // group, **deal,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     loss = soft_target_loss(kl, chunk_rows=7)
     return Trainer(
-        draft,
-        embedding,
-        head,
-        supply,
-        loss,
-        loader,
-        optimizer,
-        scheduler,
-        0.5,
-        {},
-        ranks,
+        draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks,
         reduce_dtype,
-    )
+    )  # fmt: skip
 
 
 def train(trainer: Trainer) -> dict:
@@ -141,10 +120,8 @@ def train(trainer: Trainer) -> dict:
             k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))
         }
         seen.append(kept | {"norm": float(norm)})
-    return {
-        "seen": seen,
-        "weights": {n: p.detach().clone() for n, p in trainer.draft.named_parameters()},
-    }
+    weights = {n: p.detach().clone() for n, p in trainer.draft.named_parameters()}
+    return {"seen": seen, "weights": weights}
 
 
 def in_process(rank: int, world_size: int, port: int, out: str) -> None:
@@ -163,10 +140,8 @@ def in_process(rank: int, world_size: int, port: int, out: str) -> None:
         for stored in (True, False):
             sent.clear()
             trainer = trainer_of(join(), ulysses, ring, stored)
-            results[ulysses, ring, stored] = train(trainer) | {
-                "sent": list(sent),
-                "expected": expected_sent(trainer),
-            }
+            result = train(trainer) | {"sent": list(sent)}
+            results[ulysses, ring, stored] = result | {"expected": expected_sent(trainer)}
     if world_size == 2:
         results["bf16"] = train(trainer_of(join(), 1, 1, True, torch.bfloat16))
     if rank in (0, world_size - 1):
@@ -191,7 +166,7 @@ def expected_sent(trainer: Trainer) -> list[int]:
         head = SHAPE.head_dim // group.ulysses
         elements.append((group.size - 1) * batch.tokens * 2 * SHAPE.num_key_value_heads * head)
         others, heads = group.ulysses - 1, SHAPE.num_attention_heads
-        for step, everyone in enumerate(map(sum, zip(*batch.exchange.row_counts))):
+        for step, everyone in enumerate(map(sum, zip(*batch.exchange.row_counts, strict=True))):
             if others and (everyone or step == 0):
                 own = heads + (2 * SHAPE.num_key_value_heads if step else 0)
                 elements.append(others * batch.row_counts[step] * own * head)
@@ -204,40 +179,26 @@ def alone():
     return {stored: train(trainer_of(Ranks(), 1, 1, stored)) for stored in (True, False)}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_equals_one_process(alone, world_size, tmp_path):
     mp.spawn(in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
     for rank in (0, world_size - 1):
         results = torch.load(tmp_path / f"{rank}.pt")
         if world_size == 2:  # gradients rounded to 8 bits: near, and not the same
-            norms = [
-                [update["norm"] for update in run["seen"]]
-                for run in (results.pop("bf16"), alone[True])
-            ]
-            assert norms[0] == pytest.approx(norms[1], rel=0.05) and norms[0] != pytest.approx(
-                norms[1], rel=1e-6
-            )
+            runs = results.pop("bf16"), alone[True]
+            rounded, exact = ([update["norm"] for update in run["seen"]] for run in runs)
+            assert rounded == pytest.approx(exact, rel=0.05)
+            assert rounded != pytest.approx(exact, rel=1e-6)
         assert len(results) == 2 * len(LAYOUTS[world_size])
         for (ulysses, ring, stored), result in results.items():
-            for one, many in zip(alone[stored]["seen"], result["seen"], strict=True):
-                assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), (
-                    ulysses,
-                    ring,
-                    stored,
-                )
+            layout, expected = (ulysses, ring, stored), alone[stored]
+            for one, many in zip(expected["seen"], result["seen"], strict=True):
+                assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), layout
             for name, weight in result["weights"].items():
-                torch.testing.assert_close(
-                    weight, alone[stored]["weights"][name], rtol=1e-9, atol=1e-11
-                )
-            assert result["sent"] == result["expected"] and bool(result["sent"]) == (
-                ulysses * ring > 1
-            )
+                weight_alone = expected["weights"][name]
+                torch.testing.assert_close(weight, weight_alone, rtol=1e-9, atol=1e-11)
+            assert result["sent"] == result["expected"]
+            assert bool(result["sent"]) == (ulysses * ring > 1)
 
 
 def whole_batch(mask=serving):
@@ -256,7 +217,7 @@ def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
 @pytest.mark.parametrize("mask", [serving, shifted])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2), (1, 8)])
 def test_dealt_batches_are_the_whole(mask, shape):
-    """Every token, row and pair is some rank's, once, and no rank has much more work than another."""
+    """Every token, row and pair is some rank's, once."""
     batch = whole_batch(mask)
     parts = [sequence_of(rank, *shape).deal(batch) for rank in range(shape[0] * shape[1])]
     assert sum(part.tokens for part in parts) == len(batch.input_ids)
@@ -266,13 +227,10 @@ def test_dealt_batches_are_the_whole(mask, shape):
     assert sum(part.normaliser for part in parts) == batch.normaliser
     for part in parts:
         bare = replace(part, teacher_rows=part.own[:0])
-        assert torch.equal(
-            part.features.aux_hidden_states, imagine(bare).aux_hidden_states[part.own]
-        )
+        aux, last = part.features.aux_hidden_states, part.features.last_hidden_states
+        assert torch.equal(aux, imagine(bare).aux_hidden_states[part.own])
         known = torch.isin(batch.teacher_rows, part.teacher_rows)
-        assert torch.equal(
-            part.features.last_hidden_states, batch.features.last_hidden_states[known]
-        )
+        assert torch.equal(last, batch.features.last_hidden_states[known])
         assert len(part.pair_index) == sum(part.pair_counts) == part.pairs_before[-1]
 
 

@@ -38,11 +38,6 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    @property
-    def acceptance_length(self) -> float:
-        """Tokens per verification round; nan where no round was needed."""
-        return sum(self.emitted) / len(self.emitted) if self.emitted else float("nan")
-
 
 @dataclass
 class Accepted:
@@ -157,13 +152,12 @@ class DecodingBatch:
         aux, last = self.target.states(ids, positions, self.cache)
         return aux, last[self.on_device(self.rows), self.on_device(self.lengths) - 1]
 
-    def start(self, newest: torch.Tensor) -> list[int] | None:
-        """Take the first tokens, int64 [B], of the prefill; returns what `drop_finished` does."""
+    def start(self, newest: torch.Tensor) -> None:
+        """Take the first tokens, int64 [B], which the prefill gave."""
         self.generations = [Generation([token]) for token in newest.tolist()]
         self.prefilled = synchronized_time(self.device)
         for generation in self.generations:
             generation.prefill_seconds = self.prefilled - self.started
-        return self.drop_finished()
 
     def forward(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's states of a tree behind the texts: [B,W,A] and [B,W,H]."""
@@ -198,18 +192,20 @@ class DecodingBatch:
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
 
-    def drop_finished(self) -> list[int] | None:
-        """Remove the texts that have ended; returns which rows of the batch go on, None if all."""
-        unfinished = []
-        for row, i in enumerate(self.rows):
-            ids = self.generations[i].ids
-            if len(ids) < self.max_new_tokens and ids[-1] not in self.target.eos_token_ids:
+    def drop_finished(self) -> list[int]:
+        """Remove the texts that have ended; returns which rows of the batch go on."""
+        unfinished, finished = [], []
+        for row, generation in enumerate(self.generations[i] for i in self.rows):
+            full = len(generation.ids) >= self.max_new_tokens
+            if full or generation.ids[-1] in self.target.eos_token_ids:
+                finished.append(generation)
+            else:
                 unfinished.append(row)
-        if len(unfinished) == len(self.rows):
-            return None
+        if not finished:
+            return unfinished
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
-        for i in set(self.rows) - {self.rows[row] for row in unfinished}:
-            self.generations[i].decode_seconds = seconds
+        for generation in finished:
+            generation.decode_seconds = seconds
         self.rows = [self.rows[row] for row in unfinished]
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
@@ -239,9 +235,9 @@ def generate(
             for prompt, token in zip(prompts, newest, strict=True)
         ]
         drafter.append(aux, pad_sequence(following, batch_first=True), batch.lengths)
-    unfinished = batch.start(newest)
-    while batch.rows:
-        if unfinished is not None:
+    batch.start(newest)
+    while unfinished := batch.drop_finished():
+        if len(unfinished) < len(newest):
             newest = newest[unfinished]
             if drafter is not None:
                 drafter.select(unfinished)
@@ -256,7 +252,6 @@ def generate(
         if drafter is not None:
             drafter.append(aux[row[:, None], accepted.path], accepted.ids, accepted.counts)
         newest = accepted.ids[row, row.new_tensor(accepted.counts) - 1]
-        unfinished = batch.drop_finished()
     return batch.generations
 
 

@@ -2,7 +2,7 @@
 
 A backend (a flash kernel) computes the causal part
 
-    out_c = sum_j exp(s_j - lse_c) v_j,    lse_c = log sum_j exp(s_j),    s_j = scale q.k^0_j, j <= t
+    out_c = sum_j exp(s_j - lse_c) v_j,   lse_c = log sum_j exp(s_j),   s_j = scale q.k^0_j, j <= t
 
 and `Attend` merges in the row's later keys, of score s^i = scale q.k^i, by log-sum-exp:
 

@@ -112,7 +112,7 @@ class FlashCUDA(Varlen):
 
 
 class FlashAttn(Varlen):
-    """The flash-attn package (2.8): the same kernel family, for those who built it for their card."""
+    """The flash-attn package (2.8): the same kernels, for those who built it for their card."""
 
     @staticmethod
     def kernel(q, k, v, spans, scale):

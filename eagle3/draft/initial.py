@@ -76,7 +76,7 @@ Initial = Callable[[Draft, torch.Tensor, torch.Tensor], None]
 
 
 def random(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
-    """Weights as `Draft` draws them, but for the head: the target's rows of the draft vocabulary."""
+    """Weights as `Draft` draws them; the head is the target's rows of the draft vocabulary."""
     draft.lm_head.weight.data.copy_(head[draft.target_ids.to(head.device)])
 
 

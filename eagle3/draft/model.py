@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parameters of a Llama layer that reads [embedding; hidden], each with a norm of its own."""
+    """A Llama layer that reads [embedding; hidden state], each with a norm of its own."""
 
     def __init__(self, config: DraftConfig):
         super().__init__()

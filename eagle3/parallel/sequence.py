@@ -129,7 +129,7 @@ class SharedKeysValues:
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         exchange, step = self.exchange, self.step
-        # q, k and v go in one message: its latency counts, not its size.
+        # At step 0 the keys are k0; later q, k and v travel in one message.
         q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
         self.later += later
         rows = exchange.rows[: len(q)]
@@ -187,12 +187,11 @@ class Sequence:
         Documents are cut into blocks, and these dealt by what their rows cost, so that causal
         attention, prompts and answers come out even.
         """
-        length, config = len(batch.input_ids), self.config
-        depth_of_token = torch.zeros(length, dtype=torch.long)
+        config, depth_of_token = self.config, torch.zeros_like(batch.input_ids)
         for count in batch.row_counts:
             depth_of_token[batch.rows[:count]] += 1
-        # In multiplications: fc, k^0 and v^0 for every token; the rest of the layer, the head and
-        # attention to the tokens before for every step that needs the row.
+        # Multiplications: fc, k^0 and v^0 of every token; the rest of the layer, the head and
+        # attention to the tokens before at every step that needs the row.
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         per_token = config.hidden_size * (3 * config.target_hidden_size + 2 * keys)
@@ -200,7 +199,8 @@ class Sequence:
         per_step = config.hidden_size * width + 2 * queries * (batch.position_ids + 1)
         cost_of_token = (per_token + depth_of_token * per_step).double()
 
-        size = max(SMALLEST_BLOCK, -(-length // (BLOCKS_PER_RANK * self.size)))
+        size = -(-len(cost_of_token) // (BLOCKS_PER_RANK * self.size))
+        size = max(SMALLEST_BLOCK, size)
         block_of_token = (batch.position_ids % size == 0).cumsum(0) - 1
         cost_of_block = torch.zeros(int(block_of_token[-1]) + 1, dtype=torch.double)
         cost_of_block.index_add_(0, block_of_token, cost_of_token)
@@ -231,7 +231,7 @@ class Sequence:
         own_row_of_pair = own_row_of_row[row_of_pair[pair_is_own]]
         pair_teacher = batch.pair_teacher[pair_is_own]
         teachers = pair_teacher[pair_teacher < len(batch.teacher_rows)].unique()
-        # U, "beyond the document", lies behind all teachers: it becomes the number of these.
+        # U, "beyond the document", lies behind all teachers and becomes their number.
         pair_teacher = torch.searchsorted(teachers, pair_teacher)
 
         features, routes = batch.features, None
@@ -260,8 +260,7 @@ class Sequence:
             pair_teacher=pair_teacher,
             pairs_before=count_before(pair_teacher, len(teachers)),
             pair_counts=torch.bincount(pair_step, minlength=num_steps).tolist(),
-            # The normaliser is the whole batch's, and must be counted once.
-            normaliser=batch.normaliser if self.rank == 0 else 0,
+            normaliser=batch.normaliser if self.rank == 0 else 0,  # it is added up over ranks
             features=features,
             loaded=[],
             # A step runs on all ranks of a group or on none: their all-to-alls must meet.
@@ -335,8 +334,10 @@ class Sequence:
         def features_of_dealt(batch: Batch) -> Features:
             device = batch.input_ids.device
             prefilled, tokens, teachers = batch.routes
-            if prefilled is None:
-                features = empty_features(self.config.target_hidden_size, dtype, device)
+            if prefilled is None:  # nothing to send, but the collectives want every rank
+                size = self.config.target_hidden_size
+                none = torch.empty(0, 3 * size, dtype=dtype, device=device)
+                features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
             else:
                 features = features_of(prefilled.to(device))
             return Features(
@@ -390,10 +391,3 @@ def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
         received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
         arrival_of_wanted=inverse(torch.argsort(source_of_wanted, stable=True)),
     )
-
-
-def empty_features(width: int, dtype: torch.dtype, device: torch.device) -> Features:
-    """Of a rank that has no document to prefill, and sends nothing."""
-    empty = torch.empty(0, width, dtype=dtype, device=device)
-    argmax = torch.empty(0, dtype=torch.long, device=device)
-    return Features(empty.repeat(1, 3), empty, argmax, torch.empty(0, device=device))
