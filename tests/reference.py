@@ -12,7 +12,6 @@ zero.
 
 import copy
 from dataclasses import dataclass, replace
-
 from functools import partial
 
 import torch
@@ -222,8 +221,10 @@ class Case:
         batch = pack(documents, self.draft.t2d, ttt_steps, getattr(supervision, mask))
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
+        functions = {"kl": trainer_loss.kl, "lk": partial(trainer_loss.lk, eta=3.0)}
+        supervised = getattr(supervision, mask)
         soft_target = trainer_loss.SoftTargetLoss(
-            getattr(trainer_loss, pointwise), gamma, chunk_rows
+            functions[pointwise], gamma, chunk_rows, supervised
         )
         return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
 

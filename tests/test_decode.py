@@ -2,7 +2,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import spec_of, soft_target_loss
+from conftest import soft_target_loss, spec_of
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,

@@ -5,6 +5,8 @@ float64.
 import os
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +19,15 @@ from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader
-from eagle3.loss import kl
+from eagle3.loss import FrozenWeights, kl
+from eagle3.optim import GuardedOptimizer
 from eagle3.parallel import sequence
-from eagle3.parallel.ranks import Ranks, join
+from eagle3.parallel.ranks import Ranks, init_ranks
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.parallel.sequence import Sequence
-from eagle3.train import Trainer
+from eagle3.runs.metrics import Meter
+from eagle3.train import Trainer, deal_packed
 
 VOCAB, STEPS, UPDATES = 60, 4, 5
 # The first is longer than any rank's share of an update.
@@ -87,26 +90,27 @@ def trainer_of(
     ids = chosen.nonzero()[:, 0]
     draft = Draft(SHAPE, FlashCPU, chosen, ids - torch.arange(len(ids))).double()
     embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
-    head = torch.randn(40, 12, dtype=torch.float64)
-    documents = Conversations(stored)
-    supply, deal = Supply(documents, imagine), {}
-    if ulysses * ring > 1:
-        group = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE, timedelta(minutes=5))
-        shared = group.share_features(imagine, embedding.dtype)
-        supply, deal = Supply(documents, shared), {"deal": group.deal}
+    frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
+    features = imagine
+    pack_documents = partial(pack, in_draft_vocab=chosen, ttt_steps=STEPS, mask=serving)
     group = ulysses * ring
-    loader = Loader(
-        documents, chosen, serving, STEPS, epochs=9, max_steps=UPDATES, tokens_per_step=160,
-        tokens_per_update=320, documents_per_update=None, seed=3, replica=ranks.rank // group,
-        replicas=ranks.world_size // group, **deal,
-    )  # fmt: skip
+    if group > 1:
+        timeout = timedelta(minutes=5)
+        shared = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE, timeout)
+        features = shared.share_features(imagine, embedding.dtype)
+        pack_documents = partial(deal_packed, shared, pack_documents)
+    section = SimpleNamespace(
+        epochs=9, max_steps=UPDATES, tokens_per_step=160, documents_per_update=None
+    )
+    replica, replicas = ranks.rank // group, ranks.world_size // group
+    loader = Loader(Conversations(stored), section, pack_documents, 320, 3, replica, replicas)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    optim = GuardedOptimizer(optimizer, scheduler, 0.5, "fp32")
+    optim.reduce_dtype = reduce_dtype
     loss = soft_target_loss(kl, chunk_rows=7)
-    return Trainer(
-        draft, embedding, head, supply, loss, loader, optimizer, scheduler, 0.5, {}, ranks,
-        reduce_dtype,
-    )  # fmt: skip
+    meter = Meter(STEPS, loss.gamma, torch.device("cpu"))
+    return Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
 
 
 def train(trainer: Trainer) -> dict:
@@ -114,8 +118,8 @@ def train(trainer: Trainer) -> dict:
     seen = []
     updates = iter(trainer.loader)
     for _ in range(UPDATES):
-        norm = trainer.train_on(next(updates), 0.0)
-        metrics = trainer.meter.read(trainer.ranks.sum)
+        norm = trainer.train_update(next(updates), 0.0)
+        metrics = trainer.meter.read(trainer.ranks.all_reduce_tensor)
         kept = {
             k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))
         }
@@ -125,9 +129,10 @@ def train(trainer: Trainer) -> dict:
 
 
 def in_process(rank: int, world_size: int, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    ranks = init_ranks(timedelta(minutes=30))
     results, sent = {}, []
 
     def counted(x, received, split, group):
@@ -139,11 +144,11 @@ def in_process(rank: int, world_size: int, port: int, out: str) -> None:
     for ulysses, ring in LAYOUTS[world_size]:
         for stored in (True, False):
             sent.clear()
-            trainer = trainer_of(join(), ulysses, ring, stored)
+            trainer = trainer_of(ranks, ulysses, ring, stored)
             result = train(trainer) | {"sent": list(sent)}
             results[ulysses, ring, stored] = result | {"expected": expected_sent(trainer)}
     if world_size == 2:
-        results["bf16"] = train(trainer_of(join(), 1, 1, True, torch.bfloat16))
+        results["bf16"] = train(trainer_of(ranks, 1, 1, True, torch.bfloat16))
     if rank in (0, world_size - 1):
         torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()

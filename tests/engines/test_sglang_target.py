@@ -17,8 +17,8 @@ from conftest import ROOT, spec_of
 from eagle3.batch import Document, pack, serving
 from eagle3.engines.server import choose_port
 from eagle3.errors import RunError
-from eagle3.target.generation import GREEDY, sample
 from eagle3.hidden_states.store import Store
+from eagle3.target.generation import GREEDY, sample
 from eagle3.target.hf import HFTarget
 from eagle3.target.sglang.target import SGLangTarget
 
