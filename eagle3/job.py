@@ -27,14 +27,14 @@ from eagle3.data.vocab import choose_vocab, vocab_tensors
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
 from eagle3.export.read import locate
-from eagle3.export.write import read_draft
+from eagle3.export.rules import read_draft
 from eagle3.hidden_states.capture import read_beside
 from eagle3.hidden_states.growing import Growing
 from eagle3.hidden_states.specforge import convert, is_specforge
 from eagle3.hidden_states.store import Store, check_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.parallel.ranks import Ranks, choose_device
-from eagle3.runs.artefact import artefact, read_facts, fingerprint
+from eagle3.runs.artefact import artefact, fingerprint, read_facts
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec, read_spec
@@ -427,7 +427,7 @@ class Run:
     def read_draft(self) -> Draft:
         """The draft in `draft_folder`, ready to draft."""
         attention = instantiate(self.config.draft.attention)
-        draft = read_draft(self.draft_folder, attention, self.target_config, self.aux_layer_ids)
+        draft = read_draft(self.draft_folder, attention, self.spec)
         return draft.to(self.device).eval()
 
     def write_info(self) -> None:

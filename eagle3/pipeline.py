@@ -11,15 +11,15 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from eagle3 import evaluate, plan
-from eagle3.benchmark import check as diagnosis
+from eagle3 import evaluate
+from eagle3.benchmark.check import check
 from eagle3.config import RunConfig, parse_size
 from eagle3.data import view
 from eagle3.data.sources import read_rows
-from eagle3.draft.initial import draft_config, new_draft
+from eagle3.draft.initial import new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.export import write as export
+from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, is_complete
 from eagle3.hidden_states.specforge import is_specforge
 from eagle3.job import Run
@@ -28,10 +28,12 @@ from eagle3.loss import SoftTargetLoss
 from eagle3.parallel.ranks import Ranks
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
+from eagle3.plan import plan, show
 from eagle3.runs import checkpoint
 from eagle3.runs.artefact import read_facts
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
+from eagle3.target.handle import TargetHandle
 from eagle3.train import Trainer, fit
 
 console = Console(markup=False)
@@ -278,33 +280,30 @@ def evaluation_of(
 
 
 def export_stage(run: Run) -> None:
+    config = run.config
     best = run.run_dir / "checkpoints" / "best"
-    if not best.exists():
-        raise RunError(
-            f"nothing to export: {run.run_dir} has no checkpoint; put train before export in stages"
-        )
-    state = checkpoint.draft_weights(best)
-    config = draft_config(run.config.draft, run.target_config)
-    draft = Draft(config, instantiate(run.config.draft.attention), state["t2d"], state["d2t"])
-    draft.load_state_dict(state)
-    named = run.config.export.verifier or run.config.model.path
-    made_for = export.MadeFor(
-        str(Path(named).resolve()) if Path(named).is_dir() else named, run.config.eval.draft_length
+    export_draft(
+        best, config.export, config.draft, run.spec, config.eval.draft_length, run.run_dir
     )
-    written = {"draft": export.write_draft}
-    if run.config.export.speculators:
-        written["draft-speculators"] = export.write_speculators
-    for name, write in written.items():
-        write(draft, run.run_dir / name, run.target_config, run.aux_layer_ids, made_for)
-        console.print(f"export: {run.run_dir / name}", soft_wrap=True)
 
 
 def check_stage(run: Run) -> None:
-    if not run.draft_folder.exists():
-        raise ConfigError(
-            f"stages=[check] finds no draft at {run.draft_folder}; set draft_path=<folder or hub id>"
-        )
-    diagnosis.check(run, console)
+    config, target = run.config, TargetHandle(run.spec, run.config.target, run.device)
+    run.let_go_of_target()
+    try:
+        chat = run.chat
+    except (ConfigError, RunError):
+        chat = None
+    check(
+        config.check,
+        config.draft_path,
+        target,
+        chat,
+        config.data.system_prompt,
+        instantiate(config.draft.attention),
+        config.eval.draft_length,
+        run.run_dir,
+    )
 
 
 def benchmark_stage(run: Run) -> None:
@@ -354,7 +353,9 @@ def execute(
     run = Run(config, run_dir, overrides, ranks)
     console.quiet = not run.ranks.is_main
     if config.plan:
-        plan.show(plan.make(run), console)
+        sources = run.given_sources if "regenerate" in config.stages else run.sources
+        prepared = run.prepared_if_there()
+        show(plan(config, run.spec, sources, run.chat, prepared, run.device, run_dir), console)
         return None
     try:
         return run_stages(run) if run.ranks.is_main else take_part(run)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import spec_of
 from safetensors.torch import save_file
 from test_pipeline import run
 from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
@@ -306,7 +307,7 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         {key: tensor.contiguous() for key, tensor in tensors.items()},
         tmp_path / "T" / "model.safetensors",
     )
-    write_draft(fixture.draft, tmp_path / "D", config, [1, 3, 4])
+    write_draft(fixture.draft, tmp_path / "D", spec_of(tmp_path / "T", [1, 3, 4]))
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
         f"hidden_states.path={tmp_path / 'S'}",

@@ -161,14 +161,13 @@ def new_draft(
     """The draft that `section.init_from` names, else a new one for `target` with the weights that
     `initial` gives.
     """
-    from eagle3.export.write import read_draft
+    from eagle3.export.rules import read_draft
 
     if section.init_from is not None:
         return read_draft(
             locate(section.init_from, "draft.init_from"),
             attention,
-            target.config,
-            target.aux_layer_ids,
+            target,
         )
     draft = Draft(draft_config(section, target.config), attention, t2d, d2t)
     initial(draft, target.embedding, target.head)
