@@ -259,7 +259,7 @@ DEFECTS = {
     "head_dim": ({"head_dim": 32}, None, {"official"}, "head_dim is 32"),
     "more layers": ({"num_hidden_layers": 2}, None, {"official", "ours"}, "num_hidden_layers is 2"),
     "activation": ({"hidden_act": "gelu"}, None, LOADERS | {"ours"}, "hidden_act is gelu"),
-    "no architecture": ({"architectures": None}, None, LOADERS, "names no architectures"),
+    "no architecture": ({"architectures": None}, None, LOADERS, "lacks architectures="),
     "llama": ({"architectures": ["LlamaForCausalLM"]}, None, {"sglang"}, "is LlamaForCausalLM"),
     "model_type": ({"model_type": "qwen3"}, None, LOADERS, "model_type is qwen3"),
     "SGLang's ids only": ({IDS: None}, None, {"vllm"}, r"gets \[0, 2, 3\]"),
@@ -308,7 +308,7 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(folder, target, name
     [
         ({"rope_theta": 5e5}, None, WARNING, "rope_theta is 500000, while the target's is 10000"),
         ({"target_hidden_size": 64}, None, WARNING, "target_hidden_size equals hidden_size"),
-        ({"eagle_config": None, IDS: None}, None, NOTE, r"its default, \[1, 3, 4\]"),
+        ({"eagle_config": None, IDS: None}, None, NOTE, r"their default, \[1, 3, 4\]"),
         ({}, drop("t2d"), NOTE, "t2d is missing"),
         ({}, put("fc.weight", lambda t: t["fc.weight"].float()), NOTE, "are bfloat16, float32"),
     ],
