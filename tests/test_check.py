@@ -18,6 +18,7 @@ from eagle3.export.rules import NOTE, WARNING, WRONG
 from eagle3.target.handle import TargetHandle
 
 LAYERS = [1, 3, 4]
+ENGINES = ["sglang", "vllm", "trtllm", "official"]
 NAMED = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -35,7 +36,9 @@ def folder(exported, tmp_path):
 
 def run_check(folder, target, tokenizer, tmp_path, **section):
     """The stage, and what it has left in check.json where it did not raise."""
-    asked = Check(num_prompts=1, max_new_tokens=24, **section)
+    asked = Check(
+        **{"engines": ENGINES, "decode": True, **section}, num_prompts=1, max_new_tokens=24
+    )
     chat = Chat(tokenizer) if tokenizer else None
     check(asked, str(folder), target, chat, None, Auto, 3, tmp_path)
     return json.loads((tmp_path / "check.json").read_text())
@@ -72,7 +75,7 @@ def test_without_weights_or_tokenizer_only_the_files_are_judged(
 
 def test_no_draft_is_a_mistake_of_the_config(target, tmp_path):
     with pytest.raises(ConfigError, match="draft_path="):
-        check(Check(), None, target, None, None, Auto, 3, tmp_path)
+        check(Check(ENGINES, True, 1, 24), None, target, None, None, Auto, 3, tmp_path)
 
 
 def test_the_layers_a_draft_was_made_for_are_found_by_decoding(

@@ -13,7 +13,7 @@ from conftest import edit_draft, spec_of
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from eagle3.config import DraftSection, Export
+from eagle3.config import Export
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
@@ -128,7 +128,7 @@ def test_whole_vocabulary_ships_no_maps(target, tmp_path):
 
 
 def test_the_stage(draft, target, target_folder, tmp_path, monkeypatch, capsys):
-    section, shape = Export(speculators=True), DraftSection(vocab_size=300)
+    section, shape = Export(True, None), SimpleNamespace(vocab_size=300, config=None)
     asked = (section, shape, target, 4, tmp_path)
     with pytest.raises(RunError, match="put train before export in stages"):
         export_draft(tmp_path / "nothing", *asked)

@@ -20,12 +20,11 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from eagle3 import plan as planning
 from eagle3.batch import Document, Features, pack, serving
-from eagle3.config import DraftSection, Source
+from eagle3.config import Source
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.data.sources import find_files
 from eagle3.draft.flash import Auto
-from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.hidden_states.int8 import document_bytes
@@ -44,7 +43,6 @@ QWEN = Qwen3MoeConfig(
     num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
     num_experts_per_tok=8, moe_intermediate_size=768,
 )  # fmt: skip
-LLAMA_DRAFT = draft_config(DraftSection(), LLAMA)
 
 
 def spec(config, dtype="bfloat16") -> TargetSpec:
@@ -221,7 +219,7 @@ def test_llama_8b_on_sharegpt(llama, tmp_path):
     assert hours["all of mode=hybrid"] == pytest.approx(online + offline)
     assert hours["all of mode=offline"] == pytest.approx(hours["capture"] + 2 * offline)
     assert narrow.hours["H200"]["all of mode=hybrid"] > hours["all of mode=hybrid"]
-    eight = llama(10e12, "launch.nproc_per_node=8", "+target.tp_size=4")
+    eight = llama(10e12, "launch.nproc_per_node=8", "++target.tp_size=4")
     assert eight.replicas == 8
     assert eight.hours["H200"]["capture"] == pytest.approx(hours["capture"] / 8)
     assert eight.updates_per_epoch == pytest.approx(roomy.updates_per_epoch / 8, rel=0.08)

@@ -54,7 +54,8 @@ def test_vllm(draft, capsys):
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}})
     assert command(capsys, folder, "vllm", "--draft-length", 3, "--port", 9000) == (
         f"vllm serve {TARGET} \\\n"
-        f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": 3}}\' \\\n'
+        f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", '
+        '"num_speculative_tokens": 3}\' \\\n'
         "  --host 127.0.0.1 --port 9000\n"
     )
 

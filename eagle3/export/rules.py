@@ -15,7 +15,7 @@ from eagle3.draft.attention import Backend, Dense
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export.read import PICKLED, DraftFiles, read_any
+from eagle3.export.read import PICKLED, DraftFiles, named_layers, read_any
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.spec import TargetSpec
 
@@ -180,7 +180,7 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Which of the target's layers each engine would feed, against those that the draft names."""
-    count, named = target.config.num_hidden_layers, files.named_layers
+    count, named = target.config.num_hidden_layers, named_layers(files.config)
     read = readings(files, count)
     if named is None:
         sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"
