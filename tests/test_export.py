@@ -183,7 +183,7 @@ def test_hub_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "some" / "draft").mkdir(parents=True)
     assert str(locate("some/draft")) == "some/draft"
-    with pytest.raises(RunError, match="^draft_path=nobody/nothing is no folder and the hub"):
+    with pytest.raises(RunError, match=r"^draft_path=nobody/nothing is no folder and the hub"):
         locate("nobody/nothing")
 
 
@@ -299,7 +299,7 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(folder, target, name
     named = [f for f in found(folder / "portable", target, WRONG) if re.search(words, f.sentence)]
     assert named and set(named[0].engines) == engines
     if "ours" in engines:
-        with pytest.raises(RunError, match="^draft at "):
+        with pytest.raises(RunError, match=r"^draft at "):
             read_draft(folder / "portable", Auto, target)
 
 
@@ -339,7 +339,7 @@ def test_defects_of_the_speculators_form(folder, target, config, severity, words
 
 
 def test_another_target_and_no_draft(exported, target, tmp_path):
-    with pytest.raises(RunError, match="model.aux_layer_ids="):
+    with pytest.raises(RunError, match=r"model\.aux_layer_ids="):
         read_draft(exported / "portable", Auto, target.with_layers([0, 3, 4]))
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
     with pytest.raises(RunError, match="vocab_size is 2048, but the target has 99"):
