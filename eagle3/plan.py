@@ -431,7 +431,8 @@ def prefill_bytes(config: PretrainedConfig, tokens: int, element: int) -> int:
     """Roughly what the target needs at work: one layer's activations, the auxiliary ones twice, a
     chunk of logits.
     """
-    size, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    size, heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if first_of(config, EXPERTS):
         chosen = first_of(config, EXPERTS_PER_TOKEN) or 1
