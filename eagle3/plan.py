@@ -166,7 +166,7 @@ def plan(
     cuda = device.type == "cuda"
     made = Plan(
         sample=sample,
-        mode=config.mode["_target_"].lower().rpartition(".")[2],
+        mode=config.mode["_target_"].rpartition(".")[2].lower(),  # its name, to be shown
         dtype=hidden.dtype,
         gpus=gpus,
         replicas=replicas,
@@ -431,7 +431,8 @@ def prefill_bytes(config: PretrainedConfig, tokens: int, element: int) -> int:
     """Roughly what the target needs at work: one layer's activations, the auxiliary ones twice, a
     chunk of logits.
     """
-    size, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    size, heads = config.hidden_size, config.num_attention_heads
+    inner = getattr(config, "intermediate_size", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if first_of(config, EXPERTS):
         chosen = first_of(config, EXPERTS_PER_TOKEN) or 1
@@ -557,11 +558,8 @@ def show(made: Plan, console: Console) -> None:
         "GPUs, of which each replica has": f"{made.gpus}, {made.gpus // made.replicas}",
     }
     console.print(table_of("Data", [read], [data]))
-    written, free = {}, {}
-    for name, (size, room) in made.disk.items():
-        written[name], free[name] = size_text(size), size_text(room)
-    for mode, (size, fits) in disk_by_mode(made).items():
-        written[f"mode={mode}"], free[f"mode={mode}"] = size_text(size), fits
+    written = {name: size_text(size) for name, (size, _) in made.disk.items()}
+    free = {name: size_text(room) for name, (_, room) in made.disk.items()}
     console.print(table_of("Disk", ["bytes", "free there"], [written, free]))
     columns = []
     for parts in made.memory.values():
@@ -584,25 +582,11 @@ def show(made: Plan, console: Console) -> None:
         f"{made.training_flops / 1e9:.3g} GFLOP a token. Assumed: {IN_PREFILL:.0%} of the FLOP/s "
         f"named in prefill, {IN_TRAINING:.0%} in training. Not counted: preparing, answering the "
         "held-out prompts, evaluating, benchmarking; the speed of the network. "
-        f"Chosen: mode={made.mode} hidden_states.dtype={made.dtype}."
+        f"Chosen: mode={made.mode} hidden_states.dtype={made.dtype}; {size_text(made.allowed)} may "
+        f"be used for hidden states, mode=hybrid keeps {made.kept_share:.0%} of them."
     )
     console.print(Text(assumed, style="dim"))
     console.print(Text(f"Recommended: {recommend(made)}", style="bold"))
-
-
-def disk_by_mode(made: Plan) -> dict[str, tuple[int, str]]:
-    """(bytes that a mode takes, whether they fit)."""
-    needed = made.hidden_states[made.dtype]
-    others = made.disk["prepared data"][0] + made.disk["checkpoints"][0]
-    kept = round(needed * made.kept_share)
-    hybrid = "fits" if made.kept_share == 1 else f"keeps {made.kept_share:.0%}"
-    fits = {"online": "fits", "hybrid": hybrid, "offline": "fits"}
-    if needed > made.allowed:
-        fits["offline"] = "does not fit"
-    if others > min(room for _, room in made.disk.values()):
-        fits = dict.fromkeys(fits, "does not fit")
-    stored = {"online": 0, "hybrid": kept, "offline": needed}
-    return {mode: (others + stored[mode], fits[mode]) for mode in fits}
 
 
 def table_of(title: str, headings: list[str], columns: list[dict[str, str]]) -> Table:

@@ -1,5 +1,6 @@
 """Marks that the default run leaves out, small targets, and runs as users start them."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -16,11 +17,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle3.batch import serving
 from eagle3.checks import check
 from eagle3.config import Model
+from eagle3.data.vocab import vocab_tensors
+from eagle3.draft.flash import Auto
+from eagle3.draft.initial import derive_config
+from eagle3.draft.model import Draft
+from eagle3.export.write import MadeFor, write_draft, write_speculators
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel.launch import launch
 from eagle3.pipeline import run_pipeline
@@ -205,10 +212,8 @@ def wait_for(condition, process, seconds=400):
 
 def kill_group(process):
     """End a started command and all of its processes, stopped ones too."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def losses(run_dir):
@@ -229,3 +234,34 @@ def stop_after(update, monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "train_update", train_update)
+
+
+@pytest.fixture(scope="session")
+def exported(target_folder, tmp_path_factory) -> Path:
+    """An untrained draft of `target_folder` on disk, as `portable` and as `speculators`."""
+    target = spec_of(target_folder)
+    torch.manual_seed(0)
+    t2d, d2t = vocab_tensors(torch.randperm(2048)[:300].sort().values.numpy(), 2048)
+    draft = Draft(derive_config(target.config, 300), Auto, t2d, d2t)
+    folder = tmp_path_factory.mktemp("exported")
+    made_for = MadeFor(str(target_folder), 3)
+    write_draft(draft, folder / "portable", target, made_for)
+    write_speculators(draft, folder / "speculators", target, made_for)
+    return folder
+
+
+def edit_draft(folder, config=None, tensors=None) -> None:
+    """Change config.json and the tensors of a draft in place; None removes a key of the config,
+    "null" makes it null; `tensors` changes a dict of them, or returns another.
+    """
+    values = json.loads((folder / "config.json").read_text())
+    for name, value in (config or {}).items():
+        values.pop(name, None)
+        if value is not None:
+            values[name] = None if value == "null" else value
+    (folder / "config.json").write_text(json.dumps(values))
+    if tensors:
+        named = load_file(folder / "model.safetensors")
+        named = tensors(named) or named
+        contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
+        save_file(contiguous, folder / "model.safetensors")

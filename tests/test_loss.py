@@ -10,14 +10,14 @@ from eagle3.loss import kl, lk
 from eagle3.ttt import unroll
 
 
-@pytest.mark.parametrize("pointwise", [kl, partial(lk, eta=3.0)])
-def test_value_and_gradient_of_a_pair(pointwise):
+@pytest.mark.parametrize(("name", "pointwise"), [("kl", kl), ("lk", partial(lk, eta=3.0))])
+def test_value_and_gradient_of_a_pair(name, pointwise):
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(40, 12, generator=generator, dtype=torch.float64)).requires_grad_()
     teacher = (3 * torch.randn(40, 12, generator=generator, dtype=torch.float64)).softmax(-1)
     teacher[0] = torch.eye(12)[0]
     value, gradient = pointwise(logits.detach().clone(), teacher)
-    expected = pair_losses(logits, teacher, pointwise.__name__)
+    expected = pair_losses(logits, teacher, name)
     assert relative_error(value, expected.detach()) < 1e-13
     assert relative_error(gradient, torch.autograd.grad(expected.sum(), logits)[0]) < 1e-13
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from eagle3.errors import RunError
-from eagle3.export.serve import ENGINES, main, resolve
+from eagle3.export.serve import main, resolve, serve_text
 
 LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}
 TARGET = "meta-llama/Llama-3.1-8B-Instruct"
@@ -54,7 +54,8 @@ def test_vllm(draft, capsys):
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}})
     assert command(capsys, folder, "vllm", "--draft-length", 3, "--port", 9000) == (
         f"vllm serve {TARGET} \\\n"
-        f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": 3}}\' \\\n'
+        f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", '
+        '"num_speculative_tokens": 3}\' \\\n'
         "  --host 127.0.0.1 --port 9000\n"
     )
 
@@ -74,7 +75,7 @@ def test_the_speculators_form_is_served_alone(draft, capsys, monkeypatch):
     assert "vllm serve other/model " in command(capsys, folder, "vllm")
     for engine in ("sglang", "trtllm"):
         with pytest.raises(RunError, match="does not read the speculators form"):
-            ENGINES[engine](resolve(str(folder), None, None), None, [])
+            serve_text(engine, resolve(str(folder), None, None), None, [])
 
 
 def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, capsys, tmp_path):

@@ -22,7 +22,7 @@ from eagle3.decode.speculate import speculate
 from eagle3.draft.attention import Backend
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import rules
-from eagle3.export.read import DraftFiles, locate, read_any
+from eagle3.export.read import DraftFiles, locate, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, NOTE, WARNING, WRONG, Finding, wrong
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
@@ -183,7 +183,7 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     """
     count = target.config.num_hidden_layers
     read = rules.readings(files, count)
-    named = files.named_layers or read["official"]
+    named = named_layers(files.config) or read["official"]
     different: list[list[int]] = []
     for ids in (named, *read.values(), meant_by("vllm", named)):
         valid = len(set(ids)) == 3 and 0 <= min(ids) <= max(ids) < count
@@ -209,7 +209,7 @@ def decode(
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
-    spec = target.spec.with_layers(files.named_layers or target.spec.aux_layer_ids)
+    spec = target.spec.with_layers(named_layers(files.config) or target.spec.aux_layer_ids)
     draft = rules.build_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
     target.close()
     layers = sorted({layer for ids in choices for layer in ids})

@@ -160,10 +160,6 @@ class DraftFiles:
         return None if kind == "default" else scaling
 
     @property
-    def named_layers(self) -> list[int] | None:
-        return named_layers(self.config)
-
-    @property
     def shape(self) -> DraftConfig:
         """With what engines take for keys that config.json leaves out.
 

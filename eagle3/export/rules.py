@@ -15,7 +15,7 @@ from eagle3.draft.attention import Backend, Dense
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export.read import PICKLED, DraftFiles, read_any
+from eagle3.export.read import PICKLED, DraftFiles, named_layers, read_any
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.spec import TargetSpec
 
@@ -91,16 +91,15 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """By which class engines load the draft, and what they need to know it for one."""
     config, names = files.config, files.given.get("architectures") or []
     if files.is_speculators:
-        sentence = "this is the speculators form, which vLLM reads; others need the portable one"
+        sentence = "this is the speculators form, which only vLLM and this project read"
         yield Finding(NOTE, ("sglang", "trtllm", "official"), sentence)
         yield from speculators(files)
         return
     if not names:
-        sentence = "config.json names no architectures; it must be LlamaForCausalLMEagle3"
-        yield wrong(LOADERS, sentence)
+        yield wrong(LOADERS, "config.json lacks architectures=[LlamaForCausalLMEagle3]")
     elif names[0] != "LlamaForCausalLMEagle3":
         known = names[0] in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-        sentence = f"architectures is {names[0]}, which must be LlamaForCausalLMEagle3 here"
+        sentence = f"architectures is {names[0]}, not LlamaForCausalLMEagle3"
         yield wrong(("sglang",) if known else LOADERS, sentence)
     kind = config.get("model_type")
     if kind != "llama":
@@ -128,10 +127,8 @@ def speculators(files: DraftFiles) -> Iterator[Finding]:
     for name in [name for name, value in needed.items() if not value]:
         yield wrong(("vllm",), f"config.json lacks {name}, without which vLLM does not start")
     if "norm_before_residual" not in given:
-        sentence = (
-            "norm_before_residual is absent, which vLLM takes for true, speculators for false"
-        )
-        yield Finding(WARNING, ("vllm",), f"{sentence}; write it")
+        sentence = "norm_before_residual is absent, which vLLM takes for true; write it"
+        yield Finding(WARNING, ("vllm",), sentence)
         yield wrong(("ours",), "norm_before_residual is absent, so true; not computed here")
 
 
@@ -143,31 +140,27 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
             yield wrong(ALL, f"config.json lacks {name}")
     vocab, size = config.get("vocab_size"), config.get("hidden_size")
     if vocab not in (None, whole.vocab_size):
-        sentence = f"vocab_size is {vocab}, but the target has {whole.vocab_size}"
-        yield wrong(ALL, f"{sentence}: another target's draft")
+        yield wrong(ALL, f"vocab_size is {vocab}, but the target has {whole.vocab_size}")
     read = config.get("target_hidden_size") or size
     if read not in (None, whole.hidden_size):
-        sentence = f"it reads hidden states of {read} numbers, but the target's have"
-        yield wrong(ALL, f"{sentence} {whole.hidden_size}")
+        yield wrong(ALL, f"it reads hidden states of {read} numbers, not {whole.hidden_size}")
     elif size != read:
         yield wrong(("ours",), f"hidden_size is {size}, not the target's {read}: unsupported here")
     if "target_hidden_size" in files.given and not files.is_speculators:
         if config["target_hidden_size"] is None:
-            sentence = "target_hidden_size is null, which is taken for a number; leave the key out"
-            yield wrong(LOADERS, sentence)
+            yield wrong(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
         elif config["target_hidden_size"] == size:
-            sentence = "target_hidden_size equals hidden_size; leave it out for that loader"
+            sentence = "target_hidden_size equals hidden_size; leave it out"
             yield Finding(WARNING, ("official",), sentence)
     heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
     if size and heads and head_dim not in (None, size // heads):
-        sentence = f"head_dim is {head_dim}, but the official code takes {size // heads}"
-        yield wrong(("official",), f"{sentence}, hidden_size / heads")
+        sentence = f"head_dim is {head_dim}, not hidden_size / heads = {size // heads}"
+        yield wrong(("official",), sentence)
     count, activation = config.get("num_hidden_layers", 1), config.get("hidden_act", "silu")
     if count != 1:
         yield wrong(("official", "ours"), f"num_hidden_layers is {count}; they know one layer")
     if activation != "silu":
-        sentence = f"hidden_act is {activation}; engines compute silu or refuse"
-        yield wrong((*LOADERS, "ours"), sentence)
+        yield wrong((*LOADERS, "ours"), f"hidden_act is {activation}; they know only silu")
 
 
 def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
@@ -187,15 +180,14 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Which of the target's layers each engine would feed, against those that the draft names."""
-    count, named = target.config.num_hidden_layers, files.named_layers
+    count, named = target.config.num_hidden_layers, named_layers(files.config)
     read = readings(files, count)
     if named is None:
-        sentence = "config.json names no layers, so every engine feeds the outputs of its default,"
-        yield Finding(NOTE if count >= 7 else WRONG, OTHERS, f"{sentence} {read['sglang']}")
+        sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"
+        yield Finding(NOTE if count >= 7 else WRONG, OTHERS, sentence)
         return
     if len(named) != 3 or sorted(set(named)) != named or not 0 <= named[0] <= named[-1] < count:
-        sentence = f"it names layers {named}, which must be three of 0..{count - 1}, low to high"
-        yield wrong(ALL, sentence)
+        yield wrong(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
     reasons = {
         "sglang": "SGLang reads only eagle_config.eagle_aux_hidden_state_layer_ids",
@@ -209,8 +201,8 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
             sentence = f"it was made for the outputs of layers {named}, but gets {read[engine]}"
             yield wrong((engine,), f"{sentence}: {reason}")
     if read["trtllm"] != named:
-        sentence = f"TensorRT-LLM feeds {read['trtllm']} unless its speculative_config has"
-        yield Finding(WARNING, ("trtllm",), f"{sentence} eagle3_layers_to_capture={named}")
+        sentence = f"gets {read['trtllm']} unless eagle3_layers_to_capture={named} is set there"
+        yield Finding(WARNING, ("trtllm",), sentence)
 
 
 def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -224,8 +216,7 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         yield wrong(("ours",), f"rope_scaling={files.rope_scaling} is not computed here")
         kind = files.rope_scaling.get("rope_type", files.rope_scaling.get("type"))
         if kind not in ("linear", "dynamic"):
-            sentence = f"rope_scaling of type {kind} stops the official code; others apply it"
-            yield Finding(WARNING, ("official",), sentence)
+            yield Finding(WARNING, ("official",), f"rope_scaling of type {kind} stops it")
     longest = files.config.get("max_position_embeddings") or 2048  # as transformers takes it
     reach = target.config.max_position_embeddings
     if longest < reach:
@@ -238,27 +229,21 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     config = files.config
     flags = (config.get("eagle_config") or {}) | config
     if config.get("norm_before_residual"):
-        sentence = (
-            "norm_before_residual is true, which only vLLM computes; others do without a word"
-        )
-        yield wrong(("sglang", "trtllm", "official", "ours"), sentence)
+        engines = ("sglang", "trtllm", "official", "ours")
+        yield wrong(engines, "norm_before_residual is true, which only vLLM computes")
     for flag, tensor in FUSED_NORMS.items():
         if flags.get(flag):
             yield wrong(("official", "ours"), f"{flag} is true, which they do not compute")
             if tensor not in files.tensors:
-                sentence = f"{flag} is true, but {tensor} is missing, so that norm does nothing"
-                yield wrong(LOADERS, sentence)
+                yield wrong(LOADERS, f"{flag} is true, but {tensor} is missing: no such norm")
         elif tensor in files.tensors:
-            sentence = f"{tensor} is there, but config.json does not say {flag}, so it is left out"
-            yield wrong(ALL, sentence)
+            yield wrong(ALL, f"{tensor} is left out: config.json does not say {flag}")
     if flags.get("norm_output"):
-        sentence = "norm_output is true (EAGLE-3.1), which they and older engines do not compute"
-        yield wrong(("official", "ours"), sentence)
+        yield wrong(("official", "ours"), "norm_output is true (EAGLE-3.1): not computed")
     if flags.get("use_aux_norm"):
         yield wrong(("ours",), "use_aux_norm is true, which is not computed here")
     if config.get("tie_word_embeddings"):
-        sentence = "tie_word_embeddings is true: SGLang takes the target's embedding for the head"
-        yield wrong(("sglang",), sentence)
+        yield wrong(("sglang",), "tie_word_embeddings is true: an embedding becomes the head")
 
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -276,13 +261,12 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         if name == "embed_tokens.weight":
             yield wrong(("ours",), f"{name} is there; this project drafts with the target's")
         elif not name.endswith("inv_freq") and not name.startswith(("fc_norm.", "input_norm.")):
-            sentence = f"{files.renamed.get(name, name)} is no tensor of an EAGLE3 draft"
-            yield wrong(ALL, f"{sentence}: vLLM stops, others skip it silently")
+            given = files.renamed.get(name, name)
+            yield wrong(ALL, f"{given} is no tensor of an EAGLE3 draft; skipped without a word")
     for name in sorted(expected.keys() & found.keys()):
         tensor, wanted = found[name], expected[name]
         if list(tensor.shape) != wanted:
-            sentence = f"{name} has shape {list(tensor.shape)}, but config.json asks for {wanted}"
-            yield wrong(ALL, sentence)
+            yield wrong(ALL, f"{name} has shape {list(tensor.shape)}, not {wanted}")
         elif not tensor.isfinite().all():
             yield wrong(ALL, f"{name} holds values that are not finite")
         elif tensor.numel() and not tensor.any():
@@ -295,18 +279,17 @@ def spelling(files: DraftFiles, names: set[str]) -> Iterator[Finding]:
     given = sorted(files.renamed.values())
     prefixed = [name for name in given if name.startswith("model.")]
     if prefixed:
-        sentence = f"names such as {prefixed[0]} begin with model.: vLLM stops, others skip them"
-        yield wrong(("vllm", "trtllm", "official"), f"{sentence} silently")
+        sentence = f"names such as {prefixed[0]} begin with model.: skipped without a word"
+        yield wrong(("vllm", "trtllm", "official"), sentence)
     elif given and not files.is_speculators:
-        sentence = f"names such as {given[0]} are skipped silently by the official code"
-        yield wrong(("official",), sentence)
+        yield wrong(("official",), f"names such as {given[0]} are skipped without a word")
     if files.weights == PICKLED:
-        sentence = f"weights are in {PICKLED}, a pickle; safetensors is safe to read everywhere"
-        yield Finding(NOTE, ALL, sentence)
+        yield Finding(NOTE, ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe")
     kinds = {str(files.tensors[name].dtype).removeprefix("torch.") for name in names}
     if kinds - {"bfloat16", "float16"}:
-        sentence = f"weights are {', '.join(sorted(kinds))}; engines take the target's precision"
-        yield Finding(NOTE, OTHERS, sentence)
+        yield Finding(
+            NOTE, OTHERS, f"weights are {', '.join(sorted(kinds))}; engines take the target's dtype"
+        )
 
 
 def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -334,13 +317,11 @@ def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     ascending = count > 1 and bool((d2t.diff() > 0).all())
     absolute = ascending if listed is None else torch.equal(d2t, listed)
     if absolute and not torch.equal(ids, d2t):
-        sentence = "d2t holds the target's ids themselves, but engines add the draft id to it"
-        yield wrong(ALL, sentence)
+        yield wrong(ALL, "d2t holds the target's ids themselves; the draft id is added to it")
     elif outside or twice:
         what = f"{outside} ids outside 0..{size - 1}" if outside else f"{twice} ids twice"
         yield wrong(ALL, f"d2t leads to {what}")
     elif listed is None:
-        sentence = "t2d is missing; serving does without, the official training does not"
-        yield Finding(NOTE, ("official",), sentence)
+        yield Finding(NOTE, ("official",), "t2d is missing, which its training needs")
     elif len(t2d) != size or not torch.equal(ids.sort().values, listed):
         yield wrong(ALL, "t2d marks other tokens than d2t leads to; engines go by d2t")

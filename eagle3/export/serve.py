@@ -37,13 +37,6 @@ class Served:
     is_speculators: bool
     alone: bool
 
-    def portable(self, engine: str) -> str:
-        """The draft for an engine that reads no other form. Raises RunError."""
-        if self.is_speculators:
-            remedy = "does not read the speculators form; serve the portable draft/, not"
-            raise RunError(f"{engine} {remedy} {self.draft}")
-        return self.draft
-
 
 def resolve(draft: str, target: str | None, draft_length: int | None) -> Served:
     """Raises RunError where there is no draft, or nothing names its target."""
@@ -93,52 +86,64 @@ def run_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def sglang(served: Served, port: int | None, more: list[str]) -> str:
+def sglang(
+    target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
+) -> list[list[str]]:
     """A chain: topk 1, and one more token verified than drafted."""
-    return lines(
+    return [
         [program("sglang", "python"), "-m", "sglang.launch_server"],
-        ["--model-path", served.target],
+        ["--model-path", target],
         ["--speculative-algorithm", "EAGLE3"],
-        ["--speculative-draft-model-path", served.portable("SGLang")],
-        ["--speculative-num-steps", str(served.draft_length)],
+        ["--speculative-draft-model-path", draft],
+        ["--speculative-num-steps", str(draft_length)],
         ["--speculative-eagle-topk", "1"],
-        ["--speculative-num-draft-tokens", str(served.draft_length + 1)],
+        ["--speculative-num-draft-tokens", str(draft_length + 1)],
         ["--host", "127.0.0.1", "--port", str(port or 30000)],
         more,
-    )
+    ]
 
 
-def vllm(served: Served, port: int | None, more: list[str]) -> str:
-    """The speculators form is served alone: it names its target itself."""
-    method = {"method": "eagle3", "model": served.draft}
-    method["num_speculative_tokens"] = served.draft_length
-    return lines(
-        [program("vllm", "vllm"), "serve", served.draft if served.alone else served.target],
-        [] if served.alone else ["--speculative-config", json.dumps(method)],
+def vllm(
+    target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
+) -> list[list[str]]:
+    """`draft` None: the speculators form is served alone, it names its target itself."""
+    method = {"method": "eagle3", "model": draft, "num_speculative_tokens": draft_length}
+    return [
+        [program("vllm", "vllm"), "serve", target],
+        ["--speculative-config", json.dumps(method)] if draft else [],
         ["--host", "127.0.0.1", "--port", str(port or 8000)],
         more,
-    )
+    ]
 
 
-def trtllm(served: Served, port: int | None, more: list[str]) -> str:
-    """Its speculation is configured by a file; it does not read the layers from the draft."""
-    method = {"decoding_type": "Eagle", "speculative_model_dir": served.portable("TensorRT-LLM")}
+COMMANDS = {"sglang": sglang, "vllm": vllm}
+
+
+def serve_text(engine: str, served: Served, port: int | None, more: list[str]) -> str:
+    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError for
+    a draft in a form that the engine does not read.
+    """
+    if served.is_speculators and engine != "vllm":
+        reason = "does not read the speculators form; serve the portable draft/, not"
+        raise RunError(f"{engine} {reason} {served.draft}")
+    if engine != "trtllm":
+        target, draft = (served.draft, None) if served.alone else (served.target, served.draft)
+        return lines(COMMANDS[engine](target, draft, served.draft_length, port, more))
+    # TensorRT-LLM reads its speculation from a file, and does not read the layers from the draft.
+    method = {"decoding_type": "Eagle", "speculative_model_dir": served.draft}
     method["max_draft_len"] = served.draft_length
     if served.layers:
         method["eagle3_layers_to_capture"] = served.layers
     options = shlex.quote(json.dumps({"speculative_config": method}))
     address = ["--host", "127.0.0.1", "--port", str(port or 8000)]
-    text = lines(["trtllm-serve", served.target], address, more)
+    text = lines([["trtllm-serve", served.target], address, more])
     return (
         f"options=$(mktemp) && echo {options} > $options && \\\n{text} \\\n"
         "  --extra_llm_api_options $options"
     )
 
 
-ENGINES = {"sglang": sglang, "vllm": vllm, "trtllm": trtllm}
-
-
-def lines(*groups: list[str]) -> str:
+def lines(groups: list[list[str]]) -> str:
     """Shell text, an option and its value to a line."""
     return " \\\n  ".join(shlex.join(group) for group in groups if group)
 
@@ -155,7 +160,7 @@ def main(arguments: list[str]) -> None:
     described = "the command that serves a draft with its target"
     parser = argparse.ArgumentParser("launch/serve.sh", description=described)
     parser.add_argument("draft", help="folder or hub id")
-    parser.add_argument("engine", nargs="?", choices=ENGINES, default="sglang")
+    parser.add_argument("engine", nargs="?", choices=[*COMMANDS, "trtllm"], default="sglang")
     model = os.environ.get("MODEL") or None
     parser.add_argument("--target", default=model, help="folder or hub id (or MODEL=)")
     parser.add_argument("--draft-length", type=int, help="drafts a round")
@@ -166,7 +171,7 @@ def main(arguments: list[str]) -> None:
         parser.error(f"--draft-length {asked.draft_length} must be at least 1")
     try:
         served = resolve(asked.draft, asked.target, asked.draft_length)
-        print(ENGINES[asked.engine](served, asked.port, more))
+        print(serve_text(asked.engine, served, asked.port, more))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -14,7 +14,8 @@ from eagle3.benchmark import sglang, vllm
 from eagle3.benchmark.statistics import Answer
 from eagle3.decode.speculate import speculate
 from eagle3.draft.flash import FlashCPU
-from eagle3.export.write import MadeFor, read_draft, write_speculators
+from eagle3.export.rules import read_draft
+from eagle3.export.write import MadeFor, write_speculators
 from eagle3.target.hf import HFTarget
 
 TARGET = TINY / "target"
@@ -35,12 +36,12 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def answer(trained_draft, tiny_config, prompts):
+def answer(trained_draft, prompts):
     """answer(steps, topk, verify_tokens): the built-in decoder's Generations, a prompt after the
     other.
     """
     target = HFTarget(spec_of(TARGET, LAYERS), torch.device("cpu"))
-    draft = read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
+    draft = read_draft(trained_draft, FlashCPU, spec_of(TARGET, LAYERS))
 
     def answer(*tree: int):
         return [
@@ -115,13 +116,13 @@ def test_vllm_accepts_what_the_built_in_decoder_accepts(serve_vllm, trained_draf
 
 
 def test_vllm_serves_the_speculators_form_without_being_told_its_target(
-    serve_vllm, trained_draft, tiny_config, prompts, chains, tmp_path
+    serve_vllm, trained_draft, prompts, chains, tmp_path
 ):
     folder, draft = (
         tmp_path / "speculators",
-        read_draft(trained_draft, FlashCPU, tiny_config, LAYERS),
+        read_draft(trained_draft, FlashCPU, spec_of(TARGET, LAYERS)),
     )
-    write_speculators(draft, folder, tiny_config, LAYERS, MadeFor(str(TARGET), STEPS))
+    write_speculators(draft, folder, spec_of(TARGET, LAYERS), MadeFor(str(TARGET), STEPS))
     metrics = ("--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed")
     with serve_vllm(folder, *metrics) as server:
         assert_same(in_vllm(server, prompts, STEPS, str(folder)), chains)
