@@ -1,5 +1,6 @@
 """Marks that the default run leaves out, and small targets that several files share."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -64,3 +65,15 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def in_another_process(function, *arguments) -> multiprocessing.Process:
+    """Forked, as importing torch takes seconds; on one thread, as OpenMP's do not survive that."""
+
+    def run():
+        torch.set_num_threads(1)
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process

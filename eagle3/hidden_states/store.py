@@ -111,6 +111,8 @@ class Store:
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
         shards.write_atomically(self.folder / INDEX, content.getvalue())
+        for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
+            left.unlink(missing_ok=True)
 
     def scan(self) -> None:
         """Read the heads of shards that were written since. Raises RunError, or notes damage."""
