@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eagle3.config import Model
+from eagle3.config import HiddenStates, Model
 from eagle3.target.spec import TargetSpec, read_spec
 
 ROOT = Path(__file__).parent.parent
@@ -77,3 +77,7 @@ def in_another_process(function, *arguments) -> multiprocessing.Process:
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process
+
+
+def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fail"):
+    return HiddenStates(path and str(path), dtype, max_disk, on_damage)

@@ -8,10 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import in_another_process, spec_of
+from conftest import hidden_states_section, in_another_process, spec_of
 from rich.console import Console
 
-from eagle3.config import HiddenStates
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states import capture as capturing
@@ -33,9 +32,7 @@ def documents(lengths, seed=0, repeated=0):
         index["teachers"][place] = (own | np.append(False, own[:-1])).sum()
     index = np.concatenate([index, index[:repeated]])
     ids = randomly.integers(0, 500, sum(lengths)).astype(np.int32)
-    prepared = Prepared(ids, mask, index, np.arange(300), [])
-    prepared.digest = f"digest {seed}"
-    return prepared
+    return Prepared(ids, mask, index, np.arange(300), [], facts={"digest": f"digest {seed}"})
 
 
 def handle_of(folder, batch_tokens=128, layers=None):
@@ -61,7 +58,7 @@ def small_shards(monkeypatch):
 
 
 def fill(folder, prepared, target, write=True, **section) -> Store:
-    section = HiddenStates(path=str(folder), dtype="fp32", **section)
+    section = hidden_states_section(folder, **section)
     return capture(section, prepared, target, "unused", write, Console(quiet=True))
 
 
@@ -108,14 +105,14 @@ def test_a_complete_store_is_found_without_a_target(whole, prepared, target_fold
     monkeypatch.setattr(TargetHandle, "load", lambda self: pytest.fail("the target was loaded"))
     target = handle_of(target_folder)
     assert fill(whole.folder, prepared, target, write=False).facts == whole.facts
-    section = HiddenStates(dtype="fp32")
+    section = hidden_states_section(dtype="fp32")
     assert open_store(section, whole.folder, store_inputs(target, "fp32", None)).facts["shards"] > 3
 
 
 def test_what_must_not_be_written_is_refused(whole, prepared, target, target_folder, tmp_path):
     with pytest.raises(RunError, match="add capture to stages"):
         fill(tmp_path, prepared, target, write=False)
-    section = HiddenStates(dtype="fp32")
+    section = hidden_states_section(dtype="fp32")
     with pytest.raises(RunError, match=f"^{tmp_path}/hidden_states/.*add capture to stages"):
         capture(section, prepared, target, str(tmp_path), False, Console(quiet=True))
     layers = handle_of(target_folder, layers=[0, 2, 4])
@@ -193,6 +190,7 @@ def capture_and_report(folder, prepared, target, written, stop_after=99):
     fill(folder, prepared, target)
 
 
+@pytest.mark.runs
 def test_killed_and_gone_on_with_by_two(tmp_path, whole, prepared, target):
     """SIGKILL in the middle, then two processes at once: each shard is written once, and the store
     is the same.

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_another_process
+from conftest import hidden_states_section, in_another_process
 from safetensors.numpy import load_file
 
 from eagle3.batch import Document, Features
-from eagle3.config import HiddenStates
 from eagle3.errors import RunError
 from eagle3.hidden_states import shards as shard_module
 from eagle3.hidden_states import store as store_module
@@ -98,7 +97,7 @@ def finish(store: Store, num_shards: int, documents: list[Document]) -> None:
 
 
 def read(folder: Path, on_damage: str = "fail") -> Store:
-    return open_store(HiddenStates(on_damage=on_damage), folder, {})
+    return open_store(hidden_states_section(on_damage=on_damage), folder, {})
 
 
 def flip(path: Path, place: int) -> None:
@@ -355,6 +354,7 @@ def write_every_other(folder: Path, first: int) -> None:
         store.write(number, [document(i, 50) for i in range(10 * number, 10 * number + 10)])
 
 
+@pytest.mark.runs
 def test_two_processes_write_what_one_does(tmp_path):
     writers = [in_another_process(write_every_other, tmp_path / "two", first) for first in (0, 1)]
     for writer in writers:
@@ -571,6 +571,7 @@ def add_for_ever(folder: Path) -> None:
         store.add([document(i, 400)])
 
 
+@pytest.mark.runs
 def test_a_killed_writer_leaves_whole_shards(tmp_path):
     writer = in_another_process(add_for_ever, tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("*.safetensors"))) >= 2)
@@ -590,15 +591,15 @@ def test_one_run_at_a_time_and_one_kind_in_a_folder(tmp_path):
         hybrid(tmp_path)
     hybrid(tmp_path, rank=1).close()
     first.close()
-    section = HiddenStates(path=str(tmp_path))
+    section = hidden_states_section(path=tmp_path)
     with pytest.raises(RunError, match=r"made with no kind, this run has kind=\"hybrid\""):
         open_for_hybrid(section, INPUTS, "unused", 0)
 
 
 def test_the_folder_and_the_budget_of_hybrid(tmp_path):
-    store = open_for_hybrid(HiddenStates(max_disk="3MB"), INPUTS, str(tmp_path), 0)
+    store = open_for_hybrid(hidden_states_section(max_disk="3MB"), INPUTS, str(tmp_path), 0)
     assert store.folder.parent == tmp_path / "hybrid" and store.max_bytes == 3_000_000
     store.close()
-    store = open_for_hybrid(HiddenStates(), INPUTS, str(tmp_path), 0)
+    store = open_for_hybrid(hidden_states_section(), INPUTS, str(tmp_path), 0)
     assert store.max_bytes > 10_000_000
     store.close()

@@ -40,6 +40,22 @@ from eagle3.target.handle import TargetHandle
 POLL_SECONDS = 1.0
 
 
+def find_store(
+    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
+) -> Store | None:
+    """The complete store of the prepared documents, if there is one. Raises RunError."""
+    inputs, folder = locate_store(section, prepared, target, cache_dir)
+    return open_store(section, folder, inputs) if is_complete(folder) else None
+
+
+def locate_store(
+    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
+) -> tuple[dict[str, Any], Path]:
+    """What the store is made from, and its folder: the one that the user names, or in the cache."""
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    return inputs, Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
+
+
 def capture(
     section: HiddenStates,
     prepared: Prepared,
@@ -53,19 +69,13 @@ def capture(
     Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
     the store or fills up; what was written stays, and the same call goes on.
     """
-    inputs = store_inputs(target, section.dtype, prepared.digest)
-    folder = Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
-    if is_complete(folder):
+    inputs, folder = locate_store(section, prepared, target, cache_dir)
+    if is_complete(folder) or not write:
         return open_store(section, folder, inputs)
-    if not write:
-        raise RunError(
-            f"{folder} holds no complete store of hidden states: add capture to stages, or set "
-            "hidden_states.path to one"
-        )
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
-    store = Store(folder)
+    store = Store(folder, scan=False)
     shards = plan_shards(prepared, hidden_size, section.dtype, loaded.batch_tokens)
     missing = [n for n in range(len(shards)) if not shard_path(folder, n).exists()]
     numbers = [number for shard in missing for batch in shards[shard] for number in batch]

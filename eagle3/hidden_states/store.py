@@ -65,7 +65,7 @@ class Store:
     whose documents are not known. Any thread may read.
     """
 
-    def __init__(self, folder: Path, on_damage: str = "fail"):
+    def __init__(self, folder: Path, on_damage: str = "fail", scan: bool = True):
         self.folder, self.on_damage = Path(folder), on_damage
         self.inputs = read_inputs(self.folder) or {}
         self.index = read_index(self.folder)
@@ -81,6 +81,8 @@ class Store:
         self.places = np.full(1024, -1)
         self.damaged: dict[int | str, str] = {}
         self.totals: Counter[str] = Counter()
+        if scan:
+            self.scan()
 
     def open_shard(self, number: int) -> Shard:
         return Shard(shard_path(self.folder, number), self.fingerprint)
@@ -189,7 +191,7 @@ class HybridStore(Store):
         shard_bytes: int = shards.SHARD_BYTES,
     ):
         create_store(folder, inputs)
-        super().__init__(folder, on_damage)
+        super().__init__(folder, on_damage, scan=False)
         self.max_bytes, self.shard_bytes = max_bytes, shard_bytes
         self.disk = FileLock(self.folder / LOCK)
         self.owner = FileLock(self.folder / f"owner_{rank}")
@@ -297,17 +299,16 @@ class HybridStore(Store):
 
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
-    store = Store(folder, section.on_damage)
-    if store.index is None:
+    known = read_inputs(folder)
+    if known is None or read_index(folder) is None:
         raise RunError(
             f"{folder} holds no complete store of hidden states; add capture to stages, or set "
-            "hidden_states.path to a store"
+            "hidden_states.path to one"
         )
-    if "imported" in store.inputs:  # of its target only the weights are known
-        inputs = {key: value for key, value in inputs.items() if key in store.inputs}
-    check_inputs({key: store.inputs[key] for key in inputs if key in store.inputs}, inputs, folder)
-    store.scan()
-    return store
+    if "imported" in known:  # of its target only the weights are known
+        inputs = {key: value for key, value in inputs.items() if key in known}
+    check_inputs({key: value for key, value in known.items() if key in inputs}, inputs, folder)
+    return Store(folder, section.on_damage)
 
 
 def open_for_hybrid(

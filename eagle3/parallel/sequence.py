@@ -13,7 +13,6 @@ T packed tokens, O of them held here, N rows, H query and G key/value heads of s
 ring ranks.
 """
 
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -397,10 +396,10 @@ class Sequence:
         dtype of `embedding`.
         """
 
-        def features(batch: Batch) -> Features:
+        def features_of(batch: Batch) -> Features:
             mine = batch.routes.batch
             if mine is not None:
-                seen = supply.features(mine.to(embedding.device))
+                seen = supply.features_of(mine.to(embedding.device))
             else:
                 width = self.config.target_hidden_size
                 empty = embedding.new_empty
@@ -415,9 +414,7 @@ class Sequence:
                 self.send(seen.logsumexp.float(), *teachers),
             )
 
-        spread = copy(supply)
-        spread.features = features
-        return spread
+        return replace(supply, features_of=features_of)
 
     def send(self, tensor, picked, sent, received, order) -> torch.Tensor:
         out = tensor.new_empty(sum(received), *tensor.shape[1:])
