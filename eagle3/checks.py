@@ -256,7 +256,7 @@ def check_files(config: RunConfig) -> None:
     check_data(config.data)
     hidden = config.hidden_states.path
     reads = (
-        config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        config.mode["_target_"] == "eagle3.hidden_states.supply.Offline"
         and "capture" not in config.stages
     )
     if hidden is not None and reads and not Path(hidden).is_dir():
@@ -311,7 +311,7 @@ def needs_tokenizer(config: RunConfig) -> bool:
     if config.stages == ["check"]:
         return False
     stored = (
-        config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        config.mode["_target_"] == "eagle3.hidden_states.supply.Offline"
         and config.hidden_states.path is not None
     )
     return not stored or bool(set(config.stages) - {"import", "train", "export"})

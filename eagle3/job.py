@@ -1,41 +1,38 @@
 """One job: its config, its folder, and what several stages share, made when first asked for."""
 
 import dataclasses
-import gc
 import json
 import os
 import platform
-import shutil
 import subprocess
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
+from rich.console import Console
 from transformers import PretrainedConfig
 
 from eagle3 import evaluate as generate
-from eagle3.config import RunConfig, Source, parse_size
+from eagle3.config import RunConfig, Source
 from eagle3.data import prepare
 from eagle3.data.chat import Chat, load_tokenizer
 from eagle3.data.encoder import Preparation
 from eagle3.data.sources import DataFile, SourceFiles, find_files, read_rows
-from eagle3.data.vocab import choose_vocab, vocab_tensors
+from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.model import Draft
-from eagle3.errors import RunError
 from eagle3.export.folder import locate
 from eagle3.export.write import read_draft
-from eagle3.hidden_states.capture import read_beside
-from eagle3.hidden_states.growing import Growing
-from eagle3.hidden_states.specforge import convert, is_specforge
-from eagle3.hidden_states.store import Store, check_inputs
+from eagle3.hidden_states.capture import capture
+from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
+from eagle3.hidden_states.store import Store, open_for_hybrid, open_store, store_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.parallel.ranks import Ranks, choose_device
 from eagle3.runs.artefact import artefact, read_facts, fingerprint
 from eagle3.runs.logger import NoTracker, redact
+from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec, read_spec
 from eagle3.target.weights import TargetWeights, load_weights
@@ -89,33 +86,29 @@ class Run:
         return self.spec.dtype
 
     @cached_property
+    def handle(self) -> TargetHandle:
+        return TargetHandle(self.spec, self.config.target, self.device)
+
+    @property
     def target(self) -> HFTarget:
-        """The loaded target; an engine's client takes its calls."""
-        return instantiate(self.config.target)(self.spec, self.device)
+        return self.handle.load()
 
     def let_go_of_target(self) -> None:
-        """Free its memory, end its engine; it is loaded again where a later stage asks for it."""
-        target = self.__dict__.pop("target", None)
         for name in ("weights", "supply"):
             self.__dict__.pop(name, None)
-        if target is not None:
-            target.close()
-        del target
-        gc.collect()  # its hooks and it hold each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # for an engine on the same GPU
+        self.handle.close()
 
     @property
     def reads_store(self) -> bool:
         """Whether training needs no target, because hidden states were captured before."""
-        return self.config.mode["_target_"] == "eagle3.hidden_states.supply.offline"
+        return get_class(self.config.mode["_target_"]).captures
 
     @cached_property
     def weights(self) -> HFTarget | TargetWeights:
         """The target's embedding and head: those of the target where it is loaded, else only they
         are read.
         """
-        if "target" in self.__dict__ or not self.reads_store:
+        if self.handle.loaded or not self.reads_store:
             return self.target
         return self.load_weights()
 
@@ -281,107 +274,44 @@ class Run:
     def store_inputs(self) -> dict[str, Any]:
         """What hidden states depend on."""
         config = self.config
-        made_from = {
-            "target": self.spec.identity,
-            "model_dtype": self.target_dtype,
-            "aux_layer_ids": self.aux_layer_ids,
-            **self.quantised_by_engine,
-            "dtype": config.hidden_states.dtype,
-        }
         alone = (
             self.reads_store
             and config.hidden_states.path
             and not {"prepare", "capture"} & set(config.stages)
         )
-        if not alone:
-            made_from["documents"] = read_facts(self.prepared_path)["digest"]
-        return made_from
-
-    @cached_property
-    def store_path(self) -> Path:
-        """The folder of the hidden states: that of `hidden_states.path`, or one whose name is their
-        fingerprint.
-        """
-        named, cache_dir = self.config.hidden_states.path, Path(self.config.cache_dir)
-        if named is None:
-            return cache_dir / "hidden_states" / fingerprint(self.store_inputs)
-        return self.imported_path if is_specforge(Path(named)) else Path(named)
+        digest = None if alone else read_facts(self.prepared_path)["digest"]
+        return store_inputs(self.handle, config.hidden_states.dtype, digest)
 
     @cached_property
     def imported_path(self) -> Path:
-        """Our store of the files that SpecForge left in `hidden_states.path`."""
-        given = self.config.hidden_states
-        source = Path(given.path)
-        names = [
-            [str(p.relative_to(source)), p.stat().st_size, p.stat().st_mtime_ns]
-            for p in sorted(source.rglob("*.ckpt*"))
-        ]
-        inputs = {
-            "files": fingerprint({"names": names}),
-            "target": self.spec.identity,
-            "dtype": given.dtype,
-            "max_length": self.config.data.max_length,
-            "on_damage": given.on_damage,
-        }
-
-        def write(folder: Path) -> dict[str, Any]:
-            weights, max_length = self.load_weights(), self.config.data.max_length
-            return convert(
-                source, folder, weights, given.dtype, max_length, given.on_damage, inputs["target"]
-            )
-
-        return artefact(self.config.cache_dir, "imported", inputs, write, "import")
+        config = self.config
+        return import_specforge(
+            config.hidden_states, self.handle, config.data.max_length, config.cache_dir, True
+        )
 
     @cached_property
     def store(self) -> Store:
-        """The complete store, refused where it was made from something else than this run asks for."""
-        folder = self.store_path
-        if not (folder / "artefact.json").is_file():
-            raise RunError(
-                f"{folder} holds no complete store of hidden states; put capture before train in stages, or set "
-                "hidden_states.path to a store"
-            )
-        store = Store(folder, self.config.hidden_states.on_damage)
-        wanted = self.store_inputs
-        if "imported" in store.inputs:
-            wanted = {key: value for key, value in wanted.items() if key in store.inputs}
-        check_inputs(
-            {key: value for key, value in store.inputs.items() if key in wanted}, wanted, folder
-        )
-        return store
-
-    @cached_property
-    def store_order(self) -> np.ndarray:
-        """The store's key of each document of the data; an import has no other order than its own."""
-        return (
-            self.store.keys
-            if "imported" in self.store.inputs
-            else read_beside(self.store_path, "order.npy")
-        )
-
-    def growing_store(self) -> Growing:
-        """What `mode=hybrid` keeps: a store without an index, which grows while training."""
-        given = self.config.hidden_states
-        folder = Path(
-            given.path or Path(self.config.cache_dir) / "hybrid" / fingerprint(self.store_inputs)
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        held = sum(path.stat().st_size for path in folder.iterdir())
-        limit = (
-            parse_size(given.max_disk)
-            if given.max_disk
-            else (shutil.disk_usage(folder).free + held) * 9 // 10
-        )
-        inputs = {"kind": "hybrid"} | self.store_inputs
-        kept = Growing(
-            folder, given.dtype, limit, inputs, rank=self.ranks.rank, on_damage=given.on_damage
-        )
-        self.inputs["damaged"] = kept.notes
-        return kept
+        config, section = self.config, self.config.hidden_states
+        if section.path and is_specforge(Path(section.path)):
+            return open_store(section, self.imported_path, self.store_inputs)
+        if section.path and not {"prepare", "capture"} & set(config.stages):
+            return open_store(section, Path(section.path), self.store_inputs)
+        self.prepared.digest = read_facts(self.prepared_path)["digest"]
+        write = "capture" in config.stages
+        return capture(section, self.prepared, self.handle, config.cache_dir, write, Console())
 
     @cached_property
     def supply(self) -> Supply:
-        return instantiate(self.config.mode)(self)
+        config, kind = self.config, get_class(self.config.mode["_target_"])
+        store, prepared = None, None if kind.captures else self.prepared
+        if kind.keeps:
+            store = open_for_hybrid(
+                config.hidden_states, self.store_inputs, config.cache_dir, self.ranks.rank
+            )
+            self.inputs["damaged"] = store.damaged
+        elif kind.captures:
+            store = self.store
+        return kind(prepared, store, self.handle, self.ranks.meet)
 
     @cached_property
     def vocab(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -389,18 +319,9 @@ class Run:
         store.
         """
         given = self.config.hidden_states.path
-        ids = self.store_vocab if given and self.reads_store else self.prepared.vocab
+        stored = given and self.reads_store
+        ids = self.store.vocab(self.config.draft.vocab_size) if stored else self.prepared.vocab
         return vocab_tensors(ids, self.target_config.vocab_size)
-
-    @property
-    def store_vocab(self) -> np.ndarray:
-        if "imported" not in self.store.inputs:
-            return read_beside(self.store_path, "vocab.npy")
-        counts = np.zeros(self.target_config.vocab_size, np.int64)
-        for key in sorted(set(self.store.keys.tolist()) - self.store.damaged.keys()):
-            _, ids, mask = self.store.document(key)
-            counts += np.bincount(ids[mask].numpy(), minlength=len(counts))
-        return choose_vocab(counts, self.config.draft.vocab_size, set())
 
     @property
     def evaluates(self) -> bool:

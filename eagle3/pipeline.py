@@ -13,15 +13,14 @@ from rich.console import Console
 
 from eagle3 import evaluate, plan
 from eagle3.benchmark import check as diagnosis
-from eagle3.config import RunConfig, parse_size
+from eagle3.config import RunConfig
 from eagle3.data import view
 from eagle3.data.sources import read_rows
 from eagle3.draft.initial import draft_config, new_draft
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import write as export
-from eagle3.hidden_states.capture import capture, is_complete
-from eagle3.hidden_states.specforge import is_specforge
+from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.job import Run
 from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss
@@ -103,20 +102,13 @@ def capture_stage(run: Run) -> None:
     hidden = run.config.hidden_states
     if not run.reads_store or (hidden.path and is_specforge(Path(hidden.path))):
         return
-    path = run.store_path
-    if not is_complete(path):
-        most = parse_size(hidden.max_disk) if hidden.max_disk else None
-        tokens = run.target.batch_tokens
-        capture(
-            path, run.prepared, run.target, run.store_inputs, hidden.dtype, tokens, most, console
-        )
     learnt = run.store.facts
     console.print(
         f"capture: {learnt['documents']:,} documents, {learnt['tokens']:,} tokens, {learnt['bytes'] / 1e9:,.2f} GB, "
-        f"{learnt['bytes_per_token'] / 1e3:,.1f} KB a token, {path}",
+        f"{learnt['bytes_per_token'] / 1e3:,.1f} KB a token, {run.store.folder}",
         soft_wrap=True,
     )
-    run.inputs["hidden_states"] = learnt | {"path": str(path)}
+    run.inputs["hidden_states"] = learnt | {"path": str(run.store.folder)}
 
 
 def draft_for(run: Run) -> Draft:

@@ -137,7 +137,7 @@ class Trainer:
             return torch.zeros(())
         for batch in update.batches:
             batch = batch.to(self.device)
-            features = batch.features or self.supply.features_of(batch)
+            features = batch.features or self.supply.features(batch)
             hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden, features, batch, self.draft_head)
             (output.loss / normaliser).backward()

@@ -30,7 +30,7 @@ from eagle3.draft.flash import Auto
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
-from eagle3.hidden_states.store import document_bytes
+from eagle3.hidden_states.shards import document_bytes
 from eagle3.job import Run
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.plan import estimate as estimated

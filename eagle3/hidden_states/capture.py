@@ -40,22 +40,6 @@ from eagle3.target.handle import TargetHandle
 POLL_SECONDS = 1.0
 
 
-def find_store(
-    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
-) -> Store | None:
-    """The complete store of the prepared documents, if there is one. Raises RunError."""
-    inputs, folder = locate_store(section, prepared, target, cache_dir)
-    return open_store(section, folder, inputs) if is_complete(folder) else None
-
-
-def locate_store(
-    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
-) -> tuple[dict[str, Any], Path]:
-    """What the store is made from, and its folder: the one that the user names, or in the cache."""
-    inputs = store_inputs(target, section.dtype, prepared.digest)
-    return inputs, Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
-
-
 def capture(
     section: HiddenStates,
     prepared: Prepared,
@@ -69,9 +53,13 @@ def capture(
     Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
     the store or fills up; what was written stays, and the same call goes on.
     """
-    inputs, folder = locate_store(section, prepared, target, cache_dir)
-    if is_complete(folder) or not write:
-        return open_store(section, folder, inputs)
+    found = find_store(section, prepared, target, cache_dir)
+    if found is not None:
+        return found
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    folder = store_folder(section, inputs, cache_dir)
+    if not write:
+        return open_store(section, folder, inputs)  # says what is missing
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
@@ -94,6 +82,19 @@ def capture(
                 vocab=np.asarray(prepared.vocab),
             )
     return open_store(section, folder, inputs)
+
+
+def find_store(
+    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
+) -> Store | None:
+    """The complete store of the prepared documents, if it is there."""
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    folder = store_folder(section, inputs, cache_dir)
+    return open_store(section, folder, inputs) if is_complete(folder) else None
+
+
+def store_folder(section: HiddenStates, inputs: dict[str, Any], cache_dir: str) -> Path:
+    return Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
 
 
 def document_keys(prepared: Prepared) -> np.ndarray:

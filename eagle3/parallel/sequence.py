@@ -13,6 +13,7 @@ T packed tokens, O of them held here, N rows, H query and G key/value heads of s
 ring ranks.
 """
 
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -396,10 +397,10 @@ class Sequence:
         dtype of `embedding`.
         """
 
-        def features_of(batch: Batch) -> Features:
+        def features(batch: Batch) -> Features:
             mine = batch.routes.batch
             if mine is not None:
-                seen = supply.features_of(mine.to(embedding.device))
+                seen = supply.features(mine.to(embedding.device))
             else:
                 width = self.config.target_hidden_size
                 empty = embedding.new_empty
@@ -414,7 +415,9 @@ class Sequence:
                 self.send(seen.logsumexp.float(), *teachers),
             )
 
-        return replace(supply, features_of=features_of)
+        spread = copy(supply)
+        spread.features = features
+        return spread
 
     def send(self, tensor, picked, sent, received, order) -> torch.Tensor:
         out = tensor.new_empty(sum(received), *tensor.shape[1:])

@@ -12,7 +12,7 @@ from eagle3.batch import Batch, pack
 from eagle3.config import RunConfig, parse_size
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import DraftConfig
-from eagle3.hidden_states.store import DTYPES, document_bytes
+from eagle3.hidden_states.shards import DTYPES, document_bytes
 from eagle3.loader import fill_micro_steps, plan_epoch
 from eagle3.loss import SoftTargetLoss
 from eagle3.plan.costs import (
@@ -56,7 +56,7 @@ def make(run) -> Plan:
     memory = memory_of(run, shape, size, batches, loss.chunk_rows)
     devices = speeds(run.device, compute_dtype(run), tokens.gpus)
     hours = [hours_of(*device, cost, tokens, disk.kept_share) for device in devices]
-    plan = Plan(config.mode["_target_"].rpartition(".")[2], tokens, disk, memory, cost, hours, "")
+    plan = Plan(config.mode["_target_"].rpartition(".")[2].lower(), tokens, disk, memory, cost, hours, "")
     plan.recommendation = recommend(plan)
     return plan
 
