@@ -53,13 +53,10 @@ def capture(
     Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
     the store or fills up; what was written stays, and the same call goes on.
     """
-    found = find_store(section, prepared, target, cache_dir)
-    if found is not None:
-        return found
     inputs = store_inputs(target, section.dtype, prepared.digest)
     folder = store_folder(section, inputs, cache_dir)
-    if not write:
-        return open_store(section, folder, inputs)  # says what is missing
+    if is_complete(folder) or not write:
+        return open_store(section, folder, inputs)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
