@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, shifted
 from eagle3.draft.flash import Auto
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import kl
 from eagle3.ttt import unroll
 
 FOLDER = Path(__file__).parent / "data" / "specforge"
@@ -27,8 +28,9 @@ class Fixture:
         self.arrays = arrays = np.load(FOLDER / "case.npz")
         t2d, d2t = torch.from_numpy(arrays["t2d"]), torch.from_numpy(arrays["d2t"]).long()
         config = DraftConfig(
-            hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-            vocab_size=4096, draft_vocab_size=1024, target_hidden_size=256, max_position_embeddings=2048,
+            hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=64, vocab_size=4096, draft_vocab_size=1024, target_hidden_size=256,
+            max_position_embeddings=2048,
         )  # fmt: skip
         self.draft = Draft(config, Auto, t2d, d2t)
         weights = {key[6:]: bf16(arrays[key]) for key in arrays.files if key.startswith("draft.")}
@@ -57,7 +59,7 @@ class Fixture:
 
     def __call__(self):
         hidden = unroll(self.draft, self.embedding, self.features.aux_hidden_states, self.batch)
-        out = SoftTargetLoss(kl, GAMMA)(
+        out = soft_target_loss(kl, GAMMA)(
             self.draft, hidden, self.features, self.batch, self.draft_head
         )
         return out, out.loss / self.batch.normaliser

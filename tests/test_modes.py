@@ -1,4 +1,4 @@
-"""Where hidden states come from: what each mode computes, stores and reads, and whole runs of it."""
+"""Where hidden states come from: what each mode computes, stores and reads, and whole runs."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states.store import open_for_hybrid
 from eagle3.hidden_states.supply import Hybrid, Offline, Online
-from eagle3.target.hf import HFTarget
+from eagle3.target.handle import TargetHandle
 
 ALL = "stages=[prepare,generate,capture,train]"
 ALONE = ["train.documents_per_update=1", "train.tokens_per_step=96", "target.batch_tokens=4"]
@@ -147,7 +147,7 @@ def test_a_store_is_enough_to_train(settings, tmp_path, monkeypatch, capsys):
     path = tmp_path / "store"
     given = f"hidden_states.path={path}", "train.documents_per_update=100"
     run(mode(settings, "offline", "stages=[prepare,generate,capture]", *given), tmp_path / "one")
-    monkeypatch.setattr(HFTarget, "__init__", lambda *a, **k: pytest.fail("the target was loaded"))
+    monkeypatch.setattr(TargetHandle, "load", lambda self: pytest.fail("the target was loaded"))
     again = mode(settings, "offline", "stages=[train,export]", *given)
     run(again, tmp_path / "two")
     assert len(losses(tmp_path / "two")) == 6

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import hidden_states_section, run
+from conftest import hidden_states_section, run, spec_of
 from safetensors.torch import save_file
 from specforge_case import FOLDER, TTT_STEPS, Fixture, bf16
 from transformers import LlamaConfig
@@ -282,8 +282,9 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         }
         save(written, tmp_path / "S" / "rows_0-2000" / f"data_{i}.ckpt")
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float32",
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        rms_norm_eps=1e-5, dtype="float32",
     )  # fmt: skip
     config.save_pretrained(tmp_path / "T")
     head = head_with(fixture, fixture.features.last_hidden_states, fixture.features.argmax)
@@ -296,12 +297,13 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         {key: tensor.contiguous() for key, tensor in tensors.items()},
         tmp_path / "T" / "model.safetensors",
     )
-    write_draft(fixture.draft, tmp_path / "D", config, [1, 3, 4])
+    write_draft(fixture.draft, tmp_path / "D", spec_of(tmp_path / "T", [1, 3, 4]))
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
-        f"hidden_states.path={tmp_path / 'S'}",
-        f"draft.init_from={tmp_path / 'D'}", "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
-        "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2", f"cache_dir={tmp_path / 'cache'}",
+        f"hidden_states.path={tmp_path / 'S'}", f"draft.init_from={tmp_path / 'D'}",
+        "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
+        "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2",
+        f"cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     run([*overrides, "stages=[import]"], tmp_path / "imported")
     run(overrides, tmp_path / "run")
@@ -449,7 +451,7 @@ def test_documents_without_a_supervised_token_are_counted(tmp_path, weights, imp
         tmp_path / "rows_0-2000" / "data_0.ckpt",
     )
     with pytest.raises(
-        RunError, match=r"no file in .* gives a document; .*data_0.ckpt, for one, has no supervised"
+        RunError, match=r"none of 1 files gives a document; .*data_0.ckpt, for one, has no sup"
     ):
         imported(tmp_path, weights)
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
