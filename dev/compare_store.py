@@ -26,10 +26,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from eagle3.batch import Features
-from eagle3.hidden_states.shards import SHARD_BYTES
-from eagle3.hidden_states.store import DTYPES, Document, Store, finish, write_shard
-from eagle3.hidden_states.store import document_bytes as bytes_of
+from eagle3.batch import Document, Features
+from eagle3.hidden_states.shards import DTYPES, SHARD_BYTES
+from eagle3.hidden_states.store import Store, create_store, stored_bytes
 
 SUPERVISED = 0.6
 
@@ -54,19 +53,19 @@ def make(count: int, length: int, hidden_size: int) -> list[Document]:
 
 def write_store(folder: Path, documents: list[Document], dtype: str) -> None:
     """Shards of the size that the capture stage makes."""
-    hidden_size = documents[0].features.last_hidden_states.shape[1]
+    create_store(folder, {"hidden_states.dtype": dtype})
+    store = Store(folder, scan=False)
     shard, size, number = [], 0, 0
     for document in documents:
         shard.append(document)
-        size += bytes_of(len(document.input_ids), len(document.features.argmax), hidden_size, dtype)
+        size += stored_bytes(document, dtype)
         if size >= SHARD_BYTES or document is documents[-1]:
-            write_shard(folder, number, shard, dtype)
+            store.write(number, shard)
             shard, size, number = [], 0, number + 1
-    finish(folder, {}, number)
 
 
 def write_files(folder: Path, documents: list[Document], sync: bool) -> None:
-    """SpecForge keeps the last hidden state of every token; those that this one has not are zeros."""
+    """SpecForge keeps the last hidden state of every token; zeros where this one has none."""
     for document in documents:
         n, features = len(document.input_ids), document.features
         last = torch.zeros(n, features.last_hidden_states.shape[1], dtype=torch.bfloat16)
@@ -92,8 +91,7 @@ def touch(tensor: torch.Tensor) -> None:
 def read_store(folder: Path, order: list[int]) -> None:
     store = Store(folder)
     for key in order:
-        (document,) = store.load([key])
-        touch(document.features.aux_hidden_states)
+        touch(store.load([key])[key].features.aux_hidden_states)
 
 
 def read_files(folder: Path, order: list[int], mmap: bool) -> None:
@@ -131,32 +129,37 @@ def main() -> None:
     documents = make(args.documents, args.tokens, args.hidden_size)
     tokens = sum(len(document.input_ids) for document in documents)
     order = random.Random(0).sample(range(len(documents)), len(documents))
-    megabytes = (
-        sum(
-            d.features.aux_hidden_states.nbytes + d.features.last_hidden_states.nbytes
-            for d in documents
-        )
-        / 1e6
-    )
+    states = [
+        (document.features.aux_hidden_states, document.features.last_hidden_states)
+        for document in documents
+    ]
+    megabytes = sum(aux.nbytes + last.nbytes for aux, last in states) / 1e6
 
     def files(sync: bool, mmap: bool) -> tuple:
-        return lambda path: write_files(path, documents, sync), lambda path: read_files(
-            path, order, mmap
-        )
+        def write(path: Path) -> None:
+            write_files(path, documents, sync)
+
+        def read(path: Path) -> None:
+            read_files(path, order, mmap)
+
+        return write, read
 
     def store(dtype: str) -> tuple:
-        return lambda path: write_store(path, documents, dtype), lambda path: read_store(
-            path, order
-        )
+        def write(path: Path) -> None:
+            write_store(path, documents, dtype)
+
+        def read(path: Path) -> None:
+            read_store(path, order)
+
+        return write, read
 
     contenders = {
         "torch.save files": files(True, False),
         "torch.save files, no fsync, mmap": files(False, True),
         **{f"store, {dtype}": store(dtype) for dtype in args.dtype},
     }
-    table = Table(
-        title=f"{len(documents)} documents, {tokens:,} tokens, H={args.hidden_size}, {megabytes:.0f} MB in bf16"
-    )
+    size = f"{len(documents)} documents, {tokens:,} tokens, H={args.hidden_size}"
+    table = Table(title=f"{size}, {megabytes:.0f} MB in bf16")
     table.add_column("")
     for title in (
         "write MB/s",

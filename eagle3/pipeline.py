@@ -25,7 +25,7 @@ from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, find_store
 from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
-from eagle3.hidden_states.store import Store
+from eagle3.hidden_states.store import Store, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
@@ -74,10 +74,11 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     with track_run(config, run_dir, overrides, device, console) as tracking:
         if imports and listed & {"import", "train"}:
             path = import_specforge(hidden, target, data.max_length, cache_dir, write=True)
-            store = Store(path, hidden.on_damage)
             tracking.note("import", (path, read_facts(path)))
+            store = open_store(hidden, path, store_inputs(target, hidden.dtype, None))
         elif store_alone and "train" in listed:
-            store = Store(Path(hidden.path), hidden.on_damage)
+            inputs = store_inputs(target, hidden.dtype, None)
+            store = open_store(hidden, Path(hidden.path), inputs)
         if "regenerate" in listed:
             sources, paths = regenerate(config.regenerate, data, sources, chat, target, cache_dir)
             tracking.note("regenerate", *((path, read_facts(path)) for path in paths))

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from eagle3.batch import serving
 from eagle3.checks import check
-from eagle3.config import Model
+from eagle3.config import HiddenStates, Model
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
@@ -265,3 +265,19 @@ def edit_draft(folder, config=None, tensors=None) -> None:
         named = tensors(named) or named
         contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
         save_file(contiguous, folder / "model.safetensors")
+
+
+def in_another_process(function, *arguments) -> multiprocessing.Process:
+    """Forked, as importing torch takes seconds; on one thread, as OpenMP's do not survive that."""
+
+    def run():
+        torch.set_num_threads(1)
+        function(*arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fail"):
+    return HiddenStates(path and str(path), dtype, max_disk, on_damage)

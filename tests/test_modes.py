@@ -1,50 +1,192 @@
-"""What modes ask of a target, and that they don't keep it."""
+"""Where hidden states come from: what each mode computes, stores and reads, and whole runs."""
 
-import weakref
+import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from conftest import TRAIN_ONLY, hidden_states_section, losses, run, stop_after
 
-from eagle3.batch import Features
-from eagle3.data.prepare import INDEX
-from eagle3.hidden_states.store import Document
-from eagle3.hidden_states.supply import Supply, hybrid
-from eagle3.job import Run
-from eagle3.parallel.ranks import Ranks
+from eagle3.batch import Features, pack, serving
+from eagle3.data.prepare import INDEX, Prepared
+from eagle3.errors import RunError
+from eagle3.hidden_states.store import open_for_hybrid
+from eagle3.hidden_states.supply import Hybrid, Offline, Online
+from eagle3.target.handle import TargetHandle
 
-
-def test_a_process_whose_documents_are_all_kept_takes_part_in_what_others_ask():
-    """Its share of a batch that ranks divide; else the others would wait for it."""
-    asked = []
-    target = SimpleNamespace(stand_by=asked.append)
-    kept = SimpleNamespace(full=True, add=lambda documents: None, sync=None, close=None)
-    prepared = SimpleNamespace(
-        lengths=np.array([3]), supervised=np.array([1]), index=np.zeros(1, INDEX)
-    )
-    run = SimpleNamespace(
-        growing_store=lambda: kept, shared_target=target, prepared=prepared, ranks=Ranks()
-    )
-    features = Features(
-        torch.ones(3, 6), torch.ones(2, 2), torch.ones(2, dtype=torch.long), torch.ones(2)
-    )
-    document = Document(0, torch.arange(3), torch.ones(3, dtype=torch.bool), features)
-    batch = SimpleNamespace(loaded=[document], input_ids=torch.arange(3))
-    assert torch.equal(hybrid(run).features_of(batch).aux_hidden_states, features.aux_hidden_states)
-    assert asked == [1]
+ALL = "stages=[prepare,generate,capture,train]"
+ALONE = ["train.documents_per_update=1", "train.tokens_per_step=96", "target.batch_tokens=4"]
 
 
-def test_a_target_that_is_let_go_is_gone():
-    """What training was supplied by held it, and an engine needs its memory."""
+class FakeTarget:
+    """Features that are a function of the tokens alone; remembers the keys it was asked for."""
 
-    class Target:
-        def close(self):
-            pass
+    def __init__(self):
+        self.config, self.device = SimpleNamespace(vocab_size=99), torch.device("cpu")
+        self.asked: list[list[int]] = []
 
-    run, target = object.__new__(Run), Target()
-    gone = weakref.ref(target)
-    run.device = torch.device("cpu")
-    run.__dict__ |= {"part": target, "supply": Supply(None, target)}
-    del target
-    run.let_go_of_target()
-    assert gone() is None
+    def load(self):
+        return self
+
+    def __call__(self, batch) -> Features:
+        self.asked.append(batch.document_keys)
+        ids = batch.input_ids.float()[:, None]
+        last = ids[batch.teacher_rows]
+        return Features(ids.repeat(1, 12), last.repeat(1, 4), last[:, 0].long(), last[:, 0])
+
+
+@pytest.fixture
+def prepared():
+    """Four documents, of which an epoch passes over the first one twice."""
+    index = np.zeros(5, INDEX)
+    index["start"], index["length"], index["supervised"] = [0, 5, 10, 15, 0], 5, 5
+    ids, mask = np.arange(20, dtype=np.int32), np.ones(20, bool)
+    return Prepared(ids, mask, index, np.arange(9), [], facts={"digest": "x"})
+
+
+def batch_of(documents):
+    batch = pack(documents, torch.ones(99, dtype=torch.bool), 2, serving)
+    return replace(batch, loaded=documents)
+
+
+def hybrid(prepared, target, folder, barrier=lambda: None, **section):
+    given = hidden_states_section(folder, **section)
+    store = open_for_hybrid(given, {"hidden_states.dtype": "fp32"}, "unused", 0)
+    return Hybrid(prepared, store, target, barrier)
+
+
+def test_what_modes_mean_for_the_pipeline():
+    facts = [(mode.captures, mode.keeps, mode.needs_target) for mode in (Online, Offline, Hybrid)]
+    assert facts == [(False, False, True), (True, False, False), (False, True, True)]
+
+
+def test_online_computes_every_batch(prepared):
+    target = FakeTarget()
+    supply = Online(prepared, None, target)
+    documents = supply.documents.load([1, 4])
+    assert supply.documents.lengths.tolist() == [5] * 5
+    features = supply.features(batch_of(documents))
+    assert features.aux_hidden_states[:, 0].tolist() == [*range(5, 10), *range(5)]
+    assert target.asked == [[1, 4]]
+
+
+def test_hybrid_computes_once_and_reads_from_the_second_epoch_on(tmp_path, prepared):
+    target, met = FakeTarget(), []
+    supply = hybrid(prepared, target, tmp_path, lambda: met.append(1))
+    supply.begin(0)
+    first = {}
+    for numbers in ([0, 1], [4, 2]):
+        batch = batch_of(supply.load(numbers, 0))
+        first |= dict(zip(batch.document_keys, supply.features(batch).aux_hidden_states.split(5)))
+    assert target.asked == [[0, 1], [0, 2]], "nothing is read in the epoch that keeps it"
+    supply.begin(1)
+    assert met == [1]
+    documents = supply.load([4, 3, 2], 1)
+    assert [document.features is None for document in documents] == [False, True, False]
+    features = supply.features(batch_of(documents))
+    assert target.asked[2:] == [[3]], "what is not kept is computed beside what is"
+    assert features.aux_hidden_states[:, 0].tolist() == [*range(5), *range(15, 20), *range(10, 15)]
+    assert torch.equal(features.aux_hidden_states[:5], first[0])
+    supply.sync()
+    assert [document.features is None for document in supply.load([0, 1, 2, 3], 1)] == [False] * 4
+    assert supply.store.facts["documents"] == 4, "a repeated document is kept once"
+    supply.close()
+
+
+def test_hybrid_goes_on_without_disk_and_after_damage(tmp_path, prepared):
+    supply = hybrid(prepared, FakeTarget(), tmp_path / "full", max_disk="1KB")
+    for epoch in (0, 1):
+        supply.begin(epoch)
+        documents = supply.load([0, 1, 2, 3], epoch)
+        assert supply.features(batch_of(documents)).argmax.tolist() == list(range(20))
+        supply.sync()
+        assert supply.store.full and all(document.features is None for document in documents)
+    supply.close()
+    supply = hybrid(prepared, FakeTarget(), tmp_path / "kept")
+    supply.features(batch_of(supply.load([0, 1, 2, 3])))
+    supply.close()
+    damage(tmp_path / "kept")
+    supply = hybrid(prepared, FakeTarget(), tmp_path / "kept", on_damage="skip")
+    supply.begin(1)
+    lost = [d for d in supply.load([0, 1, 2, 3], 1) if d.features is None]
+    assert len(lost) == 1 and list(supply.store.damaged) == [lost[0].key]
+    supply.features(batch_of(lost))
+    supply.sync()
+    assert supply.load([lost[0].key], 1)[0].features is not None
+    supply.close()
+
+
+def damage(folder):
+    """Flip a byte of the first shard's states."""
+    path = sorted(Path(folder).glob("shard_*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    content[-len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+
+
+def mode(settings, name, *more):
+    return [*settings, f"mode={name}", "hidden_states.dtype=fp32", *more]
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(("dtype", "near"), [("fp32", 0), ("bf16", 5e-3), ("int8", 2e-2)])
+def test_training_from_disk_is_near_training_online(settings, tmp_path, dtype, near):
+    """With documents packed alike an fp32 store gives the same losses bit for bit."""
+    run([*settings, TRAIN_ONLY, *ALONE], tmp_path / "online")
+    run(mode(settings, "offline", ALL, *ALONE, f"hidden_states.dtype={dtype}"), tmp_path / "off")
+    assert losses(tmp_path / "off") == pytest.approx(losses(tmp_path / "online"), rel=near, abs=0)
+    rows = (tmp_path / "off" / "metrics.jsonl").read_text().splitlines()
+    assert any("eval/acceptance_length" in json.loads(row) for row in rows)
+
+
+@pytest.mark.runs
+def test_a_store_is_enough_to_train(settings, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "store"
+    given = f"hidden_states.path={path}", "train.documents_per_update=100"
+    run(mode(settings, "offline", "stages=[prepare,generate,capture]", *given), tmp_path / "one")
+    monkeypatch.setattr(TargetHandle, "load", lambda self: pytest.fail("the target was loaded"))
+    again = mode(settings, "offline", "stages=[train,export]", *given)
+    run(again, tmp_path / "two")
+    assert len(losses(tmp_path / "two")) == 6
+    with pytest.raises(RunError, match=r"dtype.*fp32.*int8"):
+        run([*again, "hidden_states.dtype=int8"], tmp_path / "three")
+    damage(path)
+    with pytest.raises(RunError, match=r"document \d+.*hidden_states\.on_damage=skip"):
+        run(again, tmp_path / "four")
+    run([*again, "hidden_states.on_damage=skip"], tmp_path / "five")
+    assert len(losses(tmp_path / "five")) == 6
+    assert "1 damaged document" in capsys.readouterr().out
+
+
+@pytest.mark.runs
+def test_hybrid_is_near_online(settings, tmp_path):
+    long, kept = "train.max_steps=16", tmp_path / "kept"
+    run([*settings, TRAIN_ONLY, long], tmp_path / "online")
+    limits = f"hidden_states.path={kept}", "hidden_states.max_disk=300KB"
+    run(mode(settings, "hybrid", TRAIN_ONLY, long, *limits), tmp_path / "hybrid")
+    assert losses(tmp_path / "hybrid") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
+    assert 100_000 < sum(path.stat().st_size for path in kept.iterdir()) <= 300_000
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    ("name", "stages", "stop"),
+    [("offline", ALL, 9), ("hybrid", TRAIN_ONLY, 3), ("hybrid", TRAIN_ONLY, 9)],
+)
+def test_stopped_runs_go_on_bit_for_bit(settings, tmp_path, monkeypatch, name, stages, stop):
+    """In bf16, so that it shows whether a document was read or computed: in epoch 0 and in a later
+    one.
+    """
+    more = "hidden_states.dtype=bf16", "train.max_steps=14", "train.save_every=4"
+    again = mode(settings, name, stages, *more)
+    run([*again, f"hidden_states.path={tmp_path / 'one'}"], tmp_path / "whole")
+    given = [*again, f"hidden_states.path={tmp_path / 'two'}"]
+    with monkeypatch.context() as patch:
+        stop_after(stop, patch)
+        with pytest.raises(SystemExit):
+            run(given, tmp_path / "stopped")
+    run(given, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")

@@ -9,27 +9,27 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from types import SimpleNamespace
 
-import eagle3.hidden_states.specforge as specforge
 import pytest
 import torch
-from conftest import soft_target_loss
-from eagle3.hidden_states.specforge import convert, is_specforge
+from conftest import hidden_states_section, run, spec_of
 from safetensors.torch import save_file
-from test_pipeline import run
-from test_specforge_reference import FOLDER, GAMMA, TTT_STEPS, Fixture, bf16
+from specforge_case import FOLDER, TTT_STEPS, Fixture, bf16
 from transformers import LlamaConfig
 
+import eagle3.hidden_states.import_specforge as specforge
 from eagle3.batch import Features, concatenate_features, pack, shifted
+from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.export.write import write_draft
-from eagle3.hidden_states.store import Store
-from eagle3.loss import kl
+from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
+from eagle3.hidden_states.store import open_store
+from eagle3.runs.artefact import read_facts
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights
-from eagle3.ttt import unroll
 
 H, V = 32, 50
 
@@ -82,11 +82,24 @@ def save(content, path):
     return path
 
 
-def imported(source, folder, weights, dtype="fp32", max_length=None, on_damage="fail"):
-    folder.mkdir(exist_ok=True)
-    facts = convert(source, folder, weights, dtype, max_length, on_damage)
-    store = Store(folder)
-    return facts, dict(zip(store.keys.tolist(), store.load(store.keys.tolist()), strict=True))
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Imports `source` with these weights; returns the facts, and the documents by key."""
+
+    def run_import(source, weights, dtype="fp32", max_length=4096, on_damage="fail", write=True):
+        monkeypatch.setattr(specforge, "load_weights", lambda spec, device: weights)
+        target = SimpleNamespace(spec=SimpleNamespace(identity={"path": "x"}), device="cpu")
+        section = hidden_states_section(source, dtype, on_damage=on_damage)
+        folder = import_specforge(section, target, max_length, str(tmp_path / "cache"), write)
+        store = open_store(section, folder, {"hidden_states.dtype": dtype, "documents": "any"})
+        assert store.facts.items() <= read_facts(folder).items()
+        found = store.load(store.order.tolist())
+        ids = torch.cat([d.input_ids[d.loss_mask] for d in found.values()])
+        counts = ids.bincount(minlength=len(weights.head)).numpy()
+        assert store.vocab(9).tolist() == choose_vocab(counts, 9, set()).tolist()
+        return read_facts(folder), found
+
+    return run_import
 
 
 def test_what_a_folder_of_specforge_is(tmp_path):
@@ -99,12 +112,12 @@ def test_what_a_folder_of_specforge_is(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["ckpt", "ckpt.gz"])
 @pytest.mark.parametrize("batched", [True, False], ids=["[1,n,H]", "[n,H]"])
-def test_a_document_arrives_whole(tmp_path, weights, suffix, batched):
+def test_a_document_arrives_whole(tmp_path, weights, imported, suffix, batched):
     written = document(20, weights)
     if not batched:
         written |= {name: written[name][0] for name in ("hidden_state", "aux_hidden_state")}
     save(written, tmp_path / "rows_0-2000" / f"data_0.{suffix}")
-    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    facts, found = imported(tmp_path, weights)
     got, features = found[0], found[0].features
     mask = written["loss_mask"].bool()
     mask[-1] = False  # SpecForge never supervises the last row it has
@@ -119,22 +132,15 @@ def test_a_document_arrives_whole(tmp_path, weights, suffix, batched):
     assert torch.equal(features.last_hidden_states, last.float())
     argmax, logsumexp = head_statistics(last, weights.head)
     assert torch.equal(features.argmax, argmax) and torch.equal(features.logsumexp, logsumexp)
-    assert (facts["files"], facts["documents"], facts["tokens"], facts["teacher_rows"]) == (
-        1,
-        1,
-        20,
-        14,
-    )
-    assert (facts["padding"], facts["prenorm"], facts["skipped"], facts["rejected"]) == (
-        0,
-        0,
-        [],
-        {},
-    )
-    assert "imported" in Store(tmp_path / "store").inputs
+    counted = facts["files"], facts["documents"], facts["tokens"], facts["teacher_rows"]
+    assert counted == (1, 1, 20, 14)
+    assert (facts["padding"], facts["prenorm"], facts["rejected"]) == (0, 0, {})
+    imported(tmp_path, weights, write=False)
+    with pytest.raises(RunError, match="add import to stages"):
+        imported(tmp_path, weights, "bf16", write=False)
 
 
-def test_files_in_natural_order(tmp_path, weights):
+def test_files_in_natural_order(tmp_path, weights, imported):
     numbers = [0, 2, 9, 10, 1999, 2000, 10000]
     for n in numbers:
         first = n // 2000 * 2000
@@ -142,7 +148,7 @@ def test_files_in_natural_order(tmp_path, weights):
             document(6 + numbers.index(n), weights),
             tmp_path / f"rows_{first}-{first + 2000}" / f"data_{n}.ckpt",
         )
-    _, found = imported(tmp_path, tmp_path / "store", weights)
+    _, found = imported(tmp_path, weights)
     assert [len(found[key].input_ids) for key in sorted(found)] == [6, 7, 8, 9, 10, 11, 12]
 
 
@@ -166,40 +172,40 @@ def pad(written, rows, states):
 
 
 @pytest.mark.parametrize("states", ["zero", "none", "attention_mask"])
-def test_rows_that_the_target_never_computed_are_trimmed(tmp_path, weights, states):
+def test_rows_that_the_target_never_computed_are_trimmed(tmp_path, weights, imported, states):
     padded, n = pad(document(20, weights), 7, "computed" if states == "attention_mask" else states)
     if states == "attention_mask":
         padded["attention_mask"] = (torch.arange(27) < n).long()[None]
     save(padded, tmp_path / "rows_0-2000" / "data_0.ckpt")
-    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    facts, found = imported(tmp_path, weights)
     assert facts["padding"] == 7 and len(found[0].input_ids) == n
     assert found[0].loss_mask[-1]  # the last row as SpecForge counts is a padded one
 
 
-def test_rows_that_the_target_computed_stay(tmp_path, weights):
+def test_rows_that_the_target_computed_stay(tmp_path, weights, imported):
     """What SpecForge's SGLang capture makes of padding, it also trains on; real zeros of id 0 look
     the same.
     """
     padded, n = pad(document(20, weights), 7, "computed")
     save(padded, tmp_path / "rows_0-2000" / "data_0.ckpt")
-    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    facts, found = imported(tmp_path, weights)
     assert facts["padding"] == 0 and len(found[0].input_ids) == n + 7
     assert found[0].features.argmax.shape == (n - n // 3 + 1,)
 
 
-def test_longer_documents_are_cut_as_specforge_cuts(tmp_path, weights):
+def test_longer_documents_are_cut_as_specforge_cuts(tmp_path, weights, imported):
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt")
-    _, found = imported(tmp_path, tmp_path / "store", weights, max_length=12)
+    _, found = imported(tmp_path, weights, max_length=12)
     assert found[0].loss_mask.tolist() == [False] * 6 + [True] * 5 + [False]
     assert len(found[0].features.aux_hidden_states) == 12
 
 
-def test_states_from_before_the_norm_are_normalised(tmp_path, weights):
+def test_states_from_before_the_norm_are_normalised(tmp_path, weights, imported):
     written = document(40, weights)
     residual = (3 * torch.randn(40, H)).bfloat16()
     written["hidden_state"] = residual[None]
     save(written, tmp_path / "rows_0-2000" / "data_0.ckpt")
-    facts, found = imported(tmp_path, tmp_path / "store", weights)
+    facts, found = imported(tmp_path, weights)
     assert facts["prenorm"] == 1
     assert torch.equal(found[0].features.last_hidden_states, normed(residual, weights)[13:].float())
 
@@ -221,60 +227,43 @@ def head_with(fixture, last, argmax):
     return head
 
 
-@pytest.mark.parametrize(
-    ("name", "form"),
-    [
-        ("full", "postnorm"),
-        ("full", "prenorm"),
-        ("padded", "postnorm"),
-        ("padded", "attention_mask"),
-    ],
-)
+@pytest.mark.parametrize("form", ["postnorm", "prenorm", "attention_mask"])
 @torch.no_grad()
-def test_losses_are_those_of_specforge(tmp_path, name, form):
-    """Its own numbers on fixed inputs (data/specforge/make.py), through its files, the conversion
-    and the store.
-    """
+def test_losses_are_those_of_specforge(tmp_path, imported, form):
+    """Its own numbers on fixed inputs (data/specforge/make.py), through its files and the store."""
+    name = "full" if form == "prenorm" else "padded"
     expected = json.loads((FOLDER / "expected.json").read_text())[name]
     fixture = Fixture(name, expected["lengths"])
     arrays, norm = fixture.arrays, bf16(fixture.arrays["target_norm"])
-    prenorm, aux = bf16(arrays["last_hidden_prenorm"]), bf16(arrays["aux_hidden_states"])
-    postnorm = torch.nn.functional.rms_norm(prenorm, (256,), norm, 1e-5)
+    last, aux = bf16(arrays["last_hidden_prenorm"]), bf16(arrays["aux_hidden_states"])
+    if form != "prenorm":
+        last = torch.nn.functional.rms_norm(last, (256,), norm, 1e-5)
     for i, length in enumerate(expected["lengths"]):
         n = 256 if form == "attention_mask" else length
         written = {
             "input_ids": torch.from_numpy(arrays["input_ids"])[i, :n].long(),
             "loss_mask": torch.from_numpy(arrays[f"{name}.loss_mask"])[i, :n].long(),
-            "hidden_state": (prenorm if form == "prenorm" else postnorm)[i, :n][None],
+            "hidden_state": last[i, :n][None],
             "aux_hidden_state": aux[i, :n][None],
         }
         if form == "attention_mask":
             written["attention_mask"] = (torch.arange(256) < length).long()
         save(written, tmp_path / "rows_0-2000" / f"data_{i}.ckpt")
     teachers = fixture.features
-    weights = weights_of(head_with(fixture, teachers.last_hidden_states, teachers.argmax), norm)
-    _, found = imported(tmp_path, tmp_path / "store", weights)
-
+    head = head_with(fixture, teachers.last_hidden_states, teachers.argmax)
+    _, found = imported(tmp_path, weights_of(head, norm))
     documents = [found[0], found[1]]
-    batch = pack(
-        documents,
-        fixture.draft.t2d,
-        TTT_STEPS,
-        shifted,
-    )
-    features = concatenate_features([d.features for d in documents])
-    assert torch.equal(features.argmax, teachers.argmax)
-    hidden = unroll(fixture.draft, fixture.embedding, features.aux_hidden_states, batch)
-    out = soft_target_loss(kl, GAMMA)(
-        fixture.draft, hidden, features, batch, weights.head[fixture.draft.t2d]
-    )
-    assert (out.step_loss / batch.normaliser).tolist() == pytest.approx(
-        expected["step_loss"], rel=1e-5
-    )
-    assert (out.loss / batch.normaliser).item() == pytest.approx(expected["loss"], rel=1e-5)
+    fixture.batch = pack(documents, fixture.draft.t2d, TTT_STEPS, shifted)
+    fixture.features = concatenate_features([document.features for document in documents])
+    assert torch.equal(fixture.features.argmax, teachers.argmax)
+    out, loss = fixture()
+    steps = (out.step_loss / fixture.batch.normaliser).tolist()
+    assert steps == pytest.approx(expected["step_loss"], rel=1e-5)
+    assert loss.item() == pytest.approx(expected["loss"], rel=1e-5)
     assert out.step_correct.tolist() == expected["correct"]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", ["full", "padded"])
 def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
     """The command a user types, with no tokenizer and no more of a target than embedding, norm and
@@ -293,8 +282,9 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         }
         save(written, tmp_path / "S" / "rows_0-2000" / f"data_{i}.ckpt")
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float32",
+        vocab_size=4096, hidden_size=256, intermediate_size=512, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        rms_norm_eps=1e-5, dtype="float32",
     )  # fmt: skip
     config.save_pretrained(tmp_path / "T")
     head = head_with(fixture, fixture.features.last_hidden_states, fixture.features.argmax)
@@ -307,16 +297,15 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         {key: tensor.contiguous() for key, tensor in tensors.items()},
         tmp_path / "T" / "model.safetensors",
     )
-    write_draft(fixture.draft, tmp_path / "D", config, [1, 3, 4])
+    write_draft(fixture.draft, tmp_path / "D", spec_of(tmp_path / "T", [1, 3, 4]))
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
-        f"hidden_states.path={tmp_path / 'S'}",
-        f"draft.init_from={tmp_path / 'D'}", "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
-        "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2", f"cache_dir={tmp_path / 'cache'}",
+        f"hidden_states.path={tmp_path / 'S'}", f"draft.init_from={tmp_path / 'D'}",
+        "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
+        "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2",
+        f"cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     run([*overrides, "stages=[import]"], tmp_path / "imported")
-    told = json.loads((tmp_path / "imported" / "run.json").read_text())["inputs"]["imported"]
-    assert told["documents"] == 2 and told["prenorm"] == told["padding"] == 0
     run(overrides, tmp_path / "run")
     (row,) = (
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -343,15 +332,15 @@ def evil_bare(path, mark, weights):
 
 
 @pytest.mark.parametrize("write", [evil, evil_bare])
-def test_a_pickle_that_runs_code_is_refused(tmp_path, weights, write):
+def test_a_pickle_that_runs_code_is_refused(tmp_path, weights, imported, write):
     path = save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt")
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
     write(path, tmp_path / "executed", weights)
     with pytest.raises(
         RunError, match=r"data_0.ckpt is not loaded because it may run code \(.*(system|pickle).*\)"
     ):
-        imported(tmp_path, tmp_path / "store", weights)
-    facts, found = imported(tmp_path, tmp_path / "store2", weights, on_damage="skip")
+        imported(tmp_path, weights)
+    facts, found = imported(tmp_path, weights, on_damage="skip")
     assert list(found) == [1] and facts["rejected"] == {"is not loaded because it may run code": 1}
     assert not (tmp_path / "executed").exists()
 
@@ -432,88 +421,81 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_fails_or_is_skipped(tmp_path, weights, kind):
+def test_damage_fails_or_is_skipped(tmp_path, weights, imported, kind):
     damage, sentence = DAMAGES[kind]
     source = tmp_path / "rows_0-2000"
     for i in range(3):
         save(document(20, weights, i), source / f"data_{i}.ckpt")
     damage(source / "data_1.ckpt", document(20, weights, 1))
-    with pytest.raises(
-        RunError, match=rf"data_1.ckpt .*{sentence}.*hidden_states.on_damage=skip"
-    ) as raised:
-        imported(tmp_path, tmp_path / "store", weights)
+    with pytest.raises(RunError, match=rf"data_1.ckpt .*{sentence}.*on_damage=skip") as raised:
+        imported(tmp_path, weights)
     assert "\n" not in str(raised.value)
-    facts, found = imported(tmp_path, tmp_path / "store", weights, on_damage="skip")
-    assert (
-        list(found) == [0, 2] and facts["documents"] == 2 and sum(facts["rejected"].values()) == 1
-    )
-    assert facts["skipped"][0]["file"] == str(source / "data_1.ckpt")
-    listed = [
-        json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()
-    ]
-    assert listed == facts["skipped"]
+    facts, found = imported(tmp_path, weights, on_damage="skip")
+    assert list(found) == [0, 2] and sum(facts["rejected"].values()) == 1
+    (listed,) = next((tmp_path / "cache").rglob("rejects.jsonl")).read_text().splitlines()
+    assert json.loads(listed)["file"] == str(source / "data_1.ckpt")
 
 
-def test_damaged_gzip(tmp_path, weights):
+def test_damaged_gzip(tmp_path, weights, imported):
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
     path = save(document(20, weights), tmp_path / "rows_0-2000" / "data_0.ckpt.gz")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match=r"data_0.ckpt.gz cannot be read"):
-        imported(tmp_path, tmp_path / "store", weights)
-    assert list(imported(tmp_path, tmp_path / "store", weights, on_damage="skip")[1]) == [1]
+        imported(tmp_path, weights)
+    assert list(imported(tmp_path, weights, on_damage="skip")[1]) == [1]
 
 
-def test_documents_without_a_supervised_token_are_counted(tmp_path, weights):
+def test_documents_without_a_supervised_token_are_counted(tmp_path, weights, imported):
     save(
         document(20, weights) | {"loss_mask": torch.arange(20) // 19},
         tmp_path / "rows_0-2000" / "data_0.ckpt",
     )
     with pytest.raises(
-        RunError, match=r"no file in .* gives a document; .*data_0.ckpt, for one, has no supervised"
+        RunError, match=r"none of 1 files gives a document; .*data_0.ckpt, for one, has no sup"
     ):
-        imported(tmp_path, tmp_path / "store", weights)
+        imported(tmp_path, weights)
     save(document(20, weights), tmp_path / "rows_0-2000" / "data_1.ckpt")
-    facts, found = imported(tmp_path, tmp_path / "store2", weights)
+    facts, found = imported(tmp_path, weights)
     assert list(found) == [1] and facts["rejected"] == {"has no supervised token": 1}
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_a_killed_import_goes_on(tmp_path, weights, monkeypatch):
-    """Killed in the third of five shards, of which the second has no document at all."""
-    source = tmp_path / "rows_0-2000"
+def test_a_killed_import_goes_on(tmp_path, weights, imported, monkeypatch):
+    """Killed in the third of four shards, between files that give no document."""
     for i in range(10):
-        save(document(20, weights, i), source / f"data_{i}.ckpt")
-    for i in (2, 3, 6):
-        (source / f"data_{i}.ckpt").write_bytes(b"PK" + bytes(9000))
-    size = (source / "data_0.ckpt").stat().st_size
-    monkeypatch.setattr(specforge, "SHARD_BYTES", 2 * size)
-    facts, _ = imported(tmp_path / "rows_0-2000", tmp_path / "whole", weights, on_damage="skip")
-    assert (facts["shards"], facts["documents"], sum(facts["rejected"].values())) == (4, 7, 3)
+        save(document(20, weights, i), tmp_path / "rows_0-2000" / f"data_{i}.ckpt")
+    for i in (2, 3, 6, 9):
+        (tmp_path / "rows_0-2000" / f"data_{i}.ckpt").write_bytes(b"PK" + bytes(9000))
+    monkeypatch.setattr(specforge, "SHARD_BYTES", 16_000)  # two documents
 
+    def contents():
+        (folder,) = (tmp_path / "cache" / "imported").glob("*/")
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    facts, _ = imported(tmp_path / "rows_0-2000", weights, on_damage="skip")
+    assert (facts["shards"], facts["documents"], sum(facts["rejected"].values())) == (3, 6, 4)
+    whole = contents()
+    shutil.rmtree(tmp_path / "cache")
     read, load = [], specforge.load
 
     def killed(path):
-        read.append(path.name)
-        if path.name == "data_5.ckpt" and read.count(path.name) == 1:
+        read.append(int(path.name[5:-5]))
+        if read[-1] == 5 and read.count(5) == 1:
             raise KeyboardInterrupt
         return load(path)
 
     monkeypatch.setattr(specforge, "load", killed)
     with pytest.raises(KeyboardInterrupt):
-        imported(source, tmp_path / "resumed", weights, on_damage="skip")
-    assert imported(source, tmp_path / "resumed", weights, on_damage="skip")[0] == facts
-    assert read == [f"data_{i}.ckpt" for i in (0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9)]
-    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+        imported(tmp_path / "rows_0-2000", weights, on_damage="skip")
+    assert imported(tmp_path / "rows_0-2000", weights, on_damage="skip")[0] == facts
+    assert read == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert contents() == whole
 
 
-def test_head_and_states_of_different_precision(tmp_path, weights):
+def test_head_and_states_of_different_precision(tmp_path, weights, imported):
     written = document(20, weights)
     written["hidden_state"] = written["hidden_state"].float()
     save(written, tmp_path / "rows_0-2000" / "data_0.ckpt")
-    features = imported(tmp_path, tmp_path / "store", weights, dtype="bf16")[1][0].features
+    features = imported(tmp_path, weights, dtype="bf16")[1][0].features
     assert isinstance(features, Features) and features.last_hidden_states.dtype == torch.bfloat16
     logits = written["hidden_state"][0, 6:] @ weights.head.float().T
     assert torch.equal(features.argmax, logits.argmax(-1))

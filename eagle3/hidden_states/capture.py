@@ -53,20 +53,14 @@ def capture(
     Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
     the store or fills up; what was written stays, and the same call goes on.
     """
-    found = find_store(section, prepared, target, cache_dir)
-    if found is not None:
-        return found
     inputs = store_inputs(target, section.dtype, prepared.digest)
     folder = store_folder(section, inputs, cache_dir)
-    if not write:
-        raise RunError(
-            f"{folder} holds no complete store of hidden states: add capture to stages, or set "
-            "hidden_states.path to one"
-        )
+    if is_complete(folder) or not write:
+        return open_store(section, folder, inputs)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
-    store = Store(folder)
+    store = Store(folder, scan=False)
     shards = plan_shards(prepared, hidden_size, section.dtype, loaded.batch_tokens)
     missing = [n for n in range(len(shards)) if not shard_path(folder, n).exists()]
     numbers = [number for shard in missing for batch in shards[shard] for number in batch]

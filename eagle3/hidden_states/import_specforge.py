@@ -116,7 +116,7 @@ def convert(
     hidden states came without the final norm). Raises RunError.
     """
     create_store(folder, inputs)
-    store, noted = Store(folder), folder / "progress.json"
+    store, noted = Store(folder, scan=False), folder / "progress.json"
     facts = {"files": 0, "padding": 0, "prenorm": 0}
     progress = {"facts": facts, "shards": 0, "skipped": [], "counts": [0] * len(weights.head)}
     if noted.exists():

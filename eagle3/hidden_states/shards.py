@@ -240,7 +240,8 @@ class Shard:
             start = self.starts[name] + int(self.rows_before[column.per][place]) * column.row_bytes
             rows = int(record[column.per])
             memory = torch.from_numpy(self.read(start, rows * column.row_bytes, digest))
-            values[name] = memory.view(column.dtype).view(rows, *column.shape)
+            by_row = memory.view(rows, column.row_bytes).view(column.dtype)
+            values[name] = by_row.view(rows, *column.shape)
         if digest.intdigest() != record["checksum"]:
             raise DamageError(f"its bytes in {self.path} do not match their checksum")
         if self.dtype == "int8":

@@ -65,7 +65,7 @@ class Store:
     whose documents are not known. Any thread may read.
     """
 
-    def __init__(self, folder: Path, on_damage: str = "fail"):
+    def __init__(self, folder: Path, on_damage: str = "fail", scan: bool = True):
         self.folder, self.on_damage = Path(folder), on_damage
         self.inputs = read_inputs(self.folder) or {}
         self.index = read_index(self.folder)
@@ -81,6 +81,8 @@ class Store:
         self.places = np.full(1024, -1)
         self.damaged: dict[int | str, str] = {}
         self.totals: Counter[str] = Counter()
+        if scan:
+            self.scan()
 
     def open_shard(self, number: int) -> Shard:
         return Shard(shard_path(self.folder, number), self.fingerprint)
@@ -111,20 +113,20 @@ class Store:
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
         shards.write_atomically(self.folder / INDEX, content.getvalue())
+        for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
+            left.unlink(missing_ok=True)
 
     def scan(self) -> None:
         """Read the heads of shards that were written since. Raises RunError, or notes damage."""
-        if self.index is None:
-            numbers = sorted(map(shard_number, shard_files(self.folder)))
-        else:
-            numbers = list(range(int(self.index["shards"])))
+        numbers = set(map(shard_number, shard_files(self.folder)))
+        if self.index is not None:
+            numbers = set(range(self.index["shards"]))
         reasons = {}
-        for number in numbers:
-            if number not in self.seen:
-                try:
-                    self.take_up(number)
-                except DamageError as damage:
-                    reasons[shard_path(self.folder, number).name] = str(damage)
+        for number in sorted(numbers - self.seen):
+            try:
+                self.take_up(number)
+            except DamageError as damage:
+                reasons[shard_path(self.folder, number).name] = str(damage)
         if self.index is None:
             for name, reason in reasons.items():
                 self.note_damage(name, reason, [name])
@@ -138,10 +140,8 @@ class Store:
         self.seen.add(number)
         shard = self.open(number)
         keys = shard.records["key"]
-        missing = int(keys.max()) + 1 - len(self.places)
-        if missing > 0:
-            more = np.full(max(missing, len(self.places)), -1)
-            self.places = np.append(self.places, more)
+        if keys.max() >= len(self.places):
+            self.places = np.append(self.places, np.full(keys.max() + 1, -1))
         self.places[keys] = (number << 32) + np.arange(len(keys))
         self.totals.update(shards=1, documents=len(keys), bytes=shard.bytes)
         for name in ("tokens", "teacher_rows"):
@@ -187,7 +187,7 @@ class HybridStore(Store):
         shard_bytes: int = shards.SHARD_BYTES,
     ):
         create_store(folder, inputs)
-        super().__init__(folder, on_damage)
+        super().__init__(folder, on_damage, scan=False)
         self.max_bytes, self.shard_bytes = max_bytes, shard_bytes
         self.disk = FileLock(self.folder / LOCK)
         self.owner = FileLock(self.folder / f"owner_{rank}")
@@ -206,7 +206,7 @@ class HybridStore(Store):
             for partial in self.folder.glob("shard_*.tmp"):
                 # What a killed process left; of another rank only what nobody can still be at.
                 if shard_number(partial) in own or time.time() - partial.stat().st_mtime > 3600:
-                    partial.unlink()
+                    partial.unlink(missing_ok=True)
             self.scan()
             refused = self.refused.exists() and int(self.refused.read_text()) >= max_bytes
             self.full = refused or self.room() <= 0
@@ -295,15 +295,16 @@ class HybridStore(Store):
 
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
-    store = Store(folder, section.on_damage)
+    store = Store(folder, section.on_damage, scan=False)
     if store.index is None:
         raise RunError(
             f"{folder} holds no complete store of hidden states; add capture to stages, or set "
-            "hidden_states.path to a store"
+            "hidden_states.path to one"
         )
-    if "imported" in store.inputs:  # of its target only the weights are known
-        inputs = {key: value for key, value in inputs.items() if key in store.inputs}
-    check_inputs({key: store.inputs[key] for key in inputs if key in store.inputs}, inputs, folder)
+    known = store.inputs
+    if "imported" in known:  # of its target only the weights are known
+        inputs = {key: value for key, value in inputs.items() if key in known}
+    check_inputs({key: value for key, value in known.items() if key in inputs}, inputs, folder)
     store.scan()
     return store
 
