@@ -98,7 +98,8 @@ def cut_at(generation: Generation, stop: tuple[str, ...], chat: Chat) -> Generat
     texts = (chat.decode(ids[:n]) for n in range(1, len(ids)))
     ends = (n for n, text in enumerate(texts, 1) if any(end in text for end in stop))
     length = next(ends, len(ids))
-    left, emitted = length - 1, []  # the first token is the prefill's
+    # The first token is the prefill's; rounds hold the others, and the last of them may be cut.
+    left, emitted = length - 1, []
     for tokens in generation.emitted:
         if left > 0:
             emitted.append(min(tokens, left))
@@ -143,6 +144,7 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     differs = [one != other for one, other in pairs]
     if True not in differs:
         return None
+    # Up to there both are the same text, so that the target is asked once.
     place = differs.index(True)
     text = baseline.prompts[turn] + baseline.ids[turn][:place]
     ids = torch.tensor(text, device=target.embedding.device)
