@@ -13,6 +13,7 @@ from eagle3.engines import server as engine
 from eagle3.engines.server import Server, choose_port, find_package, interpreter, program
 from eagle3.errors import ConfigError, RunError
 
+runs = pytest.mark.runs
 SERVING = """
 import http.server, subprocess, sys, time
 
@@ -65,6 +66,7 @@ def pids_in(log):
     return [int(pid) for pid in log.read_text().split("pids")[1].split("\n")[0].split()]
 
 
+@runs
 def test_ready_and_ended_with_all_that_it_started(serve, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(engine, "GRACE", 0.5)
@@ -81,6 +83,7 @@ def test_ready_and_ended_with_all_that_it_started(serve, monkeypatch):
     assert not any(map(alive, pids)), "killed, as it ignores SIGTERM"
 
 
+@runs
 @pytest.mark.parametrize(
     "dying, words",
     [
@@ -120,11 +123,13 @@ def test_known_causes(tmp_path, line, words):
     assert words in server.cause(137)
 
 
+@runs
 def test_a_command_that_is_not_there(tmp_path):
     with pytest.raises(RunError, match=r"exit code 127.*\n.*No such file.*nobody"):
         Server(["/nobody"], "http://127.0.0.1:9", {}, tmp_path / "log", 9, "/h").__enter__()
 
 
+@runs
 def test_one_that_is_never_ready_is_given_up_and_ended(serve):
     first = "print('still loading', flush=True)\n" + CHILDREN
     server = serve(first, delay=600, ready_seconds=1.5)
@@ -134,6 +139,7 @@ def test_one_that_is_never_ready_is_given_up_and_ended(serve):
     assert "pids" not in text or not any(map(alive, pids_in(server.log)))
 
 
+@runs
 def test_death_after_the_start_is_noticed(serve):
     with serve(CHILDREN) as server:
         server.check()
@@ -144,6 +150,7 @@ def test_death_after_the_start_is_noticed(serve):
             wait_until(lambda: server.check())
 
 
+@runs
 def test_a_killed_watcher_leaves_nothing(serve):
     with serve(CHILDREN) as server:
         pids = pids_in(server.log)
@@ -156,6 +163,7 @@ def test_a_killed_watcher_leaves_nothing(serve):
     os.kill(pids[2], signal.SIGKILL)  # of a session of its own: out of reach without the watcher
 
 
+@runs
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_killed_run(serve, number):
     server = serve(CHILDREN)
@@ -187,6 +195,7 @@ def test_a_taken_port_is_named():
     assert choose_port(0, "benchmark.port") > 0
 
 
+@runs
 @pytest.mark.parametrize(
     "python, name, versions, words",
     [
@@ -200,6 +209,7 @@ def test_an_engine_that_is_not_there(python, name, versions, words):
         find_package(python, (name,), versions, "benchmark.python")
 
 
+@runs
 def test_where_an_engine_is_found(monkeypatch, tmp_path):
     names = ("no-such-engine", "pytest")
     found = find_package(sys.executable, names, ">=1", "benchmark.python")

@@ -75,6 +75,7 @@ def test_ceval(answer, reference, right):
     assert ceval(answer, reference) is right
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task_id"])
 def test_humaneval_takes_whole_functions_and_continuations(row):
     solution = row["canonical_solution"]
@@ -90,6 +91,7 @@ def test_humaneval_keeps_what_stands_before_the_function():
     assert whole.endswith("check(unshift)\n")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "source",
     [
@@ -107,17 +109,20 @@ def test_what_does_not_pass(source):
     assert not passes(source)
 
 
+@pytest.mark.runs
 def test_what_passes():
     assert passes(
         "import re, math, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')"
     )
 
 
+@pytest.mark.runs
 def test_an_endless_answer_is_ended(monkeypatch):
     monkeypatch.setattr("eagle3.benchmark.scoring.SECONDS", 1)
     assert not passes("import time\nwhile True: time.sleep(1)")
 
 
+@pytest.mark.runs
 def test_no_network_where_the_kernel_allows_it():
     opened = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)"
     with socket.create_server(("127.0.0.1", 0)) as server:
