@@ -30,7 +30,7 @@ PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"}
 def section(name, **changed):
     """The section `benchmark`, as composed for benchmark=`name`."""
     node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
-    assert node.pop("defaults") == ["builtin", "_self_"]
+    assert "builtin" in node.pop("defaults")
     merged = OmegaConf.merge(OmegaConf.load(ROOT / "conf/benchmark/builtin.yaml"), node)
     given = {"suites": ["heldout"], "max_new_tokens": 11, "ready_seconds": 30} | changed
     return OmegaConf.to_container(merged) | given
