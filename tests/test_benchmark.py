@@ -352,7 +352,7 @@ def test_builtin_runs_trees_and_batches(tmp_path):
 
 def decoder_of(target, config, temperature=0.0):
     request = instantiate(SECTION | {"temperature": temperature}, _convert_="all")
-    request.target, request.chat, request.seed, request.generators = target, Words(), 0, {}
+    request.target, request.chat, request.seed, request.rules = target, Words(), 0, {}
     request.open(config)
     return partial(request.answer, config)
 
