@@ -71,7 +71,7 @@ def run(subject, tmp_path):
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
         given = section(name, configs=configs, python=python, **changed)
-        return benchmark(instantiate(given, _convert_="all"), subject, tmp_path / "run")
+        return benchmark(instantiate(given), subject, tmp_path / "run")
 
     return run
 
@@ -107,7 +107,7 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
 @runs
 @pytest.mark.parametrize("name", ENGINES)
 def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
-    request = instantiate(section(name, configs=[[3, 0, 0, 0]], python=python), _convert_="all")
+    request = instantiate(section(name, configs=[[3, 0, 0, 0]], python=python))
     request.start(subject, tmp_path)
     for batch in (1, 3):
         request.open([batch, 0, 0, 0])

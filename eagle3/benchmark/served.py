@@ -50,7 +50,7 @@ class Served(Request):
 
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
-        request = instantiate(section, _convert_="all")
+        request = instantiate(section)
         trees = [config for config in request.configs if config[2] > 1]
         if trees and not request.engine.drafts_trees:
             raise ConfigError(
