@@ -114,7 +114,7 @@ def rows_file(folder, *rows):
 
 
 def measured(folder, configs, suites, log=None, kind=Echo, **changed):
-    section = {key: value for key, value in SECTION.items() if key != "_target_"}
+    section = {key: value for key, value in SECTION.items() if not key.startswith("_")}
     section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
     return benchmark(kind(log=[] if log is None else log, **section), subject_of(folder), folder)
 
@@ -128,7 +128,7 @@ def decoded(folder, target, heldout, prepared=None, **changed):
     changed = {"suites": ["heldout"], "max_new_tokens": 6} | changed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(target))
-        return benchmark(instantiate(SECTION | changed, _convert_="all"), subject, folder)
+        return benchmark(instantiate(SECTION | changed), subject, folder)
 
 
 def test_bigram_table_takes_the_most_frequent_successor():
@@ -351,8 +351,8 @@ def test_builtin_runs_trees_and_batches(tmp_path):
 
 
 def decoder_of(target, config, temperature=0.0):
-    request = instantiate(SECTION | {"temperature": temperature}, _convert_="all")
-    request.target, request.chat, request.seed, request.generators = target, Words(), 0, {}
+    request = instantiate(SECTION | {"temperature": temperature})
+    request.target, request.chat, request.seed, request.rules = target, Words(), 0, {}
     request.open(config)
     return partial(request.answer, config)
 
@@ -371,12 +371,12 @@ def test_heldout_needs_prompts_and_another_system_prompt_needs_conversations(tmp
     kind = section | {"system_prompt": "be kind"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(Cycle(256)))
-        request = instantiate(kind, _convert_="all")
+        request = instantiate(kind)
         result = benchmark(request, subject_of(tmp_path, Cycle(256), path), tmp_path)
     assert result["protocol"]["system_prompt"] == "be kind"
     for asked, words in ((kind, r"set data\.eval_path"), (section, "add prepare to stages")):
         with pytest.raises(ConfigError, match=words):
-            benchmark(instantiate(asked, _convert_="all"), subject_of(tmp_path), tmp_path)
+            benchmark(instantiate(asked), subject_of(tmp_path), tmp_path)
 
 
 def trial(*answers, prompt=(0,), seconds=1.0):

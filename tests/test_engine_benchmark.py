@@ -22,6 +22,7 @@ from eagle3.engines.sglang import Capture, SGLang
 from eagle3.engines.vllm import VLLM
 from eagle3.errors import ConfigError, RunError
 
+runs = pytest.mark.runs
 ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
 PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"} "$@"\n'
 
@@ -29,7 +30,7 @@ PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"}
 def section(name, **changed):
     """The section `benchmark`, as composed for benchmark=`name`."""
     node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
-    assert node.pop("defaults") == ["builtin", "_self_"]
+    assert "builtin" in node.pop("defaults")
     merged = OmegaConf.merge(OmegaConf.load(ROOT / "conf/benchmark/builtin.yaml"), node)
     given = {"suites": ["heldout"], "max_new_tokens": 11, "ready_seconds": 30} | changed
     return OmegaConf.to_container(merged) | given
@@ -70,11 +71,12 @@ def run(subject, tmp_path):
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
         given = section(name, configs=configs, python=python, **changed)
-        return benchmark(instantiate(given, _convert_="all"), subject, tmp_path / "run")
+        return benchmark(instantiate(given), subject, tmp_path / "run")
 
     return run
 
 
+@runs
 @pytest.mark.parametrize("name", ENGINES)
 def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     configs = [(1, 3, 1, 4), (2, 3, 1, 4), (2, 0, 0, 0)]
@@ -102,9 +104,10 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     assert str(subject.draft_folder) not in logs[baseline]
 
 
+@runs
 @pytest.mark.parametrize("name", ENGINES)
 def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
-    request = instantiate(section(name, configs=[[3, 0, 0, 0]], python=python), _convert_="all")
+    request = instantiate(section(name, configs=[[3, 0, 0, 0]], python=python))
     request.start(subject, tmp_path)
     for batch in (1, 3):
         request.open([batch, 0, 0, 0])
@@ -121,6 +124,7 @@ FAILURES = {
 }
 
 
+@runs
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("flag", FAILURES)
 def test_a_server_that_fails(name, run, python, flag, tmp_path):
@@ -148,6 +152,7 @@ def address(python, tmp_path):
         server.close()
 
 
+@runs
 def test_running_sglang_servers(run, address):
     drafting = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
                 "--speculative-num-draft-tokens", "3", "--enable-metrics")  # fmt: skip
@@ -169,6 +174,7 @@ def test_running_sglang_servers(run, address):
             run("sglang", None, configs, url=urls[0], alone_url=urls[1])
 
 
+@runs
 def test_running_vllm_servers(run, address):
     timed = "--enable-per-request-metrics"
     drafting = ["--speculative-config", '{"num_speculative_tokens": 2}']
@@ -207,6 +213,7 @@ def test_a_draft_for_something_else(run, subject, python, tmp_path, change, word
         check_draft(subject, VLLM())
 
 
+@runs
 @pytest.mark.parametrize("name", ENGINES)
 def test_settings_are_checked_before_anything_starts(name, python, monkeypatch, tmp_path):
     monkeypatch.setenv("ENGINES_DIR", str(tmp_path))

@@ -12,7 +12,7 @@ from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, generate, speculate
+from eagle3.decode.speculate import Generation, Greedy, Sampling, generate, speculate
 from eagle3.engines.engine import Answer
 from eagle3.export.rules import read_draft
 
@@ -33,7 +33,7 @@ class Builtin(Request):
         draft = read_draft(subject.draft_folder, None, spec)
         self.draft = draft.to(device).eval()
         self.target = subject.target.load()
-        self.chat, self.seed, self.generators = subject.chat, subject.seed, {}
+        self.chat, self.seed, self.rules = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
         if prepared is not None:
             count = min(len(prepared), BIGRAM_CONVERSATIONS)
@@ -51,19 +51,20 @@ class Builtin(Request):
         # One generator for all questions: were each seeded alike, all would have the same luck and
         # intervals be too narrow.
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
-        self.generators[tuple(config)] = generator
+        rule = Sampling(self.temperature, generator) if self.temperature else Greedy()
+        self.rules[tuple(config)] = rule
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
         device = self.target.embedding.device
-        sampling = (setup.max_new_tokens, self.temperature, self.generators[tuple(config)])
+        limits = (setup.max_new_tokens, self.rules[tuple(config)])
         answers = []
         for start in range(0, len(prompts), batch):
             ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + batch]]
             if steps == 0:
-                generations = generate(self.target, ids, *sampling)
+                generations = generate(self.target, ids, *limits)
             else:
-                generations = speculate(self.target, self.draft, ids, *config[1:], *sampling)
+                generations = speculate(self.target, self.draft, ids, *config[1:], *limits)
             answers += [
                 read(generation, steps, setup.stop, self.chat) for generation in generations
             ]
@@ -98,7 +99,8 @@ def cut_at(generation: Generation, stop: tuple[str, ...], chat: Chat) -> Generat
     texts = (chat.decode(ids[:n]) for n in range(1, len(ids)))
     ends = (n for n, text in enumerate(texts, 1) if any(end in text for end in stop))
     length = next(ends, len(ids))
-    left, emitted = length - 1, []  # the first token is the prefill's
+    # The first token is the prefill's; rounds hold the others, and the last of them may be cut.
+    left, emitted = length - 1, []
     for tokens in generation.emitted:
         if left > 0:
             emitted.append(min(tokens, left))
@@ -143,6 +145,7 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     differs = [one != other for one, other in pairs]
     if True not in differs:
         return None
+    # Up to there both are the same text, so that the target is asked once.
     place = differs.index(True)
     text = baseline.prompts[turn] + baseline.ids[turn][:place]
     ids = torch.tensor(text, device=target.embedding.device)

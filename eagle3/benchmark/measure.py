@@ -192,7 +192,7 @@ def ask(
 ) -> list[Trial]:
     """All turns of these questions, each after the model's own answers to the turns before.
 
-    Answers that overlap in time divide the clock's seconds in proportion to their own.
+    Seconds are those the answers report; at larger batches those of the clock.
     """
     trials = [Trial(question) for question in questions]
     wall = 0.0
@@ -208,6 +208,8 @@ def ask(
         for trial, answer in zip(going, answers, strict=True):
             trial.answers.append(answer)
             trial.seconds += answer.seconds
+    # Requests of a batch run side by side, and each reports all of its own time: what they report
+    # only says how to divide what the clock says.
     total = sum(trial.seconds for trial in trials)
     if config[0] > 1 and total > 0:
         for trial in trials:

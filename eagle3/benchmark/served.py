@@ -50,7 +50,7 @@ class Served(Request):
 
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
-        request = instantiate(section, _convert_="all")
+        request = instantiate(section)
         trees = [config for config in request.configs if config[2] > 1]
         if trees and not request.engine.drafts_trees:
             raise ConfigError(
@@ -99,6 +99,7 @@ class Served(Request):
                 self.server, self.drafting = self.start_server(drafting), drafting
             self.address = self.server.url
             return
+        # The address is often copied from a client of the OpenAI API, which wants /v1 behind it.
         self.address = url.rstrip("/").removesuffix("/v1")
         actual = self.engine.read_drafting(self.get)
         if actual != drafting:
@@ -118,6 +119,7 @@ class Served(Request):
             self.mem_fraction_static,
             tuple(self.server_args),
         )
+        # Room for the largest batch, so that the server can stay for all of them.
         batch = max(config[0] for config in self.configs)
         draft = str(self.subject.draft_folder)
         command = self.engine.benchmark_command(launch, draft, drafting, batch, self.subject.seed)
@@ -153,6 +155,7 @@ class Served(Request):
         return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
     async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
+        # Always `batch` under way: the next question goes out as soon as an answer is there.
         free = asyncio.Semaphore(batch)
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(

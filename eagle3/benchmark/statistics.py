@@ -106,8 +106,9 @@ def interval95(
 ) -> list[float] | None:
     """Bootstrap over questions: `statistic` of int64 [R,P], those of each resample, is [R]."""
     generator = torch.Generator().manual_seed(seed)
+    # Turns and tokens of one question depend on each other, so questions are drawn as a whole.
     picked = torch.randint(questions, (RESAMPLES, questions), generator=generator)
     values = statistic(picked)
-    values = values[values.isfinite()]
+    values = values[values.isfinite()]  # a resample may hold no round at all
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
     return values.quantile(ends).tolist() if len(values) else None

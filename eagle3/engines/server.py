@@ -105,6 +105,7 @@ class Server:
         console = Console(stderr=True)
         started = time.monotonic()
         next_line = QUIET
+        # No proxy of the user's environment may stand between us and this machine: trust_env.
         with (
             console.status("") as status,
             httpx.Client(base_url=self.url, trust_env=False, timeout=5) as client,
@@ -179,7 +180,8 @@ class Server:
         with suppress(subprocess.TimeoutExpired):
             process.terminate()
             process.wait(GRACE + 5)
-        if process.poll() is None or process.returncode < 0:  # the watcher hangs or was killed
+        # A watcher that hangs or was killed ends nobody: then its process group is ours to end.
+        if process.poll() is None or process.returncode < 0:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -202,13 +204,14 @@ def choose_port(port: int | None, key: str) -> int:
         return probe.getsockname()[1]
 
 
-def program(engine: str, name: str, otherwise: str | None = None) -> str:
-    """`name` in the environment that launch/engines.sh made for `sglang` or `vllm`, if it did.
+def environment(engine: str) -> Path:
+    """Where launch/engines.sh makes the environment of `sglang` or `vllm`."""
+    return Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[2])) / f".venv-{engine}"
 
-    Else `otherwise`, or the one on the PATH.
-    """
-    folder = Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[2]))
-    path = folder / f".venv-{engine}" / "bin" / name
+
+def program(engine: str, name: str, otherwise: str | None = None) -> str:
+    """`name` in the engine's own environment if it is there, else `otherwise`, or on the PATH."""
+    path = environment(engine) / "bin" / name
     return str(path) if path.exists() else otherwise or name
 
 

@@ -179,7 +179,7 @@ class SGLang(Engine):
         ids, meta = reply["output_ids"], reply["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
-        if len(ids) < 2:
+        if len(ids) < 2:  # the prefill gave all there is, and no round was needed
             return Answer(ids, 0, [0] * steps, 0.0, reply["text"], [])
         if "decode_throughput" not in meta:
             raise RunError(

@@ -31,6 +31,7 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return 127
+    # A parent that dies, whatever kills it, leaves us to another one.
     while child.poll() is None and not received and os.getppid() == parent:
         time.sleep(PAUSE)
     end(child, grace)

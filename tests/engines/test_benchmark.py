@@ -1,5 +1,6 @@
-"""benchmark=vllm and benchmark=sglang as a user runs them, on the embedded target: the answers and
-the acceptance are those of the built-in benchmark.
+"""benchmark=vllm and sglang as a user runs them, on the embedded target.
+
+The answers and the acceptance are those of the built-in benchmark.
 """
 
 import json

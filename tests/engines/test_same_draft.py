@@ -1,21 +1,21 @@
-"""The same trained draft on the embedded target, greedy and in fp32: every engine gives the same
-answer and accepts the same drafts as the built-in decoder, prompt by prompt.
+"""The same trained draft on the embedded target, greedy and in fp32, prompt by prompt.
+
+Every engine gives the same answer and accepts the same drafts as the built-in decoder.
 """
 
 import json
-from collections.abc import Callable
 
 import httpx
 import pytest
 import torch
 from conftest import TINY, spec_of
 
-from eagle3.benchmark import sglang, vllm
-from eagle3.benchmark.statistics import Answer
 from eagle3.decode.speculate import speculate
 from eagle3.draft.flash import FlashCPU
-from eagle3.export.rules import read_draft
-from eagle3.export.write import MadeFor, write_speculators
+from eagle3.engines.engine import Answer, command_line
+from eagle3.engines.sglang import SGLang
+from eagle3.engines.vllm import VLLM
+from eagle3.export.write import MadeFor, read_draft, write_speculators
 from eagle3.target.hf import HFTarget
 
 TARGET = TINY / "target"
@@ -36,12 +36,12 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def answer(trained_draft, prompts):
+def answer(trained_draft, tiny_config, prompts):
     """answer(steps, topk, verify_tokens): the built-in decoder's Generations, a prompt after the
     other.
     """
     target = HFTarget(spec_of(TARGET, LAYERS), torch.device("cpu"))
-    draft = read_draft(trained_draft, FlashCPU, spec_of(TARGET, LAYERS))
+    draft = read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
 
     def answer(*tree: int):
         return [
@@ -66,20 +66,15 @@ def accepted(generations, position: int) -> int:
     return sum(count >= position for generation in generations for count in generation.accepted)
 
 
-def ask(url: str, path: str, body: dict, read: Callable[[dict, int], Answer], steps: int) -> Answer:
-    response = httpx.post(url + path, json=body, timeout=120, trust_env=False)
-    assert response.status_code == 200, response.text
-    return read(response.json(), steps)
-
-
-def in_sglang(server, prompts: list[list[int]], steps: int) -> list[Answer]:
-    bodies = [sglang.body(0.0, prompt, NEW_TOKENS, ()) for prompt in prompts]
-    return [ask(server.url, "/generate", body, sglang.read, steps) for body in bodies]
-
-
-def in_vllm(server, prompts: list[list[int]], steps: int, model: str) -> list[Answer]:
-    bodies = [vllm.body(0.0, prompt, NEW_TOKENS, ()) | {"model": model} for prompt in prompts]
-    return [ask(server.url, "/v1/completions", body, vllm.read, steps) for body in bodies]
+def ask(engine, server, prompts: list[list[int]], steps: int, **more) -> list[Answer]:
+    answers = []
+    for prompt in prompts:
+        body = engine.request_body(prompt, NEW_TOKENS, (), 0.0) | more
+        url = server.url + engine.generate_path
+        response = httpx.post(url, json=body, timeout=120, trust_env=False)
+        assert response.status_code == 200, response.text
+        answers.append(engine.read_reply(response.json(), steps))
+    return answers
 
 
 def assert_same(answers: list[Answer], generations, steps: int = STEPS) -> None:
@@ -94,35 +89,36 @@ def assert_same(answers: list[Answer], generations, steps: int = STEPS) -> None:
 def test_sglang_accepts_what_the_built_in_decoder_accepts(
     serve_sglang, trained_draft, prompts, chains
 ):
-    drafting = sglang.drafting_options(str(trained_draft), STEPS, 1, STEPS + 1)
+    drafting = command_line(SGLang().draft_options(str(trained_draft), STEPS, 1, STEPS + 1))
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
-        assert_same(in_sglang(server, prompts, STEPS), chains)
+        assert_same(ask(SGLang(), server, prompts, STEPS), chains)
 
 
 def test_a_tree_in_sglang_accepts_what_the_built_in_tree_accepts(
     serve_sglang, trained_draft, prompts, answer, chains
 ):
-    drafting = sglang.drafting_options(str(trained_draft), *TREE)
+    drafting = command_line(SGLang().draft_options(str(trained_draft), *TREE))
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
         trees = answer(*TREE)
-        assert_same(in_sglang(server, prompts, TREE[0]), trees, TREE[0])
+        assert_same(ask(SGLang(), server, prompts, TREE[0]), trees, TREE[0])
     assert sum(len(tree.accepted) for tree in trees) < sum(len(chain.accepted) for chain in chains)
 
 
+METRICS = (
+    "--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed",
+)  # fmt: skip
+
+
 def test_vllm_accepts_what_the_built_in_decoder_accepts(serve_vllm, trained_draft, prompts, chains):
-    drafting = vllm.drafting_options(str(trained_draft), STEPS)
-    with serve_vllm(TARGET, "--enable-per-request-metrics", *drafting) as server:
-        assert_same(in_vllm(server, prompts, STEPS, str(TARGET)), chains)
+    drafting = ("--speculative-config", VLLM().draft_config(str(trained_draft), STEPS))
+    with serve_vllm(TARGET, *METRICS, *drafting) as server:
+        assert_same(ask(VLLM(), server, prompts, STEPS, model=str(TARGET)), chains)
 
 
-def test_vllm_serves_the_speculators_form_without_being_told_its_target(
-    serve_vllm, trained_draft, prompts, chains, tmp_path
+def test_vllm_finds_the_target_of_the_speculators_form(
+    serve_vllm, trained_draft, tiny_config, prompts, chains, tmp_path
 ):
-    folder, draft = (
-        tmp_path / "speculators",
-        read_draft(trained_draft, FlashCPU, spec_of(TARGET, LAYERS)),
-    )
-    write_speculators(draft, folder, spec_of(TARGET, LAYERS), MadeFor(str(TARGET), STEPS))
-    metrics = ("--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed")
-    with serve_vllm(folder, *metrics) as server:
-        assert_same(in_vllm(server, prompts, STEPS, str(folder)), chains)
+    folder, draft = tmp_path / "form", read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
+    write_speculators(draft, folder, tiny_config, LAYERS, MadeFor(str(TARGET), STEPS))
+    with serve_vllm(folder, *METRICS) as server:
+        assert_same(ask(VLLM(), server, prompts, STEPS, model=str(folder)), chains)
