@@ -388,26 +388,22 @@ class Server:
         self.free = asyncio.Semaphore(options.concurrency)
         self.in_flight, self.error, self.rests_until, self.answered_at = 0, "", 0.0, 0.0
         self.key = os.environ.get(options.api_key_env)
+        self.headers = {} if self.key else {"Authorization": openai.Omit()}
         self.client = openai.AsyncOpenAI(
             base_url=url.rstrip("/"),
             api_key=self.key or "none",
-            default_headers=None if self.key else {"Authorization": openai.Omit()},
             max_retries=options.retries,
             timeout=openai.Timeout(options.timeout, connect=min(30.0, options.timeout)),
             # proxies of the environment are for other machines than this one
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not LOCAL.search(url + "/")),
         )
 
-    async def send(self, request: Awaitable[Any]) -> tuple[Any, int]:
-        """The reply's JSON, None if it is none, and how often the request was repeated.
-
-        Raises ServerError, RowError when the request is refused, RunError when every one would be.
+    async def send(self, request: Awaitable[Any]) -> Any:
+        """The client's reply. Raises ServerError, RowError when the request is refused, RunError
+        when every one would be.
         """
         try:
-            raw = await request
-            return json.loads(raw.http_response.text), raw.retries_taken
-        except ValueError:
-            return None, raw.retries_taken
+            return await request
         except self.openai.APITimeoutError as error:
             raise ServerError("timed out") from error
         except self.openai.APIConnectionError as error:
@@ -432,15 +428,17 @@ class Server:
         client repeats a request. Raises what `send` raises.
         """
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
+        given["extra_headers"] = self.headers
         for _ in range(self.retries + 1):
             completion = self.client.chat.completions.with_raw_response.create(**given)
             try:
-                reply, repeated = await self.send(completion)
+                raw = await self.send(completion)
             except ServerError:
                 counts["retries"] += self.retries
                 raise
-            counts["retries"] += repeated
+            counts["retries"] += raw.retries_taken
             try:
+                reply = json.loads(raw.http_response.text)
                 choice, usage = reply["choices"][0], reply.get("usage") or {}
                 message, end = choice["message"], choice.get("finish_reason")
                 if end in ("abort", "error", "content_filter"):
@@ -461,7 +459,8 @@ class Server:
         """Whether it answers a short request at once, or refuses it."""
         once = self.client.with_options(max_retries=0).chat.completions.with_raw_response
         try:
-            await self.send(once.create(model=body["model"], extra_body=body | PROBE, **PROBE))
+            given = {**PROBE, "model": body["model"], "extra_body": body | PROBE}
+            await self.send(once.create(**given, extra_headers=self.headers))
         except ServerError:
             return False
         except RowError:
@@ -472,11 +471,11 @@ class Server:
         """What it lists; nothing where it cannot be asked."""
         self.error = "it lists no model"
         try:
-            listed, _ = await self.send(self.client.models.with_raw_response.list())
-            return [model["id"] for model in listed["data"]]
+            listed = await self.send(self.client.models.list(extra_headers=self.headers))
+            return [model.id for model in listed.data]
         except ServerError as error:
             self.error = ": ".join(error.args)
-        except (LookupError, TypeError):
+        except (AttributeError, TypeError, ValueError):
             pass
         return []
 
