@@ -17,9 +17,11 @@ from eagle3.data.rows import Conversation
 from eagle3.errors import ConfigError
 
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\n\n' "
     "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
+    "endif %}"
 )
 SPECIAL = re.compile(r"<[|｜][^<>]*?[|｜]>|</s>|<(?:start|end)_of_turn>|</longcat_s>")
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -484,7 +485,8 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
     rows = [{"messages": row(1, f"question {i}").conversation.messages} for i in range(40)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
-    sources = [(Source(str(path), weight=weight), find_files(Source(str(path)), "")) for weight in (0.5, 2)]
+    files = find_files(Source(str(path)), "")
+    sources = [(Source(str(path), weight=weight), files) for weight in (0.5, 2.0)]
     section = {"_target_": "eagle3.data.regenerate.Servers", "concurrency": 4}
     target = SimpleNamespace(spec=SimpleNamespace(identity="target"))
     data, chat = Data(path=""), Chat(tokenizer)
@@ -501,10 +503,10 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
 
 
 def test_the_model_must_be_clear(tmp_path):
-    with Fake(models=("a",)) as first, Fake(models=("b",)) as second:
-        with pytest.raises(RunError, match=r"\(a, b\).*model"):
-            ask(tmp_path, [first, second], make_rows(1))
-    with Fake(models=()) as none, pytest.raises(RunError, match=r"lists no model.*regenerate\.model"):
+    two, none = [Fake(models=("a",)), Fake(models=("b",))], Fake(models=())
+    with two[0], two[1], pytest.raises(RunError, match=r"\(a, b\).*model"):
+        ask(tmp_path, two, make_rows(1))
+    with none, pytest.raises(RunError, match=r"lists no model.*regenerate\.model"):
         ask(tmp_path, [none], make_rows(1))
 
 
@@ -528,7 +530,7 @@ def test_urls_that_are_none(tmp_path, urls):
 
 
 def test_a_missing_client_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ConfigError, match="pip install openai"):
         ask(tmp_path, ["http://127.0.0.1:1/v1"], [])
 

@@ -222,8 +222,8 @@ def test_identity_follows_the_content(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "remote"),
-    [("owner/name", True), ("s3://b/a.jsonl", True), ("a.jsonl", False), ("data/a.json", False), ("/a/b", False),
-     ("./a", False), ("owner/name/more", False), ("HuggingFaceH4/ultrachat_200k", True)],
+    [("owner/name", True), ("s3://b/a.jsonl", True), ("a.jsonl", False), ("data/a.json", False),
+     ("/a/b", False), ("./a", False), ("owner/name/more", False), ("Hugging4/chat_200k", True)],
 )  # fmt: skip
 def test_what_may_be_remote(path, remote):
     assert may_be_remote(path) == remote

@@ -94,7 +94,8 @@ def test_pieces_of_cut_bytes_join_too(tokenizer):
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
-    words = "<s> ▁Hello ▁world <0xE4> <0xBD> <0xA0> ▁ha ha </s> ▁ ▁Hello".split()
+    words = ["<s>", "▁Hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>"]
+    words += ["▁ha", "ha", "</s>", "▁", "▁Hello"]
     for first in (0, 1, 9):
         ids = byte_fallback.convert_tokens_to_ids(words[first:])
         pieces = view.split_tokens(byte_fallback, ids, [0] * len(ids))

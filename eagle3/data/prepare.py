@@ -49,7 +49,8 @@ DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
 KEYS = (
-    "num_samples", "max_length", "preformatted", "system_prompt", "train_only_last_turn", "on_reject",
+    "num_samples", "max_length", "preformatted", "system_prompt", "train_only_last_turn",
+    "on_reject",
 )  # fmt: skip
 
 
@@ -323,7 +324,8 @@ def read_heldout(
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            conversation = encoder.with_system(row.conversation)
+            conversation = row.conversation
+            encoder.add_system(conversation)
             ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")

@@ -258,7 +258,8 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for row in batch]
-            self.answer_batch(dialogues, target.load(), chat, self.max_new_tokens or data.max_length)
+            longest = self.max_new_tokens or data.max_length
+            self.answer_batch(dialogues, target.load(), chat, longest)
             for number, row, dialogue in zip(numbers, batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
@@ -417,9 +418,9 @@ class Server:
             raise ServerError(f"HTTP {status}", words)
         if status in (401, 403, 404):
             raise RunError(
-                f"{self.url} refuses every request (HTTP {status}: {words}): check regenerate.model, "
-                "regenerate.urls, which usually end in /v1, and the key in the environment variable "
-                "that regenerate.api_key_env names"
+                f"{self.url} refuses every request (HTTP {status}: {words}): check "
+                "regenerate.model, regenerate.urls, which usually end in /v1, and the key in the "
+                "environment variable that regenerate.api_key_env names"
             )
         raise RowError(f"HTTP {status}: {re.sub('[0-9]+', 'N', words)}")
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eagle3.config import Data
 from eagle3.data.chat import Chat
-from eagle3.data.encoder import Encoder, Preparation
+from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import Prepared
 from eagle3.data.sources import DataFile, SourceFiles, raw_rows
 from eagle3.errors import RunError
@@ -95,7 +96,7 @@ def file_bytes(file: DataFile) -> int:
     return Path(file.path).stat().st_size
 
 
-def estimate(sources: SourceFiles, chat: Chat, options: Preparation, held_out: int) -> Sample:
+def estimate(sources: SourceFiles, chat: Chat, data: Data, held_out: int) -> Sample:
     """What `prepare` will make of the sources, from some rows of every file; `held_out` documents
     are left out.
 
@@ -103,19 +104,19 @@ def estimate(sources: SourceFiles, chat: Chat, options: Preparation, held_out: i
     replacement, whose rows are as good as drawn at random (Cochran, Sampling Techniques, 5.6): sum
     over rows of w (w - 1) (tokens - mean)^2.
     """
-    encode, parts, variance = Encoder(chat, options), [], 0.0
+    encoder, parts, variance = Encoder(chat, data), [], 0.0
     for number, (source, files) in enumerate(sources):
         rows, stands_for = [], []
-        remaining = options.num_samples or float("inf")
+        remaining = data.num_samples or float("inf")
         for place, file in enumerate(files):
             if remaining <= 0:
                 break
             keep = max(8, -(-SAMPLE_ROWS // len(files)))
             total, kept = scan(file, SCAN_BYTES / len(files), remaining, keep)
             remaining -= total
-            rows += [(number, place, *row) for row in kept]
+            rows += [(number, place, *row, 0.0) for row in kept]
             stands_for += [total / max(1, len(kept))] * len(kept)
-        chunk = encode(rows, 0)
+        chunk = encoder[rows, 0]
         weight = np.array(stands_for)
         tokens = chunk.records["tokens"]
         spread = weight * (weight - 1) * (tokens - np.average(tokens, weights=weight)) ** 2
