@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from eagle3.config import Data
@@ -177,6 +178,7 @@ def encode_in_order(
         collate_fn=lambda chunk: chunk,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # so that it takes nothing from the seeded one
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
     )
     try:

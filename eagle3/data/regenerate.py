@@ -429,14 +429,10 @@ class Server:
         client repeats a request. Raises what `send` raises.
         """
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
-        given["extra_headers"] = self.headers
-        for _ in range(self.retries + 1):
-            completion = self.client.chat.completions.with_raw_response.create(**given)
-            try:
-                raw = await self.send(completion)
-            except ServerError:
-                counts["retries"] += self.retries
-                raise
+        completions = self.client.chat.completions.with_raw_response
+        for attempt in range(self.retries + 1):
+            counts["retries"] += attempt > 0
+            raw = await self.send(completions.create(**given, extra_headers=self.headers))
             counts["retries"] += raw.retries_taken
             try:
                 reply = json.loads(raw.http_response.text)
@@ -452,33 +448,19 @@ class Server:
                 fault = str(error)
             except (ValueError, LookupError, TypeError, AttributeError):
                 fault = "malformed reply"
-            counts["retries"] += 1
-        counts["retries"] -= 1
         raise ServerError(fault)
 
     async def is_well(self, body: dict[str, Any]) -> bool:
         """Whether it answers a short request at once, or refuses it."""
-        once = self.client.with_options(max_retries=0).chat.completions.with_raw_response
+        once = self.client.with_options(max_retries=0).chat.completions
+        given = {**PROBE, "model": body["model"], "extra_body": body | PROBE}
         try:
-            given = {**PROBE, "model": body["model"], "extra_body": body | PROBE}
-            await self.send(once.create(**given, extra_headers=self.headers))
+            await self.send(once.with_raw_response.create(**given, extra_headers=self.headers))
+        except RowError:
+            return True
         except ServerError:
             return False
-        except RowError:
-            pass
         return True
-
-    async def models(self) -> list[str]:
-        """What it lists; nothing where it cannot be asked."""
-        self.error = "it lists no model"
-        try:
-            listed = await self.send(self.client.models.list(extra_headers=self.headers))
-            return [model.id for model in listed.data]
-        except ServerError as error:
-            self.error = ": ".join(error.args)
-        except (AttributeError, TypeError, ValueError):
-            pass
-        return []
 
 
 @dataclass
@@ -530,13 +512,23 @@ class Pool:
 
     async def only_model(self) -> str:
         """The one model that the servers list. Raises RunError."""
-        listed = await asyncio.gather(*(server.models() for server in self.servers))
-        names = sorted(set().union(*listed))
-        if len(names) == 1:
-            return names[0]
-        offers = f"the servers offer several models ({', '.join(names)}): name one in"
-        silent = f"no server names its model ({self.errors()}): set regenerate.urls, or"
-        raise RunError(f"{offers if names else silent} regenerate.model")
+        names = set()
+        for server in self.servers:
+            server.error = "it lists no model"
+            try:
+                request = server.client.models.list(extra_headers=server.headers)
+                names |= {model.id for model in (await server.send(request)).data}
+            except ServerError as error:
+                server.error = ": ".join(error.args)
+            except (AttributeError, TypeError):
+                continue  # a reply that is no list of models
+        if len(names) != 1:
+            several = f"several models ({', '.join(sorted(names))})"
+            raise RunError(
+                f"the servers list {several if names else f'no model ({self.errors()})'}: name one "
+                "in regenerate.model, and check regenerate.urls"
+            )
+        return names.pop()
 
     def errors(self) -> str:
         return "; ".join(f"{server.url}: {server.error}" for server in self.servers)

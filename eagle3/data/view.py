@@ -110,12 +110,7 @@ class Collected:
 
 
 def view(
-    data: Data,
-    num_samples: int,
-    sources: SourceFiles,
-    chat: Chat,
-    run_dir: Path,
-    console: Console,
+    data: Data, num_samples: int, sources: SourceFiles, chat: Chat, run_dir: Path, console: Console
 ) -> None:
     """Show the first `num_samples` conversations, also as `view.html` in `run_dir`. Raises
     RunError when there is none.
