@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from eagle3.config import Data
 from eagle3.data import prepare, templates
 from eagle3.data.chat import Chat
-from eagle3.data.encoder import Preparation
 from eagle3.data.sources import Source, find_files, read_rows
 
 TINY = Path(prepare.__file__).parents[1] / "tiny" / "target"
@@ -74,19 +74,13 @@ def load_chat(tokenizer: str) -> Chat:
 
 
 def ours(path: Path, tokenizer: str, num_proc: int) -> dict:
-    options = Preparation(None, MAX_LENGTH, False, None, False, "skip", 64, 1 << 18, 32000)
-    options.vocab_size = len(AutoTokenizer.from_pretrained(tokenizer))
-    options.draft_vocab_size = min(options.draft_vocab_size, options.vocab_size)
-    source = Source(str(path))
+    chat, source = load_chat(tokenizer), Source(str(path))
+    vocab_size = len(chat.tokenizer)
+    data = Data(path=str(path), max_length=MAX_LENGTH, num_proc=num_proc)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        facts = prepare.write(
-            Path(folder),
-            load_chat(tokenizer),
-            options,
-            [(source, find_files(source, folder))],
-            [],
-            num_proc,
-        )
+        sources = [(source, find_files(source, folder))]
+        sizes = (vocab_size, min(32000, vocab_size))
+        facts = prepare.prepare(data, 64, *sizes, sources, chat, folder, write=True).facts
     return {"conversations": facts["documents"] + facts["held_out_rows"], "tokens": facts["tokens"]}
 
 
@@ -236,12 +230,12 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"{arguments.rows:,} rows, {results['tokenizer']['tokens']:,} tokens, {arguments.num_proc} processes"
+        f"{arguments.rows:,} rows, {results['tokenizer']['tokens']:,} tokens, "
+        f"{arguments.num_proc} processes"
     )
     if "specforge" in results:
-        console.print(
-            f"SpecForge / prepare, CPU-seconds: {results['specforge']['cpu'] / results['prepare']['cpu']:.1f}x"
-        )
+        ratio = results["specforge"]["cpu"] / results["prepare"]["cpu"]
+        console.print(f"SpecForge / prepare, CPU-seconds: {ratio:.1f}x")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from eagle3.data.rows import Conversation
 from eagle3.errors import ConfigError
 
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\n\n' "
     "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
+    "endif %}"
 )
 SPECIAL = re.compile(r"<[|｜][^<>]*?[|｜]>|</s>|<(?:start|end)_of_turn>|</longcat_s>")
 
@@ -59,11 +61,9 @@ def test_answers_and_their_ends_are_supervised(tokenizer, marked):
     messages = with_system(
         turns("first question", "the first answer ", "second", "the second\nanswer"), "be brief"
     )
-    assert supervised(chat, messages) == [
-        "the first answer<|eot_id|>",
-        "the second\nanswer<|eot_id|>",
-    ]
-    assert supervised(chat, messages, only_last_turn=True) == ["the second\nanswer<|eot_id|>"]
+    answers = ["the first answer<|eot_id|>", "the second\nanswer<|eot_id|>"]
+    assert supervised(chat, messages) == answers
+    assert supervised(chat, messages, only_last_turn=True) == answers[1:]
     prompt = chat.encode_prompt(messages)
     assert prompt == chat.encode(Conversation(messages)).input_ids[: len(prompt)]
 
@@ -106,34 +106,25 @@ CHATML = ["<|im_start|>", "<|im_end|>"]
 def test_templates_that_drop_earlier_thinking():
     chat = chat_with(QWEN3, CHATML)
     messages = turns("a", "<think>\nhm\n</think>\n\nfirst", "c", "<think>\nso\n</think>\n\nsecond")
-    assert supervised(chat, messages) == [
-        "first<|im_end|>",
-        "<think>\nso\n</think>\n\nsecond<|im_end|>",
-    ]
+    kept = ["first<|im_end|>", "<think>\nso\n</think>\n\nsecond<|im_end|>"]
+    assert supervised(chat, messages) == kept
     messages[-1] = {"role": "assistant", "content": "second", "reasoning_content": "so"}
-    assert supervised(chat, messages) == [
-        "first<|im_end|>",
-        "<think>\nso\n</think>\n\nsecond<|im_end|>",
-    ]
+    assert supervised(chat, messages) == kept
 
 
 def test_templates_that_add_an_empty_thinking_block():
     """Part of the turn when the model writes it, no part of it when the generation prompt does."""
     chat = chat_with(QWEN3, CHATML)
-    assert supervised(chat, turns("a", "first", "c", "think")) == [
-        "first<|im_end|>",
-        "<think>\n\n</think>\n\nthink<|im_end|>",
-    ]
+    added = ["first<|im_end|>", "<think>\n\n</think>\n\nthink<|im_end|>"]
+    assert supervised(chat, turns("a", "first", "c", "think")) == added
     prompted = LLAMA3.replace(
         "m.content | trim", "('<think></think>' if loop.last else '') + m.content | trim"
     )
     prompted = prompted.replace(
         "assistant<|end_header_id|>\n\n' }}", "assistant<|end_header_id|>\n\n<think></think>' }}"
     )
-    assert supervised(chat_with(prompted), turns("a", "first", "c", "second")) == [
-        "first<|eot_id|>",
-        "second<|eot_id|>",
-    ]
+    found = supervised(chat_with(prompted), turns("a", "first", "c", "second"))
+    assert found == ["first<|eot_id|>", "second<|eot_id|>"]
 
 
 def test_options_reach_the_template():
@@ -177,12 +168,8 @@ def test_tool_calls(name):
     ]
     found = supervised(bare, messages, tools=[schema])
     assert found == supervised(chat, messages, tools=[schema])
-    assert (
-        len(found) == 2
-        and '"add"' in found[0]
-        and found[0].endswith(chat.turns.closings[0])
-        and "two" in found[1]
-    )
+    assert len(found) == 2 and '"add"' in found[0] and "two" in found[1]
+    assert found[0].endswith(chat.turns.closings[0])
 
 
 def test_preformatted_text_is_supervised_alike():
@@ -267,20 +254,8 @@ def test_spans_equal_offsets_on_text_of_every_kind(tokenizer):
     """Against a scan of all offsets, on emoji, combining marks and other letters, whose bytes are
     several tokens.
     """
-    pieces = [
-        "a",
-        "é",
-        "🙂",
-        "👩‍👩‍👧",
-        "汉字",
-        " ",
-        "\n\n",
-        "the end",
-        "🇩🇪",
-        "\u0301",
-        "def f(x):\n    return",
-        "\t",
-    ]
+    pieces = ["a", "é", "🙂", "👩‍👩‍👧", "汉字", " ", "\n\n", "the end", "🇩🇪"]
+    pieces += ["\u0301", "def f(x):\n    return", "\t"]
     randomly = random.Random(0)
     chat = chat_with(LLAMA3)
     for _ in range(60):
@@ -338,10 +313,8 @@ def test_marks_around_header_and_newline_are_trimmed():
         "{% generation %}", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
     )
     only_answers = only_answers.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
-    assert supervised(chat_with(only_answers), turns("a", "b", "c", "d")) == [
-        "b<|eot_id|>",
-        "d<|eot_id|>",
-    ]
+    found = supervised(chat_with(only_answers), turns("a", "b", "c", "d"))
+    assert found == ["b<|eot_id|>", "d<|eot_id|>"]
 
 
 def test_templates_that_leave_the_last_turn_open():
@@ -360,22 +333,14 @@ def test_templates_that_drop_the_text_beside_a_call():
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "two"},
     ]
-    found = supervised(chat_with(template), messages)
-    assert (
-        len(found) == 2
-        and "add" in found[0]
-        and found[0].endswith("<|eot_id|>")
-        and found[1] == "two<|eot_id|>"
-    )
+    called, said = supervised(chat_with(template), messages)
+    assert "add" in called and called.endswith("<|eot_id|>") and said == "two<|eot_id|>"
 
 
 def test_named_system_prompts():
-    assert with_system(turns("a"), "llama2")[0] == {
-        "role": "system",
-        "content": SYSTEM_PROMPTS["llama2"],
-    }
+    named = {"role": "system", "content": SYSTEM_PROMPTS["llama2"]}
+    theirs = {"role": "system", "content": "theirs"}
+    assert with_system(turns("a"), "llama2")[0] == named
     assert with_system(turns("a"), "my own")[0]["content"] == "my own"
-    assert (
-        with_system([{"role": "system", "content": "theirs"}], "llama2")[0]["content"] == "theirs"
-    )
+    assert with_system([theirs], "llama2") == [theirs]
     assert with_system(turns("a"), None) == turns("a")

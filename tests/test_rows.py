@@ -8,6 +8,7 @@ from eagle3.data.rows import RowError, read_conversation
 
 ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+BROKEN = {"name": "f", "arguments": "{"}
 CALL_AS_TEXT = {"function": {"name": "add", "arguments": json.dumps({"x": 1})}}
 
 
@@ -15,21 +16,18 @@ def chat(*turns):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
+def said(*roles):
+    """A turn "a", "b", ... of each, in the words of ShareGPT."""
+    return [{"from": role, "value": "ab"[i], "weight": None} for i, role in enumerate(roles)]
+
+
 @pytest.mark.parametrize(
     "row",
     [
         {"messages": chat("a", "b")},
         {"conversations": chat("a", "b")},
-        {
-            "conversations": [
-                {"from": "human", "value": "a", "weight": None},
-                {"from": "gpt", "value": "b"},
-            ]
-        },
-        {
-            "messages": None,
-            "conversations": [{"from": "user", "value": "a"}, {"from": "bing", "value": "b"}],
-        },
+        {"conversations": said("human", "gpt")},
+        {"messages": None, "conversations": said("user", "bing")},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
         {"instruction": "a", "input": "", "output": "b"},
         {"question": "a", "answer": "b"},
@@ -46,9 +44,7 @@ def test_system_and_input_are_kept():
     assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "sum\n\n1 2", "3"]
     row = {"system": "be kind", "conversations": [{"from": "human", "value": "a"}]}
     assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "a"]
-    row = {
-        "conversations": [{"from": "system", "value": "be kind"}, {"from": "human", "value": "a"}]
-    }
+    row = {"conversations": said("system", "human")}
     assert [m["role"] for m in read_conversation(row).messages] == ["system", "user"]
 
 
@@ -117,15 +113,7 @@ def test_preformatted_text():
         ({"messages": chat("a", "b"), "tools": "{"}, "tools are not JSON"),
         ({"messages": chat("a", "b"), "tools": ["x"]}, "tools are not a list"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "without a name"),
-        (
-            {
-                "messages": [
-                    ASKED,
-                    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
-                ]
-            },
-            "arguments",
-        ),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [BROKEN]}]}, "arguments"),
     ],
 )
 def test_bad_rows_have_a_reason(row, reason):

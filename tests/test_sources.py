@@ -12,18 +12,22 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from eagle3.config import Data
 from eagle3.data import sources
-from eagle3.data.sources import Source, find_files, may_be_remote, raw_rows, read_rows
+from eagle3.data.sources import (
+    Source,
+    find_files,
+    find_sources,
+    may_be_remote,
+    raw_rows,
+    read_rows,
+)
 from eagle3.errors import ConfigError, RunError
 
 
 def row(i):
-    return {
-        "messages": [
-            {"role": "user", "content": f"q{i}"},
-            {"role": "assistant", "content": f"a{i}"},
-        ]
-    }
+    contents = {"user": f"q{i}", "assistant": f"a{i}"}
+    return {"messages": [{"role": role, "content": text} for role, text in contents.items()]}
 
 
 def lines(n):
@@ -48,9 +52,8 @@ def network_off(monkeypatch):
 def test_forms_that_hold_the_same(tmp_path, monkeypatch, form, block):
     monkeypatch.setattr(sources, "BLOCK", block)
     everything = [row(i) for i in range(9)]
-    path = tmp_path / {"compressed": "a.jsonl.gz", "parquet": "a.parquet", "list": "a.json"}.get(
-        form, "a.jsonl"
-    )
+    names = {"compressed": "a.jsonl.gz", "parquet": "a.parquet", "list": "a.json"}
+    path = tmp_path / names.get(form, "a.jsonl")
     if form == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(everything), path, row_group_size=4)
     else:
@@ -74,25 +77,15 @@ def test_forms_that_hold_the_same(tmp_path, monkeypatch, form, block):
 def test_rows_are_named_by_file_and_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(1) + b"{broken\n\n\xff\xfe\n3\n" + lines(1))
-    found = [(r.line, r.reason) for r in read(path, tmp_path)]
-    assert found == [
-        (1, None),
-        (2, "broken JSON"),
-        (4, "bad UTF-8"),
-        (5, "row is not an object"),
-        (6, None),
-    ]
+    reasons = {r.line: r.reason for r in read(path, tmp_path)}
+    bad = {2: "broken JSON", 4: "bad UTF-8", 5: "row is not an object"}
+    assert reasons == {1: None, **bad, 6: None}
 
 
 def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
     path = tmp_path / "a.json"
-    path.write_bytes(
-        b"["
-        + lines(1).strip()
-        + b', {"messages": [{"role": "us\xff", "content": "x"}]}, '
-        + lines(1)
-        + b"]"
-    )
+    bad = b'{"messages": [{"role": "us\xff", "content": "x"}]}'
+    path.write_bytes(b"[" + b", ".join([lines(1).strip(), bad, lines(1)]) + b"]")
     assert [r.reason for r in read(path, tmp_path)] == [None, "unknown role", None]
 
 
@@ -123,9 +116,8 @@ def test_empty_files_hold_no_rows(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
 def test_damaged_and_unsupported_packing(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"
-    packed = {"gz": gzip.compress(lines(50)), "xz": lzma.compress(lines(50)), "zst": b"(\xb5/\xfd"}[
-        suffix
-    ]
+    gz, xz = gzip.compress(lines(50)), lzma.compress(lines(50))
+    packed = {"gz": gz, "xz": xz, "zst": b"(\xb5/\xfd"}[suffix]
     path.write_bytes(packed[: len(packed) // 2])
     if suffix == "zst":
         monkeypatch.setattr(sources, "infer_compression", lambda name: None)
@@ -155,8 +147,23 @@ def test_a_folder_is_read_in_order_of_names(tmp_path):
     (folder / "1.json").write_text(json.dumps([row(7)]))
     (folder / "notes.txt").write_text("not data")
     assert asked(read(folder, tmp_path)) == ["q7", "q0"]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no file that ends in"):
-        read(tmp_path / "empty", tmp_path) if (tmp_path / "empty").mkdir() is None else None
+        read(tmp_path / "empty", tmp_path)
+
+
+def test_sources_are_named_in_the_order_of_the_config(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(1))
+    named = {name: Source(str(tmp_path / f"{name}.jsonl"), weight=0.5) for name in "ba"}
+    found = find_sources(Data(path=None, sources=named), "")
+    assert [(source, files[0].name[-7:]) for source, files in found] == [
+        (named["b"], "b.jsonl"), (named["a"], "a.jsonl"),
+    ]  # fmt: skip
+    one = find_sources(Data(path=named["a"].path), "")
+    assert [source.weight for source, _ in one] == [1.0]
+    with pytest.raises(RunError, match=r"data\.sources\.c\.path"):
+        find_sources(Data(path=None, sources={"c": Source("/no/such/file")}), str(tmp_path))
 
 
 def test_addresses_go_through_datasets(tmp_path):
@@ -172,9 +179,8 @@ def test_hub_datasets(tmp_path, monkeypatch):
     hub = tmp_path / "hub"
     hub.mkdir()
     for name, n in (("one", 2), ("two", 3)):
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist([row(i) for i in range(n)]), hub / f"{name}.parquet"
-        )
+        table = pyarrow.Table.from_pylist([row(i) for i in range(n)])
+        pyarrow.parquet.write_table(table, hub / f"{name}.parquet")
     card = (
         "configs:\n- config_name: main\n  data_files:\n  - {split: train_sft, path: one.parquet}\n"
     )
@@ -222,8 +228,8 @@ def test_identity_follows_the_content(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "remote"),
-    [("owner/name", True), ("s3://b/a.jsonl", True), ("a.jsonl", False), ("data/a.json", False), ("/a/b", False),
-     ("./a", False), ("owner/name/more", False), ("HuggingFaceH4/ultrachat_200k", True)],
+    [("owner/name", True), ("s3://b/a.jsonl", True), ("a.jsonl", False), ("data/a.json", False),
+     ("/a/b", False), ("./a", False), ("owner/name/more", False), ("Hugging4/chat_200k", True)],
 )  # fmt: skip
 def test_what_may_be_remote(path, remote):
     assert may_be_remote(path) == remote

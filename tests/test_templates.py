@@ -1,4 +1,4 @@
-"""The named chat templates: exact texts, the spans the model wrote, prompts, reasoning and tools."""
+"""The named chat templates: exact texts, the spans the model wrote, prompts, reasoning, tools."""
 
 import jinja2
 import pytest
@@ -17,7 +17,8 @@ DIALOGUE = [
 
 CHATML = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-    "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>"
+    "assistant\n"
 )
 # DIALOGUE as each template renders it; ⟦ ⟧ enclose what the model wrote and are no part of the
 # text.
@@ -38,8 +39,10 @@ EXPECTED = {
     ),
     "llama4": (
         "<|begin_of_text|><|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
-        "<|header_start|>user<|header_end|>\n\nHi<|eot|><|header_start|>assistant<|header_end|>\n\n⟦Hello.<|eot|>⟧"
-        "<|header_start|>user<|header_end|>\n\nWhy?<|eot|><|header_start|>assistant<|header_end|>\n\n⟦Because.<|eot|>⟧"
+        "<|header_start|>user<|header_end|>\n\nHi<|eot|><|header_start|>assistant<|header_end|>"
+        "\n\n⟦Hello.<|eot|>⟧"
+        "<|header_start|>user<|header_end|>\n\nWhy?<|eot|><|header_start|>assistant<|header_end|>"
+        "\n\n⟦Because.<|eot|>⟧"
     ),
     "phi3": (
         "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello.<|end|>⟧\n"
@@ -57,9 +60,12 @@ EXPECTED = {
     "gpt-oss": (
         "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
         "Knowledge cutoff: 2024-06\nCurrent date: 2025-06-28\n\nReasoning: medium\n\n"
-        "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>"
-        "<|start|>developer<|message|># Instructions\n\nBe brief.\n\n<|end|><|start|>user<|message|>Hi<|end|>"
-        "<|start|>assistant⟦<|channel|>final<|message|>Hello.<|end|>⟧<|start|>user<|message|>Why?<|end|>"
+        "# Valid channels: analysis, commentary, final. Channel must be included for every "
+        "message.<|end|>"
+        "<|start|>developer<|message|># Instructions\n\nBe "
+        "brief.\n\n<|end|><|start|>user<|message|>Hi<|end|>"
+        "<|start|>assistant⟦<|channel|>final<|message|>Hello.<|end|>⟧<|start|>user<|message|>"
+        "Why?<|end|>"
         "<|start|>assistant⟦<|channel|>analysis<|message|>A question.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Because.<|return|>⟧"
     ),
@@ -72,31 +78,38 @@ EXPECTED = {
         "<｜User｜>Why?<｜Assistant｜>⟦Because.<｜end▁of▁sentence｜>⟧"
     ),
     "deepseek-v32": (
-        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜></think>⟦Hello.<｜end▁of▁sentence｜>⟧"
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜></think>"
+        "⟦Hello.<｜end▁of▁sentence｜>⟧"
         "<｜User｜>Why?<｜Assistant｜><think>⟦A question.</think>Because.<｜end▁of▁sentence｜>⟧"
     ),
     "deepseek-r1-distill": (
         "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hi<｜Assistant｜>⟦Hello.<｜end▁of▁sentence｜>⟧"
-        "<｜User｜>Why?<｜Assistant｜><think>\n⟦A question.\n</think>\n\nBecause.<｜end▁of▁sentence｜>⟧"
+        "<｜User｜>Why?<｜Assistant｜><think>\n⟦A question.\n</think>\n\nBecause."
+        "<｜end▁of▁sentence｜>⟧"
     ),
     "kimi-k2-instruct": (
-        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>Hi<|im_end|>"
-        "<|im_assistant|>assistant<|im_middle|>⟦Hello.<|im_end|>⟧<|im_user|>user<|im_middle|>Why?<|im_end|>"
+        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>"
+        "Hi<|im_end|>"
+        "<|im_assistant|>assistant<|im_middle|>⟦Hello.<|im_end|>⟧<|im_user|>user<|im_middle|>"
+        "Why?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>⟦Because.<|im_end|>⟧"
     ),
     "kimi-k2-thinking": (
-        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>Hi<|im_end|>"
+        "<|im_system|>system<|im_middle|>Be brief.<|im_end|><|im_user|>user<|im_middle|>"
+        "Hi<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|><think></think>⟦Hello.<|im_end|>⟧"
         "<|im_user|>user<|im_middle|>Why?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>⟦<think>A question.</think>Because.<|im_end|>⟧"
     ),
     "ling-flash-2.0": (
-        "<role>SYSTEM</role>Be brief.\ndetailed thinking off<|role_end|><role>HUMAN</role>Hi<|role_end|>"
+        "<role>SYSTEM</role>Be brief.\ndetailed thinking "
+        "off<|role_end|><role>HUMAN</role>Hi<|role_end|>"
         "<role>ASSISTANT</role>⟦Hello.<|role_end|>⟧<role>HUMAN</role>Why?<|role_end|>"
         "<role>ASSISTANT</role>⟦Because.<|role_end|>⟧"
     ),
     "gemma": (
-        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>"
+        "model\n⟦Hello.<end_of_turn>⟧\n"
         "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n⟦Because.<end_of_turn>⟧\n"
     ),
     "longcat": (
@@ -230,10 +243,14 @@ CALLS = [
     {"role": "assistant", "content": "Three."},
 ]
 QWEN_TOOLS = (
-    "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{TOOL_JSON}\n</tools>\n\n"
-    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
-    'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+    "<|im_start|>system\n# Tools\n\nYou may call one or more functions to assist with the user "
+    "query.\n\n"
+    f"You are provided with function signatures within <tools></tools> XML "
+    f"tags:\n<tools>\n{TOOL_JSON}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> "
+    'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+    "<args-json-object>}\n</tool_call><|im_end|>\n"
 )
 QWEN_CALL = (
     "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n"
@@ -248,26 +265,33 @@ WITH_TOOLS = {
     "qwen3-thinking": QWEN_TOOLS + QWEN_CALL + "⟦<think>\n\n</think>\n\nThree.<|im_end|>⟧\n",
     "qwen3-next-thinking": QWEN_TOOLS + QWEN_CALL + "<think>\n⟦\n</think>\n\nThree.<|im_end|>⟧\n",
     "qwen3.5": (
-        "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\n<tool_call>\n<function=add>\n"
-        "<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2]\n</parameter>\n</function>\n</tool_call><|im_end|>⟧\n"
+        "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>"
+        "\n\n<tool_call>\n<function=add>\n"
+        "<parameter=a>\n1\n</parameter>\n<parameter=b>\n[2]\n</parameter>\n</function>"
+        "\n</tool_call><|im_end|>⟧\n"
         "<|im_start|>user\n<tool_response>\n3\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n<think>\n⟦\n</think>\n\nThree.<|im_end|>⟧\n"
     ),
     "llama3": (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nEnvironment: ipython\n"
         "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please respond with a JSON for a "
+        "<|start_header_id|>user<|end_header_id|>\n\nGiven the following functions, please "
+        "respond with a JSON for a "
         "function call with its proper arguments that best answers the given prompt.\n\n"
-        'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
-        'Do not use variables.\n\n{\n    "type": "function",\n    "function": {\n        "name": "add",\n'
-        '        "parameters": {\n            "type": "object"\n        }\n    }\n}\n\n1+2?<|eot_id|>'
+        'Respond in the format {"name": function name, "parameters": dictionary of argument name '
+        "and its value}."
+        'Do not use variables.\n\n{\n    "type": "function",\n    "function": {\n        "name": '
+        '"add",\n'
+        '        "parameters": {\n            "type": "object"\n        }\n    '
+        "}\n}\n\n1+2?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
         '⟦{"name": "add", "parameters": {"a": 1, "b": [2]}}<|eot_id|>⟧'
         '<|start_header_id|>ipython<|end_header_id|>\n\n"3"<|eot_id|>'
         "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Three.<|eot_id|>⟧"
     ),
     "deepseek-v3": (
-        "<｜begin▁of▁sentence｜><｜User｜>1+2?<｜Assistant｜>⟦<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n"
+        "<｜begin▁of▁sentence｜><｜User｜>1+2?<｜Assistant｜>⟦<｜tool▁calls▁begin｜>"
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n"
         '```json\n{"a": 1, "b": [2]}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧'
         "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
         "⟦Three.<｜end▁of▁sentence｜>⟧"
@@ -283,8 +307,8 @@ def test_tools(name):
     assert got_spans == spans
     if name == "qwen3.5":
         head, _, got = got.partition("<|im_end|>\n")
-        start = "<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n<tools>\n"
-        assert head.startswith(f"{start}{TOOL_JSON}\n</tools>\n\n")
+        start = "<|im_start|>system\n# Tools\n\nYou have access to the following functions:\n\n"
+        assert head.startswith(f"{start}<tools>\n{TOOL_JSON}\n</tools>\n\n")
         assert head.endswith("</IMPORTANT>")
     assert got == text
 

@@ -3,6 +3,7 @@ rejected rows.
 """
 
 import io
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -58,30 +59,14 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     """As Llama 2's: words begin with a ▁ that the first token loses, unknown characters are one
     token a byte.
     """
-    words = [
-        "<s>",
-        "</s>",
-        "<unk>",
-        "▁",
-        "▁Hello",
-        "▁world",
-        "ha",
-        "▁ha",
-        *(f"<0x{byte:02X}>" for byte in range(256)),
-    ]
+    words = ["<s>", "</s>", "<unk>", "▁", "▁Hello", "▁world", "ha", "▁ha"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    to_marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(to_marks)
+    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -109,19 +94,8 @@ def test_pieces_of_cut_bytes_join_too(tokenizer):
 
 
 def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
-    words = [
-        "<s>",
-        "▁Hello",
-        "▁world",
-        "<0xE4>",
-        "<0xBD>",
-        "<0xA0>",
-        "▁ha",
-        "ha",
-        "</s>",
-        "▁",
-        "▁Hello",
-    ]
+    words = ["<s>", "▁Hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>"]
+    words += ["▁ha", "ha", "</s>", "▁", "▁Hello"]
     for first in (0, 1, 9):
         ids = byte_fallback.convert_tokens_to_ids(words[first:])
         pieces = view.split_tokens(byte_fallback, ids, [0] * len(ids))
@@ -144,23 +118,16 @@ def test_samples_are_what_preparation_keeps(tokenizer):
         assert [i for piece in sample.pieces for i in piece.ids] == encoded.input_ids[:160]
         assert mask == encoded.loss_mask[:160] and sum(mask) == sample.supervised
         assert (sample.tokens, sample.length) == (min(160, len(mask)), len(encoded.input_ids))
-        assert (
-            bool(view.cut_mark(sample))
-            == ("cut from" in view.about(sample))
-            == (sample.length > 160)
-        )
+        assert bool(sample.cut_mark) == ("cut from" in sample.summary) == (sample.length > 160)
 
 
 def test_options_of_data_are_followed(tokenizer):
-    messages = [
-        {"role": role, "content": word}
-        for role, word in zip(["user", "assistant"] * 2, "abcd", strict=True)
-    ]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]
 
     def supervised(**options) -> str:
-        (sample,) = collect(
-            tokenizer, Row("a.jsonl", 1, Conversation(list(messages))), **options
-        ).samples
+        given = Row("a.jsonl", 1, Conversation(list(messages)))
+        (sample,) = collect(tokenizer, given, **options).samples
         return "".join(piece.text for piece in sample.pieces if piece.supervised)
 
     assert supervised() == "b<|eot_id|>d<|eot_id|>"
@@ -174,16 +141,22 @@ def test_rows_are_read_no_further_than_needed(tokenizer):
     assert next(rows).conversation.messages[1]["content"] == "three"
 
 
+def test_the_stage_reads_all_sources_and_writes_the_page(tokenizer, tmp_path):
+    sources, console = [], Console(file=io.StringIO(), width=400)
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps({"messages": row(name).conversation.messages}))
+        sources.append((Source(str(path)), find_files(Source(str(path)), "")))
+    view.view(Data(path=None), 5, sources, Chat(tokenizer), tmp_path, console)
+    shown = console.file.getvalue()
+    assert "one.jsonl, line 1" in shown and "two.jsonl, line 1" in shown and "view.html" in shown
+    assert Page((tmp_path / "view.html").read_text()).tags.count("section") == 2
+
+
 def test_rejected_rows_are_shown_and_not_counted(tokenizer):
     bad = [Row("dir/a.jsonl", line, None, "broken JSON") for line in range(1, 8)]
-    collected = collect(
-        tokenizer,
-        *bad,
-        row("fine", "x" * 400, line=8),
-        row("fine", line=9),
-        num_samples=1,
-        max_length=40,
-    )
+    rows = [*bad, row("fine", "x" * 400, line=8), row("fine", line=9)]
+    collected = collect(tokenizer, *rows, num_samples=1, max_length=40)
     (sample,) = collected.samples
     assert sample.line == 9 and len(collected.rejected) == 8
     first = "7 x broken JSON (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5, …)"
@@ -250,14 +223,8 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.tags, self.titles, self.attributes, self.text, self.mark, self.inside = (
-            [],
-            [],
-            [],
-            "",
-            False,
-            False,
-        )
+        self.tags, self.titles, self.attributes = [], [], []
+        self.text, self.mark, self.inside = "", False, False
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -275,15 +242,14 @@ class Page(HTMLParser):
         self.text += data if self.inside and not self.mark else ""
 
 
-def test_page_escapes_everything_and_loads_nothing(tokenizer, tmp_path):
+def test_page_escapes_everything_and_loads_nothing(tokenizer):
     collected = collect(
         tokenizer,
         row(NASTY, NASTY, file="<img src=x>\udcff.jsonl"),
         Row("a.jsonl", 2, None, "refused: <script>\x1b"),
         row("</div></span><style>*{}</style>"),
     )
-    view.write_page(collected, tmp_path / "view.html")
-    html = (tmp_path / "view.html").read_text(encoding="utf-8")
+    html = view.page(collected)
     page = Page(html)
     allowed = "html head meta title style body main h1 h2 p section div span i ul li"
     assert set(page.tags) <= {*allowed.split()}
@@ -300,7 +266,7 @@ def test_page_names_every_token(tokenizer):
     collected = collect(tokenizer, row("it's 😀\n"))
     (sample,) = collected.samples
     titles = Page(view.page(collected)).titles
-    assert titles == [view.hint(piece) for piece in sample.pieces]
+    assert titles == [piece.hint for piece in sample.pieces]
     assert titles[0] == "id 0, position 0, '<|begin_of_text|>'"
     several = next(piece for piece in sample.pieces if piece.text == "😀")
     ids = " ".join(map(str, several.ids))

@@ -25,12 +25,7 @@ NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 LONGEST_TEXT = 1 << 23
-WORDS = (
-    "qzfirst",
-    "qzsecond",
-    "qzthird",
-    "qzfourth",
-)  # of the probe: in no template, one token none
+WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {
     "type": "function",
@@ -227,7 +222,7 @@ class Chat:
         return after[slice(*found)]
 
     def encode(self, conversation: Conversation, only_last_turn: bool = False) -> Encoded:
-        """Render once, tokenise once; a token belongs to a turn if it ends in it. Raises RowError."""
+        """Render and tokenise once; a token belongs to a turn if it ends in it. Raises RowError."""
         messages, text = conversation.messages, conversation.text
         if text is not None:
             spans = find_spans(self.turns, text)

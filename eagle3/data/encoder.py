@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from eagle3.config import Data
 from eagle3.data.chat import NOT_FOUND, Chat, Encoded, find_spans, with_system
-from eagle3.data.rows import Conversation, RowError
-from eagle3.data.sources import parse_row
+from eagle3.data.rows import Conversation, RowError, read_conversation
+from eagle3.data.sources import decode
 from eagle3.errors import RunError
 
 CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
@@ -90,7 +91,7 @@ class Encoder:
         """
         rows, held_below = asked
         chunk = Chunk(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(len(rows), RECORD))
-        chunk.place = rows[-1][1] + rows[-1][4]
+        chunk.place = rows[-1][1] + rows[-1][4] if rows else 0.0
         ids, masks = [chunk.ids], [chunk.mask]
         for record, (source, file, line, raw, _) in zip(chunk.records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
@@ -98,7 +99,8 @@ class Encoder:
                 record["outcome"] = LEFT_OUT
                 continue
             try:
-                conversation = self.with_system(parse_row(raw, self.data.preformatted))
+                conversation = read_conversation(decode(raw), self.data.preformatted)
+                self.add_system(conversation)
                 encoded = self.encode(conversation)
                 opening = opening_hash(conversation, self.chat)
                 prompt = self.prompt(conversation) if opening < held_below else None
@@ -127,10 +129,9 @@ class Encoder:
         chunk.ids, chunk.mask = np.concatenate(ids), np.concatenate(masks)
         return chunk
 
-    def with_system(self, conversation: Conversation) -> Conversation:
+    def add_system(self, conversation: Conversation) -> None:
         if conversation.messages:
             conversation.messages = with_system(conversation.messages, self.data.system_prompt)
-        return conversation
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Raises RowError also where nothing of an answer is left to train on."""
@@ -177,6 +178,7 @@ def encode_in_order(
         collate_fn=lambda chunk: chunk,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # so that it takes nothing from the seeded one
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
     )
     try:

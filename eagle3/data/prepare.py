@@ -49,7 +49,8 @@ DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
 KEYS = (
-    "num_samples", "max_length", "preformatted", "system_prompt", "train_only_last_turn", "on_reject",
+    "num_samples", "max_length", "preformatted", "system_prompt", "train_only_last_turn",
+    "on_reject",
 )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
             writer.append(chunk)
             progress.update(task, completed=chunk.place, rows=state.rows)
             if data.on_reject == "fail":
-                fail_on_reject(chunk.records, state.reasons, names)
+                fail_on_reject(list_rejects(chunk.records, state.reasons, names))
             if number % PART_CHUNKS == 0:
                 check_found(state, 0.5)
                 writer.save()
@@ -295,13 +296,13 @@ def check_found(state: State, allowed: float) -> None:
         )
 
 
-def fail_on_reject(rows: np.ndarray, reasons: list[str], names: list[str]) -> None:
-    for reject in list_rejects(rows, reasons, names)[:1]:
-        raise RunError(on_reject_says(**reject))
-
-
-def on_reject_says(file: str, line: int, reason: str) -> str:
-    return f"{file}, line {line}: {reason} (data.on_reject=skip would count it and go on)"
+def fail_on_reject(rejects: list[dict]) -> None:
+    """End the stage where a row is rejected, for `data.on_reject=fail`."""
+    for reject in rejects[:1]:
+        raise RunError(
+            f"{reject['file']}, line {reject['line']}: {reject['reason']} (data.on_reject=skip "
+            "would count it and go on)"
+        )
 
 
 def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
@@ -323,7 +324,8 @@ def read_heldout(
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            conversation = encoder.with_system(row.conversation)
+            conversation = row.conversation
+            encoder.add_system(conversation)
             ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
@@ -334,7 +336,7 @@ def read_heldout(
         except RowError as error:
             rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
             if encoder.data.on_reject == "fail":
-                raise RunError(on_reject_says(**rejects[-1])) from error
+                fail_on_reject(rejects)
         if len(prompts) == num_heldout:
             break
     if not prompts:
@@ -361,8 +363,9 @@ def finish(
     rows = writer.close()
     check_usable(rows, reasons, names)
     drop_duplicates(rows, reasons)
+    rejects = list_rejects(rows, reasons, names)
     if data.on_reject == "fail":
-        fail_on_reject(rows, reasons, names)
+        fail_on_reject(rejects)
     heldout, unasked = given
     heldout = heldout or hold_out(rows, writer, names)
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
@@ -378,7 +381,6 @@ def finish(
     special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     vocab = choose_vocab(counts, draft_vocab_size, special & ends)
     np.save(folder / "vocab.npy", vocab)
-    rejects = list_rejects(rows, reasons, names)
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         (folder / f"{name}.jsonl").write_text(text)

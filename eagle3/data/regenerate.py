@@ -258,9 +258,8 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for row in batch]
-            self.answer_batch(
-                dialogues, target.load(), chat, self.max_new_tokens or data.max_length
-            )
+            longest = self.max_new_tokens or data.max_length
+            self.answer_batch(dialogues, target.load(), chat, longest)
             for number, row, dialogue in zip(numbers, batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
@@ -390,26 +389,22 @@ class Server:
         self.free = asyncio.Semaphore(options.concurrency)
         self.in_flight, self.error, self.rests_until, self.answered_at = 0, "", 0.0, 0.0
         self.key = os.environ.get(options.api_key_env)
+        self.headers = {} if self.key else {"Authorization": openai.Omit()}
         self.client = openai.AsyncOpenAI(
             base_url=url.rstrip("/"),
             api_key=self.key or "none",
-            default_headers=None if self.key else {"Authorization": openai.Omit()},
             max_retries=options.retries,
             timeout=openai.Timeout(options.timeout, connect=min(30.0, options.timeout)),
             # proxies of the environment are for other machines than this one
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not LOCAL.search(url + "/")),
         )
 
-    async def send(self, request: Awaitable[Any]) -> tuple[Any, int]:
-        """The reply's JSON, None if it is none, and how often the request was repeated.
-
-        Raises ServerError, RowError when the request is refused, RunError when every one would be.
+    async def send(self, request: Awaitable[Any]) -> Any:
+        """The client's reply. Raises ServerError, RowError when the request is refused, RunError
+        when every one would be.
         """
         try:
-            raw = await request
-            return json.loads(raw.http_response.text), raw.retries_taken
-        except ValueError:
-            return None, raw.retries_taken
+            return await request
         except self.openai.APITimeoutError as error:
             raise ServerError("timed out") from error
         except self.openai.APIConnectionError as error:
@@ -423,9 +418,9 @@ class Server:
             raise ServerError(f"HTTP {status}", words)
         if status in (401, 403, 404):
             raise RunError(
-                f"{self.url} refuses every request (HTTP {status}: {words}): check regenerate.model, "
-                "regenerate.urls, which usually end in /v1, and the key in the environment variable "
-                "that regenerate.api_key_env names"
+                f"{self.url} refuses every request (HTTP {status}: {words}): check "
+                "regenerate.model, regenerate.urls, which usually end in /v1, and the key in the "
+                "environment variable that regenerate.api_key_env names"
             )
         raise RowError(f"HTTP {status}: {re.sub('[0-9]+', 'N', words)}")
 
@@ -434,15 +429,13 @@ class Server:
         client repeats a request. Raises what `send` raises.
         """
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
-        for _ in range(self.retries + 1):
-            completion = self.client.chat.completions.with_raw_response.create(**given)
+        completions = self.client.chat.completions.with_raw_response
+        for attempt in range(self.retries + 1):
+            counts["retries"] += attempt > 0
+            raw = await self.send(completions.create(**given, extra_headers=self.headers))
+            counts["retries"] += raw.retries_taken
             try:
-                reply, repeated = await self.send(completion)
-            except ServerError:
-                counts["retries"] += self.retries
-                raise
-            counts["retries"] += repeated
-            try:
+                reply = json.loads(raw.http_response.text)
                 choice, usage = reply["choices"][0], reply.get("usage") or {}
                 message, end = choice["message"], choice.get("finish_reason")
                 if end in ("abort", "error", "content_filter"):
@@ -455,32 +448,19 @@ class Server:
                 fault = str(error)
             except (ValueError, LookupError, TypeError, AttributeError):
                 fault = "malformed reply"
-            counts["retries"] += 1
-        counts["retries"] -= 1
         raise ServerError(fault)
 
     async def is_well(self, body: dict[str, Any]) -> bool:
         """Whether it answers a short request at once, or refuses it."""
-        once = self.client.with_options(max_retries=0).chat.completions.with_raw_response
+        once = self.client.with_options(max_retries=0).chat.completions
+        given = {**PROBE, "model": body["model"], "extra_body": body | PROBE}
         try:
-            await self.send(once.create(model=body["model"], extra_body=body | PROBE, **PROBE))
+            await self.send(once.with_raw_response.create(**given, extra_headers=self.headers))
+        except RowError:
+            return True
         except ServerError:
             return False
-        except RowError:
-            pass
         return True
-
-    async def models(self) -> list[str]:
-        """What it lists; nothing where it cannot be asked."""
-        self.error = "it lists no model"
-        try:
-            listed, _ = await self.send(self.client.models.with_raw_response.list())
-            return [model["id"] for model in listed["data"]]
-        except ServerError as error:
-            self.error = ": ".join(error.args)
-        except (LookupError, TypeError):
-            pass
-        return []
 
 
 @dataclass
@@ -532,13 +512,23 @@ class Pool:
 
     async def only_model(self) -> str:
         """The one model that the servers list. Raises RunError."""
-        listed = await asyncio.gather(*(server.models() for server in self.servers))
-        names = sorted(set().union(*listed))
-        if len(names) == 1:
-            return names[0]
-        offers = f"the servers offer several models ({', '.join(names)}): name one in"
-        silent = f"no server names its model ({self.errors()}): set regenerate.urls, or"
-        raise RunError(f"{offers if names else silent} regenerate.model")
+        names = set()
+        for server in self.servers:
+            server.error = "it lists no model"
+            try:
+                request = server.client.models.list(extra_headers=server.headers)
+                names |= {model.id for model in (await server.send(request)).data}
+            except ServerError as error:
+                server.error = ": ".join(error.args)
+            except (AttributeError, TypeError):
+                continue  # a reply that is no list of models
+        if len(names) != 1:
+            several = f"several models ({', '.join(sorted(names))})"
+            raise RunError(
+                f"the servers list {several if names else f'no model ({self.errors()})'}: name one "
+                "in regenerate.model, and check regenerate.urls"
+            )
+        return names.pop()
 
     def errors(self) -> str:
         return "; ".join(f"{server.url}: {server.error}" for server in self.servers)

@@ -228,11 +228,6 @@ def decode(raw: bytes | Any) -> dict[str, Any]:
     return raw
 
 
-def parse_row(raw: bytes | Any, preformatted: bool = False) -> Conversation:
-    """What `raw_rows` gave -> a conversation. Raises RowError."""
-    return read_conversation(decode(raw), preformatted)
-
-
 def selects(share: float, line: int) -> bool:
     """Whether a row is among the `share` of its file that is used: always the same rows, spread
     evenly.
@@ -255,7 +250,7 @@ def read_rows(
             continue
         row = Row(file.name, line, None, share=(i + read) / len(files))
         try:
-            row.conversation = parse_row(raw, preformatted)
+            row.conversation = read_conversation(decode(raw), preformatted)
         except RowError as error:
             row.reason = str(error)
         yield row

@@ -77,7 +77,7 @@ class Sample:
 
 @dataclass
 class Rejected:
-    """A row that cannot be used; `text` is its rendering, where no assistant turn was found in it."""
+    """A row that cannot be used; `text` is its rendering, where no turn was found in it."""
 
     file: str
     line: int
@@ -110,12 +110,7 @@ class Collected:
 
 
 def view(
-    data: Data,
-    num_samples: int,
-    sources: SourceFiles,
-    chat: Chat,
-    run_dir: Path,
-    console: Console,
+    data: Data, num_samples: int, sources: SourceFiles, chat: Chat, run_dir: Path, console: Console
 ) -> None:
     """Show the first `num_samples` conversations, also as `view.html` in `run_dir`. Raises
     RunError when there is none.
@@ -129,18 +124,18 @@ def view(
 
 
 def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Collected:
-    """The first `num_samples` rows that preparation would keep. Raises RunError when there is none."""
+    """The first `num_samples` rows that preparation would keep. Raises RunError without any."""
     encoder, collected = Encoder(chat, data), Collected()
     for row in rows:
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            conversation = encoder.with_system(row.conversation)
-            encoded = encoder.encode(conversation)
+            encoder.add_system(row.conversation)
+            encoded = encoder.encode(row.conversation)
         except RowError as error:
             rejected = Rejected(row.file, row.line, str(error))
             if rejected.reason == NOT_FOUND and len(collected.renderings) < MOST_RENDERINGS:
-                rejected.text = encoder.example(conversation)
+                rejected.text = encoder.example(row.conversation)
             collected.rejected.append(rejected)
             continue
         ids, mask = encoded.input_ids[: data.max_length], encoded.loss_mask[: data.max_length]

@@ -8,6 +8,7 @@ import numpy as np
 
 from eagle3.batch import Batch, Document, Features, concatenate_features, split_features
 from eagle3.data.prepare import Prepared
+from eagle3.errors import RunError
 from eagle3.hidden_states.capture import compute_features, document_keys
 from eagle3.hidden_states.store import Store
 from eagle3.loader import DocumentSource
@@ -70,6 +71,11 @@ class Offline(Supply):
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         keys = self.store.order[numbers].tolist()
         found = self.store.load(keys)
+        missing = [key for key in keys if key not in found]
+        if missing and self.store.on_damage == "fail":
+            raise RunError(
+                f"the store in {self.store.folder} has no document {missing[0]}; capture again"
+            )
         return [found[key] for key in keys if key in found]
 
     def features(self, batch: Batch) -> Features:
