@@ -30,12 +30,7 @@ from eagle3.optim import GuardedOptimizer
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
-from eagle3.runs.checkpoint import (
-    CheckpointState,
-    CheckpointWriter,
-    draft_weights,
-    load_checkpoint,
-)
+from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, draft_weights, load_checkpoint
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import note_signals, progress_bar

@@ -111,9 +111,7 @@ def test_what_does_not_pass(source):
 
 @pytest.mark.runs
 def test_what_passes():
-    assert passes(
-        "import re, math, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')"
-    )
+    assert passes("import re, math, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')")
 
 
 @pytest.mark.runs

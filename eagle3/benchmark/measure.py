@@ -231,11 +231,7 @@ def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code
                 right[key] = kind.score(key[1], trial.question.reference)
         return sum(right[key] for key in keys) / len(keys)
 
-    return {
-        "score": share(drafted),
-        "baseline_score": share(baseline),
-        "num_scored": len(drafted),
-    }
+    return {"score": share(drafted), "baseline_score": share(baseline), "num_scored": len(drafted)}
 
 
 def describe_setups(tasks: list[Task]) -> dict[str, Any]:

@@ -102,11 +102,7 @@ def natural(path: Path) -> list:
 
 
 def convert(
-    files: list[Path],
-    folder: Path,
-    weights: TargetWeights,
-    inputs: dict[str, Any],
-    on_damage: str,
+    files: list[Path], folder: Path, weights: TargetWeights, inputs: dict[str, Any], on_damage: str
 ) -> dict[str, Any]:
     """Fill `folder` with the files' documents, keyed by the number of their file.
 
