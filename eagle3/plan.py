@@ -27,8 +27,8 @@ from eagle3.batch import Batch, Document, Features, pack
 from eagle3.config import Data, RunConfig, parse_size
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.prepare import Prepared
-from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, parse_row, raw_rows
+from eagle3.data.rows import RowError, read_conversation
+from eagle3.data.sources import DataFile, SourceFiles, decode, raw_rows
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
@@ -244,7 +244,7 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> Sample:
 
 def encode(row: object, chat: Chat, data: Data) -> Document:
     """Raises RowError for a row that cannot be trained on."""
-    conversation = parse_row(row, data.preformatted)
+    conversation = read_conversation(decode(row), data.preformatted)
     if conversation.messages:
         conversation.messages = with_system(conversation.messages, data.system_prompt)
     encoded = chat.encode(conversation, data.train_only_last_turn)
