@@ -523,7 +523,7 @@ def test_adding_waits_when_writing_is_slow(tmp_path, monkeypatch):
     gate, serialise = threading.Event(), shard_module.serialise
 
     def slow(*arguments):
-        assert gate.wait(60)
+        assert gate.wait(600)
         return serialise(*arguments)
 
     monkeypatch.setattr(shard_module, "serialise", slow)

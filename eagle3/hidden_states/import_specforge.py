@@ -140,7 +140,8 @@ def convert(
             store.write(progress["shards"], documents)
             facts["files"] = key + 1
             progress["shards"] += 1
-            write_atomically(noted, json.dumps(progress | {"counts": counts.tolist()}).encode())
+            content = json.dumps(progress | {"counts": counts.tolist()})
+            write_atomically(noted, [content.encode()])
             documents, size = [], 0
     if progress["shards"] == 0:
         file, _, why = skipped[0]
