@@ -292,7 +292,7 @@ def test_missing_cut_and_exchanged_shards(tmp_path):
     others = shard(tmp_path / "other", 2).read_bytes()
     for wrong in (b"", content[:5], content[:100], content[:-1], content + b"x", others):
         path.write_bytes(wrong)
-        with pytest.raises(RunError, match="^6 documents cannot be read"):
+        with pytest.raises(RunError, match=r"^6 documents cannot be read"):
             read(tmp_path)
         assert damaged_by(tmp_path) == lost
     path.write_bytes(content)
@@ -334,7 +334,7 @@ def test_damaged_index(tmp_path):
             assert "index.npz is damaged" in str(error)
         flip(path, place)
     (tmp_path / "store.json").write_bytes(b"{")
-    with pytest.raises(RunError, match="store.json is damaged"):
+    with pytest.raises(RunError, match=r"store.json is damaged"):
         read(tmp_path)
 
 
