@@ -32,7 +32,6 @@ from eagle3.target.handle import TargetHandle
 INPUTS, INDEX, LOCK = "store.json", "index.npz", ".lock"
 OPEN_SHARDS = 64
 SHARDS_PER_RANK = 100_000
-HEAD_BYTES = 2048  # of a shard beside its documents, at most
 REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard and make it again"
 
 
@@ -273,7 +272,7 @@ class HybridStore(Store):
                     self.full = True
                     self.refused.write_text(str(self.max_bytes))
                     ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
-                    documents = documents[: int((ends + HEAD_BYTES <= room).sum())]
+                    documents = documents[: int((ends + pieces[0].nbytes <= room).sum())]
                     if not documents:
                         return
                     pieces = shards.serialise(documents, dtype, self.fingerprint)
