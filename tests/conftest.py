@@ -274,7 +274,7 @@ def in_another_process(function, *arguments) -> multiprocessing.Process:
         torch.set_num_threads(1)
         function(*arguments)
 
-    process = multiprocessing.get_context("fork").Process(target=run)
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
     process.start()
     return process
 

@@ -1,15 +1,12 @@
 """SpecForge's hidden states on disk (`rows_0-2000/data_0.ckpt[.gz]`), converted once to a store.
 
 A file holds one document: `input_ids` [n], `loss_mask` [n], `aux_hidden_state` [1,n,3H] and
-`hidden_state` [1,n,H], the last one after the target's final norm, because SpecForge trains with
-nothing but the head behind it.
-
-What SpecForge trains on is kept, so that `loss/mask=shifted` gives its losses: it cuts a document
-at the maximal length and never supervises the last row it then has. A capture in batches pads on
-the right with id 0 before the target runs, which sees these rows as tokens, and SpecForge then
-trains with them as part of the document: they count in its normaliser and the first of them is a
-teacher, so they stay. Rows that the target never computed go: ids beyond the hidden states, rows
-that an `attention_mask` excludes, rows of zeros.
+`hidden_state` [1,n,H], the last one after the target's final norm. What SpecForge trains on is
+kept, so that `loss/mask=shifted` gives its losses: it cuts a document at the maximal length and
+never supervises the last row it then has. A capture in batches pads on the right with id 0 before
+the target runs, and SpecForge trains with these rows as part of the document, so they stay. Rows
+that the target never computed go: ids beyond the hidden states, rows that an `attention_mask`
+excludes, rows of zeros.
 
 n tokens, H the target's hidden size, U teacher rows, V vocabulary.
 """
@@ -70,21 +67,21 @@ def import_specforge(
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
     source = Path(section.path)
     files = sorted(hidden_state_files(source), key=natural)
-    stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    made_from = {
+    stats = [(path.relative_to(source), path.stat()) for path in files]
+    inputs = {
         "format": VERSION,
-        "imported": str(source),
+        "imported": fingerprint({str(p): [stat.st_size, stat.st_mtime_ns] for p, stat in stats}),
         "model": fingerprint(target.spec.identity),
         "hidden_states.dtype": section.dtype,
         "max_length": max_length,
     }
-    inputs = made_from | {"files": fingerprint({"files": stats}), "on_damage": section.on_damage}
 
     def convert_into(folder: Path) -> dict[str, Any]:
         weights = load_weights(target.spec, target.device)
-        return convert(files, folder, weights, made_from, section.on_damage)
+        return convert(files, folder, weights, inputs, section.on_damage)
 
-    return artefact(cache_dir, "imported", inputs, convert_into if write else None, "import")
+    given = inputs | {"on_damage": section.on_damage}
+    return artefact(cache_dir, "imported", given, convert_into if write else None, "import")
 
 
 def hidden_state_files(folder: Path) -> Iterator[Path]:
@@ -136,7 +133,8 @@ def convert(
             store.write(progress["shards"], documents)
             facts["files"] = key + 1
             progress["shards"] += 1
-            write_atomically(noted, json.dumps(progress | {"counts": counts.tolist()}).encode())
+            content = json.dumps(progress | {"counts": counts.tolist()})
+            write_atomically(noted, [content.encode()])
             documents, size = [], 0
     if progress["shards"] == 0:
         file, _, why = skipped[0]

@@ -12,15 +12,15 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import save
 
 from eagle3.batch import Document, Features
 from eagle3.errors import RunError
@@ -31,6 +31,13 @@ SHARD_BYTES = 256 << 20
 READ_BYTES = 1 << 20
 FREE = nullcontext()
 DTYPES = ("fp32", "bf16", "int8")
+NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
 COUNTS = ("key", "tokens", "teacher_rows", "supervised")
 RECORD = np.dtype([(name, "<i8") for name in COUNTS] + [("checksum", "<u8")])
 
@@ -52,21 +59,23 @@ class Column(NamedTuple):
 
 
 def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
-    """What is stored of documents, in the order of their checksum."""
+    """What is stored of documents; wide numbers first, so that all are aligned."""
     hidden = torch.float32 if dtype == "fp32" else torch.bfloat16
-    stored = {
-        "input_ids": Column("tokens", torch.int32, ()),
-        "loss_mask": Column("tokens", torch.bool, ()),
-        "aux_hidden_states": Column("tokens", hidden, (3 * hidden_size,)),
-        "last_hidden_states": Column("teacher_rows", hidden, (hidden_size,)),
-        "argmax": Column("teacher_rows", torch.int32, ()),
-        "logsumexp": Column("teacher_rows", torch.float32, ()),
-    }
+    aux = {"aux_hidden_states": Column("tokens", hidden, (3 * hidden_size,))}
     if dtype == "int8":
-        stored["aux_hidden_states"] = Column("tokens", torch.int8, (3 * hidden_size,))
         groups = math.ceil(3 * hidden_size / GROUP)
-        stored["aux_scales"] = Column("tokens", torch.bfloat16, (groups,))
-    return stored
+        aux = {
+            "aux_scales": Column("tokens", torch.bfloat16, (groups,)),
+            "aux_hidden_states": Column("tokens", torch.int8, (3 * hidden_size,)),
+        }
+    return {
+        "logsumexp": Column("teacher_rows", torch.float32, ()),
+        "argmax": Column("teacher_rows", torch.int32, ()),
+        "input_ids": Column("tokens", torch.int32, ()),
+        "last_hidden_states": Column("teacher_rows", hidden, (hidden_size,)),
+        **aux,
+        "loss_mask": Column("tokens", torch.bool, ()),
+    }
 
 
 def document_bytes(length, teacher_rows, hidden_size: int, dtype: str):
@@ -80,22 +89,24 @@ def document_bytes(length, teacher_rows, hidden_size: int, dtype: str):
     return size if np.ndim(size) else int(size)
 
 
-def encode(document: Document, dtype: str) -> dict[str, torch.Tensor]:
-    """A document's rows of each column; raises RunError where a hidden state is not finite."""
+def encode(document: Document, dtype: str) -> dict[str, np.ndarray]:
+    """A document's bytes uint8 of each column. Raises RunError where a state is not finite."""
     features = document.features
-    hidden_size = features.last_hidden_states.shape[1]
+    u, hidden_size = features.last_hidden_states.shape
+    rows = {"tokens": len(document.input_ids), "teacher_rows": u}
     values = vars(features) | {"input_ids": document.input_ids, "loss_mask": document.loss_mask}
     if dtype == "int8":
         values["aux_hidden_states"], values["aux_scales"] = quantise(features.aux_hidden_states)
     encoded = {}
     for name, column in columns(hidden_size, dtype).items():
-        value = encoded[name] = values[name].to("cpu", column.dtype).contiguous()
-        assert value.shape[1:] == column.shape, name
+        value = values[name].to("cpu", column.dtype).contiguous()
+        assert value.shape == (rows[column.per], *column.shape), name
         if value.is_floating_point() and not is_finite(value):
             raise RunError(
                 f"document {document.key}: its {name.replace('_', ' ')} in {dtype} are not finite, "
                 "so the target is broken or its dtype too narrow; nothing of its shard was written"
             )
+        encoded[name] = value.flatten().view(torch.uint8).numpy()
     return encoded
 
 
@@ -104,26 +115,37 @@ def is_finite(value: torch.Tensor) -> bool:
     return value.numel() == 0 or bool(torch.stack(value.aminmax()).isfinite().all())
 
 
-def serialise(documents: list[Document], dtype: str, store: str) -> bytes:
-    """The content of a shard of the store with fingerprint `store`. Raises RunError."""
+def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndarray]:
+    """The content of a shard of the store with fingerprint `store`, in pieces. Raises RunError.
+
+    The pieces are the documents' own memory where nothing is converted: safetensors' own writer
+    would copy a shard two or three times.
+    """
     hidden_size = documents[0].features.last_hidden_states.shape[1]
-    stored = columns(hidden_size, dtype)
     records, encoded = np.empty(len(documents), RECORD), []
     for place, document in enumerate(documents):
-        tensors = encode(document, dtype)
-        encoded.append(tensors)
+        encoded.append(encode(document, dtype))
         digest = xxhash.xxh3_64()
-        for tensor in tensors.values():
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        for piece in encoded[-1].values():
+            digest.update(piece)
         n, u = len(document.input_ids), len(document.features.argmax)
         supervised = int(document.loss_mask.sum())
         records[place] = document.key, n, u, supervised, digest.intdigest()
-    rows = {name: torch.cat([tensors[name] for tensors in encoded]) for name in stored}
-    rows["documents"] = torch.from_numpy(records.view("<i8").reshape(-1, len(RECORD)))
-    head = {"version": VERSION, "store": store, "dtype": dtype, "hidden_size": hidden_size}
-    text = json.dumps(head)
-    # One entry, because safetensors writes several in no fixed order.
-    return save(rows, {"eagle3": f"{checksum_head(text, records)} {text}"})
+    about = {"version": VERSION, "store": store, "dtype": dtype, "hidden_size": hidden_size}
+    text = json.dumps(about)
+    header: dict[str, Any] = {"__metadata__": {"eagle3": f"{checksum_head(text, records)} {text}"}}
+    pieces, end = [records.view(np.uint8)], records.nbytes
+    shape = [len(records), len(RECORD)]
+    header["documents"] = {"dtype": "I64", "shape": shape, "data_offsets": [0, end]}
+    for name, column in columns(hidden_size, dtype).items():
+        rows, start = int(records[column.per].sum()), end
+        end += rows * column.row_bytes
+        shape, span = [rows, *column.shape], [start, end]
+        header[name] = {"dtype": NAMES[column.dtype], "shape": shape, "data_offsets": span}
+        pieces += [tensors[name] for tensors in encoded]
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return [np.frombuffer(len(head).to_bytes(8, "little") + head, np.uint8), *pieces]
 
 
 def checksum_head(text: str, records: np.ndarray) -> str:
@@ -147,7 +169,10 @@ def reserve(path: Path, size: int) -> Path:
 
 
 def write_atomically(
-    path: Path, content: bytes, partial: Path | None = None, lock: AbstractContextManager = FREE
+    path: Path,
+    pieces: Iterable[bytes | np.ndarray],
+    partial: Path | None = None,
+    lock: AbstractContextManager = FREE,
 ) -> None:
     """On disk when this returns, or nothing is left of it and OSError raised (a full disk).
 
@@ -156,7 +181,7 @@ def write_atomically(
     partial = partial or reserve(path, 0)
     try:
         with partial.open("r+b") as stream:
-            stream.write(content)
+            stream.writelines(pieces)
             stream.flush()
             os.fsync(stream.fileno())
         with lock:

@@ -32,7 +32,6 @@ from eagle3.target.handle import TargetHandle
 INPUTS, INDEX, LOCK = "store.json", "index.npz", ".lock"
 OPEN_SHARDS = 64
 SHARDS_PER_RANK = 100_000
-HEAD_BYTES = 2048  # of a shard beside its documents, at most
 REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard and make it again"
 
 
@@ -75,7 +74,7 @@ class Store:
             )
         self.fingerprint = fingerprint(self.inputs)
         self.open = lru_cache(OPEN_SHARDS)(self.open_shard)
-        self.seen: set[int] = set()  # numbers of shards
+        self.indexed: set[int] = set()  # numbers of shards
         # By key, which is a document's number in the data: its shard << 32 | its place there, or
         # -1. Eight bytes a document, where a dict would take 150.
         self.places = np.full(1024, -1)
@@ -105,14 +104,14 @@ class Store:
 
         Raises RunError where a hidden state is not finite, OSError for a full disk.
         """
-        content = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
-        shards.write_atomically(shard_path(self.folder, number), content)
+        pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
+        shards.write_atomically(shard_path(self.folder, number), pieces)
 
     def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
         """Write the index: `order`, `lengths`, `supervised` of the data, `vocab` or `counts`."""
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
-        shards.write_atomically(self.folder / INDEX, content.getvalue())
+        shards.write_atomically(self.folder / INDEX, [content.getvalue()])
         for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
             left.unlink(missing_ok=True)
 
@@ -122,9 +121,9 @@ class Store:
         if self.index is not None:
             numbers = set(range(self.index["shards"]))
         reasons = {}
-        for number in sorted(numbers - self.seen):
+        for number in sorted(numbers - self.indexed):
             try:
-                self.take_up(number)
+                self.index_shard(number)
             except DamageError as damage:
                 reasons[shard_path(self.folder, number).name] = str(damage)
         if self.index is None:
@@ -136,8 +135,9 @@ class Store:
             reason = next(iter(reasons.values()), "no shard has them")
             self.note_damage(f"{len(lost)} documents", reason, lost)
 
-    def take_up(self, number: int) -> None:
-        self.seen.add(number)
+    def index_shard(self, number: int) -> None:
+        """Note where the documents of a shard lie. Raises DamageError."""
+        self.indexed.add(number)
         shard = self.open(number)
         keys = shard.records["key"]
         if keys.max() >= len(self.places):
@@ -210,7 +210,7 @@ class HybridStore(Store):
             self.scan()
             refused = self.refused.exists() and int(self.refused.read_text()) >= max_bytes
             self.full = refused or self.room() <= 0
-        self.next_number = max(self.seen & set(own), default=own.start - 1) + 1
+        self.next_number = max(self.indexed & set(own), default=own.start - 1) + 1
         self.buffer: list[Document] = []
         self.buffered = 0
         self.waiting: set[int] = set()  # keys of what is not written yet
@@ -226,7 +226,7 @@ class HybridStore(Store):
 
         Raises RunError for what an earlier writing ran into.
         """
-        self.settle(2)
+        self.wait_for_writes(2)
         for document in documents:
             if self.full or document.key in self.waiting or document.key in self:
                 continue
@@ -240,9 +240,9 @@ class HybridStore(Store):
         documents, self.buffer, self.buffered = self.buffer, [], 0
         if documents:
             self.writes.append(self.writer.submit(self.write_within_budget, documents))
-        self.settle(2)  # one shard is being written, and one waits
+        self.wait_for_writes(2)  # one shard is being written, and one waits
 
-    def settle(self, allowed: int) -> None:
+    def wait_for_writes(self, allowed: int) -> None:
         """Wait until at most so many shards are not written; raises what writing ran into."""
         while self.writes and (len(self.writes) > allowed or self.writes[0].done()):
             self.writes.popleft().result()
@@ -250,7 +250,7 @@ class HybridStore(Store):
     def sync(self) -> None:
         """Wait until everything added so far is written, or dropped because the disk is full."""
         self.flush()
-        self.settle(0)
+        self.wait_for_writes(0)
 
     def close(self) -> None:
         try:
@@ -265,30 +265,29 @@ class HybridStore(Store):
             return
         dtype, path = self.inputs["hidden_states.dtype"], shard_path(self.folder, self.next_number)
         try:
-            content = shards.serialise(documents, dtype, self.fingerprint)
+            pieces = shards.serialise(documents, dtype, self.fingerprint)
             with self.disk:
                 room = self.room()
-                if len(content) > room:
+                if sum(piece.nbytes for piece in pieces) > room:
                     self.full = True
                     self.refused.write_text(str(self.max_bytes))
                     ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
-                    documents = documents[: int((ends + HEAD_BYTES <= room).sum())]
+                    documents = documents[: int((ends + pieces[0].nbytes <= room).sum())]
                     if not documents:
                         return
-                    content = shards.serialise(documents, dtype, self.fingerprint)
-                partial = shards.reserve(path, len(content))
-            shards.write_atomically(path, content, partial, self.disk)
-        except OSError as error:
+                    pieces = shards.serialise(documents, dtype, self.fingerprint)
+                partial = shards.reserve(path, sum(piece.nbytes for piece in pieces))
+            shards.write_atomically(path, pieces, partial, self.disk)
+        except Exception as error:
             self.full = True
+            if not isinstance(error, OSError):
+                raise
             raise RunError(
                 f"hidden states cannot be written to {self.folder} ({error.strerror}); those "
                 "already there stay usable; lower hidden_states.max_disk or set hidden_states.path "
                 "to a larger disk"
             ) from error
-        except Exception:
-            self.full = True
-            raise
-        self.take_up(self.next_number)
+        self.index_shard(self.next_number)
         self.next_number += 1
         self.waiting.difference_update(document.key for document in documents)
 
@@ -329,7 +328,7 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         with FileLock(folder / LOCK):
             known = read_inputs(folder)
             if known is None:
-                shards.write_atomically(folder / INPUTS, json.dumps(inputs, indent=1).encode())
+                shards.write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
             else:
                 check_inputs(known, inputs, folder)
     except OSError as error:
