@@ -27,13 +27,17 @@ ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
 PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"} "$@"\n'
 
 
+def composed(name):
+    """conf/benchmark/`name`.yaml over what its defaults name."""
+    node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
+    below = [composed(default) for default in node.pop("defaults", [])]
+    return OmegaConf.merge(*below, node)
+
+
 def section(name, **changed):
     """The section `benchmark`, as composed for benchmark=`name`."""
-    node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
-    assert "builtin" in node.pop("defaults")
-    merged = OmegaConf.merge(OmegaConf.load(ROOT / "conf/benchmark/builtin.yaml"), node)
-    given = {"suites": ["heldout"], "max_new_tokens": 11, "ready_seconds": 30} | changed
-    return OmegaConf.to_container(merged) | given
+    given = {"suites": ["heldout"], "max_new_tokens": 11, "ready_seconds": 30}
+    return OmegaConf.to_container(composed(name)) | given | changed
 
 
 @pytest.fixture(scope="session")
