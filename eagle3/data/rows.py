@@ -60,6 +60,7 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
     if isinstance(system, str) and system.strip() and not instructed:
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
     answers = first
     while answers < len(messages) and messages[answers]["role"] == "assistant":
         answers += 1
