@@ -292,8 +292,8 @@ WITH_TOOLS = {
     "deepseek-v3": (
         "<｜begin▁of▁sentence｜><｜User｜>1+2?<｜Assistant｜>⟦<｜tool▁calls▁begin｜>"
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n"
-        '```json\n{"a": 1, "b": [2]}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>⟧'
-        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+        '```json\n{"a": 1, "b": [2]}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+        "<｜end▁of▁sentence｜>⟧<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>3<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
         "⟦Three.<｜end▁of▁sentence｜>⟧"
     ),
 }

@@ -346,6 +346,8 @@ def find_opening(
     """
     marker = first_special(tokenizer, prompt)
     begins = [prompt] if prompt else []
+    # The text before an answer may begin with what ends the question, which other questions (after
+    # a tool's result, say) do not end with: the opening is what the marker of the role begins.
     for head in heads:
         head = head.removeprefix(tail)
         place = head.rfind(prompt[slice(*marker)]) if marker else -1
@@ -416,6 +418,7 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
         inside = [text.rfind(closing, start, stop) for closing in turns.closings]
         ends = [p + len(c) for p, c in zip(inside, turns.closings, strict=True) if p >= 0]
         spans.append((start, behind or max(ends, default=stop)))
+    # Nothing follows an answer that was cut, so only the last one can be.
     if any(m.get("truncated") for m in messages):
         start, stop = spans[-1]
         closing = next((c for c in turns.closings if text[start:stop].endswith(c)), "")
@@ -430,8 +433,8 @@ def find_spans(turns: Turns, text: str) -> list[Span]:
     spans = []
     start = turns.start(text, 0)
     while start >= 0:
-        found = [(text.find(c, start), len(c)) for c in turns.closings if c in text[start:]]
-        stop = sum(min(found, default=(len(text), 0)))
+        found = [(text.find(closing, start), len(closing)) for closing in turns.closings]
+        stop = sum(min((f for f in found if f[0] >= 0), default=(len(text), 0)))
         spans.append((start, stop))
         start = turns.start(text, stop)
     if not spans:

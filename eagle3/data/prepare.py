@@ -243,6 +243,7 @@ class Writer:
         for stream in self.files:
             stream.flush()
             os.fsync(stream.fileno())
+        # The rows are on disk before the state speaks of them.
         partial = self.noted.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self.state)))
         os.replace(partial, self.noted)
@@ -275,6 +276,7 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
             if data.on_reject == "fail":
                 fail_on_reject(list_rejects(chunk.records, state.reasons, names))
             if number % PART_CHUNKS == 0:
+                # Most rows without turns: the template is wrong, and hours need not pass first.
                 check_found(state, 0.5)
                 writer.save()
     check_found(state, 0.01)
@@ -379,6 +381,7 @@ def finish(
     counts, ends = count_vocab(folder, rows, passes > 0, len(sources), writer.vocab_size)
     counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
     special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, draft_vocab_size, special & ends)
     np.save(folder / "vocab.npy", vocab)
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
@@ -444,7 +447,7 @@ def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
     the row's content.
     """
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
-    drawn = (rows["content"] >> np.uint64(11)) / 2.0**53
+    drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
     return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
 
 

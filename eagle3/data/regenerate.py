@@ -382,8 +382,7 @@ class Server:
             import openai
         except ImportError as error:
             raise ConfigError(
-                "regenerate=server needs the openai client, which is not installed: "
-                "pip install openai"
+                "regenerate=server needs the openai client: pip install openai"
             ) from error
         self.openai, self.url, self.retries = openai, PASSWORD.sub("//", url), options.retries
         self.free = asyncio.Semaphore(options.concurrency)

@@ -56,14 +56,11 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
     system = row.get("system")
-    if (
-        isinstance(system, str)
-        and system.strip()
-        and messages[:1] != []
-        and messages[0]["role"] != "system"
-    ):
+    instructed = not messages or messages[0]["role"] == "system"
+    if isinstance(system, str) and system.strip() and not instructed:
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
     answers = first
     while answers < len(messages) and messages[answers]["role"] == "assistant":
         answers += 1
@@ -93,10 +90,9 @@ def read_message(turn: Any) -> Message:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise RowError("unknown role")
     role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and "text" in part for part in content
-    ):
-        content = "".join(str(part["text"]) for part in content)
+    parts = content if isinstance(content, list) else [None]
+    if all(isinstance(part, dict) and "text" in part for part in parts):
+        content = "".join(str(part["text"]) for part in parts)
     message: Message = {"role": role, "content": content}
     calls = turn.get("tool_calls")
     if name.lower() == "function_call":
@@ -129,13 +125,8 @@ def read_calls(calls: Any) -> list[dict]:
             raise RowError("tool call without a name")
         arguments = parse(function.get("arguments") or {}, "tool call arguments are not JSON")
         named = {"id": call["id"]} if call.get("id") else {}
-        read.append(
-            {
-                **named,
-                "type": "function",
-                "function": {"name": function["name"], "arguments": arguments},
-            }
-        )
+        function = {"name": function["name"], "arguments": arguments}
+        read.append({**named, "type": "function", "function": function})
     return read
 
 
@@ -146,9 +137,8 @@ def read_tools(tools: Any) -> list[dict] | None:
     tools = parse(tools, "tools are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools are not a list of objects")
-    return [
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-    ] or None
+    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return wrapped or None
 
 
 def parse(value: Any, reason: str) -> Any:

@@ -89,6 +89,7 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
+    # Resolving a hub id asks the network even where all of its files are cached.
     noted = Path(cache_dir) / "sources" / f"{fingerprint(asdict(source) | {'weight': None})}.json"
     try:
         files = download(source, key)
@@ -171,6 +172,7 @@ def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, by
 
 def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
     """The items of a JSON list, parsed while it is read: memory holds one block and one item."""
+    # Bad UTF-8 costs the row it stands in (an unknown role, a refused text), not the file.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     decoder, text, place, opened = json.JSONDecoder(), "", 0, False
     while True:
