@@ -282,7 +282,7 @@ def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
 
 
 def is_loop(ids) -> bool:
-    """Whether the same block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
+    """Whether a block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
     for period in range(1, 49):
         matching = 0  # how many tokens in a row equal the one a period before
         needed = max(2 * period, 24 - period)

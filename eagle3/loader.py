@@ -55,7 +55,7 @@ class Loader:
         replica: int = 0,
         replicas: int = 1,
     ):
-        """`tokens_per_update` bounds the tokens of all replicas, unless `section` counts documents."""
+        """`tokens_per_update` is of all replicas; void where `section` counts documents."""
         self.documents, self.section, self.pack_documents = documents, section, pack_documents
         self.tokens_per_update, self.seed = tokens_per_update, seed
         self.replica, self.replicas = replica, replicas
@@ -120,7 +120,7 @@ def plan_epoch(
     tokens_per_update: int,
     documents_per_update: int | None,
 ) -> list[np.ndarray]:
-    """Document numbers of each update of an epoch: a seeded shuffle, cut where the budget is full."""
+    """Document numbers of each update of an epoch: a seeded shuffle, cut by the budget."""
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     if documents_per_update is not None:
         return np.split(order, range(documents_per_update, len(order), documents_per_update))
@@ -136,7 +136,7 @@ def plan_epoch(
 def fill_micro_steps(
     documents: np.ndarray, lengths: np.ndarray, tokens_per_step: int
 ) -> list[list[int]]:
-    """First fit, longest first: as few micro-steps of at most `tokens_per_step` tokens as it finds."""
+    """First fit, longest first: few micro-steps of at most `tokens_per_step` tokens."""
     steps: list[list[int]] = []
     room: list[int] = []
     for number in sorted(documents.tolist(), key=lambda i: (-lengths[i], i)):

@@ -80,7 +80,7 @@ def lk(
 
 
 class FusedLoss(torch.autograd.Function):
-    """Sum of weighted pair losses; makes d(loss)/d(students) and d(loss)/d(lm_head) going forward."""
+    """Sum of weighted pair losses; makes the gradients of both inputs while going forward."""
 
     @staticmethod
     def forward(

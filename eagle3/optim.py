@@ -1,7 +1,7 @@
 """Learning-rate schedules, and the optimiser step that a non-finite gradient can't spoil."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch.optim import Optimizer
@@ -103,3 +103,35 @@ class GuardedOptimizer:
         self.skipped += skipped
         self.skipped_in_a_row = (self.skipped_in_a_row + skipped) * skipped
         return norm
+
+    def state(self, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors as `optimizer/<parameter>/<moment>`, and what JSON can hold; `names` in order."""
+        state, tensors = self.optimizer.state_dict(), {}
+        for place, moments in state["state"].items():
+            for key, tensor in moments.items():
+                tensors[f"optimizer/{names[place]}/{key}"] = tensor
+        plain = {
+            "skipped": int(self.skipped),
+            "skipped_in_a_row": int(self.skipped_in_a_row),
+            "scheduler": self.scheduler.state_dict(),
+            "param_groups": state["param_groups"],
+        }
+        return tensors, plain
+
+    def restore(
+        self, names: list[str], tensors: dict[str, torch.Tensor], plain: dict[str, Any]
+    ) -> None:
+        """Take up what `state` gave."""
+        moments = {
+            place: with_prefix(tensors, f"optimizer/{name}/") for place, name in enumerate(names)
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": plain["param_groups"]})
+        self.scheduler.load_state_dict(plain["scheduler"])
+        self.skipped.fill_(plain["skipped"])
+        self.skipped_in_a_row.fill_(plain["skipped_in_a_row"])
+
+
+def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin with `prefix`, under the rest of their names."""
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}

@@ -26,7 +26,7 @@ from eagle3.hidden_states.store import Store, open_for_hybrid, store_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader, Update
 from eagle3.loss import FrozenWeights, SoftTargetLoss
-from eagle3.optim import GuardedOptimizer
+from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
@@ -99,13 +99,15 @@ def train(
     ):
         while trainer.update < total:
             began = time.perf_counter()
-            update = next(updates)
+            update = next(updates)  # packed meanwhile, unless the data is what is slow
             lr = trainer.optim.lr
             norm = trainer.train_update(update, waited=time.perf_counter() - began)
             is_last = trainer.update == total
+            # All ranks stop behind the same update, whichever of them heard the signal.
             stopping = ranks.all_reduce(received["signal"], "max")
 
             if trainer.update % section.log_every == 0 or is_last:
+                # Only here the host waits for the device.
                 refuse_endless_skipping(trainer, update, run_dir)
                 metrics = trainer.meter.read(ranks.all_reduce_tensor)
                 metrics |= {"lr": lr, "grad_norm": float(norm)}
@@ -160,7 +162,7 @@ def train(
 def open_supply(
     config: RunConfig, target: TargetHandle, data: TrainingData, ranks: Ranks
 ) -> Supply:
-    """Where hidden states come from: what `mode` names, with the folders and the target it needs."""
+    """Where hidden states come from: what `mode` names, with what it reads."""
     mode, hidden = get_class(config.mode["_target_"]), config.hidden_states
     prepared = load_prepared(data.prepared) if data.prepared else None
     store = Store(data.store, hidden.on_damage) if data.store else None
@@ -261,17 +263,13 @@ class Trainer:
         self.update, self.best, self.best_update = 0, -math.inf, 0
 
     def train_update(self, update: Update, waited: float) -> torch.Tensor:
-        """Forward, backward and one guarded optimiser step; returns the gradient norm, on the
-        device.
-
-        Gradients are added up unnormalised and divided by the count of all ranks, so that every
-        layout and micro-batching gives the same. An update all of whose documents are damaged
-        changes nothing and counts.
-        """
+        """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
         frozen = self.frozen
+        # Divided by the count of all ranks, gradients are those of one large batch, however it is
+        # cut into micro-batches and dealt.
         normaliser = self.ranks.all_reduce(update.normaliser)
-        if not normaliser:
+        if not normaliser:  # all of its documents are damaged: it changes nothing and counts
             self.optim.scheduler.step()
             return torch.zeros(())
         for batch in update.batches:
@@ -296,59 +294,37 @@ class Trainer:
 
     def state(self) -> CheckpointState:
         """Every rank makes it together with the others."""
-        optimizer = self.optim.optimizer.state_dict()
-        names, rank = [name for name, _ in self.draft.named_parameters()], self.ranks.rank
-        tensors = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
-        for place, values in optimizer["state"].items():
-            for key, value in values.items():
-                tensors[f"optimizer/{names[place]}/{key}"] = value
+        rank, names = self.ranks.rank, [name for name, _ in self.draft.named_parameters()]
+        moments, counts = self.optim.state(names)
+        draft = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
         own = {f"rank_{rank}/rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state(self.device)
-        plain = {
+        plain = counts | {
             "update": self.update,
             "best": self.best,
             "best_update": self.best_update,
-            "skipped": int(self.optim.skipped),
-            "skipped_in_a_row": int(self.optim.skipped_in_a_row),
             "loader": self.loader.state,
             "tokens_per_update": self.loader.tokens_per_update,
-            "scheduler": self.optim.scheduler.state_dict(),
-            "param_groups": optimizer["param_groups"],
             "meters": self.ranks.all_gather(self.meter.state()),
         }
-        return CheckpointState(tensors, own, plain)
+        return CheckpointState(draft | moments, own, plain)
 
     def restore(self, state: CheckpointState) -> None:
         """Go on from `state`, which may have been written by another number of ranks."""
         plain, rank = state.plain, self.ranks.rank
         self.draft.load_state_dict(with_prefix(state.tensors, "draft/"))
-        moments = {
-            place: with_prefix(state.tensors, f"optimizer/{name}/")
-            for place, (name, _) in enumerate(self.draft.named_parameters())
-        }
-        groups = plain["param_groups"]
-        self.optim.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.optim.scheduler.load_state_dict(plain["scheduler"])
-        self.optim.skipped.fill_(plain["skipped"])
-        self.optim.skipped_in_a_row.fill_(plain["skipped_in_a_row"])
+        names = [name for name, _ in self.draft.named_parameters()]
+        self.optim.restore(names, state.tensors, plain)
         self.loader.state = dict(plain["loader"])
         self.update, self.best = plain["update"], plain["best"]
         self.best_update = plain["best_update"]
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
+        # A rank that was not there before begins with the state that its process has.
         if f"rank_{rank}/rng" in state.own:
             torch.set_rng_state(state.own[f"rank_{rank}/rng"])
         if self.device.type == "cuda" and f"rank_{rank}/rng_cuda" in state.own:
             torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"], self.device)
-
-
-def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those whose names begin with `prefix`, under the rest of their names."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(prefix)
-    }
 
 
 def discard(metrics: dict[str, float], step: int) -> None:
@@ -359,19 +335,18 @@ def check_fingerprints(saved: dict[str, str], current: dict[str, str]) -> None:
     """Raise ConfigError when data or target are not those that a checkpoint was trained on."""
     for name, fingerprint in saved.items():
         if current.get(name) != fingerprint:
-            raise ConfigError(
-                f"{name} is {current.get(name)}, but the checkpoint has {fingerprint}; start a new run"
-            )
+            now = current.get(name)
+            raise ConfigError(f"{name} is {now}, but the checkpoint has {fingerprint}; start anew")
 
 
 def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:
-    """End the run when the last updates were all skipped for non-finite gradients; saves the batch."""
+    """End the run, with the batch saved, when the last updates were all skipped as not finite."""
     in_a_row, rank = int(trainer.optim.skipped_in_a_row), trainer.ranks.rank
     if in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
     torch.save([batch.input_ids for batch in update.batches], path)
     raise RunError(
-        f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr or look at "
-        f"the last batch, saved in {path}"
+        f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr, or "
+        f"look at the last batch, saved in {path}"
     )

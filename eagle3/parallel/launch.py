@@ -63,7 +63,7 @@ def local_processes(config: RunConfig) -> int:
 def launch(
     pipeline: Callable[..., float | None], config: RunConfig, run_dir: Path, overrides: list[str]
 ) -> float | None:
-    """Run the pipeline in this process; on further nodes, wait for what its stages need ranks for."""
+    """Run the pipeline in this process; on further nodes, serve its tasks."""
     set_up_process(config)
     if config.launch.nnodes == 1 or is_torchrun() or config.plan:
         return pipeline(config, run_dir, overrides)
@@ -99,7 +99,7 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
 def spawn_ranks(
     endpoint: str, node: int, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
 ) -> Any:
-    """This node's processes for one task; returns what the first rank's did, None on other nodes."""
+    """This node's processes for one task; returns what the first rank did, elsewhere None."""
     nnodes = config.launch.nnodes
     settings = LaunchConfig(
         min_nodes=nnodes,
@@ -170,14 +170,13 @@ def explain_failure(rank: int, failure: ProcessFailure, resume: str) -> Exceptio
         return ConfigError(sentence)
     if failure.exitcode < 0:
         return RunError(
-            f"process {rank} was killed by {failure.signal_name()} (the system does that when memory "
-            f"runs out); go on with: {resume}"
+            f"process {rank} was killed by {failure.signal_name()} (the system does that when "
+            f"memory runs out); go on with: {resume}"
         )
     if kind == "RunError":
         return RunError(sentence)
     return RunError(
-        f"process {rank} failed: {text.splitlines()[0]}; logs/rank_{rank}.log in the run's folder has "
-        "more"
+        f"process {rank} failed: {text.splitlines()[0]}; more in logs/rank_{rank}.log of the run"
     )
 
 
@@ -246,8 +245,8 @@ def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
     except (DistError, ValueError, OSError) as error:
         why = str(error).splitlines()[0]
         raise RunError(
-            f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port that "
-            "is free there"
+            f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port "
+            "that is free there"
         ) from error
 
 
@@ -261,7 +260,7 @@ def find_free_port() -> int:
 
 
 def read_torchrun(config: RunConfig) -> None:
-    """Under torchrun, its numbers stand in the config. Raises ConfigError if others were asked for."""
+    """Put torchrun's numbers into the config. Raises ConfigError if others were asked for."""
     if not is_torchrun():
         return
     given = config.launch.nproc_per_node * config.launch.nnodes

@@ -98,7 +98,7 @@ class Ranks:
 
 
 def collective_timeout(timeout: float) -> timedelta:
-    """When a collective gives up: the watch names who hangs after `launch.timeout` seconds, before."""
+    """When a collective gives up; before that, at `launch.timeout`, the watch names who hangs."""
     return timedelta(seconds=2 * timeout + 60)
 
 
@@ -147,7 +147,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def set_up_process(config: RunConfig, processes: int = 1) -> None:
-    """Threads, memory and determinism of a process that computes, one of `processes` on a machine."""
+    """Threads, memory and determinism of a process, one of `processes` on its machine."""
     threads = config.launch.threads
     if threads is not None or processes > 1:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
@@ -159,7 +159,7 @@ def set_up_process(config: RunConfig, processes: int = 1) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: returning and zeroing them costs a sixth of a CPU step."""
+    """Have glibc keep large freed blocks: returning them costs a sixth of a CPU step."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -22,7 +22,7 @@ LOOKS = 10  # how often within `launch.timeout` a rank looks at the others and s
 
 
 def redirect_output(run_dir: Path, rank: int) -> TextIO:
-    """Open logs/rank_N.log: for what ranks beside the first would print, and for everyone's stacks."""
+    """Open logs/rank_N.log, for stacks, and for what ranks beside the first would print."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     log = open(folder / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115 (for the life of the process)
@@ -90,8 +90,8 @@ class Watch:
             states = [json.loads(self.state_path(rank).read_text()) for rank in ranks]
         except (OSError, ValueError) as error:
             self.end(
-                f"process {self.ranks.rank} waits and cannot see the others ({error}; is the folder "
-                "shared?)"
+                f"process {self.ranks.rank} waits and cannot see the others ({error}; is the "
+                "folder shared?)"
             )
         fewest = min(state["begun"] for state in states)
         if begun == fewest:

@@ -25,8 +25,8 @@ ARTEFACTS = {
     "generate": ("generated", "{answers:,} answers of the target, {answer_tokens:,} tokens"),
     "capture": (
         "hidden_states",
-        "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes, {bytes_per_token:,.0f} a token, "
-        "{path}",
+        "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes, {bytes_per_token:,.0f} a "
+        "token, {path}",
     ),
 }
 # Overrides of a run that a benchmark of its draft in this process has no use for.
