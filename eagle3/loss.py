@@ -79,34 +79,51 @@ def lk(
     return value, weight * kl_gradient + (1 - weight) * student * (rate - below)
 
 
+@dataclass
+class Pairs:
+    """The M pairs of a batch as the fused loss takes them.
+
+    `teachers` [U+1,H] with a row of zeros behind them, `head` [Vd,H], `argmax` int64 [U+1],
+    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id.
+    """
+
+    batch: Batch
+    teachers: torch.Tensor
+    head: torch.Tensor
+    argmax: torch.Tensor
+    weights: torch.Tensor
+    target_ids: torch.Tensor
+    pointwise: Pointwise
+    chunk_rows: int
+
+
 class FusedLoss(torch.autograd.Function):
     """Sum of weighted pair losses; makes the gradients of both inputs while going forward."""
 
     @staticmethod
-    def forward(
-        ctx, students_MD, lm_head_VD, teachers_UH, head_VH, batch, target_ids, argmax, weights,
-        pointwise, chunk,
-    ):  # fmt: skip
-        want_gradients = any(ctx.needs_input_grad[:2])
+    def forward(ctx, students_MD, lm_head_VD, pairs: Pairs):
+        batch, weights = pairs.batch, pairs.weights
+        want_gradients = any(ctx.needs_input_grad)
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
         grad_students = torch.zeros_like(students_MD) if want_gradients else None
         grad_head = torch.zeros_like(lm_head_VD) if want_gradients else None
         head = lm_head_VD.to(students_MD.dtype)
-        for start in range(0, len(teachers_UH), chunk):
-            stop = min(start + chunk, len(teachers_UH))
+        for start in range(0, len(pairs.teachers), pairs.chunk_rows):
+            stop = min(start + pairs.chunk_rows, len(pairs.teachers))
             # Pairs lie in order of their teacher, so those of a chunk of teachers are a slice.
-            pairs = slice(batch.pairs_before[start], batch.pairs_before[stop])
-            if pairs.start == pairs.stop:
+            here = slice(batch.pairs_before[start], batch.pairs_before[stop])
+            if here.start == here.stop:
                 continue
-            teacher = (teachers_UH[start:stop] @ head_VH.T).to(weights.dtype).softmax(-1)
-            logits = (students_MD[pairs] @ head.T).to(weights.dtype)
-            losses[pairs], grad = pointwise(logits, teacher[batch.pair_teacher[pairs] - start])
-            correct[pairs] = target_ids[logits.argmax(-1)] == argmax[batch.pair_teacher[pairs]]
+            teacher_of_pair = batch.pair_teacher[here]
+            teacher = (pairs.teachers[start:stop] @ pairs.head.T).to(weights.dtype).softmax(-1)
+            logits = (students_MD[here] @ head.T).to(weights.dtype)
+            losses[here], grad = pairs.pointwise(logits, teacher[teacher_of_pair - start])
+            correct[here] = pairs.target_ids[logits.argmax(-1)] == pairs.argmax[teacher_of_pair]
             if want_gradients:
-                grad = grad.mul_(weights[pairs, None]).to(students_MD.dtype)
-                torch.mm(grad, head, out=grad_students[pairs])
-                grad_head += grad.T @ students_MD[pairs]
+                grad = grad.mul_(weights[here, None]).to(students_MD.dtype)
+                torch.mm(grad, head, out=grad_students[here])
+                grad_head += grad.T @ students_MD[here]
         ctx.save_for_backward(grad_students, grad_head)
         ctx.mark_non_differentiable(losses, correct)
         return (losses * weights).sum(), losses, correct
@@ -117,7 +134,7 @@ class FusedLoss(torch.autograd.Function):
         return (
             grad_students * grad.to(grad_students.dtype),
             grad_head * grad.to(grad_head.dtype),
-            *[None] * 8,
+            None,
         )
 
 
@@ -159,10 +176,11 @@ class SoftTargetLoss:
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         weights = powers.to(argmax.device)[batch.pair_step] * counted
         students = draft.norm(hidden_ND[batch.pair_index])
-        loss, losses, correct = FusedLoss.apply(
-            students, draft.lm_head.weight, teachers, draft_head, batch, draft.target_ids, argmax,
-            weights, self.pointwise, self.chunk_rows,
+        pairs = Pairs(
+            batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
+            self.chunk_rows,
         )  # fmt: skip
+        loss, losses, correct = FusedLoss.apply(students, draft.lm_head.weight, pairs)
         sums = losses.new_zeros(2, num_steps)
         sums[0].index_add_(0, batch.pair_step, losses * counted)
         sums[1].index_add_(0, batch.pair_step, correct.to(wide))
