@@ -22,6 +22,7 @@ from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.export.read import check_given
+from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
 from eagle3.target.spec import check_supported, read_spec
@@ -147,6 +148,9 @@ def check_stages(config: RunConfig) -> None:
         raise ConfigError("stages is empty; name at least one")
     if "regenerate" in stages and config.data.preformatted:
         raise ConfigError("stages: regenerate needs messages; set data.preformatted=false")
+    hidden = config.hidden_states.path
+    if "import" in stages and not (hidden and is_specforge(Path(hidden))):
+        raise ConfigError("stages=[import] needs hidden_states.path=<folder of SpecForge's files>")
     if "check" in stages and config.draft_path is None and "export" not in stages:
         raise ConfigError(
             "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export"

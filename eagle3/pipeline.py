@@ -51,9 +51,9 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     target = TargetHandle(read_spec(config.model), config.target, device, processes)
 
     # What the listed stages read, beside what lies in the run's own folder.
-    imports = mode.captures and hidden.path is not None and is_specforge(Path(hidden.path))
+    imports = hidden.path is not None and is_specforge(Path(hidden.path))
     no_data = data.path is None and not data.sources
-    store_alone = imports or (mode.captures and hidden.path is not None and no_data)
+    store_alone = mode.captures and hidden.path is not None and (imports or no_data)
     reads_answers = "generate" in listed or ("train" in listed and not store_alone)
     reads_prepared = reads_answers or bool(listed & {"prepare", "capture"})
     if "benchmark" in listed and asks_heldout(config.benchmark):
@@ -71,14 +71,13 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         return None
 
     prepared = answers = store = None
-    with track_run(config, run_dir, overrides, device, console) as tracking:
-        if imports and listed & {"import", "train"}:
-            path = import_specforge(hidden, target, data.max_length, cache_dir, write=True)
-            tracking.note("import", (path, read_facts(path)))
+    with target, track_run(config, run_dir, overrides, device, console) as tracking:
+        if "import" in listed or (store_alone and "train" in listed):
+            path = Path(hidden.path)
+            if imports:
+                path = import_specforge(hidden, target, data.max_length, cache_dir, write=True)
+                tracking.note("import", (path, read_facts(path)))
             store = open_store(hidden, path, store_inputs(target, hidden.dtype, None))
-        elif store_alone and "train" in listed:
-            inputs = store_inputs(target, hidden.dtype, None)
-            store = open_store(hidden, Path(hidden.path), inputs)
         if "regenerate" in listed:
             sources, paths = regenerate(config.regenerate, data, sources, chat, target, cache_dir)
             tracking.note("regenerate", *((path, read_facts(path)) for path in paths))
@@ -118,7 +117,6 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             heldout = prepared and prepared.path / "heldout.jsonl"
             subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
             benchmark(instantiate(config.benchmark), subject, run_dir)
-        target.close()
     return read_acceptance(run_dir)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class, instantiate
 
+from eagle3.errors import RunError
 from eagle3.target.spec import TargetSpec
 from eagle3.target.weights import TargetWeights, load_weights
 
@@ -57,6 +58,17 @@ class TargetHandle:
         if self.loaded is None:
             self.loaded = instantiate(self.section)(self.spec, self.device)
         return self.loaded
+
+    def __enter__(self) -> "TargetHandle":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Close; of an engine that has ended, its own words say more than what ranks ran into."""
+        try:
+            if isinstance(error, RunError) and self.loaded is not None and not self.in_process:
+                self.loaded.check_alive()
+        finally:
+            self.close()
 
     def load_weights(self) -> TargetWeights:
         """The embedding and the head alone; those of the loaded target, where it is loaded."""
