@@ -249,14 +249,14 @@ DEFECTS = {
     ),
     "d2t out of range": ({}, put("d2t", lambda t: t["d2t"] + 1000), EVERY, "ids outside 0..2047"),
     "d2t twice": ({}, put("d2t", lambda t: -torch.arange(300)), EVERY, "299 ids twice"),
-    "d2t of floats": ({}, put("d2t", lambda t: t["d2t"].float()), EVERY, "d2t is float32"),
-    "d2t too short": ({}, put("d2t", lambda t: t["d2t"][:9]), EVERY, r"d2t is int64 \[9\]"),
+    "d2t of floats": ({}, put("d2t", lambda t: t["d2t"].float()), EVERY, "d2t is torch.float32"),
+    "d2t too short": ({}, put("d2t", lambda t: t["d2t"][:9]), EVERY, r"d2t is torch.int64 \[9\]"),
     "no d2t": ({}, drop("d2t"), EVERY, "d2t is missing"),
     "t2d of another": ({}, put("t2d", lambda t: t["t2d"].roll(1)), EVERY, "t2d marks other tokens"),
     "no need of d2t": ({"draft_vocab_size": 2048}, None, {"vllm"}, "the vocabularies are the same"),
     "too large": ({"draft_vocab_size": 4096}, None, EVERY, "draft_vocab_size=4096 is more"),
-    "no draft_vocab_size": ({"draft_vocab_size": None}, None, EVERY - {"vllm"}, "which sizes the"),
-    "vocabulary": ({"vocab_size": 999}, None, EVERY, "vocab_size is 999, but the target has 2048"),
+    "no draft vocabulary": ({"draft_vocab_size": None}, None, EVERY - {"vllm"}, "draft_vocab_size"),
+    "vocabulary": ({"vocab_size": 999}, None, EVERY, "vocab_size is 999, the target's 2048"),
     "another target": ({"target_hidden_size": 32}, None, EVERY, "hidden states of 32 numbers"),
     "own size": ({"hidden_size": 32, "target_hidden_size": 64}, None, {"ours"}, "not the target's"),
     "null": ({"target_hidden_size": "null"}, None, LOADERS, "target_hidden_size is null"),
@@ -311,7 +311,7 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(folder, target, name
     ("config", "tensors", "severity", "words"),
     [
         ({"rope_theta": 5e5}, None, "warning", "rope_theta is 500000, the target's 10000"),
-        ({"target_hidden_size": 64}, None, "warning", "target_hidden_size equals hidden_size"),
+        ({"target_hidden_size": 64}, None, "warning", "target_hidden_size must be left out"),
         ({"eagle_config": None, IDS: None}, None, "note", r"their default, \[1, 3, 4\]"),
     ],
 )
@@ -344,7 +344,7 @@ def test_another_target_and_no_draft(exported, target, tmp_path):
     with pytest.raises(RunError, match=r"model\.aux_layer_ids="):
         read_draft(exported / "portable", Auto, target.with_layers([0, 3, 4]))
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
-    with pytest.raises(RunError, match="vocab_size is 2048, but the target has 99"):
+    with pytest.raises(RunError, match="vocab_size is 2048, the target's 99"):
         read_draft(exported / "portable", Auto, SimpleNamespace(config=other, aux_layer_ids=LAYERS))
     with pytest.raises(RunError, match="cannot be read"):
         read_draft(tmp_path / "nothing", Auto, target)

@@ -1,8 +1,6 @@
-"""The stage `check`: findings about any EAGLE3 draft, by engine, then a few prompts decoded with
-it.
+"""The stage `check`: what is wrong with any EAGLE3 draft, by engine; a few prompts decoded with it.
 
-It needs neither data nor training; without the target's weights it says so and judges the files
-alone.
+It needs neither data nor training; without the target's weights it judges the files alone.
 """
 
 import json
@@ -61,8 +59,7 @@ def check(
     """
     folder = locate(draft_path) if draft_path else run_dir / "draft"
     if not folder.exists():
-        remedy = "set draft_path=<folder or hub id>"
-        raise ConfigError(f"stages=[check] finds no draft at {folder}; {remedy}")
+        raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
     files = read_any(folder)
     findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
     lengths = {}
@@ -70,11 +67,9 @@ def check(
         try:
             if chat is None:
                 raise RunError("the target has no tokenizer")
-            questions = [[{"role": "user", "content": text}] for text in QUESTIONS]
-            chats = [with_system(each, system_prompt) for each in questions[: section.num_prompts]]
-            prompts = [torch.tensor(chat.encode_prompt(each)) for each in chats]
-            limits = (draft_length, section.max_new_tokens)
-            lengths = decode(files, target, attention, prompts, *limits)
+            turns = [{"role": "user", "content": text} for text in QUESTIONS[: section.num_prompts]]
+            tokens = [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
+            lengths = decode(files, target, attention, tokens, draft_length, section.max_new_tokens)
             findings += judge(lengths)
         except CANNOT as error:
             findings.append(Finding((), f"no prompt was decoded: {error}", "note"))
@@ -104,20 +99,16 @@ def check(
         table.add_row(finding.severity, engines, Text(finding.sentence))
         if finding.severity == "wrong":
             errors.append(f"{engines}: {finding.sentence}")
-    names = ", ".join(ENGINES[name] for name in section.engines)
-    console.print(table if findings else f"check: nothing found that matters in {names}")
+    console.print(table if findings else "check: nothing found that matters in these engines")
     for layers, length in lengths.items():
-        chains = f"with chains of {draft_length} drafts on {section.num_prompts} prompts"
-        line = f"check: acceptance length {length:.2f} {chains}, fed by layers {layers}"
-        console.print(line, soft_wrap=True)
+        chains = f"{length:.2f} in chains of {draft_length} drafts"
+        console.print(f"check: acceptance length {chains}, fed by layers {layers}", soft_wrap=True)
     if errors:
         raise RunError("\nerror: ".join(errors))  # run.py puts the first `error: `
 
 
 def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding]:
-    """An embedding in the file: vLLM and the official code use it, SGLang and TensorRT-LLM the
-    target's.
-    """
+    """Of an embedding in the file; SGLang and TensorRT-LLM take the target's all the same."""
     name = "embed_tokens.weight"
     shipped, shape = files.tensors.get(name), files.shape
     if shape.target_hidden_size != shape.hidden_size:
@@ -127,14 +118,13 @@ def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding
         try:
             embedding = target.load_weights().embedding
         except CANNOT as error:
-            sentence = f"{name} is there, but was not compared with the target's: {error}"
-            yield Finding(ALL, sentence, "note")
+            yield Finding(ALL, f"{name} was not compared with the target's: {error}", "note")
             return
         same_shape = shipped.shape == embedding.shape
         rows = differing_rows(shipped, embedding) if same_shape else len(shipped)
         if rows:
-            sentence = f"{name} differs from the target's in {rows:,} rows, and only vLLM and the"
-            yield Finding(ALL, f"{sentence} official code draft with it")
+            sentence = f"{name} differs from the target's in {rows:,} of {len(shipped):,} rows"
+            yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
 
 
 def differing_rows(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -147,9 +137,7 @@ def differing_rows(one: torch.Tensor, other: torch.Tensor) -> int:
 
 
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
-    """What the draft may have been made for, the likeliest first: the layers it names, and how else
-    they are read.
-    """
+    """Layers it may have been made for: first those that it names, then how else they are read."""
     count = target.config.num_hidden_layers
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
@@ -165,15 +153,13 @@ def decode(
     files: DraftFiles,
     target: TargetHandle,
     attention: Backend,
-    prompts: list[torch.Tensor],
+    prompts: list[list[int]],
     draft_length: int,
     max_new_tokens: int,
 ) -> dict[str, float]:
     """The acceptance length of greedy chains by the layers fed to the draft, such as `1,15,28`.
 
-    Where it is low, the other layers that the draft may have been made for are tried too. Raises
-    ConfigError and RunError where the built-in decoder cannot draft with these files, or the target
-    cannot be loaded.
+    Where it is low, the other candidates are tried too. Raises ConfigError or RunError.
     """
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
@@ -185,11 +171,11 @@ def decode(
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    prompts = [prompt.to(target.device) for prompt in prompts]
+    inputs = [torch.tensor(prompt, device=target.device) for prompt in prompts]
     tree, lengths = (draft_length, 1, draft_length + 1), {}
     for ids in choices:
         model.aux_layer_ids = ids
-        answers = speculate(model, draft, prompts, *tree, max_new_tokens)
+        answers = speculate(model, draft, inputs, *tree, max_new_tokens)
         rounds = sum(len(answer.emitted) for answer in answers)
         length = sum(sum(answer.emitted) for answer in answers) / max(rounds, 1)
         lengths[",".join(map(str, ids))] = length

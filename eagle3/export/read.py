@@ -46,24 +46,19 @@ def absolute(path: str) -> str:
 
 @cache
 def locate(path: str, key: str = "draft_path") -> Path:
-    """The folder of a draft: a local one, else what the hub has under this id.
-
-    Only config and weights are fetched, and a pickle only where there is nothing else. Raises
-    RunError.
-    """
+    """A local folder of a draft, else the hub's: config and weights. Raises RunError."""
     if not is_hub_id(path):
         return Path(path)
     try:
         folder = Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+        # A pickle is fetched only where there is nothing safer.
         if not any(folder.glob("*.safetensors")):
             snapshot_download(path, allow_patterns=[PICKLED])
         return folder
     except RepositoryNotFoundError as error:  # the hub says so of gated ones too
-        reason = "is neither a folder nor on the hub, or the hub wants you to log in for it"
-        raise RunError(f"{key}={path} {reason}") from error
+        raise RunError(f"{key}={path} is no folder, nor on the hub without a log-in") from error
     except (OSError, ValueError) as error:
-        reason = "is no folder and the hub cannot be reached; give a folder, or connect once"
-        raise RunError(f"{key}={path} {reason}") from error
+        raise RunError(f"{key}={path} is no folder and the hub cannot be reached") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -130,8 +125,8 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
         "rms_norm_eps": 1e-6,
     }
     values |= given | given.get("rope_parameters", {})
-    names = [field.name for field in fields(DraftConfig)]
-    return DraftConfig(**{name: values[name] for name in names if name in values})
+    known = {field.name for field in fields(DraftConfig)}
+    return DraftConfig(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass

@@ -28,7 +28,7 @@ ENGINES = {
     "ours": "this project",
 }
 ALL, LOADERS = tuple(ENGINES), ("sglang", "vllm", "trtllm")  # these choose a class by config.json
-OTHERS = (*LOADERS, "official")
+OTHERS, NOT_VLLM = (*LOADERS, "official"), ("sglang", "trtllm", "official", "ours")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Finding:
 def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
     """Every finding, in the order of the rules."""
     form = speculators if files.is_speculators else architecture
-    rules = [form, shape, layers, rope, variants, tensors, spelling, vocabulary]
+    rules = [form, shape, layers, rope, variants, tensors, vocabulary]
     return [finding for rule in rules for finding in rule(files, target)]
 
 
@@ -82,18 +82,15 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if kind != "llama":
         yield Finding(LOADERS, f"model_type is {kind}; the layer of an EAGLE3 draft is llama")
     if files.config.get("draft_vocab_size") is None:
-        sentence = "config.json lacks draft_vocab_size, which sizes the head"
-        yield Finding(("sglang", "trtllm", "official", "ours"), sentence)
+        yield Finding(NOT_VLLM, "config.json lacks draft_vocab_size")
 
 
 def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """What `vllm serve DRAFT` reads besides the layer."""
     given, made_for = files.given, read_made_for(files.given)
-    sentence = "this is the speculators form, which only vLLM and this project read"
-    yield Finding(("sglang", "trtllm", "official"), sentence, "note")
-    kind = given["speculators_model_type"]
-    if kind != "eagle3":
-        yield Finding(ALL, f"speculators_model_type is {kind}, which is no EAGLE3")
+    yield Finding(("sglang", "trtllm", "official"), "they read no speculators form", "note")
+    if given["speculators_model_type"] != "eagle3":
+        yield Finding(ALL, f"speculators_model_type={given['speculators_model_type']} is no EAGLE3")
     if not given.get("draft_vocab_size"):
         yield Finding(("vllm", "ours"), "config.json lacks draft_vocab_size")
     for name in ("target", "draft_length"):
@@ -110,8 +107,7 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     config, shape, whole = files.config, files.shape, target.config
     size, heads, read = shape.hidden_size, shape.num_attention_heads, shape.target_hidden_size
     if shape.vocab_size != whole.vocab_size:
-        sentence = f"vocab_size is {shape.vocab_size}, but the target has {whole.vocab_size}"
-        yield Finding(ALL, sentence)
+        yield Finding(ALL, f"vocab_size is {shape.vocab_size}, the target's {whole.vocab_size}")
     if read != whole.hidden_size:
         yield Finding(ALL, f"it reads hidden states of {read} numbers, not {whole.hidden_size}")
     elif size != read:
@@ -120,11 +116,9 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         if config["target_hidden_size"] is None:
             yield Finding(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
         elif read == size:
-            sentence = "target_hidden_size equals hidden_size; leave it out"
-            yield Finding(("official",), sentence, "warning")
+            yield Finding(("official",), "target_hidden_size must be left out", "warning")
     if shape.head_dim != size // heads:
-        sentence = f"head_dim is {shape.head_dim}, not hidden_size / heads = {size // heads}"
-        yield Finding(("official",), sentence)
+        yield Finding(("official",), f"head_dim is {shape.head_dim}, not {size} / {heads} heads")
     count = config.get("num_hidden_layers", 1)
     if count != 1:
         yield Finding(("official", "ours"), f"num_hidden_layers is {count}; they know one layer")
@@ -134,15 +128,14 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     """The layers whose outputs each engine feeds to this draft, unless told otherwise."""
-    default = engines_default(num_layers)
+    read = dict.fromkeys(OTHERS, engines_default(num_layers))
     ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
     above = files.config.get(LAYER_IDS) or ids
-    return {
-        "sglang": meant_by("sglang", ids) if ids else default,
-        "vllm": meant_by("vllm", above) if above else default,
-        "trtllm": default,
-        "official": default,
-    }
+    if ids:
+        read["sglang"] = meant_by("sglang", ids)
+    if above:
+        read["vllm"] = meant_by("vllm", above)
+    return read
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -190,13 +183,8 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Other EAGLE3 graphs: which engines compute them, and whether flags and tensors agree."""
     flags = (files.config.get("eagle_config") or {}) | files.config
-    cannot = {
-        "norm_before_residual": ("sglang", "trtllm", "official", "ours"),
-        "fc_norm": ("official", "ours"),
-        "norm_before_fc": ("official", "ours"),
-        "norm_output": ("official", "ours"),
-        "use_aux_norm": ("ours",),
-    }
+    cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
+    cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
     for flag, engines in cannot.items():
         if flags.get(flag):
             yield Finding(engines, f"{flag} is true, which they do not compute")
@@ -213,6 +201,14 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Names, shapes and values of what the engines load."""
+    skipping = {"model.": ("vllm", "trtllm", "official")}
+    if not files.is_speculators:
+        skipping["layers.0."] = ("official",)
+    for prefix, engines in skipping.items():
+        if any(name.startswith(prefix) for name in files.names):
+            yield Finding(engines, f"names that begin with {prefix} are skipped silently")
+    if files.weights == PICKLED:
+        yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
     shape, found = files.shape, files.tensors
     with torch.device("meta"):
         draft = Draft(shape, Dense, torch.empty(0), torch.empty(0))
@@ -237,18 +233,6 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
             yield Finding(OTHERS, f"{name} is all zeros, as if never loaded or trained")
 
 
-def spelling(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
-    """Names that some loaders do not know, and the kind of file."""
-    skipping = {"model.": ("vllm", "trtllm", "official")}
-    if not files.is_speculators:
-        skipping["layers.0."] = ("official",)
-    for prefix, engines in skipping.items():
-        if any(name.startswith(prefix) for name in files.names):
-            yield Finding(engines, f"names that begin with {prefix} are skipped without a word")
-    if files.weights == PICKLED:
-        yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
-
-
 def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """d2t must be offsets (target id = draft id + d2t[draft id]); engines read nothing else."""
     size, count = files.shape.vocab_size, files.shape.draft_vocab_size
@@ -263,8 +247,7 @@ def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if count == size:
         yield Finding(("vllm",), "d2t is there although the vocabularies are the same: vLLM stops")
     if d2t.shape != (count,) or d2t.is_floating_point():
-        kind = str(d2t.dtype).removeprefix("torch.")
-        yield Finding(ALL, f"d2t is {kind} {list(d2t.shape)}, but must be integers [{count}]")
+        yield Finding(ALL, f"d2t is {d2t.dtype} {list(d2t.shape)}, not integers [{count}]")
         return
     d2t = d2t.long()
     ids = d2t + torch.arange(count)

@@ -44,18 +44,13 @@ def serve_text(
     length = draft_length or made_for.get("draft_length") or LENGTH
     # Absolute, so that the printed command can be used anywhere.
     model, folder = absolute(named), absolute(draft)
-    if engine == "trtllm":
-        return trtllm_text(model, folder, length, named_layers(flatten(given)), port, more)
-    if is_speculators and made_for == {"target": named, "draft_length": length}:
-        model, folder = folder, None  # such a draft is served alone: it names both itself
-    return join(ENGINES[engine].serve_command(model, folder, length, port, more))
-
-
-def trtllm_text(
-    model: str, draft: str, length: int, layers: list[int] | None, port: int | None, more: list[str]
-) -> str:
-    """TensorRT-LLM reads its speculation from a file, and no layers from the draft."""
-    method = {"decoding_type": "Eagle", "speculative_model_dir": draft, "max_draft_len": length}
+    if engine != "trtllm":
+        if is_speculators and made_for == {"target": named, "draft_length": length}:
+            model, folder = folder, None  # such a draft is served alone: it names both itself
+        return join(ENGINES[engine].serve_command(model, folder, length, port, more))
+    # TensorRT-LLM reads its speculation from a file, and no layers from the draft.
+    method = {"decoding_type": "Eagle", "speculative_model_dir": folder, "max_draft_len": length}
+    layers = named_layers(flatten(given))
     if layers:
         method["eagle3_layers_to_capture"] = layers
     options = shlex.quote(json.dumps({"speculative_config": method}))

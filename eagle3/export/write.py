@@ -22,11 +22,9 @@ from eagle3.target.layers import numbered_by
 from eagle3.target.spec import TargetSpec
 
 console = Console(markup=False)
-LAYER_KEYS = (  # what the nested config of the speculators form has of the portable one
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "initializer_range",
-    "attention_bias", "mlp_bias", "vocab_size", "max_position_embeddings", "rope_theta",
-    "rope_scaling", "tie_word_embeddings", "torch_dtype",
+OUTER = (  # what the nested config of the speculators form leaves out of the portable one
+    "architectures", "draft_vocab_size", "target_hidden_size", "bos_token_id", "eos_token_id",
+    "pad_token_id", "num_aux_hidden_states", "eagle_config", LAYER_IDS, "made_for",
 )  # fmt: skip
 
 
@@ -85,7 +83,7 @@ def portable_config(
     draft: DraftConfig, target: TargetSpec, verifier: str, draft_length: int
 ) -> dict[str, Any]:
     """config.json of the portable form, for a target named `verifier` and drafts of this length."""
-    shape = asdict(draft)
+    shape, layer_ids = asdict(draft), target.aux_layer_ids
     if draft.target_hidden_size == draft.hidden_size:
         del shape["target_hidden_size"]  # the official loader takes its presence for a difference
     return {
@@ -103,11 +101,8 @@ def portable_config(
         "pad_token_id": target.config.pad_token_id,
         "num_aux_hidden_states": 3,
         # Each engine reads the key of its own, in its own numbers.
-        "eagle_config": {
-            LAYER_IDS: numbered_by("sglang", target.aux_layer_ids),
-            "use_aux_hidden_state": True,
-        },
-        LAYER_IDS: numbered_by("vllm", target.aux_layer_ids),
+        "eagle_config": {LAYER_IDS: numbered_by("sglang", layer_ids), "use_aux_hidden_state": True},
+        LAYER_IDS: numbered_by("vllm", layer_ids),
         # Engines pass over this key; launch/serve.sh needs nothing but the folder with it.
         "made_for": {"target": verifier, "draft_length": draft_length},
     }
@@ -115,7 +110,8 @@ def portable_config(
 
 def speculators_config(portable: dict[str, Any], target: TargetSpec) -> dict[str, Any]:
     """config.json of the speculators form: `vllm serve FOLDER` needs nothing else."""
-    made_for = portable["made_for"]
+    made_for, architectures = portable["made_for"], target.config.architectures or []
+    layer = {name: value for name, value in portable.items() if name not in OUTER}
     proposal = {"proposal_type": "greedy", "speculative_tokens": made_for["draft_length"]}
     return {
         "architectures": ["Eagle3Speculator"],
@@ -127,14 +123,11 @@ def speculators_config(portable: dict[str, Any], target: TargetSpec) -> dict[str
         LAYER_IDS: portable[LAYER_IDS],
         "tie_word_embeddings": False,
         "torch_dtype": portable["torch_dtype"],
-        "transformer_layer_config": {name: portable[name] for name in LAYER_KEYS},
+        "transformer_layer_config": layer,
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [proposal],
-            "verifier": {
-                "name_or_path": made_for["target"],
-                "architectures": target.config.architectures or [],
-            },
+            "verifier": {"name_or_path": made_for["target"], "architectures": architectures},
         },
     }
