@@ -261,11 +261,11 @@ DEFECTS = {
     "own size": ({"hidden_size": 32, "target_hidden_size": 64}, None, {"ours"}, "not the target's"),
     "null": ({"target_hidden_size": "null"}, None, LOADERS, "target_hidden_size is null"),
     "head_dim": ({"head_dim": 32}, None, {"official"}, "head_dim is 32"),
-    "more layers": ({"num_hidden_layers": 2}, None, {"official", "ours"}, "num_hidden_layers is 2"),
+    "more layers": ({"num_hidden_layers": 2}, None, {"official", "ours"}, "know one layer"),
     "activation": ({"hidden_act": "gelu"}, None, LOADERS | {"ours"}, "hidden_act is gelu"),
     "no architecture": ({"architectures": None}, None, LOADERS, r"architectures is \[None\]"),
     "llama": ({"architectures": ["LlamaForCausalLM"]}, None, {"sglang"}, "architectures is"),
-    "model_type": ({"model_type": "qwen3"}, None, LOADERS, "model_type is qwen3"),
+    "model_type": ({"model_type": "qwen3"}, None, LOADERS, "model_type is not llama"),
     "SGLang's ids only": ({IDS: None}, None, {"vllm"}, r"gets \[0, 2, 3\]"),
     "vLLM's ids only": (
         {"eagle_config": None, IDS: [1, 4, 6]}, None, {"sglang"},

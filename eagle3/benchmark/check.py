@@ -167,7 +167,7 @@ def decode(
     own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
     spec = target.spec.with_layers(named_layers(files.config) or target.spec.aux_layer_ids)
     draft = read_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
-    target.close()
+    target.close()  # two at once may not fit
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)

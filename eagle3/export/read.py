@@ -74,6 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = flatten(given)
     for name in sorted(SIZES & config.keys()):
         value = config[name]
+        # isinstance would let true pass for 1
         if value is not None and (type(value) is not int or value < 1):
             raise RunError(f"draft at {folder}: {name}={value!r} must be a whole number above 0")
     for section in (config, config.get("eagle_config") or {}):
@@ -178,7 +179,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
         return named, shards[0].name
     if not (folder / PICKLED).is_file():
         raise OSError(f"neither {SINGLE} nor {PICKLED} is there")
-    try:
+    try:  # weights_only: a pickle may name any function, and this calls none but torch's own
         named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
         return {name: tensor.detach() for name, tensor in named.items()}, PICKLED
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:

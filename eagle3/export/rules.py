@@ -78,9 +78,8 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         known = name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
         sentence = f"architectures is [{name}], not [LlamaForCausalLMEagle3]"
         yield Finding(("sglang",) if known else LOADERS, sentence)
-    kind = files.config.get("model_type")
-    if kind != "llama":
-        yield Finding(LOADERS, f"model_type is {kind}; the layer of an EAGLE3 draft is llama")
+    if files.config.get("model_type") != "llama":
+        yield Finding(LOADERS, "model_type is not llama, which the layer of an EAGLE3 draft is")
     if files.config.get("draft_vocab_size") is None:
         yield Finding(NOT_VLLM, "config.json lacks draft_vocab_size")
 
@@ -115,13 +114,12 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if "target_hidden_size" in config and not files.is_speculators:
         if config["target_hidden_size"] is None:
             yield Finding(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
-        elif read == size:
+        elif read == size:  # the official loader takes its presence for a difference
             yield Finding(("official",), "target_hidden_size must be left out", "warning")
     if shape.head_dim != size // heads:
         yield Finding(("official",), f"head_dim is {shape.head_dim}, not {size} / {heads} heads")
-    count = config.get("num_hidden_layers", 1)
-    if count != 1:
-        yield Finding(("official", "ours"), f"num_hidden_layers is {count}; they know one layer")
+    if config.get("num_hidden_layers", 1) != 1:
+        yield Finding(("official", "ours"), "num_hidden_layers is not 1; they know one layer")
     if shape.hidden_act != "silu":
         yield Finding((*LOADERS, "ours"), f"hidden_act is {shape.hidden_act}; they know only silu")
 
@@ -130,7 +128,7 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     """The layers whose outputs each engine feeds to this draft, unless told otherwise."""
     read = dict.fromkeys(OTHERS, engines_default(num_layers))
     ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
-    above = files.config.get(LAYER_IDS) or ids
+    above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
     if ids:
         read["sglang"] = meant_by("sglang", ids)
     if above:
@@ -149,6 +147,7 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != 3 or sorted(set(named)) != named or not 0 <= named[0] <= named[-1] < count:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
+    # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
         "vllm": f"vLLM reads the top-level {LAYER_IDS} as 1 above the layers",
@@ -174,6 +173,7 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         yield Finding(("ours",), f"rope_scaling={scaling} is not computed here")
         if kind not in ("linear", "dynamic"):
             yield Finding(("official",), f"rope_scaling of type {kind} stops it", "warning")
+    # SGLang does not start a draft that reaches less far than its target.
     longest, reach = files.shape.max_position_embeddings, target.config.max_position_embeddings
     if longest < reach:
         sentence = f"max_position_embeddings is {longest}, less than the target's {reach}: set"
@@ -210,7 +210,7 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if files.weights == PICKLED:
         yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
     shape, found = files.shape, files.tensors
-    with torch.device("meta"):
+    with torch.device("meta"):  # names and shapes alone, no memory
         draft = Draft(shape, Dense, torch.empty(0), torch.empty(0))
     expected = dict(draft.named_parameters())
     whole = shape.draft_vocab_size == shape.vocab_size
@@ -252,7 +252,7 @@ def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     d2t = d2t.long()
     ids = d2t + torch.arange(count)
     listed = None if t2d is None else t2d.bool().nonzero()[:, 0]
-    # Without t2d: ids that ascend, as they are written, always do; offsets stay where ids adjoin.
+    # Without t2d: ids are written in ascending order, while offsets repeat where two ids adjoin.
     absolute = bool((d2t.diff() > 0).all()) if t2d is None else torch.equal(d2t, listed)
     outside, twice = int(((ids < 0) | (ids >= size)).sum()), count - len(ids.unique())
     if absolute and count > 1:

@@ -68,8 +68,7 @@ def join(groups: list[list[str]]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    described = "the command that serves a draft with its target; what follows -- goes to it"
-    parser = argparse.ArgumentParser("launch/serve.sh", description=described)
+    parser = argparse.ArgumentParser("launch/serve.sh", description=__doc__)
     parser.add_argument("draft", help="folder or hub id")
     parser.add_argument("engine", nargs="?", choices=[*ENGINES, "trtllm"], default="sglang")
     model = os.environ.get("MODEL") or None
@@ -77,6 +76,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--draft-length", type=int, help="drafts a round")
     parser.add_argument("--port", type=int)
     parser.add_argument("--run", action="store_true", help="run it, too")
+    # What follows -- is the engine's: its options may bear the names of ours.
     own = arguments.index("--") if "--" in arguments else len(arguments)
     asked, more = parser.parse_args(arguments[:own]), arguments[own + 1 :]
     if asked.draft_length is not None and asked.draft_length < 1:
