@@ -27,7 +27,7 @@ from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
-from eagle3.export.write import MadeFor, write_draft, write_speculators
+from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel.launch import launch
 from eagle3.pipeline import run_pipeline
@@ -244,9 +244,9 @@ def exported(target_folder, tmp_path_factory) -> Path:
     t2d, d2t = vocab_tensors(torch.randperm(2048)[:300].sort().values.numpy(), 2048)
     draft = Draft(derive_config(target.config, 300), Auto, t2d, d2t)
     folder = tmp_path_factory.mktemp("exported")
-    made_for = MadeFor(str(target_folder), 3)
-    write_draft(draft, folder / "portable", target, made_for)
-    write_speculators(draft, folder / "speculators", target, made_for)
+    portable = portable_config(draft.config, target, str(target_folder), 3)
+    write_draft(draft, folder / "portable", portable)
+    write_draft(draft, folder / "speculators", speculators_config(portable, target))
     return folder
 
 

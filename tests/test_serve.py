@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from eagle3.errors import RunError
-from eagle3.export.serve import main, resolve, serve_text
+from eagle3.export.serve import main, serve_text
 
 LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}
 TARGET = "meta-llama/Llama-3.1-8B-Instruct"
@@ -75,9 +75,10 @@ def test_the_speculators_form_is_served_alone(draft, capsys, monkeypatch):
     assert "vllm serve other/model " in command(capsys, folder, "vllm")
     for engine in ("sglang", "trtllm"):
         with pytest.raises(RunError, match="does not read the speculators form"):
-            serve_text(engine, resolve(str(folder), None, None), None, [])
+            serve_text(engine, str(folder), None, None, None, [])
 
 
+@pytest.mark.runs
 def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, capsys, tmp_path):
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}, **LAYERS})
     text = command(capsys, folder, "trtllm")
@@ -102,21 +103,19 @@ def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, capsys,
     }
 
 
-def test_an_older_draft_is_looked_up_in_its_run(draft, tmp_path):
-    folder = draft({}, "draft")
-    with pytest.raises(RunError, match="does not say which target it was made for; set MODEL="):
-        resolve(str(folder), None, None)
-    config = {"model": {"path": TARGET}, "eval": {"draft_length": 4}}
-    (tmp_path / "run.json").write_text(json.dumps({"config": config}))
-    served = resolve(str(folder), None, None)
-    assert (served.target, served.draft_length, served.layers) == (TARGET, 4, None)
-    assert resolve(str(folder), str(tmp_path), 7).target == str(tmp_path)
-
-
-def test_a_target_that_has_moved(draft):
-    folder = draft({"made_for": {"target": "/models/gone", "draft_length": 5}})
-    with pytest.raises(RunError, match=r"target /models/gone of draft .* is not there; set MODEL="):
-        resolve(str(folder), None, None)
+@pytest.mark.parametrize(
+    ("made_for", "words"),
+    [
+        (None, "does not name its target; set MODEL="),
+        ({"target": "/models/gone"}, r"target /models/gone of draft .* is not there; set MODEL="),
+    ],
+)
+def test_a_draft_without_a_target_is_served_with_the_given_one(draft, tmp_path, made_for, words):
+    folder = str(draft({"made_for": made_for}))
+    with pytest.raises(RunError, match=words):
+        serve_text("vllm", folder, None, None, None, [])
+    text = serve_text("vllm", folder, str(tmp_path), 7, None, [])
+    assert f"serve {tmp_path} " in text and '"num_speculative_tokens": 7' in text
 
 
 def test_an_engines_own_environment_is_used(draft, capsys, tmp_path):
@@ -127,6 +126,7 @@ def test_an_engines_own_environment_is_used(draft, capsys, tmp_path):
     assert command(capsys, folder).startswith(f"{python} -m sglang.launch_server")
 
 
+@pytest.mark.runs
 def test_the_script_prints_and_runs(draft, tmp_path):
     """`--run` runs just what is printed; a stand-in for vLLM stands on the PATH."""
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}}, "draft")
@@ -137,25 +137,13 @@ def test_the_script_prints_and_runs(draft, tmp_path):
         "ENGINES_DIR": str(tmp_path),
         "PYTHONPATH": str(ROOT),
     }
-    script = [
-        str(ROOT / "launch" / "serve.sh"),
-        str(folder),
-        "vllm",
-        "--run",
-        "--",
-        "--max-model-len",
-        "9",
-    ]
-    done = subprocess.run(script, capture_output=True, text=True, env=environment)
+    script = ["bash", str(ROOT / "launch" / "serve.sh")]
+    arguments = [str(folder), "vllm", "--run", "--", "--max-model-len", "9"]
+    given = {"capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([*script, *arguments], **given)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"vllm serve {TARGET}") and done.stdout.endswith(
-        "ran with 10 arguments\n"
-    )
-    done = subprocess.run(
-        [*script[:1], str(tmp_path)], capture_output=True, text=True, env=environment
-    )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: draft at ")
-        and done.stderr.count("\n") == 1
-    )
+    assert done.stdout.startswith(f"vllm serve {TARGET}")
+    assert done.stdout.endswith("ran with 10 arguments\n")
+    done = subprocess.run([*script, str(tmp_path)], **given)
+    assert done.returncode == 1 and done.stderr.startswith("error: draft at ")
+    assert done.stderr.count("\n") == 1

@@ -24,7 +24,7 @@ import eagle3.hidden_states.import_specforge as specforge
 from eagle3.batch import Features, concatenate_features, pack, shifted
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
-from eagle3.export.write import write_draft
+from eagle3.export.write import portable_config, write_draft
 from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
 from eagle3.hidden_states.store import open_store
 from eagle3.runs.artefact import read_facts
@@ -297,7 +297,9 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
         {key: tensor.contiguous() for key, tensor in tensors.items()},
         tmp_path / "T" / "model.safetensors",
     )
-    write_draft(fixture.draft, tmp_path / "D", spec_of(tmp_path / "T", [1, 3, 4]))
+    spec = spec_of(tmp_path / "T", [1, 3, 4])
+    portable = portable_config(fixture.draft.config, spec, spec.path, 3)
+    write_draft(fixture.draft, tmp_path / "D", portable)
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
         f"hidden_states.path={tmp_path / 'S'}", f"draft.init_from={tmp_path / 'D'}",

@@ -1,13 +1,11 @@
-"""The stage `check`: findings about any EAGLE3 draft, by engine, then a few prompts decoded with
-it.
+"""The stage `check`: what is wrong with any EAGLE3 draft, by engine; a few prompts decoded with it.
 
-It needs neither data nor training; without the target's weights it says so and judges the files
-alone.
+It needs neither data nor training; without the target's weights it judges the files alone.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +19,8 @@ from eagle3.data.chat import Chat, with_system
 from eagle3.decode.speculate import speculate
 from eagle3.draft.attention import Backend
 from eagle3.errors import ConfigError, RunError
-from eagle3.export import rules
 from eagle3.export.read import DraftFiles, locate, named_layers, read_any
-from eagle3.export.rules import ALL, ENGINES, NOTE, WARNING, WRONG, Finding, wrong
+from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.layers import meant_by
@@ -45,18 +42,6 @@ CANNOT = (ConfigError, RunError, torch.OutOfMemoryError)
 console = Console(markup=False)
 
 
-@dataclass
-class Decoded:
-    """`acceptance_length` of greedy chains of `draft_length`, by the layers fed to the draft, such
-    as `1,15,28`.
-    """
-
-    num_prompts: int
-    max_new_tokens: int
-    draft_length: int
-    acceptance_length: dict[str, float]
-
-
 def check(
     section: Check,
     draft_path: str | None,
@@ -74,115 +59,87 @@ def check(
     """
     folder = locate(draft_path) if draft_path else run_dir / "draft"
     if not folder.exists():
-        remedy = "set draft_path=<folder or hub id>"
-        raise ConfigError(f"stages=[check] finds no draft at {folder}; {remedy}")
+        raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
     files = read_any(folder)
-    findings = [*rules.find_all(files, target.spec), *judge_embedding(files, target)]
-    decoded = None
+    findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
+    lengths = {}
     if section.decode:
         try:
-            prompts = encode_questions(section.num_prompts, chat, system_prompt)
-            decoded = decode(
-                files, target, attention, prompts, draft_length, section.max_new_tokens
-            )
-            findings += judge(decoded)
+            if chat is None:
+                raise RunError("the target has no tokenizer")
+            turns = [{"role": "user", "content": text} for text in QUESTIONS[: section.num_prompts]]
+            tokens = [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
+            lengths = decode(files, target, attention, tokens, draft_length, section.max_new_tokens)
+            findings += judge(lengths)
         except CANNOT as error:
-            findings.append(Finding(NOTE, (), f"no prompt was decoded: {error}"))
+            findings.append(Finding((), f"no prompt was decoded: {error}", "note"))
     asked = set(section.engines)
-    findings = [
-        finding for finding in findings if not finding.engines or asked & {*finding.engines}
-    ]
-    findings.sort(key=lambda finding: (WRONG, WARNING, NOTE).index(finding.severity))
+    findings = [found for found in findings if not found.engines or asked & {*found.engines}]
+    findings.sort(key=lambda finding: ("wrong", "warning", "note").index(finding.severity))
+    decoded = {
+        "num_prompts": section.num_prompts,
+        "max_new_tokens": section.max_new_tokens,
+        "draft_length": draft_length,
+        "acceptance_length": lengths,
+    }
     content = {
         "draft": draft_path or str(folder),
         "target": target.spec.path,
         "weights": files.weights,
         "speculators_form": files.is_speculators,
         "engines": section.engines,
-        "layers": rules.readings(files, target.spec.config.num_hidden_layers),
+        "layers": readings(files, target.spec.config.num_hidden_layers),
         "findings": [asdict(finding) for finding in findings],
-        "decoded": asdict(decoded) if decoded else None,
+        "decoded": decoded if lengths else None,
     }
     (run_dir / "check.json").write_text(json.dumps(content, indent=1))
-    show(findings, decoded, section.engines)
-    errors = [
-        f"{engines_of(finding, section.engines)}: {finding.sentence}"
-        for finding in findings
-        if finding.severity == WRONG
-    ]
+    table, errors = Table("check", "engines", "finding", box=SIMPLE_HEAD), []
+    for finding in findings:
+        engines = ", ".join(ENGINES[name] for name in finding.engines if name in asked)
+        table.add_row(finding.severity, engines, Text(finding.sentence))
+        if finding.severity == "wrong":
+            errors.append(f"{engines}: {finding.sentence}")
+    console.print(table if findings else "check: nothing found that matters in these engines")
+    for layers, length in lengths.items():
+        chains = f"{length:.2f} in chains of {draft_length} drafts"
+        console.print(f"check: acceptance length {chains}, fed by layers {layers}", soft_wrap=True)
     if errors:
         raise RunError("\nerror: ".join(errors))  # run.py puts the first `error: `
 
 
-def engines_of(finding: Finding, asked: list[str]) -> str:
-    return ", ".join(ENGINES[name] for name in finding.engines if name in asked)
-
-
-def show(findings: list[Finding], decoded: Decoded | None, asked: list[str]) -> None:
-    table = Table("check", "engines", "finding", box=SIMPLE_HEAD)
-    for finding in findings:
-        table.add_row(finding.severity, engines_of(finding, asked), Text(finding.sentence))
-    names = ", ".join(ENGINES[name] for name in asked)
-    console.print(table if findings else f"check: nothing found that matters in {names}")
-    for layers, length in decoded.acceptance_length.items() if decoded else ():
-        chains = f"with chains of {decoded.draft_length} drafts on {decoded.num_prompts} prompts"
-        line = f"check: acceptance length {length:.2f} {chains}, fed by layers {layers}"
-        console.print(line, soft_wrap=True)
-
-
 def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding]:
-    """An embedding in the file: vLLM and the official code use it, SGLang and TensorRT-LLM the
-    target's.
-    """
+    """Of an embedding in the file; SGLang and TensorRT-LLM take the target's all the same."""
     name = "embed_tokens.weight"
-    shipped, size = files.tensors.get(name), files.config.get("hidden_size")
-    if files.config.get("target_hidden_size") not in (None, size):
+    shipped, shape = files.tensors.get(name), files.shape
+    if shape.target_hidden_size != shape.hidden_size:
         if shipped is None:
-            yield wrong(ALL, f"its hidden_size is not the target's, so it needs {name} of its own")
-        return
-    if shipped is None:
-        return
-    try:
-        embedding = target.load_weights().embedding
-    except CANNOT as error:
-        sentence = f"{name} is there, but was not compared with the target's: {error}"
-        yield Finding(NOTE, ALL, sentence)
-        return
-    if shipped.shape != embedding.shape:
-        sentence = f"{name} is {list(shipped.shape)}, but the target's is {list(embedding.shape)}"
-        yield wrong(ALL, sentence)
-        return
-    rows = differing_rows(shipped, embedding)
-    if rows:
-        sentence = f"{name} differs from the target's in {rows:,} of {len(embedding):,} rows"
-        yield wrong(ALL, f"{sentence}: vLLM and the official code draft with it, others do not")
-    else:
-        sentence = f"{name} is a copy of the target's, {shipped.nbytes / 1e6:,.0f} MB that nobody"
-        yield Finding(NOTE, ALL, f"{sentence} needs")
+            yield Finding(ALL, f"its hidden_size is not the target's: it needs its own {name}")
+    elif shipped is not None:
+        try:
+            embedding = target.load_weights().embedding
+        except CANNOT as error:
+            yield Finding(ALL, f"{name} was not compared with the target's: {error}", "note")
+            return
+        same_shape = shipped.shape == embedding.shape
+        rows = differing_rows(shipped, embedding) if same_shape else len(shipped)
+        if rows:
+            sentence = f"{name} differs from the target's in {rows:,} of {len(shipped):,} rows"
+            yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
 
 
 def differing_rows(one: torch.Tensor, other: torch.Tensor) -> int:
-    """Rows of two [V,D] that differ by more than rounding to bf16 explains, a part at a time."""
+    """Rows of two [V,D] that differ by more than rounding to bf16 explains."""
     count = 0
-    for a, b in zip(one.split(8192), other.split(8192), strict=True):
+    for a, b in zip(one.split(8192), other.split(8192), strict=True):  # fp32 of all is gigabytes
         a, b = a.float(), b.to(a.device).float()
         count += int(((a - b).abs() > 2**-7 * b.abs() + 1e-6).any(1).sum())
     return count
 
 
-def encode_questions(count: int, chat: Chat | None, system: str | None) -> list[torch.Tensor]:
-    if chat is None:
-        raise RunError("the target has no tokenizer")
-    messages = [[{"role": "user", "content": question}] for question in QUESTIONS[:count]]
-    return [torch.tensor(chat.encode_prompt(with_system(each, system))) for each in messages]
-
-
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
-    """What the draft may have been made for, the likeliest first: the layers it names, and how else
-    they are read.
-    """
+    """Layers it may have been made for: first those that it names, then how else they are read."""
     count = target.config.num_hidden_layers
-    read = rules.readings(files, count)
+    read = readings(files, count)
     named = named_layers(files.config) or read["official"]
     different: list[list[int]] = []
     for ids in (named, *read.values(), meant_by("vllm", named)):
@@ -196,49 +153,48 @@ def decode(
     files: DraftFiles,
     target: TargetHandle,
     attention: Backend,
-    prompts: list[torch.Tensor],
+    prompts: list[list[int]],
     draft_length: int,
     max_new_tokens: int,
-) -> Decoded:
-    """Greedy answers: the acceptance length. Raises ConfigError and RunError where the built-in
-    decoder cannot draft with these files, or the target cannot be loaded.
+) -> dict[str, float]:
+    """The acceptance length of greedy chains by the layers fed to the draft, such as `1,15,28`.
 
-    Where it is low, the other layers that the draft may have been made for are tried too.
+    Where it is low, the other candidates are tried too. Raises ConfigError or RunError.
     """
-    own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
+    own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
     spec = target.spec.with_layers(named_layers(files.config) or target.spec.aux_layer_ids)
-    draft = rules.build_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
-    target.close()
+    draft = read_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
+    target.close()  # two at once may not fit
+    # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    prompts = [prompt.to(target.device) for prompt in prompts]
-    decoded = Decoded(len(prompts), max_new_tokens, draft_length, {})
+    inputs = [torch.tensor(prompt, device=target.device) for prompt in prompts]
+    tree, lengths = (draft_length, 1, draft_length + 1), {}
     for ids in choices:
         model.aux_layer_ids = ids
-        tree = (draft_length, 1, draft_length + 1)
-        answers = speculate(model, draft, prompts, *tree, max_new_tokens)
+        answers = speculate(model, draft, inputs, *tree, max_new_tokens)
         rounds = sum(len(answer.emitted) for answer in answers)
         length = sum(sum(answer.emitted) for answer in answers) / max(rounds, 1)
-        decoded.acceptance_length[",".join(map(str, ids))] = length
+        lengths[",".join(map(str, ids))] = length
         if length >= CLEARLY:
             break
-    return decoded
+    return lengths
 
 
-def judge(decoded: Decoded) -> Iterator[Finding]:
+def judge(lengths: dict[str, float]) -> Iterator[Finding]:
     """What the acceptance lengths say; the first is that of the layers which the draft names."""
-    (named, length), *others = decoded.acceptance_length.items()
+    (named, length), *others = lengths.items()
     best, most = max(others, key=lambda pair: pair[1], default=(named, length))
     if most > 1.1 * length and most > LITTLE:
         sentence = f"fed by layers {best} it accepts {most:.2f} tokens a round"
-        yield wrong(ALL, f"{sentence}, by the named {named} only {length:.2f}")
+        yield Finding(ALL, f"{sentence}, by the named {named} only {length:.2f}")
     elif length == 1:
-        sentence = "not one draft was accepted (acceptance length exactly 1.0): it is of another"
-        causes = "target or other weights of it, has other layers or a wrong d2t, or is untrained"
-        yield wrong(ALL, f"{sentence} {causes}")
+        # A draft that is merely poor is right now and then: none at all is a mistake somewhere.
+        sentence = "not one draft was accepted (acceptance length exactly 1.0): it is untrained, of"
+        yield Finding(ALL, f"{sentence} another target or weights, or has other layers or d2t")
     elif length < LITTLE:
         sentence = f"acceptance length is only {length:.2f}: little trained, or on other layers"
-        yield Finding(WARNING, ALL, f"{sentence} or text")
+        yield Finding(ALL, f"{sentence} or text", "warning")

@@ -1,8 +1,7 @@
 """A draft on disk or on the hub, in any known form, read under the portable names; unjudged.
 
 Known are the portable form (this project, SpecForge, the official release), that of speculators and
-vLLM (`layers.0.*`, a nested config), and names as engines keep them in memory (`model.*`,
-`draft_id_to_target_id`).
+vLLM (`layers.0.*`, a nested config), and names that begin with `model.`.
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,21 +22,9 @@ from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.layers import meant_by
 
-SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # in config.json, and in its eagle_config
 SIZES = {field.name for field in fields(DraftConfig) if field.type is int} | {"num_hidden_layers"}
-LLAMA_DEFAULTS = {  # of transformers
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-}
-RENAMES = (
-    (r"^model\.", ""),
-    (r"^layers\.0\.", "midlayer."),
-    (r"^draft_id_to_target_id$", "d2t"),
-    (r"^aux_norm_low\.", "fc_norm.0."),
-    (r"^aux_norm_mid\.", "fc_norm.1."),
-    (r"^aux_norm_high\.", "fc_norm.2."),
-)
 
 
 def is_hub_id(path: str) -> bool:
@@ -51,60 +38,50 @@ def check_given(path: str, key: str) -> None:
         raise ConfigError(f"{key}={path} does not exist; give a local folder or a hub id")
 
 
+def absolute(path: str) -> str:
+    """A folder as an absolute path, a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
 @cache
 def locate(path: str, key: str = "draft_path") -> Path:
-    """The folder of a draft: a local one, else what the hub has under this id.
-
-    Only config and weights are fetched, and a pickle only where there is nothing else. Raises
-    RunError.
-    """
-    if Path(path).is_dir() or not is_hub_id(path):
+    """A local folder of a draft, else the hub's: config and weights. Raises RunError."""
+    if not is_hub_id(path):
         return Path(path)
     try:
-        wanted = ["config.json", "*.safetensors", INDEX]
-        folder = Path(snapshot_download(path, allow_patterns=wanted))
+        folder = Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+        # A pickle is fetched only where there is nothing safer.
         if not any(folder.glob("*.safetensors")):
             snapshot_download(path, allow_patterns=[PICKLED])
         return folder
-    except GatedRepoError as error:
-        reason = ": the hub wants you to log in; accept its terms there first"
-        raise RunError(f"{key}={path}{reason}") from error
-    except RepositoryNotFoundError as error:
-        reason = " is neither a folder nor on the hub; check the spelling"
-        raise RunError(f"{key}={path}{reason}") from error
-    except (LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " is no folder and the hub cannot be reached; give a folder, or connect once"
-        raise RunError(f"{key}={path}{reason} to fetch it") from error
+    except RepositoryNotFoundError as error:  # the hub says so of gated ones too
+        raise RunError(f"{key}={path} is no folder, nor on the hub without a log-in") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{key}={path} is no folder and the hub cannot be reached") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A draft's config.json as it stands. Raises RunError where there is none, or a size in it is
-    no number.
-    """
+    """A draft's config.json as it stands. Raises RunError for none, or numbers that are none."""
     try:
         given = json.loads((folder / "config.json").read_text())
+        if not isinstance(given, dict):
+            raise ValueError("config.json is no JSON object")
     except (OSError, ValueError) as error:
         inside = (folder / "draft" / "config.json").is_file()
         remedy = "; the draft is its folder draft/" if inside else ""
-        raise unreadable(folder, error, remedy) from error
-    if not isinstance(given, dict):
-        raise unreadable(folder, "config.json is no JSON object")
+        raise RunError(f"draft at {folder} cannot be read: {error}{remedy}") from error
     config = flatten(given)
     for name in sorted(SIZES & config.keys()):
         value = config[name]
+        # isinstance would let true pass for 1
         if value is not None and (type(value) is not int or value < 1):
-            wanted = "in config.json must be a whole number above 0"
-            raise RunError(f"draft at {folder}: {name}={value!r} {wanted}")
+            raise RunError(f"draft at {folder}: {name}={value!r} must be a whole number above 0")
     for section in (config, config.get("eagle_config") or {}):
-        ids = section.get("eagle_aux_hidden_state_layer_ids") or []
+        ids = section.get(LAYER_IDS) or []
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            wanted = "must be a list of whole numbers"
-            raise RunError(f"draft at {folder}: eagle_aux_hidden_state_layer_ids={ids} {wanted}")
+            raise RunError(f"draft at {folder}: {LAYER_IDS}={ids} must be a list of whole numbers")
     return given
-
-
-def unreadable(folder: Path, reason: Exception | str, remedy: str = "") -> RunError:
-    return RunError(f"draft at {folder} cannot be read: {' '.join(str(reason).split())}{remedy}")
 
 
 def flatten(given: dict[str, Any]) -> dict[str, Any]:
@@ -117,108 +94,94 @@ def flatten(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_layers(config: dict[str, Any]) -> list[int] | None:
-    """The layers whose outputs a draft reads, by its flat config; None where that names none.
-
-    `eagle_config` counts as this project does; the top-level key counts one more, as vLLM does.
-    """
-    ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    above = config.get("eagle_aux_hidden_state_layer_ids")
+    """The layers whose outputs a draft reads, by its flat config; None where that names none."""
+    ids, above = (config.get("eagle_config") or {}).get(LAYER_IDS), config.get(LAYER_IDS)
+    # Each is in the numbers of the engine that reads it: SGLang's are ours, vLLM's one more.
     return ids if ids or not above else meant_by("vllm", above)
+
+
+def read_made_for(given: dict[str, Any]) -> dict[str, Any]:
+    """`target` and `draft_length` as a config.json of either form names them, if it does."""
+    section = given.get("speculators_config")
+    if not section:
+        return given.get("made_for") or {}
+    [method, *_] = section.get("proposal_methods") or [{}]
+    target = (section.get("verifier") or {}).get("name_or_path")
+    return {"target": target, "draft_length": method.get("speculative_tokens")}
+
+
+def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
+    """The shape in a flat config, filled up as engines do. Raises RunError for a missing size."""
+    given = {key: value for key, value in config.items() if value is not None}
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if name not in given:
+            raise RunError(f"draft at {folder}: config.json lacks {name}")
+    values = {
+        "num_key_value_heads": given["num_attention_heads"],
+        "head_dim": given["hidden_size"] // given["num_attention_heads"],
+        "target_hidden_size": given["hidden_size"],
+        "draft_vocab_size": given["vocab_size"],
+        # The defaults of transformers' LlamaConfig, which are not those of DraftConfig.
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    }
+    values |= given | given.get("rope_parameters", {})
+    known = {field.name for field in fields(DraftConfig)}
+    return DraftConfig(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass
 class DraftFiles:
-    """A draft as found: `config` flat, as the portable form has it, `tensors` under the portable
-    names.
+    """A draft as found: `config` flat, `tensors` by name, both as the portable form has them.
 
-    `given` is config.json itself; `renamed` maps portable names to those in the file, where they
-    differ; `weights` is the name of the file that the tensors come from.
+    `given` is config.json itself, `names` are those of the tensors in the file `weights`.
     """
 
     folder: Path
-    config: dict[str, Any]
     given: dict[str, Any]
+    config: dict[str, Any]
+    shape: DraftConfig
     tensors: dict[str, torch.Tensor]
-    renamed: dict[str, str]
+    names: list[str]
     weights: str
 
     @property
     def is_speculators(self) -> bool:
         return "speculators_model_type" in self.given
 
-    @property
-    def rope_theta(self) -> float | None:
-        """None where config.json names none; engines then take 10000."""
-        parameters = self.config.get("rope_parameters") or {}
-        return parameters.get("rope_theta", self.config.get("rope_theta"))
-
-    @property
-    def rope_scaling(self) -> dict | None:
-        """The scaling that engines apply, None where they scale nothing."""
-        scaling = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        return None if kind == "default" else scaling
-
-    @property
-    def shape(self) -> DraftConfig:
-        """With what engines take for keys that config.json leaves out.
-
-        Raises KeyError for one that has no default.
-        """
-        given = {key: value for key, value in self.config.items() if value is not None}
-        heads = given["num_attention_heads"]
-        values = LLAMA_DEFAULTS | {
-            "num_key_value_heads": heads,
-            "head_dim": given["hidden_size"] // heads,
-            "target_hidden_size": given["hidden_size"],
-            "draft_vocab_size": given["vocab_size"],
-        }
-        values |= given | {"rope_theta": self.rope_theta or 10000.0}
-        names = [field.name for field in fields(DraftConfig)]
-        return DraftConfig(**{name: values[name] for name in names if name in values})
-
 
 def read_any(folder: Path) -> DraftFiles:
     """A draft of any known form. Raises RunError where none is there or safe to read."""
     given = read_config(folder)
+    config = flatten(given)
     try:
         named, weights = read_tensors(folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise unreadable(folder, error) from error
-    tensors, renamed = {}, {}
+        raise RunError(f"draft at {folder} cannot be read: {error}") from error
+    shape, tensors = read_shape(folder, config), {}
     for name, tensor in named.items():
-        portable = name
-        for pattern, replacement in RENAMES:
-            portable = re.sub(pattern, replacement, portable)
+        portable = name.removeprefix("model.").replace("layers.0.", "midlayer.")
         if portable in tensors:
-            other = renamed.get(portable, name)
-            raise RunError(f"draft at {folder} has {portable} twice, once as {other}")
+            raise RunError(f"draft at {folder} has {portable} twice, once as {name}")
         tensors[portable] = tensor
-        if portable != name:
-            renamed[portable] = name
-    return DraftFiles(folder, flatten(given), given, tensors, renamed, weights)
+    return DraftFiles(folder, given, config, shape, tensors, sorted(named), weights)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Every tensor by its name in the file, and that file's name; a pickle only as far as it runs
-    no code.
-    """
-    if (folder / SINGLE).is_file():
-        return load_file(folder / SINGLE), SINGLE
-    if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text())["weight_map"].values()
+    """Every tensor by its name in the file, and that file's name. Raises what reading raises."""
+    # Beside the whole there may be what is no shard of it, such as an optimizer's state.
+    single = folder / SINGLE
+    shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if shards:
         named = {}
-        for shard in sorted(set(shards)):
-            named |= load_file(folder / Path(shard).name)  # the name alone: no path leads outside
-        return named, INDEX
+        for shard in shards:
+            named |= load_file(shard)
+        return named, shards[0].name
     if not (folder / PICKLED).is_file():
         raise OSError(f"neither {SINGLE} nor {PICKLED} is there")
-    try:
+    try:  # weights_only: a pickle may name any function, and this calls none but torch's own
         named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = "is damaged, or would run code when read; get it as"
+        return {name: tensor.detach() for name, tensor in named.items()}, PICKLED
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"
         raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
-    if not isinstance(named, dict) or not all(isinstance(t, torch.Tensor) for t in named.values()):
-        reason = "holds no plain dictionary of tensors; get it as"
-        raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}")
-    return named, PICKLED

@@ -8,6 +8,7 @@ compares the draft with its target. This project is one more engine, which refus
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from eagle3.draft.attention import Backend, Dense
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export.read import PICKLED, DraftFiles, named_layers, read_any
+from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, read_any, read_made_for
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.spec import TargetSpec
 
@@ -27,269 +28,209 @@ ENGINES = {
     "ours": "this project",
 }
 ALL, LOADERS = tuple(ENGINES), ("sglang", "vllm", "trtllm")  # these choose a class by config.json
-OTHERS = (*LOADERS, "official")
-WRONG, WARNING, NOTE = "wrong", "warning", "note"
-NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-FUSED_NORMS = {  # of EAGLE-3.1 and its like
-    "fc_norm": "fc_norm.0.weight",
-    "norm_before_fc": "input_norm.weight",
-}
+OTHERS, NOT_VLLM = (*LOADERS, "official"), ("sglang", "trtllm", "official", "ours")
 
 
 @dataclass
 class Finding:
-    """`severity`: wrong (does not load, or drafts badly without a word), warning or note; `engines`
-    it is true of, none where it is true of no engine in particular.
+    """A sentence that is true of `engines`; of none: in general.
+
+    `severity` is wrong (the draft does not load, or drafts badly without a word), warning or note.
     """
 
-    severity: str
     engines: tuple[str, ...]
     sentence: str
-
-
-def wrong(engines: tuple[str, ...], sentence: str) -> Finding:
-    return Finding(WRONG, engines, sentence)
+    severity: Literal["wrong", "warning", "note"] = "wrong"
 
 
 def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
-    """Every finding, in the order of the rules; shapes and vocabulary only where config.json has
-    what they need.
-    """
-    rules = [architecture, shape, layers, rope, variants]
-    if all(files.config.get(name) is not None for name in NEEDED):
-        rules += [tensors, vocabulary]
+    """Every finding, in the order of the rules."""
+    form = speculators if files.is_speculators else architecture
+    rules = [form, shape, layers, rope, variants, tensors, vocabulary]
     return [finding for rule in rules for finding in rule(files, target)]
 
 
-def read_draft(folder: Path, attention: Backend, target: TargetSpec) -> Draft:
+def read_draft(draft: Path | DraftFiles, attention: Backend, target: TargetSpec) -> Draft:
     """A draft of any known form, in fp32. Raises RunError for the first thing that is wrong.
 
     Where config.json names the auxiliary layers they must be the target's: a wrong guess costs most
     of the acceptance and shows nowhere else.
     """
-    return build_draft(read_any(folder), attention, target)
-
-
-def build_draft(files: DraftFiles, attention: Backend, target: TargetSpec) -> Draft:
-    """As `read_draft`, from what was read."""
+    files = read_any(draft) if isinstance(draft, Path) else draft
     for finding in find_all(files, target):
-        if finding.severity == WRONG and "ours" in finding.engines:
+        if finding.severity == "wrong" and "ours" in finding.engines:
             raise RunError(f"draft at {files.folder}: {finding.sentence}")
-    config = files.shape
-    weights = {name: t for name, t in files.tensors.items() if not name.endswith("inv_freq")}
     # Maps that engines do without: none for a whole vocabulary, and t2d follows from d2t.
-    d2t = weights.pop("d2t", torch.zeros(config.draft_vocab_size)).long()
-    t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
+    d2t = files.tensors.get("d2t", torch.zeros(files.shape.draft_vocab_size)).long()
+    t2d = torch.zeros(files.shape.vocab_size, dtype=torch.bool)
     t2d[d2t + torch.arange(len(d2t))] = True
-    draft = Draft(config, attention, t2d, d2t)
-    float32 = {name: tensor.float() for name, tensor in weights.items() if name != "t2d"}
-    draft.load_state_dict(float32 | {"t2d": t2d, "d2t": d2t})
+    draft = Draft(files.shape, attention, t2d, d2t)
+    for name, parameter in draft.named_parameters():
+        parameter.data.copy_(files.tensors[name])
     return draft
 
 
 def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """By which class engines load the draft, and what they need to know it for one."""
-    config, names = files.config, files.given.get("architectures") or []
-    if files.is_speculators:
-        sentence = "this is the speculators form, which only vLLM and this project read"
-        yield Finding(NOTE, ("sglang", "trtllm", "official"), sentence)
-        yield from speculators(files)
-        return
-    if not names:
-        yield wrong(LOADERS, "config.json lacks architectures=[LlamaForCausalLMEagle3]")
-    elif names[0] != "LlamaForCausalLMEagle3":
-        known = names[0] in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-        sentence = f"architectures is {names[0]}, not LlamaForCausalLMEagle3"
-        yield wrong(("sglang",) if known else LOADERS, sentence)
-    kind = config.get("model_type")
-    if kind != "llama":
-        yield wrong(LOADERS, f"model_type is {kind}; the layer of an EAGLE3 draft is llama")
-    if config.get("draft_vocab_size") is None:
-        sentence = "config.json lacks draft_vocab_size, which sizes the head and marks an EAGLE3"
-        yield wrong(("sglang", "trtllm", "official", "ours"), sentence)
+    [name, *_] = files.config.get("architectures") or [None]
+    if name != "LlamaForCausalLMEagle3":
+        # SGLang goes by this very name; vLLM and TensorRT-LLM take these two as well.
+        known = name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
+        sentence = f"architectures is [{name}], not [LlamaForCausalLMEagle3]"
+        yield Finding(("sglang",) if known else LOADERS, sentence)
+    if files.config.get("model_type") != "llama":
+        yield Finding(LOADERS, "model_type is not llama, which the layer of an EAGLE3 draft is")
+    if files.config.get("draft_vocab_size") is None:
+        yield Finding(NOT_VLLM, "config.json lacks draft_vocab_size")
 
 
-def speculators(files: DraftFiles) -> Iterator[Finding]:
+def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """What `vllm serve DRAFT` reads besides the layer."""
-    given, section = files.given, files.given.get("speculators_config") or {}
-    [method, *_] = section.get("proposal_methods") or [{}]
-    verifier, kind = section.get("verifier") or {}, given["speculators_model_type"]
-    if kind != "eagle3":
-        yield wrong(ALL, f"speculators_model_type is {kind}, which is no EAGLE3")
+    given, made_for = files.given, read_made_for(files.given)
+    yield Finding(("sglang", "trtllm", "official"), "they read no speculators form", "note")
+    if given["speculators_model_type"] != "eagle3":
+        yield Finding(ALL, f"speculators_model_type={given['speculators_model_type']} is no EAGLE3")
     if not given.get("draft_vocab_size"):
-        yield wrong(("vllm", "ours"), "config.json lacks draft_vocab_size")
-    tokens = method.get("speculative_tokens")
-    needed = {
-        "transformer_layer_config": given.get("transformer_layer_config"),
-        "speculators_config.proposal_methods[0].speculative_tokens": tokens,
-        "speculators_config.verifier.name_or_path": verifier.get("name_or_path"),
-    }
-    for name in [name for name, value in needed.items() if not value]:
-        yield wrong(("vllm",), f"config.json lacks {name}, without which vLLM does not start")
+        yield Finding(("vllm", "ours"), "config.json lacks draft_vocab_size")
+    for name in ("target", "draft_length"):
+        if not made_for.get(name):
+            yield Finding(("vllm",), f"speculators_config names no {name}: vLLM does not start")
     if "norm_before_residual" not in given:
         sentence = "norm_before_residual is absent, which vLLM takes for true; write it"
-        yield Finding(WARNING, ("vllm",), sentence)
-        yield wrong(("ours",), "norm_before_residual is absent, so true; not computed here")
+        yield Finding(("vllm",), sentence, "warning")
+        yield Finding(("ours",), sentence)
 
 
 def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Sizes that config.json names against the target's."""
-    config, whole = files.config, target.config
-    for name in NEEDED:
-        if config.get(name) is None:
-            yield wrong(ALL, f"config.json lacks {name}")
-    vocab, size = config.get("vocab_size"), config.get("hidden_size")
-    if vocab not in (None, whole.vocab_size):
-        yield wrong(ALL, f"vocab_size is {vocab}, but the target has {whole.vocab_size}")
-    read = config.get("target_hidden_size") or size
-    if read not in (None, whole.hidden_size):
-        yield wrong(ALL, f"it reads hidden states of {read} numbers, not {whole.hidden_size}")
+    config, shape, whole = files.config, files.shape, target.config
+    size, heads, read = shape.hidden_size, shape.num_attention_heads, shape.target_hidden_size
+    if shape.vocab_size != whole.vocab_size:
+        yield Finding(ALL, f"vocab_size is {shape.vocab_size}, the target's {whole.vocab_size}")
+    if read != whole.hidden_size:
+        yield Finding(ALL, f"it reads hidden states of {read} numbers, not {whole.hidden_size}")
     elif size != read:
-        yield wrong(("ours",), f"hidden_size is {size}, not the target's {read}: unsupported here")
-    if "target_hidden_size" in files.given and not files.is_speculators:
+        yield Finding(("ours",), f"hidden_size is {size}, not the target's {read}: not done here")
+    if "target_hidden_size" in config and not files.is_speculators:
         if config["target_hidden_size"] is None:
-            yield wrong(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
-        elif config["target_hidden_size"] == size:
-            sentence = "target_hidden_size equals hidden_size; leave it out"
-            yield Finding(WARNING, ("official",), sentence)
-    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
-    if size and heads and head_dim not in (None, size // heads):
-        sentence = f"head_dim is {head_dim}, not hidden_size / heads = {size // heads}"
-        yield wrong(("official",), sentence)
-    count, activation = config.get("num_hidden_layers", 1), config.get("hidden_act", "silu")
-    if count != 1:
-        yield wrong(("official", "ours"), f"num_hidden_layers is {count}; they know one layer")
-    if activation != "silu":
-        yield wrong((*LOADERS, "ours"), f"hidden_act is {activation}; they know only silu")
+            yield Finding(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
+        elif read == size:  # the official loader takes its presence for a difference
+            yield Finding(("official",), "target_hidden_size must be left out", "warning")
+    if shape.head_dim != size // heads:
+        yield Finding(("official",), f"head_dim is {shape.head_dim}, not {size} / {heads} heads")
+    if config.get("num_hidden_layers", 1) != 1:
+        yield Finding(("official", "ours"), "num_hidden_layers is not 1; they know one layer")
+    if shape.hidden_act != "silu":
+        yield Finding((*LOADERS, "ours"), f"hidden_act is {shape.hidden_act}; they know only silu")
 
 
 def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
-    """The layers whose outputs each engine feeds to this draft (TensorRT-LLM: unless told
-    otherwise).
-    """
-    default = engines_default(num_layers)
-    ids = (files.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    above = files.config.get("eagle_aux_hidden_state_layer_ids") or ids
-    return {
-        "sglang": meant_by("sglang", ids) if ids else default,
-        "vllm": meant_by("vllm", above) if above else default,
-        "trtllm": default,
-        "official": default,
-    }
+    """The layers whose outputs each engine feeds to this draft, unless told otherwise."""
+    read = dict.fromkeys(OTHERS, engines_default(num_layers))
+    ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
+    above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
+    if ids:
+        read["sglang"] = meant_by("sglang", ids)
+    if above:
+        read["vllm"] = meant_by("vllm", above)
+    return read
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Which of the target's layers each engine would feed, against those that the draft names."""
     count, named = target.config.num_hidden_layers, named_layers(files.config)
-    read = readings(files, count)
+    read = readings(files, count) | {"ours": target.aux_layer_ids}
     if named is None:
         sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"
-        yield Finding(NOTE if count >= 7 else WRONG, OTHERS, sentence)
+        yield Finding(OTHERS, sentence, "note" if count >= 7 else "wrong")
         return
     if len(named) != 3 or sorted(set(named)) != named or not 0 <= named[0] <= named[-1] < count:
-        yield wrong(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
+        yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
+    # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
-        "sglang": "SGLang reads only eagle_config.eagle_aux_hidden_state_layer_ids",
-        "vllm": "vLLM reads the top-level eagle_aux_hidden_state_layer_ids as 1 above the layers",
+        "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
+        "vllm": f"vLLM reads the top-level {LAYER_IDS} as 1 above the layers",
+        "trtllm": f"set eagle3_layers_to_capture={named} there",
         "official": "the official code has its default layers built in",
         "ours": f"set model.aux_layer_ids={named}",
     }
-    read["ours"] = target.aux_layer_ids
     for engine, reason in reasons.items():
         if read[engine] != named:
-            sentence = f"it was made for the outputs of layers {named}, but gets {read[engine]}"
-            yield wrong((engine,), f"{sentence}: {reason}")
-    if read["trtllm"] != named:
-        sentence = f"gets {read['trtllm']} unless eagle3_layers_to_capture={named} is set there"
-        yield Finding(WARNING, ("trtllm",), sentence)
+            sentence = f"made for the outputs of layers {named}, it gets {read[engine]}: {reason}"
+            yield Finding((engine,), sentence, "warning" if engine == "trtllm" else "wrong")
 
 
 def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """A draft keeps the theta it was trained with, and must reach as far as the target."""
-    wanted, theta = derive_config(target.config, 1).rope_theta, files.rope_theta
-    if (theta or 10000.0) != wanted:
-        named = f"rope_theta is {theta:g}" if theta else "rope_theta is not named, so 10000"
-        sentence = f"{named}, while the target's is {wanted:g}: right only if trained so"
-        yield Finding(WARNING, ALL, sentence)
-    if files.rope_scaling:
-        yield wrong(("ours",), f"rope_scaling={files.rope_scaling} is not computed here")
-        kind = files.rope_scaling.get("rope_type", files.rope_scaling.get("type"))
+    wanted, theta = derive_config(target.config, 1).rope_theta, files.shape.rope_theta
+    if theta != wanted:
+        sentence = f"rope_theta is {theta:g}, the target's {wanted:g}: right only if trained so"
+        yield Finding(ALL, sentence, "warning")
+    scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind != "default":
+        yield Finding(("ours",), f"rope_scaling={scaling} is not computed here")
         if kind not in ("linear", "dynamic"):
-            yield Finding(WARNING, ("official",), f"rope_scaling of type {kind} stops it")
-    longest = files.config.get("max_position_embeddings") or 2048  # as transformers takes it
-    reach = target.config.max_position_embeddings
+            yield Finding(("official",), f"rope_scaling of type {kind} stops it", "warning")
+    # SGLang does not start a draft that reaches less far than its target.
+    longest, reach = files.shape.max_position_embeddings, target.config.max_position_embeddings
     if longest < reach:
-        sentence = f"max_position_embeddings is {longest}, less than the target's {reach}: SGLang"
-        yield wrong(("sglang",), f"{sentence} needs --context-length of at most {longest}")
+        sentence = f"max_position_embeddings is {longest}, less than the target's {reach}: set"
+        yield Finding(("sglang",), f"{sentence} --context-length {longest} there, or less")
 
 
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Other EAGLE3 graphs: which engines compute them, and whether flags and tensors agree."""
-    config = files.config
-    flags = (config.get("eagle_config") or {}) | config
-    if config.get("norm_before_residual"):
-        engines = ("sglang", "trtllm", "official", "ours")
-        yield wrong(engines, "norm_before_residual is true, which only vLLM computes")
-    for flag, tensor in FUSED_NORMS.items():
+    flags = (files.config.get("eagle_config") or {}) | files.config
+    cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
+    cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
+    for flag, engines in cannot.items():
         if flags.get(flag):
-            yield wrong(("official", "ours"), f"{flag} is true, which they do not compute")
-            if tensor not in files.tensors:
-                yield wrong(LOADERS, f"{flag} is true, but {tensor} is missing: no such norm")
-        elif tensor in files.tensors:
-            yield wrong(ALL, f"{tensor} is left out: config.json does not say {flag}")
-    if flags.get("norm_output"):
-        yield wrong(("official", "ours"), "norm_output is true (EAGLE-3.1): not computed")
-    if flags.get("use_aux_norm"):
-        yield wrong(("ours",), "use_aux_norm is true, which is not computed here")
-    if config.get("tie_word_embeddings"):
-        yield wrong(("sglang",), "tie_word_embeddings is true: an embedding becomes the head")
+            yield Finding(engines, f"{flag} is true, which they do not compute")
+    # Engines make the norms of EAGLE-3.1 by the flag, and fill them with whatever is in the file.
+    for flag, layer in {"fc_norm": "fc_norm.0", "norm_before_fc": "input_norm"}.items():
+        name = f"{layer}.weight"
+        if flags.get(flag) and name not in files.tensors:
+            yield Finding(LOADERS, f"{flag} is true, but {name} is missing")
+        elif name in files.tensors and not flags.get(flag):
+            yield Finding(ALL, f"{name} is left out: config.json does not say {flag}")
+    if flags.get("tie_word_embeddings"):
+        yield Finding(("sglang",), "tie_word_embeddings is true: an embedding becomes the head")
 
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Names, shapes and values of what the engines load."""
-    shape, found = files.shape, files.tensors
-    with torch.device("meta"):
-        draft = Draft(shape, Dense, torch.empty(0), torch.empty(0))
-    expected = {name: list(tensor.shape) for name, tensor in draft.named_parameters()}
-    whole = shape.draft_vocab_size == shape.vocab_size
-    for name in sorted(expected.keys() - found.keys()):
-        # vLLM and TensorRT-LLM then take the target's head
-        engines = ("sglang", "official", "ours") if name == "lm_head.weight" and whole else ALL
-        yield wrong(engines, f"{name} is missing; engines leave it random without a word")
-    for name in sorted(found.keys() - expected.keys() - {"d2t", "t2d"}):
-        if name == "embed_tokens.weight":
-            yield wrong(("ours",), f"{name} is there; this project drafts with the target's")
-        elif not name.endswith("inv_freq") and not name.startswith(("fc_norm.", "input_norm.")):
-            given = files.renamed.get(name, name)
-            yield wrong(ALL, f"{given} is no tensor of an EAGLE3 draft; skipped without a word")
-    for name in sorted(expected.keys() & found.keys()):
-        tensor, wanted = found[name], expected[name]
-        if list(tensor.shape) != wanted:
-            yield wrong(ALL, f"{name} has shape {list(tensor.shape)}, not {wanted}")
-        elif not tensor.isfinite().all():
-            yield wrong(ALL, f"{name} holds values that are not finite")
-        elif tensor.numel() and not tensor.any():
-            yield wrong(OTHERS, f"{name} is all zeros, as if never loaded or trained")
-    yield from spelling(files, expected.keys() & found.keys())
-
-
-def spelling(files: DraftFiles, names: set[str]) -> Iterator[Finding]:
-    """Names that some loaders do not know, the kind of file, and of numbers."""
-    given = sorted(files.renamed.values())
-    prefixed = [name for name in given if name.startswith("model.")]
-    if prefixed:
-        sentence = f"names such as {prefixed[0]} begin with model.: skipped without a word"
-        yield wrong(("vllm", "trtllm", "official"), sentence)
-    elif given and not files.is_speculators:
-        yield wrong(("official",), f"names such as {given[0]} are skipped without a word")
+    skipping = {"model.": ("vllm", "trtllm", "official")}
+    if not files.is_speculators:
+        skipping["layers.0."] = ("official",)
+    for prefix, engines in skipping.items():
+        if any(name.startswith(prefix) for name in files.names):
+            yield Finding(engines, f"names that begin with {prefix} are skipped silently")
     if files.weights == PICKLED:
-        yield Finding(NOTE, ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe")
-    kinds = {str(files.tensors[name].dtype).removeprefix("torch.") for name in names}
-    if kinds - {"bfloat16", "float16"}:
-        yield Finding(
-            NOTE, OTHERS, f"weights are {', '.join(sorted(kinds))}; engines take the target's dtype"
-        )
+        yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
+    shape, found = files.shape, files.tensors
+    with torch.device("meta"):  # names and shapes alone, no memory
+        draft = Draft(shape, Dense, torch.empty(0), torch.empty(0))
+    expected = dict(draft.named_parameters())
+    whole = shape.draft_vocab_size == shape.vocab_size
+    for name in sorted((expected.keys() | found.keys()) - {"d2t", "t2d"}):
+        tensor, wanted = found.get(name), expected.get(name)
+        if tensor is None:
+            # vLLM and TensorRT-LLM take the target's head for one of the whole vocabulary
+            engines = ("sglang", "official", "ours") if name == "lm_head.weight" and whole else ALL
+            yield Finding(engines, f"{name} is missing; engines leave it random without a word")
+        elif name == "embed_tokens.weight":
+            yield Finding(("ours",), f"{name} is there; this project drafts with the target's")
+        elif wanted is None:
+            if not name.endswith("inv_freq") and not name.startswith(("fc_norm.", "input_norm.")):
+                yield Finding(ALL, f"{name} is no tensor of an EAGLE3 draft; skipped silently")
+        elif tensor.shape != wanted.shape:
+            yield Finding(ALL, f"{name} has shape {list(tensor.shape)}, not {list(wanted.shape)}")
+        elif not tensor.isfinite().all():
+            yield Finding(ALL, f"{name} holds values that are not finite")
+        elif not tensor.any():
+            yield Finding(OTHERS, f"{name} is all zeros, as if never loaded or trained")
 
 
 def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -297,31 +238,28 @@ def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     size, count = files.shape.vocab_size, files.shape.draft_vocab_size
     d2t, t2d = files.tensors.get("d2t"), files.tensors.get("t2d")
     if count > size:
-        yield wrong(ALL, f"draft_vocab_size={count} is more than vocab_size={size}")
+        yield Finding(ALL, f"draft_vocab_size={count} is more than vocab_size={size}")
         return
     if d2t is None:
         if count < size:
-            yield wrong(ALL, "d2t is missing, so engines take draft ids for the target's")
+            yield Finding(ALL, "d2t is missing, so engines take draft ids for the target's")
         return
     if count == size:
-        yield wrong(("vllm",), "d2t is there although the vocabularies are the same: vLLM stops")
+        yield Finding(("vllm",), "d2t is there although the vocabularies are the same: vLLM stops")
     if d2t.shape != (count,) or d2t.is_floating_point():
-        kind = str(d2t.dtype).removeprefix("torch.")
-        yield wrong(ALL, f"d2t is {kind} {list(d2t.shape)}, but must be integers [{count}]")
+        yield Finding(ALL, f"d2t is {d2t.dtype} {list(d2t.shape)}, not integers [{count}]")
         return
-    listed = None if t2d is None else t2d.bool().nonzero()[:, 0]
     d2t = d2t.long()
     ids = d2t + torch.arange(count)
-    outside = int(((ids < 0) | (ids >= size)).sum())
-    twice = count - len(ids.unique())
-    ascending = count > 1 and bool((d2t.diff() > 0).all())
-    absolute = ascending if listed is None else torch.equal(d2t, listed)
-    if absolute and not torch.equal(ids, d2t):
-        yield wrong(ALL, "d2t holds the target's ids themselves; the draft id is added to it")
-    elif outside or twice:
-        what = f"{outside} ids outside 0..{size - 1}" if outside else f"{twice} ids twice"
-        yield wrong(ALL, f"d2t leads to {what}")
-    elif listed is None:
-        yield Finding(NOTE, ("official",), "t2d is missing, which its training needs")
-    elif len(t2d) != size or not torch.equal(ids.sort().values, listed):
-        yield wrong(ALL, "t2d marks other tokens than d2t leads to; engines go by d2t")
+    listed = None if t2d is None else t2d.bool().nonzero()[:, 0]
+    # Without t2d: ids are written in ascending order, while offsets repeat where two ids adjoin.
+    absolute = bool((d2t.diff() > 0).all()) if t2d is None else torch.equal(d2t, listed)
+    outside, twice = int(((ids < 0) | (ids >= size)).sum()), count - len(ids.unique())
+    if absolute and count > 1:
+        yield Finding(ALL, "d2t holds the target's ids themselves; the draft id is added to it")
+    elif outside:
+        yield Finding(ALL, f"d2t leads to {outside} ids outside 0..{size - 1}")
+    elif twice:
+        yield Finding(ALL, f"d2t leads to {twice} ids twice")
+    elif t2d is not None and (len(t2d) != size or not torch.equal(ids.sort().values, listed)):
+        yield Finding(ALL, "t2d marks other tokens than d2t leads to; engines go by d2t")
