@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.builtin import cut_at, read, ties
+from eagle3.benchmark.builtin import read, ties
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject, check_config, check_request
@@ -84,7 +84,7 @@ class Echo(Request):
     accepted: int = 1
     seconds: float = 0.01
     broken: bool = False
-    simultaneous: bool = False
+    in_process: bool = False
 
     def start(self, subject, run_dir):
         return {"runner": "echo"}
@@ -99,7 +99,7 @@ class Echo(Request):
     def one(self, steps, ids):
         accepted = min(steps, self.accepted)
         rounds = -(-(len(ids) - 1) // (accepted + 1))
-        at = [rounds if k < accepted else 0 for k in range(steps)] if steps else None
+        at = [rounds if k < accepted else 0 for k in range(steps)]
         ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
         return Answer(ids, rounds, at, self.seconds * rounds, "".join(map(chr, ids)))
 
@@ -116,7 +116,8 @@ def rows_file(folder, *rows):
 def measured(folder, configs, suites, log=None, kind=Echo, **changed):
     section = {key: value for key, value in SECTION.items() if not key.startswith("_")}
     section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
-    return benchmark(kind(log=[] if log is None else log, **section), subject_of(folder), folder)
+    benchmark(kind(log=[] if log is None else log, **section), subject_of(folder), folder)
+    return json.loads((folder / "benchmark.json").read_text())
 
 
 def decoded(folder, target, heldout, prepared=None, **changed):
@@ -128,7 +129,8 @@ def decoded(folder, target, heldout, prepared=None, **changed):
     changed = {"suites": ["heldout"], "max_new_tokens": 6} | changed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(target))
-        return benchmark(instantiate(SECTION | changed), subject, folder)
+        benchmark(instantiate(SECTION | changed), subject, folder)
+    return json.loads((folder / "benchmark.json").read_text())
 
 
 def test_bigram_table_takes_the_most_frequent_successor():
@@ -216,7 +218,6 @@ def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
     suite = rows_file(tmp_path, *({"prompt": f"question {i}"} for i in range(5)))
     configs, log = [[1, 3, 1, 4], [2, 0, 0, 0], [2, 3, 4, 8]], []
     result = measured(tmp_path, configs, [f"{suite}:4"], log)
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     opened = [entry[1] for entry in log if entry[0] == "open"]
     assert opened == [[1, 0, 0, 0], [2, 0, 0, 0], [1, 3, 1, 4], [2, 3, 4, 8]], (
         "a server serves any batch"
@@ -273,7 +274,7 @@ def test_what_was_measured_before_an_error_is_written(tmp_path, error):
 
 def test_configs_of_a_batch_take_turns(tmp_path):
     suite, log = rows_file(tmp_path, *({"prompt": f"{i}"} for i in range(3))), []
-    measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, simultaneous=True)
+    measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, in_process=True)
     answers = [(entry[1][1], entry[2]) for entry in log if entry[0] == "answer"]
     warm_up, two, one = [(0, 2), (5, 2), (3, 2)], [(0, 2), (5, 2), (3, 2)], [(3, 1), (5, 1), (0, 1)]
     assert answers == warm_up + two + one, "the second group in the other order"
@@ -328,7 +329,6 @@ def test_builtin_reports_every_suite_and_config(tmp_path):
     texts = [torch.arange(10), torch.tensor([3, 5])]
     changed = {"configs": configs, "suites": ["heldout:2"]}
     result = decoded(tmp_path, Cycle(), prompts, prepared=texts, **changed)
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == result
     row, alone = result["suites"]["heldout"]
     assert row["num_prompts"] == 2 and row["config"] == configs[0] and row["lossless"] is True
     assert row["bigram"] == 5 / 2 and row["prompt_lookup"] == 1
@@ -365,18 +365,17 @@ def test_builtin_answers_in_order_and_without_common_luck():
     assert one.ids != other.ids
 
 
-def test_heldout_needs_prompts_and_another_system_prompt_needs_conversations(tmp_path):
+def test_heldout_behind_another_system_prompt_needs_conversations(tmp_path):
     path = rows_file(tmp_path, {"messages": [{"role": "user", "content": "q"}]})
     section = SECTION | {"configs": [[1, 0, 0, 0]], "suites": ["heldout"], "max_new_tokens": 3}
-    kind = section | {"system_prompt": "be kind"}
+    request = instantiate(section | {"system_prompt": "be kind"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(Cycle(256)))
-        request = instantiate(kind)
-        result = benchmark(request, subject_of(tmp_path, Cycle(256), path), tmp_path)
+        benchmark(request, subject_of(tmp_path, Cycle(256), path), tmp_path)
+    result = json.loads((tmp_path / "benchmark.json").read_text())
     assert result["protocol"]["system_prompt"] == "be kind"
-    for asked, words in ((kind, r"set data\.eval_path"), (section, "add prepare to stages")):
-        with pytest.raises(ConfigError, match=words):
-            benchmark(instantiate(asked), subject_of(tmp_path), tmp_path)
+    with pytest.raises(ConfigError, match=r"set data\.eval_path"):
+        benchmark(request, subject_of(tmp_path), tmp_path)
 
 
 def trial(*answers, prompt=(0,), seconds=1.0):
@@ -479,8 +478,8 @@ def test_an_answer_that_stops_early_is_not_lossless():
 )
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
     whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
-    cut = cut_at(whole, (stop,), Words())
-    assert cut.ids == whole.ids[:length] and (cut.emitted, cut.accepted) == (emitted, accepted)
-    assert cut.decode_seconds == len(emitted)
     answer = read(whole, 2, (stop,), Words())
-    assert answer.ids == cut.ids and answer.text == "abcdefgh".partition(stop)[0]
+    assert answer.ids == whole.ids[:length] and answer.emitted == emitted
+    assert answer.accepted_at == [sum(count >= k for count in accepted) for k in (1, 2)]
+    assert answer.seconds == answer.rounds == len(emitted)
+    assert answer.text == "abcdefgh".partition(stop)[0]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from eagle3.engines import server as engine
-from eagle3.engines.server import Server, choose_port, find_package, interpreter, program
+from eagle3.engines.engine import Engine
+from eagle3.engines.server import Server, choose_port, interpreter, program
 from eagle3.errors import ConfigError, RunError
 
 runs = pytest.mark.runs
@@ -206,13 +207,18 @@ def test_a_taken_port_is_named():
 )
 def test_an_engine_that_is_not_there(python, name, versions, words):
     with pytest.raises(ConfigError, match=words):
-        find_package(python, (name,), versions, "benchmark.python")
+        described(name, versions=versions).find(python, "benchmark.python")
+
+
+def described(*packages, versions=">=1"):
+    engine = Engine()
+    engine.name, engine.packages, engine.versions = "X", packages, versions
+    return engine
 
 
 @runs
 def test_where_an_engine_is_found(monkeypatch, tmp_path):
-    names = ("no-such-engine", "pytest")
-    found = find_package(sys.executable, names, ">=1", "benchmark.python")
+    found = described("no-such-engine", "pytest").find(sys.executable, "benchmark.python")
     assert found == pytest.__version__
     monkeypatch.setenv("ENGINES_DIR", str(tmp_path))
     assert interpreter("vllm", None) == sys.executable and program("vllm", "vllm") == "vllm"

@@ -75,7 +75,8 @@ def run(subject, tmp_path):
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
         given = section(name, configs=configs, python=python, **changed)
-        return benchmark(instantiate(given), subject, tmp_path / "run")
+        benchmark(instantiate(given), subject, tmp_path / "run")
+        return json.loads((tmp_path / "run/benchmark.json").read_text())
 
     return run
 
@@ -88,7 +89,6 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     subject.target.close = lambda: closed.append(list((tmp_path / "run").iterdir()))
     result = run(name, python, configs, mem_fraction_static=0.5, tp_size=2)
     assert closed == [[]], "the target's memory is freed before a server starts"
-    assert json.loads((tmp_path / "run/benchmark.json").read_text()) == result
     one, two, alone = result["suites"]["heldout"]
     # 10 tokens after the prefill's, by prompts whose rounds commit 1, 2, 3, 4 and 2
     assert one["acceptance_length"] == two["acceptance_length"] == 50 / (10 + 5 + 4 + 3 + 5)

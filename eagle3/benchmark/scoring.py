@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -47,8 +48,7 @@ def math500(answer: str, reference: str) -> bool:
     """
     given = boxed(answer)
     if given is None:
-        numbers = NUMBER.findall(answer)
-        given = numbers[-1] if numbers else ""
+        given = ["", *NUMBER.findall(answer)][-1]
     given, wanted = plain(given), plain(reference)
     return given == wanted or (value(given) is not None and value(given) == value(wanted))
 
@@ -70,9 +70,9 @@ def plain(latex: str) -> str:
     latex = re.sub(r"\\[dt]frac", r"\\frac", latex)
     latex = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", latex)
     latex = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "", latex)
-    latex = re.sub(
-        r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", "", latex.strip()
-    )
+    # A unit at the end goes with its exponent; other text keeps its letters.
+    unit = r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$"
+    latex = re.sub(unit, "", latex.strip())
     latex = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", latex)
     latex = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", latex)
     return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", latex)).rstrip(".")
@@ -91,9 +91,8 @@ def value(text: str) -> Fraction | None:
 
 def ceval(answer: str, reference: str) -> bool:
     """The last letter A-D that the text calls the answer, else the first alone, is right."""
-    called = re.findall(
-        r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer
-    )
+    words = r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}"
+    called = re.findall(words + r"([A-D])(?![A-Za-z])", answer)
     alone = re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)
     return (called[-1:] or alone[:1]) == [reference.strip()]
 
@@ -118,16 +117,14 @@ def program(answer: str, reference: dict[str, str]) -> str:
 
 
 def passes(source: str) -> bool:
-    """Whether `source` runs through in a Python of its own.
+    """Whether `source` runs through in a Python of its own, with an empty folder and environment.
 
-    It has an empty folder and environment, limits on time, memory, files and processes, and no
-    network where the kernel can take it away.
-    It guards against accidents and is no prison: what reads files can read ours.
+    Time, memory, files and processes are limited, and there is no network where the kernel can take
+    it away. It guards against accidents and is no prison: what reads files can read ours.
     """
     with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "answer.py")
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
-            file.write(source)
+        path = f"{folder}/answer.py"
+        Path(path).write_text(source, encoding="utf-8", errors="replace")
         child = subprocess.Popen(
             [sys.executable, "-I", "-c", GUARD, path],
             cwd=folder,
@@ -142,11 +139,7 @@ def passes(source: str) -> bool:
         except subprocess.TimeoutExpired:
             return False
         finally:
-            kill(child)
-
-
-def kill(child: subprocess.Popen) -> None:
-    """With all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+            # With all that it started: a group of its own, which outlives its first process.
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, command_line
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds, command_line
 from eagle3.engines.server import program
 from eagle3.errors import RunError
 
@@ -80,45 +80,27 @@ class VLLM(Engine):
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
-        timing = reply.get("metrics") or {}
-        ids = choice["token_ids"]
+        ids, text, timing = choice["token_ids"], choice["text"], reply.get("metrics") or {}
         if len(ids) < 2:
-            return Answer(ids, 0, [0] * steps, 0.0, choice["text"], [])
+            return answer_of_rounds(ids, text, [], steps, 0.0)
         if timing.get("generation_time_ms") is None:
-            raise RunError(
-                "vLLM does not report how long it decoded: start it with "
-                "--enable-per-request-metrics"
-            )
-        seconds = timing["generation_time_ms"] / 1000
-        if steps == 0:
-            return Answer(ids, len(ids) - 1, [], seconds, choice["text"])
-        drafted = timing.get("speculative_decoding") or {}
-        accepted = drafted.get("per_step_accepted", [])
-        if len(accepted) != drafted.get("num_spec_steps"):
-            raise RunError(
-                "vLLM does not report what it accepted: start it with "
-                "--per-request-spec-decode-metrics detailed"
-            )
-        # Its counts go on behind the end of the answer, which is left out here.
-        emitted: list[int] = []
-        left = len(ids) - 1
-        for count in accepted:
-            emitted.append(min(count + 1, left))
-            left -= emitted[-1]
-        accepted = [min(count, tokens) for count, tokens in zip(accepted, emitted, strict=True)]
-        emitted += [1] * left  # rounds without a draft, as close to the end of the context
-        accepted_at = [
-            sum(count >= position for count in accepted) for position in range(1, steps + 1)
-        ]
-        return Answer(ids, len(emitted), accepted_at, seconds, choice["text"], emitted)
+            flag = "--enable-per-request-metrics"
+            raise RunError(f"vLLM does not report its speed: start it with {flag}")
+        accepted: list[int] = []
+        if steps > 0:
+            drafted = timing.get("speculative_decoding") or {}
+            accepted = drafted.get("per_step_accepted", [])
+            if len(accepted) != drafted.get("num_spec_steps"):
+                flag = "--per-request-spec-decode-metrics detailed"
+                raise RunError(f"vLLM does not report what it accepted: start it with {flag}")
+        # Its counts go on behind the end of the answer, where these are cut.
+        return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:
-            raise RunError(
-                f"{response.url} is no vLLM server (HTTP {response.status_code}); "
-                "check benchmark.url"
-            )
+            refusal = f"is no vLLM server (HTTP {response.status_code}); check benchmark.url"
+            raise RunError(f"{response.url} {refusal}")
         positions = len(set(POSITION.findall(response.text)))
         return (positions, 1, positions + 1) if positions else (0, 0, 0)
