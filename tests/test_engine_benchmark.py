@@ -156,41 +156,48 @@ def address(python, tmp_path):
         server.close()
 
 
+CHAIN = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
+         "--speculative-num-draft-tokens", "3", "--speculative-algorithm")  # fmt: skip
+SPECULATIVE = ("--speculative-config", '{"num_speculative_tokens": 2}')
+DETAILED = ("--per-request-spec-decode-metrics", "detailed")
+RUNNING = {  # how a server reports its speed, drafts, and says what it accepted
+    "sglang": ("--enable-metrics", (*CHAIN, "EAGLE3"), ()),
+    "vllm": ("--enable-per-request-metrics", SPECULATIVE, DETAILED),
+}
+
+
 @runs
-def test_running_sglang_servers(run, address):
-    drafting = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
-                "--speculative-num-draft-tokens", "3", "--enable-metrics")  # fmt: skip
-    alone = address("sglang", "--enable-metrics")
-    eagle3 = address("sglang", "--speculative-algorithm", "EAGLE3", *drafting)
-    eagle = address("sglang", "--speculative-algorithm", "EAGLE", *drafting)
-    result = run("sglang", None, [(2, 2, 1, 3)], url=f"{eagle3}/v1", alone_url=alone)
+@pytest.mark.parametrize("name", ENGINES)
+def test_running_servers(name, run, address):
+    timed, drafting, more = RUNNING[name]
+    alone, url = address(name, timed), address(name, timed, *drafting, *more)
+    result = run(name, None, [(2, 2, 1, 3)], url=f"{url}/v1", alone_url=alone)
     assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
-    assert result["protocol"]["url"] == f"{eagle3}/v1" and result["protocol"]["version"] is None
-    chain = [(1, 2, 1, 3)]
-    for error, words, configs, urls in [
-        (ConfigError, r"= \[2, 1, 3\]; set benchmark.configs", [(1, 3, 1, 4)], (eagle3, alone)),
-        (ConfigError, r"= \[0, 0, 0\]", chain, (alone, alone)),
-        (RunError, "algorithm EAGLE; an EAGLE3 draft needs EAGLE3", chain, (eagle, alone)),
-        (RunError, "start it with --enable-metrics", chain, (eagle3, address("sglang"))),
-        (RunError, r"no server answers at http://127\.0\.0\.1:9/", chain, [f"{alone[:17]}9"] * 2),
+    protocol = result["protocol"]
+    assert protocol["url"] == f"{url}/v1" and protocol["version"] is protocol["device"] is None
+    for configs, drafts, words in [
+        ([(1, 3, 1, 4)], url, r"= \[2, 1, 3\]; set benchmark.configs"),
+        ([(1, 2, 1, 3)], alone, r"= \[0, 0, 0\]"),
     ]:
-        with pytest.raises(error, match=words):
-            run("sglang", None, configs, url=urls[0], alone_url=urls[1])
+        with pytest.raises(ConfigError, match=words):
+            run(name, None, configs, url=drafts, alone_url=alone)
 
 
 @runs
-def test_running_vllm_servers(run, address):
-    timed = "--enable-per-request-metrics"
-    drafting = ["--speculative-config", '{"num_speculative_tokens": 2}']
-    alone, undetailed = address("vllm", timed), address("vllm", timed, *drafting)
-    detailed = address("vllm", timed, *drafting, "--per-request-spec-decode-metrics", "detailed")
-    chain = [(1, 2, 1, 3)]
-    result = run("vllm", None, chain, url=detailed, alone_url=alone)
-    assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
-    with pytest.raises(ConfigError, match=r"= \[2, 1, 3\]"):
-        run("vllm", None, url=detailed, alone_url=alone)
-    with pytest.raises(RunError, match="per-request-spec-decode-metrics detailed"):
-        run("vllm", None, chain, url=undetailed, alone_url=alone)
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
+        ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
+        ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
+        ("sglang", None, r"no server answers at http://127\.0\.0\.1:9/"),
+    ],
+)
+def test_running_servers_that_do_not_fit(name, flags, words, run, address):
+    url = address(name, *flags) if flags else "http://127.0.0.1:9"
+    alone = address(name, RUNNING[name][0])
+    with pytest.raises(RunError, match=words):
+        run(name, None, [(1, 2, 1, 3)], url=url, alone_url=alone)
 
 
 SPECULATORS = {
@@ -257,26 +264,3 @@ def test_a_server_that_captures(subject):
     assert "--disable-radix-cache" in line and "--trust-remote-code" not in line
     with pytest.raises(ConfigError, match="--pp-size=2 does not go with"):
         SGLang().capture_command(Launch(launch.model, "", 1, server_args=("--pp-size=2",)), capture)
-
-
-def test_what_a_user_types_to_serve(tmp_path, monkeypatch):
-    monkeypatch.setenv("ENGINES_DIR", str(tmp_path))
-    assert SGLang().serve_command("target", "draft", 5, None, ["--tp-size", "2"]) == [
-        ["python", "-m", "sglang.launch_server"],
-        ["--model-path", "target"],
-        ["--speculative-algorithm", "EAGLE3"],
-        ["--speculative-draft-model-path", "draft"],
-        ["--speculative-num-steps", "5"],
-        ["--speculative-eagle-topk", "1"],
-        ["--speculative-num-draft-tokens", "6"],
-        ["--host", "127.0.0.1", "--port", "30000"],
-        ["--tp-size", "2"],
-    ]
-    own, port = tmp_path / ".venv-vllm/bin/vllm", ["--host", "127.0.0.1", "--port", "9"]
-    own.parent.mkdir(parents=True)
-    own.touch()
-    speculative = '{"method": "eagle3", "model": "draft", "num_speculative_tokens": 3}'
-    drafting = ["--speculative-config", speculative]
-    command = VLLM().serve_command("target", "draft", 3, 9, [])
-    assert command == [[str(own), "serve", "target"], drafting, port, []]
-    assert VLLM().serve_command("draft", None, 3, 9, [])[1] == []

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 
 from eagle3.benchmark import suites
 from eagle3.benchmark.protocols import Task, setup_of
@@ -67,11 +67,7 @@ def test_every_suite_reads_its_rows(name):
     assert questions[1].id == f"{name}.jsonl:2"
     assert all(q.messages[-1]["role"] == "user" for q in questions)
     assert all(bool(q.later) == (name == "mtbench") for q in questions)
-    assert (
-        (SUITES[name].score is not None)
-        == (name != "mtbench")
-        == all(q.reference for q in questions)
-    )
+    assert all(bool(q.reference) == (name != "mtbench") for q in questions)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +85,8 @@ def test_every_suite_reads_its_rows(name):
 )
 def test_right_answers_to_the_samples_score(name, answer):
     first, second, *_ = sample(name)
-    assert SUITES[name].score(answer, first.reference) and not SUITES[name].score(
-        answer, second.reference
-    )
+    score = SUITES[name].score
+    assert score(answer, first.reference) and not score(answer, second.reference)
 
 
 def test_the_multiple_choice_shows_its_options():
@@ -191,21 +186,24 @@ def test_specforge_completes_a_raw_text_behind_five_solved_questions(chat):
 
 
 @pytest.mark.parametrize(
-    "name, tokens, system",
-    [("mtbench", 2048, True), ("humaneval", 1024, False), ("math500", 2048, False)],
+    "protocol, name, tokens, system",
+    [
+        ("specforge", "mtbench", 2048, True),
+        ("specforge", "humaneval", 1024, False),
+        ("specforge", "math500", 2048, False),
+        *(("eagle", name, 1024, True) for name in SIZES),
+    ],
 )
-def test_specforge_asks_the_other_suites_through_the_template(chat, name, tokens, system):
+def test_protocols_that_ask_through_the_template(chat, protocol, name, tokens, system):
     question = sample(name)[0]
     first = [{"role": "system", "content": SYSTEM_PROMPTS["llama2"]}] if system else []
     expected = chat.encode_prompt([*first, *question.messages])
-    assert prompt(chat, question, "specforge", name, trained="ignored") == expected
-    assert setup_of("specforge", name, None, None).max_new_tokens == tokens
+    assert prompt(chat, question, protocol, name, trained="ignored") == expected
+    setup = setup_of(protocol, name, None, None)
+    assert (setup.max_new_tokens, setup.shots) == (tokens, 0)
 
 
-def test_eagle_puts_one_system_prompt_before_all_suites_and_turns(chat):
-    for name in SIZES:
-        setup = setup_of("eagle", name, None, None)
-        assert (setup.system_prompt, setup.shots, setup.max_new_tokens) == ("llama2", 0, 1024)
+def test_later_turns_follow_the_answers(chat):
     question = sample("mtbench")[1]
     asked = [
         {"role": "system", "content": SYSTEM_PROMPTS["llama2"]},
@@ -215,9 +213,3 @@ def test_eagle_puts_one_system_prompt_before_all_suites_and_turns(chat):
     ]
     ids = prompt(chat, question, "eagle", "mtbench", answers=[" 6 m and 12 m.\n"])
     assert ids == chat.encode_prompt(asked)
-
-
-def test_the_evaluation_set_of_the_tiny_target(chat):
-    questions = load_questions("heldout", 3, str(TINY / "eval.jsonl"), ".cache")
-    assert [q.id for q in questions] == ["eval.jsonl:1", "eval.jsonl:2", "eval.jsonl:3"]
-    assert prompt(chat, questions[0])

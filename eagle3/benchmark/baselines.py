@@ -32,18 +32,12 @@ def bigram(successors: list[int], text: list[int], draft_length: int) -> list[in
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
     """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
-    best_length = best_end = 0
-    for end in range(len(text) - 1, 0, -1):
-        if text[end - 1] != text[-1]:
-            continue
-        length = 1
-        while length < min(NGRAM, end) and text[end - 1 - length] == text[-1 - length]:
-            length += 1
-        if length > best_length:
-            best_length, best_end = length, end
-        if length == NGRAM:
-            break
-    return text[best_end : best_end + draft_length] if best_length else []
+    for length in range(NGRAM, 0, -1):
+        for end in range(len(text) - 1, length - 1, -1):
+            # Most places fail at the first token, which is cheaper than a slice.
+            if text[end - 1] == text[-1] and text[end - length : end] == text[-length:]:
+                return text[end : end + draft_length]
+    return []
 
 
 def acceptance_of(

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,22 +128,21 @@ def load_questions(
     """
     suite = SUITES.get(name, OWN)
     source = Source(path or name) if path or suite.source is None else suite.source
-    questions = list(islice(read_questions(name, suite, source, cache_dir), count))
-    if not questions:
-        raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
-    return questions
-
-
-def read_questions(name: str, suite: Suite, source: Source, cache_dir: str) -> Iterator[Question]:
+    questions = []
     for file in find_all_files(name, source, cache_dir):
         for line, raw, _ in raw_rows(file):
             try:
                 question = suite.read(decode(raw))
             except (RowError, LookupError, TypeError, ValueError) as error:
-                place = f"{file.name}, line {line}"
                 problem = f"not a question of the suite {name} ({error})"
-                raise RunError(f"{place}: {problem}") from error
-            yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
+                raise RunError(f"{file.name}, line {line}: {problem}") from error
+            own_id = question.id or f"{Path(file.name).name}:{line}"
+            questions.append(replace(question, id=own_id))
+            if len(questions) == count:
+                return questions
+    if not questions:
+        raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
+    return questions
 
 
 def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFile]:
@@ -160,6 +158,7 @@ def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFi
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = f"download {source.path} and set +benchmark.paths.{name}=<file>"
-        raise RunError(f"benchmark.suites={name} cannot be read ({reason}); {remedy}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        problem = f"{source.path} is no local file and cannot be fetched ({reason})"
+        remedy = f"download it and set +benchmark.paths.{name}=<file>"
+        raise RunError(f"benchmark.suites={name}: {problem}; {remedy}") from error

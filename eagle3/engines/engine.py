@@ -75,12 +75,15 @@ def answer_of_rounds(
 class Engine:
     """An inference engine with an HTTP server; `eagle3.engines.sglang` shows the methods it needs.
 
-    `packages` are the names that pip may know it by.
+    `packages` are the names that pip may know it by, `module` is the server; `launch_flags` are its
+    flags for the model, the number of GPUs and the share of their memory.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     versions: ClassVar[str]
+    module: ClassVar[str]
+    launch_flags: ClassVar[tuple[str, str, str]]
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
@@ -105,6 +108,21 @@ class Engine:
             known = f"is not one of the versions we know ({self.versions})"
             raise ConfigError(f"{name} {found} of {python} {known}")
         return found
+
+    def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
+        """What starts the server; the flags named here are spelled alike by all engines."""
+        model = launch.model
+        values = model.path, launch.tp_size, launch.mem_fraction_static
+        alike = {
+            "--revision": model.revision,
+            "--dtype": model.dtype,
+            "--trust-remote-code": model.trust_remote_code,
+            "--host": "127.0.0.1",
+            "--port": launch.port,
+        }
+        own = dict(zip(self.launch_flags, values, strict=True))
+        words = command_line(own | alike | options)
+        return [launch.python, "-m", self.module, *words, *launch.server_args]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

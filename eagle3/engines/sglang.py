@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds, command_line
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
@@ -46,6 +46,8 @@ class SGLang(Engine):
     name = "SGLang"
     packages = ("sglang",)
     versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
+    module = "sglang.launch_server"
+    launch_flags = ("--model-path", "--tp-size", "--mem-fraction-static")
     generate_path = "/generate"
     drafts_trees = True
     reads_speculators = False
@@ -121,21 +123,6 @@ class SGLang(Engine):
             ["--host", "127.0.0.1", "--port", str(port or 30000)],
             more,
         ]
-
-    def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
-        model = launch.model
-        common = {
-            "--model-path": model.path,
-            "--revision": model.revision,
-            "--dtype": model.dtype,
-            "--trust-remote-code": model.trust_remote_code,
-            "--host": "127.0.0.1",
-            "--port": launch.port,
-            "--tp-size": launch.tp_size,
-            "--mem-fraction-static": launch.mem_fraction_static,
-        }
-        words = command_line(common | options)
-        return [launch.python, "-m", "sglang.launch_server", *words, *launch.server_args]
 
     def draft_options(
         self, draft: str, steps: int, topk: int, verify_tokens: int

