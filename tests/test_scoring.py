@@ -4,7 +4,7 @@ import socket
 import pytest
 from conftest import ROOT
 
-from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes, program
+from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes
 
 ROWS = [
     json.loads(line)
@@ -85,8 +85,11 @@ def test_humaneval_takes_whole_functions_and_continuations(row):
     assert not humaneval(f"```python\n{head}    return None\n```", row)
 
 
-def test_humaneval_keeps_what_stands_before_the_function():
-    whole = program("```python\ndef unshift(word):\n    return word\n```\n", ROWS[1])
+def test_humaneval_keeps_what_stands_before_the_function(monkeypatch):
+    ran = []
+    monkeypatch.setattr("eagle3.benchmark.scoring.passes", ran.append)
+    humaneval("```python\ndef unshift(word):\n    return word\n```\n", ROWS[1])
+    (whole,) = ran
     assert whole.count("def shift(") == whole.count("def unshift(") == 1
     assert whole.endswith("check(unshift)\n")
 

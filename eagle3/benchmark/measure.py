@@ -21,10 +21,7 @@ from eagle3.errors import ConfigError
 from eagle3.runs.record import hardware
 
 WARM_UP_TOKENS = 8
-TIMING = (
-    "batch 1: decode only, prompts excluded; larger batches: from the first prompt to the last "
-    "answer"
-)
+TIMING = "batch 1: decoding alone; larger batches: from the first prompt to the last answer"
 NOTHING_ACCEPTED = (
     "acceptance is exactly 1.0: no drafted token was ever accepted. Usual causes: the draft "
     "belongs to another target or chat template; the engine runs it as EAGLE, not EAGLE3; the "
@@ -124,8 +121,7 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
         size = max(len(task.questions) for task in tasks)  # all at once keeps a server busy
     first = tasks[0]
     prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
-    tokens = min(WARM_UP_TOKENS, first.setup.max_new_tokens)
-    warm_up = replace(first.setup, max_new_tokens=tokens, stop=())
+    warm_up = replace(first.setup, max_new_tokens=WARM_UP_TOKENS, stop=())
     for config in configs:
         request.open(config)
         request.answer(config, prompts, warm_up)
@@ -201,13 +197,14 @@ def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code
     kind = SUITES.get(suite, OWN)
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
-    right: dict[tuple[str, str], bool] = {}
 
-    def score(trials: list[Trial]) -> float:
-        keys = [(trial.question.id, trial.answers[0].text) for trial in trials]
-        for key, trial in zip(keys, trials, strict=True):
-            if key not in right:  # equal answers are scored once: code takes seconds to run
-                right[key] = kind.score(key[1], trial.question.reference)
-        return sum(right[key] for key in keys) / len(keys)
+    def key(trial: Trial) -> tuple[str, str]:
+        return trial.question.id, trial.answers[0].text
 
-    return {"score": score(drafted), "baseline_score": score(baseline), "num_scored": len(drafted)}
+    # Equal answers are scored once: code takes seconds to run.
+    references = {key(trial): trial.question.reference for trial in (*drafted, *baseline)}
+    right = {each: kind.score(each[1], reference) for each, reference in references.items()}
+    score, alone = (
+        sum(right[key(trial)] for trial in trials) / len(trials) for trials in (drafted, baseline)
+    )
+    return {"score": score, "baseline_score": alone, "num_scored": len(drafted)}

@@ -55,12 +55,12 @@ def math500(answer: str, reference: str) -> bool:
 
 def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} holds."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for place, letter in enumerate(rest if found else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : place]
+            return rest[:place]
     return None
 
 
@@ -98,12 +98,7 @@ def ceval(answer: str, reference: str) -> bool:
 
 
 def humaneval(answer: str, reference: dict[str, str]) -> bool:
-    """Whether the function passes the row's tests; runs it, see `passes`."""
-    return passes(program(answer, reference))
-
-
-def program(answer: str, reference: dict[str, str]) -> str:
-    """The answer's code, with the row's tests behind it.
+    """Whether the answer's code passes the row's tests; runs it, see `passes`.
 
     The code is the first fenced block that has the function, else the first, else all of it. Before
     it stands what the row's prompt has before the function, or all of it if the answer goes on.
@@ -113,7 +108,7 @@ def program(answer: str, reference: dict[str, str]) -> str:
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
     code = next((block for block in blocks if head in block), blocks[0])
     before = prompt[: prompt.rfind(head)] if head in code else prompt
-    return f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n"
+    return passes(f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n")
 
 
 def passes(source: str) -> bool:
@@ -125,15 +120,9 @@ def passes(source: str) -> bool:
     with TemporaryDirectory() as folder:
         path = f"{folder}/answer.py"
         Path(path).write_text(source, encoding="utf-8", errors="replace")
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", GUARD, path],
-            cwd=folder,
-            env={"PATH": os.defpath},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        command, empty = [sys.executable, "-I", "-c", GUARD, path], {"PATH": os.defpath}
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        child = subprocess.Popen(command, cwd=folder, env=empty, start_new_session=True, **quiet)
         try:
             return child.wait(timeout=SECONDS) == PASSED
         except subprocess.TimeoutExpired:

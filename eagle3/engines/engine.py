@@ -10,6 +10,8 @@ from eagle3.errors import ConfigError
 
 Drafting = tuple[int, int, int]
 """(steps, topk, verify_tokens); (0, 0, 0) is the target alone."""
+# Nothing but the temperature shapes the distribution, whatever generation_config.json recommends.
+UNSHAPED = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Runs in the engine's own interpreter.
 FIND = """
 import importlib.metadata as metadata, sys

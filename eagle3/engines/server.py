@@ -91,24 +91,25 @@ class Server:
     def wait(self) -> None:
         """Until the server is ready. Raises RunError where it ends instead."""
         console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        started = time.monotonic()
-        next_line = 0.0
+        started, next_line = time.monotonic(), 0.0
         # No proxy of the user's environment may stand between us and this machine: trust_env.
         with httpx.Client(base_url=self.url, trust_env=False, timeout=5) as client:
-            answered = False
-            while not answered:
+            while True:
+                answered = False
                 with suppress(httpx.HTTPError):
                     answered = client.get(self.health_path).status_code == 200
                 self.check()  # behind the answer, which may be another server's at this port
+                if answered:
+                    return
                 elapsed = time.monotonic() - started
-                if not answered and elapsed > self.ready_seconds:
+                if elapsed > self.ready_seconds:
                     remedy = f"raise ready_seconds if it is still loading; {self.end_of_log()}"
                     raise RunError(f"{self.name} is not ready after {elapsed:,.0f} s: {remedy}")
-                if not answered and elapsed >= next_line:
+                if elapsed >= next_line:
                     most = f"at most {self.ready_seconds:,.0f} s"
                     console.print(f"{self.name} starts, {elapsed:,.0f} s ({most}, {self.log})")
                     next_line += QUIET
-                time.sleep(0 if answered else PAUSE)
+                time.sleep(PAUSE)
 
     def check(self, seconds: float = 0) -> None:
         """Raises RunError, with the cause if it is a known one, if the server ended by itself.

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
@@ -138,20 +138,9 @@ class SGLang(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
-        """The JSON posted to `generate_path`.
-
-        Nothing but the temperature shapes the distribution, whatever generation_config.json
-        recommends.
-        """
-        sampling = {
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": max_new_tokens,
-            "stop": list(stop),
-        }
+        """The JSON posted to `generate_path`."""
+        sampling = UNSHAPED | {"top_k": -1, "temperature": temperature, "stop": list(stop)}
+        sampling["max_new_tokens"] = max_new_tokens
         return {"input_ids": prompt, "sampling_params": sampling}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:

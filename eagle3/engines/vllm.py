@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import RunError
 
@@ -58,17 +58,9 @@ class VLLM(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "max_tokens": max_new_tokens,
-            "stop": list(stop),
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "return_token_ids": True,
-        }
+        sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
+        body = {"prompt": prompt, "max_tokens": max_new_tokens, "return_token_ids": True}
+        return body | sampling
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
