@@ -17,7 +17,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import flatten, read_config
 from eagle3.runs.logger import redact
 
-DEATH_SECONDS = 5.0  # a process may end that long after its connections
+DEATH_SECONDS = 5.0
 
 
 @dataclass(kw_only=True)
@@ -147,24 +147,19 @@ class Served(Request):
 
     async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
         """Raises RunError, with the end of the server's log if it ended over this request."""
-        dying = True
+        text = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
-            shown, dying = response.text[:300], response.status_code >= 500
-            failure = f"refused a request (HTTP {response.status_code}): {shown}"
-            if response.status_code == 200:
-                return self.engine.read_reply(response.json(), steps)
-        except httpx.TimeoutException:
-            dying = False
-            failure = f"gave no answer within {self.timeout:g} s: raise benchmark.timeout"
-        except httpx.HTTPError as error:
-            failure = f"broke off a request ({type(error).__name__}: {error})"
-        except (ValueError, LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            failure = f"answers in a form we do not know ({reason}): {shown}"
-        if self.server is not None and dying:
-            self.server.check(DEATH_SECONDS)
-        raise RunError(f"{self.address} {failure}")
+            text = response.text[:300]
+            response.raise_for_status()
+            return self.engine.read_reply(response.json(), steps)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            # A process ends a while after its connections, and then its log says why.
+            if self.server is not None:
+                self.server.check(DEATH_SECONDS)
+            reason = f"{type(error).__name__} {error} {text}".strip()
+            limit = f"within benchmark.timeout={self.timeout:g} seconds"
+            raise RunError(f"{self.address} gave no answer {limit}: {reason}") from error
 
 
 def check_draft(subject: Subject, engine: Engine) -> None:

@@ -106,9 +106,9 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
     """
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
-        allowed = f"{', '.join(SUITES)} or a local file such as my.jsonl, each with :num_prompts"
-        problem = f"benchmark.suites={spec} is neither a suite nor a file that exists"
-        raise ConfigError(f"{problem}; allowed: {allowed}{nearest(name, list(SUITES))}")
+        allowed = f"{', '.join(SUITES)} or a file that exists, each with :num_prompts"
+        hint = nearest(name, list(SUITES))
+        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}{hint}")
     if colon and not (count.isdecimal() and int(count) > 0):
         wanted = "must be name:num_prompts with a number above 0"
         raise ConfigError(f"benchmark.suites={spec} {wanted}, such as {name}:48")

@@ -1,6 +1,7 @@
 """What all descriptions of engines have in common, and what they are given and give back."""
 
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,13 +97,10 @@ class Engine:
 
         Raises ConfigError where the interpreter has none, or not one of `versions`.
         """
-        command = [python, "-c", FIND, *self.packages]
-        try:
+        command, found, name = [python, "-c", FIND, *self.packages], "", self.packages[0]
+        with suppress(OSError, subprocess.TimeoutExpired):
             answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            remedy = "give the path of a Python interpreter"
-            raise ConfigError(f"{key}={python} does not run ({error}): {remedy}") from error
-        found, name = answer.stdout.strip(), self.packages[0]
+            found = answer.stdout.strip()
         if not found:
             remedy = f"run launch/engines.sh and set {key}=<environment>/bin/python"
             raise ConfigError(f"{name} is not installed for {python}: {remedy}")
