@@ -21,7 +21,7 @@ from eagle3.checks import check_node
 from eagle3.decode.speculate import Generation
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.engines.engine import Answer
+from eagle3.engines.engine import answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
 SECTION = yaml.safe_load((ROOT / "conf/benchmark/builtin.yaml").read_text())
@@ -103,11 +103,11 @@ class Echo(Request):
         return [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
 
     def one(self, steps, ids):
-        accepted = min(steps, self.accepted)
-        rounds = -(-(len(ids) - 1) // (accepted + 1))
-        at = [rounds if k < accepted else 0 for k in range(steps)]
         ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
-        return Answer(ids, rounds, at, self.seconds * rounds, "".join(map(chr, ids)))
+        accepted = [min(steps, self.accepted)] * len(ids)
+        answer = answer_of_rounds(ids, "".join(map(chr, ids)), accepted, steps, 0)
+        answer.seconds = self.seconds * answer.rounds
+        return answer
 
     def close(self):
         self.log.append(("close",))

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from eagle3.benchmark.measure import benchmark
@@ -24,6 +25,8 @@ from eagle3.errors import ConfigError, RunError
 
 runs = pytest.mark.runs
 ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "draft_vocab_size": 40}
+SHAPE |= {"num_attention_heads": 2, "head_dim": 8}
 PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"} "$@"\n'
 
 
@@ -56,9 +59,10 @@ def subject(tmp_path):
         path="target", config=config, dtype="float32", revision=None, trust_remote_code=False
     )
     target = SimpleNamespace(spec=spec, device=torch.device("cpu"), close=lambda: None)
-    draft = {"architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 40, "hidden_size": 16}
+    draft = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
     (tmp_path / "draft").mkdir()
-    (tmp_path / "draft/config.json").write_text(json.dumps(draft))
+    (tmp_path / "draft/config.json").write_text(json.dumps(draft | SHAPE))
+    save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
     prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -203,12 +207,12 @@ def test_running_servers_that_do_not_fit(name, flags, words, run, address):
 SPECULATORS = {
     "architectures": None,
     "speculators_model_type": "eagle3",
-    "transformer_layer_config": {"vocab_size": 40, "hidden_size": 16},
+    "transformer_layer_config": SHAPE,
 }
 WRONG_DRAFTS = [
-    ({"vocab_size": 41}, "is for a target with vocab_size=41, not 40"),
-    ({"target_hidden_size": 32}, "is for a target with hidden_size=32, not 16"),
-    ({"architectures": ["LlamaForCausalLM"]}, r"is no EAGLE3 draft: .*\['LlamaForCausalLM'"),
+    ({"vocab_size": 41}, "vocab_size is 41, but the target has 40"),
+    ({"target_hidden_size": 32}, "hidden states of 32 numbers, not 16"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM, not "),
     (SPECULATORS, "form of speculators, which SGLang does not read"),
 ]
 
@@ -221,7 +225,7 @@ def test_a_draft_for_something_else(run, subject, python, tmp_path, change, word
         run("sglang", python)
     assert not list((tmp_path / "run").iterdir())
     if change is SPECULATORS:
-        check_draft(subject, VLLM())
+        check_draft(subject.draft_folder, subject.target.spec, VLLM())
 
 
 @runs

@@ -14,8 +14,10 @@ from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.read import flatten, read_config
+from eagle3.export import rules
+from eagle3.export.read import read_any
 from eagle3.runs.logger import redact
+from eagle3.target.spec import TargetSpec
 
 DEATH_SECONDS = 5.0
 
@@ -66,7 +68,7 @@ class Served(Request):
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        check_draft(subject, self.engine)
+        check_draft(subject.draft_folder, subject.target.spec, self.engine)
         facts = {
             "runner": self.engine.name.lower(),
             "version": self.find_engine(),
@@ -162,19 +164,16 @@ class Served(Request):
             raise RunError(f"{self.address} gave no answer {limit}: {reason}") from error
 
 
-def check_draft(subject: Subject, engine: Engine) -> None:
-    """Raise RunError unless the draft is an EAGLE3 one of this target that the engine reads."""
-    draft, target = f"draft at {subject.draft_folder}", subject.target.spec.config
-    given = read_config(subject.draft_folder)
-    values, form = flatten(given), given.get("speculators_model_type")
-    kind = [*(given.get("architectures") or []), form or ""]
-    if not any("eagle3" in name.lower() for name in kind):
-        raise RunError(f"{draft} is no EAGLE3 draft: its architectures are {kind}")
-    if form and not engine.reads_speculators:
-        raise RunError(f"{draft} has the form of speculators, which {engine.name} does not read")
-    hidden_size = values.get("target_hidden_size") or values.get("hidden_size")
-    sizes = {"vocab_size": values.get("vocab_size"), "hidden_size": hidden_size}
-    for name, size in sizes.items():
-        wanted = getattr(target, name)
-        if size != wanted:
-            raise RunError(f"{draft} is for a target with {name}={size}, not {wanted}")
+def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
+    """Raise RunError unless the engine reads the draft's form, and it is one of this target."""
+    files = read_any(folder)
+    if files.is_speculators and not engine.reads_speculators:
+        form = "has the form of speculators, which"
+        raise RunError(f"draft at {folder} {form} {engine.name} does not read")
+    found = list(rules.shape(files, target))
+    if not files.is_speculators:
+        found += rules.architecture(files, target)
+    # Not all rules: what only draws down acceptance is measured, and `check` says why.
+    for finding in found:
+        if finding.severity == rules.WRONG and engine.name.lower() in finding.engines:
+            raise RunError(f"draft at {folder}: {finding.sentence}")

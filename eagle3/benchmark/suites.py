@@ -96,7 +96,7 @@ SUITES = {
     # Every subject; the answers of the test split are not public.
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
 }
-OWN = Suite(conversation)
+OWN = SUITES["heldout"]
 
 
 def parse_suite(spec: str) -> tuple[str, int | None]:
