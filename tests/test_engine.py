@@ -141,27 +141,18 @@ def test_one_that_is_never_ready_is_given_up_and_ended(serve):
 
 
 @runs
-def test_death_after_the_start_is_noticed(serve):
+@pytest.mark.parametrize("victim, code", [("server", 137), ("watcher", -9)])
+def test_death_after_the_start_is_noticed(serve, victim, code):
     with serve(CHILDREN) as server:
         server.check()
         pids = pids_in(server.log)
-        os.kill(pids[0], signal.SIGKILL)
-        wait_until(lambda: not any(map(alive, pids)))
-        with pytest.raises(RunError, match="exit code 137"):
-            wait_until(lambda: server.check())
-
-
-@runs
-def test_a_killed_watcher_leaves_nothing(serve):
-    with serve(CHILDREN) as server:
-        pids = pids_in(server.log)
-        server.process.kill()
-        wait_until(lambda: not alive(pids[0]))
-        server.process.wait()
-        with pytest.raises(RunError, match="exit code -9"):
-            server.check()
-    wait_until(lambda: not alive(pids[1]))
-    os.kill(pids[2], signal.SIGKILL)  # of a session of its own: out of reach without the watcher
+        os.kill(pids[0] if victim == "server" else server.process.pid, signal.SIGKILL)
+        with pytest.raises(RunError, match=f"exit code {code}"):
+            server.check(60)
+    wait_until(lambda: not any(map(alive, pids[:2])))
+    if victim == "watcher":
+        os.kill(pids[2], signal.SIGKILL)  # of a session of its own: out of reach without it
+    wait_until(lambda: not alive(pids[2]))
 
 
 @runs

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from eagle3.benchmark import served
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Subject
@@ -135,7 +136,9 @@ FAILURES = {
 @runs
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("flag", FAILURES)
-def test_a_server_that_fails(name, run, python, flag, tmp_path):
+def test_a_server_that_fails(name, run, python, flag, tmp_path, monkeypatch):
+    if flag == "--refuse":
+        monkeypatch.setattr(served, "DEATH_SECONDS", 0)
     with pytest.raises(RunError, match=f"(?s){FAILURES[flag]}"):
         run(name, python, server_args=[flag])
     assert not (tmp_path / "run/benchmark.json").exists()

@@ -1,6 +1,7 @@
 """Suites and protocols: what the target is asked, on small files with the schema of the hub's."""
 
 import json
+from itertools import product
 
 import pytest
 from conftest import ROOT
@@ -94,18 +95,18 @@ def test_the_multiple_choice_shows_its_options():
     assert text.startswith("一周有____天。\n") and "\nC. 七\n" in text
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("row", ["{", "[]", "{}", '{"question": 3}', '{"prompt": [1, 2]}'])
+BROKEN = ["{", "[]", "{}", '{"question": 3}', '{"prompt": [1, 2]}']
+BROKEN_OWN = ['{"messages": []}', '{"input_ids": [1]}', "3"]
+
+
+@pytest.mark.parametrize(
+    "name, row", [*product(SIZES, BROKEN), *product(["heldout"], BROKEN + BROKEN_OWN)]
+)
 def test_a_row_of_something_else_is_named(name, row, tmp_path):
-    first = (SAMPLES / f"{name}.jsonl").read_text().splitlines()[0]
+    first = (SAMPLES / f"{'mtbench' if name == 'heldout' else name}.jsonl").read_text()
+    path = written(tmp_path, first.splitlines()[0], row)
     with pytest.raises(RunError, match=rf"mine\.jsonl, line 2: .* suite {name} \([^\n]+\)$"):
-        load_questions(name, None, written(tmp_path, first, row), ".cache")
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"messages": []}', '{"input_ids": [1]}', "3"])
-def test_a_broken_row_of_ones_own_is_named(tmp_path, line):
-    with pytest.raises(RunError, match=r"mine\.jsonl, line 2"):
-        load_questions("heldout", None, written(tmp_path, {"prompt": "q"}, line), ".cache")
+        load_questions(name, None, path, ".cache")
 
 
 def test_rows_of_ones_own(tmp_path, chat):

@@ -15,6 +15,7 @@ def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torc
     pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
     pairs, counts = pairs.unique(return_counts=True)
     first, second = pairs // vocab_size, pairs % vocab_size
+    # One number that orders by count, and of equal counts puts the smaller id first.
     rank = counts * vocab_size + (vocab_size - 1 - second)
     best = torch.full((vocab_size,), -1).scatter_reduce(0, first, rank, "amax")
     return torch.where(best < 0, -1, vocab_size - 1 - best % vocab_size)

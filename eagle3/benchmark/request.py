@@ -91,6 +91,7 @@ def check_request(section: dict[str, Any]) -> None:
     suites = section["suites"]
     if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
         raise ConfigError(f"benchmark.suites={suites} names a suite twice; name each once")
+    # A protocol is a promise of comparable numbers, which another system prompt would break.
     protocol, system_prompt = section["protocol"], section["system_prompt"]
     if protocol not in SETUPS:
         allowed = f"{', '.join(SETUPS)}{nearest(protocol, list(SETUPS))}"

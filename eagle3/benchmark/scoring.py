@@ -93,6 +93,7 @@ def ceval(answer: str, reference: str) -> bool:
     """The last letter A-D that the text calls the answer, else the first alone, is right."""
     words = r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}"
     called = re.findall(words + r"([A-D])(?![A-Za-z])", answer)
+    # A letter of a word or a formula (H2O) is no choice.
     alone = re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)
     return (called[-1:] or alone[:1]) == [reference.strip()]
 
@@ -105,6 +106,7 @@ def humaneval(answer: str, reference: dict[str, str]) -> bool:
     """
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
+    # An answer that was cut off has a block without an end.
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
     code = next((block for block in blocks if head in block), blocks[0])
     before = prompt[: prompt.rfind(head)] if head in code else prompt

@@ -44,6 +44,7 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     `accepted_by_position`: share of rounds in which the draft at position 1..steps was accepted.
     """
     answers = [answer for trial in trials for answer in trial.answers]
+    # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
     free = [answer for answer in answers if not is_loop(answer.ids)]
     first = [answer.emitted[0] for answer in answers if answer.emitted]
     rounds = sum(answer.rounds for answer in answers)
@@ -70,6 +71,7 @@ def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:
         (one.tokens, one.seconds, other.tokens, other.seconds)
         for one, other in zip(drafted, baseline, strict=True)
     ]
+    # Ratios of sums: a mean of ratios would count a short answer as much as a long one.
     tokens, seconds, base_tokens, base_seconds = map(sum, zip(*counts, strict=True))
     with_draft, without = ratio(tokens, seconds), ratio(base_tokens, base_seconds)
     return {

@@ -59,6 +59,7 @@ def conversation(row: dict) -> Question:
     """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's
     `turns` or a `prompt`, or any conversation, of which the last user turn is asked.
     """
+    # Prompts of `prepare` are what the target reads: a template around them would be a second one.
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])
     turns = row.get("turns", row.get("prompt"))
@@ -96,6 +97,7 @@ SUITES = {
     # Every subject; the answers of the test split are not public.
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
 }
+# A file of one's own is read as the held-out prompts are.
 OWN = SUITES["heldout"]
 
 
@@ -104,6 +106,7 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
 
     Raises ConfigError.
     """
+    # Only what stands behind the last colon is a count: paths may hold colons too.
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
         allowed = f"{', '.join(SUITES)} or a file that exists, each with :num_prompts"

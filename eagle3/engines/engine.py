@@ -104,6 +104,7 @@ class Engine:
         if not found:
             remedy = f"run launch/engines.sh and set {key}=<environment>/bin/python"
             raise ConfigError(f"{name} is not installed for {python}: {remedy}")
+        # Flags and counters change between versions, and a counter read wrongly is a wrong number.
         if not SpecifierSet(self.versions).contains(found, prereleases=True):
             known = f"is not one of the versions we know ({self.versions})"
             raise ConfigError(f"{name} {found} of {python} {known}")

@@ -174,6 +174,7 @@ def choose_port(port: int | None, key: str) -> int:
     Raises RunError, naming `key`, when it is taken.
     """
     with socket.socket() as probe:
+        # As servers bind: a port that was left a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port or 0))

@@ -78,6 +78,7 @@ class SGLang(Engine):
             if argument.split("=")[0] in CAPTURE_CONFLICTS:
                 problem = f"target.server_args: {argument} does not go with capturing"
                 raise ConfigError(f"{problem} hidden states; leave it out")
+        # Of a model's modules it alone is given the last and the auxiliary hidden states.
         hook = {
             "name": "eagle3",
             "target_modules": ["*logits_processor"],

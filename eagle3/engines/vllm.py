@@ -58,6 +58,7 @@ class VLLM(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
+        # 0 is all of the vocabulary here, -1 in SGLang.
         sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
         body = {"prompt": prompt, "max_tokens": max_new_tokens, "return_token_ids": True}
         return body | sampling

@@ -15,7 +15,8 @@ from eagle3.draft.flash import FlashCPU
 from eagle3.engines.engine import Answer, command_line
 from eagle3.engines.sglang import SGLang
 from eagle3.engines.vllm import VLLM
-from eagle3.export.write import MadeFor, read_draft, write_speculators
+from eagle3.export.rules import read_draft
+from eagle3.export.write import MadeFor, write_speculators
 from eagle3.target.hf import HFTarget
 
 TARGET = TINY / "target"
@@ -36,12 +37,12 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def answer(trained_draft, tiny_config, prompts):
+def answer(trained_draft, prompts):
     """answer(steps, topk, verify_tokens): the built-in decoder's Generations, a prompt after the
     other.
     """
     target = HFTarget(spec_of(TARGET, LAYERS), torch.device("cpu"))
-    draft = read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
+    draft = read_draft(trained_draft, FlashCPU, spec_of(TARGET, LAYERS))
 
     def answer(*tree: int):
         return [
@@ -116,9 +117,10 @@ def test_vllm_accepts_what_the_built_in_decoder_accepts(serve_vllm, trained_draf
 
 
 def test_vllm_finds_the_target_of_the_speculators_form(
-    serve_vllm, trained_draft, tiny_config, prompts, chains, tmp_path
+    serve_vllm, trained_draft, prompts, chains, tmp_path
 ):
-    folder, draft = tmp_path / "form", read_draft(trained_draft, FlashCPU, tiny_config, LAYERS)
-    write_speculators(draft, folder, tiny_config, LAYERS, MadeFor(str(TARGET), STEPS))
+    folder, spec = tmp_path / "form", spec_of(TARGET, LAYERS)
+    draft = read_draft(trained_draft, FlashCPU, spec)
+    write_speculators(draft, folder, spec, MadeFor(str(TARGET), STEPS))
     with serve_vllm(folder, *METRICS) as server:
         assert_same(ask(VLLM(), server, prompts, STEPS, model=str(folder)), chains)
