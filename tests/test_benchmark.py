@@ -187,7 +187,7 @@ CANNOT = [
 MISTAKES = [
     *(({"configs": [config]}, r"benchmark\.configs=[^\n]*batch") for config in CANNOT),
     ({"configs": []}, r"benchmark\.configs is empty"),
-    ({"suites": []}, r"benchmark\.suites is empty"),
+    ({"suites": []}, r"^benchmark\.suites or .* is empty"),
     ({"suites": ["heldout:2", "heldout:3"]}, "names a suite twice"),
     ({"protocol": "eagel"}, r"benchmark\.protocol=eagel is unknown.*did you mean eagle"),
     ({"protocol": "eagle", "system_prompt": "x"}, r"system_prompt=x does not go with .*eagle"),

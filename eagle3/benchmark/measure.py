@@ -99,15 +99,14 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
 
 def in_order(configs: list[list[int]], side_by_side: bool) -> list[list[list[int]]]:
     """Groups of configs that are open at the same time, the baseline of every batch included."""
-    groups = []
-    for batch in dict.fromkeys(config[0] for config in configs):
-        drafting = [config for config in configs if config[0] == batch and config[1] > 0]
-        groups.append([[batch, 0, 0, 0], *drafting])
+    batches = dict.fromkeys(config[0] for config in configs)
+    drafting = [config for config in configs if config[1] > 0]
+    alone = {batch: [batch, 0, 0, 0] for batch in batches}
     if side_by_side:
-        return groups
+        return [[alone[b], *(config for config in drafting if config[0] == b)] for b in batches]
     # A server restarts only where more than the batch changes.
-    every = [config for group in groups for config in group]
-    return [[config] for config in sorted(every, key=lambda config: config[1:])]
+    every = sorted([*alone.values(), *drafting], key=lambda config: config[1:])
+    return [[config] for config in every]
 
 
 def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat: Chat) -> Trials:

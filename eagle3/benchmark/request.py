@@ -83,9 +83,8 @@ class Request:
 
 def check_request(section: dict[str, Any]) -> None:
     """Raise ConfigError for the first value in the section `benchmark` that nothing could run."""
-    for key in ("configs", "suites"):
-        if not section[key]:
-            raise ConfigError(f"benchmark.{key} is empty; name at least one")
+    if not section["suites"] or not section["configs"]:
+        raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
         check_config(config)
     suites = section["suites"]
@@ -108,19 +107,19 @@ def check_request(section: dict[str, Any]) -> None:
 
 
 def check_config(config: list[int]) -> None:
-    fits = len(config) == 4 and all(isinstance(number, int) for number in config)
-    if fits:
-        batch, steps, topk, verify_tokens = config
-        # What a round drafts: topk children of the root, then of topk nodes at each further step.
-        nodes = topk + (steps - 1) * topk * topk
-        is_chain = steps >= 1 and topk == 1 and verify_tokens == steps + 1
-        is_tree = steps >= 1 and topk > 1 and 2 <= verify_tokens <= nodes + 1
-        fits = batch >= 1 and (is_chain or is_tree or config[1:] == [0, 0, 0])
-    if not fits:
+    if len(config) != 4 or not all(isinstance(number, int) for number in config):
+        wanted = "must be four numbers: batch, steps, topk, verify_tokens"
+        raise ConfigError(f"benchmark.configs={config} {wanted}")
+    batch, steps, topk, verify_tokens = config
+    # What a round drafts: topk children of the root, then of topk nodes at each further step.
+    nodes = topk + (steps - 1) * topk * topk
+    is_chain = steps >= 1 and topk == 1 and verify_tokens == steps + 1
+    is_tree = steps >= 1 and topk > 1 and 2 <= verify_tokens <= nodes + 1
+    if batch < 1 or not (is_chain or is_tree or config[1:] == [0, 0, 0]):
         raise ConfigError(
             f"benchmark.configs={config} is none of [batch, 0, 0, 0] (the target alone), "
-            "[batch, steps, 1, steps + 1] (a chain) and [batch, steps, topk, verify_tokens] (a "
-            "tree, verify_tokens 2 to topk + (steps - 1) * topk * topk + 1)"
+            "[batch, steps, 1, steps + 1] (a chain) and [batch, steps, topk, verify_tokens] "
+            f"(a tree, verify_tokens 2 to {max(nodes, 1) + 1})"
         )
 
 
