@@ -149,19 +149,19 @@ class Served(Request):
 
     async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
         """Raises RunError, with the end of the server's log if it ended over this request."""
-        text = ""
+        reason = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
-            text = response.text[:300]
-            response.raise_for_status()
-            return self.engine.read_reply(response.json(), steps)
+            reason = f"HTTP {response.status_code} {response.text[:300]}"
+            if response.status_code == 200:
+                return self.engine.read_reply(response.json(), steps)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            # A process ends a while after its connections, and then its log says why.
-            if self.server is not None:
-                self.server.check(DEATH_SECONDS)
-            reason = f"{type(error).__name__} {error} {text}".strip()
-            limit = f"within benchmark.timeout={self.timeout:g} seconds"
-            raise RunError(f"{self.address} gave no answer {limit}: {reason}") from error
+            reason = f"{type(error).__name__} {error} {reason}".strip()
+        # A process ends a while after its connections, and then its log says why.
+        if self.server is not None:
+            self.server.check(DEATH_SECONDS)
+        limit = f"within benchmark.timeout={self.timeout:g} seconds"
+        raise RunError(f"{self.address} gave no usable answer {limit}: {reason}")
 
 
 def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
