@@ -2,17 +2,18 @@
 
 import json
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from eagle3.benchmark import served
+from eagle3.benchmark import measure, served
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Subject
@@ -31,11 +32,9 @@ SHAPE |= {"num_attention_heads": 2, "head_dim": 8}
 PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"} "$@"\n'
 
 
+@cache
 def composed(name):
-    """conf/benchmark/`name`.yaml over what its defaults name."""
-    node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
-    below = [composed(default) for default in node.pop("defaults", [])]
-    return OmegaConf.merge(*below, node)
+    return compose_config("model=hf", "model.path=x", f"benchmark={name}").benchmark
 
 
 def section(name, **changed):
@@ -73,9 +72,11 @@ def subject(tmp_path):
 
 
 @pytest.fixture
-def run(subject, tmp_path):
+def run(subject, tmp_path, monkeypatch):
     """run(name, python, configs, **section): benchmark.json's content; logs lie in tmp_path/run."""
     (tmp_path / "run").mkdir()
+    # Naming the processor starts a process.
+    monkeypatch.setattr(measure, "hardware", lambda device: {"name": str(device)})
 
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
