@@ -2,15 +2,18 @@
 
 import json
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, compose_config
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from eagle3.benchmark import measure, served
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Subject
@@ -24,14 +27,14 @@ from eagle3.errors import ConfigError, RunError
 
 runs = pytest.mark.runs
 ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "draft_vocab_size": 40}
+SHAPE |= {"num_attention_heads": 2, "head_dim": 8}
 PYTHON = f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/data/fake_engine.py"} "$@"\n'
 
 
+@cache
 def composed(name):
-    """conf/benchmark/`name`.yaml over what its defaults name."""
-    node = OmegaConf.load(ROOT / f"conf/benchmark/{name}.yaml")
-    below = [composed(default) for default in node.pop("defaults", [])]
-    return OmegaConf.merge(*below, node)
+    return compose_config("model=hf", "model.path=x", f"benchmark={name}").benchmark
 
 
 def section(name, **changed):
@@ -56,9 +59,10 @@ def subject(tmp_path):
         path="target", config=config, dtype="float32", revision=None, trust_remote_code=False
     )
     target = SimpleNamespace(spec=spec, device=torch.device("cpu"), close=lambda: None)
-    draft = {"architectures": ["LlamaForCausalLMEagle3"], "vocab_size": 40, "hidden_size": 16}
+    draft = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
     (tmp_path / "draft").mkdir()
-    (tmp_path / "draft/config.json").write_text(json.dumps(draft))
+    (tmp_path / "draft/config.json").write_text(json.dumps(draft | SHAPE))
+    save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
     prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
@@ -68,14 +72,17 @@ def subject(tmp_path):
 
 
 @pytest.fixture
-def run(subject, tmp_path):
+def run(subject, tmp_path, monkeypatch):
     """run(name, python, configs, **section): benchmark.json's content; logs lie in tmp_path/run."""
     (tmp_path / "run").mkdir()
+    # Naming the processor starts a process.
+    monkeypatch.setattr(measure, "hardware", lambda device: {"name": str(device)})
 
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
         given = section(name, configs=configs, python=python, **changed)
-        return benchmark(instantiate(given), subject, tmp_path / "run")
+        benchmark(instantiate(given), subject, tmp_path / "run")
+        return json.loads((tmp_path / "run/benchmark.json").read_text())
 
     return run
 
@@ -88,7 +95,6 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     subject.target.close = lambda: closed.append(list((tmp_path / "run").iterdir()))
     result = run(name, python, configs, mem_fraction_static=0.5, tp_size=2)
     assert closed == [[]], "the target's memory is freed before a server starts"
-    assert json.loads((tmp_path / "run/benchmark.json").read_text()) == result
     one, two, alone = result["suites"]["heldout"]
     # 10 tokens after the prefill's, by prompts whose rounds commit 1, 2, 3, 4 and 2
     assert one["acceptance_length"] == two["acceptance_length"] == 50 / (10 + 5 + 4 + 3 + 5)
@@ -124,14 +130,16 @@ def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
 FAILURES = {
     "--die-at-start": "model's architecture.*\n.*not supported",
     "--die-at-request": "ended with exit code 1: it is out of memory.*\n",
-    "--refuse": r"refused a request \(HTTP 400\).*too long",
+    "--refuse": r"400.*too long",
 }
 
 
 @runs
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("flag", FAILURES)
-def test_a_server_that_fails(name, run, python, flag, tmp_path):
+def test_a_server_that_fails(name, run, python, flag, tmp_path, monkeypatch):
+    if flag == "--refuse":
+        monkeypatch.setattr(served, "DEATH_SECONDS", 0)
     with pytest.raises(RunError, match=f"(?s){FAILURES[flag]}"):
         run(name, python, server_args=[flag])
     assert not (tmp_path / "run/benchmark.json").exists()
@@ -156,52 +164,59 @@ def address(python, tmp_path):
         server.close()
 
 
+CHAIN = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
+         "--speculative-num-draft-tokens", "3", "--speculative-algorithm")  # fmt: skip
+SPECULATIVE = ("--speculative-config", '{"num_speculative_tokens": 2}')
+DETAILED = ("--per-request-spec-decode-metrics", "detailed")
+RUNNING = {  # how a server reports its speed, drafts, and says what it accepted
+    "sglang": ("--enable-metrics", (*CHAIN, "EAGLE3"), ()),
+    "vllm": ("--enable-per-request-metrics", SPECULATIVE, DETAILED),
+}
+
+
 @runs
-def test_running_sglang_servers(run, address):
-    drafting = ("--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
-                "--speculative-num-draft-tokens", "3", "--enable-metrics")  # fmt: skip
-    alone = address("sglang", "--enable-metrics")
-    eagle3 = address("sglang", "--speculative-algorithm", "EAGLE3", *drafting)
-    eagle = address("sglang", "--speculative-algorithm", "EAGLE", *drafting)
-    result = run("sglang", None, [(2, 2, 1, 3)], url=f"{eagle3}/v1", alone_url=alone)
+@pytest.mark.parametrize("name", ENGINES)
+def test_running_servers(name, run, address):
+    timed, drafting, more = RUNNING[name]
+    alone, url = address(name, timed), address(name, timed, *drafting, *more)
+    result = run(name, None, [(2, 2, 1, 3)], url=f"{url}/v1", alone_url=alone)
     assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
-    assert result["protocol"]["url"] == f"{eagle3}/v1" and result["protocol"]["version"] is None
-    chain = [(1, 2, 1, 3)]
-    for error, words, configs, urls in [
-        (ConfigError, r"= \[2, 1, 3\]; set benchmark.configs", [(1, 3, 1, 4)], (eagle3, alone)),
-        (ConfigError, r"= \[0, 0, 0\]", chain, (alone, alone)),
-        (RunError, "algorithm EAGLE; an EAGLE3 draft needs EAGLE3", chain, (eagle, alone)),
-        (RunError, "start it with --enable-metrics", chain, (eagle3, address("sglang"))),
-        (RunError, r"no server answers at http://127\.0\.0\.1:9/", chain, [f"{alone[:17]}9"] * 2),
+    protocol = result["protocol"]
+    assert protocol["url"] == f"{url}/v1" and protocol["version"] is protocol["device"] is None
+    for configs, drafts, words in [
+        ([(1, 3, 1, 4)], url, r"= \[2, 1, 3\]; set benchmark.configs"),
+        ([(1, 2, 1, 3)], alone, r"= \[0, 0, 0\]"),
     ]:
-        with pytest.raises(error, match=words):
-            run("sglang", None, configs, url=urls[0], alone_url=urls[1])
+        with pytest.raises(ConfigError, match=words):
+            run(name, None, configs, url=drafts, alone_url=alone)
 
 
 @runs
-def test_running_vllm_servers(run, address):
-    timed = "--enable-per-request-metrics"
-    drafting = ["--speculative-config", '{"num_speculative_tokens": 2}']
-    alone, undetailed = address("vllm", timed), address("vllm", timed, *drafting)
-    detailed = address("vllm", timed, *drafting, "--per-request-spec-decode-metrics", "detailed")
-    chain = [(1, 2, 1, 3)]
-    result = run("vllm", None, chain, url=detailed, alone_url=alone)
-    assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
-    with pytest.raises(ConfigError, match=r"= \[2, 1, 3\]"):
-        run("vllm", None, url=detailed, alone_url=alone)
-    with pytest.raises(RunError, match="per-request-spec-decode-metrics detailed"):
-        run("vllm", None, chain, url=undetailed, alone_url=alone)
+@pytest.mark.parametrize(
+    "name, flags, words",
+    [
+        ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
+        ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
+        ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
+        ("sglang", None, r"no server answers at http://127\.0\.0\.1:9/"),
+    ],
+)
+def test_running_servers_that_do_not_fit(name, flags, words, run, address):
+    url = address(name, *flags) if flags else "http://127.0.0.1:9"
+    alone = address(name, RUNNING[name][0])
+    with pytest.raises(RunError, match=words):
+        run(name, None, [(1, 2, 1, 3)], url=url, alone_url=alone)
 
 
 SPECULATORS = {
     "architectures": None,
     "speculators_model_type": "eagle3",
-    "transformer_layer_config": {"vocab_size": 40, "hidden_size": 16},
+    "transformer_layer_config": SHAPE,
 }
 WRONG_DRAFTS = [
-    ({"vocab_size": 41}, "is for a target with vocab_size=41, not 40"),
-    ({"target_hidden_size": 32}, "is for a target with hidden_size=32, not 16"),
-    ({"architectures": ["LlamaForCausalLM"]}, r"is no EAGLE3 draft: .*\['LlamaForCausalLM'"),
+    ({"vocab_size": 41}, "vocab_size is 41, but the target has 40"),
+    ({"target_hidden_size": 32}, "hidden states of 32 numbers, not 16"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM, not "),
     (SPECULATORS, "form of speculators, which SGLang does not read"),
 ]
 
@@ -214,7 +229,7 @@ def test_a_draft_for_something_else(run, subject, python, tmp_path, change, word
         run("sglang", python)
     assert not list((tmp_path / "run").iterdir())
     if change is SPECULATORS:
-        check_draft(subject, VLLM())
+        check_draft(subject.draft_folder, subject.target.spec, VLLM())
 
 
 @runs
@@ -257,26 +272,3 @@ def test_a_server_that_captures(subject):
     assert "--disable-radix-cache" in line and "--trust-remote-code" not in line
     with pytest.raises(ConfigError, match="--pp-size=2 does not go with"):
         SGLang().capture_command(Launch(launch.model, "", 1, server_args=("--pp-size=2",)), capture)
-
-
-def test_what_a_user_types_to_serve(tmp_path, monkeypatch):
-    monkeypatch.setenv("ENGINES_DIR", str(tmp_path))
-    assert SGLang().serve_command("target", "draft", 5, None, ["--tp-size", "2"]) == [
-        ["python", "-m", "sglang.launch_server"],
-        ["--model-path", "target"],
-        ["--speculative-algorithm", "EAGLE3"],
-        ["--speculative-draft-model-path", "draft"],
-        ["--speculative-num-steps", "5"],
-        ["--speculative-eagle-topk", "1"],
-        ["--speculative-num-draft-tokens", "6"],
-        ["--host", "127.0.0.1", "--port", "30000"],
-        ["--tp-size", "2"],
-    ]
-    own, port = tmp_path / ".venv-vllm/bin/vllm", ["--host", "127.0.0.1", "--port", "9"]
-    own.parent.mkdir(parents=True)
-    own.touch()
-    speculative = '{"method": "eagle3", "model": "draft", "num_speculative_tokens": 3}'
-    drafting = ["--speculative-config", speculative]
-    command = VLLM().serve_command("target", "draft", 3, 9, [])
-    assert command == [[str(own), "serve", "target"], drafting, port, []]
-    assert VLLM().serve_command("draft", None, 3, 9, [])[1] == []

@@ -4,7 +4,7 @@ import socket
 import pytest
 from conftest import ROOT
 
-from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes, program
+from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes
 
 ROWS = [
     json.loads(line)
@@ -12,67 +12,51 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "answer, reference, right",
-    [
-        ("4*12=48, 48-30=18\n#### 18", "He bakes 48.\n#### 18", True),
-        ("#### 18\nBut 17 was wrong.", "#### 17", True),  # the last number behind the marks
-        ("It is $1,365.00 in all", "#### 1,365", True),
-        ("That makes 8.5", "#### 8.50", True),
-        ("minus -3", "#### -3", True),
-        ("about 1365.5", "#### 1365", False),
-        ("no number here", "#### 18", False),
-        pytest.param("9" * 5000, "#### 18", False, id="a loop of digits, more than Python reads"),
-        ("", "#### 18", False),
-    ],
-)
-def test_gsm8k(answer, reference, right):
-    assert gsm8k(answer, reference) is right
+ANSWERS = [
+    (gsm8k, "4*12=48, 48-30=18\n#### 18", "He bakes 48.\n#### 18", True),
+    (gsm8k, "#### 18\nBut 17 was wrong.", "#### 17", True),  # the last number behind the marks
+    (gsm8k, "It is $1,365.00 in all", "#### 1,365", True),
+    (gsm8k, "That makes 8.5", "#### 8.50", True),
+    (gsm8k, "minus -3", "#### -3", True),
+    (gsm8k, "about 1365.5", "#### 1365", False),
+    (gsm8k, "no number here", "#### 18", False),
+    pytest.param(
+        gsm8k, "9" * 5000, "#### 18", False, id="a loop of digits, more than Python reads"
+    ),
+    (gsm8k, "", "#### 18", False),
+    (math500, r"so $\boxed{\frac{7}{8}}$", r"\frac{7}{8}", True),
+    (math500, r"$\boxed{1}$, no: $\boxed{\dfrac78}$.", r"\frac{7}{8}", True),
+    (math500, r"\boxed{0.875}", r"\frac{7}{8}", True),
+    (math500, r"\boxed{-\frac{1}{2}}", "-0.5", True),
+    (math500, r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left(3,\frac{\pi}{2}\right)", True),
+    (math500, r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
+    (math500, r"\boxed{120^\circ}", "120", True),
+    (math500, r"\boxed{12\text{ cm}^2}", "12", True),
+    (math500, r"\boxed{x = 3}", "3", True),
+    (math500, r"\boxed{10,080}", "10080", True),
+    (math500, r"\boxed{\$18.90}", "18.90", True),
+    (math500, r"\boxed{25\%}", "25", True),
+    (math500, "the answer is 3.", "3", True),
+    (math500, r"\boxed{1e3000000}", "3", False),
+    (math500, r"\boxed{(1,2)}", "(2,1)", False),
+    (math500, r"\boxed{\frac{7}{9}}", r"\frac{7}{8}", False),
+    (math500, r"\boxed{1,234}", "1234,5", False),
+    (math500, r"\boxed{unclosed", "3", False),
+    (math500, "", "3", False),
+    (ceval, "C", "C", True),
+    (ceval, "A 和 B 都不对，答案：C", "C", True),
+    (ceval, "答案：**B**", "B", True),
+    (ceval, "The correct answer is (D).", "D", True),
+    (ceval, "应选择B，因为……", "B", True),
+    (ceval, "Because A is wrong, answer: B", "A", False),
+    (ceval, "水是 H2O，CO2 不是", "A", False),
+    (ceval, "", "A", False),
+]
 
 
-@pytest.mark.parametrize(
-    "answer, reference, right",
-    [
-        (r"so $\boxed{\frac{7}{8}}$", r"\frac{7}{8}", True),
-        (r"$\boxed{1}$, no: $\boxed{\dfrac78}$.", r"\frac{7}{8}", True),
-        (r"\boxed{0.875}", r"\frac{7}{8}", True),
-        (r"\boxed{-\frac{1}{2}}", "-0.5", True),
-        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left(3,\frac{\pi}{2}\right)", True),
-        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True),
-        (r"\boxed{120^\circ}", "120", True),
-        (r"\boxed{12\text{ cm}^2}", "12", True),
-        (r"\boxed{x = 3}", "3", True),
-        (r"\boxed{10,080}", "10080", True),
-        (r"\boxed{\$18.90}", "18.90", True),
-        (r"\boxed{25\%}", "25", True),
-        ("the answer is 3.", "3", True),
-        (r"\boxed{1e3000000}", "3", False),
-        (r"\boxed{(1,2)}", "(2,1)", False),
-        (r"\boxed{\frac{7}{9}}", r"\frac{7}{8}", False),
-        (r"\boxed{1,234}", "1234,5", False),
-        (r"\boxed{unclosed", "3", False),
-        ("", "3", False),
-    ],
-)
-def test_math500(answer, reference, right):
-    assert math500(answer, reference) is right
-
-
-@pytest.mark.parametrize(
-    "answer, reference, right",
-    [
-        ("C", "C", True),
-        ("A 和 B 都不对，答案：C", "C", True),
-        ("答案：**B**", "B", True),
-        ("The correct answer is (D).", "D", True),
-        ("应选择B，因为……", "B", True),
-        ("Because A is wrong, answer: B", "A", False),
-        ("水是 H2O，CO2 不是", "A", False),
-        ("", "A", False),
-    ],
-)
-def test_ceval(answer, reference, right):
-    assert ceval(answer, reference) is right
+@pytest.mark.parametrize("score, answer, reference, right", ANSWERS)
+def test_scores(score, answer, reference, right):
+    assert score(answer, reference) is right
 
 
 @pytest.mark.runs
@@ -85,8 +69,11 @@ def test_humaneval_takes_whole_functions_and_continuations(row):
     assert not humaneval(f"```python\n{head}    return None\n```", row)
 
 
-def test_humaneval_keeps_what_stands_before_the_function():
-    whole = program("```python\ndef unshift(word):\n    return word\n```\n", ROWS[1])
+def test_humaneval_keeps_what_stands_before_the_function(monkeypatch):
+    ran = []
+    monkeypatch.setattr("eagle3.benchmark.scoring.passes", ran.append)
+    humaneval("```python\ndef unshift(word):\n    return word\n```\n", ROWS[1])
+    (whole,) = ran
     assert whole.count("def shift(") == whole.count("def unshift(") == 1
     assert whole.endswith("check(unshift)\n")
 

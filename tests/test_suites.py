@@ -1,9 +1,10 @@
 """Suites and protocols: what the target is asked, on small files with the schema of the hub's."""
 
 import json
+from itertools import product
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 
 from eagle3.benchmark import suites
 from eagle3.benchmark.protocols import Task, setup_of
@@ -67,11 +68,7 @@ def test_every_suite_reads_its_rows(name):
     assert questions[1].id == f"{name}.jsonl:2"
     assert all(q.messages[-1]["role"] == "user" for q in questions)
     assert all(bool(q.later) == (name == "mtbench") for q in questions)
-    assert (
-        (SUITES[name].score is not None)
-        == (name != "mtbench")
-        == all(q.reference for q in questions)
-    )
+    assert all(bool(q.reference) == (name != "mtbench") for q in questions)
 
 
 @pytest.mark.parametrize(
@@ -89,9 +86,8 @@ def test_every_suite_reads_its_rows(name):
 )
 def test_right_answers_to_the_samples_score(name, answer):
     first, second, *_ = sample(name)
-    assert SUITES[name].score(answer, first.reference) and not SUITES[name].score(
-        answer, second.reference
-    )
+    score = SUITES[name].score
+    assert score(answer, first.reference) and not score(answer, second.reference)
 
 
 def test_the_multiple_choice_shows_its_options():
@@ -99,18 +95,18 @@ def test_the_multiple_choice_shows_its_options():
     assert text.startswith("一周有____天。\n") and "\nC. 七\n" in text
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("row", ["{", "[]", "{}", '{"question": 3}', '{"prompt": [1, 2]}'])
+BROKEN = ["{", "[]", "{}", '{"question": 3}', '{"prompt": [1, 2]}']
+BROKEN_OWN = ['{"messages": []}', '{"input_ids": [1]}', "3"]
+
+
+@pytest.mark.parametrize(
+    "name, row", [*product(SIZES, BROKEN), *product(["heldout"], BROKEN + BROKEN_OWN)]
+)
 def test_a_row_of_something_else_is_named(name, row, tmp_path):
-    first = (SAMPLES / f"{name}.jsonl").read_text().splitlines()[0]
+    first = (SAMPLES / f"{'mtbench' if name == 'heldout' else name}.jsonl").read_text()
+    path = written(tmp_path, first.splitlines()[0], row)
     with pytest.raises(RunError, match=rf"mine\.jsonl, line 2: .* suite {name} \([^\n]+\)$"):
-        load_questions(name, None, written(tmp_path, first, row), ".cache")
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"messages": []}', '{"input_ids": [1]}', "3"])
-def test_a_broken_row_of_ones_own_is_named(tmp_path, line):
-    with pytest.raises(RunError, match=r"mine\.jsonl, line 2"):
-        load_questions("heldout", None, written(tmp_path, {"prompt": "q"}, line), ".cache")
+        load_questions(name, None, path, ".cache")
 
 
 def test_rows_of_ones_own(tmp_path, chat):
@@ -191,21 +187,24 @@ def test_specforge_completes_a_raw_text_behind_five_solved_questions(chat):
 
 
 @pytest.mark.parametrize(
-    "name, tokens, system",
-    [("mtbench", 2048, True), ("humaneval", 1024, False), ("math500", 2048, False)],
+    "protocol, name, tokens, system",
+    [
+        ("specforge", "mtbench", 2048, True),
+        ("specforge", "humaneval", 1024, False),
+        ("specforge", "math500", 2048, False),
+        *(("eagle", name, 1024, True) for name in SIZES),
+    ],
 )
-def test_specforge_asks_the_other_suites_through_the_template(chat, name, tokens, system):
+def test_protocols_that_ask_through_the_template(chat, protocol, name, tokens, system):
     question = sample(name)[0]
     first = [{"role": "system", "content": SYSTEM_PROMPTS["llama2"]}] if system else []
     expected = chat.encode_prompt([*first, *question.messages])
-    assert prompt(chat, question, "specforge", name, trained="ignored") == expected
-    assert setup_of("specforge", name, None, None).max_new_tokens == tokens
+    assert prompt(chat, question, protocol, name, trained="ignored") == expected
+    setup = setup_of(protocol, name, None, None)
+    assert (setup.max_new_tokens, setup.shots) == (tokens, 0)
 
 
-def test_eagle_puts_one_system_prompt_before_all_suites_and_turns(chat):
-    for name in SIZES:
-        setup = setup_of("eagle", name, None, None)
-        assert (setup.system_prompt, setup.shots, setup.max_new_tokens) == ("llama2", 0, 1024)
+def test_later_turns_follow_the_answers(chat):
     question = sample("mtbench")[1]
     asked = [
         {"role": "system", "content": SYSTEM_PROMPTS["llama2"]},
@@ -215,9 +214,3 @@ def test_eagle_puts_one_system_prompt_before_all_suites_and_turns(chat):
     ]
     ids = prompt(chat, question, "eagle", "mtbench", answers=[" 6 m and 12 m.\n"])
     assert ids == chat.encode_prompt(asked)
-
-
-def test_the_evaluation_set_of_the_tiny_target(chat):
-    questions = load_questions("heldout", 3, str(TINY / "eval.jsonl"), ".cache")
-    assert [q.id for q in questions] == ["eval.jsonl:1", "eval.jsonl:2", "eval.jsonl:3"]
-    assert prompt(chat, questions[0])

@@ -15,6 +15,7 @@ def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torc
     pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
     pairs, counts = pairs.unique(return_counts=True)
     first, second = pairs // vocab_size, pairs % vocab_size
+    # One number that orders by count, and of equal counts puts the smaller id first.
     rank = counts * vocab_size + (vocab_size - 1 - second)
     best = torch.full((vocab_size,), -1).scatter_reduce(0, first, rank, "amax")
     return torch.where(best < 0, -1, vocab_size - 1 - best % vocab_size)
@@ -32,18 +33,12 @@ def bigram(successors: list[int], text: list[int], draft_length: int) -> list[in
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
     """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
-    best_length = best_end = 0
-    for end in range(len(text) - 1, 0, -1):
-        if text[end - 1] != text[-1]:
-            continue
-        length = 1
-        while length < min(NGRAM, end) and text[end - 1 - length] == text[-1 - length]:
-            length += 1
-        if length > best_length:
-            best_length, best_end = length, end
-        if length == NGRAM:
-            break
-    return text[best_end : best_end + draft_length] if best_length else []
+    for length in range(NGRAM, 0, -1):
+        for end in range(len(text) - 1, length - 1, -1):
+            # Most places fail at the first token, which is cheaper than a slice.
+            if text[end - 1] == text[-1] and text[end - length : end] == text[-length:]:
+                return text[end : end + draft_length]
+    return []
 
 
 def acceptance_of(

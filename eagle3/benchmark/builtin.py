@@ -13,7 +13,7 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, Greedy, Sampling, generate, speculate
-from eagle3.engines.engine import Answer
+from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.export.rules import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000
@@ -24,14 +24,13 @@ class Builtin(Request):
     """The fields are the keys of conf/benchmark/builtin.yaml."""
 
     in_process: ClassVar[bool] = True
-    simultaneous: ClassVar[bool] = True
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Load the draft, then the target."""
-        spec, device, prepared = subject.target.spec, subject.target.device, subject.prepared
+        prepared = subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
-        draft = read_draft(subject.draft_folder, None, spec)
-        self.draft = draft.to(device).eval()
+        draft = read_draft(subject.draft_folder, None, subject.target.spec)
+        self.draft = draft.to(subject.target.device).eval()
         self.target = subject.target.load()
         self.chat, self.seed, self.rules = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
@@ -40,12 +39,8 @@ class Builtin(Request):
             texts = (prepared.document(i)[1] for i in range(count))
             successors = bigram_table(texts, len(self.target.embedding)).tolist()
             self.costless["bigram"] = partial(bigram, successors)
-        return {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "runner": "builtin",
-            "dtype": str(self.target.embedding.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
+        dtype = str(self.target.embedding.dtype).removeprefix("torch.")
+        return {"runner": "builtin", "dtype": dtype, "threads": torch.get_num_threads()}
 
     def open(self, config: list[int]) -> None:
         # One generator for all questions: were each seeded alike, all would have the same luck and
@@ -56,67 +51,50 @@ class Builtin(Request):
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
-        device = self.target.embedding.device
         limits = (setup.max_new_tokens, self.rules[tuple(config)])
-        answers = []
-        for start in range(0, len(prompts), batch):
-            ids = [torch.tensor(prompt, device=device) for prompt in prompts[start : start + batch]]
+        device = self.target.embedding.device
+        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        generations = []
+        for start in range(0, len(ids), batch):
+            some = ids[start : start + batch]
             if steps == 0:
-                generations = generate(self.target, ids, *limits)
+                generations += generate(self.target, some, *limits)
             else:
-                generations = speculate(self.target, self.draft, ids, *config[1:], *limits)
-            answers += [
-                read(generation, steps, setup.stop, self.chat) for generation in generations
-            ]
-        return answers
+                generations += speculate(self.target, self.draft, some, *config[1:], *limits)
+        return [read(generation, steps, setup.stop, self.chat) for generation in generations]
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
-        columns = {name: simulate(draft, baseline, steps) for name, draft in self.costless.items()}
+        turns = [
+            (prompt, answer.ids)
+            for trial in baseline
+            for prompt, answer in zip(trial.prompts, trial.answers, strict=True)
+        ]
+        columns = {}
+        for name, draft in self.costless.items():
+            emitted = [n for turn in turns for n in acceptance_of(draft, *turn, steps)]
+            columns[name] = ratio(sum(emitted), len(emitted))
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
 def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
-    if stop:
-        generation = cut_at(generation, stop, chat)
-    text = chat.decode(generation.ids)
-    return Answer(
-        generation.ids,
-        len(generation.emitted),
-        [sum(count > k for count in generation.accepted) for k in range(steps)],
-        generation.decode_seconds,
-        min((text.partition(end)[0] for end in stop), key=len, default=text),
-        generation.emitted,
-    )
+    """The answer, ended at the first token that completes a text of `stop`.
 
-
-def cut_at(generation: Generation, stop: tuple[str, ...], chat: Chat) -> Generation:
-    """A generation as if it had ended at the first token that completes a text of `stop`.
-
-    Its seconds are in proportion to the rounds that are left.
+    Its seconds are then in proportion to the rounds that are left.
     """
-    ids, rounds = generation.ids, len(generation.emitted)
-    texts = (chat.decode(ids[:n]) for n in range(1, len(ids)))
-    ends = (n for n, text in enumerate(texts, 1) if any(end in text for end in stop))
-    length = next(ends, len(ids))
-    # The first token is the prefill's; rounds hold the others, and the last of them may be cut.
-    left, emitted = length - 1, []
-    for tokens in generation.emitted:
-        if left > 0:
-            emitted.append(min(tokens, left))
-            left -= tokens
-    accepted = [min(pair) for pair in zip(generation.accepted, emitted, strict=False)]
-    seconds = generation.decode_seconds * len(emitted) / max(1, rounds)
-    return Generation(ids[:length], emitted, accepted, generation.prefill_seconds, seconds)
-
-
-def simulate(draft, trials: list[Trial], steps: int) -> float | None:
-    """Acceptance length of a draft without a model, on what the target answers alone."""
-    emitted = []
-    for trial in trials:
-        for prompt, answer in zip(trial.prompts, trial.answers, strict=True):
-            emitted += acceptance_of(draft, prompt, answer.ids, steps)
-    return ratio(sum(emitted), len(emitted))
+    ids = generation.ids
+    for length in range(1, len(ids)) if stop else ():
+        text = chat.decode(ids[:length])
+        if any(end in text for end in stop):
+            ids = ids[:length]
+            break
+    text = chat.decode(ids)
+    text = min((text.partition(end)[0] for end in stop), key=len, default=text)
+    seconds = generation.decode_seconds
+    answer = answer_of_rounds(ids, text, generation.accepted, steps, seconds)
+    if len(ids) < len(generation.ids):
+        answer.seconds *= answer.rounds / len(generation.emitted)
+    return answer
 
 
 def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
@@ -128,7 +106,7 @@ def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
     gaps = [gap(target, one, other) for one, other in pairs if one.ids != other.ids]
     if not gaps or None in gaps:
         return {}
-    # half-precision logits of equal inputs differ by a rounding or two between shapes
+    # Half-precision logits of equal inputs differ by a rounding or two between shapes.
     near = max(1e-4, 2 * torch.finfo(target.embedding.dtype).eps)
     return {"lossless": "tie" if max(gaps) < near else False, "tie_gap": max(gaps)}
 
@@ -142,11 +120,10 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     """
     turn = [one != other for one, other in zip(drafted.ids, baseline.ids, strict=True)].index(True)
     pairs = list(zip(baseline.ids[turn], drafted.ids[turn], strict=False))
-    differs = [one != other for one, other in pairs]
-    if True not in differs:
+    place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    if place is None:
         return None
     # Up to there both are the same text, so that the target is asked once.
-    place = differs.index(True)
     text = baseline.prompts[turn] + baseline.ids[turn][:place]
     ids = torch.tensor(text, device=target.embedding.device)
     _, last = target.states(ids, torch.arange(len(ids), device=ids.device))

@@ -47,10 +47,10 @@ def setup_of(
     """`system_prompt` is benchmark.system_prompt; `trained_with` is data.system_prompt."""
     setups = SETUPS[protocol]
     setup = setups.get(suite, setups[""])
-    if protocol != "chat":
-        return setup
-    chosen = trained_with if system_prompt is None else system_prompt
-    return replace(setup, system_prompt=chosen)
+    if protocol == "chat":
+        chosen = trained_with if system_prompt is None else system_prompt
+        setup = replace(setup, system_prompt=chosen)
+    return setup
 
 
 @dataclass

@@ -21,7 +21,7 @@ class Subject:
     """What is measured, and what the run's data has for it.
 
     `heldout` is the file of prompts in the prepared data, `prepared` its documents; both are None
-    where `prepare` has not run. Sampling and intervals depend on `seed`.
+    where no suite needs them. Sampling and intervals depend on `seed`.
     """
 
     draft_folder: Path
@@ -52,8 +52,8 @@ class Request:
     paths: dict[str, str]
     execute_code: bool
 
-    in_process: ClassVar[bool]  # it decodes with the target that this process loads
-    simultaneous: ClassVar[bool]  # all configs of one batch can be ready at the same time
+    # It decodes with the target of this process, so that all configs can be open side by side.
+    in_process: ClassVar[bool]
 
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
@@ -83,48 +83,39 @@ class Request:
 
 def check_request(section: dict[str, Any]) -> None:
     """Raise ConfigError for the first value in the section `benchmark` that nothing could run."""
-    for key in ("configs", "suites"):
-        if not section[key]:
-            raise ConfigError(f"benchmark.{key} is empty; name at least one")
+    if not section["suites"] or not section["configs"]:
+        raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
         check_config(config)
-    names = [parse_suite(suite)[0] for suite in section["suites"]]
-    if len(set(names)) < len(names):
-        raise ConfigError(
-            f"benchmark.suites={section['suites']} names a suite twice; name each once"
-        )
+    suites = section["suites"]
+    if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
+        raise ConfigError(f"benchmark.suites={suites} names a suite twice; name each once")
+    # A protocol is a promise of comparable numbers, which another system prompt would break.
     protocol, system_prompt = section["protocol"], section["system_prompt"]
     if protocol not in SETUPS:
-        raise ConfigError(
-            f"benchmark.protocol={protocol} is unknown; allowed: {', '.join(SETUPS)}"
-            f"{nearest(protocol, list(SETUPS))}"
-        )
+        allowed = f"{', '.join(SETUPS)}{nearest(protocol, list(SETUPS))}"
+        raise ConfigError(f"benchmark.protocol={protocol} is unknown; allowed: {allowed}")
     if system_prompt is not None and protocol != "chat":
-        raise ConfigError(
-            f"benchmark.system_prompt={system_prompt} does not go with benchmark.protocol="
-            f"{protocol}, which sets the system prompt itself; leave one of them out"
-        )
+        problem = f"benchmark.system_prompt={system_prompt} does not go with benchmark.protocol"
+        raise ConfigError(f"{problem}={protocol}, which sets its own; leave one of them out")
     for name, path in section["paths"].items():
         if name not in SUITES:
             raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {', '.join(SUITES)}")
         if not os.path.exists(path):
-            raise ConfigError(
-                f"benchmark.paths.{name}={path} does not exist; give a local file or folder"
-            )
+            remedy = "give a local file or folder"
+            raise ConfigError(f"benchmark.paths.{name}={path} does not exist; {remedy}")
 
 
 def check_config(config: list[int]) -> None:
     if len(config) != 4 or not all(isinstance(number, int) for number in config):
-        raise ConfigError(
-            f"benchmark.configs={config} must be four numbers: batch, steps, topk, verify_tokens"
-        )
+        wanted = "must be four numbers: batch, steps, topk, verify_tokens"
+        raise ConfigError(f"benchmark.configs={config} {wanted}")
     batch, steps, topk, verify_tokens = config
     # What a round drafts: topk children of the root, then of topk nodes at each further step.
     nodes = topk + (steps - 1) * topk * topk
-    is_baseline = config[1:] == [0, 0, 0]
     is_chain = steps >= 1 and topk == 1 and verify_tokens == steps + 1
     is_tree = steps >= 1 and topk > 1 and 2 <= verify_tokens <= nodes + 1
-    if batch < 1 or not (is_baseline or is_chain or is_tree):
+    if batch < 1 or not (is_chain or is_tree or config[1:] == [0, 0, 0]):
         raise ConfigError(
             f"benchmark.configs={config} is none of [batch, 0, 0, 0] (the target alone), "
             "[batch, steps, 1, steps + 1] (a chain) and [batch, steps, topk, verify_tokens] "

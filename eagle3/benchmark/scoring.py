@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -47,20 +48,19 @@ def math500(answer: str, reference: str) -> bool:
     """
     given = boxed(answer)
     if given is None:
-        numbers = NUMBER.findall(answer)
-        given = numbers[-1] if numbers else ""
+        given = ["", *NUMBER.findall(answer)][-1]
     given, wanted = plain(given), plain(reference)
     return given == wanted or (value(given) is not None and value(given) == value(wanted))
 
 
 def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} holds."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for place in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for place, letter in enumerate(rest if found else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : place]
+            return rest[:place]
     return None
 
 
@@ -70,9 +70,9 @@ def plain(latex: str) -> str:
     latex = re.sub(r"\\[dt]frac", r"\\frac", latex)
     latex = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", latex)
     latex = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "", latex)
-    latex = re.sub(
-        r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$", "", latex.strip()
-    )
+    # A unit at the end goes with its exponent; other text keeps its letters.
+    unit = r"(?<=[\w.}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?$"
+    latex = re.sub(unit, "", latex.strip())
     latex = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", latex)
     latex = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", latex)
     return re.sub(r"^[a-zA-Z]=", "", re.sub(r"\s+", "", latex)).rstrip(".")
@@ -91,62 +91,46 @@ def value(text: str) -> Fraction | None:
 
 def ceval(answer: str, reference: str) -> bool:
     """The last letter A-D that the text calls the answer, else the first alone, is right."""
-    called = re.findall(
-        r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}([A-D])(?![A-Za-z])", answer
-    )
+    words = r"(?:答案|选择?|[Aa]nswer)[^A-Za-z]{0,8}(?:is\s*)?\W{0,3}"
+    called = re.findall(words + r"([A-D])(?![A-Za-z])", answer)
+    # A letter of a word or a formula (H2O) is no choice.
     alone = re.findall(r"(?<![A-Za-z])[A-D](?![A-Za-z])", answer)
     return (called[-1:] or alone[:1]) == [reference.strip()]
 
 
 def humaneval(answer: str, reference: dict[str, str]) -> bool:
-    """Whether the function passes the row's tests; runs it, see `passes`."""
-    return passes(program(answer, reference))
-
-
-def program(answer: str, reference: dict[str, str]) -> str:
-    """The answer's code, with the row's tests behind it.
+    """Whether the answer's code passes the row's tests; runs it, see `passes`.
 
     The code is the first fenced block that has the function, else the first, else all of it. Before
     it stands what the row's prompt has before the function, or all of it if the answer goes on.
     """
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
+    # An answer that was cut off has a block without an end.
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
     code = next((block for block in blocks if head in block), blocks[0])
     before = prompt[: prompt.rfind(head)] if head in code else prompt
-    return f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n"
+    return passes(f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n")
 
 
 def passes(source: str) -> bool:
-    """Whether `source` runs through in a Python of its own.
+    """Whether `source` runs through in a Python of its own, with an empty folder and environment.
 
-    It has an empty folder and environment, limits on time, memory, files and processes, and no
-    network where the kernel can take it away.
-    It guards against accidents and is no prison: what reads files can read ours.
+    Time, memory, files and processes are limited, and there is no network where the kernel can take
+    it away. It guards against accidents and is no prison: what reads files can read ours.
     """
     with TemporaryDirectory() as folder:
-        path = os.path.join(folder, "answer.py")
-        with open(path, "w", encoding="utf-8", errors="replace") as file:
-            file.write(source)
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-c", GUARD, path],
-            cwd=folder,
-            env={"PATH": os.defpath},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        path = f"{folder}/answer.py"
+        Path(path).write_text(source, encoding="utf-8", errors="replace")
+        command, empty = [sys.executable, "-I", "-c", GUARD, path], {"PATH": os.defpath}
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        child = subprocess.Popen(command, cwd=folder, env=empty, start_new_session=True, **quiet)
         try:
             return child.wait(timeout=SECONDS) == PASSED
         except subprocess.TimeoutExpired:
             return False
         finally:
-            kill(child)
-
-
-def kill(child: subprocess.Popen) -> None:
-    """With all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+            # With all that it started: a group of its own, which outlives its first process.
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

@@ -1,13 +1,11 @@
 """`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
-import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import httpx
-import torch
 from hydra.utils import instantiate
 
 from eagle3.benchmark.protocols import Setup
@@ -16,10 +14,12 @@ from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.read import flatten, read_config
+from eagle3.export import rules
+from eagle3.export.read import read_any
 from eagle3.runs.logger import redact
+from eagle3.target.spec import TargetSpec
 
-DEATH_SECONDS = 5.0  # a process may end that long after its connections
+DEATH_SECONDS = 5.0
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,6 @@ class Served(Request):
     timeout: Annotated[float, Within(1, 1e6)]
 
     in_process: ClassVar[bool] = False
-    simultaneous: ClassVar[bool] = False
     server: Server | None = field(default=None, init=False)
     drafting: Drafting | None = field(default=None, init=False)
 
@@ -53,10 +52,8 @@ class Served(Request):
         request = instantiate(section)
         trees = [config for config in request.configs if config[2] > 1]
         if trees and not request.engine.drafts_trees:
-            raise ConfigError(
-                f"benchmark.configs={trees[0]} is a tree, but {request.engine.name} drafts chains "
-                "only, [batch, steps, 1, steps + 1]; take benchmark=sglang or benchmark=builtin"
-            )
+            problem = f"benchmark.configs={trees[0]} is a tree, but {request.engine.name} drafts"
+            raise ConfigError(f"{problem} chains only; take benchmark=sglang or benchmark=builtin")
         request.find_engine()
 
     def find_engine(self) -> str | None:
@@ -71,22 +68,19 @@ class Served(Request):
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        target = subject.target
-        check_draft(subject, self.engine)
-        device = platform.processor() or platform.machine()
-        if target.device.type == "cuda":
-            device = torch.cuda.get_device_name(target.device)
+        check_draft(subject.draft_folder, subject.target.spec, self.engine)
         facts = {
-            "device": None if self.url else device,
             "runner": self.engine.name.lower(),
             "version": self.find_engine(),
             "tp_size": self.tp_size,
             "server_args": self.server_args,
             "url": self.url,
             "alone_url": self.alone_url,
-            "dtype": target.spec.dtype,
+            "dtype": subject.target.spec.dtype,
         }
-        target.close()
+        if self.url:
+            facts["device"] = None  # the server's machine may be another one
+        subject.target.close()
         self.subject, self.run_dir = subject, run_dir
         return redact(facts)
 
@@ -103,51 +97,41 @@ class Served(Request):
         self.address = url.rstrip("/").removesuffix("/v1")
         actual = self.engine.read_drafting(self.get)
         if actual != drafting:
-            raise ConfigError(
-                f"benchmark.configs={config} is not what {url} serves, which drafts with "
-                f"[steps, topk, verify_tokens] = {list(actual)}; set benchmark.configs to that, or "
-                "leave its address out"
-            )
+            problem = f"{url} drafts with [steps, topk, verify_tokens] = {list(actual)}"
+            remedy = "set benchmark.configs to that, or leave its address out"
+            raise ConfigError(f"benchmark.configs={config}: {problem}; {remedy}")
 
     def start_server(self, drafting: Drafting) -> Server:
-        port = choose_port(self.port, "benchmark.port")
-        launch = Launch(
-            self.subject.target.spec,
-            self.interpreter,
-            port,
-            self.tp_size,
-            self.mem_fraction_static,
-            tuple(self.server_args),
-        )
+        subject, port = self.subject, choose_port(self.port, "benchmark.port")
+        more = self.tp_size, self.mem_fraction_static, tuple(self.server_args)
+        launch = Launch(subject.target.spec, self.interpreter, port, *more)
         # Room for the largest batch, so that the server can stay for all of them.
         batch = max(config[0] for config in self.configs)
-        draft = str(self.subject.draft_folder)
-        command = self.engine.benchmark_command(launch, draft, drafting, batch, self.subject.seed)
+        draft = str(subject.draft_folder)
         name = "-".join(map(str, [self.engine.name.lower(), *drafting]))
-        return Server(
-            command,
+        server = Server(
+            self.engine.benchmark_command(launch, draft, drafting, batch, subject.seed),
             f"http://127.0.0.1:{port}",
             environment={},
             log=self.run_dir / f"{name}.log",
             ready_seconds=self.ready_seconds,
             health_path=self.engine.health_path,
             name=self.engine.name,
-        ).__enter__()
+        )
+        return server.__enter__()
 
     def close(self) -> None:
-        server, self.server = self.server, None
-        if server is not None:
-            server.close()
+        if self.server is not None:
+            self.server.close()
+        self.server = None
 
     def get(self, path: str) -> httpx.Response:
         """Raises RunError where nobody answers; a refusal is an answer."""
-        timeout = min(30.0, self.timeout)
+        url, timeout = self.address + path, min(30.0, self.timeout)
         try:
-            return httpx.get(self.address + path, timeout=timeout, trust_env=False)
+            return httpx.get(url, timeout=timeout, trust_env=False)
         except httpx.HTTPError as error:
-            raise RunError(
-                f"no server answers at {self.address}{path} ({error}); check its address"
-            ) from error
+            raise RunError(f"no server answers at {url} ({error}); check its address") from error
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         limits = (setup.max_new_tokens, setup.stop, self.temperature)
@@ -155,79 +139,41 @@ class Served(Request):
         return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
     async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
-        # Always `batch` under way: the next question goes out as soon as an answer is there.
-        free = asyncio.Semaphore(batch)
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(
-            timeout=self.timeout, trust_env=False, limits=limits
-        ) as client:
+        # Always `batch` under way: the next question goes out as soon as an answer is there, and
+        # waits for its connection as long as that takes.
+        limits = httpx.Limits(max_connections=batch)
+        timeout = httpx.Timeout(self.timeout, pool=None)
+        async with httpx.AsyncClient(timeout=timeout, trust_env=False, limits=limits) as client:
+            # The first error, or Ctrl-C, waits for none of the others: `asyncio.run` cancels them.
+            return await asyncio.gather(*(self.post(client, body, steps) for body in bodies))
 
-            async def ask(body: dict[str, Any]) -> Answer:
-                async with free:
-                    response = await self.post(client, body)
-                try:
-                    return self.engine.read_reply(response.json(), steps)
-                except (ValueError, LookupError, TypeError) as error:
-                    raise RunError(
-                        f"{self.address} answers in a form we do not know "
-                        f"({type(error).__name__}: {error}): {response.text[:300]}"
-                    ) from error
-
-            tasks = [asyncio.ensure_future(ask(body)) for body in bodies]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                # An error, or Ctrl-C, must not wait for what is still under way.
-                for task in tasks:
-                    task.cancel()
-
-    async def post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
+    async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
+        """Raises RunError, with the end of the server's log if it ended over this request."""
+        reason = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
-        except httpx.TimeoutException as error:
-            raise RunError(
-                f"{self.address} gave no answer within {self.timeout:g} s: raise benchmark.timeout"
-            ) from error
-        except httpx.HTTPError as error:
-            await self.check_server()
-            raise RunError(
-                f"{self.address} broke off a request ({type(error).__name__}: {error})"
-            ) from error
-        if response.status_code >= 500:
-            await self.check_server()
-        if response.status_code != 200:
-            raise RunError(
-                f"{self.address} refused a request (HTTP {response.status_code}): "
-                f"{response.text[:300]}"
-            )
-        return response
-
-    async def check_server(self) -> None:
-        """Raises RunError with the end of the server's log if it ends about now."""
-        for _ in range(int(DEATH_SECONDS / 0.2)) if self.server is not None else ():
-            self.server.check()
-            await asyncio.sleep(0.2)
+            reason = f"HTTP {response.status_code} {response.text[:300]}"
+            if response.status_code == 200:
+                return self.engine.read_reply(response.json(), steps)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            reason = f"{type(error).__name__} {error} {reason}".strip()
+        # A process ends a while after its connections, and then its log says why.
+        if self.server is not None:
+            self.server.check(DEATH_SECONDS)
+        limit = f"within benchmark.timeout={self.timeout:g} seconds"
+        raise RunError(f"{self.address} gave no usable answer {limit}: {reason}")
 
 
-def check_draft(subject: Subject, engine: Engine) -> None:
-    """Raise RunError unless the draft is an EAGLE3 one of this target that the engine reads."""
-    folder, target = subject.draft_folder, subject.target.spec.config
-    given = read_config(folder)
-    values, form = flatten(given), given.get("speculators_model_type")
-    kind = [*(given.get("architectures") or []), form or ""]
-    if not any("eagle3" in name.lower() for name in kind):
-        raise RunError(
-            f"draft at {folder} is no EAGLE3 draft: its config.json names the architectures {kind}"
-        )
-    if form and not engine.reads_speculators:
-        raise RunError(
-            f"draft at {folder} has the form of speculators, which {engine.name} does not read; "
-            "give another one"
-        )
-    hidden_size = values.get("target_hidden_size") or values.get("hidden_size")
-    sizes = {"vocab_size": values.get("vocab_size"), "hidden_size": hidden_size}
-    for name, size in sizes.items():
-        if size != getattr(target, name):
-            raise RunError(
-                f"draft at {folder} is for a target with {name}={size}, not {getattr(target, name)}"
-            )
+def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
+    """Raise RunError unless the engine reads the draft's form, and it is one of this target."""
+    files = read_any(folder)
+    if files.is_speculators and not engine.reads_speculators:
+        form = "has the form of speculators, which"
+        raise RunError(f"draft at {folder} {form} {engine.name} does not read")
+    found = list(rules.shape(files, target))
+    if not files.is_speculators:
+        found += rules.architecture(files, target)
+    # Not all rules: what only draws down acceptance is measured, and `check` says why.
+    for finding in found:
+        if finding.severity == rules.WRONG and engine.name.lower() in finding.engines:
+            raise RunError(f"draft at {folder}: {finding.sentence}")

@@ -44,45 +44,41 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     `accepted_by_position`: share of rounds in which the draft at position 1..steps was accepted.
     """
     answers = [answer for trial in trials for answer in trial.answers]
+    # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
     free = [answer for answer in answers if not is_loop(answer.ids)]
     first = [answer.emitted[0] for answer in answers if answer.emitted]
-    by_position = [answer for answer in answers if answer.accepted_at is not None]
-    tokens, rounds = totals([[trial.tokens, trial.rounds] for trial in trials])
-    free_tokens = sum(len(answer.ids) - 1 for answer in free)
+    rounds = sum(answer.rounds for answer in answers)
+    accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
 
-    def length(picked: torch.Tensor) -> torch.Tensor:
-        return tokens[picked].sum(1) / rounds[picked].sum(1)
+    def length(answers: list[Answer]) -> float | None:
+        tokens = sum(len(answer.ids) - 1 for answer in answers)
+        return ratio(tokens, sum(answer.rounds for answer in answers))
 
-    def accepted_at(position: int) -> float | None:
-        accepted = sum(answer.accepted_at[position] for answer in by_position)
-        return ratio(accepted, sum(answer.rounds for answer in by_position))
-
+    counts = [(trial.tokens, trial.rounds) for trial in trials]
     return {
-        "acceptance_length": ratio(tokens.sum(), rounds.sum()),
-        "interval95": interval95(length, len(trials), seed),
-        "acceptance_length_loop_free": ratio(free_tokens, sum(answer.rounds for answer in free)),
+        "acceptance_length": length(answers),
+        "interval95": interval95(counts, torch.div, seed),
+        "acceptance_length_loop_free": length(free),
         "loops": len(answers) - len(free),
         "first_round": ratio(sum(first), len(first)),
-        "accepted_by_position": [accepted_at(position) for position in range(steps)],
+        "accepted_by_position": [ratio(count, rounds) for count in accepted],
     }
 
 
 def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:
     """Tokens per second with the draft and without it, each question with itself."""
-    tokens, seconds = totals([[trial.tokens, trial.seconds] for trial in drafted])
-    base_tokens, base_seconds = totals([[trial.tokens, trial.seconds] for trial in baseline])
-
-    def speedup(picked: torch.Tensor) -> torch.Tensor:
-        with_draft = tokens[picked].sum(1) / seconds[picked].sum(1)
-        return with_draft * base_seconds[picked].sum(1) / base_tokens[picked].sum(1)
-
-    with_draft = ratio(tokens.sum(), seconds.sum())
-    without = ratio(base_tokens.sum(), base_seconds.sum())
+    counts = [
+        (one.tokens, one.seconds, other.tokens, other.seconds)
+        for one, other in zip(drafted, baseline, strict=True)
+    ]
+    # Ratios of sums: a mean of ratios would count a short answer as much as a long one.
+    tokens, seconds, base_tokens, base_seconds = map(sum, zip(*counts, strict=True))
+    with_draft, without = ratio(tokens, seconds), ratio(base_tokens, base_seconds)
     return {
         "tokens_per_second": with_draft,
         "baseline_tokens_per_second": without,
         "speedup": ratio(with_draft, without),
-        "speedup_interval95": interval95(speedup, len(drafted), seed),
+        "speedup_interval95": interval95(counts, lambda a, b, c, d: a / b * d / c, seed),
     }
 
 
@@ -92,23 +88,19 @@ def equality(drafted: list[Trial], baseline: list[Trial]) -> dict:
     return {"lossless": all(same), "equal_answers": sum(same) / len(same)}
 
 
-def totals(rows: list[list[float]]) -> torch.Tensor:
-    """P rows of n numbers -> float64 [n,P]."""
-    return torch.tensor(rows, dtype=torch.float64).T
-
-
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return float(numerator / denominator) if denominator and numerator is not None else None
 
 
 def interval95(
-    statistic: Callable[[torch.Tensor], torch.Tensor], questions: int, seed: int
+    counts: list[tuple[float, ...]], statistic: Callable[..., torch.Tensor], seed: int
 ) -> list[float] | None:
-    """Bootstrap over questions: `statistic` of int64 [R,P], those of each resample, is [R]."""
+    """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R]."""
+    columns = torch.tensor(counts, dtype=torch.float64).T
     generator = torch.Generator().manual_seed(seed)
     # Turns and tokens of one question depend on each other, so questions are drawn as a whole.
-    picked = torch.randint(questions, (RESAMPLES, questions), generator=generator)
-    values = statistic(picked)
+    picked = torch.randint(len(counts), (RESAMPLES, len(counts)), generator=generator)
+    values = statistic(*(column[picked].sum(1) for column in columns))
     values = values[values.isfinite()]  # a resample may hold no round at all
     ends = torch.tensor([0.025, 0.975], dtype=values.dtype)
     return values.quantile(ends).tolist() if len(values) else None

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,38 +55,11 @@ def user_turns(*turns: str, reference: Any = None) -> Question:
     return Question([{"role": "user", "content": first}], later, reference=reference)
 
 
-def mtbench(row: dict) -> Question:
-    return user_turns(*row["prompt" if "prompt" in row else "turns"])
-
-
-def gsm8k(row: dict) -> Question:
-    return user_turns(row["question"], reference=text(row["answer"]))
-
-
-def humaneval(row: dict) -> Question:
-    return user_turns(
-        row["prompt"],
-        reference={name: text(row[name]) for name in ("prompt", "test", "entry_point")},
-    )
-
-
-def math500(row: dict) -> Question:
-    return user_turns(row["problem"], reference=text(row["answer"]))
-
-
-def ceval(row: dict) -> Question:
-    """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
-    options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
-    return user_turns(
-        f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。",
-        reference=text(row["answer"]),
-    )
-
-
 def conversation(row: dict) -> Question:
     """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's
     `turns` or a `prompt`, or any conversation, of which the last user turn is asked.
     """
+    # Prompts of `prepare` are what the target reads: a template around them would be a second one.
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])
     turns = row.get("turns", row.get("prompt"))
@@ -95,21 +68,37 @@ def conversation(row: dict) -> Question:
     return user_turns(*([turns] if isinstance(turns, str) else turns))
 
 
+def with_answer(question: str, row: dict) -> Question:
+    """A row whose column `question` is asked, and `answer` is the reference."""
+    return user_turns(row[question], reference=text(row["answer"]))
+
+
+def humaneval(row: dict) -> Question:
+    reference = {name: text(row[name]) for name in ("prompt", "test", "entry_point")}
+    return user_turns(row["prompt"], reference=reference)
+
+
+def ceval(row: dict) -> Question:
+    """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
+    options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
+    asked = f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。"
+    return user_turns(asked, reference=text(row["answer"]))
+
+
+HUMANEVAL = Source("openai/openai_humaneval", None, "test")
+MATH500 = Source("HuggingFaceH4/MATH-500", None, "test")
+GSM8K = Source("openai/gsm8k", "main", "test")
 SUITES = {
     "heldout": Suite(conversation),
-    "mtbench": Suite(mtbench, Source("HuggingFaceH4/mt_bench_prompts")),
-    "gsm8k": Suite(gsm8k, Source("openai/gsm8k", "main", "test"), scoring.gsm8k),
-    "humaneval": Suite(
-        humaneval,
-        Source("openai/openai_humaneval", None, "test"),
-        scoring.humaneval,
-        runs_code=True,
-    ),
-    "math500": Suite(math500, Source("HuggingFaceH4/MATH-500", None, "test"), scoring.math500),
-    # every subject; the answers of the test split are not public
+    "mtbench": Suite(conversation, Source("HuggingFaceH4/mt_bench_prompts")),
+    "gsm8k": Suite(partial(with_answer, "question"), GSM8K, scoring.gsm8k),
+    "humaneval": Suite(humaneval, HUMANEVAL, scoring.humaneval, runs_code=True),
+    "math500": Suite(partial(with_answer, "problem"), MATH500, scoring.math500),
+    # Every subject; the answers of the test split are not public.
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
 }
-OWN = Suite(conversation)
+# A file of one's own is read as the held-out prompts are.
+OWN = SUITES["heldout"]
 
 
 def parse_suite(spec: str) -> tuple[str, int | None]:
@@ -117,22 +106,15 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
 
     Raises ConfigError.
     """
+    # Only what stands behind the last colon is a count: paths may hold colons too.
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
-    if name not in SUITES and not name.endswith(SUFFIXES):
-        raise ConfigError(
-            f"benchmark.suites={spec} is unknown; allowed: {', '.join(SUITES)} or a file such as "
-            f"my.jsonl, each with :num_prompts{nearest(name, list(SUITES))}"
-        )
+    if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
+        allowed = f"{', '.join(SUITES)} or a file that exists, each with :num_prompts"
+        hint = nearest(name, list(SUITES))
+        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}{hint}")
     if colon and not (count.isdecimal() and int(count) > 0):
-        raise ConfigError(
-            f"benchmark.suites={spec} must be name:num_prompts with a number above 0, such as "
-            f"{name}:48"
-        )
-    if name not in SUITES and not Path(name).is_file():
-        raise ConfigError(
-            f"benchmark.suites={spec}: the file {name} does not exist; give a local file, or a "
-            "suite"
-        )
+        wanted = "must be name:num_prompts with a number above 0"
+        raise ConfigError(f"benchmark.suites={spec} {wanted}, such as {name}:48")
     return name, int(count) if colon else None
 
 
@@ -146,22 +128,21 @@ def load_questions(
     """
     suite = SUITES.get(name, OWN)
     source = Source(path or name) if path or suite.source is None else suite.source
-    questions = list(islice(read_questions(name, suite, source, cache_dir), count))
-    if not questions:
-        raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
-    return questions
-
-
-def read_questions(name: str, suite: Suite, source: Source, cache_dir: str) -> Iterator[Question]:
+    questions = []
     for file in find_all_files(name, source, cache_dir):
         for line, raw, _ in raw_rows(file):
             try:
                 question = suite.read(decode(raw))
             except (RowError, LookupError, TypeError, ValueError) as error:
-                raise RunError(
-                    f"{file.name}, line {line}: not a question of the suite {name} ({error})"
-                ) from error
-            yield replace(question, id=question.id or f"{Path(file.name).name}:{line}")
+                problem = f"not a question of the suite {name} ({error})"
+                raise RunError(f"{file.name}, line {line}: {problem}") from error
+            own_id = question.id or f"{Path(file.name).name}:{line}"
+            questions.append(replace(question, id=own_id))
+            if len(questions) == count:
+                return questions
+    if not questions:
+        raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
+    return questions
 
 
 def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFile]:
@@ -177,9 +158,7 @@ def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFi
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        cause = (isinstance(error, RunError) and error.__cause__) or error
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise RunError(
-            f"benchmark.suites={name}: {source.path} is no local file and cannot be fetched "
-            f"({reason}); download it and set +benchmark.paths.{name}=<file>"
-        ) from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        problem = f"{source.path} is no local file and cannot be fetched ({reason})"
+        remedy = f"download it and set +benchmark.paths.{name}=<file>"
+        raise RunError(f"benchmark.suites={name}: {problem}; {remedy}") from error

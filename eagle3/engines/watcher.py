@@ -5,12 +5,12 @@ library only, because it runs outside our package (`eagle3.engines.server` start
 """
 
 import ctypes
-import glob
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of sys/prctl.h
 PAUSE = 0.1  # seconds
@@ -22,7 +22,8 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: received.append(number))
-    # What the command leaves behind becomes our child, also from other process groups.
+    # Engines start processes in sessions of their own, which no signal to a process group reaches:
+    # as their subreaper we inherit them when the process between us ends.
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         child = subprocess.Popen(
@@ -34,12 +35,6 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     # A parent that dies, whatever kills it, leaves us to another one.
     while child.poll() is None and not received and os.getppid() == parent:
         time.sleep(PAUSE)
-    end(child, grace)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
-
-
-def end(child: subprocess.Popen, grace: float) -> None:
-    """SIGTERM for the command itself, SIGKILL for all that is left after `grace` seconds."""
     child.terminate()
     try:
         child.wait(grace)
@@ -50,19 +45,19 @@ def end(child: subprocess.Popen, grace: float) -> None:
         for pid in left:
             os.kill(pid, signal.SIGKILL)  # unreaped, hence no other process can have the number
         os.waitpid(-1, 0)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def children() -> list[int]:
     """Pids of this process's children, the adopted ones too."""
     mine = []
-    for path in glob.glob("/proc/[0-9]*/stat"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            with open(path) as file:
-                after_name = file.read().rpartition(")")[2].split()
+            parent = path.read_text().rpartition(")")[2].split()[1]  # a name may hold spaces
         except OSError:
             continue  # ended meanwhile
-        if int(after_name[1]) == os.getpid():
-            mine.append(int(path.split("/")[2]))
+        if int(parent) == os.getpid():
+            mine.append(int(path.parent.name))
     return mine
 
 
