@@ -7,6 +7,7 @@ target's prefill is a formula, because a mixture's routing depends on data.
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -41,7 +42,7 @@ IN_PREFILL, IN_TRAINING = 0.5, 0.4  # of those
 SAMPLE_ROWS, SCAN_BYTES = 1000, 1 << 25  # of each source: rows to encode at least, bytes to read
 MEASURED_STEPS = 4
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in the configs of mixtures
-KEPT = "of which mode=hybrid keeps"
+KEPT, GPU = "of which mode=hybrid keeps", "this GPU has"
 
 
 @dataclass
@@ -72,7 +73,7 @@ def plan(
     the sources. Raises RunError where no row can be used.
     """
     documents, stored = count(prepared) if prepared else estimate(sources, chat, config)
-    train, dtype = config.train, getattr(torch, spec.dtype)
+    dtype, ttt_steps = getattr(torch, spec.dtype), config.draft.ttt_steps
     gpus = config.launch.nproc_per_node * config.launch.nnodes
     group = config.parallel.ulysses * config.parallel.ring
     replicas = max(1, gpus // group)
@@ -80,14 +81,9 @@ def plan(
     loss = instantiate(config.loss)
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
     everything = torch.ones(draft.config.vocab_size, dtype=torch.bool)
-    loader = Loader(
-        documents,
-        train,
-        lambda loaded: pack(loaded, everything, config.draft.ttt_steps, loss.mask),
-        train.tokens_per_step * train.grad_accum * replicas,
-        config.seed,
-        replicas=replicas,
-    )
+    budget = config.train.tokens_per_step * config.train.grad_accum * replicas
+    packed = partial(pack, in_draft_vocab=everything, ttt_steps=ttt_steps, mask=loss.mask)
+    loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:
         batches += loader.pack_update(0, update).batches
@@ -103,21 +99,20 @@ def plan(
     peak = max(peak for _, peak in steps) // group
     memory = memory_of(config, spec, parameters, trained, peak)
     if device.type == "cuda":
-        memory["this GPU has"] = [torch.cuda.get_device_properties(device).total_memory] * 3
+        memory[GPU] = [torch.cuda.get_device_properties(device).total_memory] * 3
     tokens, epochs = int(documents.lengths.sum()), loader.total_updates / len(epoch)
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
     hours = {}
     for name, flops in rates(device, dtype, gpus).items():
-        prefill_hours = prefill / (flops * IN_PREFILL) / 3600  # of a token
-        training_hours = epochs * tokens * training / (flops * IN_TRAINING) / 3600
-        # mode=hybrid runs the target in the first epoch, and then for what it has no room to keep
+        target = tokens * prefill / (flops * IN_PREFILL) / 3600  # of an epoch
+        train = epochs * tokens * training / (flops * IN_TRAINING) / 3600
+        # mode=hybrid runs the target in the first epoch, and then for what it has no room to keep.
         first = min(1.0, epochs)
-        hybrid = first + (epochs - first) * (1 - kept)
         hours[name] = {
-            "capture": float(documents.lengths @ stored) * prefill_hours,
-            "train, mode=online": training_hours + epochs * tokens * prefill_hours,
-            "train, mode=hybrid": training_hours + hybrid * tokens * prefill_hours,
-            "train, mode=offline": training_hours,  # reading runs behind it
+            "capture": target * float(documents.lengths @ stored) / tokens,
+            "train, mode=online": train + epochs * target,
+            "train, mode=hybrid": train + (first + (epochs - first) * (1 - kept)) * target,
+            "train, mode=offline": train,  # reading runs behind it
         }
     data = {
         "tokens an epoch": tokens,
@@ -132,7 +127,7 @@ def plan(
         "GFLOP, training on a token": training / 1e9,
     }
     # All devices spend the same shares of their time alike, so any of them can tell.
-    best = recommend(epochs, config.hidden_states.dtype, disk, memory, next(iter(hours.values())))
+    best = recommend(disk, memory, next(iter(hours.values())))
     return Plan(data, disk, memory, hours, best, prepared is not None)
 
 
@@ -144,7 +139,8 @@ def count(prepared: Prepared) -> tuple[Prepared, np.ndarray]:
 
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
     """What `count` will find when the sources are prepared, from rows evenly spread over every
-    file, each repeated as often as it stands for others. Duplicates are not known. Raises RunError.
+    file, each repeated as often as it stands for others. Duplicates and what
+    is held out are not known. Raises RunError.
     """
     rows, stands_for, stored = [], [], []
     for source, files in sources:
@@ -163,10 +159,9 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     records, upto = chunk.records[usable], np.cumsum(np.array(stands_for)[usable])
     index = np.empty(len(records), INDEX)
     index["start"] = np.cumsum(records["tokens"]) - records["tokens"]
-    index["length"] = records["tokens"]
-    index["supervised"], index["teachers"] = records["supervised"], records["teachers"]
-    held_out = 0 if config.data.eval_path else config.eval.num_prompts
-    count = max(1, round(upto[-1]) - held_out)
+    counts = ["supervised", "teachers"]
+    index[["length", *counts]] = records[["tokens", *counts]]
+    count = max(1, round(upto[-1]))
     # As many documents as an epoch has, evenly spread over what the rows stand for.
     places = np.searchsorted(upto, (np.arange(count) + 0.5) / count * upto[-1])
     documents = Prepared(chunk.ids, chunk.mask, index[places], np.empty(0, np.int64), [])
@@ -177,17 +172,18 @@ def sample_rows(
     file: DataFile, num_bytes: float, most_rows: int | None, num_files: int
 ) -> tuple[int, list]:
     """(rows of the file, some of them), evenly spread over its first `num_bytes`."""
-    rows, read, size = [], 0.0, Path(file.path).stat().st_size
-    keep, total = max(8, SAMPLE_ROWS // num_files), None
+    rows, read, total = [], 0.0, None
+    size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // num_files + 1
     for _, raw, share in islice(raw_rows(file), most_rows):
         # Compressed files and JSON lists are read in blocks: rows are counted against the share of
         # the file only where that has just moved on.
         if share > read and len(rows) >= keep and read * size >= num_bytes:
-            total = min(round(len(rows) / read), most_rows or 1 << 62)
+            total = round(len(rows) / read)
             break
         rows.append(raw)
         read = share
-    return total or len(rows), rows[:: max(1, len(rows) // keep)]
+    total = min(total or len(rows), most_rows or 1 << 62)
+    return total, rows[:: max(1, len(rows) // keep)]
 
 
 class NoAttention:
@@ -267,7 +263,7 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
     experts = next((getattr(shape, name) for name in EXPERTS if getattr(shape, name, None)), 1)
-    chosen = getattr(shape, "num_experts_per_tok", experts)
+    chosen = getattr(shape, "num_experts_per_tok", None) or experts
     total = sum(sizes.values())
     active = total - routed + routed * chosen // experts
     # A multiplication and an addition for each parameter (Kaplan et al., arXiv 2001.08361) but
@@ -347,29 +343,18 @@ def rates(device: torch.device, dtype: torch.dtype, gpus: int) -> dict[str, floa
 
 
 def recommend(
-    epochs: float,
-    dtype: str,
-    disk: dict[str, tuple[int, int]],
-    memory: dict[str, list[int]],
-    hours: dict[str, float],
+    disk: dict[str, tuple[int, int]], memory: dict[str, list[int]], hours: dict[str, float]
 ) -> str:
-    """Which mode, and why."""
-    needed, room = disk[f"hidden states, {dtype}"][0], disk[KEPT][1]
-    saved = 1 - (hours["capture"] + hours["train, mode=offline"]) / hours["train, mode=online"]
+    """Which mode, and why: what is kept of hidden states is read instead of computed again."""
+    kept, saved = disk[KEPT][0], 1 - hours["train, mode=hybrid"] / hours["train, mode=online"]
     online, offline, _ = memory["at once"]
-    if "this GPU has" in memory and online > memory["this GPU has"][0] >= offline:
-        return f"mode=offline: a GPU has no room for target and draft; disk: {size_text(needed)}"
-    if epochs <= 1:
-        return "mode=online: the data is passed over once, so nothing stored would be read again"
+    if online > memory.get(GPU, [online])[0] >= offline:
+        return "mode=offline: target and draft together do not fit on a GPU"
     if saved < 0.1:  # not worth the disk
-        return f"mode=online: hidden states on disk would save only {saved:.0%} of the hours"
-    name = "mode=hybrid"
-    if needed > room:
-        name, needed = f"{name} hidden_states.dtype=int8", disk["hidden states, int8"][0]
-    if needed > room:
-        short = f"need {size_text(needed)} even in int8, and have {size_text(room)}"
-        return f"mode=online: hidden states would save {saved:.0%} of the hours, but {short}"
-    return f"{name}: {size_text(needed)} of disk save {saved:.0%} of the hours of mode=online"
+        return (
+            f"mode=online: {size_text(kept)} of hidden states would save {saved:.0%} of the hours"
+        )
+    return f"mode=hybrid: {size_text(kept)} of hidden states save {saved:.0%} of the hours"
 
 
 def show(made: Plan, console: Console) -> None:
@@ -390,11 +375,11 @@ def show(made: Plan, console: Console) -> None:
     ):
         table(title, headings, {name: map(size_text, row) for name, row in sizes.items()})
     devices = list(made.hours.values())
-    rows = {what: [f"{each[what]:,.3g}" for each in devices] for what in devices[0]}
+    rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)
     console.print(
-        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches "
-        f"{IN_PREFILL:.0%} of a device's, training {IN_TRAINING:.0%}.\nNot counted: preparing, "
-        "answering the held-out prompts, evaluating, benchmarking.\n\n"
+        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches {IN_PREFILL:.0%} "
+        f"of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, answering the held-out "
+        "prompts, evaluating, benchmarking.\n"
         f"Recommended: {made.recommended}."
     )
