@@ -7,6 +7,7 @@ with its name. Bounds stand on the field, or on the parameter of what a `_target
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -252,7 +253,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
-def nearest(word: str, names: list[str]) -> str:
+def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean X?` for the closest of `names`, or nothing when none is close."""
-    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -378,8 +378,8 @@ def show(made: Plan, console: Console) -> None:
     rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)
     console.print(
-        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches {IN_PREFILL:.0%} "
-        f"of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, answering the held-out "
-        "prompts, evaluating, benchmarking.\n"
+        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches "
+        f"{IN_PREFILL:.0%} of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, "
+        "answering the held-out prompts, evaluating.\n"
         f"Recommended: {made.recommended}."
     )

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import ROOT, compose_config, run
 from hydra.utils import get_object
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from eagle3.checks import check
 from eagle3.config import flatten
-from eagle3.parallel.ranks import launch
 from eagle3.runs.resume import load_config
 
 FOLDER = ROOT / "conf" / "experiment"
@@ -179,18 +177,14 @@ def test_the_commands_of_the_guides_page_compose():
     assert flatten(compose_config(*written_out)) == flatten(short)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("experiment", TRAINED)
 def test_recipes_train(experiment, tiny, tmp_path):
-    overrides = tiny(experiment)
-    config = load_config(compose_config(*overrides), tmp_path, overrides)
-    check(config)
-    launch(config, tmp_path, overrides)
+    run(tiny(experiment), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (trained,) = (row for row in rows if "loss" in row)
     assert trained["step"] == 1 and trained["supervised_tokens"] > 0
     assert load_file(tmp_path / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     shape = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert (
-        shape["architectures"] == ["LlamaForCausalLMEagle3"]
-        and shape["max_position_embeddings"] == 131072
-    )
+    assert shape["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert shape["max_position_embeddings"] == 131072
