@@ -280,7 +280,7 @@ def check_against_target(config: RunConfig) -> None:
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         raise ConfigError(
             f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} "
-            "key/value heads; make it smaller and parallel.ring larger"
+            "key/value heads (make it smaller and parallel.ring larger)"
         )
     asking = {"generate", "capture", "regenerate"}
     if find_target(config.mode, "mode").needs_target:
