@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 
-from eagle3.benchmark.request import check_request
+from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
@@ -196,7 +196,7 @@ def reads_stored(config: RunConfig) -> bool:
 def reads_data(config: RunConfig) -> list[str]:
     """The stages that read conversations, and so cannot do without `data`."""
     readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
-    if any(suite.split(":")[0] == "heldout" for suite in config.benchmark["suites"]):
+    if asks_heldout(config.benchmark):
         readers.add("benchmark")
     return [stage for stage in config.stages if stage in readers]
 

@@ -67,25 +67,12 @@ GUIDES = {
     },
 }
 ONE_STEP = [
-    "device=cpu",
-    "stages=[prepare,generate,capture,train,export]",
-    "launch.nproc_per_node=1",
-    "target=hf",
-    "target.tp_size=1",
-    "benchmark=builtin",
-    "parallel=ddp",
-    "parallel.ulysses=1",
-    "data.subset=null",
-    "data.split=train",
-    "data.num_proc=1",
-    "draft.vocab_size=300",
-    "eval.num_prompts=2",
-    "eval.max_new_tokens=8",
-    "eval.batch_size=2",
-    "train.tokens_per_step=8192",
-    "train.max_steps=1",
-    "train.log_every=1",
-]
+    "device=cpu", "stages=[prepare,generate,capture,train,export]", "launch.nproc_per_node=1",
+    "target=hf", "target.tp_size=1", "benchmark=builtin", "parallel=ddp", "parallel.ulysses=1",
+    "data.subset=null", "data.split=train", "data.num_proc=1", "draft.vocab_size=300",
+    "eval.num_prompts=2", "eval.max_new_tokens=8", "eval.batch_size=2",
+    "train.tokens_per_step=8192", "train.max_steps=1", "train.log_every=1",
+]  # fmt: skip
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072,
@@ -100,11 +87,8 @@ def targets(tokenizer, tmp_path_factory):
     recipe's name.
     """
     folder = tmp_path_factory.mktemp("targets")
-    special = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special["vocab_size"] = len(tokenizer)
     configs = {
         "llama3-8b": LlamaConfig(**SHAPE, **special),
         "qwen3-32b": Qwen3Config(**SHAPE, **special),
