@@ -34,7 +34,7 @@ READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for the first value, path or pair that cannot work."""
-    check_section(config)
+    check_value("", config, RunConfig)
     check_stages(config)
     check_processes(config)
     check_benchmark_section(config)
@@ -43,15 +43,11 @@ def check(config: RunConfig) -> None:
     check_against_target(config)
 
 
-def check_section(section: Any, prefix: str = "") -> None:
-    """Bounds of a dataclass's fields, and the nodes in it, recursively."""
-    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-        check_value(f"{prefix}{name}", getattr(section, name), hint)
-
-
 def check_value(key: str, value: Any, hint: Any) -> None:
+    """Bounds of a value, or of what a section or node has inside, recursively."""
     if is_dataclass(value):
-        check_section(value, f"{key}.")
+        for name, inner in typing.get_type_hints(type(value), include_extras=True).items():
+            check_value(f"{key}.{name}".lstrip("."), getattr(value, name), inner)
     elif isinstance(value, dict) and "_target_" in value:
         check_node(value, key)
     elif isinstance(value, dict):
@@ -66,7 +62,7 @@ def check_bounds(key: str, value: Any, hint: Any) -> None:
     for bound in bounds(hint):
         for element in value if isinstance(value, list) else [value]:
             if element is not None and element not in bound:
-                near = nearest(str(element), getattr(bound, "names", ()))
+                near = nearest(str(element), bound.names if isinstance(bound, OneOf) else ())
                 raise ConfigError(f"{key}={value} must be {bound}{near}")
 
 
@@ -85,6 +81,7 @@ def check_node(node: dict[str, Any], key: str) -> None:
     parameters = inspect.signature(called).parameters
     function = called.__init__ if inspect.isclass(called) else called
     hints = typing.get_type_hints(function, include_extras=True)
+    # What is missing has a default, or is missing on purpose: `_partial_` gets the rest later.
     for parameter, value in node.items():
         if parameter in HYDRA_KEYS:
             continue
@@ -125,6 +122,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
+    # To Python a bool is an int, to a user of YAML it is none.
     if hint in (bool, str, int, type(None)):
         return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if hint is float:
@@ -144,7 +142,7 @@ def check_stages(config: RunConfig) -> None:
     length, room = config.data.max_length, config.train.tokens_per_step
     if length > room:  # a document would not fit into a micro-step
         raise ConfigError(f"data.max_length={length} must be at most train.tokens_per_step={room}")
-    if config.hidden_states.max_disk is not None:
+    if config.hidden_states.max_disk is not None:  # read here, so that a typo ends no long run
         parse_size(config.hidden_states.max_disk)
 
 
@@ -240,7 +238,7 @@ def check_files(config: RunConfig) -> None:
         if path is not None:
             check_given(path, key)
     folder = Path(config.model.path)
-    if not folder.is_dir():
+    if not folder.is_dir():  # a hub id, unless it cannot be one
         if config.model.path.startswith((".", "/", "~")):
             raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
         return

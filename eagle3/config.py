@@ -57,6 +57,10 @@ STAGES = (
 )  # fmt: skip
 
 
+# The sections. OmegaConf types a run by them, and knows `Optional[X]`, not `X | None`. Where a group
+# chooses what is built, the section is a dict: its `_target_` has the signature and the bounds.
+
+
 @dataclass
 class Model:
     """The target; `embedding_key` and `lm_head_key` name tensors of an unusual checkpoint."""
@@ -228,7 +232,8 @@ def choice(group: str, *, _root_: DictConfig) -> str:
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
-# where the nodes of a Slurm job meet
+# Where the nodes of a Slurm job meet: all of them compute the same port, and two jobs on a node are
+# unlikely to share one.
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 

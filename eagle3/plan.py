@@ -117,7 +117,7 @@ def plan(
     data = {
         "tokens an epoch": tokens,
         "conversations an epoch": len(documents),
-        "supervised, of 1": documents.supervised.sum() / tokens,
+        "share supervised": documents.supervised.sum() / tokens,
         "updates an epoch": len(epoch),
         "updates in all": loader.total_updates,
         "parameters of the target": parameters,
@@ -380,6 +380,6 @@ def show(made: Plan, console: Console) -> None:
     console.print(
         f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches "
         f"{IN_PREFILL:.0%} of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, "
-        "answering the held-out prompts, evaluating.\n"
+        "answers to held-out prompts, evaluation, benchmark.\n\n"
         f"Recommended: {made.recommended}."
     )
