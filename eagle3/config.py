@@ -57,8 +57,8 @@ STAGES = (
 )  # fmt: skip
 
 
-# The sections. OmegaConf types a run by them, and knows `Optional[X]`, not `X | None`. Where a group
-# chooses what is built, the section is a dict: its `_target_` has the signature and the bounds.
+# The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is a
+# dict: what its `_target_` names has the signature and the bounds.
 
 
 @dataclass
