@@ -33,8 +33,8 @@ class Within:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"within {self.low:g} and {self.high:g}"
+            return f"at least {self.low:.10g}"
+        return f"within {self.low:.10g} and {self.high:.10g}"
 
 
 @dataclass(frozen=True)
