@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 
-from eagle3.benchmark.request import check_request
+from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_tokenizer
 from eagle3.data.sources import may_be_remote
@@ -35,7 +35,7 @@ READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError for the first value, path or pair that cannot work."""
-    check_section(config)
+    check_value("", config, RunConfig)
     check_stages(config)
     check_processes(config)
     check_benchmark_section(config)
@@ -44,15 +44,11 @@ def check(config: RunConfig) -> None:
     check_against_target(config)
 
 
-def check_section(section: Any, prefix: str = "") -> None:
-    """Bounds of a dataclass's fields, and the nodes in it, recursively."""
-    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-        check_value(f"{prefix}{name}", getattr(section, name), hint)
-
-
 def check_value(key: str, value: Any, hint: Any) -> None:
+    """Bounds of a value, or of what a section or node has inside, recursively."""
     if is_dataclass(value):
-        check_section(value, f"{key}.")
+        for name, inner in typing.get_type_hints(type(value), include_extras=True).items():
+            check_value(f"{key}.{name}".lstrip("."), getattr(value, name), inner)
     elif isinstance(value, dict) and "_target_" in value:
         check_node(value, key)
     elif isinstance(value, dict):
@@ -63,16 +59,12 @@ def check_value(key: str, value: Any, hint: Any) -> None:
 
 
 def check_bounds(key: str, value: Any, hint: Any) -> None:
-    """That a value, or each element of a list, is what the parameter's `Within` or `OneOf` allows."""
+    """That a value, or each element of a list, is within the bounds on its parameter."""
     for bound in bounds(hint):
         for element in value if isinstance(value, list) else [value]:
-            if element is None:
-                continue
-            if isinstance(bound, OneOf) and element not in bound.names:
-                near = nearest(str(element), list(bound.names))
+            if element is not None and element not in bound:
+                near = nearest(str(element), bound.names if isinstance(bound, OneOf) else ())
                 raise ConfigError(f"{key}={value} must be {bound}{near}")
-            if isinstance(bound, Within) and not bound.low <= element <= bound.high:
-                raise ConfigError(f"{key}={value} must be {bound}")
 
 
 def bounds(hint: Any) -> list[Within | OneOf]:
@@ -90,36 +82,33 @@ def check_node(node: dict[str, Any], key: str) -> None:
     parameters = inspect.signature(called).parameters
     function = called.__init__ if inspect.isclass(called) else called
     hints = typing.get_type_hints(function, include_extras=True)
+    # What is missing has a default, or is missing on purpose: `_partial_` gets the rest later.
     for parameter, value in node.items():
         if parameter in HYDRA_KEYS:
             continue
         if parameter not in parameters:
-            raise ConfigError(
-                f"{key}.{parameter} is unknown to {name}; allowed: {', '.join(parameters)}"
-                f"{nearest(parameter, list(parameters))}"
-            )
+            allowed = ", ".join(parameters) + nearest(parameter, parameters)
+            raise ConfigError(f"{key}.{parameter} is unknown to {name}; allowed: {allowed}")
         hint = hints.get(parameter, Any)
         if not fits(value, hint):
-            wanted = getattr(hint, "__name__", str(hint))
-            raise ConfigError(
-                f"{key}.{parameter}={value} is a {type(value).__name__}, but {name} takes {wanted}"
-            )
+            given, bare = type(value).__name__, getattr(hint, "__origin__", hint)
+            wanted = getattr(bare, "__name__", str(bare))
+            raise ConfigError(f"{key}.{parameter}={value} is a {given}, but {name} takes {wanted}")
         check_value(f"{key}.{parameter}", value, hint)
 
 
 def find_target(node: dict[str, Any], key: str) -> Any:
     """The class or function that `_target_` names."""
-    name = node["_target_"]
+    name, error = node["_target_"], "there is no such name"
     if not name.startswith(TARGET_PREFIXES):
-        raise ConfigError(
-            f"{key}._target_={name} must start with one of {', '.join(TARGET_PREFIXES)}"
-        )
+        allowed = ", ".join(TARGET_PREFIXES)
+        raise ConfigError(f"{key}._target_={name} must start with one of {allowed}")
     try:
         found = pydoc.locate(name)
-    except pydoc.ErrorDuringImport as error:
-        raise ConfigError(f"{key}._target_={name} cannot be imported: {error}") from error
+    except pydoc.ErrorDuringImport as raised:
+        found, error = None, raised
     if found is None:
-        raise ConfigError(f"{key}._target_={name} cannot be imported: there is no such name")
+        raise ConfigError(f"{key}._target_={name} cannot be imported: {error}")
     return found
 
 
@@ -134,6 +123,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
+    # To Python a bool is an int, to a user of YAML it is none.
     if hint in (bool, str, int, type(None)):
         return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if hint is float:
@@ -152,15 +142,11 @@ def check_stages(config: RunConfig) -> None:
     if "import" in stages and not (hidden and is_specforge(Path(hidden))):
         raise ConfigError("stages=[import] needs hidden_states.path=<folder of SpecForge's files>")
     if "check" in stages and config.draft_path is None and "export" not in stages:
-        raise ConfigError(
-            "stages=[check] needs a draft: set draft_path=<folder or hub id>, or list export"
-        )
-    if config.data.max_length > config.train.tokens_per_step:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} must be at most train.tokens_per_step="
-            f"{config.train.tokens_per_step}, or a document would not fit into a micro-step"
-        )
-    if config.hidden_states.max_disk is not None:
+        raise ConfigError("stages: check needs a draft: set draft_path, or list export")
+    length, room = config.data.max_length, config.train.tokens_per_step
+    if length > room:  # a document would not fit into a micro-step
+        raise ConfigError(f"data.max_length={length} must be at most train.tokens_per_step={room}")
+    if config.hidden_states.max_disk is not None:  # read here, so that a typo ends no long run
         parse_size(config.hidden_states.max_disk)
 
 
@@ -171,15 +157,16 @@ def check_processes(config: RunConfig) -> None:
     if processes % group:
         raise ConfigError(
             f"parallel.ulysses x parallel.ring = {group} must divide launch.nproc_per_node x "
-            f"launch.nnodes = {processes}; set launch.nproc_per_node to a multiple of {group}"
+            f"launch.nnodes = {processes}"
         )
-    gpus = torch.cuda.device_count() if choose_device(config.device).type == "cuda" else None
-    if config.plan:
+    device = choose_device(config.device)
+    if config.plan:  # may be made anywhere
         return
-    if gpus is not None and launch.nproc_per_node > gpus:
+    wanted, gpus = launch.nproc_per_node, torch.cuda.device_count()
+    if device.type == "cuda" and wanted > gpus:
         raise ConfigError(
-            f"launch.nproc_per_node={launch.nproc_per_node} is more than the {gpus} GPUs that "
-            f"torch sees here; set launch.nproc_per_node={gpus}, or device=cpu"
+            f"launch.nproc_per_node={wanted} is more than the {gpus} GPUs that torch sees here; "
+            f"set launch.nproc_per_node={gpus}, or device=cpu"
         )
     if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_torchrun():
         raise ConfigError(
@@ -198,8 +185,7 @@ def check_benchmark_section(config: RunConfig) -> None:
     engine.check_settings(section)
     if engine.in_process and not find_target(config.target, "target").in_process:
         raise ConfigError(
-            "benchmark=builtin: the built-in benchmark needs the target in this process: set "
-            "target=hf or benchmark=sglang, or leave benchmark out of stages"
+            "benchmark=builtin needs the target in this process: set target=hf or benchmark=sglang"
         )
 
 
@@ -212,7 +198,7 @@ def reads_stored(config: RunConfig) -> bool:
 def reads_data(config: RunConfig) -> list[str]:
     """The stages that read conversations, and so cannot do without `data`."""
     readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
-    if any(suite.split(":")[0] == "heldout" for suite in config.benchmark["suites"]):
+    if asks_heldout(config.benchmark):
         readers.add("benchmark")
     return [stage for stage in config.stages if stage in readers]
 
@@ -230,10 +216,7 @@ def check_data(data: Data, readers: list[str]) -> None:
     some, and that what looks like a local path exists.
     """
     if data.path is not None and data.sources:
-        raise ConfigError(
-            "data.path and data.sources exclude each other; set one of them, such as "
-            "data.path=<file>"
-        )
+        raise ConfigError("data.path and data.sources exclude each other; set one of them")
     if readers and data.path is None and not data.sources:
         raise ConfigError(
             f"stages: {readers[0]} reads data, but none is named; set data=<preset>, or data=jsonl "
@@ -243,18 +226,15 @@ def check_data(data: Data, readers: list[str]) -> None:
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():
         if path is not None and not may_be_remote(path) and not Path(path).expanduser().exists():
-            raise ConfigError(
-                f"{key}={path} does not exist; give a local file or folder, a hub id, or an address"
-            )
+            allowed = "a local file or folder, a hub id, or an address"
+            raise ConfigError(f"{key}={path} does not exist; give {allowed}")
 
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
     hidden, shape = config.hidden_states.path, config.draft.config
     if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
-        raise ConfigError(
-            f"hidden_states.path={hidden} does not exist; give a folder, or put capture in stages"
-        )
+        raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or capture")
     if shape is not None and not Path(shape).is_file():
         raise ConfigError(f"draft.config={shape} does not exist; give a local file")
     drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
@@ -262,57 +242,51 @@ def check_files(config: RunConfig) -> None:
         if path is not None:
             check_given(path, key)
     folder = Path(config.model.path)
-    if not folder.is_dir():
+    if not folder.is_dir():  # a hub id, unless it cannot be one
         if config.model.path.startswith((".", "/", "~")):
             raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={folder} has no config.json, so it is not a transformers model"
-        )
+        raise ConfigError(f"model.path={folder} has no config.json; give a transformers model")
     if needs_tokenizer(config) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(
-            f"model.path={folder} has no tokenizer; copy the tokenizer's files beside config.json"
-        )
+        raise ConfigError(f"model.path={folder} has no tokenizer; copy its files there")
 
 
 def check_against_target(config: RunConfig) -> None:
     """What only the target's config can tell: layers, vocabulary, and what its engine can do."""
     model, spec = config.model, read_spec(config.model)
-    target, layers = spec.config, config.model.aux_layer_ids
+    target, layers = spec.config, model.aux_layer_ids
     check_supported(target)
     last = target.num_hidden_layers - 1
-    if layers is not None and (
-        len(layers) != 3 or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] > last
-    ):
-        raise ConfigError(
-            f"model.aux_layer_ids={layers} must be three different layers of 0..{last}, low to high"
-        )
-    if config.stages == ["check"]:
+    if layers is not None:
+        ordered = len(layers) == 3 and 0 <= layers[0] < layers[1] < layers[2] <= last
+        if not ordered:
+            raise ConfigError(
+                f"model.aux_layer_ids={layers} must be three different layers of 0..{last}, low to "
+                "high"
+            )
+    if config.stages == ["check"]:  # reads a draft, whatever would be trained
         return
-    if config.data.max_length > target.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_length={config.data.max_length} must be at most the target's "
-            f"max_position_embeddings={target.max_position_embeddings}"
-        )
+    for key, value, name in (
+        ("data.max_length", config.data.max_length, "max_position_embeddings"),
+        ("draft.vocab_size", config.draft.vocab_size, "vocab_size"),
+    ):
+        limit = getattr(target, name)
+        if value > limit:
+            raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
     if needs_tokenizer(config):
-        load_tokenizer(
-            model.path, model.revision, model.trust_remote_code, config.data.chat_template
-        )
-    if config.draft.vocab_size > target.vocab_size:
-        raise ConfigError(
-            f"draft.vocab_size={config.draft.vocab_size} must be at most the target's vocabulary "
-            f"of {target.vocab_size}"
-        )
+        template = config.data.chat_template
+        load_tokenizer(model.path, model.revision, model.trust_remote_code, template)
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
+    # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         raise ConfigError(
             f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} "
-            f"key/value heads (and its {shape.num_attention_heads} heads); make it smaller and "
-            "parallel.ring larger"
+            "key/value heads (make it smaller and parallel.ring larger)"
         )
     asking = {"generate", "capture", "regenerate"}
     if find_target(config.mode, "mode").needs_target:
         asking.add("train")
+    # The engine itself may be missing where a plan is made.
     if asking & set(config.stages) and not config.plan:
         find_target(config.target, "target").check_settings(config.target, spec)

@@ -7,6 +7,7 @@ with its name. Bounds stand on the field, or on the parameter of what a `_target
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -32,8 +33,8 @@ class Within:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"within {self.low:g} and {self.high:g}"
+            return f"at least {self.low:.10g}"
+        return f"within {self.low:.10g} and {self.high:.10g}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ STAGES = (
     "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
     "benchmark",
 )  # fmt: skip
+
+
+# The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is a
+# dict: what its `_target_` names has the signature and the bounds.
 
 
 @dataclass
@@ -227,7 +232,8 @@ def choice(group: str, *, _root_: DictConfig) -> str:
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
-# where the nodes of a Slurm job meet
+# Where the nodes of a Slurm job meet: all of them compute the same port, and two jobs on a node are
+# unlikely to share one.
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
 OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
 
@@ -252,7 +258,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
-def nearest(word: str, names: list[str]) -> str:
+def nearest(word: str, names: Iterable[str]) -> str:
     """`; did you mean X?` for the closest of `names`, or nothing when none is close."""
-    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""

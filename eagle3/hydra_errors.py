@@ -10,18 +10,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
 
 # sections that take any key
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
+NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
 
 
 @contextmanager
@@ -40,6 +36,7 @@ def one_sentence(conf: Path, show_traceback: bool) -> Iterator[None]:
 def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     """-> (sentence, exit code). Exceptions that wrap one of ours are seen through."""
     cause: BaseException | None = error
+    # Hydra and the launcher raise errors of their own from ours.
     while cause is not None:
         if isinstance(cause, ConfigError | RunError):
             return str(cause), cause.exit_code
@@ -58,36 +55,30 @@ def missing_option(error: MissingConfigException, conf: Path) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         groups = sorted({str(path.parent.relative_to(conf)) for path in conf.glob("*/**/*.yaml")})
-        return (
-            f"{error.missing_cfg_file} is no config group; groups: {', '.join(groups)}"
-            f"{nearest(option, groups)}"
-        )
-    allowed = ", ".join(error.options)
-    return f"{group}={option} is unknown; allowed: {allowed}{nearest(option, error.options)}"
+        allowed = ", ".join(groups) + nearest(option, groups)
+        return f"{error.missing_cfg_file} is no config group; groups: {allowed}"
+    allowed = ", ".join(error.options) + nearest(option, error.options)
+    return f"{group}={option} is unknown; allowed: {allowed}"
 
 
 def wrong_key_or_value(error: Exception, conf: Path) -> str:
     """An unknown key, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and key is not None:
+    if isinstance(cause, ConfigKeyError | AttributeError) and key is not None:
         if key.startswith("data.sources."):
-            return new_source(cause.key)
+            return NEW_SOURCE.format(cause.key)
         if key.startswith(OPEN):
             return f"{key} is new to the config: put + before it, as +{key}=..."
         return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
         if wanted is None:  # of keys that the user adds, only sources have a type
-            return new_source(key)
+            return NEW_SOURCE.format(key)
         if wanted == "list":
             return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"
         return f"{key}={cause.value} must be of type {wanted}"
     return " ".join(str(error).split())
-
-
-def new_source(name: Any) -> str:
-    return f"{name} is no source of data yet: write '+data.sources={{{name}: {{path: ...}}}}'"
 
 
 def type_of(key: str) -> str | None:
@@ -102,6 +93,7 @@ def type_of(key: str) -> str | None:
 
 def known_keys(conf: Path) -> list[str]:
     """Every dotted key of the default config, and every section and group."""
+    # Hydra is in the middle of the composition that failed.
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         keys = list(flatten(compose("run", overrides=["name=x"])))

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import ROOT, compose_config, run
 from hydra.utils import get_object
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
-from eagle3.checks import check
 from eagle3.config import flatten
-from eagle3.parallel.ranks import launch
 from eagle3.runs.resume import load_config
 
 FOLDER = ROOT / "conf" / "experiment"
@@ -69,25 +67,12 @@ GUIDES = {
     },
 }
 ONE_STEP = [
-    "device=cpu",
-    "stages=[prepare,generate,capture,train,export]",
-    "launch.nproc_per_node=1",
-    "target=hf",
-    "target.tp_size=1",
-    "benchmark=builtin",
-    "parallel=ddp",
-    "parallel.ulysses=1",
-    "data.subset=null",
-    "data.split=train",
-    "data.num_proc=1",
-    "draft.vocab_size=300",
-    "eval.num_prompts=2",
-    "eval.max_new_tokens=8",
-    "eval.batch_size=2",
-    "train.tokens_per_step=8192",
-    "train.max_steps=1",
-    "train.log_every=1",
-]
+    "device=cpu", "stages=[prepare,generate,capture,train,export]", "launch.nproc_per_node=1",
+    "target=hf", "target.tp_size=1", "benchmark=builtin", "parallel=ddp", "parallel.ulysses=1",
+    "data.subset=null", "data.split=train", "data.num_proc=1", "draft.vocab_size=300",
+    "eval.num_prompts=2", "eval.max_new_tokens=8", "eval.batch_size=2",
+    "train.tokens_per_step=8192", "train.max_steps=1", "train.log_every=1",
+]  # fmt: skip
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 131072,
@@ -102,11 +87,8 @@ def targets(tokenizer, tmp_path_factory):
     recipe's name.
     """
     folder = tmp_path_factory.mktemp("targets")
-    special = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special["vocab_size"] = len(tokenizer)
     configs = {
         "llama3-8b": LlamaConfig(**SHAPE, **special),
         "qwen3-32b": Qwen3Config(**SHAPE, **special),
@@ -179,18 +161,14 @@ def test_the_commands_of_the_guides_page_compose():
     assert flatten(compose_config(*written_out)) == flatten(short)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("experiment", TRAINED)
 def test_recipes_train(experiment, tiny, tmp_path):
-    overrides = tiny(experiment)
-    config = load_config(compose_config(*overrides), tmp_path, overrides)
-    check(config)
-    launch(config, tmp_path, overrides)
+    run(tiny(experiment), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (trained,) = (row for row in rows if "loss" in row)
     assert trained["step"] == 1 and trained["supervised_tokens"] > 0
     assert load_file(tmp_path / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     shape = json.loads((tmp_path / "draft" / "config.json").read_text())
-    assert (
-        shape["architectures"] == ["LlamaForCausalLMEagle3"]
-        and shape["max_position_embeddings"] == 131072
-    )
+    assert shape["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert shape["max_position_embeddings"] == 131072

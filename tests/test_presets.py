@@ -17,54 +17,34 @@ PLAIN = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": AN
 NAMED = [{"from": "human", "value": ASKED}, {"from": "gpt", "value": ANSWERED}]
 REWRITTEN = {"id": 7, "conversations": PLAIN, "status": "success"}
 # One row of each dataset with its columns, and the kind of file it comes in.
+# fmt: off
 ROWS = {
-    "sharegpt": (
-        "json",
-        {
-            "id": "QWJhYvA_0",
-            "conversations": [
-                {"from": "human", "value": ASKED, "markdown": None, "text": None},
-                {"from": "gpt", "value": ANSWERED, "markdown": None, "text": None},
-                {"from": "human", "value": "And 3 + 4?", "markdown": None, "text": None},
-                {"from": "bing", "value": "7.", "markdown": None, "text": None},
-            ],
-        },
-    ),
-    "perfectblend": (
-        "parquet",
-        {
-            "conversations": [{"from": "system", "value": "Calculate."}, *NAMED],
-            "source": "meta-math/MetaMathQA",
-        },
-    ),
+    "sharegpt": ("json", {"id": "QWJhYvA_0", "conversations": [
+        {"from": "human", "value": ASKED, "markdown": None, "text": None},
+        {"from": "gpt", "value": ANSWERED, "markdown": None, "text": None},
+        {"from": "human", "value": "And 3 + 4?", "markdown": None, "text": None},
+        {"from": "bing", "value": "7.", "markdown": None, "text": None},
+    ]}),
+    "perfectblend": ("parquet", {
+        "conversations": [{"from": "system", "value": "Calculate."}, *NAMED],
+        "source": "meta-math/MetaMathQA",
+    }),
     "perfectblend-llama3.1-8b-instruct": ("jsonl", REWRITTEN),
     "ultrachat": ("parquet", {"prompt": ASKED, "prompt_id": "f0e37e9f7800", "messages": PLAIN}),
-    "magpie": (
-        "parquet",
-        {
-            "uuid": "9a2b",
-            "model": "Qwen/Qwen2.5-72B-Instruct",
-            "gen_input_configs": {
-                "temperature": 1.0,
-                "top_p": 1.0,
-                "input_generator": "vllm",
-                "seed": None,
-            },
-            "instruction": "not this one",
-            "response": "nor this one",
-            "conversations": NAMED,
-            "task_category": "Math",
-            "llama_guard_2": "safe",
-        },
-    ),
+    "magpie": ("parquet", {
+        "uuid": "9a2b", "model": "Qwen/Qwen2.5-72B-Instruct",
+        "gen_input_configs": {"temperature": 1.0, "input_generator": "vllm", "seed": None},
+        "instruction": "not this one", "response": "nor this one", "conversations": NAMED,
+        "task_category": "Math", "llama_guard_2": "safe",
+    }),
     "gsm8k": ("jsonl", {"question": ASKED, "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}),
-    "codealpaca": (
-        "json",
-        {"instruction": "Add the numbers.", "input": "2, 3", "output": ANSWERED},
-    ),
+    "codealpaca": ("json", {
+        "instruction": "Add the numbers.", "input": "2, 3", "output": ANSWERED,
+    }),
     "opc": ("jsonl", {"instruction": ASKED, "output": ANSWERED, "tag": "algorithm"}),
     "magicoder": ("jsonl", {"instruction": ASKED, "response": ANSWERED}),
 }
+# fmt: on
 EXPECTED = dict.fromkeys(ROWS, PLAIN) | {
     "sharegpt": [
         *PLAIN,
@@ -146,13 +126,8 @@ def test_a_mix_grows_and_shrinks_on_the_command_line():
         "data.sources.mine.path=README.md",
         "+data.sources={folder:{path:tests,weight:3}}",
     )
-    assert {name: source.weight for name, source in data.sources.items()} == {
-        "sharegpt": 1.0,
-        "gsm8k": 1.0,
-        "ultrachat": 0.5,
-        "mine": 1.0,
-        "folder": 3.0,
-    }
+    weights = {name: source.weight for name, source in data.sources.items()}
+    assert weights == {"sharegpt": 1, "gsm8k": 1, "ultrachat": 0.5, "mine": 1, "folder": 3}
     for name in ("gsm8k", "ultrachat"):
         assert named(data.sources[name]) == named(data_of(f"data={name}"))
 
@@ -172,11 +147,7 @@ def test_a_mix_of_ones_own(tmp_path):
     )
     data = data_of(f"hydra.searchpath=[file://{tmp_path}]", "data=mine")
     assert data.num_samples == 100
-    assert {name: source.weight for name, source in data.sources.items()} == {
-        "code": 2.0,
-        "mathematics": 1.0,
-        "chat": 0.25,
-    }
-    assert data.sources["mathematics"].subset == "main" and data.sources["chat"].path == str(
-        tmp_path
-    )
+    weights = {name: source.weight for name, source in data.sources.items()}
+    assert weights == {"code": 2, "mathematics": 1, "chat": 0.25}
+    assert data.sources["mathematics"].subset == "main"
+    assert data.sources["chat"].path == str(tmp_path)
