@@ -175,5 +175,5 @@ def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
         found += rules.architecture(files, target)
     # Not all rules: what only draws down acceptance is measured, and `check` says why.
     for finding in found:
-        if finding.severity == rules.WRONG and engine.name.lower() in finding.engines:
+        if finding.severity == "wrong" and engine.name.lower() in finding.engines:
             raise RunError(f"draft at {folder}: {finding.sentence}")
