@@ -127,12 +127,6 @@ def synchronized_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def truncate(ids: list[int], limit: int, eos_token_ids: set[int]) -> list[int]:
-    """At most `limit` tokens, ending with the first end-of-sequence token."""
-    ends = (i + 1 for i, token in enumerate(ids) if token in eos_token_ids)
-    return ids[: min(limit, next(ends, limit))]
-
-
 class DecodingBatch:
     """Prompts and their answers in the target's cache; `rows` are the prompts not finished yet."""
 

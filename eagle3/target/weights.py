@@ -18,13 +18,13 @@ from transformers import GenerationConfig, PretrainedConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 
-SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # How families end the names; what stands before (`model.`, `model.language_model.`) differs too
 # much to be listed and is found in the checkpoint.
-EMBEDDINGS = tuple(
-    f"{name}.weight"
-    for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-)
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",
+    "tok_embeddings.weight",
+)  # fmt: skip
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 HEAD_BIASES = ("lm_head.bias", "embed_out.bias", "output.bias")
 NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
@@ -53,8 +53,8 @@ class TargetWeights:
 class Checkpoint:
     """The tensors of a folder or hub id by name; only files that hold one asked for are downloaded.
 
-    `files` maps names of tensors to names of files. Raises ConfigError where there are no
-    safetensors, RunError where they are damaged.
+    `files` maps tensors to files. Raises ConfigError where there are no safetensors, RunError where
+    they are damaged.
     """
 
     def __init__(self, path: str, revision: str | None):
@@ -69,15 +69,10 @@ class Checkpoint:
                 ) from error
         elif self.locate(SINGLE) is not None:
             self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
-        elif self.locate(PICKLED) is not None or self.locate(f"{PICKLED}.index.json") is not None:
-            raise ConfigError(
-                f"model.path={path} has its weights in {PICKLED} only, which can run code when it "
-                "is read; convert it to safetensors (save_pretrained of transformers writes them)"
-            )
         else:
             raise ConfigError(
-                f"model.path={path}: neither {INDEX} nor {SINGLE} is there, or can be downloaded; "
-                "give a folder or hub id with one of them"
+                f"model.path={path} has neither {INDEX} nor {SINGLE}; give a folder or hub id with "
+                "one of them (save_pretrained of transformers converts a pytorch_model.bin)"
             )
 
     def locate(self, name: str) -> Path | None:
@@ -91,9 +86,7 @@ class Checkpoint:
             return None
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{name} of model.path={self.path} cannot be downloaded: {reason}"
-            ) from error
+            raise RunError(f"{name} of {self.path} cannot be downloaded: {reason}") from error
 
     def open(self, name: str) -> safe_open:
         """One of the files, of which only the header is read."""
@@ -101,29 +94,24 @@ class Checkpoint:
             return safe_open(self.locate(name) or Path(self.path, name), "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{name} of the target at {self.path} does not open ({reason}); get it again"
-            ) from error
+            raise RunError(f"{name} of {self.path} does not open ({reason}); get it again") from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, without those of numbered layers."""
-        names = [n for n in self.files if f".{n}".endswith(tuple(f".{end}" for end in endings))]
-        names = [n for n in names if not any(part.isdigit() for part in n.split("."))]
-        return sorted(names, key=len)
+        dotted = tuple(f".{end}" for end in endings)
+        names = [name for name in self.files if f".{name}".endswith(dotted)]
+        numbered = [name for name in names if any(part.isdigit() for part in name.split("."))]
+        return sorted(set(names) - set(numbered), key=len)
 
     def find(self, key: str, given: str | None, endings: tuple[str, ...]) -> str:
         """The name that model.`key` gives, else the shortest that ends as families end it."""
         names = self.ending(endings) if given is None else [given]
         if names and names[0] in self.files:
             return names[0]
-        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4)
-        what = f" is needed, as no name ends with {' or '.join(endings)} in"
-        if given is not None:
-            what = f"={given} is no tensor of"
-        file = Path(self.path, SINGLE if SINGLE in self.files.values() else INDEX)
+        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0)
         raise ConfigError(
-            f"model.{key}{what} {file}; the nearest names there are "
-            f"{', '.join(near or list(self.files)[:3])}"
+            f"model.{key}={given or 'null'} finds no tensor in {self.path}: set it to its name; the "
+            f"nearest are {', '.join(near)}"
         )
 
     def read(
@@ -135,9 +123,8 @@ class Checkpoint:
             kind, found = stored.get_dtype(), stored.get_shape()
             if found != shape or kind not in ("F64", "F32", "F16", "BF16"):
                 raise ConfigError(
-                    f"{name} of the target at {self.path} is {kind} {found}, but must be a float "
-                    f"tensor {shape} by its config; set model.embedding_key or model.lm_head_key "
-                    "to another"
+                    f"{name} of {self.path} is {kind} {found}, not of floats {shape} as its config "
+                    "says; set model.embedding_key or model.lm_head_key to another"
                 )
             # A copy: the tensor is a view of the mapped file, whose pages the system may drop and
             # read again during training.
@@ -153,9 +140,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     check_supported(config)
     checkpoint = Checkpoint(path, spec.revision)
     if checkpoint.ending(HEAD_BIASES):
-        raise ConfigError(
-            f"the target at {path} changes its logits behind the head (a bias); it is not supported"
-        )
+        raise ConfigError(f"{path} changes its logits behind the head (a bias): not supported")
     shape = [config.vocab_size, config.hidden_size]
     embedding_name = checkpoint.find("embedding_key", spec.embedding_key, EMBEDDINGS)
     embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
@@ -168,6 +153,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         head = checkpoint.read(head_name, shape, device, dtype)
         if tied and torch.equal(head, embedding):
             head = embedding
+    # The final norm lies beside the embedding; a `norm.weight` elsewhere may be another's.
     decoder = embedding_name.rpartition(".")[0].rpartition(".")[0]
     norms = [f"{decoder}.{name}".lstrip(".") for name in NORMS]
     norm = next((name for name in norms if name in checkpoint.files), None)

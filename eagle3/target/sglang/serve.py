@@ -53,8 +53,8 @@ def check_capturable(spec: TargetSpec) -> None:
     last = spec.config.num_hidden_layers - 1
     if spec.aux_layer_ids[-1] == last:
         raise ConfigError(
-            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang takes states from the input of the "
-            f"next layer, and behind layer {last} is none; choose layers below it, or target=hf"
+            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang cannot give the output of the last "
+            f"layer; choose layers below {last}, or target=hf"
         )
     for name in whole_config(spec).architectures or []:
         if name.startswith(UNSEEN):
@@ -70,15 +70,10 @@ def capture_server(
 
     Raises ConfigError where the options would spoil the capture, RunError where the port is taken.
     """
-    port = choose_port(options.port, "target.port")
-    launch = Launch(
-        spec,
-        interpreter("sglang", options.python),
-        port,
-        options.tp_size,
-        options.mem_fraction_static,
-        tuple(map(str, options.server_args or ())),
-    )
+    port, python = choose_port(options.port, "target.port"), interpreter("sglang", options.python)
+    more = tuple(map(str, options.server_args or ()))
+    launch = Launch(spec, python, port, options.tp_size, options.mem_fraction_static, more)
+    # Not every model of SGLang takes explicit layers; all know the default ones.
     by_default = spec.aux_layer_ids == engines_default(spec.config.num_hidden_layers)
     capture = Capture(
         hook_factory=HOOK,
@@ -113,8 +108,9 @@ def log_path(port: int | None) -> Path:
 
 def main() -> None:
     """Serve a target to the runs of this machine, which name it by `target.url`, until Ctrl-C."""
-    rest = "Anything else goes to SGLang as it is."
-    parser = argparse.ArgumentParser(description=main.__doc__, epilog=rest)
+    parser = argparse.ArgumentParser(
+        description=main.__doc__, epilog="Anything else goes to SGLang as it is."
+    )
     parser.add_argument("path", help="folder or hub id of the target")
     parser.add_argument("--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids")
     parser.add_argument("--dtype", default="auto")
@@ -126,23 +122,22 @@ def main() -> None:
     # Without this SIGTERM would end us before the server is ended in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     ENGINE.find(interpreter("sglang", given.python), "--python")
-    model = Model(
-        path=given.path,
-        revision=None,
-        dtype=given.dtype,
-        trust_remote_code=False,
-        aux_layer_ids=given.aux_layer_ids,
-        embedding_key=None,
-        lm_head_key=None,
+    where = {"path": given.path, "revision": None, "trust_remote_code": False}
+    unusual = {"embedding_key": None, "lm_head_key": None}  # a server needs neither
+    spec = read_spec(
+        Model(dtype=given.dtype, aux_layer_ids=given.aux_layer_ids, **where, **unusual)
     )
-    spec = read_spec(model)
     check_capturable(spec)
-    options = ServerOptions(port=given.port, python=given.python, server_args=server_args)
-    options.ready_seconds = given.ready_seconds
+    options = ServerOptions(
+        port=given.port,
+        python=given.python,
+        ready_seconds=given.ready_seconds,
+        server_args=server_args,
+    )
     blocks = Blocks()  # its folder goes when this process does
     with capture_server(spec, torch.device(given.device), blocks.folder, options) as server:
-        address = f"target=sglang target.url={server.url}"
-        print(f"ready: python run.py {address} ... (log: {server.log})", flush=True)
+        address = f"python run.py target=sglang target.url={server.url}"
+        print(f"ready: {address} ... (log: {server.log})", flush=True)
         while True:
             server.check()
             time.sleep(1)
