@@ -180,8 +180,10 @@ class DecodingBatch:
         self.cache.crop(max(self.lengths) - longest - width)  # negative: how many to forget
         for i, ids, count in zip(self.rows, accepted.ids.tolist(), counts, strict=True):
             generation = self.generations[i]
-            limit = self.max_new_tokens - len(generation.ids)
-            kept = truncate(ids[:count], limit, self.target.eos_token_ids)
+            kept = ids[: min(count, self.max_new_tokens - len(generation.ids))]
+            ends = [n for n, token in enumerate(kept) if token in self.target.eos_token_ids]
+            if ends:
+                del kept[ends[0] + 1 :]
             generation.ids += kept
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))

@@ -52,7 +52,7 @@ class TargetHandle:
         return self.loaded
 
     def load_weights(self) -> TargetWeights:
-        """The embedding and the head alone; those of the loaded target, if it is in this process."""
+        """The embedding and the head alone; those of the loaded model, if it is here."""
         loaded = self.loaded if self.in_process else None
         return loaded or load_weights(self.spec, self.device)
 

@@ -6,6 +6,7 @@ V the target's vocabulary, D the width of its embedding, H its hidden size.
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,14 +95,15 @@ class Checkpoint:
             return safe_open(self.locate(name) or Path(self.path, name), "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
-            raise RunError(f"{name} of {self.path} does not open ({reason}); get it again") from error
+            raise RunError(
+                f"{name} of {self.path} does not open ({reason}); get it again"
+            ) from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, without those of numbered layers."""
         dotted = tuple(f".{end}" for end in endings)
         names = [name for name in self.files if f".{name}".endswith(dotted)]
-        numbered = [name for name in names if any(part.isdigit() for part in name.split("."))]
-        return sorted(set(names) - set(numbered), key=len)
+        return sorted((name for name in names if not re.search(r"\.\d+\.", name)), key=len)
 
     def find(self, key: str, given: str | None, endings: tuple[str, ...]) -> str:
         """The name that model.`key` gives, else the shortest that ends as families end it."""
@@ -110,8 +112,8 @@ class Checkpoint:
             return names[0]
         near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0)
         raise ConfigError(
-            f"model.{key}={given or 'null'} finds no tensor in {self.path}: set it to its name; the "
-            f"nearest are {', '.join(near)}"
+            f"model.{key}={given or 'null'} finds no tensor in {self.path}; the nearest are "
+            f"{', '.join(near)}"
         )
 
     def read(

@@ -129,16 +129,12 @@ def statistics(
     head = lm_head.weight[:size]
     if not head.is_floating_point() or head.shape[-1:] != last.shape[-1:]:
         raise RuntimeError("the head of the model is quantised, which is not supported")
-    if size == 0:  # a small vocabulary can leave a process without a token
-        best = logsumexp = last.new_full((len(last),), -torch.inf, dtype=torch.float32)
-        token = best.new_zeros(len(last), dtype=torch.int64)
-    else:
-        parts = []
-        for rows in last.split(max(1, CHUNK_BYTES // (4 * size))):
-            logits = (rows.to(head.dtype) @ head.T).float()
-            parts.append((*logits.max(-1), logits.logsumexp(-1)))
-        best, token, logsumexp = (torch.cat(part) for part in zip(*parts, strict=True))
-        token = token + first
+    parts = []
+    for rows in last.split(max(1, CHUNK_BYTES // (4 * size))):
+        logits = (rows.to(head.dtype) @ head.T).float()
+        parts.append((*logits.max(-1), logits.logsumexp(-1)))
+    best, token, logsumexp = (torch.cat(part) for part in zip(*parts, strict=True))
+    token = token + first
     if group is None:
         return token, logsumexp
     # float64 carries token ids exactly, so that one all_gather moves all three.
