@@ -20,6 +20,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -177,8 +178,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder)
             times = (
-                seconds(lambda: write(path), args.repeats),
-                seconds(lambda: read(path), args.repeats),
+                seconds(partial(write, path), args.repeats),
+                seconds(partial(read, path), args.repeats),
             )
             size = sum(file.stat().st_size for file in path.iterdir()) / tokens
         first = first or (*times, size)
