@@ -184,6 +184,7 @@ def alone():
     return {stored: train(trainer_of(Ranks(), 1, 1, stored)) for stored in (True, False)}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_equals_one_process(alone, world_size, tmp_path):
     mp.spawn(in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
