@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
@@ -43,56 +42,40 @@ class TargetWeights:
     embedding: torch.Tensor
     head: torch.Tensor
     norm: torch.Tensor | None
-    aux_layer_ids: list[int]
     eos_token_ids: set[int]
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
 
 
 class Checkpoint:
     """The tensors of a folder or hub id by name; only files that hold one asked for are downloaded.
 
-    `files` maps tensors to files. Raises ConfigError where there are no safetensors, RunError where
-    they are damaged.
+    `files` maps tensors to files. Raises ConfigError where a file is missing, RunError where it is
+    damaged.
     """
 
     def __init__(self, path: str, revision: str | None):
         self.path, self.revision = path, revision
-        index = self.locate(INDEX)
-        if index is not None:
-            try:
-                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{INDEX} of the target at {path} names no tensors; get it again"
-                ) from error
-        elif self.locate(SINGLE) is not None:
-            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
-        else:
-            raise ConfigError(
-                f"model.path={path} has neither {INDEX} nor {SINGLE}; give a folder or hub id with "
-                "one of them (save_pretrained of transformers converts a pytorch_model.bin)"
-            )
-
-    def locate(self, name: str) -> Path | None:
-        """Where a file lies on this machine, downloaded if need be; None if there is none."""
-        if Path(self.path).is_dir():
-            file = Path(self.path, name)
-            return file if file.is_file() else None
         try:
-            return Path(hf_hub_download(self.path, name, revision=self.revision))
-        except EntryNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"{name} of {self.path} cannot be downloaded: {reason}") from error
+            index = cached_file(path, INDEX, revision=revision)
+        except OSError:  # a checkpoint of a single file
+            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
+            return
+        try:
+            self.files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{INDEX} of {path} names no tensors; get it again") from error
 
     def open(self, name: str) -> safe_open:
         """One of the files, of which only the header is read."""
         try:
-            return safe_open(self.locate(name) or Path(self.path, name), "pt")
+            file = cached_file(self.path, name, revision=self.revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"model.path={self.path}: {reason}; give a folder or hub id with all of its "
+                "safetensors (save_pretrained of transformers converts a pytorch_model.bin)"
+            ) from error
+        try:
+            return safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(
@@ -168,6 +151,5 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         embedding=embedding,
         head=head,
         norm=checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None,
-        aux_layer_ids=spec.aux_layer_ids,
         eos_token_ids=end_token_ids(eos, config),
     )
