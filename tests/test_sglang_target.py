@@ -2,6 +2,7 @@
 lifetime, memory.
 """
 
+import copy
 import os
 import signal
 import subprocess
@@ -23,12 +24,11 @@ from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget, head_statistics
 from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang import blocks as blocks_module
-from eagle3.target.sglang import hook, serve
+from eagle3.target.sglang import hook
 from eagle3.target.sglang import target as target_module
 from eagle3.target.sglang.blocks import ALIVE, PREFIX, SHARED, Blocks
 from eagle3.target.sglang.hook import Hook, statistics
-from eagle3.target.sglang.serve import ServerOptions, capture_server, check_capturable
-from eagle3.target.sglang.target import SGLangTarget, split_prompts
+from eagle3.target.sglang.target import SGLangTarget, check_capturable, log_path, split_prompts
 from eagle3.target.spec import default_aux_layer_ids
 from eagle3.target.weights import load_weights
 
@@ -156,7 +156,7 @@ def test_a_server_started_by_hand(target_folder, reference):
         client.close()
         server.terminate()
     assert server.returncode == 143
-    serve.log_path(httpx.URL(url).port).unlink()
+    log_path(httpx.URL(url).port).unlink()
 
 
 def test_another_head_is_found(target, monkeypatch):
@@ -306,10 +306,12 @@ def test_layers_in_every_convention():
 
 @pytest.mark.parametrize(("layers", "flagged"), [([1, 3, 4], []), ([0, 3, 4], ["0", "3", "4"])])
 def test_explicit_layers_only_where_the_default_is_not_meant(
-    target_folder, tmp_path, layers, flagged
+    target, target_folder, tmp_path, layers, flagged
 ):
-    server = capture_server(spec_of(target_folder, layers), CPU, tmp_path, ServerOptions())
-    _, *after = " ".join(server.command).partition("--return-aux-hidden-state-layer-ids ")
+    asked = copy.copy(target)
+    asked.aux_layer_ids, asked.blocks = layers, SimpleNamespace(folder=tmp_path)
+    command = " ".join(asked.describe_server().command)
+    _, *after = command.partition("--return-aux-hidden-state-layer-ids ")
     assert after[-1].split()[:3] == flagged
 
 
@@ -378,6 +380,6 @@ def test_a_server_that_dies_is_noticed(target, target_folder, monkeypatch):
         assert "exit code 137" in str(error) and "the stand-in is ready" in str(error)
         target.close()
     assert not target.blocks.folder.exists()
-    log = serve.log_path(httpx.URL(target.url).port)
+    log = log_path(httpx.URL(target.url).port)
     assert log.exists(), "the error names it"
     log.unlink()

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+HOOK = "eagle3.target.sglang.hook:factory"  # what SGLang is told
 OURS = re.compile(r"(eagle3-\w+):(\d+)")
 ERROR = "error"
 CHUNK_BYTES = 1 << 28  # of logits at a time

@@ -6,47 +6,64 @@ T packed tokens, U teacher rows, H the target's hidden size, V its vocabulary.
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import httpx
 import torch
 
 from eagle3.batch import Batch, Features
-from eagle3.engines.server import Server, interpreter
+from eagle3.config import Within
+from eagle3.engines.engine import Launch
+from eagle3.engines.server import Server, choose_port, interpreter
+from eagle3.engines.sglang import Capture, SGLang
 from eagle3.errors import ConfigError, RunError
+from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
-from eagle3.target.sglang.serve import (
-    ENGINE,
-    ServerOptions,
-    capture_server,
-    check_capturable,
-    log_path,
-)
+from eagle3.target.sglang.hook import HOOK
 from eagle3.target.sglang.verify import verify_head, verify_layers, verify_server
-from eagle3.target.spec import TargetSpec, check_supported
+from eagle3.target.spec import TargetSpec, check_supported, whole_config
 from eagle3.target.weights import load_weights
 
+ENGINE = SGLang()
+# In these the auxiliary states travel as keywords, which a forward hook does not see (0.5.23).
+UNSEEN = ("BailingMoeV3", "Inkling", "MiMoV2", "OPT", "Whisper")
 DYING_SECONDS = 5.0  # a server that hangs up is given to end, so that its log can be shown
 PROBE = (5, 11)  # tokens of the first prompts
 
 
 @dataclass(eq=False)
-class SGLangTarget(ServerOptions):
+class SGLangTarget:
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
     and ends, or from one that runs here already, at `url`.
 
-    `url` is the server's address in any case, for the other processes of this machine. Raises
+    The model is split over `tp_size` GPUs and copied `dp_size` times (None: once), its experts are
+    spread over `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared
+    memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
+    `url` is then the server's address in any case, for the other processes of this machine. Raises
     ConfigError and RunError.
     """
 
     spec: TargetSpec
     device: torch.device
-    url: str | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    tp_size: Annotated[int, Within(1, 1024)] = 1
+    dp_size: Annotated[int | None, Within(1, 1024)] = None
+    ep_size: Annotated[int, Within(1, 1024)] = 1
+    quantization: str | None = None
+    mem_fraction_static: Annotated[float | None, Within(0.01, 1)] = None
+    batch_tokens: Annotated[int, Within(1)] = 16384
+    python: str | None = None
+    port: Annotated[int | None, Within(0, 65535)] = None
+    ready_seconds: Annotated[float, Within(1)] = 1800.0
+    server_args: list[str | int | float] | None = None
+    url: str | None = None
 
     in_process: ClassVar[bool] = False
 
@@ -61,9 +78,8 @@ class SGLangTarget(ServerOptions):
         try:
             self.check_space()
             if self.url is None:
-                server = capture_server(self.spec, self.device, self.blocks.folder, self)
-                self.server = self.resources.enter_context(server)
-                self.url = server.url
+                self.server = self.resources.enter_context(self.describe_server())
+                self.url = self.server.url
             timeout = httpx.Timeout(None, connect=10)  # a long prefill is no error
             client = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
             self.client = self.resources.enter_context(client)
@@ -91,9 +107,42 @@ class SGLangTarget(ServerOptions):
         if free < needed:
             raise ConfigError(
                 f"target.batch_tokens={self.batch_tokens} needs {needed / 1e9:.2f} GB of shared "
-                f"memory, but {SHARED} has {free / 1e9:.2f} GB free; lower it, or start the "
-                "container with more, such as --shm-size=16g"
+                f"memory, and {SHARED} has {free / 1e9:.2f} GB; lower it, or raise --shm-size"
             )
+
+    def describe_server(self) -> Server:
+        """The server, not yet started. Raises ConfigError where options would spoil the capture,
+        RunError where the port is taken.
+        """
+        port, python = choose_port(self.port, "target.port"), interpreter("sglang", self.python)
+        more = tuple(map(str, self.server_args or ()))
+        launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
+        # Not every model of SGLang takes explicit layers; all know the default ones.
+        by_default = self.aux_layer_ids == engines_default(self.config.num_hidden_layers)
+        capture = Capture(
+            hook_factory=HOOK,
+            hook_config={"root": str(SHARED)},
+            layer_ids=None if by_default else numbered_by("sglang", self.aux_layer_ids),
+            device=self.device.type,
+            batch_tokens=self.batch_tokens,
+            dp_size=self.dp_size or 1,
+            ep_size=self.ep_size,
+            quantization=self.quantization,
+        )
+        # SGLang runs in an environment of its own: it gets our package, but none of those beside.
+        packages = self.blocks.folder / "packages"
+        packages.mkdir()
+        (packages / "eagle3").symlink_to(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        return Server(
+            ENGINE.capture_command(launch, capture),
+            f"http://127.0.0.1:{port}",
+            {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type),
+            log_path(port),
+            self.ready_seconds,
+            ENGINE.health_path,
+            ENGINE.name,
+        )
 
     def close(self) -> None:
         """End the server, if this process started it, and free the shared memory."""
@@ -189,6 +238,26 @@ class SGLangTarget(ServerOptions):
             chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
         replies = self.post({"input_ids": prompts, "sampling_params": chosen})
         return [reply["output_ids"] for reply in replies]
+
+
+def check_capturable(spec: TargetSpec) -> None:
+    """Raise ConfigError for a model, or layers of it, that the hook would not see."""
+    last = spec.config.num_hidden_layers - 1
+    if spec.aux_layer_ids[-1] == last:
+        raise ConfigError(
+            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang cannot give the output of the last "
+            f"layer; choose layers below {last}, or target=hf"
+        )
+    for name in whole_config(spec).architectures or []:
+        if name.startswith(UNSEEN):
+            raise ConfigError(
+                f"target=sglang: SGLang hides the hidden states of {name} from hooks; use target=hf"
+            )
+
+
+def log_path(port: int | None) -> Path:
+    """Where the log of a server at `port` lies, for every process of this user that asks it."""
+    return Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getuid()}-{port}.log")
 
 
 def split_prompts(prompts: list[list[int]], most: int) -> Iterator[list[list[int]]]:

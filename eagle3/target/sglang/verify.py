@@ -16,7 +16,7 @@ from eagle3.batch import Features
 from eagle3.errors import RunError
 from eagle3.target.hf import head_statistics
 from eagle3.target.layers import engines_default, meant_by
-from eagle3.target.sglang.serve import HOOK
+from eagle3.target.sglang.hook import HOOK
 from eagle3.target.spec import TargetSpec, whole_config
 
 console = Console(stderr=True, markup=False, highlight=False)
