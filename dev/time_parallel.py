@@ -163,7 +163,7 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
     sequence = None
     if layout.group > 1:
         shape = layout.ulysses, layout.ring
-        sequence = Sequence(*shape, rank, layout.ranks, config, TIMEOUT)
+        sequence = Sequence(*shape, rank, config, TIMEOUT)
     lengths = lognormal(options.tokens * options.processes)
     batches = [
         batch.to(device)

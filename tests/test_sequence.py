@@ -96,7 +96,7 @@ def trainer_of(
     group = ulysses * ring
     if group > 1:
         timeout = timedelta(minutes=5)
-        shared = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE, timeout)
+        shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timeout)
         features = shared.share_features(imagine, embedding.dtype)
         pack_documents = partial(deal_packed, shared, pack_documents)
     section = SimpleNamespace(
@@ -217,7 +217,7 @@ def whole_batch(mask=serving):
 
 def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
     """As on a rank of a group, without processes."""
-    return Sequence(ulysses, ring, rank, ulysses * ring, SHAPE)
+    return Sequence(ulysses, ring, rank, SHAPE, None)
 
 
 @pytest.mark.parametrize("mask", [serving, shifted])
