@@ -57,6 +57,7 @@ def accept_matching(tree: Tree, target_tokens: torch.Tensor) -> Accepted:
     matches = target_tokens.gather(1, parents) == tree.ids
     matches[:, 0] = True
     accepted = (matches[:, None] | ~tree.mask).all(-1).long()  # with all of its ancestors
+    # A stable sort by acceptance brings the accepted path to the front, root first.
     counts = accepted.sum(1).tolist()
     path = accepted.argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
     return Accepted(target_tokens.gather(1, path), path, counts)
@@ -191,6 +192,7 @@ class DecodingBatch:
                 unfinished.append(row)
         if not finished:
             return unfinished
+        # Timed for those that end only: each measurement waits for the device.
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
         for generation in finished:
             generation.decode_seconds = seconds

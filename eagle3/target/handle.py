@@ -40,7 +40,7 @@ class TargetHandle:
 
     def __getstate__(self) -> dict[str, Any]:
         """For other processes, which load the target too, or use the engine that runs here."""
-        state = vars(self) | {"loaded": None}
+        state = vars(self) | {"loaded": None}  # weights are not sent, nor can a client be
         if self.loaded is not None and not self.in_process:
             state["section"] = self.section | {"url": self.loaded.url}
         return state

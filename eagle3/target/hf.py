@@ -114,7 +114,7 @@ class HFTarget:
             documents=documents,
         )
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
-        self.captured.clear()
+        self.captured.clear()  # or they would live until the next pass
         last = output.last_hidden_state
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
@@ -126,6 +126,7 @@ class HFTarget:
         A dict of two, by kind of layer, where only some layers have a window. Raises ConfigError
         where the attention ignores such masks or cuts the text into chunks.
         """
+        # Flash kernels take no masks; chunks start at slots, and the slots of a batch differ.
         attention = self.decoder.config._attn_implementation
         chunked = getattr(self.config, "attention_chunk_size", None)
         if attention not in ("packed", "sdpa", "eager") or chunked:
@@ -188,6 +189,7 @@ class HFTarget:
 
 def choose_attention(config: PretrainedConfig) -> str | None:
     """Ours where it computes what the model means, else None: transformers chooses itself."""
+    # `packed` has no chunks, soft caps or sinks.
     special = ("attention_chunk_size", "attn_logit_softcapping")
     if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
         return None
@@ -206,6 +208,7 @@ def head_statistics(
     last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
+    # All logits at once would be 8 GB for 16,384 rows of a vocabulary of 128k.
     wide = torch.promote_types(last.dtype, torch.float32)
     argmax, logsumexp = [], []
     for rows in last.split(max(1, chunk_bytes // (4 * len(head)))):

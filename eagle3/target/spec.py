@@ -56,6 +56,7 @@ class TargetSpec:
 
 def read_spec(model: Model) -> TargetSpec:
     """The section `model`, with what it leaves to be derived. Raises ConfigError."""
+    # Of a model that also sees or hears, only the language model is drafted for.
     whole = whole_config(model)
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
@@ -96,6 +97,7 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
+    # Between the product and the softmax these would scale or bend what the draft learns from.
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
     for name, harmless in neutral.items():
         value = getattr(config, name, None)

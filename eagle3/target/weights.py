@@ -124,6 +124,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     config, path, dtype = spec.config, spec.path, getattr(torch, spec.dtype)
     check_supported(config)
     checkpoint = Checkpoint(path, spec.revision)
+    # The teacher's logits are a product without one, and no loss would show the difference.
     if checkpoint.ending(HEAD_BIASES):
         raise ConfigError(f"{path} changes its logits behind the head (a bias): not supported")
     shape = [config.vocab_size, config.hidden_size]

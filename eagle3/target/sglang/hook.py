@@ -109,9 +109,10 @@ class Hook:
             "aux_hidden_states": to_host(*aux),
             "last_hidden_states": to_host(last),
         }
+        # Only the writer's thread waits for the copies; the engine goes on to its next pass.
         copied = torch.cuda.current_stream().record_event() if last.is_cuda else None
         listed = [[number, int(before[place]), int(lengths[place])] for place, number in requests]
-        self.blocks += 1
+        self.blocks += 1  # names order the blocks of a prompt that comes in parts
         path = folder / f"{os.getpid()}-{self.blocks:08d}.safetensors"
         self.writer.submit(write_block, path, tensors, listed, copied)
 
@@ -167,6 +168,7 @@ def write_block(
     try:
         if copied is not None:
             copied.synchronize()
+        # The client looks for complete names only.
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"requests": json.dumps(requests)})
         partial.rename(path)

@@ -161,6 +161,7 @@ class SGLangTarget:
         verify_server(info, self.url, self.spec)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=generator)
+        # Two prompts, so that mixed up rows are seen; random tokens, so that layers differ.
         prompts = [part.tolist() for part in tokens.split(PROBE)]
         features, replies = self.prefill(prompts, max_new_tokens=1)
         ends = [PROBE[0] - 1, sum(PROBE) - 1]

@@ -76,8 +76,9 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
     """Raise RunError where the first of the auxiliary states [n,3H] is nearer to the layer before
     or behind it, as transformers computes them.
 
-    The engine numbers all three by the same rule, so the first tells; a few layers are enough.
+    The engine numbers all three by the same rule, so the first tells.
     """
+    # The middle and the last would need half of the model, or all of it.
     first = spec.aux_layer_ids[0]
     config = whole_config(spec)
     text = config.get_text_config()
@@ -97,6 +98,7 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         decoder = model.get_decoder() if text is not config else model
         ids = torch.tensor([prompt])
         outputs = decoder(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        # Neighbours differ by one layer's output, far more than kernels round apart.
         candidates = range(max(0, first - 1), first + 2)
         found = aux_hidden_states.chunk(3, -1)[0].cpu().float()
         apart = {i: (found - outputs[i][0].float()).norm(dim=-1).median() for i in candidates}
