@@ -93,7 +93,7 @@ class Sampling:
 
     def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
         """Judge a tree by the target's logits [B,W,V] behind its nodes."""
-        if self.temperature == 0 or not tree.logits:  # or a tree, or a root alone
+        if self.temperature == 0 or not tree.logits:  # a tree, or a root alone
             return accept_matching(tree, self.draw(logits))
         p = self.probabilities(logits)
         # The last row of q stays 0: behind the last draft, max(p - q, 0) is p.

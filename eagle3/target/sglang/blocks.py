@@ -6,7 +6,6 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -30,13 +29,12 @@ class Blocks:
 
     def __init__(self, root: Path = SHARED):
         delete_stale(root)
-        # Under a hidden name until it is locked, or another process would take it for stale.
-        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=root))
-        alive = (made / ALIVE).open("w")
-        fcntl.flock(alive, fcntl.LOCK_EX)
-        self.folder = made.rename(root / made.name[1:])
-        self.close = weakref.finalize(self, delete, self.folder, alive)
-        self.numbers = 0
+        made = tempfile.TemporaryDirectory(prefix=PREFIX, dir=root, ignore_cleanup_errors=True)
+        self.folder, self.close, self.numbers = Path(made.name), made.cleanup, 0
+        # Under another name until it is locked, or another process would take us for dead.
+        self.alive = (self.folder / "locking").open("w")
+        fcntl.flock(self.alive, fcntl.LOCK_EX)
+        (self.folder / "locking").rename(self.folder / ALIVE)
 
     def new_numbers(self, count: int) -> list[int]:
         """Numbers for `count` requests, none of which was used before."""
@@ -119,11 +117,6 @@ def copy_rows(block: safe_open, part: slice, features: Features, rows: slice) ->
     aux.copy_(block.get_slice("aux_hidden_states")[:, part])
     for name in ("last_hidden_states", "argmax", "logsumexp"):
         getattr(features, name)[rows] = block.get_slice(name)[part].to(features.argmax.device)
-
-
-def delete(folder: Path, alive) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    alive.close()
 
 
 def delete_stale(root: Path) -> None:

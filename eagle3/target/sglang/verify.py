@@ -4,11 +4,11 @@ A wrong layer or another model would train a draft without any error; only its a
 poor, hours later.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModel
 from transformers.utils import logging
 
@@ -18,8 +18,6 @@ from eagle3.target.hf import head_statistics
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.sglang.hook import HOOK
 from eagle3.target.spec import TargetSpec, whole_config
-
-console = Console(stderr=True, markup=False, highlight=False)
 
 
 def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
@@ -106,7 +104,8 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         # A model may need kernels or packages that are not here, such as one with quantised
         # weights. The head was verified; this check alone is left out.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        console.print(f"target=sglang: transformers cannot check which layers are read ({reason})")
+        sentence = f"target=sglang: transformers cannot check which layers are read ({reason})"
+        print(sentence, file=sys.stderr)
         return
     finally:
         logging.set_verbosity(level)
