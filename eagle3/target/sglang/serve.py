@@ -20,6 +20,8 @@ def main() -> None:
     )
     parser.add_argument("path", help="folder or hub id of the target")
     parser.add_argument("--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids")
+    parser.add_argument("--embedding-key", help="as model.embedding_key")
+    parser.add_argument("--lm-head-key", help="as model.lm_head_key")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--port", type=int, default=30000)
@@ -28,10 +30,10 @@ def main() -> None:
     given, server_args = parser.parse_known_args()
     # Without this SIGTERM would end us before the server is ended in order.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    where = {"path": given.path, "revision": None, "trust_remote_code": False}
-    unusual = {"embedding_key": None, "lm_head_key": None}  # a server needs neither
-    layers, section = given.aux_layer_ids, {"python": given.python}
-    spec = read_spec(Model(dtype=given.dtype, aux_layer_ids=layers, **where, **unusual))
+    names = ("path", "dtype", "aux_layer_ids", "embedding_key", "lm_head_key")
+    model = {name: getattr(given, name) for name in names}
+    spec = read_spec(Model(revision=None, trust_remote_code=False, **model))
+    section = {"python": given.python}
     SGLangTarget.check_settings(section, spec)
     target = SGLangTarget(
         spec,
