@@ -52,7 +52,7 @@ def imagined(layout: Layout, rank: int, config: DraftConfig) -> Sequence | None:
     """The Sequence of a rank, without processes: it deals, and can't send."""
     if layout.group == 1:
         return None
-    return Sequence(layout.ulysses, layout.ring, rank, layout.ranks, config)
+    return Sequence(layout.ulysses, layout.ring, rank, config, None)
 
 
 def causal_pairs(batch: Batch) -> int:
@@ -153,7 +153,7 @@ def check(rank: int, world_size: int, folder: str) -> None:
     model, sent, kept = make_model(SMALL, cpu, torch.float32), {}, {}
     for layout in CHECKED:
         shape = layout.ulysses, layout.ring
-        sequence = Sequence(*shape, rank, world_size, SMALL, TIMEOUT)
+        sequence = Sequence(*shape, rank, SMALL, TIMEOUT)
         batches = micro_steps(lognormal(2000), layout, rank, SMALL, sequence, 1000)
         with Sent() as counter:
             for batch in batches:
@@ -163,7 +163,7 @@ def check(rank: int, world_size: int, folder: str) -> None:
             sum(sent_bytes(batch, layout, SMALL, 4) for batch in batches),
         )
     layout = CHECKED[0]
-    sequence = Sequence(layout.ulysses, layout.ring, rank, world_size, SMALL, TIMEOUT)
+    sequence = Sequence(layout.ulysses, layout.ring, rank, SMALL, TIMEOUT)
     for length in (2048, 4096, 8192):
         (batch,) = micro_steps(np.array([length]), layout, rank, SMALL, sequence, length)
         features, exchange = imagine(batch, SMALL, torch.float32), batch.exchange

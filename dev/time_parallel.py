@@ -32,7 +32,7 @@ from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
 from eagle3.loader import fill_micro_steps  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
 from eagle3.optim import step_if_finite  # noqa: E402
-from eagle3.parallel.ranks import join  # noqa: E402
+from eagle3.parallel.ranks import Ranks  # noqa: E402
 from eagle3.parallel.sequence import Sequence  # noqa: E402
 from eagle3.ttt import unroll  # noqa: E402
 
@@ -157,12 +157,13 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
         else (torch.device("cpu"), torch.float32)
     )
     connect(rank, layout.ranks, folder, device)
-    config, ranks = SHAPES["llama3-8b"] if cuda else SMALL, join()
+    config = SHAPES["llama3-8b"] if cuda else SMALL
+    ranks = Ranks(rank, layout.ranks, rank)
     model = make_model(config, device, dtype)
     sequence = None
     if layout.group > 1:
         shape = layout.ulysses, layout.ring
-        sequence = Sequence(*shape, rank, layout.ranks, config, TIMEOUT)
+        sequence = Sequence(*shape, rank, config, TIMEOUT)
     lengths = lognormal(options.tokens * options.processes)
     batches = [
         batch.to(device)
@@ -176,7 +177,7 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
         began = time.perf_counter()
         for batch, seen in zip(batches, features, strict=True):
             (model.forward(batch, seen) / lengths.sum()).backward()
-        ranks.sum_gradients(parameters, torch.float32)
+        ranks.all_reduce_gradients(parameters, torch.float32)
         float(step_if_finite(optimizer, parameters, 0.5)[0])  # waits for the device
         dist.barrier()
         seconds.append(time.perf_counter() - began)

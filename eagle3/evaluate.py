@@ -22,7 +22,6 @@ from eagle3.config import Eval
 from eagle3.draft.model import Draft
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
-from eagle3.target.generation import GREEDY, sample
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 
@@ -92,7 +91,7 @@ def answer_batch(
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
     """
-    answers = sample(target, prompts, max_new_tokens, GREEDY)
+    answers = target.generate(prompts, max_new_tokens)
     any_token = torch.ones(target.config.vocab_size, dtype=torch.bool)
     parts: dict[str, list[torch.Tensor]] = {f.name: [] for f in fields(Features)}
     parts["input_ids"] = []

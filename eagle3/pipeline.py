@@ -146,11 +146,8 @@ def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:
 
     An engine stays, and serves ranks of other processes too.
     """
-    spawns = spawns_ranks(config)
-    if not keep or (spawns and target.in_process):
+    if not keep or (spawns_ranks(config) and target.in_process):
         target.close()
-    elif spawns:
-        target.load().free_weights()
 
 
 def capture_on_rank(

@@ -196,9 +196,7 @@ def build_trainer(
     features = supply.features
     if group > 1:
         timeout = collective_timeout(config.launch.timeout)
-        sequence = Sequence(
-            shape.ulysses, shape.ring, ranks.rank, ranks.world_size, draft.config, timeout
-        )
+        sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, draft.config, timeout)
         features = sequence.share_features(features, weights.embedding.dtype)
         pack_documents = partial(deal_packed, sequence, pack_documents)
 

@@ -15,14 +15,7 @@ from transformers import (
 
 from eagle3.batch import Document, pack, serving
 from eagle3.decode.drafter import Drafter
-from eagle3.decode.speculate import (
-    Accepted,
-    Greedy,
-    Sampling,
-    accept_matching,
-    generate,
-    speculate,
-)
+from eagle3.decode.speculate import Accepted, Sampling, accept_matching, generate, speculate
 from eagle3.decode.tree import Candidates, Tree
 from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
@@ -112,10 +105,11 @@ def trained(target, prompts):
     return draft
 
 
-class Forced(Greedy):
+class Forced(Sampling):
     """Drafts the tokens of a text, whatever the scores."""
 
     def __init__(self, draft_ids):
+        super().__init__()
         self.draft_ids = iter(draft_ids)
 
     def draw(self, logits):
@@ -404,7 +398,7 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
             ]
             drafter.append(*padded, counts)
             newest = torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
-            tree = drafter.propose(newest, Greedy())
+            tree = drafter.propose(newest, Sampling())
             for i, end in enumerate(ends):
                 read = aux[i][:end], texts[i][: end + 1]
                 expected = slow_tree(draft, target.embedding, *read, steps, topk, verify_tokens)
@@ -465,7 +459,7 @@ def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, m
     whole = generate(target, prompts, 40)
     first, later = whole[1].ids[:9], whole[1].ids[9:]
     ends = [whole[0].ids[0], next(token for token in later if token not in first)]
-    monkeypatch.setattr(target.model.generation_config, "eos_token_id", ends)
+    monkeypatch.setattr(target, "eos_token_ids", set(ends))
     expected = [alone(target, prompt, 40).ids for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 2 and len(expected[0]) == 1
     for steps, topk, verify_tokens in ((4, 1, 5), (4, 4, 16), (6, 4, 30)):

@@ -96,7 +96,7 @@ def trainer_of(
     group = ulysses * ring
     if group > 1:
         timeout = timedelta(minutes=5)
-        shared = Sequence(ulysses, ring, ranks.rank, ranks.world_size, SHAPE, timeout)
+        shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timeout)
         features = shared.share_features(imagine, embedding.dtype)
         pack_documents = partial(deal_packed, shared, pack_documents)
     section = SimpleNamespace(
@@ -184,6 +184,7 @@ def alone():
     return {stored: train(trainer_of(Ranks(), 1, 1, stored)) for stored in (True, False)}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_equals_one_process(alone, world_size, tmp_path):
     mp.spawn(in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
@@ -216,7 +217,7 @@ def whole_batch(mask=serving):
 
 def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
     """As on a rank of a group, without processes."""
-    return Sequence(ulysses, ring, rank, ulysses * ring, SHAPE)
+    return Sequence(ulysses, ring, rank, SHAPE, None)
 
 
 @pytest.mark.parametrize("mask", [serving, shifted])

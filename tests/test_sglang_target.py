@@ -2,12 +2,12 @@
 lifetime, memory.
 """
 
-import json
+import copy
 import os
 import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,22 +15,24 @@ import httpx
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, spec_of
+from conftest import ROOT, losses, run_command, spec_of
 from transformers import OPTConfig
 
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.generation import GREEDY, sample
+from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget, head_statistics
 from eagle3.target.layers import engines_default, numbered_by
-from eagle3.target.sglang import hook, serve
+from eagle3.target.sglang import blocks as blocks_module
+from eagle3.target.sglang import hook
 from eagle3.target.sglang import target as target_module
-from eagle3.target.sglang.blocks import PREFIX, SHARED, Blocks
-from eagle3.target.sglang.hook import ALIVE, Hook, sglang_group, statistics
-from eagle3.target.sglang.serve import ServerOptions, capture_server, check_capturable
-from eagle3.target.sglang.target import SGLangTarget, split_prompts
+from eagle3.target.sglang.blocks import ALIVE, PREFIX, SHARED, Blocks
+from eagle3.target.sglang.hook import Hook, statistics
+from eagle3.target.sglang.target import SGLangTarget, check_capturable, log_path, split_prompts
 from eagle3.target.spec import default_aux_layer_ids
+from eagle3.target.weights import load_weights
 
+pytestmark = pytest.mark.runs
 CPU = torch.device("cpu")
 FAKE = ROOT / "tests" / "fake_sglang"
 
@@ -62,6 +64,13 @@ def behave(target):
         yield lambda **how: client.post("/fake", json=how).raise_for_status()
         client.post("/fake", json={"chunk": 1 << 30, "silent": False, "skip": 0})
     target.blocks.clear()
+
+
+def answered():
+    """The reply to a request that is over."""
+    reply = Future()
+    reply.set_result(None)
+    return reply
 
 
 def random_prompts(target, lengths):
@@ -100,10 +109,8 @@ def test_at_most_batch_tokens_are_in_flight():
 
 def test_generation_equals_transformers(target, reference):
     prompts = [ids.tolist() for ids in random_prompts(target, [5, 12, 9])]
-    assert sample(target, prompts, 10, GREEDY) == sample(reference, prompts, 10, GREEDY)
+    assert target.generate(prompts, 10) == reference.generate(prompts, 10)
     assert target.eos_token_ids == reference.eos_token_ids
-    for name in ("embedding", "head"):
-        assert torch.equal(getattr(target, name), getattr(reference, name))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +123,7 @@ def test_generation_equals_transformers(target, reference):
 )
 def test_faults_of_the_server(target, behave, monkeypatch, how, sentence):
     behave(**how)
-    monkeypatch.setattr(target_module, "SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(blocks_module, "SILENT_SECONDS", 0.3)
     batch = batch_of(target, [9, 14])
     if not how:
         batch.input_ids[3] = 10**6
@@ -149,11 +156,16 @@ def test_a_server_started_by_hand(target_folder, reference):
         client.close()
         server.terminate()
     assert server.returncode == 143
-    serve.log_path(httpx.URL(url).port).unlink()
+    log_path(httpx.URL(url).port).unlink()
 
 
 def test_another_head_is_found(target, monkeypatch):
-    monkeypatch.setattr(SGLangTarget, "head", property(lambda self: -self.weights.head))
+    def negated(*args):
+        weights = load_weights(*args)
+        weights.head = -weights.head
+        return weights
+
+    monkeypatch.setattr(target_module, "load_weights", negated)
     with pytest.raises(RunError, match="are not its logits"):
         target.verify()
 
@@ -166,16 +178,17 @@ def test_another_layer_is_found(target, target_folder, monkeypatch):
         target.verify()
 
 
-def test_copies_of_the_model(monkeypatch):
+@pytest.mark.parametrize(
+    ("tp_size", "given", "processes", "copies"),
+    [(2, 3, 8, 3), (2, None, 8, 4), (2, None, 1, 1), (1, None, 4, 4), (16, None, 8, 1)],
+)
+def test_copies_of_the_model(target, monkeypatch, tp_size, given, processes, copies):
     """As many as the GPUs of the processes hold, where the config does not say."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    for_processes = SGLangTarget.for_processes
-    assert for_processes({"dp_size": 3, "tp_size": 2}, 8)["dp_size"] == 3
-    copies = [
-        for_processes({"tp_size": tp, "dp_size": None}, n)["dp_size"]
-        for tp, n in [(2, 8), (2, 1), (1, 4), (16, 8)]
-    ]
-    assert copies == [4, 1, 4, 1]
+    section = {"_target_": "eagle3.target.sglang.target.SGLangTarget"}
+    section |= {"tp_size": tp_size, "dp_size": given}
+    handle = TargetHandle(target.spec, section, CPU, processes)
+    assert handle.section["dp_size"] == copies
 
 
 def head_shard(head, first, size, padding):
@@ -190,26 +203,25 @@ def reduce_on(rank, folder, shards):
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     last, head = torch.load(folder / "inputs.pt")
-    for number, shard in enumerate(shards[rank]):
-        found = statistics(last, head_shard(head, *shard), dist.group.WORLD)
-        torch.save(found, folder / f"{number}_{rank}.pt")
+    found = statistics(last, head_shard(head, *shards[rank]), dist.group.WORLD)
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_statistics_of_a_split_head(tmp_path):
-    """Also where a process has no token at all, and where the best logit stands twice."""
+    """Also where the best logit stands twice."""
     torch.manual_seed(0)
     head, last = torch.randn(100, 8), torch.randn(17, 8)
     head[70] = head[5] = 3 * last[0]
     torch.save((last, head), tmp_path / "inputs.pt")
-    shards = [[(0, 64, 0), (0, 100, 28)], [(64, 36, 28), (100, 0, 64)]]
+    shards = [(0, 64, 0), (64, 36, 28)]
     torch.multiprocessing.start_processes(
         reduce_on, (tmp_path, shards), nprocs=2, start_method="fork"
     )
     argmax, logsumexp = head_statistics(last, head)
     assert argmax[0] == 5
-    for file in [f"{number}_{rank}.pt" for number in range(2) for rank in range(2)]:
-        token, lse = torch.load(tmp_path / file)
+    for rank in range(2):
+        token, lse = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(token, argmax)
         torch.testing.assert_close(lse, logsumexp)
 
@@ -236,7 +248,7 @@ def test_the_hook_never_raises_and_reports():
         ours = forward_batch(["other", blocks.request_id(0)], [2, 3])
         call(None, (None, last, head, ours, aux), None)
         with pytest.raises(RunError, match="auxiliary hidden states"):
-            blocks.wait(lambda: pytest.fail("nothing was reported"))
+            blocks.wait(answered())
     blocks.close()
 
 
@@ -248,7 +260,7 @@ def test_a_block_that_cannot_be_written_is_reported(monkeypatch):
     blocks = Blocks()
     hook.write_block(blocks.folder / "1.safetensors", {}, [], None)
     with pytest.raises(RunError, match="no space left"):
-        blocks.wait(lambda: pytest.fail("nothing was reported"))
+        blocks.wait(answered())
     blocks.close()
     hook.write_block(blocks.folder / "1.safetensors", {}, [], None)
     assert not blocks.folder.exists()
@@ -276,7 +288,7 @@ def test_one_pass_may_serve_two_clients():
             torch.empty(len(rows), dtype=torch.int64),
             torch.empty(len(rows)),
         )
-        blocks.receive(prompts, features, list)
+        blocks.receive(prompts, features, answered())
         assert torch.equal(features.aux_hidden_states, torch.cat(aux, 1)[rows])
         assert torch.equal(features.last_hidden_states, last[rows])
         assert torch.equal(features.argmax, argmax[rows])
@@ -294,10 +306,12 @@ def test_layers_in_every_convention():
 
 @pytest.mark.parametrize(("layers", "flagged"), [([1, 3, 4], []), ([0, 3, 4], ["0", "3", "4"])])
 def test_explicit_layers_only_where_the_default_is_not_meant(
-    target_folder, tmp_path, layers, flagged
+    target, target_folder, tmp_path, layers, flagged
 ):
-    server = capture_server(spec_of(target_folder, layers), CPU, tmp_path, ServerOptions())
-    _, *after = " ".join(server.command).partition("--return-aux-hidden-state-layer-ids ")
+    asked = copy.copy(target)
+    asked.aux_layer_ids, asked.blocks = layers, SimpleNamespace(folder=tmp_path)
+    command = " ".join(asked.describe_server().command)
+    _, *after = command.partition("--return-aux-hidden-state-layer-ids ")
     assert after[-1].split()[:3] == flagged
 
 
@@ -308,7 +322,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_p
     OPTConfig(architectures=["OPTForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="hides the hidden states of OPTForCausalLM"):
         check_capturable(spec_of(tmp_path))
-    with pytest.raises(ConfigError, match="behind layer 7 is none"):
+    with pytest.raises(ConfigError, match="choose layers below 7"):
         SGLangTarget.check_settings({}, spec_of(target_folder, [0, 1, 7]))
     with pytest.raises(ConfigError, match=r"batch_tokens=.* GB of shared memory"):
         SGLangTarget(spec, CPU, batch_tokens=10**12)
@@ -316,30 +330,6 @@ def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_p
     with pytest.raises(ConfigError, match=r"target\.python"):
         SGLangTarget.check_settings({}, spec)
     SGLangTarget.check_settings({"url": "http://127.0.0.1:1"}, spec)
-
-
-CLIENT = """
-import sys, time
-from eagle3.target.sglang.blocks import Blocks
-blocks = Blocks()
-(blocks.folder / "00-1.safetensors").write_bytes(bytes(10**6))
-print(blocks.folder, flush=True)
-time.sleep(1000)
-"""
-
-
-def test_the_engine_frees_the_memory_of_a_killed_run():
-    """After SIGKILL the client itself cannot."""
-    command = [sys.executable, "-c", CLIENT]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as client:
-        folder = Path(client.stdout.readline().strip())
-        Hook(SHARED, sglang_group).delete_with_client(folder)
-        assert folder.is_dir()
-        client.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 120
-    while folder.exists():
-        assert time.monotonic() < until, "still there"
-        time.sleep(0.05)
 
 
 def test_folders_of_the_dead_are_deleted_and_those_of_the_living_kept(tmp_path):
@@ -353,24 +343,10 @@ def test_folders_of_the_dead_are_deleted_and_those_of_the_living_kept(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([mine.folder, tmp_path / "other"])
 
 
-def losses(run_dir):
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 @pytest.mark.slow
-def test_two_processes_train_as_with_transformers(target_folder, tmp_path):
+def test_two_processes_train_as_with_transformers(settings, tmp_path):
     """Offline, from one server of the launcher; nothing is left in shared memory."""
-    rows = [{"id": str(i), "messages": [{"role": "user", "content": f"Say {i}"},
-             {"role": "assistant", "content": f"{i} " * 12}]} for i in range(24)]  # fmt: skip
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [
-        "model=hf", f"model.path={target_folder}", "model.dtype=float32", "data=jsonl",
-        f"data.path={tmp_path / 'chat.jsonl'}", "data.max_length=96", "draft.vocab_size=300",
-        "draft.ttt_steps=3", "eval.num_prompts=1", "eval.max_new_tokens=12", "eval.draft_length=3",
-        "train.tokens_per_step=192", "train.max_steps=2", "train.epochs=9", "train.log_every=1",
-        "hidden_states.dtype=fp32", "train.documents_per_update=4",
-    ]  # fmt: skip
+    fewer = ["train.max_steps=2", "hidden_states.dtype=fp32", "train.documents_per_update=4"]
     engine = ["target=sglang", "mode=offline", "launch.nproc_per_node=2"]
     before = set(SHARED.iterdir())
     for name, own in (
@@ -378,12 +354,7 @@ def test_two_processes_train_as_with_transformers(target_folder, tmp_path):
         ("sglang", [*engine, "stages=[prepare,generate,capture,train]"]),
     ):
         folders = [f"cache_dir={tmp_path / name}.cache", f"hydra.run.dir={tmp_path / name}"]
-        done = subprocess.run(
-            [sys.executable, "run.py", *settings, *own, *folders],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        done = run_command(*settings, *fewer, *own, *folders)
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "sglang") == pytest.approx(losses(tmp_path / "hf"), rel=1e-4)
     assert not [path for path in set(SHARED.iterdir()) - before if path.name.startswith(PREFIX)]
@@ -399,7 +370,7 @@ def test_a_server_that_dies_is_noticed(target, target_folder, monkeypatch):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     os.kill(int(children.split()[0]), signal.SIGKILL)
     batch = batch_of(target, [9, 30])
-    with pytest.raises(RunError, match=r"does not answer any more .* its log: "):
+    with pytest.raises(RunError, match=r"does not answer any more .* its log is "):
         other(batch)
     other.close()
     try:
@@ -409,6 +380,6 @@ def test_a_server_that_dies_is_noticed(target, target_folder, monkeypatch):
         assert "exit code 137" in str(error) and "the stand-in is ready" in str(error)
         target.close()
     assert not target.blocks.folder.exists()
-    log = serve.log_path(httpx.URL(target.url).port)
+    log = log_path(httpx.URL(target.url).port)
     assert log.exists(), "the error names it"
     log.unlink()

@@ -36,7 +36,7 @@ H, V = 32, 50
 
 def weights_of(head, norm):
     config = SimpleNamespace(hidden_size=head.shape[1], rms_norm_eps=1e-5, model_type="llama")
-    return TargetWeights(config, head, head, norm, [0, 1, 2], {1})
+    return TargetWeights(config, head, head, norm, {1})
 
 
 @pytest.fixture(scope="module")

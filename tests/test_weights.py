@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import spec_of
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -88,8 +87,7 @@ def assert_loaded_alike(folder: Path, dtype="auto") -> weights.TargetWeights:
     torch.testing.assert_close(ours.norm, norm.weight, rtol=0, atol=0)
     for name in ("embedding", "head"):
         torch.testing.assert_close(getattr(ours, name), getattr(target, name), rtol=0, atol=0)
-    for name in ("aux_layer_ids", "eos_token_ids", "device"):
-        assert getattr(ours, name) == getattr(target, name)
+    assert ours.eos_token_ids == target.eos_token_ids
     assert ours.config.to_dict() == target.config.to_dict()
     return ours
 
@@ -170,11 +168,6 @@ def empty_index(folder: Path) -> None:
     (folder / INDEX).write_text("{}")
 
 
-def pickle_only(folder: Path) -> None:
-    (folder / SINGLE).unlink()
-    (folder / "pytorch_model.bin").touch()
-
-
 PHI = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
 
 
@@ -185,29 +178,28 @@ PHI = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
             lambda folder: None,
             {"lm_head_key": "lm_haed.weight"},
             ConfigError,
-            r"model\.lm_head_key=lm_haed\.weight is no tensor of .* there are lm_head\.weight",
+            r"model\.lm_head_key=lm_haed\.weight finds no tensor .* nearest are lm_head\.weight",
         ),
         (
             lambda folder: rename(folder, {"lm_head.weight": ""}),
             {},
             ConfigError,
-            r"model\.lm_head_key is needed, as no name ends with lm_head\.weight or ",
+            r"model\.lm_head_key=null finds no tensor in ",
         ),
         (
             lambda folder: None,
             {"lm_head_key": "model.norm.weight"},
             ConfigError,
-            r"model\.norm\.weight .* is F32 \[64\], but must be a float tensor \[96, 6",
+            r"model\.norm\.weight .* is F32 \[64\], not of floats \[96, 64\]",
         ),
         (
             lambda folder: (folder / SINGLE).unlink(),
             {},
             ConfigError,
-            r"neither model\.safetensors\.index\.json nor model\.safetensors",
+            r"model\.path=.* model\.safetensors.*; give a folder",
         ),
-        (pickle_only, {}, ConfigError, r"pytorch_model\.bin only, .*; convert it to safetensors"),
         (damage_shard, {}, RunError, "model-.* does not open .*; get it again"),
-        (lose_shard, {}, RunError, "model-.* does not open .*; get it again"),
+        (lose_shard, {}, ConfigError, "model-.*; give a folder"),
         (empty_index, {}, RunError, rf"{INDEX} .* names no tensors; get it again"),
         (
             lambda folder: AutoModelForCausalLM.from_config(PHI).save_pretrained(folder),
@@ -236,8 +228,6 @@ def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
 
     def download(repo, name, revision):
         assert (repo, revision) == ("some/model", "main")
-        if not (tmp_path / "hub" / name).exists():
-            raise EntryNotFoundError("404", response=None)
         fetched.append(name)
         (tmp_path / "cache").mkdir(exist_ok=True)
         return shutil.copy(tmp_path / "hub" / name, tmp_path / "cache" / name)
@@ -245,7 +235,7 @@ def test_a_hub_id_downloads_only_what_is_needed(tmp_path, monkeypatch):
     spec, local = spec_of(tmp_path / "hub", dtype="auto"), load(tmp_path / "hub")
     config = AutoConfig.from_pretrained(tmp_path / "hub")
     generation = GenerationConfig.from_pretrained(tmp_path / "hub")
-    monkeypatch.setattr(weights, "hf_hub_download", download)
+    monkeypatch.setattr(weights, "cached_file", download)
     monkeypatch.setattr(weights, "whole_config", lambda *_: config)
     monkeypatch.setattr(GenerationConfig, "from_pretrained", lambda *_, **__: generation)
     ours = weights.load_weights(replace(spec, path="some/model", revision="main"), CPU)

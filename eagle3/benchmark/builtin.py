@@ -12,7 +12,7 @@ from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, Greedy, Sampling, generate, speculate
+from eagle3.decode.speculate import Generation, Sampling, generate, speculate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.export.rules import read_draft
 
@@ -46,8 +46,7 @@ class Builtin(Request):
         # One generator for all questions: were each seeded alike, all would have the same luck and
         # intervals be too narrow.
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
-        rule = Sampling(self.temperature, generator) if self.temperature else Greedy()
-        self.rules[tuple(config)] = rule
+        self.rules[tuple(config)] = Sampling(self.temperature, generator)
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config

@@ -25,7 +25,6 @@ from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import Row, SourceFiles, find_files, read_rows
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact
-from eagle3.target.generation import GREEDY, sample
 
 if TYPE_CHECKING:
     from eagle3.target.handle import TargetHandle
@@ -268,7 +267,7 @@ class BuiltIn:
     ) -> None:
         """Dialogues side by side: one turn of all that still ask, until none does."""
         top = {"top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
-        sampled = {"do_sample": True, "temperature": self.temperature, **top}
+        sampled = {"temperature": self.temperature, **top}
         context = model.config.max_position_embeddings
         while True:
             asking: list[tuple[Dialogue, list[int]]] = []
@@ -282,8 +281,8 @@ class BuiltIn:
             if not asking:
                 return
             prompts = [prompt for _, prompt in asking]
-            sampling = sampled if self.temperature > 0 else GREEDY
-            answers = sample(model, prompts, max_new_tokens, sampling)
+            sampling = sampled if self.temperature > 0 else None
+            answers = model.generate(prompts, max_new_tokens, sampling)
             for (dialogue, prompt), answer in zip(asking, answers, strict=True):
                 ids = answer[: context - len(prompt)]
                 dialogue.counts["answer_tokens"] += len(ids)

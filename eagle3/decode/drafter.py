@@ -35,11 +35,13 @@ class Drafter:
             draft = copy.deepcopy(draft).to(dtype)
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
         self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
+        # One product where training has two: here the time is that of starting kernels.
         self.qkv_weight = torch.cat([draft.qkv_weight(0), draft.qkv_weight(1)], dim=1)
         # The draft keeps the tables, and training could not use inference tensors.
         with torch.inference_mode(False):
             positions = torch.arange(max_length + steps, device=device)
             self.rotation = torch.stack(draft.rope(positions, len(positions)))
+        # Behind the texts come a round's nodes, which the next round overwrites.
         slots = max_length + steps + steps * topk
         shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
         # Zeros, because what a mask hides must still be finite.

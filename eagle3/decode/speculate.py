@@ -28,8 +28,7 @@ class Generation:
 
     `emitted` and `accepted`: per verification round the tokens it committed and how many of them
     were drafted; what lies behind an end of sequence or `max_new_tokens` is neither.
-    `prefill_seconds` covers the prompts of the whole batch through the target and the draft,
-    `decode_seconds` the rounds until this sequence ended.
+    `prefill_seconds` are those of the whole batch, `decode_seconds` last until this sequence ended.
     """
 
     ids: list[int]
@@ -58,33 +57,23 @@ def accept_matching(tree: Tree, target_tokens: torch.Tensor) -> Accepted:
     matches = target_tokens.gather(1, parents) == tree.ids
     matches[:, 0] = True
     accepted = (matches[:, None] | ~tree.mask).all(-1).long()  # with all of its ancestors
+    # A stable sort by acceptance brings the accepted path to the front, root first.
     counts = accepted.sum(1).tolist()
     path = accepted.argsort(dim=1, descending=True, stable=True)[:, : max(counts)]
     return Accepted(target_tokens.gather(1, path), path, counts)
 
 
-class Greedy:
-    """Temperature 0: a draft is accepted where it is the target's argmax."""
-
-    def draw(self, logits: torch.Tensor) -> torch.Tensor:
-        """[..,V] -> int64 [..]."""
-        return logits.argmax(-1)
-
-    def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
-        """Judge a tree by the target's logits [B,W,V] behind its nodes."""
-        return accept_matching(tree, self.draw(logits))
-
-
 class Sampling:
     """Tokens are distributed as the target's, whatever the draft proposes.
 
-    A chain is drawn from the draft. Draft d is accepted with probability min(1, p(d) / q(d)); the
-    first rejected one is replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv
-    2211.17192). The nodes of a tree are not drawn, but likely: the target draws a token behind
-    each, and where that is a child, the child is accepted.
+    At temperature 0 a draft is accepted where it is the target's argmax. Else a chain is drawn from
+    the draft. Draft d is accepted with probability min(1, p(d) / q(d)); the first rejected one is
+    replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192). The
+    nodes of a tree are not drawn, but likely: the target draws a token behind each, and where that
+    is a child, the child is accepted.
     """
 
-    def __init__(self, temperature: float, generator: torch.Generator | None = None):
+    def __init__(self, temperature: float = 0.0, generator: torch.Generator | None = None):
         self.temperature, self.generator = temperature, generator
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
@@ -97,10 +86,14 @@ class Sampling:
         return torch.multinomial(flat, 1, generator=self.generator).view(probabilities.shape[:-1])
 
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """[..,V] -> int64 [..]."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
         return self.sample(self.probabilities(logits))
 
     def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
-        if not tree.logits:  # a tree, or a root alone
+        """Judge a tree by the target's logits [B,W,V] behind its nodes."""
+        if self.temperature == 0 or not tree.logits:  # a tree, or a root alone
             return accept_matching(tree, self.draw(logits))
         p = self.probabilities(logits)
         # The last row of q stays 0: behind the last draft, max(p - q, 0) is p.
@@ -125,12 +118,6 @@ def synchronized_time(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def truncate(ids: list[int], limit: int, eos_token_ids: set[int]) -> list[int]:
-    """At most `limit` tokens, ending with the first end-of-sequence token."""
-    ends = (i + 1 for i, token in enumerate(ids) if token in eos_token_ids)
-    return ids[: min(limit, next(ends, limit))]
 
 
 class DecodingBatch:
@@ -186,8 +173,10 @@ class DecodingBatch:
         self.cache.crop(max(self.lengths) - longest - width)  # negative: how many to forget
         for i, ids, count in zip(self.rows, accepted.ids.tolist(), counts, strict=True):
             generation = self.generations[i]
-            limit = self.max_new_tokens - len(generation.ids)
-            kept = truncate(ids[:count], limit, self.target.eos_token_ids)
+            kept = ids[: min(count, self.max_new_tokens - len(generation.ids))]
+            ends = [n for n, token in enumerate(kept) if token in self.target.eos_token_ids]
+            if ends:
+                del kept[ends[0] + 1 :]
             generation.ids += kept
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
@@ -203,6 +192,7 @@ class DecodingBatch:
                 unfinished.append(row)
         if not finished:
             return unfinished
+        # Timed for those that end only: each measurement waits for the device.
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
         for generation in finished:
             generation.decode_seconds = seconds
@@ -219,22 +209,21 @@ def generate(
     target,
     prompts: list[torch.Tensor],
     max_new_tokens: int,
-    rule: Greedy | Sampling | None = None,
+    rule: Sampling | None = None,
     drafter: Drafter | None = None,
 ) -> list[Generation]:
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
     forward pass; without one, a token per pass: what speculation must equal and beat.
     """
-    rule = rule or Greedy()
+    rule = rule or Sampling()
     batch = DecodingBatch(target, prompts, max_new_tokens)
     aux, last = batch.prefill(prompts)
     newest = rule.draw(target.lm_head(last))
     if drafter is not None:
-        following = [
-            torch.cat([prompt[1:].to(batch.device), token[None]])
-            for prompt, token in zip(prompts, newest, strict=True)
-        ]
-        drafter.append(aux, pad_sequence(following, batch_first=True), batch.lengths)
+        # Row t reads token t + 1, so the last row of a prompt reads the first answer.
+        following = pad_sequence(prompts, batch_first=True).to(batch.device).roll(-1, dims=1)
+        following[batch.on_device(batch.rows), batch.on_device(batch.lengths) - 1] = newest
+        drafter.append(aux, following, batch.lengths)
     batch.start(newest)
     while unfinished := batch.drop_finished():
         if len(unfinished) < len(newest):
@@ -264,7 +253,7 @@ def speculate(
     topk: int,
     verify_tokens: int,
     max_new_tokens: int,
-    rule: Greedy | Sampling | None = None,
+    rule: Sampling | None = None,
 ) -> list[Generation]:
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
     check_tree(steps, topk, verify_tokens, draft.config.draft_vocab_size)

@@ -155,31 +155,22 @@ class Route(NamedTuple):
         return arrived[self.arrival_of_wanted.to(x.device)]
 
 
-class Routes(NamedTuple):
-    """How features reach their rank: `batch` are the documents that this one prefills, or None."""
-
-    batch: Batch | None
-    tokens: Route
-    teachers: Route
-
-
 class Sequence:
     """The ranks that share a replica's micro-batches; rank p has ring place p // u, heads p % u."""
 
     def __init__(
-        self, ulysses: int, ring: int, rank: int, world_size: int, config: DraftConfig,
-        timeout: timedelta | None = None,
-    ):  # fmt: skip
-        """`rank` and `world_size` are those of the run, whose ranks must all make their Sequence.
+        self, ulysses: int, ring: int, rank: int, config: DraftConfig, timeout: timedelta | None
+    ):
+        """`rank` is that of the run, whose ranks must all make their Sequence.
 
         `timeout` is that of its collectives; without one it deals batches and cannot send.
         """
         self.ulysses, self.ring, self.size = ulysses, ring, ulysses * ring
         self.rank, self.config = rank % self.size, config
         self.group = self.heads_group = None
-        if timeout is not None:
-            self.group = new_group(self.size, rank, world_size, timeout)
-            self.heads_group = new_group(ulysses, rank, world_size, timeout)
+        if timeout is not None:  # groups of neighbours: every rank has to make every group
+            self.group, _ = dist.new_subgroups(self.size, timeout=timeout)
+            self.heads_group, _ = dist.new_subgroups(ulysses, timeout=timeout)
 
     def assign_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """rank_of_token int64 [T], and depth_of_token int64 [T]: how many steps need its row.
@@ -191,7 +182,7 @@ class Sequence:
         for count in batch.row_counts:
             depth_of_token[batch.rows[:count]] += 1
         # Multiplications: fc, k^0 and v^0 of every token; the rest of the layer, the head and
-        # attention to the tokens before at every step that needs the row.
+        # attention to the tokens before at every step that needs the row. Prompts cost least.
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         per_token = config.hidden_size * (3 * config.target_hidden_size + 2 * keys)
@@ -199,8 +190,7 @@ class Sequence:
         per_step = config.hidden_size * width + 2 * queries * (batch.position_ids + 1)
         cost_of_token = (per_token + depth_of_token * per_step).double()
 
-        size = -(-len(cost_of_token) // (BLOCKS_PER_RANK * self.size))
-        size = max(SMALLEST_BLOCK, size)
+        size = max(SMALLEST_BLOCK, -(-len(cost_of_token) // (BLOCKS_PER_RANK * self.size)))
         block_of_token = (batch.position_ids % size == 0).cumsum(0) - 1
         cost_of_block = torch.zeros(int(block_of_token[-1]) + 1, dtype=torch.double)
         cost_of_block.index_add_(0, block_of_token, cost_of_token)
@@ -272,6 +262,7 @@ class Sequence:
     def plan_exchange(
         self, batch: Batch, rank_of_token: Tensor, depth_of_token: Tensor
     ) -> Exchange:
+        """Every rank plans the same from the whole batch, so that nothing has to be agreed on."""
         first = self.rank - self.rank % self.ulysses
         members, steps = range(first, first + self.ulysses), range(len(batch.row_counts))
         rank_of_row = rank_of_token[batch.rows]
@@ -299,9 +290,13 @@ class Sequence:
             row_of_arrival=row_of_arrival,
         )
 
-    def plan_routes(self, batch: Batch, rank_of_token: Tensor, rank_of_pair: Tensor) -> Routes:
-        """A target reads whole documents: ranks prefill some each, and send the features of tokens
-        and teacher rows to where these are trained on.
+    def plan_routes(
+        self, batch: Batch, rank_of_token: Tensor, rank_of_pair: Tensor
+    ) -> tuple[Batch | None, Route, Route]:
+        """The documents that this rank prefills, if any, and the ways of tokens and teacher rows.
+
+        A target reads whole documents, so ranks prefill some each, and send the features to where
+        these are trained on.
         """
         lengths = batch.documents.lengths
         source_of_document = assign(np.array(lengths), self.size)
@@ -317,11 +312,9 @@ class Sequence:
             # Only tokens and teacher rows matter to a target, whatever the draft vocabulary.
             any_token = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
             prefilled = replace(pack(loaded, any_token, 1, serving), loaded=loaded)
-        return Routes(
-            prefilled,
-            plan_route(tokens, source_of_token, self.rank),
-            plan_route(teachers, source_of_token[batch.teacher_rows], self.rank),
-        )
+        token_route = plan_route(tokens, source_of_token, self.rank)
+        teacher_sources = source_of_token[batch.teacher_rows]
+        return prefilled, token_route, plan_route(teachers, teacher_sources, self.rank)
 
     def share_features(
         self, features_of: Callable[[Batch], Features], dtype: torch.dtype
@@ -348,13 +341,6 @@ class Sequence:
             )
 
         return features_of_dealt
-
-
-def new_group(size: int, rank: int, world_size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of `size` neighbours that `rank` is in; every rank has to make every group."""
-    starts = range(0, world_size, size)
-    groups = [dist.new_group(range(start, start + size), timeout=timeout) for start in starts]
-    return groups[rank // size]
 
 
 def assign(costs: np.ndarray, num_ranks: int) -> Tensor:

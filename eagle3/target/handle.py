@@ -23,32 +23,25 @@ class TargetHandle:
         self, spec: TargetSpec, section: dict[str, Any], device: torch.device, processes: int = 1
     ):
         """`processes` of this machine will use it together, where several do."""
-        self.spec, self.device = spec, device
-        self.section = get_class(section["_target_"]).for_processes(section, processes)
-        self.loaded: Any = None
+        if section.get("dp_size", 1) is None:  # of an engine: as many copies as the GPUs hold
+            gpus = min(torch.cuda.device_count(), processes)
+            section = section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
+        self.spec, self.section, self.device, self.loaded = spec, section, device, None
+        # Whether the model is loaded into this process, and not into an engine's.
+        self.in_process = get_class(section["_target_"]).in_process
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What hidden states and answers depend on, for fingerprints.
-
-        An engine that quantises the target while loading it changes them too.
-        """
-        known = {
-            "target": self.spec.identity,
-            "dtype": self.spec.dtype,
-            "aux_layer_ids": self.spec.aux_layer_ids,
-        }
+        """What hidden states and answers depend on, for fingerprints."""
+        spec = self.spec
+        known = {"target": spec.identity, "dtype": spec.dtype, "aux_layer_ids": spec.aux_layer_ids}
+        # An engine that quantises the target while loading it changes them too.
         name = self.section.get("quantization")
         return known if name is None else known | {"quantization": name}
 
-    @property
-    def in_process(self) -> bool:
-        """Whether the model is loaded into this process, and not into an engine's."""
-        return get_class(self.section["_target_"]).in_process
-
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes: they load the target themselves, or use the engine that runs here."""
-        state = vars(self) | {"loaded": None}
+        """For other processes, which load the target too, or use the engine that runs here."""
+        state = vars(self) | {"loaded": None}  # weights are not sent, nor can a client be
         if self.loaded is not None and not self.in_process:
             state["section"] = self.section | {"url": self.loaded.url}
         return state
@@ -71,16 +64,16 @@ class TargetHandle:
             self.close()
 
     def load_weights(self) -> TargetWeights:
-        """The embedding and the head alone; those of the loaded target, where it is loaded."""
-        return self.loaded or load_weights(self.spec, self.device)
+        """The embedding and the head alone; those of the loaded model, if it is here."""
+        loaded = self.loaded if self.in_process else None
+        return loaded or load_weights(self.spec, self.device)
 
     def close(self) -> None:
         """Free the target's memory, end its engine; `load` makes it anew."""
-        loaded, self.loaded = self.loaded, None
-        if loaded is None:
+        if self.loaded is None:
             return
-        loaded.close()
-        del loaded
+        if not self.in_process:
+            self.loaded.close()
+        self.loaded = None
         gc.collect()  # its hooks and it hold each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # for an engine on the same GPU
+        torch.cuda.empty_cache()  # for an engine on the same GPU

@@ -20,8 +20,8 @@ class HFTarget:
     """`target(batch) -> Features`, and the pieces that decoding needs.
 
     `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
-    `batch_tokens` is how many tokens a prefill that stores hidden states packs; `tp_size` must be
-    1. Raises ConfigError and RunError.
+    `batch_tokens` is how many tokens a prefill that stores hidden states packs. Raises ConfigError
+    and RunError.
     """
 
     in_process = True  # it has `states`, which decoding needs
@@ -36,7 +36,7 @@ class HFTarget:
     ):
         self.spec, self.config, self.device = spec, spec.config, device
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
-        assert tp_size == 1  # `check_settings` says what to do instead
+        assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
         chosen = choose_attention(self.config) if attention == "auto" else attention
         try:
@@ -52,6 +52,9 @@ class HFTarget:
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
         self.decoder = self.model.get_decoder()
+        self.embedding = self.model.get_input_embeddings().weight
+        self.head = self.model.get_output_embeddings().weight
+        self.eos_token_ids = end_token_ids(self.model.generation_config.eos_token_id, self.config)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
         layers = find_layers(self.decoder, self.config.num_hidden_layers)
@@ -63,18 +66,12 @@ class HFTarget:
         self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
 
     @staticmethod
-    def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
-        """The section as it is: each process loads the target itself."""
-        return section
-
-    @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        tp_size = section.get("tp_size", 1)
-        if tp_size > 1:
+        if section.get("tp_size", 1) > 1:
             raise ConfigError(
-                f"target.tp_size={tp_size}: target=hf loads the whole target in each process; use "
-                "target=sglang, which splits it over GPUs"
+                f"target.tp_size={section['tp_size']}: target=hf loads the whole target in each "
+                "process; use target=sglang, which splits it over GPUs"
             )
 
     @torch.no_grad()
@@ -89,21 +86,8 @@ class HFTarget:
         product = self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
             raise ConfigError(
-                f"the target at {self.spec.path} changes its logits behind the head; it is not "
-                "supported"
+                f"{self.spec.path} changes its logits behind the head; it is not supported"
             )
-
-    @property
-    def embedding(self) -> torch.Tensor:
-        return self.model.get_input_embeddings().weight
-
-    @property
-    def head(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight
-
-    @property
-    def eos_token_ids(self) -> set[int]:
-        return end_token_ids(self.model.generation_config.eos_token_id, self.config)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -113,8 +97,8 @@ class HFTarget:
     def states(
         self, input_ids, position_ids, cache=None, documents=None, visible=None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and last_hidden_states [..,T,H], the
-        latter after the final norm.
+        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and, after the final norm,
+        last_hidden_states [..,T,H].
 
         With `documents` the T tokens are packed documents; with `cache` they continue it. Each
         token sees all before it, or what `visible` bool [B,T,S] says of the S that are cached and
@@ -130,7 +114,7 @@ class HFTarget:
             documents=documents,
         )
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
-        self.captured.clear()
+        self.captured.clear()  # or they would live until the next pass
         last = output.last_hidden_state
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
@@ -142,13 +126,13 @@ class HFTarget:
         A dict of two, by kind of layer, where only some layers have a window. Raises ConfigError
         where the attention ignores such masks or cuts the text into chunks.
         """
+        # Flash kernels take no masks; chunks start at slots, and the slots of a batch differ.
         attention = self.decoder.config._attn_implementation
         chunked = getattr(self.config, "attention_chunk_size", None)
         if attention not in ("packed", "sdpa", "eager") or chunked:
             raise ConfigError(
                 f"{self.config.model_type} with target.attention={attention} decodes chains at "
-                "batch 1 only; trees and batches need target.attention=eager, and a target without "
-                "chunked attention"
+                "batch 1 only; set target.attention=eager (or benchmark=sglang, if it has chunks)"
             )
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
@@ -166,12 +150,35 @@ class HFTarget:
             return windowed
         return {"full_attention": additive(visible), "sliding_attention": windowed}
 
-    def generate(self, input_ids: torch.Tensor, **options) -> torch.Tensor:
-        """What transformers generates: int64 [B,n] -> [B,n+m]."""
-        return self.model.generate(input_ids, **options)
+    @torch.no_grad()
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
+    ) -> list[list[int]]:
+        """Answers to a batch of prompts; the end-of-turn token is kept where one was generated.
 
-    def close(self) -> None:
-        """Nothing is left to end: the memory is free as soon as nobody refers to the target."""
+        `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
+        """
+        width, eos = max(map(len, prompts)), sorted(self.eos_token_ids)
+        pad = eos[0] if eos else 0
+        padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
+        attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        output = self.model.generate(
+            torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(attended, device=self.device),
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos or None,
+            pad_token_id=pad,
+            **(greedy if sampling is None else sampling | {"do_sample": True}),
+        )
+        answers = output[:, width:].tolist()
+        for answer in answers:
+            ends = [place for place, token in enumerate(answer) if token in self.eos_token_ids]
+            if ends:
+                del answer[ends[0] + 1 :]  # padding
+        return answers
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
@@ -182,6 +189,7 @@ class HFTarget:
 
 def choose_attention(config: PretrainedConfig) -> str | None:
     """Ours where it computes what the model means, else None: transformers chooses itself."""
+    # `packed` has no chunks, soft caps or sinks.
     special = ("attention_chunk_size", "attn_logit_softcapping")
     if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
         return None
@@ -193,16 +201,14 @@ def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleLis
     for module in decoder.children():
         if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
             return module
-    raise RunError(
-        f"{type(decoder).__name__} has no list of its {num_layers} decoder layers among its "
-        "children"
-    )
+    raise RunError(f"{type(decoder).__name__} has no list of its {num_layers} decoder layers")
 
 
 def head_statistics(
     last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
+    # All logits at once would be 8 GB for 16,384 rows of a vocabulary of 128k.
     wide = torch.promote_types(last.dtype, torch.float32)
     argmax, logsumexp = [], []
     for rows in last.split(max(1, chunk_bytes // (4 * len(head)))):

@@ -50,6 +50,7 @@ def packed_attention(
             enable_gqa=True,
         )
         return out[None], None
+    # Document by document, the work is that of the documents and not of T x T.
     split = [x.split(documents.lengths, dim=2) for x in (query, key, value)]
     outs = [attend(*document, None, sliding_window, scaling) for document in zip(*split)]
     return torch.cat(outs, dim=2).transpose(1, 2), None
@@ -63,7 +64,7 @@ def attend(query, key, value, mask, window: int | None, scale: float | None) -> 
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place
         mask = (distance >= 0) & (distance < window)
-    causal = mask is None and length > 1
+    causal = mask is None and length > 1  # one token sees all, and is spared the causal kernel
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
     )

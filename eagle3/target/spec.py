@@ -20,8 +20,7 @@ class TargetSpec:
     """What every way of loading the target needs; `config` is that of its language model.
 
     `dtype` is the name of what it computes in, such as bfloat16; `aux_layer_ids` are zero-based
-    decoder layers, low to high; `embedding_key` and `lm_head_key` name tensors of checkpoints that
-    call them unusually.
+    decoder layers, low to high.
     """
 
     path: str
@@ -35,11 +34,7 @@ class TargetSpec:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a target is, for fingerprints: a hub id with its commit, or what a folder holds.
-
-        Of weight files the size and 64 blocks of a mebibyte spread over them: all of a small one,
-        seconds for a large one.
-        """
+        """What a target is, for fingerprints: a hub id with its commit, or what a folder holds."""
         folder = Path(self.path)
         if not folder.is_dir():
             commit = getattr(self.config, "_commit_hash", None)
@@ -47,6 +42,7 @@ class TargetSpec:
         files = {}
         for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
             digest, size = hashlib.sha256(), file.stat().st_size
+            # Blocks spread over a file: all of a small one, and seconds for 100 GB.
             with file.open("rb") as stream:
                 for block in range(SAMPLED_BLOCKS):
                     stream.seek(block * size // SAMPLED_BLOCKS)
@@ -60,6 +56,7 @@ class TargetSpec:
 
 def read_spec(model: Model) -> TargetSpec:
     """The section `model`, with what it leaves to be derived. Raises ConfigError."""
+    # Of a model that also sees or hears, only the language model is drafted for.
     whole = whole_config(model)
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
@@ -92,22 +89,20 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
     """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
     if num_layers < 7:
         raise ConfigError(
-            f"the target has {num_layers} layers, too few for the default auxiliary layers: set "
-            f"model.aux_layer_ids to three of 0..{num_layers - 1}, e.g. "
-            f"model.aux_layer_ids=[0,1,{num_layers - 1}]"
+            f"the target has {num_layers} layers, too few for the default auxiliary ones: set "
+            f"model.aux_layer_ids to three of them, e.g. [0,1,{num_layers - 1}]"
         )
     return engines_default(num_layers)
 
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
+    # Between the product and the softmax these would scale or bend what the draft learns from.
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
     for name, harmless in neutral.items():
         value = getattr(config, name, None)
         if value not in (harmless, None):
-            raise ConfigError(
-                f"the target's {name}={value} changes its logits; it is not supported"
-            )
+            raise ConfigError(f"the target's {name}={value} changes its logits: not supported")
 
 
 def end_token_ids(generation: int | list[int] | None, config: PretrainedConfig) -> set[int]:

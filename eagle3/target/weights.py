@@ -6,25 +6,25 @@ V the target's vocabulary, D the width of its embedding, H its hidden size.
 
 import difflib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 
-SINGLE, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # How families end the names; what stands before (`model.`, `model.language_model.`) differs too
 # much to be listed and is found in the checkpoint.
-EMBEDDINGS = tuple(
-    f"{name}.weight"
-    for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-)
+EMBEDDINGS = (
+    "embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight",
+    "tok_embeddings.weight",
+)  # fmt: skip
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 HEAD_BIASES = ("lm_head.bias", "embed_out.bias", "output.bias")
 NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_norm.weight")
@@ -42,88 +42,61 @@ class TargetWeights:
     embedding: torch.Tensor
     head: torch.Tensor
     norm: torch.Tensor | None
-    aux_layer_ids: list[int]
     eos_token_ids: set[int]
-
-    @property
-    def device(self) -> torch.device:
-        return self.embedding.device
 
 
 class Checkpoint:
     """The tensors of a folder or hub id by name; only files that hold one asked for are downloaded.
 
-    `files` maps names of tensors to names of files. Raises ConfigError where there are no
-    safetensors, RunError where they are damaged.
+    `files` maps tensors to files. Raises ConfigError where a file is missing, RunError where it is
+    damaged.
     """
 
     def __init__(self, path: str, revision: str | None):
         self.path, self.revision = path, revision
-        index = self.locate(INDEX)
-        if index is not None:
-            try:
-                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{INDEX} of the target at {path} names no tensors; get it again"
-                ) from error
-        elif self.locate(SINGLE) is not None:
-            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
-        elif self.locate(PICKLED) is not None or self.locate(f"{PICKLED}.index.json") is not None:
-            raise ConfigError(
-                f"model.path={path} has its weights in {PICKLED} only, which can run code when it "
-                "is read; convert it to safetensors (save_pretrained of transformers writes them)"
-            )
-        else:
-            raise ConfigError(
-                f"model.path={path}: neither {INDEX} nor {SINGLE} is there, or can be downloaded; "
-                "give a folder or hub id with one of them"
-            )
-
-    def locate(self, name: str) -> Path | None:
-        """Where a file lies on this machine, downloaded if need be; None if there is none."""
-        if Path(self.path).is_dir():
-            file = Path(self.path, name)
-            return file if file.is_file() else None
         try:
-            return Path(hf_hub_download(self.path, name, revision=self.revision))
-        except EntryNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{name} of model.path={self.path} cannot be downloaded: {reason}"
-            ) from error
+            index = cached_file(path, INDEX, revision=revision)
+        except OSError:  # a checkpoint of a single file
+            self.files = dict.fromkeys(self.open(SINGLE).keys(), SINGLE)
+            return
+        try:
+            self.files: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{INDEX} of {path} names no tensors; get it again") from error
 
     def open(self, name: str) -> safe_open:
         """One of the files, of which only the header is read."""
         try:
-            return safe_open(self.locate(name) or Path(self.path, name), "pt")
+            file = cached_file(self.path, name, revision=self.revision)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"model.path={self.path}: {reason}; give a folder or hub id with all of its "
+                "safetensors (save_pretrained of transformers converts a pytorch_model.bin)"
+            ) from error
+        try:
+            return safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(
-                f"{name} of the target at {self.path} does not open ({reason}); get it again"
+                f"{name} of {self.path} does not open ({reason}); get it again"
             ) from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, without those of numbered layers."""
-        names = [n for n in self.files if f".{n}".endswith(tuple(f".{end}" for end in endings))]
-        names = [n for n in names if not any(part.isdigit() for part in n.split("."))]
-        return sorted(names, key=len)
+        dotted = tuple(f".{end}" for end in endings)
+        names = [name for name in self.files if f".{name}".endswith(dotted)]
+        return sorted((name for name in names if not re.search(r"\.\d+\.", name)), key=len)
 
     def find(self, key: str, given: str | None, endings: tuple[str, ...]) -> str:
         """The name that model.`key` gives, else the shortest that ends as families end it."""
         names = self.ending(endings) if given is None else [given]
         if names and names[0] in self.files:
             return names[0]
-        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0.4)
-        what = f" is needed, as no name ends with {' or '.join(endings)} in"
-        if given is not None:
-            what = f"={given} is no tensor of"
-        file = Path(self.path, SINGLE if SINGLE in self.files.values() else INDEX)
+        near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0)
         raise ConfigError(
-            f"model.{key}{what} {file}; the nearest names there are "
-            f"{', '.join(near or list(self.files)[:3])}"
+            f"model.{key}={given or 'null'} finds no tensor in {self.path}; the nearest are "
+            f"{', '.join(near)}"
         )
 
     def read(
@@ -135,9 +108,8 @@ class Checkpoint:
             kind, found = stored.get_dtype(), stored.get_shape()
             if found != shape or kind not in ("F64", "F32", "F16", "BF16"):
                 raise ConfigError(
-                    f"{name} of the target at {self.path} is {kind} {found}, but must be a float "
-                    f"tensor {shape} by its config; set model.embedding_key or model.lm_head_key "
-                    "to another"
+                    f"{name} of {self.path} is {kind} {found}, not of floats {shape} as its config "
+                    "says; set model.embedding_key or model.lm_head_key to another"
                 )
             # A copy: the tensor is a view of the mapped file, whose pages the system may drop and
             # read again during training.
@@ -152,10 +124,9 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     config, path, dtype = spec.config, spec.path, getattr(torch, spec.dtype)
     check_supported(config)
     checkpoint = Checkpoint(path, spec.revision)
+    # The teacher's logits are a product without one, and no loss would show the difference.
     if checkpoint.ending(HEAD_BIASES):
-        raise ConfigError(
-            f"the target at {path} changes its logits behind the head (a bias); it is not supported"
-        )
+        raise ConfigError(f"{path} changes its logits behind the head (a bias): not supported")
     shape = [config.vocab_size, config.hidden_size]
     embedding_name = checkpoint.find("embedding_key", spec.embedding_key, EMBEDDINGS)
     embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
@@ -168,6 +139,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         head = checkpoint.read(head_name, shape, device, dtype)
         if tied and torch.equal(head, embedding):
             head = embedding
+    # The final norm lies beside the embedding; a `norm.weight` elsewhere may be another's.
     decoder = embedding_name.rpartition(".")[0].rpartition(".")[0]
     norms = [f"{decoder}.{name}".lstrip(".") for name in NORMS]
     norm = next((name for name in norms if name in checkpoint.files), None)
@@ -180,6 +152,5 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         embedding=embedding,
         head=head,
         norm=checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None,
-        aux_layer_ids=spec.aux_layer_ids,
         eos_token_ids=end_token_ids(eos, config),
     )

@@ -41,6 +41,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engines)
+            item.add_marker(pytest.mark.runs)
 
 
 def interpreter(engine: str) -> str:

@@ -12,13 +12,10 @@ nothing that SGLang's environment lacks: torch and safetensors.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
-import shutil
-import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +26,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+HOOK = "eagle3.target.sglang.hook:factory"  # what SGLang is told
 OURS = re.compile(r"(eagle3-\w+):(\d+)")
-ALIVE = ".alive"  # locked as long as the process that made the folder lives
 ERROR = "error"
 CHUNK_BYTES = 1 << 28  # of logits at a time
 
@@ -58,12 +55,12 @@ class Hook:
     def __init__(self, root: Path, group: Callable[[], dist.ProcessGroup]):
         self.root, self.group = root, group
         self.writer = ThreadPoolExecutor(1)  # the engine computes on while a block is written
-        self.watched: set[str] = set()
         self.blocks = 0
 
     def __call__(self, module: Any, inputs: tuple, output: Any) -> None:
         ours: dict[str, list[tuple[int, int]]] = {}
         try:
+            # LogitsProcessor.forward(input_ids, hidden_states, lm_head, metadata, aux)
             _, last, lm_head, batch, *more = inputs
             if not batch.forward_mode.is_extend() or not batch.rids:
                 return  # decoding: hidden states are wanted of prompts only
@@ -89,6 +86,7 @@ class Hook:
             raise RuntimeError("the model gave no auxiliary hidden states to its logits processor")
         if isinstance(aux, torch.Tensor):
             aux = aux.split(last.shape[-1], dim=-1)
+        # A block names no layers: with other than 3 the client would take one for another.
         if len(aux) != 3:
             raise RuntimeError(f"the model captured {len(aux)} auxiliary hidden states, not 3")
         lengths, before = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu)
@@ -106,23 +104,17 @@ class Hook:
         if split and dist.get_rank(group) != 0:
             return
         tensors = {
-            "argmax": to_host([argmax])[0],
-            "logsumexp": to_host([logsumexp])[0],
-            "aux_hidden_states": to_host(aux),
-            "last_hidden_states": to_host([last])[0],
+            "argmax": to_host(argmax),
+            "logsumexp": to_host(logsumexp),
+            "aux_hidden_states": to_host(*aux),
+            "last_hidden_states": to_host(last),
         }
+        # Only the writer's thread waits for the copies; the engine goes on to its next pass.
         copied = torch.cuda.current_stream().record_event() if last.is_cuda else None
         listed = [[number, int(before[place]), int(lengths[place])] for place, number in requests]
-        self.delete_with_client(folder)
-        self.blocks += 1
+        self.blocks += 1  # names order the blocks of a prompt that comes in parts
         path = folder / f"{os.getpid()}-{self.blocks:08d}.safetensors"
         self.writer.submit(write_block, path, tensors, listed, copied)
-
-    def delete_with_client(self, folder: Path) -> None:
-        """Delete `folder` as soon as its client is gone, however that ended."""
-        if folder.name not in self.watched:
-            self.watched.add(folder.name)
-            threading.Thread(target=delete_when_unlocked, args=(folder,), daemon=True).start()
 
 
 def statistics(
@@ -139,16 +131,12 @@ def statistics(
     head = lm_head.weight[:size]
     if not head.is_floating_point() or head.shape[-1:] != last.shape[-1:]:
         raise RuntimeError("the head of the model is quantised, which is not supported")
-    if size == 0:  # a small vocabulary can leave a process without a token
-        best = logsumexp = last.new_full((len(last),), -torch.inf, dtype=torch.float32)
-        token = best.new_zeros(len(last), dtype=torch.int64)
-    else:
-        parts = []
-        for rows in last.split(max(1, CHUNK_BYTES // (4 * size))):
-            logits = (rows.to(head.dtype) @ head.T).float()
-            parts.append((*logits.max(-1), logits.logsumexp(-1)))
-        best, token, logsumexp = (torch.cat(part) for part in zip(*parts, strict=True))
-        token = token + first
+    parts = []
+    for rows in last.split(max(1, CHUNK_BYTES // (4 * size))):
+        logits = (rows.to(head.dtype) @ head.T).float()
+        parts.append((*logits.max(-1), logits.logsumexp(-1)))
+    best, token, logsumexp = (torch.cat(part) for part in zip(*parts, strict=True))
+    token = token + first
     if group is None:
         return token, logsumexp
     # float64 carries token ids exactly, so that one all_gather moves all three.
@@ -162,13 +150,15 @@ def statistics(
     return token.long(), logsumexp.logsumexp(0).float()
 
 
-def to_host(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Equal tensors, stacked in main memory; from a GPU the copy is only under way."""
+def to_host(*tensors: torch.Tensor) -> torch.Tensor:
+    """One tensor, or several equal ones stacked, in main memory; from a GPU the copy is only under
+    way.
+    """
     first = tensors[0]
     host = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=first.is_cuda)
     for place, tensor in zip(host, tensors, strict=True):
         place.copy_(tensor, non_blocking=True)
-    return host
+    return host if len(tensors) > 1 else host[0]
 
 
 def write_block(
@@ -178,6 +168,7 @@ def write_block(
     try:
         if copied is not None:
             copied.synchronize()
+        # The client looks for complete names only.
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"requests": json.dumps(requests)})
         partial.rename(path)
@@ -193,10 +184,3 @@ def report_error(folder: Path, sentence: str) -> None:
         partial = folder / f"{ERROR}.{os.getpid()}"
         partial.write_text(sentence)
         partial.rename(folder / ERROR)
-
-
-def delete_when_unlocked(folder: Path) -> None:
-    """Wait until the process that made `folder` is gone, then delete it."""
-    with contextlib.suppress(OSError), (folder / ALIVE).open() as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,55 +1,69 @@
 """`target=sglang`: hidden states from a stock SGLang server, through shared memory of this machine.
 
-T packed tokens, U teacher rows, H the target's hidden size.
+T packed tokens, U teacher rows, H the target's hidden size, V its vocabulary.
 """
 
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import httpx
 import torch
 
 from eagle3.batch import Batch, Features
-from eagle3.engines.server import Server, interpreter
+from eagle3.config import Within
+from eagle3.engines.engine import Launch
+from eagle3.engines.server import Server, choose_port, interpreter
+from eagle3.engines.sglang import Capture, SGLang
 from eagle3.errors import ConfigError, RunError
+from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
-from eagle3.target.sglang.serve import (
-    ENGINE,
-    ServerOptions,
-    capture_server,
-    check_capturable,
-    log_path,
-)
+from eagle3.target.sglang.hook import HOOK
 from eagle3.target.sglang.verify import verify_head, verify_layers, verify_server
-from eagle3.target.spec import TargetSpec, check_supported
-from eagle3.target.weights import TargetWeights, load_weights
+from eagle3.target.spec import TargetSpec, check_supported, whole_config
+from eagle3.target.weights import load_weights
 
-# Seconds between an answer of the server and the hidden states that should have come before it.
-SILENT_SECONDS = 20.0
+ENGINE = SGLang()
+# In these the auxiliary states travel as keywords, which a forward hook does not see (0.5.23).
+UNSEEN = ("BailingMoeV3", "Inkling", "MiMoV2", "OPT", "Whisper")
 DYING_SECONDS = 5.0  # a server that hangs up is given to end, so that its log can be shown
 PROBE = (5, 11)  # tokens of the first prompts
 
 
 @dataclass(eq=False)
-class SGLangTarget(ServerOptions):
+class SGLangTarget:
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
     and ends, or from one that runs here already, at `url`.
 
-    `url` is the server's address in any case, for the other processes of this machine. The
-    embedding and the head are read from the checkpoint. Raises ConfigError and RunError.
+    The model is split over `tp_size` GPUs and copied `dp_size` times (None: once), its experts are
+    spread over `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared
+    memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
+    `url` is then the server's address in any case, for the other processes of this machine. Raises
+    ConfigError and RunError.
     """
 
     spec: TargetSpec
     device: torch.device
-    url: str | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    tp_size: Annotated[int, Within(1, 1024)] = 1
+    dp_size: Annotated[int | None, Within(1, 1024)] = None
+    ep_size: Annotated[int, Within(1, 1024)] = 1
+    quantization: str | None = None
+    mem_fraction_static: Annotated[float | None, Within(0.01, 1)] = None
+    batch_tokens: Annotated[int, Within(1)] = 16384
+    python: str | None = None
+    port: Annotated[int | None, Within(0, 65535)] = None
+    ready_seconds: Annotated[float, Within(1)] = 1800.0
+    server_args: list[str | int | float] | None = None
+    url: str | None = None
 
     in_process: ClassVar[bool] = False
 
@@ -64,10 +78,12 @@ class SGLangTarget(ServerOptions):
         try:
             self.check_space()
             if self.url is None:
-                self.start()
+                self.server = self.resources.enter_context(self.describe_server())
+                self.url = self.server.url
             timeout = httpx.Timeout(None, connect=10)  # a long prefill is no error
             client = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
             self.client = self.resources.enter_context(client)
+            # Blocks are copied while the server computes the next ones.
             self.sender = ThreadPoolExecutor(1)
             self.resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
             self.verify()
@@ -82,14 +98,6 @@ class SGLangTarget(ServerOptions):
         if section.get("url") is None:
             ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
 
-    @staticmethod
-    def for_processes(section: dict[str, Any], processes: int) -> dict[str, Any]:
-        """The section `target`, a null `dp_size` filled with what these processes' GPUs hold."""
-        if section.get("dp_size") is not None:
-            return section
-        gpus = min(torch.cuda.device_count(), processes)
-        return section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
-
     def check_space(self) -> None:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
         row = 4 * self.config.hidden_size * getattr(torch, self.spec.dtype).itemsize
@@ -99,33 +107,48 @@ class SGLangTarget(ServerOptions):
         if free < needed:
             raise ConfigError(
                 f"target.batch_tokens={self.batch_tokens} needs {needed / 1e9:.2f} GB of shared "
-                f"memory, but {SHARED} has {free / 1e9:.2f} GB free; lower it, or start the "
-                "container with more, such as --shm-size=16g"
+                f"memory, and {SHARED} has {free / 1e9:.2f} GB; lower it, or raise --shm-size"
             )
 
-    def start(self) -> None:
-        """Start the server and wait until it is ready."""
-        server = capture_server(self.spec, self.device, self.blocks.folder, self)
-        self.server = self.resources.enter_context(server)
-        self.url = server.url
-
-        def delete_log(kind: type | None, *error: Any) -> None:
-            if kind is None:  # else the error may name it
-                server.log.unlink(missing_ok=True)
-
-        self.resources.push(delete_log)
+    def describe_server(self) -> Server:
+        """The server, not yet started. Raises ConfigError where options would spoil the capture,
+        RunError where the port is taken.
+        """
+        port, python = choose_port(self.port, "target.port"), interpreter("sglang", self.python)
+        more = tuple(map(str, self.server_args or ()))
+        launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
+        # Not every model of SGLang takes explicit layers; all know the default ones.
+        by_default = self.aux_layer_ids == engines_default(self.config.num_hidden_layers)
+        capture = Capture(
+            hook_factory=HOOK,
+            hook_config={"root": str(SHARED)},
+            layer_ids=None if by_default else numbered_by("sglang", self.aux_layer_ids),
+            device=self.device.type,
+            batch_tokens=self.batch_tokens,
+            dp_size=self.dp_size or 1,
+            ep_size=self.ep_size,
+            quantization=self.quantization,
+        )
+        # SGLang runs in an environment of its own: it gets our package, but none of those beside.
+        packages = self.blocks.folder / "packages"
+        packages.mkdir()
+        (packages / "eagle3").symlink_to(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        return Server(
+            ENGINE.capture_command(launch, capture),
+            f"http://127.0.0.1:{port}",
+            {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type),
+            log_path(port),
+            self.ready_seconds,
+            ENGINE.health_path,
+            ENGINE.name,
+        )
 
     def close(self) -> None:
-        """End the server, if this process started it, and free the shared memory.
-
-        Its log is deleted too, unless an error is under way, which may name it.
-        """
-        self.resources.__exit__(*sys.exc_info())
-
-    def check_alive(self) -> None:
-        """Raise RunError with the cause where the server that this process started has ended."""
-        if self.server is not None:
-            self.server.check()
+        """End the server, if this process started it, and free the shared memory."""
+        self.resources.close()
+        if self.server is not None and sys.exc_info()[0] is None:  # else the error may name it
+            self.server.log.unlink(missing_ok=True)
 
     def verify(self) -> None:
         """Raise RunError unless the server was started for this and a first request shows it."""
@@ -138,32 +161,16 @@ class SGLangTarget(ServerOptions):
         verify_server(info, self.url, self.spec)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=generator)
+        # Two prompts, so that mixed up rows are seen; random tokens, so that layers differ.
         prompts = [part.tolist() for part in tokens.split(PROBE)]
         features, replies = self.prefill(prompts, max_new_tokens=1)
         ends = [PROBE[0] - 1, sum(PROBE) - 1]
-        verify_head(features, self.head, ends, [r["output_ids"][0] for r in replies])
+        weights = load_weights(self.spec, self.device)
+        self.eos_token_ids = weights.eos_token_ids
+        verify_head(features, weights.head, ends, [r["output_ids"][0] for r in replies])
         verify_layers(prompts[0], features.aux_hidden_states[: PROBE[0]], self.spec)
-
-    @cached_property
-    def weights(self) -> TargetWeights:
-        return load_weights(self.spec, self.device)
-
-    def free_weights(self) -> None:
-        """Give up embedding and head, for ranks that train on this GPU; read again when needed."""
-        self.__dict__.pop("weights", None)
-        torch.cuda.empty_cache()
-
-    @property
-    def embedding(self) -> torch.Tensor:
-        return self.weights.embedding
-
-    @property
-    def head(self) -> torch.Tensor:
-        return self.weights.head
-
-    @property
-    def eos_token_ids(self) -> set[int]:
-        return self.weights.eos_token_ids
+        del weights
+        torch.cuda.empty_cache()  # for ranks that train on this GPU
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
@@ -176,10 +183,7 @@ class SGLangTarget(ServerOptions):
     def prefill(
         self, prompts: list[list[int]], max_new_tokens: int
     ) -> tuple[Features, list[dict[str, Any]]]:
-        """Features of the packed prompts, each token a teacher row, and the server's replies.
-
-        The prompts are sent `batch_tokens` at a time: what is not read yet fills shared memory.
-        """
+        """Features of the packed prompts, each token a teacher row, and the server's replies."""
         tokens, size = sum(map(len, prompts)), self.config.hidden_size
         kind = {"dtype": getattr(torch, self.spec.dtype), "device": self.device}
         features = Features(
@@ -190,6 +194,7 @@ class SGLangTarget(ServerOptions):
         )
         sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         replies, first = [], 0
+        # What was sent and is not read yet fills shared memory, so only so much is sent at a time.
         for group in split_prompts(prompts, self.batch_tokens):
             numbers, rows = self.blocks.new_numbers(len(group)), {}
             for number, prompt in zip(numbers, group, strict=True):
@@ -197,28 +202,9 @@ class SGLangTarget(ServerOptions):
                 first += len(prompt)
             body = {"input_ids": group, "rid": list(map(self.blocks.request_id, numbers))}
             reply = self.sender.submit(self.post, body | {"sampling_params": sampling})
-            self.blocks.receive(rows, features, self.check_arriving(reply))
+            self.blocks.receive(rows, features, reply)
             replies += reply.result()
         return features, replies
-
-    def check_arriving(self, reply: Future) -> Callable[[], None]:
-        """A function that raises RunError once no hidden states can come any more."""
-        answered: list[float] = []
-
-        def check() -> None:
-            self.check_alive()
-            if not reply.done():
-                return
-            reply.result()
-            answered.append(time.monotonic())
-            if answered[-1] - answered[0] > SILENT_SECONDS:
-                raise RunError(
-                    f"SGLang answered, but no hidden states came within {SILENT_SECONDS:.0f} s: "
-                    f"its forward hook does not fire, or it does not share {SHARED} with this "
-                    "process; use target=hf for this model, or run both in one container"
-                )
-
-        return check
 
     def post(self, body: dict[str, Any]) -> list[dict[str, Any]]:
         """A reply for each prompt. Raises RunError where the server refuses, or is gone."""
@@ -227,12 +213,11 @@ class SGLangTarget(ServerOptions):
         except httpx.HTTPError as error:
             until = time.monotonic() + DYING_SECONDS
             while self.server is not None and time.monotonic() < until:
-                self.check_alive()  # it knows the cause
+                self.server.check()  # it knows the cause
                 time.sleep(0.1)
-            log = log_path(httpx.URL(self.url).port)
-            named = f"; its log: {log}" if log.exists() else ""
             raise RunError(
-                f"the SGLang server at {self.url} does not answer any more ({error}){named}"
+                f"the SGLang server at {self.url} does not answer any more ({error}); where a run "
+                f"started it, its log is {log_path(httpx.URL(self.url).port)}"
             ) from error
         if response.status_code != 200:
             raise RunError(
@@ -241,34 +226,39 @@ class SGLangTarget(ServerOptions):
         return response.json()
 
     def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        max_new_tokens: int,
-        eos_token_id: list[int] | None = None,
-        pad_token_id: int = 0,
-        **sampling: Any,
-    ) -> torch.Tensor:
-        """As transformers: int64 [B,n], padded on the left -> [B,n+m], padded on the right.
-
-        Of `sampling` it knows what shapes the distribution of a single beam.
-        """
-        assert sampling.get("num_beams", 1) == 1
-        given = {name: value for name, value in sampling.items() if value is not None}
+        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
+    ) -> list[list[int]]:
+        """As `HFTarget.generate`."""
         chosen = {
             "max_new_tokens": max_new_tokens,
-            "stop_token_ids": eos_token_id or [],
-            "temperature": given.get("temperature", 1.0) if given.get("do_sample") else 0.0,
-            "top_p": given.get("top_p", 1.0),
-            "top_k": given.get("top_k", 0) or -1,  # 0 means all tokens there, -1 here
-            "repetition_penalty": given.get("repetition_penalty", 1.0),
+            "stop_token_ids": sorted(self.eos_token_ids),
+            "temperature": 0.0,
+            "repetition_penalty": 1.0,
         }
-        pairs = zip(input_ids, attention_mask, strict=True)
-        prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        if sampling is not None:
+            chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
         replies = self.post({"input_ids": prompts, "sampling_params": chosen})
-        answers = [torch.tensor(r["output_ids"], dtype=torch.int64) for r in replies]
-        padded = torch.nn.utils.rnn.pad_sequence(answers, True, pad_token_id)
-        return torch.cat([input_ids, padded.to(input_ids.device)], 1)
+        return [reply["output_ids"] for reply in replies]
+
+
+def check_capturable(spec: TargetSpec) -> None:
+    """Raise ConfigError for a model, or layers of it, that the hook would not see."""
+    last = spec.config.num_hidden_layers - 1
+    if spec.aux_layer_ids[-1] == last:
+        raise ConfigError(
+            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang cannot give the output of the last "
+            f"layer; choose layers below {last}, or target=hf"
+        )
+    for name in whole_config(spec).architectures or []:
+        if name.startswith(UNSEEN):
+            raise ConfigError(
+                f"target=sglang: SGLang hides the hidden states of {name} from hooks; use target=hf"
+            )
+
+
+def log_path(port: int | None) -> Path:
+    """Where the log of a server at `port` lies, for every process of this user that asks it."""
+    return Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getuid()}-{port}.log")
 
 
 def split_prompts(prompts: list[list[int]], most: int) -> Iterator[list[list[int]]]:

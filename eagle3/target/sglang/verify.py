@@ -4,27 +4,24 @@ A wrong layer or another model would train a draft without any error; only its a
 poor, hours later.
 """
 
-import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModel
+from transformers.utils import logging
 
 from eagle3.batch import Features
 from eagle3.errors import RunError
 from eagle3.target.hf import head_statistics
 from eagle3.target.layers import engines_default, meant_by
-from eagle3.target.sglang.serve import HOOK
+from eagle3.target.sglang.hook import HOOK
 from eagle3.target.spec import TargetSpec, whole_config
-
-console = Console(stderr=True, markup=False, highlight=False)
 
 
 def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
     """Raise RunError where the server, by its /server_info, does not capture this target."""
-    reason = None
     explicit = info.get("return_aux_hidden_state_layer_ids")
     captured = engines_default(spec.config.num_hidden_layers)
     if explicit is not None:
@@ -37,11 +34,12 @@ def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
         reason = f"it captures layers {captured}, not {spec.aux_layer_ids}"
     elif Path(info.get("model_path", spec.path)).name != Path(spec.path).name:
         reason = f"it serves {info['model_path']}, not {spec.path}"
-    if reason is not None:
-        raise RunError(
-            f"the SGLang server at {url} cannot be used: {reason}; start it with "
-            "python -m eagle3.target.sglang.serve"
-        )
+    else:
+        return
+    raise RunError(
+        f"the SGLang server at {url} cannot be used: {reason}; start it with "
+        "python -m eagle3.target.sglang.serve"
+    )
 
 
 def verify_head(
@@ -55,7 +53,7 @@ def verify_head(
     if not (last.isfinite().all() and features.aux_hidden_states.isfinite().all()):
         raise RunError(
             "SGLang gives hidden states that are not finite; set model.dtype=bfloat16 or another "
-            "quantization"
+            "target.quantization"
         )
     _, logsumexp = head_statistics(last, head)
     logits = (last[ends] @ head.T).float()
@@ -65,9 +63,9 @@ def verify_head(
     apart = (logsumexp - features.logsumexp).abs().amax()
     if max(missed, apart) > rounding:
         raise RunError(
-            "SGLang's last hidden states times the head of model.path are not its logits (its best "
-            f"token is {missed:.2g} below ours, log-sum-exp {apart:.2g} apart): the server has "
-            "another model than model.path, or one that changes its logits behind the head"
+            "SGLang's last hidden states times the head of model.path are not its logits "
+            f"({max(missed, apart):.2g} apart): the server has another model, or one that changes "
+            "its logits behind the head; use target=hf"
         )
 
 
@@ -76,17 +74,17 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
     """Raise RunError where the first of the auxiliary states [n,3H] is nearer to the layer before
     or behind it, as transformers computes them.
 
-    The engine numbers all three by the same rule, so the first tells; a few layers are enough.
+    The engine numbers all three by the same rule, so the first tells.
     """
+    # The middle and the last would need half of the model, or all of it.
     first = spec.aux_layer_ids[0]
     config = whole_config(spec)
     text = config.get_text_config()
     text.num_hidden_layers = first + 3  # the last one's output is given after the final norm
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: first + 3]
-    library = logging.getLogger("transformers")
-    level = library.level
-    library.setLevel(logging.ERROR)  # else it lists every tensor of the other layers
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists every tensor of the other layers
     try:
         model = AutoModel.from_pretrained(
             spec.path,
@@ -98,6 +96,7 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         decoder = model.get_decoder() if text is not config else model
         ids = torch.tensor([prompt])
         outputs = decoder(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
+        # Neighbours differ by one layer's output, far more than kernels round apart.
         candidates = range(max(0, first - 1), first + 2)
         found = aux_hidden_states.chunk(3, -1)[0].cpu().float()
         apart = {i: (found - outputs[i][0].float()).norm(dim=-1).median() for i in candidates}
@@ -105,16 +104,14 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         # A model may need kernels or packages that are not here, such as one with quantised
         # weights. The head was verified; this check alone is left out.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        console.print(
-            f"target=sglang: transformers cannot show that the layers are the right ones ({reason})"
-        )
+        sentence = f"target=sglang: transformers cannot check which layers are read ({reason})"
+        print(sentence, file=sys.stderr)
         return
     finally:
-        library.setLevel(level)
+        logging.set_verbosity(level)
     nearest = min(apart, key=apart.get)
     if nearest != first:
         raise RunError(
-            f"SGLang captured the output of layer {nearest} where layer {first} was asked for: it "
-            "numbers the layers of this model in another way; use target=hf, or set "
-            "model.aux_layer_ids to SGLang's default"
+            f"SGLang captured the output of layer {nearest} where layer {first} was asked for; use "
+            "target=hf, or set model.aux_layer_ids to SGLang's default"
         )

@@ -20,15 +20,17 @@ from torch.nn.functional import scaled_dot_product_attention
 __version__ = "0.0.0+standin"
 LIBRARY = torch.library.Library("sgl_kernel", "DEF")
 LIBRARY.define(
-    "extend_attention_cpu(Tensor q, Tensor? k, Tensor? v, Tensor(a!) o, Tensor k_cache, Tensor v_cache, "
-    "float k_scale, float v_scale, Tensor req_to_token, Tensor requests, Tensor lengths, Tensor extends, "
-    "Tensor starts, int longest, float scaling, float cap, bool cross, int window, Tensor? encoder_lens, "
-    "Tensor? sinks, Tensor? tree_mask, bool causal) -> ()"
+    "extend_attention_cpu(Tensor q, Tensor? k, Tensor? v, Tensor(a!) o, Tensor k_cache, "
+    "Tensor v_cache, float k_scale, float v_scale, Tensor req_to_token, Tensor requests, "
+    "Tensor lengths, Tensor extends, Tensor starts, int longest, float scaling, float cap, "
+    "bool cross, int window, Tensor? encoder_lens, Tensor? sinks, Tensor? tree_mask, "
+    "bool causal) -> ()"
 )
 LIBRARY.define(
-    "decode_attention_cpu(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, float k_scale, float v_scale, "
-    "Tensor(c!) o, Tensor? k, Tensor? v, Tensor slots, Tensor(d!) partial, Tensor req_to_token, Tensor requests, "
-    "Tensor lengths, float scaling, float cap, bool cross, int window, Tensor? encoder_lens, Tensor? sinks) -> ()"
+    "decode_attention_cpu(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, float k_scale, "
+    "float v_scale, Tensor(c!) o, Tensor? k, Tensor? v, Tensor slots, Tensor(d!) partial, "
+    "Tensor req_to_token, Tensor requests, Tensor lengths, float scaling, float cap, bool cross, "
+    "int window, Tensor? encoder_lens, Tensor? sinks) -> ()"
 )
 
 
@@ -48,8 +50,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float)
 
 
 def extend_attention(
-    q, k, v, o, k_cache, v_cache, k_scale, v_scale, req_to_token, requests, lengths, extends, starts, longest,
-    scaling, cap, cross, window, encoder_lens, sinks, tree_mask, causal,
+    q, k, v, o, k_cache, v_cache, k_scale, v_scale, req_to_token, requests, lengths, extends,
+    starts, longest, scaling, cap, cross, window, encoder_lens, sinks, tree_mask, causal,
 ):  # fmt: skip
     """New tokens q [T, H, D] see the cached prefix and each other: causally, or by tree_mask bool
     (flat, B x N x N).
@@ -76,8 +78,8 @@ def extend_attention(
 
 
 def decode_attention(
-    q, k_cache, v_cache, k_scale, v_scale, o, k, v, slots, partial, req_to_token, requests, lengths, scaling, cap,
-    cross, window, encoder_lens, sinks,
+    q, k_cache, v_cache, k_scale, v_scale, o, k, v, slots, partial, req_to_token, requests, lengths,
+    scaling, cap, cross, window, encoder_lens, sinks,
 ):  # fmt: skip
     """One new token a row: its k, v go to cache slots `slots`, then q [B, H, D] sees `lengths`
     positions.
@@ -114,7 +116,9 @@ def assign_extend_cache_locs_cpu(requests, req_to_token, begins, ends, slots, wi
 def assign_draft_cache_locs_contiguous_cpu(
     requests, req_to_token, lengths, slots, width, topk, columns
 ) -> None:
-    """The topk x columns slots after each request's last position, into slots [B * topk * columns]."""
+    """The topk x columns slots after each request's last position, into slots [B * topk *
+    columns].
+    """
     assign_extend_cache_locs_cpu(
         requests, req_to_token, lengths, lengths + topk * columns, slots, width
     )
@@ -187,8 +191,8 @@ def build_tree_kernel_efficient_cpu(
 
 
 def verify_tree_greedy_cpu(
-    predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token, retrive_next_sibling,
-    target_predict,
+    predicts, accept_index, accept_token_num, candidates, retrive_index, retrive_next_token,
+    retrive_next_sibling, target_predict,
 ) -> None:  # fmt: skip
     """Walk each tree along the target's own choices.
 
