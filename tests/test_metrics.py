@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from eagle3.runs import metrics
 from eagle3.runs.metrics import Meter, peak_flops
 
 GAMMA = 0.8
+FIRST = SimpleNamespace(pair_counts=[10, 5], normaliser=12, tokens=100)
+SECOND = SimpleNamespace(pair_counts=[10, 15], normaliser=8, tokens=60)
+
+
+def batch(pair_counts, normaliser=1, tokens=1):
+    return SimpleNamespace(pair_counts=pair_counts, normaliser=normaliser, tokens=tokens)
 
 
 def add_two(meter):
-    meter.add(torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 0.0)
-    meter.add(torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
+    meter.add(torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), FIRST)
+    meter.add(torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), SECOND)
 
 
 def test_loss_and_accuracy_are_ratios_of_sums():
@@ -33,7 +40,7 @@ def test_loss_and_accuracy_are_ratios_of_sums():
 
 def test_names_are_those_of_the_contract():
     meter = Meter(1, GAMMA)
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 1, 1, 0.0, flops=1e9)
+    meter.add(torch.ones(1), torch.ones(1), batch([1]), flops=1e9)
     assert set(meter.read()) == {
         "loss",
         "loss/step_0",
@@ -49,11 +56,11 @@ def test_read_begins_a_new_window():
     meter = Meter(2, GAMMA)
     add_two(meter)
     meter.read()
-    meter.add(torch.tensor([1.0, 1.0]), torch.tensor([1, 1]), [4, 2], 2, 1, 1, 0.0)
+    meter.add(torch.tensor([1.0, 1.0]), torch.tensor([1, 1]), batch([4, 2], 2))
     read = meter.read()
     assert read["loss"] == pytest.approx((1 + GAMMA) / 2)
     assert read["accuracy/step_0"] == pytest.approx(0.25)
-    assert read["supervised_tokens"] == 1
+    assert read["supervised_tokens"] == 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -76,7 +83,7 @@ def test_a_restored_window_reads_as_one_that_was_not_interrupted(ranks):
 
 def test_steps_without_a_pair_are_nan():
     meter = Meter(2, GAMMA)
-    meter.add(torch.tensor([1.0, 0.0]), torch.tensor([1, 0]), [2, 0], 2, 1, 1, 0.0)
+    meter.add(torch.tensor([1.0, 0.0]), torch.tensor([1, 0]), batch([2, 0], 2))
     read = meter.read()
     assert read["accuracy/step_0"] == 0.5 and math.isnan(read["accuracy/step_1"])
     assert read["loss"] == 0.5
@@ -84,9 +91,9 @@ def test_steps_without_a_pair_are_nan():
 
 def test_many_small_sums_keep_their_digits():
     meter = Meter(1, GAMMA)
-    meter.add(torch.tensor([2.0**25]), torch.zeros(1), [1], 1, 1, 1, 0.0)
+    meter.add(torch.tensor([2.0**25]), torch.zeros(1), batch([1]))
     for _ in range(100):
-        meter.add(torch.ones(1), torch.zeros(1), [0], 0, 0, 0, 0.0)
+        meter.add(torch.ones(1), torch.zeros(1), batch([0], 0, 0))
     assert meter.read()["loss"] == 2**25 + 100
 
 
@@ -94,13 +101,13 @@ def test_rates_count_training_time_only(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     meter = Meter(1, GAMMA)
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 300, 1, 0.5)
+    meter.add(torch.ones(1), torch.ones(1), batch([1], 1, 300), waited=0.5)
     clock[0] += 5
     meter.leave_out(3.0)
     read = meter.read()
     assert read["tokens_per_second"] == 150
     assert read["data_wait_fraction"] == 0.25
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 300, 1, 0.0)
+    meter.add(torch.ones(1), torch.ones(1), batch([1], 1, 300))
     clock[0] += 3
     read = meter.read()
     assert read["tokens_per_second"] == 100
@@ -111,8 +118,8 @@ def test_two_processes_read_the_same_global_numbers(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     meters = [Meter(2, GAMMA) for _ in range(2)]
-    first = (torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), [10, 5], 12, 100, 10, 1.0)
-    second = (torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), [10, 15], 8, 60, 10, 0.0)
+    first = (torch.tensor([6.0, 4.0]), torch.tensor([3.0, 1.0]), FIRST, 1.0)
+    second = (torch.tensor([2.0, 8.0]), torch.tensor([2, 2]), SECOND)
     sums = []
     for _ in range(2):  # first to know what each process sends, then to read the sum of both
         clock[0] = 0.0
@@ -149,7 +156,7 @@ def test_on_a_gpu():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        meter.add(*sums, [10, 5], 20, 100, 10, 0.0, flops=1e9)
+        meter.add(*sums, batch([10, 5], 20), flops=1e9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     read = meter.read()
@@ -165,7 +172,7 @@ def test_mfu_is_model_flops_over_the_peak_of_all_gpus(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     meter = Meter(1, GAMMA)
     meter.device = FakeGpu()
-    meter.add(torch.ones(1), torch.ones(1), [1], 1, 500, 1, 0.0, flops=500 * 989e9)
+    meter.add(torch.ones(1), torch.ones(1), batch([1]), flops=500 * 989e9)
     clock[0] = 1.0
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
     assert meter.read()["mfu"] == pytest.approx(0.5)

@@ -14,14 +14,7 @@ from conftest import ROOT
 from rich.console import Console
 
 from eagle3.runs.logger import REDACTED
-from eagle3.runs.report import (
-    Plot,
-    benchmark_table,
-    prepared_table,
-    read_json,
-    summary_table,
-    write_report,
-)
+from eagle3.runs.report import Plot, read_json, summary, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -150,7 +143,7 @@ EVALUATION = {
 
 def printed(run_dir):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table(run_dir))
+    console.print(summary(run_dir))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -212,10 +205,9 @@ def test_facts(page):
         "temperature": "0.00",
         "system prompt": EVIL,
         "max new tokens": "20,000",
-        "updates": "40",
+        "step": "40",
         "update": "20",
-        "peak memory": "2.00 GiB",
-        "median tokens per second": "1,021",
+        "tokens per second": "1,040",
     }
     assert {key: facts.get(key) for key in expected} == expected
     assert "acceptance length" not in facts
@@ -308,76 +300,29 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
 
 
 def test_summary_in_a_narrow_terminal(tmp_path):
-    suites = {"mt[bold]": [result(2.41, 1.52, True)]}
+    suites = {f"mt[bold]_with_a_name_{n}": [result(1.41 + n, 1.52, "tie")] for n in range(6)}
     write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION)
     lines = printed(tmp_path)
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
-    found = dict(re.split(r"  +", line.strip()) for line in lines if re.search(r"\S  +\S", line))
+    found = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines if "drafted" in line)
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]
-    assert found["2 drafted, first round"] == "1.95" and found["prompts"] == "80"
-    assert found["speedup"] == "1.52×" and found["lossless"] == "yes"
-    assert len(found) == 15
+    assert found["2 drafted, first round"] == "1.95"
+    text = " ".join(lines)
+    assert all(f"{n}.41" in text for n in range(1, 7)) and text.count("1.52×") == 6
 
 
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
-    """An engine's rows have no baselines without a model; what was not measured takes no line."""
+    """An engine's rows have no baselines without a model; what was not measured takes no column."""
     scores = {"score": 0.75, "baseline_score": 0.8, "num_scored": 80, "equal_answers": 0.5}
     row = result(1.0, 0.9, False) | scores | {"warning": "too bad", "first_round": None}
     del row["bigram"], row["prompt_lookup"]
     row["config"] = [4, 7, 10, 60]
     write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
-    text = "\n".join(printed(tmp_path))
-    assert "4, 7, 10, 60" in text and re.search(r"score +0.75\n *score without draft +0.8", text)
-    assert "bigram " not in text and "first round" not in text
+    assert "score" in (text := " ".join(printed(tmp_path))) and "0.75" in text
     parsed = Page(write_report(tmp_path).read_text())
     assert parsed.headline.endswith("gsm8k [4, 7, 10, 60]: too bad.")
-    assert "answers equal to the target's own" in " ".join(parsed.rows[0])
-
-
-def test_summary_of_many_suites_stays_narrow(tmp_path):
-    suites = {f"a_suite_with_a_long_name_{n}": [result(1.0 + n, 1.5, "tie")] for n in range(6)}
-    lines = printed(write(tmp_path, benchmark={"suites": suites}))
-    assert all(len(line) <= 80 for line in lines)
-    shown = [line.split()[2:] for line in lines if line.strip().startswith("acceptance length")]
-    assert shown == [["1.00", "2.00", "3.00", "4.00"], ["5.00", "6.00"]]
-
-
-def test_table_for_a_tracker_is_plain():
-    columns, rows = benchmark_table(BENCHMARK)
-    assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
-    first = dict(zip(columns, rows[0], strict=True))
-    assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41
-    assert first["lossless"] is True and first["interval95"] == "2.31 – 2.51"
-    values = [value for row in rows for value in row]
-    assert all(value is None or isinstance(value, bool | int | float | str) for value in values)
-
-
-def test_prepared_rows_add_up(tmp_path):
-    facts = {
-        "documents": 9000,
-        "held_out_rows": 5,
-        "left_out_by_weight": 0,
-        "rejected": {"[no] turn": 1},
-        "rows": 9006,
-        "documents_per_epoch": 9000,
-        "tokens": 1000,
-        "supervised_tokens": 250,
-        "cut_to_max_length": 2,
-        "vocab_coverage": 0.5,
-        "heldout_prompts": 4,
-        "repaired": {"roles": 3},
-        "heldout_rejected": {},
-    }
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(prepared_table(facts))
-    cells = [re.split(r"  +", line.strip()) for line in console.export_text().splitlines()]
-    assert [row for row in cells if len(row) == 2][:4] == [
-        ["conversations to train on", "9,000"],
-        ["held out, and what opens like them", "5"],
-        ["rejected: [no] turn", "1"],
-        ["rows read", "9,006"],
-    ]
-    assert ["supervised", "25.0%"] in cells and ["repaired: roles", "3"] in cells
+    heads = parsed.rows[0]
+    assert "answers equal to the target's own" in heads and "acceptance, bigram" not in heads
 
 
 def test_the_readme_picture_is_well_formed(tmp_path):

@@ -35,9 +35,8 @@ def artefact(
     """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
 
     `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
-    returns facts that are kept in `artefact.json`; the folder gets its name only when complete.
-    Processes that want the same one wait. Without `write`, because `stage` is not listed, it must
-    be there already. Raises RunError.
+    returns facts that are kept in `artefact.json`. Without `write`, because `stage` is not listed,
+    the folder must be there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
@@ -52,9 +51,8 @@ def artefact(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        raise RunError(
-            f"cache_dir={cache_dir} cannot be written: {error}; name another one"
-        ) from error
+        message = f"cache_dir={cache_dir} cannot be written: {error}; name another one"
+        raise RunError(message) from error
     with lock:
         if (path / "artefact.json").is_file():  # another process wrote it while this one waited
             return path
@@ -62,7 +60,7 @@ def artefact(
         facts = write(partial)
         content = json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
         (partial / "artefact.json").write_text(content)
-        partial.rename(path)
+        partial.rename(path)  # only what is complete has its name
     return path
 
 

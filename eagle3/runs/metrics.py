@@ -11,24 +11,17 @@ from collections.abc import Callable
 
 import torch
 
-# Dense bf16 FLOP/s of one GPU, by the words of its name; of several entries that fit the longest
-# counts.
+from eagle3.batch import Batch
+
+# Dense bf16 FLOP/s of one GPU, by the words of its name; of several that fit the longest counts.
 PEAK_FLOPS = {
-    "A100": 312e12,
-    "B200": 2250e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "L40S": 362e12,
-}
+    "A100": 312e12, "B200": 2250e12, "H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H200": 989e12, "H200 NVL": 835e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU of that name; None for one that is not in the table or is a slice
-    of one (MIG).
-    """
+    """Dense bf16 FLOP/s of a GPU of that name; None for one not in the table or a slice (MIG)."""
     words = set(re.split(r"[\s-]+", name))
     fitting = [known for known in PEAK_FLOPS if words.issuperset(known.split())]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting and "MIG" not in words else None
@@ -55,23 +48,21 @@ class Meter:
     def restart(self) -> None:
         """Forget the sums and set the clock anew."""
         self.device_sums.zero_()
-        # K counts of pairs, then normaliser, tokens, supervised tokens, flops
-        self.host_sums = torch.zeros(self.ttt_steps + 4, dtype=torch.float64)
+        # K counts of pairs, then normaliser, tokens, flops
+        self.host_sums = torch.zeros(self.ttt_steps + 3, dtype=torch.float64)
         self.data_wait_seconds = self.excluded_seconds = 0.0
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, list]:
-        """What a resumed run needs so that its first window holds what an uninterrupted one's
-        would; plain numbers. Seconds are left out: a clock does not go on where it was stopped.
+        """What a resumed run needs for its first window to hold what an uninterrupted one's would,
+        seconds aside; plain numbers.
         """
         return {"device": self.device_sums.tolist(), "host": self.host_sums.tolist()}
 
     def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
-        """Take up this rank's one of the `states` of all ranks; where their number has changed, the
-        first rank takes them all, since only the sum over ranks is ever read.
-        """
+        """Take up this rank's one of the `states` of all ranks."""
         self.restart()
-        mine = states if rank == 0 else []
+        mine = states if rank == 0 else []  # of another number of ranks: only their sum is read
         if len(states) == world_size:
             mine = [states[rank]]
         for state in mine:
@@ -86,37 +77,30 @@ class Meter:
         self,
         loss_sums: torch.Tensor,
         correct: torch.Tensor,
-        counts: list[int],
-        normaliser: float,
-        tokens: int,
-        supervised_tokens: int,
-        data_wait_seconds: float,
+        batch: Batch,
+        waited: float = 0.0,
         flops: float = 0.0,
     ) -> None:
-        """Add one micro-step of this process: sums [K] over the pairs of each step, on the device,
-        and numbers of the host.
-
-        `loss_sums` is unweighted, `counts` are the pairs that `correct` is out of, `normaliser` is
-        this process' part of the global one.
+        """Add one micro-step of this process, for whose batch training `waited` seconds: unweighted
+        losses and right drafts, [K] sums over the pairs of each step, on the device.
         """
         self.device_sums[0] += loss_sums.detach()
         self.device_sums[1] += correct.detach()
-        numbers = [*counts, normaliser, tokens, supervised_tokens, flops]
+        numbers = [*batch.pair_counts, batch.normaliser, batch.tokens, flops]
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
-        self.data_wait_seconds += data_wait_seconds
+        self.data_wait_seconds += waited
 
     def read(
         self, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> dict[str, float]:
-        """The metrics since the last read, which begins the next window; this waits for the device.
+        """The metrics since the last read, which begins the next window.
 
         `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
-        but `peak_memory_bytes` is of all of them; `supervised_tokens` counts the window. What no
-        pair supports is NaN.
+        but `peak_memory_bytes` is of all of them. What no pair supports is NaN.
         """
         self.device_sums.cpu()  # waits for the device, so that the clock is read after its work
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
-        # the 1.0 counts the processes
+        # The 1.0 counts the processes: one exchange carries everything.
         clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)
         host_sums = torch.cat([self.host_sums, clock]).to(self.device)
         sums = torch.cat([self.device_sums.flatten(), host_sums])
@@ -124,23 +108,21 @@ class Meter:
             sums = all_reduce(sums)
 
         steps = self.ttt_steps
-        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 7])
-        normaliser, tokens, supervised_tokens, flops, waited, seconds, processes = numbers.tolist()
+        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
+        normaliser, tokens, flops, waited, seconds, processes = numbers.tolist()
         step_losses = [ratio(loss_sum, normaliser) for loss_sum in loss_sums.tolist()]
         metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
-        for k, loss in enumerate(step_losses):
-            metrics[f"loss/step_{k}"] = loss
+        metrics |= {f"loss/step_{k}": loss for k, loss in enumerate(step_losses)}
         for k in range(steps):
             metrics[f"accuracy/step_{k}"] = ratio(float(correct[k]), float(counts[k]))
         # `seconds` is summed too: divided by the processes it is the window's length
         metrics["tokens_per_second"] = tokens * processes / seconds
-        metrics["supervised_tokens"] = int(supervised_tokens)
+        metrics["supervised_tokens"] = int(counts[0])
         metrics["data_wait_fraction"] = waited / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
-        if self.device.type == "cuda" and flops:
-            peak = peak_flops(torch.cuda.get_device_name(self.device))
-            if peak is not None:
-                metrics["mfu"] = flops / (seconds * peak)
+        peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))
+        if peak:
+            metrics["mfu"] = flops / (seconds * peak)
         self.restart()
         return metrics
 
