@@ -13,6 +13,7 @@ from eagle3.errors import RunError
 
 def fingerprint(inputs: dict[str, Any]) -> str:
     """16 hex digits of SHA-256 over the canonical JSON of `inputs`."""
+    # 64 bits: a folder's name that can be read out, and two of a million never meet.
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -26,11 +27,8 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     return {"bytes": Path(path).stat().st_size, "sha256": digest.hexdigest()}
 
 
-Write = Callable[[Path], dict[str, Any]]
-
-
 def artefact(
-    cache_dir: str, kind: str, inputs: dict[str, Any], write: Write | None, stage: str
+    cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
     """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
 

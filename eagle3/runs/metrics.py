@@ -36,12 +36,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Sums of micro-steps since the last `read`; `add` never waits for the device."""
+    """Sums of micro-steps since the last `read`; `add` never waits for the device.
+
+    `gamma` weights the loss of step k by gamma^k.
+    """
 
     def __init__(self, ttt_steps: int, gamma: float, device: torch.device | str = "cpu"):
-        """`gamma` weights the loss of step k by gamma^k."""
         self.ttt_steps, self.gamma, self.device = ttt_steps, gamma, torch.device(device)
-        # float64, because a window adds up thousands of float32 sums
+        # float64, because a window adds up thousands of float32 sums.
         self.device_sums = torch.zeros(2, ttt_steps, dtype=torch.float64, device=self.device)
         self.restart()
 
@@ -74,17 +76,12 @@ class Meter:
         self.excluded_seconds += seconds
 
     def add(
-        self,
-        loss_sums: torch.Tensor,
-        correct: torch.Tensor,
-        batch: Batch,
-        waited: float = 0.0,
-        flops: float = 0.0,
+        self, losses: torch.Tensor, correct: torch.Tensor, batch: Batch, waited: float, flops: float
     ) -> None:
-        """Add one micro-step of this process, for whose batch training `waited` seconds: unweighted
+        """Add one micro-step of this process, whose batch took `waited` seconds to come: unweighted
         losses and right drafts, [K] sums over the pairs of each step, on the device.
         """
-        self.device_sums[0] += loss_sums.detach()
+        self.device_sums[0] += losses.detach()
         self.device_sums[1] += correct.detach()
         numbers = [*batch.pair_counts, batch.normaliser, batch.tokens, flops]
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
@@ -109,13 +106,13 @@ class Meter:
 
         steps = self.ttt_steps
         loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
-        normaliser, tokens, flops, waited, seconds, processes = numbers.tolist()
-        step_losses = [ratio(loss_sum, normaliser) for loss_sum in loss_sums.tolist()]
+        step_losses = (loss_sums / numbers[0]).tolist()
+        accuracies = (correct / counts).tolist()
+        _, tokens, flops, waited, seconds, processes = numbers.tolist()
         metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
         metrics |= {f"loss/step_{k}": loss for k, loss in enumerate(step_losses)}
-        for k in range(steps):
-            metrics[f"accuracy/step_{k}"] = ratio(float(correct[k]), float(counts[k]))
-        # `seconds` is summed too: divided by the processes it is the window's length
+        metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in enumerate(accuracies)}
+        # `seconds` is summed too: divided by the processes it is the window's length.
         metrics["tokens_per_second"] = tokens * processes / seconds
         metrics["supervised_tokens"] = int(counts[0])
         metrics["data_wait_fraction"] = waited / seconds
@@ -125,7 +122,3 @@ class Meter:
             metrics["mfu"] = flops / (seconds * peak)
         self.restart()
         return metrics
-
-
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")

@@ -1,6 +1,4 @@
-"""A run's results, from its files: report.html, the one page that shows it, and two tables for the
-terminal.
-"""
+"""A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
 import json
 import math
@@ -144,8 +142,7 @@ def write_report(run_dir: Path) -> Path:
     rows = benchmark_rows(benchmark)
     trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
     last = trained[-1] if trained else {}
-    page = templates().get_template("page.html")
-    html = page.render(
+    html = templates().get_template("page.html").render(
         run=run,
         training={key: value for key, value in last.items() if "/" not in key},
         evaluation=read_json(run_dir / "evaluation.json"),

@@ -22,12 +22,9 @@ from eagle3.runs.report import read_json, summary, write_report
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
 # What run.json calls the artefact of a stage.
 ARTEFACTS = {
-    "import": "imported",
-    "regenerate": "regenerated",
-    "prepare": "prepared",
-    "generate": "generated",
-    "capture": "hidden_states",
-}
+    "import": "imported", "regenerate": "regenerated", "prepare": "prepared",
+    "generate": "generated", "capture": "hidden_states",
+}  # fmt: skip
 
 
 class Tracking:
@@ -53,6 +50,10 @@ class Tracking:
             str(run_dir), config.name, settings | {"overrides": first}, before.get("tracker_id")
         )
         versions = {name: version(name) for name in PACKAGES}
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        hardware = {"device": str(device), "name": name, "threads": torch.get_num_threads()}
         self.inputs: dict[str, Any] = before.get("inputs", {})
         self.content = {
             "config": redact(settings),
@@ -61,7 +62,7 @@ class Tracking:
             "versions": versions | {"python": platform.python_version()},
             "tracker_id": tracker_id,
             "git": git_commit(),
-            "hardware": hardware(device),
+            "hardware": hardware | {"system": platform.platform()},
             "seeds": {"seed": config.seed},
             "inputs": self.inputs,
         }
@@ -110,7 +111,7 @@ def track_run(
         tracking.write()
         report = write_report(run_dir)
         tracker.page(report)
-        exit_code = 0
+        exit_code = 0  # what a tracker shows of a run: finished, not failed
     finally:
         tracker.finish(exit_code)
     console.print(summary(run_dir))
@@ -125,19 +126,6 @@ def git_commit() -> str | None:
         return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What a run computes on: `name` is that of the GPU, else of the processor."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": str(device),
-        "name": name,
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-    }
 
 
 def read_acceptance(run_dir: Path) -> float | None:
