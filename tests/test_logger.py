@@ -12,21 +12,19 @@ import threading
 from pathlib import Path
 
 import pytest
-import yaml
+from conftest import ROOT
 
-from eagle3.errors import ConfigError
 from eagle3.runs import logger
-from eagle3.runs.logger import (
-    REDACTED,
-    JsonLines,
-    NoTracker,
-    Wandb,
-    follow_metrics,
-    read_metrics,
-    redact,
-)
+from eagle3.runs.logger import REDACTED, JsonLines, NoTracker, follow_metrics, read_metrics, redact
 
-ROOT = Path(__file__).parents[1]
+SECRET_KEYS = """
+    token HF_TOKEN hfToken access_token use_auth_token hub.token client_secret passwd db_password
+    api_key apiKey api-key credentials private_key aws_secret_access_key Authorization passphrase
+"""
+ORDINARY_KEYS = """
+    tokens_per_step max_new_tokens eos_token_ids eos_token pad_token tokens tokenizer_path token_ids
+    bytes_per_token embedding_key key author monkey special_tokens api_key_env
+"""
 
 
 def test_each_line_is_on_disk_when_log_returns(tmp_path):
@@ -57,18 +55,6 @@ def test_resume_drops_later_lines_and_a_cut_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
     JsonLines(path)  # a new run starts the file anew
     assert read_metrics(path) == []
-
-
-SECRET_KEYS = """
-    token HF_TOKEN hfToken access_token auth_token use_auth_token hub.token client_secret passwd
-    db_password api_key apiKey api-key openai_api_key credentials private_key aws_secret_access_key
-    Authorization passphrase
-"""
-ORDINARY_KEYS = """
-    tokens_per_step max_new_tokens eos_token_ids eos_token_id eos_token pad_token mask_token tokens
-    tokens_per_second tokenizer_path token_ids bytes_per_token embedding_key key author monkey
-    special_tokens api_key_env
-"""
 
 
 def test_what_counts_as_a_secret():
@@ -115,6 +101,11 @@ def test_redact_keeps_everything_but_secrets():
 )
 def test_redact_inside_strings(text, expected):
     assert redact([text]) == [expected]
+
+
+@pytest.fixture(autouse=True)
+def poll_often(monkeypatch):
+    monkeypatch.setattr(logger, "POLL_SECONDS", 0.02)
 
 
 class Recorder(NoTracker):
@@ -169,16 +160,6 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
         raise KeyError
     assert tracker.rows == [(3, {"loss": 1.0})]
     assert capsys.readouterr().err.count("no network") == 1
-
-
-def test_configs_match_the_signatures():
-    made = {}
-    for path in (ROOT / "conf/logger").glob("*.yaml"):
-        options = yaml.safe_load(path.read_text())
-        module, name = options.pop("_target_").rsplit(".", 1)
-        assert module == "eagle3.runs.logger"
-        made[path.stem] = getattr(logger, name)(**options)
-    assert isinstance(made["jsonl"], NoTracker) and isinstance(made["wandb"], Wandb)
 
 
 def run_python(code, *arguments, **environment):

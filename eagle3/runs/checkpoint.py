@@ -32,20 +32,16 @@ warnings.filterwarnings(
 
 @dataclass
 class CheckpointState:
-    """What a run needs to go on: `tensors` by name, the same on every rank; `own`, this rank's
-    alone, under names that begin with `rank_N/`; `plain`, what JSON can hold.
-    """
+    """What a run needs to go on."""
 
-    tensors: dict[str, torch.Tensor]
-    own: dict[str, torch.Tensor]
-    plain: dict[str, Any]
+    tensors: dict[str, torch.Tensor]  # by name, the same on every rank
+    own: dict[str, torch.Tensor]  # this rank's alone, under names that begin with `rank_N/`
+    plain: dict[str, Any]  # what JSON can hold
 
 
 class CheckpointWriter:
-    """Writes `folder/step_N`, one at a time, from a thread; keeps the newest `keep_last` of them,
-    and those that the links `last` and `best` name.
-
-    Every rank makes one, and calls `save` for the same updates.
+    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` of them, and those that
+    the links `last` and `best` name. Every rank makes one, and calls `save` for the same updates.
     """
 
     def __init__(
@@ -81,17 +77,12 @@ class CheckpointWriter:
             dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
                 return
-            with open(partial / "state.json", "w") as stream:
-                json.dump(plain, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
+            (partial / "state.json").write_text(json.dumps(plain, indent=1))
+            sync(partial / "state.json")
             if path.exists():  # from before a resumed run went back to an earlier one
                 shutil.rmtree(path)
             os.replace(partial, path)
-            # The folder is synced too, or a loss of power undoes the rename.
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            sync(self.folder)  # or a loss of power undoes the rename
             # `best` before `last`: killed between the two, the resumed run evaluates this update
             # again; the other way round it would never learn that this one was better.
             if best:
@@ -137,6 +128,13 @@ def partition_tensors(
     return mine
 
 
+def sync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def replace_link(link: Path, target: str) -> None:
     """Point the symbolic link at its sibling `target`, in one step."""
     temporary = link.with_name(f".{link.name}")
@@ -147,8 +145,7 @@ def replace_link(link: Path, target: str) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = folder.glob("step_*[0-9]")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
 
 
 def prune(folder: Path, keep_last: int) -> None:
@@ -165,12 +162,10 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     try:
         plain = json.loads((path / "state.json").read_text())
         reader = HuggingFaceStorageReader(str(path))
-        found = reader.read_metadata().state_dict_metadata.items()
-        tensors = {
-            name: torch.empty(meta.size, dtype=meta.properties.dtype)
-            for name, meta in found
-            if name.startswith(prefix)
-        }
+        tensors = {}
+        for name, meta in reader.read_metadata().state_dict_metadata.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
         real, remedy = path.resolve(), "start a new run"

@@ -33,9 +33,8 @@ POLL_SECONDS = 2.0
 
 def redact(config: Any) -> Any:
     """A copy of nested dicts, lists and values without secrets: values of keys like `token`,
-    `api_key` and `password`, also in overrides (`hub.token=...`), and the login in a URL.
-
-    Nothing else is looked for: a secret in free text, or under a name of its own, stays.
+    `api_key` and `password`, also in overrides (`hub.token=...`), and the login in a URL. A secret
+    in free text, or under a name of its own, stays.
     """
     if isinstance(config, dict):
         return {
@@ -77,15 +76,11 @@ class JsonLines:
     """metrics.jsonl: one JSON object a `log` call, on disk when the call returns."""
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
-        """Starts the file anew, or keeps what an earlier part of the run wrote up to and including
-        update `resume_step`.
-        """
-        self.path = Path(path)
-        kept = []
-        if resume_step is not None:
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        """Starts the file anew, or keeps its lines up to update `resume_step`."""
+        self.path, partial = Path(path), Path(f"{path}.partial")
+        kept = read_metrics(path) if resume_step is not None else []
+        lines = [json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step]
+        partial.write_text("".join(lines))
         os.replace(partial, self.path)
 
     def log(self, metrics: dict, step: int) -> None:
@@ -128,8 +123,8 @@ class Wandb(NoTracker):
         self.run = None
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Begin or go on with a run under `run_dir`/wandb. `config` is redacted; put the overrides
-        into it too. Raises ConfigError where W&B cannot start.
+        """Files lie under `run_dir`/wandb; `config` is redacted. Raises ConfigError where W&B
+        cannot start.
         """
         import wandb  # a second that only runs with this tracker pay
 
@@ -172,9 +167,9 @@ def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
     """While the block runs, send every line that is added to a metrics.jsonl to the tracker.
 
     A thread reads the file, so that training never waits for a tracker, and rank 0 may be another
-    process. Enter before training begins: lines that are there already were sent by the run that
-    this one resumes. A tracker that fails is reported once on stderr and ends nothing.
+    process. A tracker that fails is reported once on stderr and ends nothing.
     """
+    # Lines that are there already were sent by the run that this one resumes.
     sent = max(map(place, read_metrics(path)), default=(-1, False))
     ended = threading.Event()
     thread = threading.Thread(target=forward_metrics, args=(path, tracker, sent, ended))

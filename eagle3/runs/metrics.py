@@ -56,9 +56,7 @@ class Meter:
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, list]:
-        """What a resumed run needs for its first window to hold what an uninterrupted one's would,
-        seconds aside; plain numbers.
-        """
+        """What a resumed run's first window must begin with: plain numbers, no seconds."""
         return {"device": self.device_sums.tolist(), "host": self.host_sums.tolist()}
 
     def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
@@ -78,8 +76,8 @@ class Meter:
     def add(
         self, losses: torch.Tensor, correct: torch.Tensor, batch: Batch, waited: float, flops: float
     ) -> None:
-        """Add one micro-step of this process, whose batch took `waited` seconds to come: unweighted
-        losses and right drafts, [K] sums over the pairs of each step, on the device.
+        """Add a micro-step, whose batch took `waited` seconds to come: unweighted losses and right
+        drafts, [K] sums over the pairs of each step, on the device.
         """
         self.device_sums[0] += losses.detach()
         self.device_sums[1] += correct.detach()

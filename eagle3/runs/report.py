@@ -78,9 +78,7 @@ class Plot:
 
 
 def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, str]]:
-    """Four to ten round numbers between, as text too; fewer where steps below `smallest` would be
-    needed.
-    """
+    """Four to ten round numbers between, as text too; fewer for steps below `smallest`."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     fitting = [factor for factor in (1, 2, 5) if (high - low) / (step * factor) >= 4]
     step = max(step * max(fitting, default=1), smallest)

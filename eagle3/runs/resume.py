@@ -42,7 +42,7 @@ def run_folder(resume: str, default: str) -> str:
     if resume == "auto":
         return default
     if not is_run(resume):
-        raise ConfigError(f"train.resume={resume} has no checkpoint; give outputs/<name>/<date>")
+        raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
     return resume
 
 
