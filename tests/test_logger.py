@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -185,7 +184,6 @@ Wandb("p", mode="online").start(sys.argv[1], "n", {})
 
 OFFLINE_RUN = """
 import sys, time
-from pathlib import Path
 from eagle3.runs.logger import Wandb
 def children():
     task = Path("/proc/self/task") / str(Path("/proc/self").readlink())

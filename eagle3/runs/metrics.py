@@ -85,9 +85,7 @@ class Meter:
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
         self.data_wait_seconds += waited
 
-    def read(
-        self, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> dict[str, float]:
+    def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict:
         """The metrics since the last read, which begins the next window.
 
         `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
@@ -98,10 +96,7 @@ class Meter:
         # The 1.0 counts the processes: one exchange carries everything.
         clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)
         host_sums = torch.cat([self.host_sums, clock]).to(self.device)
-        sums = torch.cat([self.device_sums.flatten(), host_sums])
-        if all_reduce is not None:
-            sums = all_reduce(sums)
-
+        sums = all_reduce(torch.cat([self.device_sums.flatten(), host_sums]))
         steps = self.ttt_steps
         loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
         step_losses = (loss_sums / numbers[0]).tolist()

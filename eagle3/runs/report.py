@@ -150,21 +150,11 @@ def write_report(run_dir: Path) -> Path:
         titles=COLUMNS,
         plots=read_plots(run_dir),
         cell=cell,
-        span=span,
         yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def span(rows: list[dict], key: str, form: str = "{:.2f}") -> str | None:
-    """The value of one row, or the range over several: `1.42`, `1.20–1.90`; None without any."""
-    values = [row[key] for row in rows if row[key] is not None]
-    if not values:
-        return None
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low}–{high}"
 
 
 def read_json(path: Path) -> dict:
