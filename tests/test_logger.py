@@ -65,19 +65,14 @@ def test_what_counts_as_a_secret():
 
 
 def test_redact_keeps_everything_but_secrets():
-    config = {
-        "train": {"tokens_per_step": 2048, "betas": [0.9, 0.95]},
-        "model": {"eos_token": "</s>", "hf_token": "abc", "keys": [{"password": 17}, "x"]},
-        "hub": {"token": None, "credentials": {"user": "a", "pass": "b"}},
-    }
-    before = json.dumps(config)
-    redacted = redact(config)
-    assert redacted == {
-        "train": {"tokens_per_step": 2048, "betas": [0.9, 0.95]},
-        "model": {"eos_token": "</s>", "hf_token": REDACTED, "keys": [{"password": REDACTED}, "x"]},
-        "hub": {"token": None, "credentials": REDACTED},
-    }
-    assert json.dumps(config) == before and redact(redacted) == redacted
+    def config(secret, login):
+        model = {"eos_token": "</s>", "hf_token": secret, "keys": [{"password": secret}, "x"]}
+        return {"train": {"betas": [0.9, 0.95]}, "model": model, "hub": {"credentials": login}}
+
+    given = config("abc", {"user": "a"}) | {"token": None}
+    redacted = redact(given)
+    assert redacted == config(REDACTED, REDACTED) | {"token": None}
+    assert given["model"]["hf_token"] == "abc" and redact(redacted) == redacted
 
 
 @pytest.mark.parametrize(
@@ -184,6 +179,7 @@ Wandb("p", mode="online").start(sys.argv[1], "n", {})
 
 OFFLINE_RUN = """
 import sys, time
+from pathlib import Path
 from eagle3.runs.logger import Wandb
 def children():
     task = Path("/proc/self/task") / str(Path("/proc/self").readlink())
@@ -225,59 +221,37 @@ def offline_records(path):
     return records
 
 
-@pytest.fixture(scope="module")
-def offline_run(tmp_path_factory):
-    """A run in its own process, whose command line holds the secret too."""
-    run_dir = tmp_path_factory.mktemp("run")
-    (run_dir / "report.html").write_text("<!doctype html><title>the report</title>")
-    ended = run_python(OFFLINE_RUN, run_dir, "", "hub.token=SESAME")
-    assert ended.returncode == 0, ended.stderr
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
-    (path,) = folder.glob("*.wandb")
-    run_id, *children = ended.stdout.split()
-    return run_dir, folder, run_id, offline_records(path), [int(count) for count in children]
-
-
 @pytest.mark.runs
-def test_offline_run_holds_config_and_curves(offline_run):
-    _, _, run_id, records, _ = offline_run
+def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
+    """In its own process, whose command line holds the secret too; then gone on with."""
+    (tmp_path / "report.html").write_text("<!doctype html><title>the report</title>")
+    ended = run_python(OFFLINE_RUN, tmp_path, "", "hub.token=SESAME")
+    assert ended.returncode == 0, ended.stderr
+    run_id, before, after = ended.stdout.split()
+    assert int(before) > 0 and int(after) == 0, "finish ends the background service"
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (path,) = folder.glob("*.wandb")
+    records = offline_records(path)
     (run,) = (record.run for record in records if record.HasField("run"))
     assert (run.run_id, run.project, run.run_group) == (run_id, "proj", "grp")
-    assert run.display_name == "my run"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
-    assert config["optimizer"] == {"lr": 1e-4} and config["hub"] == {"token": REDACTED}
+    assert run.display_name == "my run" and config["hub"] == {"token": REDACTED}
     assert config["overrides"] == [f"hub.token={REDACTED}", "seed=3"]
     curves = []
     for record in records:
-        items = {}
-        for item in record.history.item:
-            items[item.key or "/".join(item.nested_key)] = item.value_json
-        if "loss" in items:
-            keys = ("step", "loss", "accuracy/step_0")
-            curves.append([json.loads(items[key]) for key in keys])
+        items = record.history.item
+        found = {item.key or "/".join(item.nested_key): item.value_json for item in items}
+        if "loss" in found:
+            curves.append([json.loads(found[key]) for key in ("step", "loss", "accuracy/step_0")])
     assert curves == [[1, 3.0, 0.1], [2, 1.5, 0.2], [3, 1.0, pytest.approx(0.3)]]
     axes = [(record.metric.glob_name, record.metric.step_metric) for record in records]
     assert ("*", "step") in axes
-
-
-@pytest.mark.runs
-def test_offline_run_holds_the_report_but_no_secret(offline_run):
-    run_dir, folder, *_ = offline_run
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
-    files = [path for path in (run_dir / "wandb").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert files and not [path for path in files if b"SESAME" in path.read_bytes()]
 
-
-@pytest.mark.runs
-def test_finish_ends_the_background_service(offline_run):
-    before, after = offline_run[4]
-    assert before > 0 and after == 0
-
-
-@pytest.mark.runs
-def test_resumed_run_keeps_its_id(offline_run, tmp_path):
-    (tmp_path / "report.html").write_text("<!doctype html>")
-    ended = run_python(OFFLINE_RUN, tmp_path, offline_run[2])
-    assert ended.stdout.split()[0] == offline_run[2], ended.stderr
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{offline_run[2]}"))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "report.html").write_text("<!doctype html>")
+    again = run_python(OFFLINE_RUN, tmp_path / "again", run_id)
+    assert again.stdout.split()[0] == run_id, again.stderr

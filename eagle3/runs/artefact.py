@@ -51,6 +51,7 @@ def artefact(
     except OSError as error:
         message = f"cache_dir={cache_dir} cannot be written: {error}; name another one"
         raise RunError(message) from error
+    # Runs of a sweep want the same artefact at the same moment: one writes it, the others wait.
     with lock:
         if (path / "artefact.json").is_file():  # another process wrote it while this one waited
             return path

@@ -37,6 +37,7 @@ def redact(config: Any) -> Any:
     in free text, or under a name of its own, stays.
     """
     if isinstance(config, dict):
+        # An empty one shows that nothing was given, which is no secret.
         return {
             key: REDACTED if value and SECRET_KEY.search(str(key)) else redact(value)
             for key, value in config.items()
@@ -149,7 +150,7 @@ class Wandb(NoTracker):
         return self.run.id
 
     def log(self, metrics: dict, step: int) -> None:
-        self.run.log({**metrics, "step": step})
+        self.run.log({**metrics, "step": step})  # W&B queues it: nothing waits for the network
 
     def page(self, path: Path) -> None:
         self.run.log({path.stem: self.wandb.Html(path.read_text(), inject=False)})

@@ -91,7 +91,8 @@ class Meter:
         `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
         but `peak_memory_bytes` is of all of them. What no pair supports is NaN.
         """
-        self.device_sums.cpu()  # waits for the device, so that the clock is read after its work
+        # The copy waits for the device, so that the clock is read after its work.
+        self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
         # The 1.0 counts the processes: one exchange carries everything.
         clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)

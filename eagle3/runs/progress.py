@@ -19,6 +19,7 @@ def note_signals(launched: bool) -> Iterator[dict[str, int]]:
         for each, handler in before.items() if not launched else ():
             signal.signal(each, handler)
 
+    # An update is whole or not at all: a checkpoint of half of one could not be gone on with.
     for number in before:
         signal.signal(number, note)
     try:

@@ -93,6 +93,7 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     metrics = read_metrics(run_dir / "metrics.jsonl")
     accepted: dict[str, list[float]] = {}
     for row in benchmark_rows(read_json(run_dir / "benchmark.json")):
+        # Of several configs of a suite the first: lines of all would hide one another.
         if row["accepted_by_position"] and len(accepted) < MAX_SUITES:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
@@ -109,6 +110,7 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
         plots["evaluations"] = Plot({"": line})
     trained = [row for row in metrics if "loss" in row]
     if trained:
+        # However many steps the unroll had, as the metrics name them.
         steps = range(sum(key.startswith("loss/step_") for key in trained[0]))
         losses = {f"step {k}": curve(trained, f"loss/step_{k}") for k in steps}
         accuracies = {f"step {k}": curve(trained, f"accuracy/step_{k}") for k in steps}

@@ -19,6 +19,7 @@ from eagle3.config import RunConfig
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import read_json, summary, write_report
 
+# Those whose versions may change a result.
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
 # What run.json calls the artefact of a stage.
 ARTEFACTS = {
@@ -44,6 +45,7 @@ class Tracking:
     ):
         self.path, self.stages = run_dir / "run.json", config.stages
         self.tracker, self.console = tracker, console
+        # A resumed run's: with the command line of its first start it can be made again.
         before, settings = read_json(self.path), dataclasses.asdict(config)
         first = before.get("overrides", overrides)
         tracker_id = tracker.start(
