@@ -276,16 +276,8 @@ class Trainer:
             hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
             (output.loss / normaliser).backward()
-            self.meter.add(
-                output.step_loss,
-                output.step_correct,
-                batch.pair_counts,
-                batch.normaliser,
-                tokens=batch.tokens,
-                supervised_tokens=batch.pair_counts[0],
-                data_wait_seconds=waited,
-                flops=training_flops(self.draft.config, batch),
-            )
+            flops = training_flops(self.draft.config, batch)
+            self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
             waited = 0.0
         self.ranks.all_reduce_gradients(self.optim.parameters, self.optim.reduce_dtype)
         return self.optim.step()

@@ -2,7 +2,6 @@
 its files.
 """
 
-import inspect
 import json
 import math
 import os
@@ -10,24 +9,21 @@ import struct
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
-import yaml
+from conftest import ROOT
 
-from eagle3.errors import ConfigError
 from eagle3.runs import logger
-from eagle3.runs.logger import (
-    REDACTED,
-    JsonLines,
-    NoTracker,
-    Wandb,
-    follow_metrics,
-    read_metrics,
-    redact,
-)
+from eagle3.runs.logger import REDACTED, JsonLines, NoTracker, follow_metrics, read_metrics, redact
 
-ROOT = Path(__file__).parents[1]
+SECRET_KEYS = """
+    token HF_TOKEN hfToken access_token use_auth_token hub.token client_secret passwd db_password
+    api_key apiKey api-key credentials private_key aws_secret_access_key Authorization passphrase
+"""
+ORDINARY_KEYS = """
+    tokens_per_step max_new_tokens eos_token_ids eos_token pad_token tokens tokenizer_path token_ids
+    bytes_per_token embedding_key key author monkey special_tokens api_key_env
+"""
 
 
 def test_each_line_is_on_disk_when_log_returns(tmp_path):
@@ -39,7 +35,6 @@ def test_each_line_is_on_disk_when_log_returns(tmp_path):
         {"step": 1, "loss": 2.5, "eval/accepted": [0.5, None]},
         {"step": 2, "loss": None, "grad_norm": None},
     ]
-    lines.close()
 
 
 def test_resume_drops_later_lines_and_a_cut_one(tmp_path):
@@ -48,41 +43,17 @@ def test_resume_drops_later_lines_and_a_cut_one(tmp_path):
     for step in range(1, 6):
         lines.log({"loss": float(step)}, step)
     lines.log({"eval/acceptance_length": 2.0}, 3)
-    lines.close()
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
     resumed = JsonLines(path, resume_step=3)
     resumed.log({"loss": 40.0}, 4)
-    resumed.close()
     assert [(row["step"], row.get("loss")) for row in read_metrics(path)] == [
         (1, 1.0), (2, 2.0), (3, 3.0), (3, None), (4, 40.0),
     ]  # fmt: skip
     assert path.read_text().count("\n") == 5
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_cut_last_line_is_not_glued_to_the_next(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+    JsonLines(path)  # a new run starts the file anew
     assert read_metrics(path) == []
-    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0')
-    lines = JsonLines(path, resume_step=9)
-    lines.log({"loss": 3.0}, 3)
-    lines.close()
-    assert [row["step"] for row in read_metrics(path)] == [1, 3]
-    JsonLines(path).close()  # a new run starts the file anew
-    assert read_metrics(path) == []
-
-
-SECRET_KEYS = """
-    token HF_TOKEN hfToken access_token auth_token use_auth_token hub.token client_secret passwd
-    db_password api_key apiKey api-key openai_api_key credentials private_key aws_secret_access_key
-    Authorization passphrase
-"""
-ORDINARY_KEYS = """
-    tokens_per_step max_new_tokens eos_token_ids eos_token_id eos_token pad_token mask_token tokens
-    tokens_per_second tokenizer_path token_ids bytes_per_token embedding_key key author monkey
-    special_tokens api_key_env
-"""
 
 
 def test_what_counts_as_a_secret():
@@ -94,19 +65,14 @@ def test_what_counts_as_a_secret():
 
 
 def test_redact_keeps_everything_but_secrets():
-    config = {
-        "train": {"tokens_per_step": 2048, "betas": [0.9, 0.95]},
-        "model": {"eos_token": "</s>", "hf_token": "abc", "keys": [{"password": 17}, "x"]},
-        "hub": {"token": None, "credentials": {"user": "a", "pass": "b"}},
-    }
-    before = json.dumps(config)
-    redacted = redact(config)
-    assert redacted == {
-        "train": {"tokens_per_step": 2048, "betas": [0.9, 0.95]},
-        "model": {"eos_token": "</s>", "hf_token": REDACTED, "keys": [{"password": REDACTED}, "x"]},
-        "hub": {"token": None, "credentials": REDACTED},
-    }
-    assert json.dumps(config) == before and redact(redacted) == redacted
+    def config(secret, login):
+        model = {"eos_token": "</s>", "hf_token": secret, "keys": [{"password": secret}, "x"]}
+        return {"train": {"betas": [0.9, 0.95]}, "model": model, "hub": {"credentials": login}}
+
+    given = config("abc", {"user": "a"}) | {"token": None}
+    redacted = redact(given)
+    assert redacted == config(REDACTED, REDACTED) | {"token": None}
+    assert given["model"]["hf_token"] == "abc" and redact(redacted) == redacted
 
 
 @pytest.mark.parametrize(
@@ -131,6 +97,11 @@ def test_redact_inside_strings(text, expected):
     assert redact([text]) == [expected]
 
 
+@pytest.fixture(autouse=True)
+def poll_often(monkeypatch):
+    monkeypatch.setattr(logger, "POLL_SECONDS", 0.02)
+
+
 class Recorder(NoTracker):
     """Keeps what it is sent; fails at the updates in `failing`."""
 
@@ -152,10 +123,9 @@ def test_a_tracker_gets_lines_while_they_are_written_and_the_rest_at_the_end(tmp
         assert tracker.arrived.wait(timeout=60)
         lines.log({"loss": 2.0}, 2)
         lines.log({"eval/loss": 1.0}, 2)
-        lines.file.write('{"step": 3, "lo')
-        lines.file.flush()
+        with path.open("a") as file:
+            file.write('{"step": 3, "lo')
     assert tracker.rows == [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"eval/loss": 1.0})]
-    lines.close()
 
 
 def test_a_resumed_run_sends_no_line_twice(tmp_path):
@@ -166,13 +136,11 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path):
         lines.log({"loss": 3.0}, 2)
         lines.log({"loss": 2.0}, 3)
         assert tracker.arrived.wait(timeout=60)
-        lines.close()
         resumed = JsonLines(path, resume_step=1)
         for step in range(2, 5):
             resumed.log({"loss": 5.0 - step}, step)
             if step == 3:
                 resumed.log({"eval/loss": 1.0}, step)
-        resumed.close()
     steps = [(step, *metrics) for step, metrics in tracker.rows]
     assert steps == [(2, "loss"), (3, "loss"), (3, "eval/loss"), (4, "loss")]
 
@@ -183,38 +151,9 @@ def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
         lines = JsonLines(path)
         for step in range(1, 4):
             lines.log({"loss": 1.0}, step)
-        lines.close()
         raise KeyError
     assert tracker.rows == [(3, {"loss": 1.0})]
     assert capsys.readouterr().err.count("no network") == 1
-
-
-def test_configs_match_the_signatures():
-    made = {}
-    for path in (ROOT / "conf/logger").glob("*.yaml"):
-        options = yaml.safe_load(path.read_text())
-        module, name = options.pop("_target_").rsplit(".", 1)
-        assert module == "eagle3.runs.logger"
-        made[path.stem] = getattr(logger, name)(**options)
-    assert isinstance(made["jsonl"], NoTracker) and isinstance(made["wandb"], Wandb)
-
-
-def test_trackers_have_the_same_methods():
-    methods = [name for name in vars(NoTracker) if not name.startswith("_")]
-    assert methods == ["start", "log", "table", "page", "finish"]
-    for name in methods:
-        ours, theirs = getattr(NoTracker, name), getattr(Wandb, name)
-        assert inspect.signature(ours) == inspect.signature(theirs)
-
-
-def test_wandb_refuses_what_it_cannot_do(monkeypatch):
-    with pytest.raises(ConfigError, match=r"logger\.mode must be .* not 'of line'"):
-        Wandb("p", mode="of line")
-    Wandb("p", mode="offline").finish()  # without a start
-    monkeypatch.setattr(logger.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install wandb") as error:
-        Wandb("p")
-    assert "\n" not in str(error.value)
 
 
 def run_python(code, *arguments, **environment):
@@ -225,6 +164,7 @@ def run_python(code, *arguments, **environment):
     )
 
 
+@pytest.mark.runs
 def test_wandb_without_a_login_is_one_sentence(tmp_path):
     code = """
 import sys
@@ -235,16 +175,6 @@ Wandb("p", mode="online").start(sys.argv[1], "n", {})
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
     assert "logger.mode=offline" in last
-
-
-def test_choosing_jsonl_does_not_import_wandb():
-    code = """
-import sys
-from eagle3.runs.logger import NoTracker
-NoTracker().start(".", "n", {})
-sys.exit("wandb" in sys.modules)
-"""
-    assert run_python(code).returncode == 0
 
 
 OFFLINE_RUN = """
@@ -261,9 +191,7 @@ config["overrides"] = ["hub.token=SESAME", "seed=3"]
 print(tracker.start(run_dir, "my run", config, run_id))
 for step in range(1, 4):
     tracker.log({"loss": 3.0 / step, "accuracy/step_0": 0.1 * step}, step)
-rows = [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
-tracker.table("benchmark", ["suite", "speedup", "lossless"], rows)
-tracker.page(run_dir + "/report.html")
+tracker.page(Path(run_dir) / "report.html")
 before = children()
 tracker.finish()
 for _ in range(600):
@@ -293,59 +221,37 @@ def offline_records(path):
     return records
 
 
-@pytest.fixture(scope="module")
-def offline_run(tmp_path_factory):
-    """A run in its own process, whose command line holds the secret too."""
-    run_dir = tmp_path_factory.mktemp("run")
-    (run_dir / "report.html").write_text("<!doctype html><title>the report</title>")
-    ended = run_python(OFFLINE_RUN, run_dir, "", "hub.token=SESAME")
+@pytest.mark.runs
+def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
+    """In its own process, whose command line holds the secret too; then gone on with."""
+    (tmp_path / "report.html").write_text("<!doctype html><title>the report</title>")
+    ended = run_python(OFFLINE_RUN, tmp_path, "", "hub.token=SESAME")
     assert ended.returncode == 0, ended.stderr
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    run_id, before, after = ended.stdout.split()
+    assert int(before) > 0 and int(after) == 0, "finish ends the background service"
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
-    run_id, *children = ended.stdout.split()
-    return run_dir, folder, run_id, offline_records(path), [int(count) for count in children]
-
-
-def test_offline_run_holds_config_and_curves(offline_run):
-    _, _, run_id, records, _ = offline_run
+    records = offline_records(path)
     (run,) = (record.run for record in records if record.HasField("run"))
     assert (run.run_id, run.project, run.run_group) == (run_id, "proj", "grp")
-    assert run.display_name == "my run"
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
-    assert config["optimizer"] == {"lr": 1e-4} and config["hub"] == {"token": REDACTED}
+    assert run.display_name == "my run" and config["hub"] == {"token": REDACTED}
     assert config["overrides"] == [f"hub.token={REDACTED}", "seed=3"]
     curves = []
     for record in records:
-        items = {}
-        for item in record.history.item:
-            items[item.key or "/".join(item.nested_key)] = item.value_json
-        if "loss" in items:
-            keys = ("step", "loss", "accuracy/step_0")
-            curves.append([json.loads(items[key]) for key in keys])
+        items = record.history.item
+        found = {item.key or "/".join(item.nested_key): item.value_json for item in items}
+        if "loss" in found:
+            curves.append([json.loads(found[key]) for key in ("step", "loss", "accuracy/step_0")])
     assert curves == [[1, 3.0, 0.1], [2, 1.5, 0.2], [3, 1.0, pytest.approx(0.3)]]
     axes = [(record.metric.glob_name, record.metric.step_metric) for record in records]
     assert ("*", "step") in axes
-
-
-def test_offline_run_holds_table_and_report_but_no_secret(offline_run):
-    run_dir, folder, *_ = offline_run
-    (table,) = (folder / "files/media/table").glob("benchmark_*.table.json")
-    table = json.loads(table.read_text())
-    assert table["columns"] == ["suite", "speedup", "lossless"]
-    assert table["data"] == [["mtbench", 1.5, True], ["gsm8k", None, "tie"]]
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
-    files = [path for path in (run_dir / "wandb").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert files and not [path for path in files if b"SESAME" in path.read_bytes()]
 
-
-def test_finish_ends_the_background_service(offline_run):
-    before, after = offline_run[4]
-    assert before > 0 and after == 0
-
-
-def test_resumed_run_keeps_its_id(offline_run, tmp_path):
-    (tmp_path / "report.html").write_text("<!doctype html>")
-    ended = run_python(OFFLINE_RUN, tmp_path, offline_run[2])
-    assert ended.stdout.split()[0] == offline_run[2], ended.stderr
-    assert list((tmp_path / "wandb").glob(f"offline-run-*-{offline_run[2]}"))
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "report.html").write_text("<!doctype html>")
+    again = run_python(OFFLINE_RUN, tmp_path / "again", run_id)
+    assert again.stdout.split()[0] == run_id, again.stderr

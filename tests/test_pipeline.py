@@ -26,8 +26,6 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from eagle3 import evaluate
-from eagle3.data import prepare
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
 from eagle3.runs.checkpoint import draft_weights, load_checkpoint
@@ -87,13 +85,16 @@ def test_evaluation_and_benchmark_agree(finished):
     assert abs(evaluation["acceptance_length"]["3"] - value) < 1
 
 
-def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(
-    finished, settings, tmp_path, monkeypatch
-):
-    for module, name in ((prepare, "write_prepared"), (evaluate, "write_answers")):
-        monkeypatch.setattr(module, name, lambda *args: pytest.fail("an artefact was made again"))
+def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, settings, tmp_path):
+    (cache,) = (o.removeprefix("cache_dir=") for o in settings if o.startswith("cache_dir="))
+
+    def artefacts():
+        return {path: path.stat().st_mtime_ns for path in Path(cache).glob("*/*/artefact.json")}
+
+    before = artefacts()
     run([*settings, TRAIN_ONLY], tmp_path / "again")
     assert losses(tmp_path / "again") == losses(finished[0])
+    assert before and artefacts() == before
 
 
 def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):

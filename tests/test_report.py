@@ -14,14 +14,7 @@ from conftest import ROOT
 from rich.console import Console
 
 from eagle3.runs.logger import REDACTED
-from eagle3.runs.report import (
-    Plot,
-    benchmark_table,
-    prepared_table,
-    read_json,
-    summary_table,
-    write_report,
-)
+from eagle3.runs.report import Plot, read_json, summary, write_report
 
 EVIL = "<script>alert(1)</script>"
 
@@ -64,24 +57,14 @@ class Page(HTMLParser):
 
 def result(acceptance_length, speedup, lossless, **more):
     """A row as the built-in benchmark writes it."""
-    return {
-        "config": [1, 3, 1, 4],
-        "num_prompts": 80,
-        "acceptance_length": acceptance_length,
-        "interval95": [acceptance_length - 0.1, acceptance_length + 0.1],
-        "acceptance_length_loop_free": 2.22,
-        "loops": 3,
-        "first_round": 1.75,
-        "accepted_by_position": [0.7, 0.6, 0.5],
-        "tokens_per_second": 100 * speedup,
-        "baseline_tokens_per_second": 100.0,
-        "speedup": speedup,
-        "speedup_interval95": [speedup - 0.2, speedup + 0.2],
-        "bigram": 1.18,
-        "prompt_lookup": 1.31,
-        "lossless": lossless,
-        **more,
-    }
+    interval = [acceptance_length - 0.1, acceptance_length + 0.1]
+    row = {"config": [1, 3, 1, 4], "num_prompts": 80, "lossless": lossless}
+    row |= {"acceptance_length": acceptance_length, "interval95": interval, "first_round": 1.75}
+    row |= {"acceptance_length_loop_free": 2.22, "loops": 3, "bigram": 1.18, "prompt_lookup": 1.31}
+    row |= {"accepted_by_position": [0.7, 0.6, 0.5], "speedup": speedup}
+    row |= {"speedup_interval95": [speedup - 0.2, speedup + 0.2]}
+    row |= {"tokens_per_second": 100 * speedup, "baseline_tokens_per_second": 100.0}
+    return row | more
 
 
 def write(run_dir, **files):
@@ -103,24 +86,15 @@ def training(updates):
         yield row | {f"accuracy/step_{k}": 0.5 for k in range(7)}
 
 
-METRICS = [
-    *training(40),
-    {"step": 10, "eval/acceptance_length": 1.5},
-    {"step": 20, "eval/acceptance_length": 2.25},
-    {"step": 40, "eval/acceptance_length": 2.0},
-]
+EVALUATED = {10: 1.5, 20: 2.25, 40: 2.0}
+METRICS = [*training(40)]
+METRICS += [{"step": step, "eval/acceptance_length": value} for step, value in EVALUATED.items()]
 RUN = {
-    "config": {
-        "name": f"run {EVIL}",
-        "train": {"tokens_per_step": 4096},
-        "hub": {"token": "SESAME"},
-    },
+    "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hf_token": "SESAME"},
     "overrides": [f"name={EVIL}", "hub.token=SESAME"],
-    "versions": {"torch": "2.13.0"},
-    "tracker_id": None,
     "git": "abcdef+",
+    "versions": {"torch": "2.13.0"},
     "hardware": {"device": "cuda", "name": "H200 & co"},
-    "seeds": {"seed": 0},
     "inputs": {"prepared": {"vocab_coverage": 0.9734, "documents": 12}},
 }
 BENCHMARK = {
@@ -128,29 +102,17 @@ BENCHMARK = {
         f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)],
         "$x_1$": [result(2.0, 1.2, True)],
     },
-    "protocol": {
-        "suites": ["mt:80", "x:80"],
-        "temperature": 0.0,
-        "system_prompt": EVIL,
-        "max_new_tokens": 20000,
-    },
+    "protocol": {"temperature": 0.0, "system_prompt": EVIL, "max_new_tokens": 20000},
 }
 EVALUATION = {
-    "draft_length": 2,
-    "acceptance_length": {"1": 1.6, "2": 2.1, "10": 3.7},
-    "accepted_at": [0.6, 0.5],
-    "first_round": 1.95,
-    "loop_free": 2.05,
-    "loops": 5,
-    "answers": 64,
-    "loss": 1.5,
-    "update": 20,
-}
+    "draft_length": 2, "acceptance_length": {"1": 1.6, "2": 2.1, "10": 3.7}, "first_round": 1.95,
+    "accepted_at": [0.6, 0.5], "loop_free": 2.05, "loops": 5, "answers": 64, "update": 20,
+}  # fmt: skip
 
 
 def printed(run_dir):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary_table(run_dir))
+    console.print(summary(run_dir))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -206,17 +168,8 @@ def test_benchmark_table(page):
 
 def test_facts(page):
     facts = {row[0]: row[1] for row in Page(page).rows if len(row) == 2}
-    expected = {
-        "loop free": "2.05",
-        "answers": "64",
-        "temperature": "0.00",
-        "system prompt": EVIL,
-        "max new tokens": "20,000",
-        "updates": "40",
-        "update": "20",
-        "peak memory": "2.00 GiB",
-        "median tokens per second": "1,021",
-    }
+    expected = {"loop free": "2.05", "answers": "64", "temperature": "0.00", "step": "40"}
+    expected |= {"system prompt": EVIL, "max new tokens": "20,000", "tokens per second": "1,040"}
     assert {key: facts.get(key) for key in expected} == expected
     assert "acceptance length" not in facts
 
@@ -224,13 +177,9 @@ def test_facts(page):
 def test_figures(page):
     parsed = Page(page)
     assert [svg["aria-label"] for svg in parsed.named("svg")] == [
-        "Acceptance length by draft length",
-        "Accepted by position",
-        "Acceptance length while training",
-        "Loss",
-        "Loss by step",
-        "Accuracy by step",
-    ]
+        "Acceptance length by draft length", "Accepted by position",
+        "Acceptance length while training", "Loss", "Loss by step", "Accuracy by step",
+    ]  # fmt: skip
     assert {"best 2.25 at update 20", "1.60", "2.10", "3.70"} <= set(parsed.text["text"])
     assert parsed.text["li"].count("step 6") == 2
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
@@ -308,76 +257,29 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
 
 
 def test_summary_in_a_narrow_terminal(tmp_path):
-    suites = {"mt[bold]": [result(2.41, 1.52, True)]}
+    suites = {f"mt[bold]_with_a_name_{n}": [result(1.41 + n, 1.52, "tie")] for n in range(6)}
     write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION)
     lines = printed(tmp_path)
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
-    found = dict(re.split(r"  +", line.strip()) for line in lines if re.search(r"\S  +\S", line))
+    found = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines if "drafted" in line)
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]
-    assert found["2 drafted, first round"] == "1.95" and found["prompts"] == "80"
-    assert found["speedup"] == "1.52×" and found["lossless"] == "yes"
-    assert len(found) == 15
+    assert found["2 drafted, first round"] == "1.95"
+    text = " ".join(lines)
+    assert all(f"{n}.41" in text for n in range(1, 7)) and text.count("1.52×") == 6
 
 
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
-    """An engine's rows have no baselines without a model; what was not measured takes no line."""
+    """An engine's rows have no baselines without a model; what was not measured takes no column."""
     scores = {"score": 0.75, "baseline_score": 0.8, "num_scored": 80, "equal_answers": 0.5}
     row = result(1.0, 0.9, False) | scores | {"warning": "too bad", "first_round": None}
     del row["bigram"], row["prompt_lookup"]
     row["config"] = [4, 7, 10, 60]
     write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
-    text = "\n".join(printed(tmp_path))
-    assert "4, 7, 10, 60" in text and re.search(r"score +0.75\n *score without draft +0.8", text)
-    assert "bigram " not in text and "first round" not in text
+    assert "score" in (text := " ".join(printed(tmp_path))) and "0.75" in text
     parsed = Page(write_report(tmp_path).read_text())
     assert parsed.headline.endswith("gsm8k [4, 7, 10, 60]: too bad.")
-    assert "answers equal to the target's own" in " ".join(parsed.rows[0])
-
-
-def test_summary_of_many_suites_stays_narrow(tmp_path):
-    suites = {f"a_suite_with_a_long_name_{n}": [result(1.0 + n, 1.5, "tie")] for n in range(6)}
-    lines = printed(write(tmp_path, benchmark={"suites": suites}))
-    assert all(len(line) <= 80 for line in lines)
-    shown = [line.split()[2:] for line in lines if line.strip().startswith("acceptance length")]
-    assert shown == [["1.00", "2.00", "3.00", "4.00"], ["5.00", "6.00"]]
-
-
-def test_table_for_a_tracker_is_plain():
-    columns, rows = benchmark_table(BENCHMARK)
-    assert len(rows) == 3 and all(len(row) == len(columns) for row in rows)
-    first = dict(zip(columns, rows[0], strict=True))
-    assert first["config"] == "1, 3, 1, 4" and first["acceptance_length"] == 2.41
-    assert first["lossless"] is True and first["interval95"] == "2.31 – 2.51"
-    values = [value for row in rows for value in row]
-    assert all(value is None or isinstance(value, bool | int | float | str) for value in values)
-
-
-def test_prepared_rows_add_up(tmp_path):
-    facts = {
-        "documents": 9000,
-        "held_out_rows": 5,
-        "left_out_by_weight": 0,
-        "rejected": {"[no] turn": 1},
-        "rows": 9006,
-        "documents_per_epoch": 9000,
-        "tokens": 1000,
-        "supervised_tokens": 250,
-        "cut_to_max_length": 2,
-        "vocab_coverage": 0.5,
-        "heldout_prompts": 4,
-        "repaired": {"roles": 3},
-        "heldout_rejected": {},
-    }
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(prepared_table(facts))
-    cells = [re.split(r"  +", line.strip()) for line in console.export_text().splitlines()]
-    assert [row for row in cells if len(row) == 2][:4] == [
-        ["conversations to train on", "9,000"],
-        ["held out, and what opens like them", "5"],
-        ["rejected: [no] turn", "1"],
-        ["rows read", "9,006"],
-    ]
-    assert ["supervised", "25.0%"] in cells and ["repaired: roles", "3"] in cells
+    heads = parsed.rows[0]
+    assert "answers equal to the target's own" in heads and "acceptance, bigram" not in heads
 
 
 def test_the_readme_picture_is_well_formed(tmp_path):

@@ -13,6 +13,7 @@ from eagle3.errors import RunError
 
 def fingerprint(inputs: dict[str, Any]) -> str:
     """16 hex digits of SHA-256 over the canonical JSON of `inputs`."""
+    # 64 bits: a folder's name that can be read out, and two of a million never meet.
     text = json.dumps(inputs, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -26,18 +27,14 @@ def describe_file(path: str | Path) -> dict[str, Any]:
     return {"bytes": Path(path).stat().st_size, "sha256": digest.hexdigest()}
 
 
-Write = Callable[[Path], dict[str, Any]]
-
-
 def artefact(
-    cache_dir: str, kind: str, inputs: dict[str, Any], write: Write | None, stage: str
+    cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
     """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
 
     `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
-    returns facts that are kept in `artefact.json`; the folder gets its name only when complete.
-    Processes that want the same one wait. Without `write`, because `stage` is not listed, it must
-    be there already. Raises RunError.
+    returns facts that are kept in `artefact.json`. Without `write`, because `stage` is not listed,
+    the folder must be there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
@@ -52,9 +49,9 @@ def artefact(
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        raise RunError(
-            f"cache_dir={cache_dir} cannot be written: {error}; name another one"
-        ) from error
+        message = f"cache_dir={cache_dir} cannot be written: {error}; name another one"
+        raise RunError(message) from error
+    # Runs of a sweep want the same artefact at the same moment: one writes it, the others wait.
     with lock:
         if (path / "artefact.json").is_file():  # another process wrote it while this one waited
             return path
@@ -62,7 +59,7 @@ def artefact(
         facts = write(partial)
         content = json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
         (partial / "artefact.json").write_text(content)
-        partial.rename(path)
+        partial.rename(path)  # only what is complete has its name
     return path
 
 

@@ -32,21 +32,16 @@ warnings.filterwarnings(
 
 @dataclass
 class CheckpointState:
-    """What a run needs to go on: `tensors` by name, the same on every rank; `own`, this rank's
-    alone, under names that begin with `rank_N/`; `plain`, what JSON can hold.
-    """
+    """What a run needs to go on."""
 
-    tensors: dict[str, torch.Tensor]
-    own: dict[str, torch.Tensor]
-    plain: dict[str, Any]
+    tensors: dict[str, torch.Tensor]  # by name, the same on every rank
+    own: dict[str, torch.Tensor]  # this rank's alone, under names that begin with `rank_N/`
+    plain: dict[str, Any]  # what JSON can hold
 
 
 class CheckpointWriter:
-    """Writes `folder/step_N`, one at a time, from a thread; keeps the newest `keep_last` of them,
-    and those that the links `last` and `best` name.
-
-    Every rank makes one, and calls `save` for the same updates; `timeout` is how long ranks wait
-    for one another there.
+    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` of them, and those that
+    the links `last` and `best` name. Every rank makes one, and calls `save` for the same updates.
     """
 
     def __init__(
@@ -54,18 +49,19 @@ class CheckpointWriter:
     ):
         self.folder, self.keep_last = folder, keep_last
         self.rank, self.world_size = rank, world_size
-        # a group of its own: the thread's collectives would mix with those of training in another
+        # A group of its own: the thread's collectives would mix with those of training in another.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
-        if rank == 0:
-            # a killed run may have had more ranks, whose files must not end up in a new folder
-            for partial in folder.glob("step_*.partial"):
-                shutil.rmtree(partial)
+        # A killed run may have had more ranks, whose files must not end up in a new folder.
+        for partial in folder.glob("step_*.partial") if rank == 0 else ():
+            shutil.rmtree(partial)
+        # One thread, so that checkpoints are written in the order in which they were saved.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future | None = None
 
     def save(self, update: int, state: CheckpointState, best: bool = False) -> None:
         """Copy the state to the host and write it in the thread; first waits for the one before."""
         self.wait()
+        # Copied, because the next update changes the weights while the thread still writes.
         mine = partition_tensors(state.tensors, self.rank, self.world_size) | state.own
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
         self.writing = self.thread.submit(self._write, update, copied, state.plain, best)
@@ -77,24 +73,18 @@ class CheckpointWriter:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             storage = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(
-                tensors,
-                storage_writer=storage,
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
+            alone = self.group is None
+            dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
                 return
-            with open(partial / "state.json", "w") as stream:
-                json.dump(plain, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if path.exists():
+            (partial / "state.json").write_text(json.dumps(plain, indent=1))
+            sync(partial / "state.json")
+            if path.exists():  # from before a resumed run went back to an earlier one
                 shutil.rmtree(path)
             os.replace(partial, path)
-            sync_folder(self.folder)
+            sync(self.folder)  # or a loss of power undoes the rename
             # `best` before `last`: killed between the two, the resumed run evaluates this update
-            # again; the other way round it would never learn that this one was better
+            # again; the other way round it would never learn that this one was better.
             if best:
                 replace_link(self.folder / "best", path.name)
             replace_link(self.folder / "last", path.name)
@@ -118,7 +108,7 @@ class CheckpointWriter:
 
 
 def first_cause(error: Exception) -> str:
-    """The first line of what went wrong, on the first rank that failed."""
+    """The first line of what went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().splitlines()[0]
@@ -128,9 +118,8 @@ def partition_tensors(
     tensors: dict[str, torch.Tensor], rank: int, world_size: int
 ) -> dict[str, torch.Tensor]:
     """The tensors that this rank writes: all ranks write about as many bytes."""
-    loads = [0] * world_size
-    mine = {}
-    # largest first, names to break ties: every rank must come to the same partition by itself
+    loads, mine = [0] * world_size, {}
+    # Largest first, names to break ties: every rank must come to the same partition by itself.
     for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
         writer = loads.index(min(loads))
         loads[writer] += tensors[name].nbytes
@@ -139,9 +128,9 @@ def partition_tensors(
     return mine
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside the folder outlive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
@@ -156,15 +145,13 @@ def replace_link(link: Path, target: str) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = folder.glob("step_*[0-9]")
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    links = [folder / "last", folder / "best"]
-    linked = {os.readlink(link) for link in links if link.is_symlink()}
+    linked = {link.resolve() for link in (folder / "last", folder / "best")}
     for path in step_folders(folder)[:-keep_last]:
-        if path.name not in linked:
+        if path.resolve() not in linked:
             shutil.rmtree(path)
 
 
@@ -175,18 +162,16 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     try:
         plain = json.loads((path / "state.json").read_text())
         reader = HuggingFaceStorageReader(str(path))
-        tensors = {
-            name: torch.empty(found.size, dtype=found.properties.dtype)
-            for name, found in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(prefix)
-        }
+        tensors = {}
+        for name, meta in reader.read_metadata().state_dict_metadata.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
-        real = path.resolve()
-        others = [step.name for step in step_folders(real.parent) if step.name != real.name]
-        remedy = "start a new run"
-        if others:
-            remedy = f"to go on from {others[-1]}: ln -sfn {others[-1]} {real.parent}/last"
+        real, remedy = path.resolve(), "start a new run"
+        for other in step_folders(real.parent):
+            if other != real:
+                remedy = f"to go on from {other.name}: ln -sfn {other.name} {real.parent}/last"
         raise RunError(f"checkpoint {path} is damaged ({first_cause(error)}); {remedy}") from error
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rank_")}
     return CheckpointState(tensors, own, plain)

@@ -25,16 +25,12 @@ def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None
     """Raise RunError when `needed` bytes of hidden states do not fit on the disk of `folder`, or
     are above `most`.
     """
-    free = free_bytes(folder)
-    if most is not None and needed > most:
+    room = free_bytes(folder)
+    limit = f"{folder} has {size_text(room)} free"
+    if most is not None and most < room:
+        room, limit = most, f"hidden_states.max_disk leaves {size_text(most)}"
+    if needed > room:
         raise RunError(
-            f"the hidden states need {size_text(needed)} more, but hidden_states.max_disk leaves "
-            f"{size_text(most)}; raise it, or set hidden_states.dtype=int8, a smaller "
-            "data.num_samples or mode=hybrid"
-        )
-    if needed > free:
-        raise RunError(
-            f"the hidden states need {size_text(needed)}, but {folder} has {size_text(free)} free; "
-            "set hidden_states.dtype=int8, a smaller data.num_samples, hidden_states.path on "
-            "another disk, or mode=online"
+            f"the hidden states need {size_text(needed)}, but {limit}; set mode=hybrid, "
+            "hidden_states.dtype=int8, another hidden_states.path or a smaller data.num_samples"
         )

@@ -11,24 +11,17 @@ from collections.abc import Callable
 
 import torch
 
-# Dense bf16 FLOP/s of one GPU, by the words of its name; of several entries that fit the longest
-# counts.
+from eagle3.batch import Batch
+
+# Dense bf16 FLOP/s of one GPU, by the words of its name; of several that fit the longest counts.
 PEAK_FLOPS = {
-    "A100": 312e12,
-    "B200": 2250e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "L40S": 362e12,
-}
+    "A100": 312e12, "B200": 2250e12, "H100": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H200": 989e12, "H200 NVL": 835e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 def peak_flops(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU of that name; None for one that is not in the table or is a slice
-    of one (MIG).
-    """
+    """Dense bf16 FLOP/s of a GPU of that name; None for one not in the table or a slice (MIG)."""
     words = set(re.split(r"[\s-]+", name))
     fitting = [known for known in PEAK_FLOPS if words.issuperset(known.split())]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting and "MIG" not in words else None
@@ -43,35 +36,33 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Sums of micro-steps since the last `read`; `add` never waits for the device."""
+    """Sums of micro-steps since the last `read`; `add` never waits for the device.
+
+    `gamma` weights the loss of step k by gamma^k.
+    """
 
     def __init__(self, ttt_steps: int, gamma: float, device: torch.device | str = "cpu"):
-        """`gamma` weights the loss of step k by gamma^k."""
         self.ttt_steps, self.gamma, self.device = ttt_steps, gamma, torch.device(device)
-        # float64, because a window adds up thousands of float32 sums
+        # float64, because a window adds up thousands of float32 sums.
         self.device_sums = torch.zeros(2, ttt_steps, dtype=torch.float64, device=self.device)
         self.restart()
 
     def restart(self) -> None:
         """Forget the sums and set the clock anew."""
         self.device_sums.zero_()
-        # K counts of pairs, then normaliser, tokens, supervised tokens, flops
-        self.host_sums = torch.zeros(self.ttt_steps + 4, dtype=torch.float64)
+        # K counts of pairs, then normaliser, tokens, flops
+        self.host_sums = torch.zeros(self.ttt_steps + 3, dtype=torch.float64)
         self.data_wait_seconds = self.excluded_seconds = 0.0
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, list]:
-        """What a resumed run needs so that its first window holds what an uninterrupted one's
-        would; plain numbers. Seconds are left out: a clock does not go on where it was stopped.
-        """
+        """What a resumed run's first window must begin with: plain numbers, no seconds."""
         return {"device": self.device_sums.tolist(), "host": self.host_sums.tolist()}
 
     def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
-        """Take up this rank's one of the `states` of all ranks; where their number has changed, the
-        first rank takes them all, since only the sum over ranks is ever read.
-        """
+        """Take up this rank's one of the `states` of all ranks."""
         self.restart()
-        mine = states if rank == 0 else []
+        mine = states if rank == 0 else []  # of another number of ranks: only their sum is read
         if len(states) == world_size:
             mine = [states[rank]]
         for state in mine:
@@ -83,67 +74,45 @@ class Meter:
         self.excluded_seconds += seconds
 
     def add(
-        self,
-        loss_sums: torch.Tensor,
-        correct: torch.Tensor,
-        counts: list[int],
-        normaliser: float,
-        tokens: int,
-        supervised_tokens: int,
-        data_wait_seconds: float,
-        flops: float = 0.0,
+        self, losses: torch.Tensor, correct: torch.Tensor, batch: Batch, waited: float, flops: float
     ) -> None:
-        """Add one micro-step of this process: sums [K] over the pairs of each step, on the device,
-        and numbers of the host.
-
-        `loss_sums` is unweighted, `counts` are the pairs that `correct` is out of, `normaliser` is
-        this process' part of the global one.
+        """Add a micro-step, whose batch took `waited` seconds to come: unweighted losses and right
+        drafts, [K] sums over the pairs of each step, on the device.
         """
-        self.device_sums[0] += loss_sums.detach()
+        self.device_sums[0] += losses.detach()
         self.device_sums[1] += correct.detach()
-        numbers = [*counts, normaliser, tokens, supervised_tokens, flops]
+        numbers = [*batch.pair_counts, batch.normaliser, batch.tokens, flops]
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
-        self.data_wait_seconds += data_wait_seconds
+        self.data_wait_seconds += waited
 
-    def read(
-        self, all_reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> dict[str, float]:
-        """The metrics since the last read, which begins the next window; this waits for the device.
+    def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict:
+        """The metrics since the last read, which begins the next window.
 
         `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
-        but `peak_memory_bytes` is of all of them; `supervised_tokens` counts the window. What no
-        pair supports is NaN.
+        but `peak_memory_bytes` is of all of them. What no pair supports is NaN.
         """
-        self.device_sums.cpu()  # waits for the device, so that the clock is read after its work
+        # The copy waits for the device, so that the clock is read after its work.
+        self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
-        # the 1.0 counts the processes
+        # The 1.0 counts the processes: one exchange carries everything.
         clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)
         host_sums = torch.cat([self.host_sums, clock]).to(self.device)
-        sums = torch.cat([self.device_sums.flatten(), host_sums])
-        if all_reduce is not None:
-            sums = all_reduce(sums)
-
+        sums = all_reduce(torch.cat([self.device_sums.flatten(), host_sums]))
         steps = self.ttt_steps
-        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 7])
-        normaliser, tokens, supervised_tokens, flops, waited, seconds, processes = numbers.tolist()
-        step_losses = [ratio(loss_sum, normaliser) for loss_sum in loss_sums.tolist()]
+        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
+        step_losses = (loss_sums / numbers[0]).tolist()
+        accuracies = (correct / counts).tolist()
+        _, tokens, flops, waited, seconds, processes = numbers.tolist()
         metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
-        for k, loss in enumerate(step_losses):
-            metrics[f"loss/step_{k}"] = loss
-        for k in range(steps):
-            metrics[f"accuracy/step_{k}"] = ratio(float(correct[k]), float(counts[k]))
-        # `seconds` is summed too: divided by the processes it is the window's length
+        metrics |= {f"loss/step_{k}": loss for k, loss in enumerate(step_losses)}
+        metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in enumerate(accuracies)}
+        # `seconds` is summed too: divided by the processes it is the window's length.
         metrics["tokens_per_second"] = tokens * processes / seconds
-        metrics["supervised_tokens"] = int(supervised_tokens)
+        metrics["supervised_tokens"] = int(counts[0])
         metrics["data_wait_fraction"] = waited / seconds
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
-        if self.device.type == "cuda" and flops:
-            peak = peak_flops(torch.cuda.get_device_name(self.device))
-            if peak is not None:
-                metrics["mfu"] = flops / (seconds * peak)
+        peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))
+        if peak:
+            metrics["mfu"] = flops / (seconds * peak)
         self.restart()
         return metrics
-
-
-def ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")

@@ -9,19 +9,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def note_signals(launched: bool) -> Iterator[dict[str, int]]:
-    """The first Ctrl-C or SIGTERM is noted: the loop ends after its update.
-
-    A second one acts at once, except in a launched process, which hears of each signal twice (from
-    the terminal and from its launcher).
-    """
+    """Notes the first Ctrl-C or SIGTERM, so that a loop ends after its update; a second acts."""
     received = {"signal": 0}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
         received["signal"] = number
+        # A launched process hears of each signal twice: from the terminal and from its launcher.
         for each, handler in before.items() if not launched else ():
             signal.signal(each, handler)
 
+    # An update is whole or not at all: a checkpoint of half of one could not be gone on with.
     for number in before:
         signal.signal(number, note)
     try:

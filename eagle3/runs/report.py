@@ -1,6 +1,4 @@
-"""A run's results: report.html, the one page that shows a run, and tables for the terminal and for
-a tracker. All of it is made from the run's files.
-"""
+"""A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
 import json
 import math
@@ -17,11 +15,11 @@ from rich.text import Text
 
 from eagle3.runs.logger import read_metrics, redact
 
-# The columns of the benchmark and their titles; those marked True are in the terminal too.
+# The columns of the benchmark and their titles; the marked ones fit into 80 columns of a terminal.
 COLUMNS = {
-    "suite": ("suite", False),
-    "config": ("batch, steps, top-k, verify", False),
-    "num_prompts": ("prompts", True),
+    "suite": ("suite", True),
+    "config": ("batch, steps, top-k, verify", True),
+    "num_prompts": ("prompts", False),
     "acceptance_length": ("acceptance length", True),
     "interval95": ("95 % interval", False),
     "tokens_per_second": ("tokens/s with draft", True),
@@ -32,19 +30,15 @@ COLUMNS = {
     "equal_answers": ("answers equal to the target's own", False),
     "tie_gap": ("widest tie", False),
     "score": ("score", True),
-    "baseline_score": ("score without draft", True),
+    "baseline_score": ("score without draft", False),
     "num_scored": ("answers scored", False),
-    "first_round": ("acceptance, first round", True),
-    "acceptance_length_loop_free": ("acceptance, loops left out", True),
+    "first_round": ("acceptance, first round", False),
+    "acceptance_length_loop_free": ("acceptance, loops left out", False),
     "loops": ("answers that loop", False),
-    "bigram": ("acceptance, bigram", True),
-    "prompt_lookup": ("acceptance, prompt look-up", True),
+    "bigram": ("acceptance, bigram", False),
+    "prompt_lookup": ("acceptance, prompt look-up", False),
 }
-LEGEND = """Acceptance length: tokens that each pass of the target yields; 1 is no draft.
-Bigram and prompt look-up: drafts without a model. Lossless: the target's own
-answers, token for token; tie: but for ties between its two best tokens."""
-SIDE_BY_SIDE = 4
-MAX_POINTS = 150
+MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
 Line = list[tuple[float, float]]
@@ -65,12 +59,14 @@ class Plot:
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
         self.highest = max(points, key=lambda point: point[1])  # of equal ones the first
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        self.x_range = padded(min(xs), max(xs), 0.07)
-        self.y_range = padded(min(ys) if floor is None else floor, max(ys), 0.12)
-        if floor is not None:
-            self.y_range = floor, self.y_range[1]
-        self.x_ticks, self.y_ticks = ticks(*self.x_range, whole=True), ticks(*self.y_range)
+        xs, ys = zip(*points, strict=True)
+        # Half a unit where all values are the same: a range of no length cannot be drawn.
+        margin = (max(xs) - min(xs)) * 0.07 or 0.5
+        self.x_range = min(xs) - margin, max(xs) + margin
+        low = min(ys) if floor is None else floor
+        margin = (max(ys) - low) * 0.12 or 0.5
+        self.y_range = low - margin * (floor is None), max(ys) + margin
+        self.x_ticks, self.y_ticks = ticks(*self.x_range, smallest=1.0), ticks(*self.y_range)
 
     def x(self, value: float) -> float:
         low, high = self.x_range
@@ -81,18 +77,11 @@ class Plot:
         return round(self.bottom - (value - low) / (high - low) * (self.bottom - self.top), 1)
 
 
-def padded(low: float, high: float, share: float) -> tuple[float, float]:
-    margin = (high - low) * share or 0.5
-    return low - margin, high + margin
-
-
-def ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str]]:
-    """Four to ten round numbers between, as text too; fewer where they must be `whole`."""
+def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, str]]:
+    """Four to ten round numbers between, as text too; fewer for steps below `smallest`."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     fitting = [factor for factor in (1, 2, 5) if (high - low) / (step * factor) >= 4]
-    step *= max(fitting, default=1)
-    if whole:
-        step = max(step, 1.0)
+    step = max(step * max(fitting, default=1), smallest)
     digits = max(0, -math.floor(math.log10(step)))
     numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
     return [(n * step, f"{n * step:,.{digits}f}") for n in numbers]
@@ -104,6 +93,7 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     metrics = read_metrics(run_dir / "metrics.jsonl")
     accepted: dict[str, list[float]] = {}
     for row in benchmark_rows(read_json(run_dir / "benchmark.json")):
+        # Of several configs of a suite the first: lines of all would hide one another.
         if row["accepted_by_position"] and len(accepted) < MAX_SUITES:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
@@ -114,10 +104,13 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     if accepted:
         lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
-    if evaluated := curve(metrics, "eval/acceptance_length"):
-        plots["evaluations"] = Plot({"": evaluated})
+    evaluated = [row for row in metrics if row.get("eval/acceptance_length") is not None]
+    if evaluated:
+        line = [(row["step"], row["eval/acceptance_length"]) for row in evaluated]
+        plots["evaluations"] = Plot({"": line})
     trained = [row for row in metrics if "loss" in row]
     if trained:
+        # However many steps the unroll had, as the metrics name them.
         steps = range(sum(key.startswith("loss/step_") for key in trained[0]))
         losses = {f"step {k}": curve(trained, f"loss/step_{k}") for k in steps}
         accuracies = {f"step {k}": curve(trained, f"accuracy/step_{k}") for k in steps}
@@ -126,33 +119,32 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     return plots
 
 
-def curve(metrics: list[dict], key: str) -> Line:
-    """(update, value) where a line has the key; a mean over neighbours where there are too many to
-    draw. Evaluations are all drawn, because the best one is marked.
-    """
-    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-    size = 1 if key.startswith("eval/") else max(1, math.ceil(len(points) / MAX_POINTS))
+def curve(trained: list[dict], key: str) -> Line:
+    """(update, value) where it was measured; means of neighbours where points are too many."""
+    points = [(row["step"], row[key]) for row in trained if row[key] is not None]
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
 def templates() -> Environment:
-    """The templates beside this file: everything they are given is escaped."""
+    """The templates beside this file."""
     folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
     return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html from run.json and, where the stages left them, metrics.jsonl,
     evaluation.json and benchmark.json; return its path. The page loads nothing.
     """
-    run_dir = Path(run_dir)
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
     rows = benchmark_rows(benchmark)
-    page = templates().get_template("page.html")
-    html = page.render(
+    trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
+    last = trained[-1] if trained else {}
+    html = templates().get_template("page.html").render(
         run=run,
-        training=training_facts(read_metrics(run_dir / "metrics.jsonl")),
+        training={key: value for key, value in last.items() if "/" not in key},
         evaluation=read_json(run_dir / "evaluation.json"),
         protocol=benchmark.get("protocol", {}),
         rows=rows,
@@ -160,35 +152,11 @@ def write_report(run_dir: str | Path) -> Path:
         titles=COLUMNS,
         plots=read_plots(run_dir),
         cell=cell,
-        span=span,
         yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def span(rows: list[dict], key: str, form: str = "{:.2f}") -> str | None:
-    """The value of one row, or the range over several: `1.42`, `1.20–1.90`; None without any."""
-    values = [row[key] for row in rows if row[key] is not None]
-    if not values:
-        return None
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low}–{high}"
-
-
-def training_facts(metrics: list[dict]) -> dict:
-    """How the training went, in a few numbers."""
-    trained = [row for row in metrics if "loss" in row]
-    if not trained:
-        return {}
-    first, last = trained[0], trained[-1]
-    facts = {"updates": last["step"], "first loss": first["loss"], "last loss": last["loss"]}
-    for key in ("tokens_per_second", "data_wait_fraction", "mfu"):
-        if key in last:
-            facts[f"median {key}"] = sorted(row[key] for row in trained)[len(trained) // 2]
-    peak = max(row["peak_memory_bytes"] for row in trained)
-    return facts | {"peak memory": f"{peak / 2**30:.2f} GiB"}
 
 
 def read_json(path: Path) -> dict:
@@ -207,17 +175,6 @@ def benchmark_columns(rows: list[dict]) -> list[str]:
     return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
 
 
-def benchmark_table(benchmark: dict) -> tuple[list[str], list[list]]:
-    """Column names and rows of plain values of benchmark.json, for a tracker."""
-    rows = benchmark_rows(benchmark)
-    columns = benchmark_columns(rows)
-    table = []
-    for row in rows:
-        values = {key: row.get(key) for key in columns}
-        table.append([cell(k, v) if isinstance(v, list) else v for k, v in values.items()])
-    return columns, table
-
-
 def cell(key: str, value: Any) -> str:
     """A value as a table shows it; three or so digits of a float: 2.41, 0.0123, 153, 12,400."""
     if value is None:
@@ -234,76 +191,26 @@ def cell(key: str, value: Any) -> str:
     return f"{value:,.0f}" if long else str(value)
 
 
-def prepared_table(facts: dict) -> Table:
-    """What became of the rows that `prepare` read; the counts above the line add up to the rows."""
-    rows = {
-        "conversations to train on": facts["documents"],
-        "held out, and what opens like them": facts["held_out_rows"],
-    }
-    if facts["left_out_by_weight"]:
-        rows["left out by weight"] = facts["left_out_by_weight"]
-    rows |= {f"rejected: {reason}": count for reason, count in facts["rejected"].items()}
-    tokens = facts["tokens"]
-    amounts = {
-        "conversations an epoch passes over": facts["documents_per_epoch"],
-        "tokens an epoch": tokens,
-        "supervised": f"{facts['supervised_tokens'] / max(1, tokens):.1%}",
-        "cut to data.max_length": facts["cut_to_max_length"],
-        "draft vocabulary covers": f"{facts['vocab_coverage']:.2%} of supervised tokens",
-        "held-out prompts": facts["heldout_prompts"],
-    }
-    amounts |= {f"repaired: {what}": count for what, count in facts["repaired"].items()}
-    for reason, count in facts["heldout_rejected"].items():
-        amounts[f"held-out row rejected: {reason}"] = count
-    table = Table("prepare", "", box=SIMPLE_HEAD)
-    table.columns[1].justify = "right"
-    for section in (rows, {"rows read": facts["rows"]}, amounts):
-        for name, value in section.items():
-            # Text, because a reason may hold what rich takes for markup
-            table.add_row(Text(name), value if isinstance(value, str) else f"{value:,}")
-        table.add_section()
-    return table
-
-
-def summary_table(run_dir: str | Path) -> Group:
-    """What a run achieved, for a terminal of 80 columns: on the held-out prompts, then the
-    benchmark.
-    """
-    evaluation = read_json(Path(run_dir) / "evaluation.json")
-    rows = benchmark_rows(read_json(Path(run_dir) / "benchmark.json"))
+def summary(run_dir: Path) -> Group:
+    """What a run achieved, for a terminal of 80 columns: on held-out prompts, and measured."""
+    evaluation = read_json(run_dir / "evaluation.json")
+    rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
     tables = []
     if evaluation:
-        table = terminal_table(f"Held-out prompts: {evaluation['answers']}", ["acceptance\nlength"])
+        table = Table("held-out prompts", "acceptance length", box=SIMPLE_HEAD)
         for length, accepted in evaluation["acceptance_length"].items():
             table.add_row(f"{length} drafted", cell("", accepted))
-        table.add_section()
         drafted = f"{evaluation['draft_length']} drafted"
         table.add_row(f"{drafted}, first round", cell("", evaluation["first_round"]))
         table.add_row(f"{drafted}, loops left out", cell("", evaluation["loop_free"]))
         tables.append(table)
-    for start in range(0, len(rows), SIDE_BY_SIDE):
-        chosen = rows[start : start + SIDE_BY_SIDE]
-        heads = [f"{row['suite']}\n{config_words(row['config'])}" for row in chosen]
-        table = terminal_table("Benchmark", heads)
-        for key in benchmark_columns(chosen):
-            title, in_terminal = COLUMNS[key]
-            if in_terminal:
-                table.add_row(title, *[cell(key, row.get(key)) for row in chosen])
+    if rows:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        columns = [key for key in benchmark_columns(rows) if COLUMNS[key][1]]
+        for key in columns:
+            table.add_column(COLUMNS[key][0], justify="left" if key == "suite" else "right")
+        for row in rows:
+            # Text, because a suite's name may hold what rich takes for markup.
+            table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
         tables.append(table)
-    return Group(*tables, *([Text(LEGEND, style="dim")] if tables else []))
-
-
-def config_words(config: list[int]) -> str:
-    """A config above a column: `5 drafted` for a chain at batch 1, else its four numbers."""
-    batch, steps, topk = config[:3]
-    return f"{steps} drafted" if batch == 1 and topk <= 1 else ", ".join(map(str, config))
-
-
-def terminal_table(title: str, columns: list[str]) -> Table:
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold"
-    )
-    table.add_column(no_wrap=True)
-    for column in columns:
-        table.add_column(Text(column), justify="right", overflow="fold")
-    return table
+    return Group(*tables)

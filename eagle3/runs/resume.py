@@ -3,7 +3,6 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -43,10 +42,7 @@ def run_folder(resume: str, default: str) -> str:
     if resume == "auto":
         return default
     if not is_run(resume):
-        raise ConfigError(
-            f"train.resume={resume} is no run folder with a checkpoint; give "
-            "outputs/<name>/<date>, or auto"
-        )
+        raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
     return resume
 
 
@@ -57,31 +53,32 @@ OmegaConf.register_new_resolver(
 
 
 def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The composed config as a RunConfig; that of the run being resumed, where there is one.
-
-    A resumed run takes its config from its run.json; raises ConfigError when an override asks for a
-    different draft.
+    """The composed config as a RunConfig. A resumed run takes its own, from its run.json; raises
+    ConfigError when an override asks for another draft.
     """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
     resume = composed.train.resume
+    # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
         raise ConfigError(
-            f"train.resume={resume} must be a run with a checkpoint, given without hydra.run.dir "
-            "and -m"
+            f"train.resume={resume} must be a run with a checkpoint, without hydra.run.dir and -m"
         )
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
-    before = json.loads((run_dir / "run.json").read_text())["config"]
-    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), before)
+    recorded = json.loads((run_dir / "run.json").read_text())["config"]
+    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), recorded)
     resumed = overridden(saved, composed, overrides) if named else composed
-    for key, was, now in differences(flatten(saved), flatten(resumed)):
-        raise ConfigError(
-            f"{key}={now} differs from the run in {run_dir}, which has {was}; start a new run "
-            "instead"
-        )
+    before, now = flatten(saved), flatten(resumed)
+    for key in before | now:
+        free = key in FREE or key.split(".")[0] in FREE
+        if not free and before.get(key) != now.get(key):
+            raise ConfigError(
+                f"{key}={now.get(key)} differs from the run in {run_dir}, which has "
+                f"{before.get(key)}; start a new run instead"
+            )
     return OmegaConf.to_object(resumed)
 
 
@@ -89,14 +86,9 @@ def overridden(saved: DictConfig, composed: DictConfig, overrides: list[str]) ->
     """`saved` with the keys and sections that the command line names taken from `composed`."""
     resumed, keys = OmegaConf.merge(saved), flatten(composed)
     for override in overrides:
+        # +key, ~key and group/name@package=option: what they set lies under the bare name.
         key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
         if any(k == key or k.startswith(f"{key}.") for k in keys):
             value = OmegaConf.select(composed, key)
             OmegaConf.update(resumed, key, value, merge=False, force_add=True)
     return resumed
-
-
-def differences(saved: dict[str, Any], resumed: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, before, now) of every value that a resumed run may not change."""
-    fixed = [k for k in saved | resumed if k not in FREE and k.split(".")[0] not in FREE]
-    return [(k, saved.get(k), resumed.get(k)) for k in fixed if saved.get(k) != resumed.get(k)]

@@ -1,10 +1,13 @@
-"""A run as it is seen from outside: its record, its tracker, what its stages print, its report."""
+"""A run as it is seen from outside: run.json, its tracker, what its stages print, its report."""
 
 import dataclasses
 import json
-import shlex
+import os
+import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,97 +16,127 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from eagle3.config import RunConfig
-from eagle3.runs.logger import NoTracker, Wandb
-from eagle3.runs.record import RunRecord
-from eagle3.runs.report import benchmark_table, prepared_table, summary_table, write_report
+from eagle3.runs.logger import NoTracker, redact
+from eagle3.runs.report import read_json, summary, write_report
 
-# What run.json calls the artefact of a stage, and what a listed stage prints of it.
+# Those whose versions may change a result.
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
+# What run.json calls the artefact of a stage.
 ARTEFACTS = {
-    "import": ("imported", "{documents:,} documents, {bytes:,} bytes, {path}"),
-    "regenerate": ("regenerated", "{answered:,} of {rows:,} conversations answered again, {path}"),
-    "prepare": ("prepared", "{documents:,} conversations, {path}"),
-    "generate": ("generated", "{answers:,} answers of the target, {answer_tokens:,} tokens"),
-    "capture": (
-        "hidden_states",
-        "{documents:,} documents, {tokens:,} tokens, {bytes:,} bytes, {bytes_per_token:,.0f} a "
-        "token, {path}",
-    ),
-}
-# Overrides of a run that a benchmark of its draft in this process has no use for.
-NOT_FOR_BENCHMARK = (
-    "stages", "draft_path", "train.resume", "hydra.run.dir", "benchmark.temperature",
-    "launch.nproc_per_node", "parallel", "parallel.ulysses", "parallel.ring",
-)  # fmt: skip
+    "import": "imported", "regenerate": "regenerated", "prepare": "prepared",
+    "generate": "generated", "capture": "hidden_states",
+}  # fmt: skip
 
 
 class Tracking:
-    """The record of a run under way; `note` adds what a stage read or made."""
+    """The record of a run under way, in `run_dir`/run.json; `note` adds what a stage read or made.
+
+    A resumed run goes on with the record it finds: its `overrides` stay those of the first start.
+    """
 
     def __init__(
-        self, record: RunRecord, tracker: NoTracker | Wandb, stages: list[str], console: Console
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        overrides: list[str],
+        device: torch.device,
+        tracker: NoTracker,
+        console: Console,
     ):
-        self.record, self.tracker, self.stages, self.console = record, tracker, stages, console
+        self.path, self.stages = run_dir / "run.json", config.stages
+        self.tracker, self.console = tracker, console
+        # A resumed run's: with the command line of its first start it can be made again.
+        before, settings = read_json(self.path), dataclasses.asdict(config)
+        first = before.get("overrides", overrides)
+        tracker_id = tracker.start(
+            str(run_dir), config.name, settings | {"overrides": first}, before.get("tracker_id")
+        )
+        versions = {name: version(name) for name in PACKAGES}
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        hardware = {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+        self.inputs: dict[str, Any] = before.get("inputs", {})
+        self.content = {
+            "config": redact(settings),
+            "overrides": redact(first),
+            "resumed_with": redact(overrides) if before else None,
+            "versions": versions | {"python": platform.python_version()},
+            "tracker_id": tracker_id,
+            "git": git_commit(),
+            "hardware": hardware | {"system": platform.platform()},
+            "seeds": {"seed": config.seed},
+            "inputs": self.inputs,
+        }
+
+    def write(self) -> None:
+        """Write run.json, in one step."""
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1, default=str))
+        os.replace(partial, self.path)
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
-        name, sentence = ARTEFACTS[stage]
         noted = [facts | {"path": str(path)} for path, facts in artefacts]
-        self.record.inputs[name] = noted if stage == "regenerate" else noted[0]
-        self.record.write()
+        self.inputs[ARTEFACTS[stage]] = noted if stage == "regenerate" else noted[0]
+        self.write()
+        # What another run made was shown there: only a stage the user asked for speaks.
         for facts in noted if stage in self.stages else ():
-            if stage == "prepare":
-                self.console.print(prepared_table(facts))
-            self.console.print(f"{stage}: {sentence.format(**facts)}")
-            for reason, count in facts.get("rejected", {}).items():
-                self.console.print(f"{stage}: rejected {count:,} x {reason}")
+            numbers = {key: n for key, n in facts.items() if isinstance(n, int | float)}
+            counts = ", ".join(f"{round(n, 4):,} {key}" for key, n in numbers.items())
+            self.console.print(f"{stage}: {counts.replace('_', ' ')}; {facts['path']}")
+            for name in ("rejected", "repaired", "heldout_rejected"):
+                for reason, count in facts.get(name, {}).items():
+                    self.console.print(f"{stage}: {name.replace('_', ' ')} {count:,} x {reason}")
 
     def note_damage(self, damaged: dict[int, str]) -> None:
         """Keep why documents of a store were left out of training, by key; print the first."""
-        if not damaged:
-            return
-        self.record.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
-        first = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
-        self.console.print(f"train: {len(damaged)} damaged documents were left out ({first})")
+        if damaged:
+            self.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
+            first = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
+            self.console.print(f"train: {len(damaged)} damaged documents were left out ({first})")
 
 
 @contextmanager
 def track_run(
     config: RunConfig, run_dir: Path, overrides: list[str], device: torch.device, console: Console
 ) -> Iterator[Tracking]:
-    """Keeps run.json, forwards metrics.jsonl to the tracker, and writes report.html at the end."""
-    record, tracker = RunRecord(config, run_dir, overrides, device), instantiate(config.logger)
-    settings = dataclasses.asdict(config) | {"overrides": record.overrides}
-    record.tracker_id = tracker.start(str(run_dir), config.name, settings, record.tracker_id)
-    exit_code = 1
+    """Keeps run.json and ends the tracker in any case; of a run that came to its end it writes
+    report.html and prints the results.
+    """
+    tracker, exit_code = instantiate(config.logger), 1
     try:
-        record.write()
-        yield Tracking(record, tracker, config.stages, console)
-        record.write()
-        report, measured = write_report(run_dir), run_dir / "benchmark.json"
-        if measured.exists():
-            tracker.table("benchmark", *benchmark_table(json.loads(measured.read_text())))
+        tracking = Tracking(config, run_dir, overrides, device, tracker, console)
+        # Before the first stage: with its checkpoints it is what a killed run is resumed from.
+        tracking.write()
+        yield tracking
+        tracking.write()
+        report = write_report(run_dir)
         tracker.page(report)
-        exit_code = 0
+        exit_code = 0  # what a tracker shows of a run: finished, not failed
     finally:
         tracker.finish(exit_code)
-    console.print(summary_table(run_dir))
+    console.print(summary(run_dir))
     console.print(f"report: {report}")
-    draft = Path(config.draft_path or run_dir / "draft")
-    if draft.exists():
-        again = [o for o in record.overrides if o.split("=")[0] not in NOT_FOR_BENCHMARK]
-        stages = "regenerate,benchmark" if "regenerate" in config.stages else "benchmark"
-        again += [f"stages=[{stages}]", f"draft_path={draft}", "benchmark.temperature=1"]
-        console.print(f"next, the same draft when sampling: python run.py {shlex.join(again)}")
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with `+` when files differ from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
+    command = [*git, "--exclude=*", "--dirty=+"]  # by no tag's name
+    try:
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def read_acceptance(run_dir: Path) -> float | None:
     """The acceptance length a run has measured: the benchmark's first, else the evaluation's."""
-    benchmark, evaluation = run_dir / "benchmark.json", run_dir / "evaluation.json"
-    if benchmark.exists():
-        suites = json.loads(benchmark.read_text())["suites"]
-        rows = [row for rows in suites.values() for row in rows]
+    benchmark, evaluation = (read_json(run_dir / f"{n}.json") for n in ("benchmark", "evaluation"))
+    if benchmark:
+        rows = [row for rows in benchmark["suites"].values() for row in rows]
+        # With no drafted token a row is the target alone.
         return next((row["acceptance_length"] for row in rows if row["config"][1] > 0), None)
-    if evaluation.exists():
-        values = json.loads(evaluation.read_text())
-        return values["acceptance_length"][str(values["draft_length"])]
+    if evaluation:
+        return evaluation["acceptance_length"][str(evaluation["draft_length"])]
     return None

@@ -1,0 +1,109 @@
+"""run.json and what stages print: a first start, a resumed run, a run that fails."""
+
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose_config
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from eagle3.runs import tracking
+from eagle3.runs.logger import REDACTED, NoTracker
+from eagle3.runs.tracking import Tracking, git_commit, read_acceptance, track_run
+
+pytestmark = pytest.mark.runs  # git is a process
+FACTS = {"rows": 9006, "documents": 9000, "vocab_coverage": 0.87654321, "digest": "abc"}
+FACTS |= {"rejected": {"[no] turn": 6}, "repaired": {}}
+
+
+class Recorder(NoTracker):
+    """Keeps the names of its calls, and what `start` was given."""
+
+    def start(self, *given):
+        self.given, self.ended = given, []
+        return "id"
+
+    def finish(self, exit_code=0):
+        self.ended.append(exit_code)
+
+
+def arguments(run_dir, overrides=()):
+    config = OmegaConf.to_object(compose_config("model=hf", "model.path=x", "seed=3"))
+    config.regenerate["extra_body"], config.stages = {"api_key": "SESAME"}, ["prepare"]
+    return config, run_dir, list(overrides), torch.device("cpu")
+
+
+def track(run_dir, overrides) -> Tracking:
+    console = Console(file=io.StringIO(), markup=False, soft_wrap=True)
+    return Tracking(*arguments(run_dir, overrides), Recorder(), console)
+
+
+def test_a_resumed_run_keeps_how_it_was_started(tmp_path):
+    first = track(tmp_path, ["seed=3", "hub.token=SESAME"])
+    first.note("prepare", (Path("made"), FACTS))
+    resumed = track(tmp_path, ["train.resume=x"])
+    assert resumed.tracker.given[3] == "id", "the run at the tracker goes on too"
+    resumed.note("generate", (tmp_path, {"answers": 3}))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["overrides"] == ["seed=3", f"hub.token={REDACTED}"]
+    assert content["resumed_with"] == ["train.resume=x"] and content["tracker_id"] == "id"
+    assert content["config"]["regenerate"]["extra_body"] == {"api_key": REDACTED}
+    assert content["seeds"] == {"seed": 3} and content["hardware"]["device"] == "cpu"
+    assert content["inputs"]["prepared"] == FACTS | {"path": "made"}
+    assert content["inputs"]["generated"] == {"answers": 3, "path": str(tmp_path)}
+    assert {"torch", "python"} <= content["versions"].keys()
+
+
+def test_a_listed_stage_prints_what_it_made(tmp_path):
+    tracked = track(tmp_path, [])
+    tracked.note("prepare", (Path("some_folder"), FACTS))
+    tracked.note("generate", (tmp_path, {"answers": 3}))
+    assert tracked.console.file.getvalue().splitlines() == [
+        "prepare: 9,006 rows, 9,000 documents, 0.8765 vocab coverage; some_folder",
+        "prepare: rejected 6 x [no] turn",
+    ]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_tracker_ends_with_the_run(tmp_path, monkeypatch, fails):
+    tracker = Recorder()
+    monkeypatch.setattr(tracking, "instantiate", lambda node: tracker)
+    try:
+        with track_run(*arguments(tmp_path), Console(file=io.StringIO())):
+            assert (tmp_path / "run.json").exists()
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert tracker.ended == [int(fails)] and (tmp_path / "report.html").exists() != fails
+
+
+def test_the_acceptance_of_a_run_is_the_drafts_own(tmp_path):
+    assert read_acceptance(tmp_path) is None
+    evaluation = {"acceptance_length": {"1": 1.5, "2": 2.0}, "draft_length": 2}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    assert read_acceptance(tmp_path) == 2.0
+    rows = [{"config": [1, 0, 0, 0]}, {"config": [1, 3, 1, 4], "acceptance_length": 2.5}]
+    (tmp_path / "benchmark.json").write_text(json.dumps({"suites": {"a": rows}}))
+    assert read_acceptance(tmp_path) == 2.5
+
+
+def test_the_commit_says_whether_files_differ_from_it(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    file = tmp_path / "record.py"
+    monkeypatch.setattr(tracking, "__file__", str(file))
+    assert git_commit() is None
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    file.write_text("1")
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    subprocess.run([*git, "tag", "v1"], check=True)
+    commit = git_commit()
+    assert len(commit) == 40
+    file.write_text("2")
+    assert git_commit() == commit + "+"
