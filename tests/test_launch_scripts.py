@@ -35,15 +35,16 @@ def stand_ins(tmp_path):
         path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> "$LOG"\n{body}')
         path.chmod(0o755)
     known = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "LOG": str(log), "LAST": "",
-        "AFTER_SIGNAL": "143", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+        "LOG": str(log), "LAST": "", "AFTER_SIGNAL": "143", "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "eagle3", "SLURM_JOB_ID": "4711",
     }  # fmt: skip
     return log, known
 
 
 def run(script, stand_ins, *overrides, send=None, **known):
-    """Exit code and calls of a script that hears the signal `send` once its processes have begun."""
+    """Exit code and calls of a script that gets the signal `send` once its processes began."""
     log, always = stand_ins
     environment = {k: v for k, v in os.environ.items() if k != "RUN_DIR"} | always | known
     process = subprocess.Popen(["bash", str(ROOT / "launch" / script), *overrides], env=environment)
@@ -103,7 +104,8 @@ def test_a_job_starts_one_torchrun_a_node(stand_ins):
     assert calls == [
         "scontrol show hostnames node[1-2]",
         "srun --ntasks-per-node=1 --cpus-per-task=96 --kill-on-bad-exit=1 bash launch/torchrun.sh "
-        "hydra.run.dir=outputs/eagle3-4711 hydra.sweep.dir=outputs/eagle3-4711 seed=1 data.path=a b",
+        "hydra.run.dir=outputs/eagle3-4711 hydra.sweep.dir=outputs/eagle3-4711 seed=1 "
+        "data.path=a b",
         "node 2 first:24711",
     ]
 
@@ -139,10 +141,11 @@ def test_a_sweep_through_submitit(tmp_path):
     """
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     command = [
-        sys.executable, "run.py", "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20",
-        f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "launch=slurm", "launch.nproc_per_node=2",
-        "launch.threads=1", "stages=[prepare,generate,train]", "seed=0,1", "train.max_steps=1", "data.num_samples=60",
-        "data.num_proc=1", "eval.num_prompts=2", "eval.max_new_tokens=8",
+        sys.executable, "run.py", "-m", "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=20", f"hydra.sweep.dir={tmp_path}",
+        f"cache_dir={tmp_path / 'cache'}", "launch=slurm", "launch.nproc_per_node=2",
+        "launch.threads=1", "stages=[prepare,generate,train]", "seed=0,1", "train.max_steps=1",
+        "data.num_samples=60", "data.num_proc=1", "eval.num_prompts=2", "eval.max_new_tokens=8",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

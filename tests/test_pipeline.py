@@ -110,8 +110,8 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path, target_folder):
     sources = f"+data.sources={{one:{{path:{path},weight:0.5}},two:{{path:{other},weight:2}}}}"
     overrides = [
         *[o for o in settings if not o.startswith("data.path=") and o != "data=jsonl"],
-        sources, "data.path=null", "data.eval_path=null", "regenerate=builtin", "regenerate.max_new_tokens=9",
-        "stages=[regenerate,view,prepare]", "data.num_proc=1",
+        sources, "data.path=null", "data.eval_path=null", "regenerate=builtin",
+        "regenerate.max_new_tokens=9", "stages=[regenerate,view,prepare]", "data.num_proc=1",
     ]  # fmt: skip
     run(overrides, tmp_path / "run")
     inputs = json.loads((tmp_path / "run" / "run.json").read_text())["inputs"]

@@ -13,8 +13,9 @@ from conftest import ROOT
 pytestmark = pytest.mark.runs
 
 RECIPE = (
-    "model=tiny data=tiny data.num_samples=400 train.max_steps=40 train.eval_every=40 eval.num_prompts=4 "
-    "eval.max_new_tokens=32 benchmark.suites=[heldout:2] benchmark.max_new_tokens=16 device=cpu"
+    "model=tiny data=tiny data.num_samples=400 train.max_steps=40 train.eval_every=40 "
+    "eval.num_prompts=4 eval.max_new_tokens=32 benchmark.suites=[heldout:2] "
+    "benchmark.max_new_tokens=16 device=cpu"
 )
 
 
