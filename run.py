@@ -24,7 +24,7 @@ def job(composed: DictConfig) -> float | None:
     try:
         with one_sentence(CONF, SHOW_TRACEBACK):  # here, or hydra would add a line of its own
             config = load_config(composed, run_dir, overrides)
-            # torch and transformers load now that the config has been understood
+            # torch and transformers take seconds to load, which a typo need not wait for
             from eagle3.checks import check
             from eagle3.parallel.launch import launch, read_torchrun
             from eagle3.pipeline import run_pipeline

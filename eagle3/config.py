@@ -57,8 +57,8 @@ STAGES = (
 )  # fmt: skip
 
 
-# The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is a
-# dict: what its `_target_` names has the signature and the bounds.
+# The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is
+# a dict: what its `_target_` names has the signature and the bounds.
 
 
 @dataclass
