@@ -18,7 +18,7 @@ from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import OWN, SUITES, Question, load_questions, parse_suite
 from eagle3.data.chat import Chat
 from eagle3.errors import ConfigError
-from eagle3.runs.record import hardware
+from eagle3.runs.tracking import device_name
 
 WARM_UP_TOKENS = 8
 TIMING = "batch 1: decoding alone; larger batches: from the first prompt to the last answer"
@@ -93,7 +93,7 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
         "seed": subject.seed,
         "drafting": " and ".join(sorted(kinds)) or "none",
         "timing": TIMING,
-        "device": hardware(subject.target.device)["name"],
+        "device": device_name(subject.target.device),
     }
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from eagle3.config import RunConfig
 from eagle3.runs.logger import NoTracker, redact
@@ -52,10 +54,8 @@ class Tracking:
             str(run_dir), config.name, settings | {"overrides": first}, before.get("tracker_id")
         )
         versions = {name: version(name) for name in PACKAGES}
-        name = platform.processor() or platform.machine()
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-        hardware = {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+        hardware = {"device": str(device), "name": device_name(device)}
+        hardware["threads"] = torch.get_num_threads()
         self.inputs: dict[str, Any] = before.get("inputs", {})
         self.content = {
             "config": redact(settings),
@@ -82,9 +82,12 @@ class Tracking:
         self.write()
         # What another run made was shown there: only a stage the user asked for speaks.
         for facts in noted if stage in self.stages else ():
-            numbers = {key: n for key, n in facts.items() if isinstance(n, int | float)}
-            counts = ", ".join(f"{round(n, 4):,} {key}" for key, n in numbers.items())
-            self.console.print(f"{stage}: {counts.replace('_', ' ')}; {facts['path']}")
+            table = Table(stage, "", box=SIMPLE_HEAD)
+            for key, number in facts.items():
+                if isinstance(number, int | float):
+                    table.add_row(key.replace("_", " "), f"{round(number, 4):,}")
+            self.console.print(table)
+            self.console.print(f"{stage}: {facts['path']}")
             for name in ("rejected", "repaired", "heldout_rejected"):
                 for reason, count in facts.get(name, {}).items():
                     self.console.print(f"{stage}: {name.replace('_', ' ')} {count:,} x {reason}")
@@ -118,6 +121,13 @@ def track_run(
         tracker.finish(exit_code)
     console.print(summary(run_dir))
     console.print(f"report: {report}")
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, else the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
