@@ -212,7 +212,12 @@ def build_trainer(
     meter = Meter(steps, loss.gamma, target.device)
     trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
     if saved:
-        trainer.restore(saved)
+        try:
+            trainer.restore(saved)
+        except KeyError as error:
+            raise RunError(
+                f"the checkpoint, of another version, has no {error}; start anew"
+            ) from error
     # Other processors may round other first weights.
     ranks.broadcast_tensors(list(draft.state_dict().values()))
     return trainer
