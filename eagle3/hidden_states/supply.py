@@ -11,12 +11,11 @@ from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states.capture import compute_features, document_keys
 from eagle3.hidden_states.store import Store
-from eagle3.loader import DocumentSource
 from eagle3.target.handle import TargetHandle
 
 
 class Supply:
-    """The documents of an epoch for a loader, and `features` for batches whose have none.
+    """A loader's documents, and `features` for batches whose have none.
 
     A mode is given what it reads: the prepared data, a store, a target, or several; `barrier` waits
     for the other ranks. Its class says what it means for the pipeline: `captures` (the stage
@@ -37,10 +36,6 @@ class Supply:
         self.prepared, self.store, self.target, self.barrier = prepared, store, target, barrier
         data = store if prepared is None else prepared
         self.lengths, self.supervised = data.lengths, data.supervised
-
-    @property
-    def documents(self) -> DocumentSource:
-        return self
 
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
@@ -78,9 +73,6 @@ class Offline(Supply):
             )
         return [found[key] for key in keys if key in found]
 
-    def features(self, batch: Batch) -> Features:
-        raise AssertionError("a store gives every document with its features")
-
 
 class Hybrid(Supply):
     """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later.
@@ -104,21 +96,19 @@ class Hybrid(Supply):
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
-        if epoch == 0:
-            return loaded
-        found = self.store.load([document.key for document in loaded])
+        found = self.store.load([document.key for document in loaded]) if epoch > 0 else {}
         return [found.get(document.key, document) for document in loaded]
 
     def features(self, batch: Batch) -> Features:
-        target = self.target.load()
         unknown = [document for document in batch.loaded if document.features is None]
         if len(unknown) == len(batch.loaded):
-            features = target(batch)
+            # The batch as it is, so that the first epoch's losses are those of mode=online.
+            features = self.target.load()(batch)
             if not self.store.full:
                 parts = split_features(batch, features)
                 self.store.add([replace(d, features=part) for d, part in zip(unknown, parts)])
             return features
-        computed = compute_features(target, unknown) if unknown else []
+        computed = compute_features(self.target.load(), unknown) if unknown else []
         self.store.add(computed)
         known = {document.key: document for document in computed}
         parts = [known.get(document.key, document).features for document in batch.loaded]
