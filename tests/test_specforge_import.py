@@ -135,18 +135,6 @@ def test_a_document_arrives_whole(tmp_path, weights, imported, suffix, batched):
         imported(tmp_path, weights, "bf16", write=False)
 
 
-def test_files_in_natural_order(tmp_path, weights, imported):
-    numbers = [0, 2, 9, 10, 1999, 2000, 10000]
-    for n in numbers:
-        first = n // 2000 * 2000
-        save(
-            document(6 + numbers.index(n), weights),
-            tmp_path / f"rows_{first}-{first + 2000}" / f"data_{n}.ckpt",
-        )
-    _, found = imported(tmp_path, weights)
-    assert [len(found[key].input_ids) for key in sorted(found)] == [6, 7, 8, 9, 10, 11, 12]
-
-
 def pad(written, rows, states):
     """As SpecForge's collator does: id 0, not supervised, and these states, or none."""
     padded = dict(written)

@@ -23,14 +23,7 @@ from eagle3.config import HiddenStates, parse_size
 from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import SHARD_BYTES, document_bytes, shard_path
-from eagle3.hidden_states.store import (
-    LOCK,
-    Store,
-    bytes_by_owner,
-    create_store,
-    is_complete,
-    store_inputs,
-)
+from eagle3.hidden_states.store import Store, bytes_by_owner, create_store, store_inputs
 from eagle3.runs.artefact import fingerprint
 from eagle3.runs.disk import check_disk
 from eagle3.target.handle import TargetHandle
@@ -55,8 +48,7 @@ def capture(
 ) -> None:
     """Complete the store of the prepared documents; each process that calls it writes some shards.
 
-    Raises RunError when the disk can't hold the store or fills up; what was written stays, and the
-    same call goes on.
+    Raises RunError when the disk can't hold the store or fills up; the same call then goes on.
     """
     folder, inputs = locate_store(section, prepared, target, cache_dir)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
@@ -73,21 +65,13 @@ def capture(
     check_disk(needed, folder, allowed)
     store = Store(folder, on_damage="skip")
     write_shards(store, prepared, loaded, shards, missing, console)
-    with FileLock(folder / LOCK):
-        if not is_complete(folder):
-            store.complete(
-                num_shards=len(shards),
-                order=document_keys(prepared),
-                lengths=prepared.lengths,
-                supervised=prepared.supervised,
-                vocab=np.asarray(prepared.vocab),
-            )
+    order, vocab = document_keys(prepared), np.asarray(prepared.vocab)
+    data = {"order": order, "lengths": prepared.lengths, "supervised": prepared.supervised}
+    store.complete(len(shards), vocab=vocab, **data)
 
 
 def document_keys(prepared: Prepared) -> np.ndarray:
-    """int64 [N]: the number under which each document is stored, that of its first pass: one that
-    an epoch passes over several times is stored once.
-    """
+    """int64 [N]: the number that each document is stored under, once however often it comes."""
     starts = prepared.index["start"]
     _, firsts, numbers = np.unique(starts, return_index=True, return_inverse=True)
     return firsts[numbers]
@@ -136,14 +120,11 @@ def write_shards(
     console: Console,
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing."""
-    tokens = [sum(int(prepared.lengths[batch].sum()) for batch in shard) for shard in shards]
     with ThreadPoolExecutor(1) as writer, Progress(transient=True, console=console) as progress:
-        task = progress.add_task("capture", total=float(sum(tokens)))
-        writing = None
+        task, writing = progress.add_task("capture", total=len(shards)), None
         while missing:
             claim = claim_shard(store.folder, missing)
-            done = sum(tokens) - sum(tokens[number] for number in missing)
-            progress.update(task, completed=done, description=f"capture: {done:,} tokens")
+            progress.update(task, completed=len(shards) - len(missing))
             computed: list[Document] = []
             if claim is not None:
                 for batch in shards[claim[0]]:
@@ -177,9 +158,8 @@ def write_claimed(store: Store, number: int, lock: FileLock, documents: list[Doc
         store.write(number, documents)
     except OSError as error:
         raise RunError(
-            f"{store.folder} cannot be written ({error.strerror}), and shards are still missing; "
-            "free space, or set hidden_states.dtype=int8, data.num_samples or another "
-            "hidden_states.path; the same command goes on"
+            f"{store.folder} cannot be written ({error.strerror}): free space, or set "
+            "hidden_states.dtype=int8 or another path; the same command goes on"
         ) from error
     finally:
         lock.release()

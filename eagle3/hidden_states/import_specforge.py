@@ -14,10 +14,10 @@ import gzip
 import io
 import json
 import pickle
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,7 @@ UNSUPERVISED = "has no supervised token"
 
 
 class FileError(Exception):
-    """Why a file gives no document: `reason`, by which such files are counted, and the detail."""
-
-    def __init__(self, reason: str, detail: object = ""):
-        super().__init__(f"{reason} ({detail})" if str(detail) else reason)
-        self.reason = reason
+    """Why a file gives no document: the reason by which such files are counted (and a detail)."""
 
 
 def import_specforge(
@@ -54,7 +50,7 @@ def import_specforge(
 ) -> Path:
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
     source = Path(section.path)
-    files = sorted(hidden_state_files(source), key=natural)
+    files = sorted(hidden_state_files(source))
     stats = [(path.relative_to(source), path.stat()) for path in files]
     inputs = {
         "kind": "import",
@@ -64,13 +60,10 @@ def import_specforge(
         "hidden_states.dtype": section.dtype,
         "max_length": max_length,
     }
-
-    def convert_into(folder: Path) -> dict[str, Any]:
-        weights = load_weights(target.spec, target.device)
-        return convert(files, folder, weights, inputs, section.on_damage)
-
+    fill = partial(convert, files, target, inputs, section.on_damage) if write else None
+    # Not among the store's inputs: a run may be resumed with another.
     given = inputs | {"on_damage": section.on_damage}
-    return artefact(cache_dir, "imported", given, convert_into if write else None, "import")
+    return artefact(cache_dir, "imported", given, fill, "import")
 
 
 def hidden_state_files(folder: Path) -> Iterator[Path]:
@@ -82,20 +75,15 @@ def is_specforge(folder: Path) -> bool:
     return next(hidden_state_files(folder), None) is not None
 
 
-def natural(path: Path) -> list:
-    """Sorts data_9 before data_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
-
-
 def convert(
-    files: list[Path], folder: Path, weights: TargetWeights, inputs: dict[str, Any], on_damage: str
+    files: list[Path], target: TargetHandle, inputs: dict[str, Any], on_damage: str, folder: Path
 ) -> dict[str, Any]:
     """Fill `folder` with the files' documents, keyed by the number of their file.
 
-    What an interrupted call completed is taken up. `inputs` say what the store is made from. Files
-    that give no document are listed in rejects.jsonl. Returns the store's facts and `files` and
-    `rejected` (count by reason). Raises RunError.
+    What an interrupted call completed is taken up. Files that give no document are listed in
+    rejects.jsonl. Returns the store's facts, `files`, and `rejected` (by reason). Raises RunError.
     """
+    weights = load_weights(target.spec, target.device)
     create_store(folder, inputs)
     store, noted = Store(folder), folder / "progress.json"
     done = {"files": 0, "shards": 0, "rejected": [], "counts": [0] * len(weights.head)}
@@ -110,29 +98,29 @@ def convert(
             size += stored_bytes(document, inputs["hidden_states.dtype"])
             counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
         except FileError as error:
-            if on_damage == "fail" and error.reason != UNSUPERVISED:
+            if on_damage == "fail" and str(error) != UNSUPERVISED:
                 raise RunError(
                     f"{files[key]} {error}; capture it again or delete it, or set "
                     "hidden_states.on_damage=skip to leave such files out"
                 ) from error
-            rejected.append([str(files[key]), error.reason, str(error)])
+            rejected.append({"file": str(files[key]), "reason": str(error)})
         if documents and (size >= SHARD_BYTES or key == len(files) - 1):
             store.write(done["shards"], documents)
             done |= {"files": key + 1, "shards": done["shards"] + 1, "counts": counts.tolist()}
             write_atomically(noted, [json.dumps(done).encode()])
             documents, size = [], 0
     if done["shards"] == 0:
-        file, _, why = rejected[0]
+        file, why = rejected[0].values()
         raise RunError(f"none of {len(files)} files gives a document; {file}, for one, {why}")
-    lines = [json.dumps({"file": file, "reason": why}) + "\n" for file, _, why in rejected]
+    lines = [json.dumps(each) + "\n" for each in rejected]
     (folder / "rejects.jsonl").write_text("".join(lines))
     store.scan()
     records = np.concatenate([store.open(number).records for number in range(done["shards"])])
-    lengths, supervised = records["tokens"], records["supervised"]
-    store.complete(done["shards"], records["key"], lengths, supervised, counts=counts)
+    data = {"order": records["key"], "lengths": records["tokens"]}
+    store.complete(done["shards"], supervised=records["supervised"], counts=counts, **data)
     noted.unlink()
-    reasons = dict(Counter(reason for _, reason, _ in rejected))
-    return store.facts | {"files": len(files), "rejected": reasons}
+    reasons = Counter(each["reason"].partition(" (")[0] for each in rejected)
+    return store.facts | {"files": len(files), "rejected": dict(reasons)}
 
 
 def read_document(path: Path, key: int, weights: TargetWeights, max_length: int) -> Document:
@@ -148,11 +136,10 @@ def read_document(path: Path, key: int, weights: TargetWeights, max_length: int)
     if not mask.any():
         raise FileError(UNSUPERVISED)
     if ids.min() < 0 or ids.max() >= len(weights.head):
-        spread = f"{ids.min()}..{ids.max()} of {len(weights.head)}"
-        raise FileError("has ids outside the target's vocabulary", spread)
+        raise FileError(f"has ids outside the target's vocabulary ({ids.min()}..{ids.max()})")
     for name, states in (("aux_hidden_state", aux), ("hidden_state", last)):
         if not is_finite(states):
-            raise FileError("has hidden states that are NaN or infinite", name)
+            raise FileError(f"has hidden states that are NaN or infinite ({name})")
     if not is_normed(last, weights):
         raise FileError("has a hidden_state that did not go through the target's final norm")
     # A teacher's argmax and log-sum-exp are missing in the files: the head is run here, once.
@@ -177,7 +164,8 @@ def load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise FileError("is not loaded because it may run code") from error
     except Exception as error:  # damaged archives make torch and zipfile raise nearly anything
-        raise FileError("is truncated or damaged", str(error).partition("\n")[0]) from error
+        line = str(error).partition("\n")[0]
+        raise FileError(f"is truncated or damaged ({line})") from error
 
 
 def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
@@ -185,7 +173,7 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
     tensors = [raw.get(name) if isinstance(raw, dict) else None for name in KEYS]
     missing = [name for name, each in zip(KEYS, tensors) if not isinstance(each, torch.Tensor)]
     if missing:
-        raise FileError("lacks tensors", ", ".join(missing))
+        raise FileError(f"lacks tensors ({', '.join(missing)})")
     if "attention_mask" in raw:
         raise FileError("has an attention_mask, which SpecForge does not write")
     ids, mask, aux, last = (each.squeeze(0) for each in tensors)
@@ -193,10 +181,10 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
     flat = ids.ndim == 1 and mask.shape == ids.shape and 0 < n <= len(ids)
     if not flat or aux.shape != (n, 3 * hidden_size) or last.shape != (n, hidden_size):
         shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in zip(KEYS, tensors))
-        raise FileError("has shapes that do not fit", f"{shapes}; target {hidden_size}")
+        raise FileError(f"has shapes that do not fit ({shapes}; target {hidden_size})")
     if ids.is_floating_point() or aux.dtype not in FLOATS or last.dtype not in FLOATS:
         dtypes = ", ".join(f"{name} {each.dtype}" for name, each in zip(KEYS, tensors))
-        raise FileError("has tensors of unexpected dtypes", dtypes)
+        raise FileError(f"has tensors of unexpected dtypes ({dtypes})")
     if not ((mask == 0) | (mask == 1)).all():
         raise FileError("has a loss_mask that is not 0 and 1")
     return [ids, mask.bool(), aux, last]

@@ -28,9 +28,9 @@ from eagle3.runs.artefact import fingerprint
 from eagle3.runs.disk import free_bytes
 from eagle3.target.handle import TargetHandle
 
-INPUTS, INDEX, LOCK = "store.json", "index.npz", ".lock"
-HEADS = 1024  # of shards, a few kB each
-SHARDS_PER_RANK = 100_000
+INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
+HEADS = 1024  # of shards that are kept in memory, a few kB each
+SHARDS_PER_RANK = 100_000  # of mode=hybrid; their numbers say who wrote them
 REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard and make it again"
 
 
@@ -55,10 +55,8 @@ class Store:
     """The store in `folder`; `index` has the arrays of index.npz once it is complete, else is None.
 
     A complete one has of the training data's documents the keys, `order` int64 (some may be the
-    same), and `lengths` and `supervised` int64.
-
-    With `on_damage` "fail" what cannot be read is a RunError; with "skip" it is as if it were not
-    there, and a complete store has the reason in `damaged` by document. Any thread may read.
+    same), and `lengths` and `supervised` int64. With `on_damage` "skip" what cannot be read is as
+    if it were not there, and `damaged` has the reason by document. Any thread may read.
     """
 
     def __init__(self, folder: Path, on_damage: str = "fail"):
@@ -100,26 +98,21 @@ class Store:
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
         shards.write_atomically(shard_path(self.folder, number), pieces)
 
-    def complete(
-        self,
-        num_shards: int,
-        order: np.ndarray,
-        lengths: np.ndarray,
-        supervised: np.ndarray,
-        **vocab: np.ndarray,
-    ) -> None:
-        """Write the index, with the draft vocabulary `vocab` or the `counts` it is chosen by."""
-        content, vocab = io.BytesIO(), {"vocab": [], "counts": []} | vocab
-        data = {"order": order, "lengths": lengths, "supervised": supervised}
-        np.savez(content, shards=num_shards, **data, **vocab)
-        shards.write_atomically(self.folder / INDEX, [content.getvalue()])
-        for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
-            left.unlink(missing_ok=True)
+    def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
+        """Write the index: `order`, `lengths`, `supervised` of the data; `vocab`, or the `counts`
+        of supervised tokens that it is chosen by.
+        """
+        content = io.BytesIO()
+        np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
+        with FileLock(self.folder / LOCK):
+            shards.write_atomically(self.folder / INDEX, [content.getvalue()])
+            for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
+                left.unlink(missing_ok=True)
 
     def scan(self) -> None:
         """Read the heads of shards that were written since. Raises RunError."""
-        numbers = set(map(shard_number, shard_files(self.folder)))
-        if self.index is not None:
+        numbers = set(map(shard_number, self.folder.glob(SHARDS)))
+        if self.index is not None:  # then it is known what must be there
             numbers = set(range(self.index["shards"]))
         reason = "no shard has it"
         for number in sorted(numbers - self.indexed):
@@ -176,12 +169,7 @@ class HybridStore(Store):
     """
 
     def __init__(
-        self,
-        section: HiddenStates,
-        inputs: dict[str, Any],
-        cache_dir: str,
-        rank: int,
-        world_size: int,
+        self, section: HiddenStates, inputs: dict, cache_dir: str, rank: int, world_size: int
     ):
         """In the folder that the user names, or one of the cache. Raises RunError."""
         inputs = inputs | {"kind": "hybrid"}
@@ -193,8 +181,7 @@ class HybridStore(Store):
             self.owner.acquire(timeout=0)
         except Timeout as error:
             raise RunError(
-                f"another run writes hidden states to {folder}; wait for it, or set "
-                "hidden_states.path to another folder"
+                f"another run writes to {folder}; wait for it, or set another hidden_states.path"
             ) from error
         for partial in folder.glob("shard_*.tmp"):
             # What a killed process left: of this rank, or of one that this run does not have.
@@ -207,8 +194,7 @@ class HybridStore(Store):
         if section.max_disk:
             self.max_bytes = parse_size(section.max_disk)
         self.room = share_left(used, self.max_bytes, rank, world_size)
-        # What was refused once stays refused: a resumed run then reads what an uninterrupted one
-        # does.
+        # What was refused once stays refused: a resumed run reads what an uninterrupted one does.
         self.refused = folder / f"full_{rank}"
         refused = self.refused.exists() and int(self.refused.read_text()) >= self.max_bytes
         self.full = refused or self.room <= 0
@@ -252,6 +238,8 @@ class HybridStore(Store):
 
     def write_what_fits(self, documents: list[Document]) -> None:
         """Write a shard of the first of the documents, as far as they fit; `full` if not all do."""
+        if self.full:  # what was buffered meanwhile, which depends on how fast the disk is
+            return
         dtype = self.inputs["hidden_states.dtype"]
         ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
         fitting = documents[: int((ends + shards.HEADER_BYTES <= self.room).sum())]
@@ -267,8 +255,8 @@ class HybridStore(Store):
         except OSError as error:
             self.full = True
             raise RunError(
-                f"hidden states cannot be written to {self.folder} ({error.strerror}); those there "
-                "stay usable; lower hidden_states.max_disk, or set hidden_states.path"
+                f"{self.folder} cannot be written ({error.strerror}); set a lower "
+                "hidden_states.max_disk or another hidden_states.path"
             ) from error
         self.waiting.difference_update(document.key for document in documents)
 
@@ -301,8 +289,7 @@ def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> S
     """The complete store in `folder`. Raises RunError where it was made from something else."""
     if check_inputs(folder, inputs) is None or read_index(folder) is None:
         raise RunError(
-            f"{folder} holds no complete store of hidden states; add capture to stages, or set "
-            "hidden_states.path to one"
+            f"{folder} holds no complete store: add capture to stages, or set hidden_states.path"
         )
     return Store(folder, section.on_damage)
 
@@ -330,9 +317,8 @@ def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     for key, value in (stored or {}).items():
         if key in wanted and wanted[key] != value:
             raise RunError(
-                f"the store in {folder} was made with {key}={json.dumps(value)}, this run has "
-                f"{key}={json.dumps(wanted[key])}; make them agree or set hidden_states.path to "
-                "another folder"
+                f"{folder} was made with {key}={json.dumps(value)}, this run has {key}="
+                f"{json.dumps(wanted[key])}: make them agree, or set another hidden_states.path"
             )
     return stored
 
@@ -344,14 +330,11 @@ def read_inputs(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         if any(folder.glob("*.safetensors")):
             raise RunError(
-                f"hidden_states.path={folder} holds files that are no store of this version; "
-                "delete them, or name an empty folder"
+                f"hidden_states.path={folder} holds no store of this version; name an empty folder"
             ) from None
         return None
     except ValueError as error:
-        raise RunError(
-            f"{folder / INPUTS} is damaged; delete {folder} and make the store again"
-        ) from error
+        raise RunError(f"{folder / INPUTS} is damaged; delete {folder}, to make it anew") from error
 
 
 def read_index(folder: Path) -> dict[str, np.ndarray] | None:
@@ -364,19 +347,14 @@ def read_index(folder: Path) -> dict[str, np.ndarray] | None:
         return None
     except Exception as error:  # a damaged archive makes zipfile and numpy raise nearly anything
         raise RunError(
-            f"{folder / INDEX} is damaged; delete it and add capture to stages, or delete the "
-            "folder and import again"
+            f"{folder / INDEX} is damaged; delete {folder}, or that file and add capture to stages"
         ) from error
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the index was written and no shard has been deleted since."""
     index = read_index(folder)
-    return index is not None and len(shard_files(folder)) >= index["shards"]
-
-
-def shard_files(folder: Path) -> list[Path]:
-    return list(folder.glob("shard_*.safetensors"))
+    return index is not None and len(list(folder.glob(SHARDS))) >= index["shards"]
 
 
 def stored_bytes(document: Document, dtype: str) -> int:
