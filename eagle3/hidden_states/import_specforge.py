@@ -7,7 +7,7 @@ never supervises the last row it then has. A capture in batches pads on the righ
 the target runs, and SpecForge trains with these rows as part of the document, so they stay. Rows
 behind the last one with hidden states go.
 
-n tokens, H the target's hidden size, U teacher rows, V vocabulary.
+n tokens, H the target's hidden size.
 """
 
 import gzip
@@ -105,6 +105,7 @@ def convert(
                 ) from error
             rejected.append({"file": str(files[key]), "reason": str(error)})
         if documents and (size >= SHARD_BYTES or key == len(files) - 1):
+            # The shard before the note of it: killed in between, it is written again, the same.
             store.write(done["shards"], documents)
             done |= {"files": key + 1, "shards": done["shards"] + 1, "counts": counts.tolist()}
             write_atomically(noted, [json.dumps(done).encode()])
@@ -127,7 +128,7 @@ def read_document(path: Path, key: int, weights: TargetWeights, max_length: int)
     """One file's document. Raises FileError."""
     ids, mask, aux, last = check(load(path), weights.config.hidden_size)
     ids, mask = ids[:max_length], mask[:max_length].clone()
-    mask[-1:] = False
+    mask[-1:] = False  # as SpecForge does after cutting
     computed = (aux[:max_length].any(1) | last[:max_length].any(1)).nonzero()
     n = int(computed[-1]) + 1 if len(computed) else 0
     if mask[n:].any():
@@ -150,12 +151,10 @@ def read_document(path: Path, key: int, weights: TargetWeights, max_length: int)
 
 
 def load(path: Path) -> Any:
-    """What `torch.save` wrote there, tensors on the CPU. Raises FileError.
-
-    Read as a whole, not mapped: every byte is used, torch checks no checksum of the archive, and a
-    mapped file that is cut while it is read kills the process.
-    """
+    """What `torch.save` wrote there, tensors on the CPU. Raises FileError."""
     try:
+        # As a whole, not mapped: torch checks no checksum of the archive, and a mapped file that is
+        # cut while it is read kills the process.
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         broken = zipfile.ZipFile(io.BytesIO(data)).testzip()
         if broken is not None:
@@ -193,15 +192,14 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
 def is_normed(last: torch.Tensor, weights: TargetWeights) -> bool:
     """Whether last hidden states [n,H] went through the target's final norm, if that can be seen.
 
-    SpecForge never writes them before it, but tools that imitate its files do. After an RMS norm a
-    row divided by the weight (some models scale by 1 + weight) has a root mean square of 1, or a
-    little less where eps counts; the rows of a residual stream differ by far more.
+    SpecForge's did, those of tools that imitate its files need not. After an RMS norm a row divided
+    by the weight has a root mean square of 1, or a little less where eps counts.
     """
     if weights.norm is None or not hasattr(weights.config, "rms_norm_eps"):
         return True
     sample = last[:: max(1, len(last) // 256)].float()
     sample = sample[sample.any(1)]
-    for offset in (0, 1):
+    for offset in (0, 1):  # some models scale by 1 + weight
         scale = weights.norm.to(last.device, torch.float32) + offset
         size = (sample[:, scale != 0] / scale[scale != 0]).square().mean(1).sqrt()
         if ((size > 0.9) & (size < 1.02)).all():

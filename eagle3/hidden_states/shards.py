@@ -104,11 +104,9 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndarray]:
-    """The content of a shard of the store with fingerprint `store`, in pieces. Raises RunError.
-
-    The pieces are the documents' own memory where nothing is converted: safetensors' own writer
-    would copy a shard two or three times.
-    """
+    """The content of a shard of the store with fingerprint `store`, in pieces. Raises RunError."""
+    # The pieces are the documents' own memory where nothing is converted: safetensors' own writer
+    # would copy a shard two or three times.
     hidden_size = documents[0].features.last_hidden_states.shape[1]
     records, encoded = np.empty(len(documents), RECORD), []
     for place, document in enumerate(documents):
@@ -167,11 +165,9 @@ def write_atomically(path: Path, pieces: Iterable[bytes | np.ndarray]) -> None:
 
 
 def read(path: Path, start: int, size: int) -> np.ndarray:
-    """Bytes uint8 [size] from `start` on. Raises DamageError.
-
-    A memory map would save a copy, but a page that cannot be read (another process cuts the file, a
-    disk fails) kills the process with SIGBUS.
-    """
+    """Bytes uint8 [size] from `start` on. Raises DamageError."""
+    # A memory map would save a copy, but a page that cannot be read (another process cuts the file,
+    # a disk fails) kills the process with SIGBUS.
     try:
         found = np.fromfile(path, np.uint8, size, offset=start)
     except FileNotFoundError:
@@ -182,10 +178,7 @@ def read(path: Path, start: int, size: int) -> np.ndarray:
 
 
 class Shard:
-    """The head of a shard of the store with fingerprint `store`; `records` RECORD [N].
-
-    Raises DamageError where the head is damaged. Any thread may load documents.
-    """
+    """A shard of the store with fingerprint `store`; `records` RECORD [N]. Raises DamageError."""
 
     def __init__(self, path: Path, store: str):
         self.path = path
@@ -214,10 +207,7 @@ class Shard:
         self.rows_before = {per: count.cumsum() - count for per, count in counts.items()}
 
     def load(self, place: int) -> Document:
-        """The document of `records[place]`; argmax in int64, aux in bf16 where stored as int8.
-
-        Raises DamageError.
-        """
+        """The document of `records[place]`; aux in bf16 where stored as int8. Raises DamageError."""
         record, digest, values = self.records[place], xxhash.xxh3_64(), {}
         for name, column in self.columns.items():
             rows, width = int(record[column.per]), column.row_bytes

@@ -35,10 +35,7 @@ REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard an
 
 
 def store_inputs(target: TargetHandle, dtype: str, digest: str | None) -> dict[str, Any]:
-    """What hidden states depend on, under the names of the config's keys.
-
-    `digest` is that of the prepared documents; None where a store is read without them.
-    """
+    """What hidden states depend on, by config key; `digest` is of the documents, where known."""
     known = target.identity
     inputs = {
         "format": shards.VERSION,
@@ -61,7 +58,7 @@ class Store:
 
     def __init__(self, folder: Path, on_damage: str = "fail"):
         self.folder, self.on_damage = Path(folder), on_damage
-        self.inputs, self.index = read_inputs(self.folder) or {}, read_index(self.folder)
+        self.inputs, self.index = check_inputs(self.folder, {}) or {}, read_index(self.folder)
         if self.index is not None:
             self.order, self.lengths = self.index["order"], self.index["lengths"]
             self.supervised = self.index["supervised"]
@@ -78,9 +75,7 @@ class Store:
         self.scan()
 
     def vocab(self, size: int) -> np.ndarray:
-        """The draft vocabulary, ascending target ids: the data's own, or an import's `size` tokens
-        that are supervised most.
-        """
+        """Target ids in the draft vocabulary, ascending: the data's, or an import's `size` commonest."""
         counts = self.index["counts"]
         return choose_vocab(counts, size, set()) if len(counts) else self.index["vocab"]
 
@@ -91,10 +86,7 @@ class Store:
         return {**self.totals, "bytes_per_token": per_token}
 
     def write(self, number: int, documents: list[Document]) -> None:
-        """Write a shard, complete or not at all.
-
-        Raises RunError where a hidden state is not finite, OSError for a full disk.
-        """
+        """Write a shard or nothing. RunError where a state is not finite, OSError for the disk."""
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
         shards.write_atomically(shard_path(self.folder, number), pieces)
 
@@ -164,8 +156,9 @@ class Store:
 class HybridStore(Store):
     """A store that the ranks of one run add to while training, each within its share of the disk.
 
-    What is added is written in the background, and can be loaded once its shard is complete. Once
-    something did not fit, `full` is true and nothing more is taken.
+    Shards are written in the background, and can be loaded once they are complete; what one ran
+    into is raised by the next call. Once something did not fit, `full` is true and nothing more is
+    taken.
     """
 
     def __init__(
@@ -205,10 +198,7 @@ class HybridStore(Store):
         self.writing = self.writer.submit(self.write_what_fits, [])
 
     def add(self, documents: list[Document]) -> None:
-        """Have them written, unless they are there or the disk is full; waits for a slow disk.
-
-        Raises RunError for what an earlier writing ran into.
-        """
+        """Have them written, unless they are there or the disk is full; waits for a slow disk."""
         for document in documents:
             if self.full or document.key in self.waiting or document.key in self:
                 continue
@@ -262,11 +252,9 @@ class HybridStore(Store):
 
 
 def share_left(used: Counter[int], max_bytes: int, rank: int, world_size: int) -> int:
-    """Bytes that a rank may still write to a hybrid store of at most `max_bytes`.
-
-    Ranks have equal shares, so none needs to know what the others write meanwhile. What a run with
-    other ranks left beyond the shares of now is taken off each; so is what marks it as full.
-    """
+    """Bytes that a rank may still write to a hybrid store of at most `max_bytes`."""
+    # Equal shares, so that nobody needs to know what the others write meanwhile. What a run with
+    # other ranks left beyond the shares of now is taken off each; so is the file that says full.
     share = max_bytes // world_size
     beyond = [size - share * (0 <= owner < world_size) for owner, size in used.items()]
     return share - used[rank] - sum(size for size in beyond if size > 0) - len(str(max_bytes))
@@ -308,33 +296,27 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What the store was made from, None where there is none.
-
-    Raises RunError naming the first key that it and `wanted` both have, but not with one value: of
-    an import's target only the weights are known, and training alone does not know the documents.
-    """
-    stored = read_inputs(folder)
-    for key, value in (stored or {}).items():
-        if key in wanted and wanted[key] != value:
-            raise RunError(
-                f"{folder} was made with {key}={json.dumps(value)}, this run has {key}="
-                f"{json.dumps(wanted[key])}: make them agree, or set another hidden_states.path"
-            )
-    return stored
-
-
-def read_inputs(folder: Path) -> dict[str, Any] | None:
-    """What the store was made from, None where there is none. RunError for other files."""
-    try:
-        return json.loads((folder / INPUTS).read_text())
-    except FileNotFoundError:
+    """What the store was made from, None where there is none. Raises RunError where it differs."""
+    path = folder / INPUTS
+    if not path.exists():
         if any(folder.glob("*.safetensors")):
             raise RunError(
                 f"hidden_states.path={folder} holds no store of this version; name an empty folder"
-            ) from None
+            )
         return None
+    try:
+        stored = json.loads(path.read_text())
     except ValueError as error:
-        raise RunError(f"{folder / INPUTS} is damaged; delete {folder}, to make it anew") from error
+        raise RunError(f"{path} is damaged; delete {folder}, to make it anew") from error
+    # Only what both know is compared: an import knows no more of its target than the weights, and
+    # training alone does not know the documents.
+    for key in stored:
+        if key in wanted and stored[key] != wanted[key]:
+            raise RunError(
+                f"{folder} was made with {key}={json.dumps(stored[key])}, this run has {key}="
+                f"{json.dumps(wanted[key])}: make them agree, or set another hidden_states.path"
+            )
+    return stored
 
 
 def read_index(folder: Path) -> dict[str, np.ndarray] | None:

@@ -17,10 +17,8 @@ from eagle3.target.handle import TargetHandle
 class Supply:
     """A loader's documents, and `features` for batches whose have none.
 
-    A mode is given what it reads: the prepared data, a store, a target, or several; `barrier` waits
-    for the other ranks. Its class says what it means for the pipeline: `captures` (the stage
-    `capture` writes a store before), `keeps` (hidden states are written while training) and
-    `needs_target`.
+    A mode is given what it reads; `barrier` waits for the other ranks. Its class says whether the
+    stage `capture` writes a store before (`captures`), and whether training writes one (`keeps`).
     """
 
     captures = keeps = False
@@ -75,11 +73,7 @@ class Offline(Supply):
 
 
 class Hybrid(Supply):
-    """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later.
-
-    Reading only what an earlier epoch kept makes a run's losses independent of how fast the disk
-    was, and a resumed run's of where it was stopped.
-    """
+    """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later."""
 
     keeps = True
 
@@ -96,6 +90,8 @@ class Hybrid(Supply):
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
+        # The first epoch reads nothing of what it keeps, so that losses depend neither on how fast
+        # the disk is, nor on where a run was stopped.
         found = self.store.load([document.key for document in loaded]) if epoch > 0 else {}
         return [found.get(document.key, document) for document in loaded]
 
