@@ -366,11 +366,6 @@ def hybrid(folder: Path, rank=0, world_size=1, on_damage="fail", max_disk="1GB")
     return HybridStore(section, INPUTS, "unused", rank, world_size)
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(shard_module, "SHARD_BYTES", 60_000)
-
-
 def wait_for(condition) -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -378,7 +373,7 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def test_what_was_added_is_found_again(tmp_path, small_shards):
+def test_what_was_added_is_found_again(tmp_path):
     documents = [document(i, 30, kind=torch.bfloat16) for i in range(30)]
     first = hybrid(tmp_path)
     assert first.load([0, 1]) == {}
@@ -401,19 +396,20 @@ def test_what_was_added_is_found_again(tmp_path, small_shards):
     first.close()
 
 
-def test_damaged_shards_and_documents_are_added_again(tmp_path, small_shards):
+def test_damaged_shards_and_documents_are_added_again(tmp_path):
     documents = [document(i, 30) for i in range(30)]
     first = hybrid(tmp_path)
-    first.add(documents)
+    for i in range(0, 30, 6):
+        first.add(documents[i : i + 6])
     first.close()
     paths = sorted(tmp_path.glob("*.safetensors"))
     flip(paths[0], 200)
     os.truncate(paths[1], 5000)
     flip(paths[2], paths[2].stat().st_size - 1)
-    for number in (0, 100_000 * 3):  # of this rank, and of one that is no more
+    for number in (0, 10_000_000 * 3):  # of this rank, and of one that is no more
         (tmp_path / f"{shard(tmp_path, number).name}.0123abcd.tmp").write_bytes(b"x")
-    lost = {i for i in range(30) if first.places[i] >> 32 < 2}
-    last = max(i for i in range(30) if first.places[i] >> 32 == 2)
+    lost = {i for i in range(30) if first.places[i] >> 24 < 2}
+    last = max(i for i in range(30) if first.places[i] >> 24 == 2)
     with pytest.raises(RunError, match=r"hidden_states\.on_damage=skip"):
         hybrid(tmp_path)
     again = hybrid(tmp_path, on_damage="skip")
@@ -426,7 +422,7 @@ def test_damaged_shards_and_documents_are_added_again(tmp_path, small_shards):
 
 
 @pytest.mark.parametrize("budget", [300, 400, 50_000, 100_000, 400_001])
-def test_the_budget_is_never_exceeded(tmp_path, budget, small_shards):
+def test_the_budget_is_never_exceeded(tmp_path, budget):
     def used() -> int:
         return sum(path.stat().st_size for path in tmp_path.iterdir())
 
@@ -449,13 +445,14 @@ def test_the_budget_is_never_exceeded(tmp_path, budget, small_shards):
     assert not hybrid(tmp_path, max_disk="2MB").full
 
 
-def test_the_share_of_a_rank_does_not_depend_on_the_others(tmp_path, small_shards):
+def test_the_share_of_a_rank_does_not_depend_on_the_others(tmp_path):
     """So that a resumed run keeps what an uninterrupted one does."""
     kept = []
     for name, order in (("one", (0, 1)), ("two", (1, 0))):
         for rank in order:
             store = hybrid(tmp_path / name, rank, 2, max_disk="200KB")
-            store.add([document(i, 30) for i in range(rank, 100, 2)])
+            for i in range(rank, 100, 10):
+                store.add([document(j, 30) for j in range(i, i + 10, 2)])
             store.close()
         kept.append(sorted(hybrid(tmp_path / name).load(list(range(100)))))
     assert kept[0] == kept[1] and {key % 2 for key in kept[0]} == {0, 1}
@@ -469,11 +466,16 @@ def test_adding_waits_when_writing_is_slow(tmp_path, monkeypatch):
         return serialise(*arguments)
 
     monkeypatch.setattr(shard_module, "serialise", slow)
-    monkeypatch.setattr(shard_module, "SHARD_BYTES", 1)
-    store = hybrid(tmp_path)
-    adding = threading.Thread(target=store.add, args=([document(i) for i in range(3)],))
+    store, begun = hybrid(tmp_path), []
+
+    def add_all() -> None:
+        for i in range(3):
+            begun.append(i)
+            store.add([document(i)])
+
+    adding = threading.Thread(target=add_all)
     adding.start()
-    wait_for(lambda: store.waiting == {0, 1})
+    wait_for(lambda: begun == [0, 1])
     assert adding.is_alive() and store.load([0, 1, 2]) == {}
     gate.set()
     adding.join()
@@ -509,10 +511,9 @@ def test_what_writing_ran_into_is_raised(tmp_path, monkeypatch):
 
 
 def add_for_ever(folder: Path) -> None:
-    shard_module.SHARD_BYTES = 1 << 20
     store = hybrid(folder)
-    for i in range(1 << 30):
-        store.add([document(i, 400)])
+    for i in range(0, 1 << 30, 4):
+        store.add([document(j, 400) for j in range(i, i + 4)])
 
 
 @pytest.mark.runs

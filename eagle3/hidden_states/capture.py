@@ -63,7 +63,7 @@ def capture(
     if section.max_disk:
         allowed = parse_size(section.max_disk) - bytes_by_owner(folder).total()
     check_disk(needed, folder, allowed)
-    store = Store(folder, on_damage="skip")
+    store = Store(folder, on_damage="skip")  # a deleted shard is no reason not to write it
     write_shards(store, prepared, loaded, shards, missing, console)
     order, vocab = document_keys(prepared), np.asarray(prepared.vocab)
     data = {"order": order, "lengths": prepared.lengths, "supervised": prepared.supervised}
@@ -115,11 +115,12 @@ def write_shards(
     store: Store,
     prepared: Prepared,
     target: Any,
-    shards: list[list[list[int]]],
+    shards: list,
     missing: list[int],
     console: Console,
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing."""
+    # Two shards in memory: one is written while the next is computed.
     with ThreadPoolExecutor(1) as writer, Progress(transient=True, console=console) as progress:
         task, writing = progress.add_task("capture", total=len(shards)), None
         while missing:
@@ -137,12 +138,10 @@ def write_shards(
 
 
 def claim_shard(folder: Path, missing: list[int]) -> tuple[int, FileLock] | None:
-    """The first missing shard that no process is writing, locked; None when there is none.
-
-    Takes out of `missing` those that are complete by now. A dead process holds no lock.
-    """
+    """The first missing shard that nobody writes, locked; complete ones leave `missing`."""
     for number in list(missing):
-        # The thread that writes releases what this one acquired.
+        # A lock of the system, so that a dead process holds none. The thread that writes releases
+        # what this one acquired.
         lock = FileLock(folder / f".claim_{number:08d}", thread_local=False)
         with suppress(Timeout):
             lock.acquire(timeout=0)

@@ -138,9 +138,8 @@ def read_document(path: Path, key: int, weights: TargetWeights, max_length: int)
         raise FileError(UNSUPERVISED)
     if ids.min() < 0 or ids.max() >= len(weights.head):
         raise FileError(f"has ids outside the target's vocabulary ({ids.min()}..{ids.max()})")
-    for name, states in (("aux_hidden_state", aux), ("hidden_state", last)):
-        if not is_finite(states):
-            raise FileError(f"has hidden states that are NaN or infinite ({name})")
+    if not (is_finite(aux) and is_finite(last)):
+        raise FileError("has hidden states that are NaN or infinite")
     if not is_normed(last, weights):
         raise FileError("has a hidden_state that did not go through the target's final norm")
     # A teacher's argmax and log-sum-exp are missing in the files: the head is run here, once.
@@ -177,13 +176,12 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
         raise FileError("has an attention_mask, which SpecForge does not write")
     ids, mask, aux, last = (each.squeeze(0) for each in tensors)
     n = len(last) if last.ndim else 0
-    flat = ids.ndim == 1 and mask.shape == ids.shape and 0 < n <= len(ids)
-    if not flat or aux.shape != (n, 3 * hidden_size) or last.shape != (n, hidden_size):
-        shapes = ", ".join(f"{name} {list(each.shape)}" for name, each in zip(KEYS, tensors))
-        raise FileError(f"has shapes that do not fit ({shapes}; target {hidden_size})")
-    if ids.is_floating_point() or aux.dtype not in FLOATS or last.dtype not in FLOATS:
-        dtypes = ", ".join(f"{name} {each.dtype}" for name, each in zip(KEYS, tensors))
-        raise FileError(f"has tensors of unexpected dtypes ({dtypes})")
+    fits = ids.ndim == 1 and mask.shape == ids.shape and 0 < n <= len(ids)
+    fits &= aux.shape == (n, 3 * hidden_size) and last.shape == (n, hidden_size)
+    floats = aux.dtype in FLOATS and last.dtype in FLOATS and not ids.is_floating_point()
+    if not fits or not floats:
+        found = (f"{name} {list(each.shape)} {each.dtype}" for name, each in zip(KEYS, tensors))
+        raise FileError(f"does not fit hidden size {hidden_size} ({', '.join(found)})")
     if not ((mask == 0) | (mask == 1)).all():
         raise FileError("has a loss_mask that is not 0 and 1")
     return [ids, mask.bool(), aux, last]

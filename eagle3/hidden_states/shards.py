@@ -71,7 +71,8 @@ def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
 
 
 def document_bytes(length, teacher_rows, hidden_size: int, dtype: str):
-    """Bytes of documents in a shard, without its header; int for ints, int64 array for arrays."""
+    """Bytes of documents in a shard, its header apart; int for ints, int64 array for arrays."""
+    # In int64, as a long document has more bytes than the int32 lengths of the data can count.
     tokens, teacher_rows = np.asarray(length, np.int64), np.asarray(teacher_rows, np.int64)
     rows, stored = {"tokens": tokens, "teacher_rows": teacher_rows}, columns(hidden_size, dtype)
     size = RECORD.itemsize + sum(rows[each.per] * each.row_bytes for each in stored.values())
@@ -184,30 +185,27 @@ class Shard:
         self.path = path
         try:
             start = 8 + int.from_bytes(read(path, 0, 8), "little")
+            self.bytes = path.stat().st_size
             header = json.loads(read(path, 8, start - 8).tobytes())
             checksum, _, text = header.pop("__metadata__")["eagle3"].partition(" ")
             spans = {name: entry["data_offsets"] for name, entry in header.items()}
             first, end = spans["documents"]
             self.records = read(path, start + first, end - first).view(RECORD)
-            if checksum_head(text, self.records) != checksum:
-                raise ValueError
             head = json.loads(text)
             self.columns = columns(head["hidden_size"], head["dtype"])
             self.starts = {name: start + spans[name][0] for name in self.columns}
-            size = start + max(end for _, end in spans.values())
+            end = start + max(end for _, end in spans.values())
+            whole = checksum_head(text, self.records) == checksum and end == self.bytes
+            if not whole or head["store"] != store:
+                raise ValueError
         # A flipped bit makes a number, a name or the length of the header anything.
         except (ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError):
-            raise DamageError(f"{path} has a damaged head") from None
-        self.bytes = path.stat().st_size
-        if head["store"] != store:
-            raise DamageError(f"{path} belongs to another store")
-        if self.bytes != size:
-            raise DamageError(f"{path} has {self.bytes} bytes, not {size}")
+            raise DamageError(f"{path} is cut, has a damaged head or is another store's") from None
         counts = {per: self.records[per] for per in ("tokens", "teacher_rows")}
         self.rows_before = {per: count.cumsum() - count for per, count in counts.items()}
 
     def load(self, place: int) -> Document:
-        """The document of `records[place]`; aux in bf16 where stored as int8. Raises DamageError."""
+        """The document of `records[place]`; aux in bf16 where it was int8. Raises DamageError."""
         record, digest, values = self.records[place], xxhash.xxh3_64(), {}
         for name, column in self.columns.items():
             rows, width = int(record[column.per]), column.row_bytes

@@ -9,7 +9,7 @@ never complete.
 import io
 import json
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
 HEADS = 1024  # of shards that are kept in memory, a few kB each
-SHARDS_PER_RANK = 100_000  # of mode=hybrid; their numbers say who wrote them
+SHARDS_PER_RANK = 10_000_000  # of mode=hybrid; their numbers say who wrote them
 REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard and make it again"
 
 
@@ -67,7 +67,7 @@ class Store:
             lambda number: Shard(shard_path(self.folder, number), self.fingerprint)
         )
         self.indexed: set[int] = set()  # numbers of shards
-        # By key, which is a document's number in the data: its shard << 32 | its place there, or
+        # By key, which is a document's number in the data: its shard << 24 | its place there, or
         # -1. Eight bytes a document, where a dict would take 150.
         self.places = np.full(1024, -1)
         self.damaged: dict[int, str] = {}
@@ -75,7 +75,7 @@ class Store:
         self.scan()
 
     def vocab(self, size: int) -> np.ndarray:
-        """Target ids in the draft vocabulary, ascending: the data's, or an import's `size` commonest."""
+        """The draft vocabulary, ascending target ids: the data's, or an import's commonest."""
         counts = self.index["counts"]
         return choose_vocab(counts, size, set()) if len(counts) else self.index["vocab"]
 
@@ -123,7 +123,7 @@ class Store:
         keys = shard.records["key"]
         if keys.max() >= len(self.places):
             self.places = np.append(self.places, np.full(keys.max() + 1, -1))
-        self.places[keys] = (number << 32) + np.arange(len(keys))
+        self.places[keys] = (number << 24) + np.arange(len(keys))
         self.totals.update(shards=1, documents=len(keys), bytes=shard.bytes)
         for name in ("tokens", "teacher_rows"):
             self.totals[name] += int(shard.records[name].sum())
@@ -137,7 +137,7 @@ class Store:
         for key in keys:
             if key not in self:
                 continue
-            number, place = divmod(int(self.places[key]), 1 << 32)
+            number, place = divmod(int(self.places[key]), 1 << 24)
             try:
                 found[key] = self.open(number).load(place)
             except DamageError as damage:
@@ -156,9 +156,7 @@ class Store:
 class HybridStore(Store):
     """A store that the ranks of one run add to while training, each within its share of the disk.
 
-    Shards are written in the background, and can be loaded once they are complete; what one ran
-    into is raised by the next call. Once something did not fit, `full` is true and nothing more is
-    taken.
+    Once something did not fit, `full` is true and nothing more is taken.
     """
 
     def __init__(
@@ -191,33 +189,20 @@ class HybridStore(Store):
         self.refused = folder / f"full_{rank}"
         refused = self.refused.exists() and int(self.refused.read_text()) >= self.max_bytes
         self.full = refused or self.room <= 0
-        self.buffer: list[Document] = []
-        self.buffered = 0
-        self.waiting: set[int] = set()  # keys of what is not written yet
         self.writer = ThreadPoolExecutor(1)
-        self.writing = self.writer.submit(self.write_what_fits, [])
+        self.writing: Future | None = None
 
     def add(self, documents: list[Document]) -> None:
-        """Have them written, unless they are there or the disk is full; waits for a slow disk."""
-        for document in documents:
-            if self.full or document.key in self.waiting or document.key in self:
-                continue
-            self.waiting.add(document.key)
-            self.buffer.append(document)
-            self.buffered += stored_bytes(document, self.inputs["hidden_states.dtype"])
-            if self.buffered >= shards.SHARD_BYTES:
-                self.flush()
-
-    def flush(self) -> None:
-        """Begin to write what was added, when the shard before is written: memory holds two."""
-        self.writing.result()
-        documents, self.buffer, self.buffered = self.buffer, [], 0
-        self.writing = self.writer.submit(self.write_what_fits, documents)
+        """Write those that are not there yet, as a shard, behind the next computation."""
+        self.sync()  # one at a time, or a slow disk would fill the memory
+        new = {document.key: document for document in documents if document.key not in self}
+        if new and not self.full:
+            self.writing = self.writer.submit(self.write_what_fits, list(new.values()))
 
     def sync(self) -> None:
-        """Wait until everything added so far is written, or dropped because the disk is full."""
-        self.flush()
-        self.writing.result()
+        """Wait until what was added is written, as far as it fits. RunError where that failed."""
+        if self.writing is not None:
+            self.writing.result()
 
     def close(self) -> None:
         try:
@@ -228,8 +213,6 @@ class HybridStore(Store):
 
     def write_what_fits(self, documents: list[Document]) -> None:
         """Write a shard of the first of the documents, as far as they fit; `full` if not all do."""
-        if self.full:  # what was buffered meanwhile, which depends on how fast the disk is
-            return
         dtype = self.inputs["hidden_states.dtype"]
         ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
         fitting = documents[: int((ends + shards.HEADER_BYTES <= self.room).sum())]
@@ -248,7 +231,6 @@ class HybridStore(Store):
                 f"{self.folder} cannot be written ({error.strerror}); set a lower "
                 "hidden_states.max_disk or another hidden_states.path"
             ) from error
-        self.waiting.difference_update(document.key for document in documents)
 
 
 def share_left(used: Counter[int], max_bytes: int, rank: int, world_size: int) -> int:

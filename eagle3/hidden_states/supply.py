@@ -73,7 +73,7 @@ class Offline(Supply):
 
 
 class Hybrid(Supply):
-    """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later."""
+    """`mode=hybrid`: what the first epoch computes is kept, as far as it fits, and read later."""
 
     keeps = True
 
