@@ -93,7 +93,8 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
     assert whole.lengths.tolist() == prepared.lengths.tolist()
     assert whole.supervised.tolist() == prepared.supervised.tolist()
     assert whole.vocab(9).tolist() == list(range(300))
-    for batch in sum(plan_shards(prepared, prepared.lengths, 128), []):
+    shards = plan_shards(prepared, prepared.lengths, 128)
+    for batch in [batch for shard in shards for batch in shard]:
         found = whole.load(batch)
         for wanted in compute_features(target.load(), prepared.load(batch)):
             got = found[wanted.key]

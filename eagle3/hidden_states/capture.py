@@ -73,6 +73,7 @@ def capture(
 def document_keys(prepared: Prepared) -> np.ndarray:
     """int64 [N]: the number that each document is stored under, once however often it comes."""
     starts = prepared.index["start"]
+    # Sources that an epoch passes over several times begin at the same token.
     _, firsts, numbers = np.unique(starts, return_index=True, return_inverse=True)
     return firsts[numbers]
 
@@ -105,6 +106,7 @@ def fill(items: list, sizes: list[int], limit: int) -> list[list]:
 
 def compute_features(target: Any, documents: list[Document]) -> list[Document]:
     """Documents with the target's features, computed in one packed batch."""
+    # A target's features do not depend on the draft vocabulary, which `pack` asks for.
     everything = torch.ones(target.config.vocab_size, dtype=torch.bool)
     batch = pack(documents, everything, 1, serving)
     parts = split_features(batch, target(batch.to(target.device)))

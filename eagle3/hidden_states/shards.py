@@ -119,6 +119,7 @@ def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndar
         supervised = int(document.loss_mask.sum())
         # A checksum for each document, so that a flipped bit costs one and not the whole shard.
         records[place] = document.key, n, u, supervised, digest.intdigest()
+    # Where the columns begin has no checksum: read elsewhere, a document does not match its own.
     text = json.dumps({"store": store, "dtype": dtype, "hidden_size": hidden_size})
     header: dict[str, Any] = {"__metadata__": {"eagle3": f"{checksum_head(text, records)} {text}"}}
     pieces, end = [records.view(np.uint8)], records.nbytes
@@ -149,6 +150,7 @@ def shard_number(path: Path) -> int:
 
 def write_atomically(path: Path, pieces: Iterable[bytes | np.ndarray]) -> None:
     """On disk when this returns, or nothing is left of it and OSError raised (a full disk)."""
+    # A name of its own: of a file that two processes write alike, either may be the last.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with partial.open("xb") as stream:

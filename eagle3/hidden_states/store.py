@@ -71,7 +71,7 @@ class Store:
         # -1. Eight bytes a document, where a dict would take 150.
         self.places = np.full(1024, -1)
         self.damaged: dict[int, str] = {}
-        self.totals: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()  # over the shards that were scanned
         self.scan()
 
     def vocab(self, size: int) -> np.ndarray:
@@ -81,7 +81,6 @@ class Store:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Counts over the shards that were scanned."""
         per_token = round(self.totals["bytes"] / max(1, self.totals["tokens"]), 1)
         return {**self.totals, "bytes_per_token": per_token}
 
@@ -94,6 +93,7 @@ class Store:
         """Write the index: `order`, `lengths`, `supervised` of the data; `vocab`, or the `counts`
         of supervised tokens that it is chosen by.
         """
+        # Last of all, as it says that everything else is there.
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
         with FileLock(self.folder / LOCK):
@@ -167,6 +167,7 @@ class HybridStore(Store):
         folder = Path(section.path or Path(cache_dir, "hybrid", fingerprint(inputs)))
         create_store(folder, inputs)
         super().__init__(folder, section.on_damage)
+        # Two runs would give their shards the same numbers.
         self.owner = FileLock(folder / f"owner_{rank}")
         try:
             self.owner.acquire(timeout=0)
@@ -222,6 +223,7 @@ class HybridStore(Store):
                 self.index_shard(self.next_number)
                 self.room -= self.open(self.next_number).bytes
                 self.next_number += 1
+            # A smaller one behind it might still fit, but what is kept would be an odd sample.
             if len(fitting) < len(documents):
                 self.full = True
                 self.refused.write_text(str(self.max_bytes))
@@ -268,7 +270,7 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
     """Make a store from `inputs`, or find it. Raises RunError where `folder` holds another one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):
+        with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
             if check_inputs(folder, inputs) is None:
                 shards.write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:

@@ -41,6 +41,7 @@ class Supply:
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         return self.prepared.load(numbers)
 
+    # Not called for batches whose documents came with features.
     def features(self, batch: Batch) -> Features:
         return self.target.load()(batch)
 
