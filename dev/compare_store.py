@@ -55,7 +55,7 @@ def make(count: int, length: int, hidden_size: int) -> list[Document]:
 def write_store(folder: Path, documents: list[Document], dtype: str) -> None:
     """Shards of the size that the capture stage makes."""
     create_store(folder, {"hidden_states.dtype": dtype})
-    store = Store(folder, scan=False)
+    store = Store(folder)
     shard, size, number = [], 0, 0
     for document in documents:
         shard.append(document)

@@ -23,9 +23,9 @@ from eagle3.errors import ConfigError
 from eagle3.evaluate import generate
 from eagle3.export.read import locate
 from eagle3.export.write import export_draft
-from eagle3.hidden_states.capture import capture, find_store
+from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
-from eagle3.hidden_states.store import Store, open_store, store_inputs
+from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
@@ -92,10 +92,11 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             answers = generate(config.eval, prepared.heldout, target, cache_dir, write)
             tracking.note("generate", (answers, read_facts(answers)))
         if mode.captures and not store_alone and listed & {"capture", "train"}:
-            if "capture" in listed and not find_store(hidden, prepared, target, cache_dir):
+            folder, inputs = locate_store(hidden, prepared, target, cache_dir)
+            if "capture" in listed and not is_complete(folder):
                 free_target(config, target, keep=True)
                 run_on_ranks(capture_on_rank, config, run_dir, target, prepared.path)
-            store = capture(hidden, prepared, target, cache_dir, False, console)
+            store = open_store(hidden, folder, inputs)
             tracking.note("capture", (store.folder, store.facts))
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
@@ -157,7 +158,7 @@ def capture_on_rank(
     load_target(target, ranks)
     documents, hidden = load_prepared(prepared), config.hidden_states
     quiet = Console(quiet=not ranks.is_main, markup=False, soft_wrap=True)
-    capture(hidden, documents, target, config.cache_dir, True, quiet)
+    capture(hidden, documents, target, config.cache_dir, quiet)
 
 
 def describe_training_data(

@@ -22,7 +22,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import evaluate, load_answers, pack_answers
 from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
-from eagle3.hidden_states.store import Store, open_for_hybrid, store_inputs
+from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader, Update
 from eagle3.loss import FrozenWeights, SoftTargetLoss
@@ -168,7 +168,7 @@ def open_supply(
     store = Store(data.store, hidden.on_damage) if data.store else None
     if mode.keeps:
         inputs = store_inputs(target, hidden.dtype, prepared.digest)
-        store = open_for_hybrid(hidden, inputs, config.cache_dir, ranks.rank)
+        store = HybridStore(hidden, inputs, config.cache_dir, ranks.rank, ranks.world_size)
     if mode.needs_target:
         load_target(target, ranks)
     return mode(prepared, store, target, ranks.barrier)
@@ -204,7 +204,7 @@ def build_trainer(
     if saved:  # as the run began, however many ranks there are now
         tokens_per_update = saved.plain["tokens_per_update"]
     loader = Loader(
-        supply.documents, section, pack_documents, tokens_per_update, config.seed, replica, replicas
+        supply, section, pack_documents, tokens_per_update, config.seed, replica, replicas
     )
     optimizer = instantiate(config.optimizer)(draft.parameters())
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)

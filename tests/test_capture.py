@@ -14,8 +14,8 @@ from rich.console import Console
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states import capture as capturing
-from eagle3.hidden_states.capture import capture, compute_features, plan_shards
-from eagle3.hidden_states.store import Store, open_store, store_inputs
+from eagle3.hidden_states.capture import capture, compute_features, locate_store, plan_shards
+from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 
@@ -57,9 +57,10 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(capturing, "POLL_SECONDS", 0.05)
 
 
-def fill(folder, prepared, target, write=True, **section) -> Store:
+def fill(folder, prepared, target, **section) -> Store:
     section = hidden_states_section(folder, **section)
-    return capture(section, prepared, target, "unused", write, Console(quiet=True))
+    capture(section, prepared, target, "unused", Console(quiet=True))
+    return open_store(section, *locate_store(section, prepared, target, "unused"))
 
 
 def contents(folder):
@@ -76,13 +77,14 @@ def whole(tmp_path_factory, prepared, target):
 
 
 def test_plans_hold_every_document_once(prepared):
-    shards = plan_shards(prepared, 64, "bf16", 128)
+    shards = plan_shards(prepared, prepared.lengths * 400, 128)
     flat = [number for shard in shards for batch in shard for number in batch]
     assert sorted(flat) == list(range(40)), "the five that repeat earlier ones come once"
     assert all(prepared.lengths[batch].sum() <= 128 for shard in shards for batch in shard)
     lengths = [prepared.lengths[n] for n in flat]
     assert len(shards) > 3 and lengths == sorted(lengths, reverse=True)
-    assert plan_shards(documents([500, 3]), 64, "bf16", 128) == [[[0]], [[1]]]
+    two = documents([500, 3])
+    assert plan_shards(two, two.lengths * 400, 128) == [[[0]], [[1]]]
 
 
 def test_a_store_holds_what_the_target_computes(whole, prepared, target):
@@ -91,7 +93,8 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
     assert whole.lengths.tolist() == prepared.lengths.tolist()
     assert whole.supervised.tolist() == prepared.supervised.tolist()
     assert whole.vocab(9).tolist() == list(range(300))
-    for batch in (batch for shard in plan_shards(prepared, 64, "fp32", 128) for batch in shard):
+    shards = plan_shards(prepared, prepared.lengths, 128)
+    for batch in [batch for shard in shards for batch in shard]:
         found = whole.load(batch)
         for wanted in compute_features(target.load(), prepared.load(batch)):
             got = found[wanted.key]
@@ -103,18 +106,19 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
 
 def test_a_complete_store_is_found_without_a_target(whole, prepared, target_folder, monkeypatch):
     monkeypatch.setattr(TargetHandle, "load", lambda self: pytest.fail("the target was loaded"))
-    target = handle_of(target_folder)
-    assert fill(whole.folder, prepared, target, write=False).facts == whole.facts
-    section = hidden_states_section(dtype="fp32")
-    assert open_store(section, whole.folder, store_inputs(target, "fp32", None)).facts["shards"] > 3
+    target, section = handle_of(target_folder), hidden_states_section(whole.folder)
+    folder, inputs = locate_store(section, prepared, target, "unused")
+    assert is_complete(folder) and open_store(section, folder, inputs).facts == whole.facts
+    alone = store_inputs(target, "fp32", None)
+    assert open_store(section, whole.folder, alone).facts == whole.facts
 
 
-def test_what_must_not_be_written_is_refused(whole, prepared, target, target_folder, tmp_path):
-    with pytest.raises(RunError, match="add capture to stages"):
-        fill(tmp_path, prepared, target, write=False)
+def test_what_does_not_fit_is_refused(whole, prepared, target, target_folder, tmp_path):
     section = hidden_states_section(dtype="fp32")
-    with pytest.raises(RunError, match=f"^{tmp_path}/hidden_states/.*add capture to stages"):
-        capture(section, prepared, target, str(tmp_path), False, Console(quiet=True))
+    folder, inputs = locate_store(section, prepared, target, str(tmp_path))
+    assert folder.parent == tmp_path / "hidden_states" and not is_complete(folder)
+    with pytest.raises(RunError, match=f"^{folder}.*add capture to stages"):
+        open_store(section, folder, inputs)
     layers = handle_of(target_folder, layers=[0, 2, 4])
     with pytest.raises(RunError, match=r"model.aux_layer_ids=\[1, 3, 4\], .*=\[0, 2, 4\]"):
         fill(whole.folder, prepared, layers)
@@ -137,7 +141,7 @@ def test_a_full_disk_ends_it_and_the_next_call_goes_on(
         write(self, number, computed)
 
     monkeypatch.setattr(Store, "write", limited)
-    with pytest.raises(RunError, match=r"the disk is full: \d+ shards of .* the same command goes"):
+    with pytest.raises(RunError, match=r"No space left .* the same command goes on"):
         fill(tmp_path, prepared, target)
     with pytest.raises(RunError, match="batch_tokens=128, this run has batch_tokens=64"):
         fill(tmp_path, prepared, handle_of(target.spec.path, 64))

@@ -13,7 +13,7 @@ from conftest import TRAIN_ONLY, hidden_states_section, losses, run, stop_after
 from eagle3.batch import Features, pack, serving
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
-from eagle3.hidden_states.store import open_for_hybrid
+from eagle3.hidden_states.store import HybridStore
 from eagle3.hidden_states.supply import Hybrid, Offline, Online
 from eagle3.target.handle import TargetHandle
 
@@ -54,7 +54,7 @@ def batch_of(documents):
 
 def hybrid(prepared, target, folder, barrier=lambda: None, **section):
     given = hidden_states_section(folder, **section)
-    store = open_for_hybrid(given, {"hidden_states.dtype": "fp32"}, "unused", 0)
+    store = HybridStore(given, {"hidden_states.dtype": "fp32"}, "unused", 0, 1)
     return Hybrid(prepared, store, target, barrier)
 
 
@@ -66,8 +66,8 @@ def test_what_modes_mean_for_the_pipeline():
 def test_online_computes_every_batch(prepared):
     target = FakeTarget()
     supply = Online(prepared, None, target)
-    documents = supply.documents.load([1, 4])
-    assert supply.documents.lengths.tolist() == [5] * 5
+    documents = supply.load([1, 4])
+    assert supply.lengths.tolist() == [5] * 5
     features = supply.features(batch_of(documents))
     assert features.aux_hidden_states[:, 0].tolist() == [*range(5, 10), *range(5)]
     assert target.asked == [[1, 4]]

@@ -5,9 +5,8 @@ by any number of processes, also of several commands: the finished store does no
 wrote what, nor on who was killed when.
 """
 
-import errno
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,15 +23,7 @@ from eagle3.config import HiddenStates, parse_size
 from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import SHARD_BYTES, document_bytes, shard_path
-from eagle3.hidden_states.store import (
-    LOCK,
-    Store,
-    create_store,
-    folder_bytes,
-    is_complete,
-    open_store,
-    store_inputs,
-)
+from eagle3.hidden_states.store import Store, bytes_by_owner, create_store, store_inputs
 from eagle3.runs.artefact import fingerprint
 from eagle3.runs.disk import check_disk
 from eagle3.target.handle import TargetHandle
@@ -40,100 +31,82 @@ from eagle3.target.handle import TargetHandle
 POLL_SECONDS = 1.0
 
 
+def locate_store(
+    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
+) -> tuple[Path, dict[str, Any]]:
+    """The folder of the prepared documents' store, be it there or not, and what it is made from."""
+    inputs = store_inputs(target, section.dtype, prepared.digest)
+    return Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs))), inputs
+
+
 def capture(
     section: HiddenStates,
     prepared: Prepared,
     target: TargetHandle,
     cache_dir: str,
-    write: bool,
     console: Console,
-) -> Store:
-    """The complete store of the prepared documents; written if need be, when `write` allows it.
+) -> None:
+    """Complete the store of the prepared documents; each process that calls it writes some shards.
 
-    Every process that calls it writes some of the shards. Raises RunError when the disk can't hold
-    the store or fills up; what was written stays, and the same call goes on.
+    Raises RunError when the disk can't hold the store or fills up; the same call then goes on.
     """
-    inputs = store_inputs(target, section.dtype, prepared.digest)
-    folder = store_folder(section, inputs, cache_dir)
-    if is_complete(folder) or not write:
-        return open_store(section, folder, inputs)
+    folder, inputs = locate_store(section, prepared, target, cache_dir)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
+    # Other batches round differently and other shards overlap, so who goes on must plan alike.
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
-    store = Store(folder, scan=False)
-    shards = plan_shards(prepared, hidden_size, section.dtype, loaded.batch_tokens)
+    payload = document_bytes(prepared.lengths, prepared.teachers, hidden_size, section.dtype)
+    shards = plan_shards(prepared, payload, loaded.batch_tokens)
     missing = [n for n in range(len(shards)) if not shard_path(folder, n).exists()]
-    numbers = [number for shard in missing for batch in shards[shard] for number in batch]
-    lengths, teachers = prepared.lengths[numbers], prepared.teachers[numbers]
-    needed = document_bytes(lengths, teachers, hidden_size, section.dtype).sum()
-    allowed = parse_size(section.max_disk) - folder_bytes(folder) if section.max_disk else None
-    check_disk(int(needed), folder, allowed)
+    needed = sum(int(payload[batch].sum()) for number in missing for batch in shards[number])
+    allowed = None
+    if section.max_disk:
+        allowed = parse_size(section.max_disk) - bytes_by_owner(folder).total()
+    check_disk(needed, folder, allowed)
+    store = Store(folder, on_damage="skip")  # a deleted shard is no reason not to write it
     write_shards(store, prepared, loaded, shards, missing, console)
-    with FileLock(folder / LOCK):
-        if not is_complete(folder):
-            store.complete(
-                num_shards=len(shards),
-                order=document_keys(prepared),
-                lengths=prepared.lengths,
-                supervised=prepared.supervised,
-                vocab=np.asarray(prepared.vocab),
-            )
-    return open_store(section, folder, inputs)
-
-
-def find_store(
-    section: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str
-) -> Store | None:
-    """The complete store of the prepared documents, if it is there."""
-    inputs = store_inputs(target, section.dtype, prepared.digest)
-    folder = store_folder(section, inputs, cache_dir)
-    return open_store(section, folder, inputs) if is_complete(folder) else None
-
-
-def store_folder(section: HiddenStates, inputs: dict[str, Any], cache_dir: str) -> Path:
-    return Path(section.path or Path(cache_dir, "hidden_states", fingerprint(inputs)))
+    order, vocab = document_keys(prepared), np.asarray(prepared.vocab)
+    data = {"order": order, "lengths": prepared.lengths, "supervised": prepared.supervised}
+    store.complete(len(shards), vocab=vocab, **data)
 
 
 def document_keys(prepared: Prepared) -> np.ndarray:
-    """int64 [N]: the number under which each document is stored, that of its first pass: one that
-    an epoch passes over several times is stored once.
-    """
+    """int64 [N]: the number that each document is stored under, once however often it comes."""
     starts = prepared.index["start"]
+    # Sources that an epoch passes over several times begin at the same token.
     _, firsts, numbers = np.unique(starts, return_index=True, return_inverse=True)
     return firsts[numbers]
 
 
 def plan_shards(
-    prepared: Prepared, hidden_size: int, dtype: str, batch_tokens: int
+    prepared: Prepared, payload: np.ndarray, batch_tokens: int
 ) -> list[list[list[int]]]:
     """Document numbers by shard and batch: longest first, at most `batch_tokens` in a batch, whole
-    batches in a shard.
+    batches in a shard. `payload` int64 [N] has each document's bytes.
     """
     lengths, firsts = prepared.lengths, np.unique(document_keys(prepared))
+    # Equal lengths side by side pack tightly, and the last shards are the quick ones.
     order = firsts[np.lexsort((firsts, -lengths[firsts]))]
-    payload = document_bytes(lengths, prepared.teachers, hidden_size, dtype)
-    batches: list[list[int]] = []
-    tokens = batch_tokens
-    for number in order.tolist():
-        if tokens + lengths[number] > batch_tokens:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(number)
-        tokens += lengths[number]
-    shards: list[list[list[int]]] = []
-    size = SHARD_BYTES
-    for batch in batches:
-        more = payload[batch].sum()
-        if size + more > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(batch)
-        size += more
-    return shards
+    batches = fill(order.tolist(), lengths[order].tolist(), batch_tokens)
+    return fill(batches, [int(payload[batch].sum()) for batch in batches], SHARD_BYTES)
+
+
+def fill(items: list, sizes: list[int], limit: int) -> list[list]:
+    """Items in their order, in groups of at most `limit` together, or of one."""
+    groups: list[list] = []
+    used = limit
+    for item, size in zip(items, sizes, strict=True):
+        if used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += size
+    return groups
 
 
 def compute_features(target: Any, documents: list[Document]) -> list[Document]:
     """Documents with the target's features, computed in one packed batch."""
+    # A target's features do not depend on the draft vocabulary, which `pack` asks for.
     everything = torch.ones(target.config.vocab_size, dtype=torch.bool)
     batch = pack(documents, everything, 1, serving)
     parts = split_features(batch, target(batch.to(target.device)))
@@ -144,19 +117,17 @@ def write_shards(
     store: Store,
     prepared: Prepared,
     target: Any,
-    shards: list[list[list[int]]],
+    shards: list,
     missing: list[int],
     console: Console,
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing."""
-    tokens = [sum(int(prepared.lengths[batch].sum()) for batch in shard) for shard in shards]
+    # Two shards in memory: one is written while the next is computed.
     with ThreadPoolExecutor(1) as writer, Progress(transient=True, console=console) as progress:
-        task = progress.add_task("capture", total=float(sum(tokens)))
-        writing: Future | None = None
+        task, writing = progress.add_task("capture", total=len(shards)), None
         while missing:
             claim = claim_shard(store.folder, missing)
-            done = sum(tokens) - sum(tokens[number] for number in missing)
-            progress.update(task, completed=done, description=f"capture: {done:,} tokens")
+            progress.update(task, completed=len(shards) - len(missing))
             computed: list[Document] = []
             if claim is not None:
                 for batch in shards[claim[0]]:
@@ -165,16 +136,14 @@ def write_shards(
                 time.sleep(POLL_SECONDS)  # other processes write what is missing
             if writing is not None:
                 writing.result()
-            writing = claim and writer.submit(write_claimed, store, *claim, computed, len(missing))
+            writing = claim and writer.submit(write_claimed, store, *claim, computed)
 
 
 def claim_shard(folder: Path, missing: list[int]) -> tuple[int, FileLock] | None:
-    """The first missing shard that no process is writing, locked; None when there is none.
-
-    Takes out of `missing` those that are complete by now. A dead process holds no lock.
-    """
+    """The first missing shard that nobody writes, locked; complete ones leave `missing`."""
     for number in list(missing):
-        # The thread that writes releases what this one acquired.
+        # A lock of the system, so that a dead process holds none. The thread that writes releases
+        # what this one acquired.
         lock = FileLock(folder / f".claim_{number:08d}", thread_local=False)
         with suppress(Timeout):
             lock.acquire(timeout=0)
@@ -185,17 +154,13 @@ def claim_shard(folder: Path, missing: list[int]) -> tuple[int, FileLock] | None
     return None
 
 
-def write_claimed(
-    store: Store, number: int, lock: FileLock, documents: list[Document], missing: int
-) -> None:
+def write_claimed(store: Store, number: int, lock: FileLock, documents: list[Document]) -> None:
     try:
         store.write(number, documents)
     except OSError as error:
-        why = "the disk is full" if error.errno == errno.ENOSPC else f"writing failed ({error})"
         raise RunError(
-            f"{why}: {missing} shards of {store.folder} are still missing; free space, or set "
-            "hidden_states.dtype=int8, data.num_samples or another hidden_states.path; the same "
-            "command goes on"
+            f"{store.folder} cannot be written ({error.strerror}): free space, or set "
+            "hidden_states.dtype=int8 or another path; the same command goes on"
         ) from error
     finally:
         lock.release()

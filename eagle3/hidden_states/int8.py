@@ -10,17 +10,15 @@ from torch.nn import functional as F
 
 from eagle3.batch import empty_on_host
 
-GROUP = 128
+GROUP = 128  # one scale a token is too coarse: some channels are a hundred times the others
 CHUNK = 256  # rows; a quantised chunk's fp32 copy stays in the cache
 
 
 def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """States [n,A] -> int8 [n,A], bf16 scales [n,G].
-
-    A scale is the largest |state| of its group / 127, rounded up so that nothing clips. Dequantised
-    to bf16, a state is off by at most 1/126 of that largest: half a scale, which is up to
-    (1 + 2^-7)/127 of it, and the rounding of the product, 2^-8 of that.
-    """
+    """States [n,A] -> int8 [n,A], bf16 scales [n,G]."""
+    # A scale is the largest |state| of its group / 127, rounded up so that nothing clips. What is
+    # dequantised to bf16 is off by at most 1/126 of that largest: half a scale, which is up to
+    # (1 + 2^-7)/127 of it, and the rounding of the product, 2^-8 of that.
     width = states.shape[1]
     groups = math.ceil(width / GROUP)
     values = torch.empty(states.shape, dtype=torch.int8, device=states.device)

@@ -11,17 +11,14 @@ from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states.capture import compute_features, document_keys
 from eagle3.hidden_states.store import Store
-from eagle3.loader import DocumentSource
 from eagle3.target.handle import TargetHandle
 
 
 class Supply:
-    """The documents of an epoch for a loader, and `features` for batches whose have none.
+    """A loader's documents, and `features` for batches whose have none.
 
-    A mode is given what it reads: the prepared data, a store, a target, or several; `barrier` waits
-    for the other ranks. Its class says what it means for the pipeline: `captures` (the stage
-    `capture` writes a store before), `keeps` (hidden states are written while training) and
-    `needs_target`.
+    A mode is given what it reads; `barrier` waits for the other ranks. Its class says whether the
+    stage `capture` writes a store before (`captures`), and whether training writes one (`keeps`).
     """
 
     captures = keeps = False
@@ -38,16 +35,13 @@ class Supply:
         data = store if prepared is None else prepared
         self.lengths, self.supervised = data.lengths, data.supervised
 
-    @property
-    def documents(self) -> DocumentSource:
-        return self
-
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         return self.prepared.load(numbers)
 
+    # Not called for batches whose documents came with features.
     def features(self, batch: Batch) -> Features:
         return self.target.load()(batch)
 
@@ -78,16 +72,9 @@ class Offline(Supply):
             )
         return [found[key] for key in keys if key in found]
 
-    def features(self, batch: Batch) -> Features:
-        raise AssertionError("a store gives every document with its features")
-
 
 class Hybrid(Supply):
-    """`mode=hybrid`: what the first epoch computes is kept, within a disk budget, and read later.
-
-    Reading only what an earlier epoch kept makes a run's losses independent of how fast the disk
-    was, and a resumed run's of where it was stopped.
-    """
+    """`mode=hybrid`: what the first epoch computes is kept, as far as it fits, and read later."""
 
     keeps = True
 
@@ -104,21 +91,21 @@ class Hybrid(Supply):
 
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
-        if epoch == 0:
-            return loaded
-        found = self.store.load([document.key for document in loaded])
+        # The first epoch reads nothing of what it keeps, so that losses depend neither on how fast
+        # the disk is, nor on where a run was stopped.
+        found = self.store.load([document.key for document in loaded]) if epoch > 0 else {}
         return [found.get(document.key, document) for document in loaded]
 
     def features(self, batch: Batch) -> Features:
-        target = self.target.load()
         unknown = [document for document in batch.loaded if document.features is None]
         if len(unknown) == len(batch.loaded):
-            features = target(batch)
+            # The batch as it is, so that the first epoch's losses are those of mode=online.
+            features = self.target.load()(batch)
             if not self.store.full:
                 parts = split_features(batch, features)
                 self.store.add([replace(d, features=part) for d, part in zip(unknown, parts)])
             return features
-        computed = compute_features(target, unknown) if unknown else []
+        computed = compute_features(self.target.load(), unknown) if unknown else []
         self.store.add(computed)
         known = {document.key: document for document in computed}
         parts = [known.get(document.key, document).features for document in batch.loaded]
