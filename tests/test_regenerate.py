@@ -32,7 +32,6 @@ from eagle3.data.sources import Row, find_files
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.hf import HFTarget
 
-
 platform.processor()  # the openai client asks for it, which once starts a process
 
 

@@ -369,10 +369,10 @@ class Server:
         self.in_flight, self.failures, self.error = 0, 0, ""
         self.free = asyncio.Semaphore(options.concurrency)
         self.key = os.environ.get(options.api_key_env)
+        self.headers = {} if self.key else {"Authorization": openai.Omit()}
         self.client = openai.AsyncOpenAI(
             base_url=url.rstrip("/"),
             api_key=self.key or "none",
-            default_headers=None if self.key else {"Authorization": openai.Omit()},
             max_retries=options.retries,
             timeout=openai.Timeout(options.timeout, connect=min(30.0, options.timeout)),
             # proxies of the environment are for other machines than this one
@@ -384,12 +384,11 @@ class Server:
         where no request would.
         """
         completions = self.client.chat.completions.with_raw_response
+        given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
         self.in_flight += 1
         try:
             async with self.free:
-                raw = await completions.create(
-                    model=body["model"], messages=body["messages"], extra_body=body
-                )
+                raw = await completions.create(**given, extra_headers=self.headers)
         except self.openai.APIError as error:
             status, self.error = getattr(error, "status_code", None), self.words_of(error)
             if status in (401, 403, 404):
@@ -418,11 +417,12 @@ class Server:
     async def only_model(self) -> str:
         """The one model that the server lists. Raises RunError."""
         try:
-            names = [model.id for model in (await self.client.models.list()).data]
+            listed = await self.client.models.list(extra_headers=self.headers)
         except self.openai.OpenAIError as error:
             raise RunError(
                 f"{self.name} lists no model ({error}); check regenerate.urls"
             ) from error
+        names = [model.id for model in listed.data]
         if len(names) != 1:
             raise RunError(
                 f"{self.name} lists the models {', '.join(names) or 'none'}; name one in "
