@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ RECORD = np.dtype(
         ("content", "u8"), ("opening", "u8"),
     ]
 )  # fmt: skip
-# (source, file, line, raw, share of the file read); raw is None where the weight leaves it out
-RawRow = tuple[int, int, int, Any, float]
+# (source, file, line, raw); raw is None where the source's weight leaves the row out
+RawRow = tuple[int, int, int, Any]
 
 
 @dataclass
@@ -37,17 +37,16 @@ class Chunk:
 
     `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1.
     `candidates` are prompts that may be held out; in `not_found` rows the template's turns were not
-    found, of which `example` is a rendering. `place`: how many files are read up to here, about.
+    found, of which `example` is a rendering.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     records: np.ndarray
-    reasons: list[str] = field(default_factory=list)
-    candidates: list[dict] = field(default_factory=list)
-    not_found: int = 0
-    place: float = 0.0
-    example: str | None = None
+    reasons: list[str]
+    candidates: list[dict]
+    not_found: int
+    example: str | None
 
 
 def hash_of(value: object) -> int:
@@ -90,10 +89,10 @@ class Encoder:
         are candidates for holding out.
         """
         rows, held_below = asked
-        chunk = Chunk(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(len(rows), RECORD))
-        chunk.place = rows[-1][1] + rows[-1][4] if rows else 0.0
-        ids, masks = [chunk.ids], [chunk.mask]
-        for record, (source, file, line, raw, _) in zip(chunk.records, rows, strict=True):
+        ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+        records, reasons, candidates = np.zeros(len(rows), RECORD), [], []
+        not_found, example = 0, None
+        for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
             if raw is None:
                 record["outcome"] = LEFT_OUT
@@ -105,15 +104,13 @@ class Encoder:
                 opening = opening_hash(conversation, self.chat)
                 prompt = self.prompt(conversation) if opening < held_below else None
             except RowError as error:
-                record["outcome"] = number_of(str(error), chunk.reasons)
+                record["outcome"] = number_of(str(error), reasons)
                 if str(error) == NOT_FOUND:
-                    chunk.not_found += 1
-                    chunk.example = chunk.example or self.example(conversation)
+                    not_found += 1
+                    example = example or self.example(conversation)
                 continue
             kept = np.array(encoded.input_ids[: self.data.max_length], np.int32)
-            mask = np.zeros(len(kept), bool)
-            for first, stop in encoded.spans:
-                mask[first:stop] = True
+            mask = np.array(encoded.loss_mask[: self.data.max_length], bool)
             ids.append(kept)
             masks.append(mask)
             record["cut"] = len(kept) < len(encoded.input_ids)
@@ -122,12 +119,11 @@ class Encoder:
             record["teachers"] = mask.sum() + (mask[:-1] & ~mask[1:]).sum()
             record["content"], record["opening"] = hash_of(encoded.text), opening
             if conversation.repaired:
-                record["repaired"] = number_of(conversation.repaired, chunk.reasons)
-            if prompt is not None:
-                named = {"hash": opening, "file": file, "line": line}
-                chunk.candidates.append({**named, "ids": prompt})
-        chunk.ids, chunk.mask = np.concatenate(ids), np.concatenate(masks)
-        return chunk
+                record["repaired"] = number_of(conversation.repaired, reasons)
+            if prompt:
+                candidates.append({"hash": opening, "file": file, "line": line, "ids": prompt})
+        ids, mask = np.concatenate(ids), np.concatenate(masks)
+        return Chunk(ids, mask, records, reasons, candidates, not_found, example)
 
     def add_system(self, conversation: Conversation) -> None:
         if conversation.messages:
@@ -143,17 +139,15 @@ class Encoder:
             raise RowError(beyond if too_long else "assistant turn too short")
         return encoded
 
-    def prompt(self, conversation: Conversation) -> list[int] | None:
-        """The prompt of the last answer, where it can be held out: the row ends with an answer and
-        the prompt fits.
-        """
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The prompt of the last answer; none where the row ends otherwise or it is too long."""
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-            return None
+            return []
         try:
             ids = self.chat.prompt_of(conversation)
         except RowError:
-            return None
-        return ids if 0 < len(ids) <= self.data.max_length else None
+            return []
+        return ids if len(ids) <= self.data.max_length else []
 
     def example(self, conversation: Conversation) -> str:
         return conversation.text or self.chat.render(conversation.messages, conversation.tools)[0]
@@ -187,8 +181,8 @@ def encode_in_order(
         if "DataLoader worker" not in str(error):
             raise
         raise RunError(
-            f"a process of prepare was killed, perhaps for memory; lower data.num_proc={num_proc} "
-            "and start again, it goes on from there"
+            f"a process of prepare was killed, perhaps for memory: lower data.num_proc={num_proc}; "
+            "the same command goes on from there"
         ) from error
 
 

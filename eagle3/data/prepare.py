@@ -10,14 +10,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_128
 
 from eagle3.batch import Document
@@ -34,11 +34,21 @@ from eagle3.data.encoder import (
     opening_hash,
 )
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, find_files, raw_rows, read_rows, selects
+from eagle3.data.sources import (
+    DataFile,
+    SourceFiles,
+    find_files,
+    raw_rows,
+    read_rows,
+    selects,
+    show_progress,
+)
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
 
+STATE = "state.json"
+NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
 PART_CHUNKS = 64
 COUNTED_ROWS = 1024
 # of what is written: part of the fingerprint, raised when the same rows come to be encoded
@@ -166,41 +176,37 @@ def find_prepared(*inputs: Any) -> Prepared | None:
         return None
 
 
-def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[RawRow]:
-    """The rows of all sources; files are numbered through all of them."""
-    first = 0
+def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, RawRow]]:
+    """The rows of all sources, each behind the share that is read up to it; files are numbered
+    through all of them.
+    """
+    first, num_files = 0, len(names_of(sources))
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
         for file, line, raw, share in islice(located, num_samples):
-            yield number, file, line, raw if selects(source.weight, line) else None, share
+            chosen = raw if selects(source.weight, line) else None
+            yield (file + share) / num_files, (number, file, line, chosen)
         first += len(files)
 
 
-@dataclass
-class State:
-    """What a killed call goes on from: rows and tokens that are written, and what was met in them.
-
-    `candidates` are those of the lowest opening hashes, ascending.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    reasons: list[str] = field(default_factory=list)
-    candidates: list[dict] = field(default_factory=list)
-    not_found: int = 0
-    example: str | None = None
-
-
 class Writer:
-    """Appends chunks to the flat files and notes, after each part, how far it came."""
+    """Appends chunks to the flat files and notes, after each part, how far it came.
+
+    What is noted is all that a killed call goes on from: how many rows and tokens are written,
+    reasons, and the `candidates` of the lowest opening hashes, ascending.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
-        self.noted, self.state, self.files = folder / "state.json", State(), []
-        if self.noted.exists():
-            self.state = State(**json.loads(self.noted.read_text()))
-        tokens, rows = self.state.tokens, self.state.rows * RECORD.itemsize
-        for name, size in ("input_ids", 4 * tokens), ("loss_mask", tokens), ("rows", rows):
+        self.rows = self.tokens = self.not_found = 0
+        self.reasons: list[str] = []
+        self.candidates: list[dict] = []
+        self.example: str | None = None
+        if (folder / STATE).exists():
+            vars(self).update(json.loads((folder / STATE).read_text()))
+        self.files = []
+        sizes = {"input_ids": 4 * self.tokens, "loss_mask": self.tokens}
+        for name, size in (sizes | {"rows": RECORD.itemsize * self.rows}).items():
             path = folder / f"{name}.bin"
             stream = path.open("r+b" if path.exists() else "w+b")
             if stream.seek(0, os.SEEK_END) < size:
@@ -211,42 +217,40 @@ class Writer:
 
     def held_below(self) -> int:
         """Openings whose hash reaches this cannot be held out any more."""
-        held = self.state.candidates
-        if len(held) < self.num_heldout:
+        if len(self.candidates) < self.num_heldout:
             return 1 << 64
-        return held[-1]["hash"] + 1 if held else 0
+        return self.candidates[-1]["hash"] + 1 if self.candidates else 0
 
     def append(self, chunk: Chunk) -> None:
-        state = self.state
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
             raise RunError(
                 f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
                 f"{self.vocab_size} entries; this tokenizer does not belong to this target"
             )
-        numbers = np.array([0, *(number_of(reason, state.reasons) for reason in chunk.reasons)])
+        numbers = np.array([0, *(number_of(reason, self.reasons) for reason in chunk.reasons)])
         for name in ("outcome", "repaired"):
             column = chunk.records[name]
             column[column > 0] = numbers[column[column > 0]]
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
             stream.write(values.tobytes())
-        state.rows += len(chunk.records)
-        state.tokens += len(chunk.ids)
-        state.not_found += chunk.not_found
-        state.example = state.example or chunk.example
+        self.rows += len(chunk.records)
+        self.tokens += len(chunk.ids)
+        self.not_found += chunk.not_found
+        self.example = self.example or chunk.example
         if chunk.candidates:
             # of each opening the first one counts
-            both = reversed([*state.candidates, *chunk.candidates])
+            both = reversed([*self.candidates, *chunk.candidates])
             lowest = sorted({candidate["hash"]: candidate for candidate in both}.items())
-            state.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
+            self.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
 
     def save(self) -> None:
         for stream in self.files:
             stream.flush()
             os.fsync(stream.fileno())
         # The rows are on disk before the state speaks of them.
-        partial = self.noted.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.state)))
-        os.replace(partial, self.noted)
+        partial = self.folder / f"{STATE}.partial"
+        partial.write_text(json.dumps({name: getattr(self, name) for name in NOTED}))
+        os.replace(partial, self.folder / STATE)
 
     def close(self) -> np.ndarray:
         """The records of all rows."""
@@ -255,56 +259,46 @@ class Writer:
             stream.close()
         return np.fromfile(self.folder / "rows.bin", RECORD)
 
-    def forget(self) -> None:
-        """Remove what only an interrupted call needs; the state first, as it speaks of the rows."""
-        self.noted.unlink()
-        (self.folder / "rows.bin").unlink()
-
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
-    data, state, names = encoder.data, writer.state, names_of(sources)
+    data, names = encoder.data, names_of(sources)
     num_proc = data.num_proc or len(os.sched_getaffinity(0))
-    rows = islice(locate_rows(sources, data.num_samples), state.rows, None)
-    chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
-    columns = (TextColumn("prepare {task.fields[rows]:,} rows"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=float(len(names)), rows=state.rows)
+    with closing(show_progress("prepare", locate_rows(sources, data.num_samples))) as located:
+        rows = islice(located, writer.rows, None)
+        chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            progress.update(task, completed=chunk.place, rows=state.rows)
             if data.on_reject == "fail":
-                fail_on_reject(list_rejects(chunk.records, state.reasons, names))
+                fail_on_reject(list_rejects(chunk.records, writer.reasons, names))
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
-                check_found(state, 0.5)
+                check_found(writer, 0.5)
                 writer.save()
-    check_found(state, 0.01)
+    check_found(writer, 0.01)
 
 
 def names_of(sources: SourceFiles) -> list[str]:
     return [file.name for _, files in sources for file in files]
 
 
-def check_found(state: State, allowed: float) -> None:
+def check_found(writer: Writer, allowed: float) -> None:
     """End with an example when the template's assistant turns are not found in more than that share
     of the rows.
     """
-    if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= 128):
+    if writer.not_found > allowed * writer.rows:
         raise RunError(
-            f"assistant turns were not found in {state.not_found} of {state.rows} rows: "
+            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: "
             "data.chat_template does not fit the tokenizer or the data; this is how one was "
-            f"rendered:\n{state.example[:EXAMPLE_LETTERS]}"
+            f"rendered:\n{writer.example[:EXAMPLE_LETTERS]}"
         )
 
 
 def fail_on_reject(rejects: list[dict]) -> None:
-    """End the stage where a row is rejected, for `data.on_reject=fail`."""
-    for reject in rejects[:1]:
-        raise RunError(
-            f"{reject['file']}, line {reject['line']}: {reject['reason']} (data.on_reject=skip "
-            "would count it and go on)"
-        )
+    """End the stage at the first of `rejects`, for `data.on_reject=fail`."""
+    for reject in rejects:
+        place = f"{reject['file']}, line {reject['line']}"
+        raise RunError(f"{place}: {reject['reason']} (data.on_reject=skip counts it and goes on)")
 
 
 def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
@@ -361,9 +355,16 @@ def finish(
     """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
     returns the facts. `given`: the prompts of `data.eval_path`, and its rejects.
     """
-    folder, reasons, names = writer.folder, writer.state.reasons, names_of(sources)
+    folder, reasons, names = writer.folder, writer.reasons, names_of(sources)
     rows = writer.close()
-    check_usable(rows, reasons, names)
+    rejects = list_rejects(rows, reasons, names)
+    if len(rejects) == (rows["outcome"] != LEFT_OUT).sum():
+        counted = Counter(reject["reason"] for reject in rejects)
+        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
+        raise RunError(
+            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
+            f"({why or 'there are none'})"
+        )
     drop_duplicates(rows, reasons)
     rejects = list_rejects(rows, reasons, names)
     if data.on_reject == "fail":
@@ -405,18 +406,10 @@ def finish(
         "vocab_seen": int((counts > 0).sum()),
         "digest": digest(folder),
     }
-    writer.forget()
+    # What only an interrupted call needs; the state first, as it speaks of the rows.
+    (folder / STATE).unlink()
+    (folder / "rows.bin").unlink()
     return facts
-
-
-def check_usable(rows: np.ndarray, reasons: list[str], names: list[str]) -> None:
-    if not (rows["outcome"] == 0).any():
-        counted = Counter(reject["reason"] for reject in list_rejects(rows, reasons, names))
-        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
-        raise RunError(
-            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
-            f"({why or 'there are none'})"
-        )
 
 
 def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
@@ -436,7 +429,7 @@ def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
             f"data.path={names[0]} has {openings} different prompts, too few to hold out "
             f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
         )
-    candidates = writer.state.candidates
+    candidates = writer.candidates
     if not candidates:
         raise RunError(f"data.path={names[0]} has no prompt within data.max_length to hold out")
     return [heldout_prompt(names[c["file"]], c["line"], c["hash"], c["ids"]) for c in candidates]

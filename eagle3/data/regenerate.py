@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar
 
 import torch
 from hydra.utils import instantiate
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.config import Data, Source, Within
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, show_progress
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import redact
@@ -68,7 +67,8 @@ def regenerate(
         def write(
             folder: Path, files: list[DataFile] = files, share: float = share
         ) -> dict[str, Any]:
-            rows = show_progress(read_rows(files, data.num_samples, share=share))
+            read = ((row.share, row) for row in read_rows(files, data.num_samples, share=share))
+            rows = show_progress("regenerate", read)
             with (folder / JOURNAL).open("a+b") as stream, closing(rows):
                 journal = Journal(stream)
                 answerer.answer(rows, journal, data, chat, target)
@@ -80,16 +80,6 @@ def regenerate(
         again.append((answers, find_files(answers, cache_dir)))
         paths.append(path)
     return again, paths
-
-
-def show_progress(rows: Iterator[Row]) -> Iterator[Row]:
-    """The rows, beside a bar of how far they are read."""
-    text = TextColumn("regenerate {task.fields[rows]:,} rows")
-    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as progress:
-        task = progress.add_task("", total=1.0, rows=0)
-        for number, row in enumerate(rows, start=1):
-            progress.update(task, completed=row.share, rows=number)
-            yield row
 
 
 class Dialogue:

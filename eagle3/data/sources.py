@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.config import Data, Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
@@ -235,6 +236,19 @@ def selects(share: float, line: int) -> bool:
     evenly.
     """
     return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
+
+
+Item = TypeVar("Item")
+
+
+def show_progress(stage: str, rows: Iterator[tuple[float, Item]]) -> Iterator[Item]:
+    """The rows without their shares, beside a bar of how far they are read."""
+    text = TextColumn(stage + " {task.fields[rows]:,} rows")
+    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=1.0, rows=0)
+        for number, (share, row) in enumerate(rows, start=1):
+            progress.update(task, completed=share, rows=number)
+            yield row
 
 
 def read_rows(
