@@ -2,6 +2,7 @@
 in that text.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -109,10 +110,8 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
 
 def load_chat(model: Model, data: Data) -> "Chat":
     """The target's tokenizer with the template of `data`. Raises ConfigError."""
-    tokenizer = load_tokenizer(
-        model.path, model.revision, model.trust_remote_code, data.chat_template
-    )
-    return Chat(tokenizer, data.chat_template_kwargs)
+    named = (model.path, model.revision, model.trust_remote_code, data.chat_template)
+    return Chat(load_tokenizer(*named), data.chat_template_kwargs)
 
 
 def load_tokenizer(
@@ -129,9 +128,7 @@ def load_tokenizer(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
     if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json"
-        )
+        raise ConfigError(f"model.path={path}: its tokenizer gives no offsets; add tokenizer.json")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if chat_template != "auto":
@@ -139,24 +136,19 @@ def load_tokenizer(
         check_tokens(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"the tokenizer of model.path={path} has no chat template; set data.chat_template to "
-            f"one of {', '.join(templates.names())}, or add chat_template.jinja beside it"
+            f"the tokenizer of model.path={path} has no chat template; add chat_template.jinja, or "
+            f"set data.chat_template to one of {', '.join(templates.names())}"
         )
     return tokenizer
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ConfigError where a named template frames turns by tokens that the tokenizer does not
-    have.
-    """
+    """Raise ConfigError where a named template frames turns by tokens that there are not."""
     words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    known = tokenizer.get_vocab()
-    for token in SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0]):
-        if token not in known:
-            raise ConfigError(
-                f"data.chat_template={name} needs {token}, which is no token of the target's "
-                "tokenizer"
-            )
+    framing = SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0])
+    missing = [token for token in framing if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ConfigError(f"data.chat_template={name} needs {missing[0]}, which is no token here")
 
 
 class Chat:
@@ -200,14 +192,6 @@ class Chat:
     @cached_property
     def turns(self) -> Turns:
         return probe_turns(self)
-
-    @cached_property
-    def turns_if_found(self) -> Turns | None:
-        """How a marked template frames turns; None where probing does not show it."""
-        try:
-            return self.turns
-        except ConfigError:
-            return None
 
     @cached_property
     def call_closing(self) -> str:
@@ -291,8 +275,7 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
 
 def common_prefix(*texts: str) -> str:
     """The longest common prefix that does not end inside a tag such as `<think>`."""
-    low, high = min(texts), max(texts)
-    prefix = low[: next((i for i, letter in enumerate(low) if letter != high[i]), len(low))]
+    prefix = os.path.commonprefix(texts)
     tag = prefix.rfind("<")
     return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
@@ -308,13 +291,13 @@ def probe_turns(chat: Chat) -> Turns:
         prompted = chat.render(messages[:1], prompt=True)[0]
     except RowError as error:
         raise ConfigError(
-            f"the tokenizer's chat template cannot be used: {error}; set data.chat_template"
+            f"the chat template cannot be used: {error}; set data.chat_template"
         ) from error
     parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
     if parts is None:
         raise ConfigError(
-            "the tokenizer's chat template does not render user and assistant turns in order; "
-            "set data.chat_template to a named one"
+            "the chat template does not render user and assistant turns in order; set "
+            "data.chat_template"
         )
     _, before_second, middle, before_fourth, last = parts.groups()
     tail = asked.partition(WORDS[0])[2]  # what ends a question
@@ -325,8 +308,8 @@ def probe_turns(chat: Chat) -> Turns:
         opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
     if not opening.strip():
         raise ConfigError(
-            "the tokenizer's chat template has no text in front of assistant turns by which they "
-            "can be found; set data.chat_template, or mark them with {% generation %}"
+            "the chat template has no text in front of assistant turns by which to find them; set "
+            "data.chat_template, or mark them with {% generation %}"
         )
     last = last.strip()
     found = first_special(chat.tokenizer, last)
@@ -407,8 +390,9 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
     """Spans that a template marks: from behind the opening, where that is marked too, to the
     closing with it. An answer that was cut ends before its closing.
     """
-    turns = chat.turns_if_found
-    if turns is None:
+    try:
+        turns = chat.turns
+    except ConfigError:  # the marks are all there is to go by
         return marked
     spans = []
     for start, stop in marked:

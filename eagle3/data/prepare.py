@@ -55,7 +55,6 @@ COUNTED_ROWS = 1024
 # differently
 FORMAT = 2
 EXAMPLE_LETTERS = 2000
-DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
 KEYS = (
@@ -80,6 +79,12 @@ class Prepared:
     path: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        names = ("length", "supervised", "teachers")
+        self.lengths, self.supervised, self.teachers = (
+            self.index[name].astype(np.int64) for name in names
+        )
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -87,18 +92,6 @@ class Prepared:
     def digest(self) -> str:
         """Equal for the same documents in the same order, whatever is held out beside them."""
         return self.facts["digest"]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.index["length"].astype(np.int64)
-
-    @property
-    def supervised(self) -> np.ndarray:
-        return self.index["supervised"].astype(np.int64)
-
-    @property
-    def teachers(self) -> np.ndarray:
-        return self.index["teachers"].astype(np.int64)
 
     def document(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """(number, input_ids int32 [n], loss_mask bool [n])."""
@@ -378,7 +371,11 @@ def finish(
         raise RunError(
             f"data.path={names[0]}: every conversation is held out, so none is left to train on"
         )
-    write_index(folder, rows, passes)
+    index = np.empty(len(rows), INDEX)
+    index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+    index["length"] = rows["tokens"]
+    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
+    np.save(folder / "index.npy", np.repeat(index, passes))
     counts, ends = count_vocab(folder, rows, passes > 0, len(sources), writer.vocab_size)
     counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
     special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
@@ -418,21 +415,22 @@ def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
     again = np.ones(len(usable), bool)
     again[np.unique(rows["content"][usable], return_index=True)[1]] = False
     if again.any():
-        rows["outcome"][usable[again]] = number_of(DUPLICATE, reasons)
+        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
 
 
 def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
-    if openings <= writer.num_heldout:
+    if openings <= writer.num_heldout or not writer.candidates:
         raise RunError(
             f"data.path={names[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
+            f"eval.num_prompts={writer.num_heldout} that end within data.max_length; lower it or "
+            "give data.eval_path"
         )
-    candidates = writer.candidates
-    if not candidates:
-        raise RunError(f"data.path={names[0]} has no prompt within data.max_length to hold out")
-    return [heldout_prompt(names[c["file"]], c["line"], c["hash"], c["ids"]) for c in candidates]
+    return [
+        heldout_prompt(names[prompt["file"]], prompt["line"], prompt["hash"], prompt["ids"])
+        for prompt in writer.candidates
+    ]
 
 
 def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
@@ -442,14 +440,6 @@ def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
     drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
     return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
-
-
-def write_index(folder: Path, rows: np.ndarray, passes: np.ndarray) -> None:
-    index = np.empty(len(rows), INDEX)
-    index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
-    index["length"] = rows["tokens"]
-    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
-    np.save(folder / "index.npy", np.repeat(index, passes))
 
 
 def count_vocab(
