@@ -87,7 +87,7 @@ def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
     [
         (b'[{"a": 1}, {"b": ', "is not JSON"),
         (b'[{"a": 1} {"b" 2}]', "is not JSON"),
-        (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind the end"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind its JSON list"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, content, message):

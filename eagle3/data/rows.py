@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 Message = dict[str, Any]
@@ -29,10 +30,10 @@ class RowError(ValueError):
 @dataclass
 class Conversation:
     """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas,
-    or a rendered `text`.
+    or a rendered `text`; `repaired` says what was left out.
 
-    A message may carry `reasoning_content`, `tool_calls`, and `truncated` (the answer was cut, so
-    it has no end of turn). `repaired` says what was left out to make the row usable.
+    A message may carry `reasoning_content`, `tool_calls`, and `truncated`: an answer that was cut
+    has no end of turn.
     """
 
     messages: list[Message]
@@ -61,12 +62,10 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
-    answers = first
-    while answers < len(messages) and messages[answers]["role"] == "assistant":
-        answers += 1
-    repaired = "leading assistant turn dropped" if first < answers < len(messages) else None
-    if repaired:
-        messages = messages[:first] + messages[answers:]
+    rest = list(dropwhile(lambda m: m["role"] == "assistant", messages[first:]))
+    repaired = None
+    if 0 < len(rest) < len(messages) - first:
+        messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
     check_order(messages)
     return Conversation(messages, read_tools(row.get("tools")), repaired=repaired)
 
