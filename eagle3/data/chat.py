@@ -1,5 +1,5 @@
-"""Conversations to token ids and the assistant mask: one rendering, one tokenisation, spans found
-in that text.
+"""Conversations to token ids and the assistant mask: rendered once, tokenised once, spans found in
+that text.
 """
 
 import os
@@ -25,7 +25,6 @@ Span = tuple[int, int]
 NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
-LONGEST_TEXT = 1 << 23
 WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {
@@ -49,9 +48,7 @@ SYSTEM_PROMPTS = {
 
 @dataclass
 class Encoded:
-    """`input_ids` of n tokens, and the spans [first, stop) of tokens that are supervised: answers
-    and their ends.
-    """
+    """Token ids and the spans [first, stop) of those supervised: answers and their ends."""
 
     text: str
     input_ids: list[int]
@@ -99,9 +96,7 @@ class Turns:
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has
-    none of its own.
-    """
+    """With `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where there is none."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
@@ -117,9 +112,7 @@ def load_chat(model: Model, data: Data) -> "Chat":
 def load_tokenizer(
     path: str, revision: str | None, trust_remote_code: bool, chat_template: str = "auto"
 ) -> PreTrainedTokenizerBase:
-    """The target's tokenizer with the named chat template, or its own; raises ConfigError when
-    there is none.
-    """
+    """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -217,8 +210,6 @@ class Chat:
             spans = trim(self, marked, text, messages) if marked else locate(self, messages, text)
         if not any(first < stop for first, stop in spans):
             raise RowError(NOT_FOUND)
-        if len(text) > LONGEST_TEXT:
-            raise RowError(f"longer than {LONGEST_TEXT:,} characters")
         try:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
@@ -252,15 +243,13 @@ class Chat:
 
 
 def token_at(encoding: Encoding, text: str, place: int) -> int:
-    """The first token that ends behind the character at `place`.
-
-    That is the first one over it; where a tokenizer leaves characters out, all offsets are read.
-    """
+    """The first token that ends behind the character at `place`."""
     if place >= len(text):
         return len(encoding.ids)
     token = encoding.char_to_token(place)
     if token is not None:
         return token
+    # The tokenizer has left this character out.
     behind = (i for i, (_, end) in enumerate(encoding.offsets) if end > place)
     return next(behind, len(encoding.ids))
 
@@ -281,9 +270,7 @@ def common_prefix(*texts: str) -> str:
 
 
 def probe_turns(chat: Chat) -> Turns:
-    """Render a conversation of known words and see what the template puts around them. Raises
-    ConfigError.
-    """
+    """What the template puts around a conversation of known words. Raises ConfigError."""
     roles = ("user", "assistant") * 2
     messages = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)]
     try:
@@ -341,11 +328,10 @@ def find_opening(
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
     """Characters of every assistant turn with its closing, by walking the messages and the text
     side by side. Raises RowError.
-
-    A question is stepped over by its content, so that an opening quoted in it is not taken for one;
-    an answer must stand between an opening and a closing. What a template does to earlier turns
-    (drop thinking, add an empty block) is thereby seen as it was rendered.
     """
+    # A question is stepped over by its content, so that an opening quoted in it is not taken for
+    # one; an answer must stand between an opening and a closing. What a template does to earlier
+    # turns (drop thinking, add an empty block) is thereby seen as it was rendered.
     turns, cursor, spans = chat.turns, 0, []
     for message in messages:
         content = message["content"].strip()
@@ -387,8 +373,8 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
 
 
 def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[Span]:
-    """Spans that a template marks: from behind the opening, where that is marked too, to the
-    closing with it. An answer that was cut ends before its closing.
+    """Spans that a template marks, without the opening and with the closing; an answer that was cut
+    has none.
     """
     try:
         turns = chat.turns
@@ -411,9 +397,7 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
 
 
 def find_spans(turns: Turns, text: str) -> list[Span]:
-    """Assistant turns of a text that was rendered elsewhere: from every opening to the next
-    closing. Raises RowError.
-    """
+    """Assistant turns of a text that was rendered elsewhere. Raises RowError without any."""
     spans = []
     start = turns.start(text, 0)
     while start >= 0:

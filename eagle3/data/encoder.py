@@ -33,11 +33,10 @@ RawRow = tuple[int, int, int, Any]
 @dataclass
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
-    for each row.
+    for each row, and prompts that may be held out (`candidates`).
 
-    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1.
-    `candidates` are prompts that may be held out; in `not_found` rows the template's turns were not
-    found, of which `example` is a rendering.
+    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1. In
+    `not_found` rows the template's turns were not found, of which `example` is a rendering.
     """
 
     ids: np.ndarray
@@ -56,9 +55,7 @@ def hash_of(value: object) -> int:
 
 
 def opening_hash(conversation: Conversation, chat: Chat) -> int:
-    """Equal for conversations that open with the same question, whatever system message, space or
-    answer it has.
-    """
+    """Equal where the first question is, whatever system message, spaces or answer there are."""
     if conversation.text is not None:
         return hash_of(conversation.text[: find_spans(chat.turns, conversation.text)[0][0]])
     asked = []
@@ -85,8 +82,8 @@ class Encoder:
     data: Data
 
     def __getitem__(self, asked: tuple[list[RawRow], int]) -> Chunk:
-        """What becomes of some rows. Prompts of those whose opening hashes below the given number
-        are candidates for holding out.
+        """What becomes of some rows, with the prompts of those whose opening hashes below a
+        number.
         """
         rows, held_below = asked
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]

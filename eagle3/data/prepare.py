@@ -1,5 +1,4 @@
-"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are
-memory-mapped.
+"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat, memory-mapped files.
 
 Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so
 that the artefact does not depend on how many there were. Memory holds a few chunks and, at the end,
@@ -51,9 +50,7 @@ STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
 PART_CHUNKS = 64
 COUNTED_ROWS = 1024
-# of what is written: part of the fingerprint, raised when the same rows come to be encoded
-# differently
-FORMAT = 2
+FORMAT = 2  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
@@ -65,10 +62,10 @@ KEYS = (
 
 @dataclass
 class Prepared:
-    """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document.
+    """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document,
+    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}.
 
-    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind
-    them. `heldout` are the prompts to measure on: {"id", "hash", "input_ids"}.
+    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind.
     """
 
     input_ids: np.ndarray
@@ -160,9 +157,7 @@ def prepare(
 
 
 def find_prepared(*inputs: Any) -> Prepared | None:
-    """What `prepare` has left for the same inputs (but `write`), if anything; for plans, which make
-    nothing.
-    """
+    """What `prepare` has left for the same inputs (but `write`), if anything."""
     try:
         return prepare(*inputs, write=False)
     except RunError:
@@ -170,9 +165,7 @@ def find_prepared(*inputs: Any) -> Prepared | None:
 
 
 def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, RawRow]]:
-    """The rows of all sources, each behind the share that is read up to it; files are numbered
-    through all of them.
-    """
+    """The rows of all sources, files numbered through, each behind the share that is read."""
     first, num_files = 0, len(names_of(sources))
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
@@ -276,9 +269,7 @@ def names_of(sources: SourceFiles) -> list[str]:
 
 
 def check_found(writer: Writer, allowed: float) -> None:
-    """End with an example when the template's assistant turns are not found in more than that share
-    of the rows.
-    """
+    """End with an example when turns are not found in more than that share of the rows."""
     if writer.not_found > allowed * writer.rows:
         raise RunError(
             f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: "
@@ -368,16 +359,15 @@ def finish(
     held &= rows["outcome"] == 0
     passes = count_passes(rows, sources) * ~held
     if not passes.any():
-        raise RunError(
-            f"data.path={names[0]}: every conversation is held out, so none is left to train on"
-        )
+        raise RunError(f"data.path={names[0]}: every conversation is held out, none trains")
     index = np.empty(len(rows), INDEX)
     index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
     index["length"] = rows["tokens"]
     index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
     np.save(folder / "index.npy", np.repeat(index, passes))
-    counts, ends = count_vocab(folder, rows, passes > 0, len(sources), writer.vocab_size)
-    counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
+    # by the weight and not by the passes, which for a fraction are drawn
+    weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
+    counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
     special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, draft_vocab_size, special & ends)
@@ -434,33 +424,30 @@ def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
 
 
 def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
-    """int64 [rows]: how often an epoch passes over each row; the fraction of a weight is decided by
-    the row's content.
-    """
+    """int64 [rows]: how often an epoch passes over each row."""
+    # Content decides over the fraction, so that the same rows come twice in every run.
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
     drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
     return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
 
 
 def count_vocab(
-    folder: Path, rows: np.ndarray, trained: np.ndarray, num_sources: int, vocab_size: int
+    folder: Path, rows: np.ndarray, weights: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, set[int]]:
-    """Supervised tokens of the rows that are trained on, int64 [sources, V], and the tokens by
-    which their answers end.
+    """Supervised tokens by the weight of their rows (0: not trained on), float64 [V], and the
+    tokens by which answers end.
     """
-    counts, ends = np.zeros((num_sources, vocab_size), np.int64), set()
+    counts, ends = np.zeros(vocab_size), set()
     # read, not memory-mapped: mapped pages would count as this process' memory
     files = (folder / "input_ids.bin").open("rb"), (folder / "loss_mask.bin").open("rb")
     with files[0] as ids_file, files[1] as mask_file:
         for first in range(0, len(rows), COUNTED_ROWS):
             part = slice(first, first + COUNTED_ROWS)
             tokens = rows["tokens"][part]
+            weight = np.repeat(weights[part], tokens)
             ids = np.fromfile(ids_file, np.int32, tokens.sum())
-            mask = np.fromfile(mask_file, bool, tokens.sum()) & np.repeat(trained[part], tokens)
-            source_of = np.repeat(rows["source"][part], tokens)
-            for source in np.unique(source_of).tolist():
-                supervised = ids[mask & (source_of == source)]
-                counts[source] += np.bincount(supervised, minlength=vocab_size)
+            mask = np.fromfile(mask_file, bool, tokens.sum()) & (weight > 0)
+            counts += np.bincount(ids[mask], weight[mask], vocab_size)
             ends.update(np.unique(ids[mask & ~np.append(mask[1:], False)]).tolist())
     return counts, ends
 

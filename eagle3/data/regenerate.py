@@ -96,13 +96,13 @@ class Dialogue:
         if row.conversation is None:
             return
         messages = with_system(row.conversation.messages, system_prompt)
+        self.pending = [m for m in messages if m["role"] != "assistant"]
         # The results of tools belong to the old calls; new answers may call others.
         called = any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if called or row.conversation.tools:
             self.reason = "tool calls cannot be answered again"
-        elif any(LONE_SURROGATE.search(m["content"]) for m in messages if m["role"] == "user"):
+        elif any(LONE_SURROGATE.search(m["content"]) for m in self.pending):
             self.reason = "bad UTF-8"
-        self.pending = [m for m in messages if m["role"] != "assistant"]
 
     def prompt(self) -> list[Message] | None:
         """The messages to ask with next; None when the dialogue is through."""
@@ -207,10 +207,7 @@ def to_line(entry: dict) -> bytes:
 
 @dataclass
 class BuiltIn:
-    """`regenerate=builtin`: the target in this process answers; for small targets and small data.
-
-    Temperature 0 is greedy.
-    """
+    """`regenerate=builtin`: the target in this process answers; temperature 0 is greedy."""
 
     batch_size: Annotated[int, Within(1, 1 << 20)]
     max_new_tokens: Annotated[int | None, Within(1, 1 << 20)]
@@ -370,8 +367,8 @@ class Server:
         )
 
     async def answer(self, dialogue: Dialogue, body: dict[str, Any]) -> None:
-        """Add the answer to `body`, a chat completion. Raises RowError where it has none, RunError
-        where no request would.
+        """Ask and add the answer. Raises RowError where there is none, RunError where there never
+        would be.
         """
         completions = self.client.chat.completions.with_raw_response
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
