@@ -80,6 +80,7 @@ class Turns:
         if found < 0:
             return -1
         start = found + len(self.opening)
+        # What the prompt gives, such as an empty thinking block, is not the model's to write.
         return start + len(self.prompt_rest) * text.startswith(self.prompt_rest, start)
 
     def closing_at(self, text: str, place: int) -> int | None:
@@ -90,6 +91,7 @@ class Turns:
 
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
+        # Some templates leave the last turn open, and its end then is that of the text.
         ends_text = self.open_end and not text[answer_end:].strip()
         open_ended = answer_end if ends_text or not self.closings else None
         return self.closing_at(text, answer_end) or open_ended
@@ -122,6 +124,7 @@ def load_tokenizer(
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.path={path}: its tokenizer gives no offsets; add tokenizer.json")
+    # A tokenizer.json may cut and pad by itself, which would spoil conversations in silence.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if chat_template != "auto":
@@ -150,12 +153,14 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, options or {}
         self.template = tokenizer.get_chat_template()
+        # Whether the template has {% generation %}, which a name of its own may contain too.
         self.marked = "generation" in re.findall(r"{%-?\s*(\w+)", self.template)
 
     @property
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
         whole = self.tokenizer.backend_tokenizer.to_str().encode()
+        # Such a template renders otherwise tomorrow.
         dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
         return {
             "tokenizer": sha256(whole).hexdigest(),
@@ -264,6 +269,7 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
 
 def common_prefix(*texts: str) -> str:
     """The longest common prefix that does not end inside a tag such as `<think>`."""
+    # Half a tag would be taken for the opening of a turn that goes on otherwise.
     prefix = os.path.commonprefix(texts)
     tag = prefix.rfind("<")
     return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
@@ -291,6 +297,7 @@ def probe_turns(chat: Chat) -> Turns:
     prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
     opening = find_opening(chat.tokenizer, [before_second, before_fourth], tail, prompt)
     prompt_rest = prompt[len(opening) :]
+    # Where nothing but space opens an answer, it is found by what ends the question.
     if not opening.strip():
         opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
     if not opening.strip():
@@ -358,6 +365,7 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
     candidates += [answer] if answer else []
     calls = message.get("tool_calls")
     for candidate in [*candidates, ""] if calls else candidates:  # some drop the text of a call
+        # The answer's words may stand there before it does: it ends where a closing follows.
         place = text.find(candidate, start)
         while place >= 0:
             answer_end = place + len(candidate)

@@ -17,6 +17,7 @@ from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.data.sources import decode
 from eagle3.errors import RunError
 
+# What a worker gets at once: enough that handing over costs nothing, and few bytes under way.
 CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
 LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
 RECORD = np.dtype(
@@ -94,6 +95,7 @@ class Encoder:
             if raw is None:
                 record["outcome"] = LEFT_OUT
                 continue
+            # Workers do all that costs time: the process that reads would not keep up with parsing.
             try:
                 conversation = read_conversation(decode(raw), self.data.preformatted)
                 self.add_system(conversation)
@@ -130,6 +132,8 @@ class Encoder:
         """Raises RowError also where nothing of an answer is left to train on."""
         encoded = self.chat.encode(conversation, self.data.train_only_last_turn)
         limit = self.data.max_length
+        # Row t predicts token t + 2 and asks that t + 1 is the answer's too: a turn of a single
+        # token trains nothing.
         if not any(min(stop, limit) - max(first, 1) >= 2 for first, stop in encoded.spans):
             too_long = len(encoded.input_ids) > limit
             beyond = "no assistant token within data.max_length"
@@ -170,6 +174,7 @@ def encode_in_order(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # so that it takes nothing from the seeded one
+        # the processes are the parallelism; threads of each would fight for the same cores
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
     )
     try:
@@ -187,6 +192,7 @@ def read_chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)
+        # Parsed rows (parquet, JSON lists) do not show their size.
         size += len(row[3]) if isinstance(row[3], bytes) else 1 << 12
         if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
             yield chunk

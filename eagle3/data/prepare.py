@@ -48,7 +48,7 @@ from eagle3.runs.artefact import artefact, read_facts
 
 STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
-PART_CHUNKS = 64
+PART_CHUNKS = 64  # about 8,000 rows, the most that a killed call does again
 COUNTED_ROWS = 1024
 FORMAT = 2  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
@@ -213,6 +213,7 @@ class Writer:
                 f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
                 f"{self.vocab_size} entries; this tokenizer does not belong to this target"
             )
+        # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
         numbers = np.array([0, *(number_of(reason, self.reasons) for reason in chunk.reasons)])
         for name in ("outcome", "repaired"):
             column = chunk.records[name]
@@ -223,8 +224,9 @@ class Writer:
         self.tokens += len(chunk.ids)
         self.not_found += chunk.not_found
         self.example = self.example or chunk.example
+        # The lowest hashes, so that what is held out depends on the conversations alone, not on
+        # their order; of each opening the first one counts.
         if chunk.candidates:
-            # of each opening the first one counts
             both = reversed([*self.candidates, *chunk.candidates])
             lowest = sorted({candidate["hash"]: candidate for candidate in both}.items())
             self.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
@@ -250,6 +252,7 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
     data, names = encoder.data, names_of(sources)
     num_proc = data.num_proc or len(os.sched_getaffinity(0))
+    # Closed here, as the bar would stay below an error that the loop ends with.
     with closing(show_progress("prepare", locate_rows(sources, data.num_samples))) as located:
         rows = islice(located, writer.rows, None)
         chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
@@ -355,6 +358,7 @@ def finish(
         fail_on_reject(rejects)
     heldout, unasked = given
     heldout = heldout or hold_out(rows, writer, names)
+    # Another answer to a held-out question would teach what is measured.
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
     held &= rows["outcome"] == 0
     passes = count_passes(rows, sources) * ~held

@@ -52,6 +52,7 @@ def regenerate(
     answerer = instantiate(section)
     again, paths = [], []
     for source, files in sources:
+        # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
             "files": [file.identity for file in files],
@@ -135,6 +136,7 @@ class Dialogue:
 
 def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
     """An answer and its reasoning, which may stand within the content."""
+    # Half a character that a server cut would not be written as UTF-8.
     content, reasoning = (LONE_SURROGATE.sub("\ufffd", text) for text in (content, reasoning))
     if not reasoning and ("</think>" in content or content.lstrip().startswith("<think>")):
         reasoning, _, content = content.partition("</think>")
@@ -175,6 +177,7 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
     conversations = (folder / "conversations.jsonl").open("wb")
     rejects = (folder / "rejects.jsonl").open("wb")
     with conversations, rejects:
+        # Rows end in any order; read in their own, an interrupted call gives the same bytes.
         for _, offset in sorted(journal.offsets.items()):
             journal.stream.seek(offset)
             entry = json.loads(journal.stream.readline())
@@ -282,6 +285,7 @@ class Servers:
     seed: int | None
     extra_body: dict[str, Any]
 
+    # What changes no answer: no part of the fingerprint, so that answers are found again.
     HOW_TO_ASK: ClassVar = ("urls", "api_key_env", "concurrency", "retries", "timeout")
 
     def answer(

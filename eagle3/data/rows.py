@@ -56,6 +56,7 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
     if not isinstance(turns, list):
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
+    # Alpaca-like rows have the system message beside the turns.
     system = row.get("system")
     instructed = not messages or messages[0]["role"] == "system"
     if isinstance(system, str) and system.strip() and not instructed:
@@ -89,10 +90,12 @@ def read_message(turn: Any) -> Message:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise RowError("unknown role")
     role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    # Multimodal form: parts of text are joined, any other part is refused.
     parts = content if isinstance(content, list) else [None]
     if all(isinstance(part, dict) and "text" in part for part in parts):
         content = "".join(str(part["text"]) for part in parts)
     message: Message = {"role": role, "content": content}
+    # ShareGPT writes a call as a turn of its own, whose value is the call.
     calls = turn.get("tool_calls")
     if name.lower() == "function_call":
         calls, message["content"] = content, ""

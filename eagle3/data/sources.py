@@ -30,7 +30,7 @@ SUFFIXES = (
 )
 ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
 BLOCK = 1 << 22
-LONGEST_ITEM = 1 << 26
+LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
 
 
 @dataclass
@@ -200,6 +200,7 @@ def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
 
     number = 0
     with pyarrow.parquet.ParquetFile(file.path) as table:
+        # Row groups may be as large as the file; batches keep memory small.
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
@@ -224,6 +225,7 @@ def selects(share: float, line: int) -> bool:
     """Whether a row is among the `share` of its file that is used: always the same rows, spread
     evenly.
     """
+    # by the hash of the line alone, so that other rows, files or processes change nothing
     return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
 
 

@@ -181,6 +181,7 @@ def show(collected: Collected, console: Console) -> None:
     console.print(Text(f"view: supervised tokens {legend}"))
     for sample in collected.samples:
         console.rule(Text(sample.place), style="dim")
+        # Shades alternate, so that one sees where a token ends.
         text, number = Text(sample.summary + "\n", "dim"), 0
         for supervised, pieces in groupby(sample.pieces, lambda piece: piece.supervised):
             text.append("⟦" if supervised and plain else "")
