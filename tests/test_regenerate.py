@@ -443,10 +443,17 @@ def test_the_final_file_does_not_depend_on_the_order_of_completion(tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     folder, journal = tmp_path / "killed", tmp_path / "killed" / "journal.jsonl"
 
+    limit = [20]  # from this row on the server waits, so that the child cannot get through
+
+    def behave(handler, body, n):
+        while number_of(body) >= limit[0]:
+            time.sleep(0.01)
+        return False
+
     def ask_twice(pipe):
         for _ in range(2):
             try:
-                ask(folder, [fake], make_rows(200, 2))
+                ask(folder, [fake], make_rows(200, 2), timeout=600)
             except KeyboardInterrupt:
                 pipe.send("interrupted")
 
@@ -455,22 +462,23 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
             assert child.is_alive(), "the child ended before it was killed"
             time.sleep(0.01)
 
-    with Fake(delay=0.01) as fake:
+    with Fake(behave) as fake:
         receiver, sender = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
         child = context.Process(target=ask_twice, args=(sender,))
         child.start()
-        wait_for(20)
+        wait_for(limit[0])
         os.kill(child.pid, signal.SIGINT)
         assert receiver.recv() == "interrupted"
-        wait_for(80)
+        limit[0] = 80
+        wait_for(limit[0])
         child.kill()
         child.join()
         lines = journal.read_bytes().splitlines()
-        assert len({json.loads(line)["line"] for line in lines}) == len(lines) < 200
+        assert len({json.loads(line)["line"] for line in lines}) == len(lines) == limit[0]
         with journal.open("ab") as stream:
             stream.write(lines[0][: len(lines[0]) // 2])
-        asked = len(fake.bodies)
+        limit[0], asked = 200, len(fake.bodies)
         facts = ask(folder, [fake], make_rows(200, 2))
         assert len(fake.bodies) - asked == 2 * (200 - len(lines))
         ask(tmp_path / "whole", [fake], make_rows(200, 2))

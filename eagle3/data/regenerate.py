@@ -184,7 +184,7 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
             counts["rows"] += 1
             counts["retries"] += entry.get("retries", 0)
             counts["answer_tokens"] += entry.get("answer_tokens", 0)
-            if entry["reason"] is not None:
+            if entry.get("reason") is not None:
                 rejected[entry["reason"]] += 1
                 rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                 continue
