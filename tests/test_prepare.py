@@ -119,16 +119,6 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     assert teachers == prepared.teachers.tolist()
 
 
-def test_without_write_it_must_be_there(tmp_path, tokenizer):
-    source = Source(str(write_jsonl(tmp_path / "a.jsonl", rows_of(9))))
-    sources, chat = [(source, find_files(source, ""))], Chat(tokenizer)
-    asked = (section("data", num_proc=1), 2, 2048, 256, sources, chat, str(tmp_path))
-    with pytest.raises(RunError, match="add prepare to stages"):
-        prepare.prepare(*asked, write=False)
-    made = prepare.prepare(*asked, write=True)
-    assert prepare.prepare(*asked, write=False).digest == made.digest
-
-
 def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     """Neither duplicates nor held-out rows."""
     zebra = {"messages": chat_turns("What is 3?", "Zebra zebra zebra zebra.")}
@@ -271,23 +261,24 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "PART_CHUNKS", 2)
     append = prepare.Writer.append
 
-    def prepare_slowly(pipe):
-        def slowly(self, chunk):
+    def prepare_until(stop_at, pipe):
+        def append_and_wait(self, chunk):
             append(self, chunk)
-            pipe.send(self.rows)
-            time.sleep(0.02)
+            if self.rows >= stop_at:
+                pipe.send(self.rows)
+                time.sleep(600)
 
-        prepare.Writer.append = slowly
+        prepare.Writer.append = append_and_wait
         two = section("data", max_length=128, num_proc=2)
         prepare.prepare(two, *asked, str(tmp_path / "killed"), True)
 
     children = []
     for stop_at in (20, 60):
         receiver, sender = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=prepare_slowly, args=(sender,))
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=prepare_until, args=(stop_at, sender))
         process.start()
-        while receiver.recv() < stop_at:
-            pass
+        assert receiver.recv() == stop_at
         children += children_of(process.pid)
         process.kill()
         process.join()
