@@ -280,7 +280,7 @@ def test_faults_of_a_server_are_repeated(tmp_path, kind):
 
 
 USELESS = {
-    "malformed reply": [b'{"choices": ', {"object": "error"}, {"choices": [{"text": "a"}]}],
+    "malformed reply": [b'{"choices": ', {"choices": [{"text": "a"}]}, completion(["a"])],
     "empty answer": [completion(" "), completion("<think>a</think> ")],
     "finish reason abort": [completion("half", end="abort")],
 }

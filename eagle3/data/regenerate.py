@@ -399,10 +399,10 @@ class Server:
         add_reply(dialogue, raw.http_response.text)
 
     def words_of(self, error: Any) -> str:
-        """N for its numbers, so that rows are counted together."""
+        """What a server says of an error, N for its numbers so that rows count together."""
         body = error.body
         words = body["message"] if isinstance(body, dict) and "message" in body else error.message
-        words = words.replace(self.key, "<key>") if self.key else words
+        words = str(words).replace(self.key, "<key>") if self.key else str(words)
         return re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
 
     async def only_model(self) -> str:
@@ -423,15 +423,16 @@ class Server:
 
 
 def add_reply(dialogue: Dialogue, text: str) -> None:
-    """Add a chat completion's answer. Raises RowError where it is none."""
+    """Add a chat completion's answer; where it is none, the dialogue is given up."""
     try:
         reply = json.loads(text)
         choice, usage = reply["choices"][0], reply.get("usage") or {}
         message, end = choice["message"], choice.get("finish_reason")
-        content, num_tokens = message.get("content"), int(usage.get("completion_tokens") or 0)
+        if end in ("abort", "error", "content_filter"):
+            dialogue.reason = f"finish reason {end}"
+            return
         reasoning = message.get("reasoning_content") or message.get("reasoning")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RowError("malformed reply") from error
-    if end in ("abort", "error", "content_filter"):
-        raise RowError(f"finish reason {end}")
-    dialogue.add(content, reasoning, end == "length", num_tokens)
+        num_tokens = int(usage.get("completion_tokens") or 0)
+        dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        dialogue.reason = "malformed reply"
