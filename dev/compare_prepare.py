@@ -25,6 +25,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -34,7 +36,8 @@ from eagle3.data import prepare, templates
 from eagle3.data.chat import Chat
 from eagle3.data.sources import Source, find_files, read_rows
 
-TINY = Path(prepare.__file__).parents[1] / "tiny" / "target"
+ROOT = Path(prepare.__file__).parents[2]
+TINY = ROOT / "eagle3" / "tiny" / "target"
 MAX_LENGTH = 2048
 
 
@@ -73,10 +76,18 @@ def load_chat(tokenizer: str) -> Chat:
     return chat
 
 
+def default_data(num_proc: int) -> Data:
+    """The section `data` with the values that conf/ has."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["name=compare", "model=hf", "model.path=x", f"data.max_length={MAX_LENGTH}"]
+        composed = compose("run", [*overrides, f"data.num_proc={num_proc}"])
+    return OmegaConf.to_object(composed.data)
+
+
 def ours(path: Path, tokenizer: str, num_proc: int) -> dict:
     chat, source = load_chat(tokenizer), Source(str(path))
     vocab_size = len(chat.tokenizer)
-    data = Data(path=str(path), max_length=MAX_LENGTH, num_proc=num_proc)
+    data = default_data(num_proc)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         sources = [(source, find_files(source, folder))]
         sizes = (vocab_size, min(32000, vocab_size))

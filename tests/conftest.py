@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -167,9 +168,14 @@ def compose_config(*overrides: str) -> DictConfig:
         return compose("run", overrides=["name=test", *overrides])
 
 
+@functools.cache
+def default_config() -> DictConfig:
+    return compose_config("model=hf", "model.path=x")
+
+
 def section(name: str, **changes):
     """A typed section with its defaults of conf/, such as section("data", max_length=160)."""
-    composed = compose_config("model=hf", "model.path=x")
+    composed = default_config()
     return dataclasses.replace(OmegaConf.to_object(composed[name]), **changes)
 
 

@@ -12,10 +12,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, section
 from transformers import AutoTokenizer
 
-from eagle3.config import Data
 from eagle3.data import encoder, prepare
 from eagle3.data.chat import Chat
 from eagle3.data.sources import Source, find_files
@@ -58,7 +57,7 @@ def prepared_from(tmp_path, tokenizer):
         if template is not None:
             chosen = AutoTokenizer.from_pretrained(TINY / "target")
             chosen.chat_template = template
-        data = Data(**{"path": "", "max_length": 128, "num_proc": 1, **changes})
+        data = section("data", **{"max_length": 128, "num_proc": 1, **changes})
         asked = (data, num_heldout, vocab_size, draft, sources, Chat(chosen), str(folder))
         assert prepare.find_prepared(*asked) is None
         prepared = prepare.prepare(*asked, write=True)
@@ -120,16 +119,6 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     assert teachers == prepared.teachers.tolist()
 
 
-def test_without_write_it_must_be_there(tmp_path, tokenizer):
-    source = Source(str(write_jsonl(tmp_path / "a.jsonl", rows_of(9))))
-    sources, chat = [(source, find_files(source, ""))], Chat(tokenizer)
-    asked = (Data(path="", num_proc=1), 2, 2048, 256, sources, chat, str(tmp_path))
-    with pytest.raises(RunError, match="add prepare to stages"):
-        prepare.prepare(*asked, write=False)
-    made = prepare.prepare(*asked, write=True)
-    assert prepare.prepare(*asked, write=False).digest == made.digest
-
-
 def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     """Neither duplicates nor held-out rows."""
     zebra = {"messages": chat_turns("What is 3?", "Zebra zebra zebra zebra.")}
@@ -141,6 +130,7 @@ def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     assert prepared.vocab.tolist() == choose_vocab(counts, 24, {tokenizer.eos_token_id}).tolist()
 
 
+@pytest.mark.runs
 def test_the_artefact_does_not_depend_on_processes(prepared_from, monkeypatch):
     monkeypatch.setattr(encoder, "CHUNK_ROWS", 4)
     rows = [row if i % 7 else "{broken" for i, row in enumerate(rows_of(40) + rows_of(9))]
@@ -207,7 +197,7 @@ def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     ("rows", "changes", "sentence"),
     [
         ([*rows_of(4), "{broken"], {"on_reject": "fail"},
-         r"line 5: broken JSON \(data\.on_reject=skip would"),
+         r"line 5: broken JSON \(data\.on_reject=skip"),
         ([*rows_of(4), rows_of(1)[0]], {"on_reject": "fail"}, "line 5: duplicate row"),
         ([{"messages": chat_turns(f"q{i}")} for i in range(4)], {},
          r"none of 4 rows can be trained on \(4 x no assistant turn\)"),
@@ -259,6 +249,7 @@ def test_preformatted_rows(prepared_from, tokenizer):
     assert shares[0] == pytest.approx(shares[1], rel=0.05)
 
 
+@pytest.mark.runs
 def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
     """SIGKILL in the middle, then again: the artefact is that of a call nobody interrupted, and no
     process stays.
@@ -270,23 +261,24 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prepare, "PART_CHUNKS", 2)
     append = prepare.Writer.append
 
-    def prepare_slowly(pipe):
-        def slowly(self, chunk):
+    def prepare_until(stop_at, pipe):
+        def append_and_wait(self, chunk):
             append(self, chunk)
-            pipe.send(self.state.rows)
-            time.sleep(0.02)
+            if self.rows >= stop_at:
+                pipe.send(self.rows)
+                time.sleep(600)
 
-        prepare.Writer.append = slowly
-        two = Data(path="", max_length=128, num_proc=2)
+        prepare.Writer.append = append_and_wait
+        two = section("data", max_length=128, num_proc=2)
         prepare.prepare(two, *asked, str(tmp_path / "killed"), True)
 
     children = []
     for stop_at in (20, 60):
         receiver, sender = multiprocessing.Pipe()
-        process = multiprocessing.get_context("fork").Process(target=prepare_slowly, args=(sender,))
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=prepare_until, args=(stop_at, sender))
         process.start()
-        while receiver.recv() < stop_at:
-            pass
+        assert receiver.recv() == stop_at
         children += children_of(process.pid)
         process.kill()
         process.join()
@@ -300,7 +292,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
         return encode(self, asked)
 
     monkeypatch.setattr(encoder.Encoder, "__getitem__", noting)
-    one = Data(path="", max_length=128, num_proc=1)
+    one = section("data", max_length=128, num_proc=1)
     resumed = prepare.prepare(one, *asked, str(tmp_path / "killed"), True)
     assert len(read) <= 110 - 56, "finished parts are not tokenised again"
     whole = prepare.prepare(one, *asked, str(tmp_path / "whole"), True)
@@ -316,6 +308,7 @@ def children_of(pid):
     return [int(pid) for pid in subprocess.run(command, capture_output=True).stdout.split()]
 
 
+@pytest.mark.runs
 def test_a_worker_that_dies_is_named(prepared_from, monkeypatch):
     monkeypatch.setattr(encoder, "CHUNK_ROWS", 4)
     monkeypatch.setattr(encoder.Encoder, "__getitem__", lambda self, asked: os._exit(9))

@@ -11,17 +11,10 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import section
 
-from eagle3.config import Data
 from eagle3.data import sources
-from eagle3.data.sources import (
-    Source,
-    find_files,
-    find_sources,
-    may_be_remote,
-    raw_rows,
-    read_rows,
-)
+from eagle3.data.sources import Source, find_files, find_sources, may_be_remote, raw_rows, read_rows
 from eagle3.errors import ConfigError, RunError
 
 
@@ -94,7 +87,7 @@ def test_bad_utf8_inside_a_list_costs_one_row(tmp_path):
     [
         (b'[{"a": 1}, {"b": ', "is not JSON"),
         (b'[{"a": 1} {"b" 2}]', "is not JSON"),
-        (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind the end"),
+        (b'[{"a": 1}]\n[{"a": 2}]', "goes on behind its JSON list"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, content, message):
@@ -156,14 +149,16 @@ def test_sources_are_named_in_the_order_of_the_config(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_bytes(lines(1))
     named = {name: Source(str(tmp_path / f"{name}.jsonl"), weight=0.5) for name in "ba"}
-    found = find_sources(Data(path=None, sources=named), "")
+    found = find_sources(section("data", path=None, sources=named), "")
     assert [(source, files[0].name[-7:]) for source, files in found] == [
         (named["b"], "b.jsonl"), (named["a"], "a.jsonl"),
     ]  # fmt: skip
-    one = find_sources(Data(path=named["a"].path), "")
+    one = find_sources(section("data", path=named["a"].path), "")
     assert [source.weight for source, _ in one] == [1.0]
     with pytest.raises(RunError, match=r"data\.sources\.c\.path"):
-        find_sources(Data(path=None, sources={"c": Source("/no/such/file")}), str(tmp_path))
+        find_sources(
+            section("data", path=None, sources={"c": Source("/no/such/file")}), str(tmp_path)
+        )
 
 
 def test_addresses_go_through_datasets(tmp_path):

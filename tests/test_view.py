@@ -9,12 +9,11 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from conftest import TINY
+from conftest import TINY, section
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from eagle3.config import Data
 from eagle3.data import view
 from eagle3.data.chat import NOT_FOUND, Chat, load_tokenizer
 from eagle3.data.rows import Conversation
@@ -41,7 +40,7 @@ def row(answer: str, question: str = "Hi", line: int = 1, file: str = "a.jsonl")
 
 
 def collect(tokenizer, *rows: Row, num_samples: int = 5, **options) -> view.Collected:
-    return view.collect(iter(rows), Chat(tokenizer), Data(path=None, **options), num_samples)
+    return view.collect(iter(rows), Chat(tokenizer), section("data", **options), num_samples)
 
 
 def printed(collected: view.Collected, **options) -> str:
@@ -75,13 +74,15 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_pieces_join_to_the_decoded_text(tokenizer, text):
     ids = [0, *tokenizer.encode(text, add_special_tokens=False), 4]
-    pieces = view.split_tokens(tokenizer, ids, [i % 2 for i in range(len(ids))])
+    pieces = view.split_tokens(tokenizer, ids, [1] * len(ids))
     assert "".join(piece.text for piece in pieces) == decode(tokenizer, ids)
     assert [i for piece in pieces for i in piece.ids] == ids
-    assert [i for piece in pieces for i in piece.positions] == list(range(len(ids)))
+    ends = [piece.position + len(piece.ids) for piece in pieces]
+    assert [piece.position for piece in pieces] == [0, *ends[:-1]]
     assert [piece.special for piece in pieces] == [True, *[False] * (len(pieces) - 2), True]
-    # A piece holds several tokens only for the sake of one character.
-    assert all(len(piece.ids) == 1 or len(piece.text.strip()) == 1 for piece in pieces)
+    if "\ufffd" not in text:  # which a decoder writes for half a character too
+        # A piece holds several tokens only for the sake of one character.
+        assert all(len(piece.ids) == 1 or len(piece.text.strip()) == 1 for piece in pieces)
     assert sum(piece.text.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
@@ -109,16 +110,16 @@ def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
 def test_samples_are_what_preparation_keeps(tokenizer):
     chat = Chat(tokenizer)
     rows = list(read_rows(find_files(Source(str(TINY / "conversations.jsonl")), "."), 10))
-    collected = view.collect(iter(rows), chat, Data(path=None, max_length=160), 4)
-    assert len(collected.samples) == 4 and any(sample.length > 160 for sample in collected.samples)
+    collected = view.collect(iter(rows), chat, section("data", max_length=160), 4)
+    assert len(collected.samples) == 4 and any(sample.left_out for sample in collected.samples)
     by_line = {row.line: row for row in rows}
     for sample in collected.samples:
-        encoded = chat.encode(by_line[sample.line].conversation)
+        encoded = chat.encode(by_line[int(sample.place.split()[-1])].conversation)
         mask = [int(piece.supervised) for piece in sample.pieces for _ in piece.ids]
         assert [i for piece in sample.pieces for i in piece.ids] == encoded.input_ids[:160]
         assert mask == encoded.loss_mask[:160] and sum(mask) == sample.supervised
-        assert (sample.tokens, sample.length) == (min(160, len(mask)), len(encoded.input_ids))
-        assert bool(sample.cut_mark) == ("cut from" in sample.summary) == (sample.length > 160)
+        assert (sample.tokens, sample.left_out) == (len(mask), len(encoded.input_ids) - len(mask))
+        assert ("left out" in sample.summary) == (sample.left_out > 0)
 
 
 def test_options_of_data_are_followed(tokenizer):
@@ -137,7 +138,7 @@ def test_options_of_data_are_followed(tokenizer):
 
 def test_rows_are_read_no_further_than_needed(tokenizer):
     rows = iter([row("one"), row("two"), row("three")])
-    assert len(view.collect(rows, Chat(tokenizer), Data(path=None), 2).samples) == 2
+    assert len(view.collect(rows, Chat(tokenizer), section("data"), 2).samples) == 2
     assert next(rows).conversation.messages[1]["content"] == "three"
 
 
@@ -147,7 +148,7 @@ def test_the_stage_reads_all_sources_and_writes_the_page(tokenizer, tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps({"messages": row(name).conversation.messages}))
         sources.append((Source(str(path)), find_files(Source(str(path)), "")))
-    view.view(Data(path=None), 5, sources, Chat(tokenizer), tmp_path, console)
+    view.view(section("data"), 5, sources, Chat(tokenizer), tmp_path, console)
     shown = console.file.getvalue()
     assert "one.jsonl, line 1" in shown and "two.jsonl, line 1" in shown and "view.html" in shown
     assert Page((tmp_path / "view.html").read_text()).tags.count("section") == 2
@@ -158,9 +159,10 @@ def test_rejected_rows_are_shown_and_not_counted(tokenizer):
     rows = [*bad, row("fine", "x" * 400, line=8), row("fine", line=9)]
     collected = collect(tokenizer, *rows, num_samples=1, max_length=40)
     (sample,) = collected.samples
-    assert sample.line == 9 and len(collected.rejected) == 8
-    first = "7 x broken JSON (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4, a.jsonl:5, …)"
-    assert collected.reasons[0] == first and "(a.jsonl:8)" in collected.reasons[1]
+    assert sample.place == "a.jsonl, line 9"
+    places = "; ".join(f"a.jsonl, line {line}" for line in range(1, 6))
+    first = f"7 x broken JSON ({places}; …)"
+    assert collected.reasons[0] == first and "(a.jsonl, line 8)" in collected.reasons[1]
     assert first in printed(collected) and first in view.page(collected)
 
 
@@ -177,11 +179,11 @@ def unfound() -> Chat:
 
 def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
     rows = [row("hide me", "<b>first</b>\x1b", line=i) for i in range(1, 7)] + [row("fine", line=7)]
-    collected = view.collect(iter(rows), unfound, Data(path=None), 1)
-    assert [rejected.reason for rejected in collected.rejected] == [NOT_FOUND] * 6
+    collected = view.collect(iter(rows), unfound, section("data"), 1)
+    assert list(collected.rejected) == [NOT_FOUND] and len(collected.rejected[NOT_FOUND]) == 6
     assert len(collected.renderings) == view.MOST_RENDERINGS
     rendering = "<|start_header_id|>user<|end_header_id|><b>first</b>"
-    assert collected.renderings[0].text.startswith(rendering)
+    assert collected.renderings[0][1].startswith(rendering)
     text, html = printed(collected), view.page(collected)
     assert text.count(rendering + r"\x1b") == 3 and f"6 x {NOT_FOUND}" in text
     assert html.count("&lt;b&gt;first&lt;/b&gt;<i>\\x1b</i>") == 3 and f"6 x {NOT_FOUND}" in html
@@ -189,13 +191,14 @@ def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
 
 def test_no_sample_is_an_error(tokenizer, unfound):
     with pytest.raises(
-        RunError, match=r"no conversation to show: 2 x broken JSON \(a.jsonl:1, a.jsonl:2\)$"
+        RunError,
+        match=r"no conversation to show: 2 x broken JSON \(a.jsonl, line 1; a.jsonl, line 2\)$",
     ):
         collect(tokenizer, *(Row("a.jsonl", line, None, "broken JSON") for line in (1, 2)))
     with pytest.raises(RunError, match=r"no conversation to show: no rows$"):
         collect(tokenizer)
     with pytest.raises(RunError, match=r"this is how one was rendered:\n<\|start_header_id\|>user"):
-        view.collect(iter([row("hide me")]), unfound, Data(path=None), 1)
+        view.collect(iter([row("hide me")]), unfound, section("data"), 1)
 
 
 def test_terminal_without_colours_has_brackets(tokenizer):
@@ -215,7 +218,7 @@ def test_terminal_with_colours_alternates_shades(tokenizer):
     assert "⟦" not in text
     shades = re.findall(r"48;5;(\d+)m", text)
     assert set(shades) == {"22", "28"} and all(a != b for a, b in pairwise(shades))
-    assert re.search(r"\x1b\[4;[\d;]*m😀", text)
+    assert re.search(r"\x1b\[[\d;]*m😀", text)
 
 
 class Page(HTMLParser):
@@ -270,16 +273,7 @@ def test_page_names_every_token(tokenizer):
     assert titles[0] == "id 0, position 0, '<|begin_of_text|>'"
     several = next(piece for piece in sample.pieces if piece.text == "😀")
     ids = " ".join(map(str, several.ids))
-    assert f"ids {ids}, positions {several.positions[0]}–{several.positions[-1]}, '😀'" in titles
-
-
-def test_a_cut_through_a_character_is_marked(tokenizer):
-    whole = collect(tokenizer, row("one two 😀")).samples[0]
-    emoji = next(piece for piece in whole.pieces if piece.text == "😀")
-    collected = collect(tokenizer, row("one two 😀"), max_length=emoji.positions[1])
-    assert collected.samples[0].pieces[-1].text == "⋯"
-    for shown in (printed(collected), view.page(collected)):
-        assert "\ufffd" not in shown and "⋯" in shown and "tokens left out" in shown
+    assert f"id {ids}, position {several.position}, '😀'" in titles
 
 
 def test_part_for_a_notebook_keeps_its_styles_to_itself(tokenizer):

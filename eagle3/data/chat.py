@@ -1,7 +1,8 @@
-"""Conversations to token ids and the assistant mask: one rendering, one tokenisation, spans found
-in that text.
+"""Conversations to token ids and the assistant mask: rendered once, tokenised once, spans found in
+that text.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -24,7 +25,6 @@ Span = tuple[int, int]
 NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
-LONGEST_TEXT = 1 << 23
 WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
 PROBE_TOOL = {
@@ -48,9 +48,7 @@ SYSTEM_PROMPTS = {
 
 @dataclass
 class Encoded:
-    """`input_ids` of n tokens, and the spans [first, stop) of tokens that are supervised: answers
-    and their ends.
-    """
+    """Token ids and the spans [first, stop) of those supervised: answers and their ends."""
 
     text: str
     input_ids: list[int]
@@ -82,6 +80,7 @@ class Turns:
         if found < 0:
             return -1
         start = found + len(self.opening)
+        # What the prompt gives, such as an empty thinking block, is not the model's to write.
         return start + len(self.prompt_rest) * text.startswith(self.prompt_rest, start)
 
     def closing_at(self, text: str, place: int) -> int | None:
@@ -92,15 +91,14 @@ class Turns:
 
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
+        # Some templates leave the last turn open, and its end then is that of the text.
         ends_text = self.open_end and not text[answer_end:].strip()
         open_ended = answer_end if ends_text or not self.closings else None
         return self.closing_at(text, answer_end) or open_ended
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """Put `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where a conversation has
-    none of its own.
-    """
+    """With `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where there is none."""
     if system_prompt is None or messages[0]["role"] == "system":
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
@@ -109,18 +107,14 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
 
 def load_chat(model: Model, data: Data) -> "Chat":
     """The target's tokenizer with the template of `data`. Raises ConfigError."""
-    tokenizer = load_tokenizer(
-        model.path, model.revision, model.trust_remote_code, data.chat_template
-    )
-    return Chat(tokenizer, data.chat_template_kwargs)
+    named = (model.path, model.revision, model.trust_remote_code, data.chat_template)
+    return Chat(load_tokenizer(*named), data.chat_template_kwargs)
 
 
 def load_tokenizer(
     path: str, revision: str | None, trust_remote_code: bool, chat_template: str = "auto"
 ) -> PreTrainedTokenizerBase:
-    """The target's tokenizer with the named chat template, or its own; raises ConfigError when
-    there is none.
-    """
+    """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code
@@ -129,9 +123,8 @@ def load_tokenizer(
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
     if not tokenizer.is_fast:
-        raise ConfigError(
-            f"the tokenizer of model.path={path} gives no offsets; add its tokenizer.json"
-        )
+        raise ConfigError(f"model.path={path}: its tokenizer gives no offsets; add tokenizer.json")
+    # A tokenizer.json may cut and pad by itself, which would spoil conversations in silence.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     if chat_template != "auto":
@@ -139,24 +132,19 @@ def load_tokenizer(
         check_tokens(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"the tokenizer of model.path={path} has no chat template; set data.chat_template to "
-            f"one of {', '.join(templates.names())}, or add chat_template.jinja beside it"
+            f"the tokenizer of model.path={path} has no chat template; add chat_template.jinja, or "
+            f"set data.chat_template to one of {', '.join(templates.names())}"
         )
     return tokenizer
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ConfigError where a named template frames turns by tokens that the tokenizer does not
-    have.
-    """
+    """Raise ConfigError where a named template frames turns by tokens that there are not."""
     words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    known = tokenizer.get_vocab()
-    for token in SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0]):
-        if token not in known:
-            raise ConfigError(
-                f"data.chat_template={name} needs {token}, which is no token of the target's "
-                "tokenizer"
-            )
+    framing = SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0])
+    missing = [token for token in framing if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ConfigError(f"data.chat_template={name} needs {missing[0]}, which is no token here")
 
 
 class Chat:
@@ -165,12 +153,14 @@ class Chat:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None = None):
         self.tokenizer, self.options = tokenizer, options or {}
         self.template = tokenizer.get_chat_template()
+        # Whether the template has {% generation %}, which a name of its own may contain too.
         self.marked = "generation" in re.findall(r"{%-?\s*(\w+)", self.template)
 
     @property
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
         whole = self.tokenizer.backend_tokenizer.to_str().encode()
+        # Such a template renders otherwise tomorrow.
         dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
         return {
             "tokenizer": sha256(whole).hexdigest(),
@@ -202,14 +192,6 @@ class Chat:
         return probe_turns(self)
 
     @cached_property
-    def turns_if_found(self) -> Turns | None:
-        """How a marked template frames turns; None where probing does not show it."""
-        try:
-            return self.turns
-        except ConfigError:
-            return None
-
-    @cached_property
     def call_closing(self) -> str:
         """The special token that ends a turn which calls a tool."""
         asked = {"role": "user", "content": "qzasked"}
@@ -233,8 +215,6 @@ class Chat:
             spans = trim(self, marked, text, messages) if marked else locate(self, messages, text)
         if not any(first < stop for first, stop in spans):
             raise RowError(NOT_FOUND)
-        if len(text) > LONGEST_TEXT:
-            raise RowError(f"longer than {LONGEST_TEXT:,} characters")
         try:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
@@ -268,15 +248,13 @@ class Chat:
 
 
 def token_at(encoding: Encoding, text: str, place: int) -> int:
-    """The first token that ends behind the character at `place`.
-
-    That is the first one over it; where a tokenizer leaves characters out, all offsets are read.
-    """
+    """The first token that ends behind the character at `place`."""
     if place >= len(text):
         return len(encoding.ids)
     token = encoding.char_to_token(place)
     if token is not None:
         return token
+    # The tokenizer has left this character out.
     behind = (i for i, (_, end) in enumerate(encoding.offsets) if end > place)
     return next(behind, len(encoding.ids))
 
@@ -291,16 +269,14 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
 
 def common_prefix(*texts: str) -> str:
     """The longest common prefix that does not end inside a tag such as `<think>`."""
-    low, high = min(texts), max(texts)
-    prefix = low[: next((i for i, letter in enumerate(low) if letter != high[i]), len(low))]
+    # Half a tag would be taken for the opening of a turn that goes on otherwise.
+    prefix = os.path.commonprefix(texts)
     tag = prefix.rfind("<")
     return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
 
 def probe_turns(chat: Chat) -> Turns:
-    """Render a conversation of known words and see what the template puts around them. Raises
-    ConfigError.
-    """
+    """What the template puts around a conversation of known words. Raises ConfigError."""
     roles = ("user", "assistant") * 2
     messages = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)]
     try:
@@ -308,25 +284,26 @@ def probe_turns(chat: Chat) -> Turns:
         prompted = chat.render(messages[:1], prompt=True)[0]
     except RowError as error:
         raise ConfigError(
-            f"the tokenizer's chat template cannot be used: {error}; set data.chat_template"
+            f"the chat template cannot be used: {error}; set data.chat_template"
         ) from error
     parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
     if parts is None:
         raise ConfigError(
-            "the tokenizer's chat template does not render user and assistant turns in order; "
-            "set data.chat_template to a named one"
+            "the chat template does not render user and assistant turns in order; set "
+            "data.chat_template"
         )
     _, before_second, middle, before_fourth, last = parts.groups()
     tail = asked.partition(WORDS[0])[2]  # what ends a question
     prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
     opening = find_opening(chat.tokenizer, [before_second, before_fourth], tail, prompt)
     prompt_rest = prompt[len(opening) :]
+    # Where nothing but space opens an answer, it is found by what ends the question.
     if not opening.strip():
         opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
     if not opening.strip():
         raise ConfigError(
-            "the tokenizer's chat template has no text in front of assistant turns by which they "
-            "can be found; set data.chat_template, or mark them with {% generation %}"
+            "the chat template has no text in front of assistant turns by which to find them; set "
+            "data.chat_template, or mark them with {% generation %}"
         )
     last = last.strip()
     found = first_special(chat.tokenizer, last)
@@ -358,11 +335,10 @@ def find_opening(
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
     """Characters of every assistant turn with its closing, by walking the messages and the text
     side by side. Raises RowError.
-
-    A question is stepped over by its content, so that an opening quoted in it is not taken for one;
-    an answer must stand between an opening and a closing. What a template does to earlier turns
-    (drop thinking, add an empty block) is thereby seen as it was rendered.
     """
+    # A question is stepped over by its content, so that an opening quoted in it is not taken for
+    # one; an answer must stand between an opening and a closing. What a template does to earlier
+    # turns (drop thinking, add an empty block) is thereby seen as it was rendered.
     turns, cursor, spans = chat.turns, 0, []
     for message in messages:
         content = message["content"].strip()
@@ -389,6 +365,7 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
     candidates += [answer] if answer else []
     calls = message.get("tool_calls")
     for candidate in [*candidates, ""] if calls else candidates:  # some drop the text of a call
+        # The answer's words may stand there before it does: it ends where a closing follows.
         place = text.find(candidate, start)
         while place >= 0:
             answer_end = place + len(candidate)
@@ -404,11 +381,12 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
 
 
 def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[Span]:
-    """Spans that a template marks: from behind the opening, where that is marked too, to the
-    closing with it. An answer that was cut ends before its closing.
+    """Spans that a template marks, without the opening and with the closing; an answer that was cut
+    has none.
     """
-    turns = chat.turns_if_found
-    if turns is None:
+    try:
+        turns = chat.turns
+    except ConfigError:  # the marks are all there is to go by
         return marked
     spans = []
     for start, stop in marked:
@@ -427,9 +405,7 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
 
 
 def find_spans(turns: Turns, text: str) -> list[Span]:
-    """Assistant turns of a text that was rendered elsewhere: from every opening to the next
-    closing. Raises RowError.
-    """
+    """Assistant turns of a text that was rendered elsewhere. Raises RowError without any."""
     spans = []
     start = turns.start(text, 0)
     while start >= 0:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.data.sources import decode
 from eagle3.errors import RunError
 
+# What a worker gets at once: enough that handing over costs nothing, and few bytes under way.
 CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
 LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
 RECORD = np.dtype(
@@ -26,28 +27,26 @@ RECORD = np.dtype(
         ("content", "u8"), ("opening", "u8"),
     ]
 )  # fmt: skip
-# (source, file, line, raw, share of the file read); raw is None where the weight leaves it out
-RawRow = tuple[int, int, int, Any, float]
+# (source, file, line, raw); raw is None where the source's weight leaves the row out
+RawRow = tuple[int, int, int, Any]
 
 
 @dataclass
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
-    for each row.
+    for each row, and prompts that may be held out (`candidates`).
 
-    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1.
-    `candidates` are prompts that may be held out; in `not_found` rows the template's turns were not
-    found, of which `example` is a rendering. `place`: how many files are read up to here, about.
+    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1. In
+    `not_found` rows the template's turns were not found, of which `example` is a rendering.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     records: np.ndarray
-    reasons: list[str] = field(default_factory=list)
-    candidates: list[dict] = field(default_factory=list)
-    not_found: int = 0
-    place: float = 0.0
-    example: str | None = None
+    reasons: list[str]
+    candidates: list[dict]
+    not_found: int
+    example: str | None
 
 
 def hash_of(value: object) -> int:
@@ -57,9 +56,7 @@ def hash_of(value: object) -> int:
 
 
 def opening_hash(conversation: Conversation, chat: Chat) -> int:
-    """Equal for conversations that open with the same question, whatever system message, space or
-    answer it has.
-    """
+    """Equal where the first question is, whatever system message, spaces or answer there are."""
     if conversation.text is not None:
         return hash_of(conversation.text[: find_spans(chat.turns, conversation.text)[0][0]])
     asked = []
@@ -86,18 +83,19 @@ class Encoder:
     data: Data
 
     def __getitem__(self, asked: tuple[list[RawRow], int]) -> Chunk:
-        """What becomes of some rows. Prompts of those whose opening hashes below the given number
-        are candidates for holding out.
+        """What becomes of some rows, with the prompts of those whose opening hashes below a
+        number.
         """
         rows, held_below = asked
-        chunk = Chunk(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(len(rows), RECORD))
-        chunk.place = rows[-1][1] + rows[-1][4] if rows else 0.0
-        ids, masks = [chunk.ids], [chunk.mask]
-        for record, (source, file, line, raw, _) in zip(chunk.records, rows, strict=True):
+        ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+        records, reasons, candidates = np.zeros(len(rows), RECORD), [], []
+        not_found, example = 0, None
+        for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
             if raw is None:
                 record["outcome"] = LEFT_OUT
                 continue
+            # Workers do all that costs time: the process that reads would not keep up with parsing.
             try:
                 conversation = read_conversation(decode(raw), self.data.preformatted)
                 self.add_system(conversation)
@@ -105,15 +103,13 @@ class Encoder:
                 opening = opening_hash(conversation, self.chat)
                 prompt = self.prompt(conversation) if opening < held_below else None
             except RowError as error:
-                record["outcome"] = number_of(str(error), chunk.reasons)
+                record["outcome"] = number_of(str(error), reasons)
                 if str(error) == NOT_FOUND:
-                    chunk.not_found += 1
-                    chunk.example = chunk.example or self.example(conversation)
+                    not_found += 1
+                    example = example or self.example(conversation)
                 continue
             kept = np.array(encoded.input_ids[: self.data.max_length], np.int32)
-            mask = np.zeros(len(kept), bool)
-            for first, stop in encoded.spans:
-                mask[first:stop] = True
+            mask = np.array(encoded.loss_mask[: self.data.max_length], bool)
             ids.append(kept)
             masks.append(mask)
             record["cut"] = len(kept) < len(encoded.input_ids)
@@ -122,12 +118,11 @@ class Encoder:
             record["teachers"] = mask.sum() + (mask[:-1] & ~mask[1:]).sum()
             record["content"], record["opening"] = hash_of(encoded.text), opening
             if conversation.repaired:
-                record["repaired"] = number_of(conversation.repaired, chunk.reasons)
-            if prompt is not None:
-                named = {"hash": opening, "file": file, "line": line}
-                chunk.candidates.append({**named, "ids": prompt})
-        chunk.ids, chunk.mask = np.concatenate(ids), np.concatenate(masks)
-        return chunk
+                record["repaired"] = number_of(conversation.repaired, reasons)
+            if prompt:
+                candidates.append({"hash": opening, "file": file, "line": line, "ids": prompt})
+        ids, mask = np.concatenate(ids), np.concatenate(masks)
+        return Chunk(ids, mask, records, reasons, candidates, not_found, example)
 
     def add_system(self, conversation: Conversation) -> None:
         if conversation.messages:
@@ -137,23 +132,23 @@ class Encoder:
         """Raises RowError also where nothing of an answer is left to train on."""
         encoded = self.chat.encode(conversation, self.data.train_only_last_turn)
         limit = self.data.max_length
+        # Row t predicts token t + 2 and asks that t + 1 is the answer's too: a turn of a single
+        # token trains nothing.
         if not any(min(stop, limit) - max(first, 1) >= 2 for first, stop in encoded.spans):
             too_long = len(encoded.input_ids) > limit
             beyond = "no assistant token within data.max_length"
             raise RowError(beyond if too_long else "assistant turn too short")
         return encoded
 
-    def prompt(self, conversation: Conversation) -> list[int] | None:
-        """The prompt of the last answer, where it can be held out: the row ends with an answer and
-        the prompt fits.
-        """
+    def prompt(self, conversation: Conversation) -> list[int]:
+        """The prompt of the last answer; none where the row ends otherwise or it is too long."""
         if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-            return None
+            return []
         try:
             ids = self.chat.prompt_of(conversation)
         except RowError:
-            return None
-        return ids if 0 < len(ids) <= self.data.max_length else None
+            return []
+        return ids if len(ids) <= self.data.max_length else []
 
     def example(self, conversation: Conversation) -> str:
         return conversation.text or self.chat.render(conversation.messages, conversation.tools)[0]
@@ -179,6 +174,7 @@ def encode_in_order(
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # so that it takes nothing from the seeded one
+        # the processes are the parallelism; threads of each would fight for the same cores
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
     )
     try:
@@ -187,8 +183,8 @@ def encode_in_order(
         if "DataLoader worker" not in str(error):
             raise
         raise RunError(
-            f"a process of prepare was killed, perhaps for memory; lower data.num_proc={num_proc} "
-            "and start again, it goes on from there"
+            f"a process of prepare was killed, perhaps for memory: lower data.num_proc={num_proc}; "
+            "the same command goes on from there"
         ) from error
 
 
@@ -196,6 +192,7 @@ def read_chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)
+        # Parsed rows (parquet, JSON lists) do not show their size.
         size += len(row[3]) if isinstance(row[3], bytes) else 1 << 12
         if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
             yield chunk

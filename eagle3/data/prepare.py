@@ -1,5 +1,4 @@
-"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat files that are
-memory-mapped.
+"""Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat, memory-mapped files.
 
 Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so
 that the artefact does not depend on how many there were. Memory holds a few chunks and, at the end,
@@ -10,14 +9,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_128
 
 from eagle3.batch import Document
@@ -34,18 +33,25 @@ from eagle3.data.encoder import (
     opening_hash,
 )
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, find_files, raw_rows, read_rows, selects
+from eagle3.data.sources import (
+    DataFile,
+    SourceFiles,
+    find_files,
+    raw_rows,
+    read_rows,
+    selects,
+    show_progress,
+)
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
 
-PART_CHUNKS = 64
+STATE = "state.json"
+NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
+PART_CHUNKS = 64  # about 8,000 rows, the most that a killed call does again
 COUNTED_ROWS = 1024
-# of what is written: part of the fingerprint, raised when the same rows come to be encoded
-# differently
-FORMAT = 2
+FORMAT = 2  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
-DUPLICATE = "duplicate row"
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
 KEYS = (
@@ -56,10 +62,10 @@ KEYS = (
 
 @dataclass
 class Prepared:
-    """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document.
+    """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document,
+    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}.
 
-    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind
-    them. `heldout` are the prompts to measure on: {"id", "hash", "input_ids"}.
+    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind.
     """
 
     input_ids: np.ndarray
@@ -70,6 +76,12 @@ class Prepared:
     path: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        names = ("length", "supervised", "teachers")
+        self.lengths, self.supervised, self.teachers = (
+            self.index[name].astype(np.int64) for name in names
+        )
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -77,18 +89,6 @@ class Prepared:
     def digest(self) -> str:
         """Equal for the same documents in the same order, whatever is held out beside them."""
         return self.facts["digest"]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.index["length"].astype(np.int64)
-
-    @property
-    def supervised(self) -> np.ndarray:
-        return self.index["supervised"].astype(np.int64)
-
-    @property
-    def teachers(self) -> np.ndarray:
-        return self.index["teachers"].astype(np.int64)
 
     def document(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         """(number, input_ids int32 [n], loss_mask bool [n])."""
@@ -157,50 +157,42 @@ def prepare(
 
 
 def find_prepared(*inputs: Any) -> Prepared | None:
-    """What `prepare` has left for the same inputs (but `write`), if anything; for plans, which make
-    nothing.
-    """
+    """What `prepare` has left for the same inputs (but `write`), if anything."""
     try:
         return prepare(*inputs, write=False)
     except RunError:
         return None
 
 
-def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[RawRow]:
-    """The rows of all sources; files are numbered through all of them."""
-    first = 0
+def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, RawRow]]:
+    """The rows of all sources, files numbered through, each behind the share that is read."""
+    first, num_files = 0, len(names_of(sources))
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
         for file, line, raw, share in islice(located, num_samples):
-            yield number, file, line, raw if selects(source.weight, line) else None, share
+            chosen = raw if selects(source.weight, line) else None
+            yield (file + share) / num_files, (number, file, line, chosen)
         first += len(files)
 
 
-@dataclass
-class State:
-    """What a killed call goes on from: rows and tokens that are written, and what was met in them.
-
-    `candidates` are those of the lowest opening hashes, ascending.
-    """
-
-    rows: int = 0
-    tokens: int = 0
-    reasons: list[str] = field(default_factory=list)
-    candidates: list[dict] = field(default_factory=list)
-    not_found: int = 0
-    example: str | None = None
-
-
 class Writer:
-    """Appends chunks to the flat files and notes, after each part, how far it came."""
+    """Appends chunks to the flat files and notes, after each part, how far it came.
+
+    What is noted is all that a killed call goes on from: how many rows and tokens are written,
+    reasons, and the `candidates` of the lowest opening hashes, ascending.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
-        self.noted, self.state, self.files = folder / "state.json", State(), []
-        if self.noted.exists():
-            self.state = State(**json.loads(self.noted.read_text()))
-        tokens, rows = self.state.tokens, self.state.rows * RECORD.itemsize
-        for name, size in ("input_ids", 4 * tokens), ("loss_mask", tokens), ("rows", rows):
+        self.rows = self.tokens = self.not_found = 0
+        self.reasons: list[str] = []
+        self.candidates: list[dict] = []
+        self.example: str | None = None
+        if (folder / STATE).exists():
+            vars(self).update(json.loads((folder / STATE).read_text()))
+        self.files = []
+        sizes = {"input_ids": 4 * self.tokens, "loss_mask": self.tokens}
+        for name, size in (sizes | {"rows": RECORD.itemsize * self.rows}).items():
             path = folder / f"{name}.bin"
             stream = path.open("r+b" if path.exists() else "w+b")
             if stream.seek(0, os.SEEK_END) < size:
@@ -211,42 +203,42 @@ class Writer:
 
     def held_below(self) -> int:
         """Openings whose hash reaches this cannot be held out any more."""
-        held = self.state.candidates
-        if len(held) < self.num_heldout:
+        if len(self.candidates) < self.num_heldout:
             return 1 << 64
-        return held[-1]["hash"] + 1 if held else 0
+        return self.candidates[-1]["hash"] + 1 if self.candidates else 0
 
     def append(self, chunk: Chunk) -> None:
-        state = self.state
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
             raise RunError(
                 f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
                 f"{self.vocab_size} entries; this tokenizer does not belong to this target"
             )
-        numbers = np.array([0, *(number_of(reason, state.reasons) for reason in chunk.reasons)])
+        # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
+        numbers = np.array([0, *(number_of(reason, self.reasons) for reason in chunk.reasons)])
         for name in ("outcome", "repaired"):
             column = chunk.records[name]
             column[column > 0] = numbers[column[column > 0]]
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
             stream.write(values.tobytes())
-        state.rows += len(chunk.records)
-        state.tokens += len(chunk.ids)
-        state.not_found += chunk.not_found
-        state.example = state.example or chunk.example
+        self.rows += len(chunk.records)
+        self.tokens += len(chunk.ids)
+        self.not_found += chunk.not_found
+        self.example = self.example or chunk.example
+        # The lowest hashes, so that what is held out depends on the conversations alone, not on
+        # their order; of each opening the first one counts.
         if chunk.candidates:
-            # of each opening the first one counts
-            both = reversed([*state.candidates, *chunk.candidates])
+            both = reversed([*self.candidates, *chunk.candidates])
             lowest = sorted({candidate["hash"]: candidate for candidate in both}.items())
-            state.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
+            self.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
 
     def save(self) -> None:
         for stream in self.files:
             stream.flush()
             os.fsync(stream.fileno())
         # The rows are on disk before the state speaks of them.
-        partial = self.noted.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.state)))
-        os.replace(partial, self.noted)
+        partial = self.folder / f"{STATE}.partial"
+        partial.write_text(json.dumps({name: getattr(self, name) for name in NOTED}))
+        os.replace(partial, self.folder / STATE)
 
     def close(self) -> np.ndarray:
         """The records of all rows."""
@@ -255,56 +247,45 @@ class Writer:
             stream.close()
         return np.fromfile(self.folder / "rows.bin", RECORD)
 
-    def forget(self) -> None:
-        """Remove what only an interrupted call needs; the state first, as it speaks of the rows."""
-        self.noted.unlink()
-        (self.folder / "rows.bin").unlink()
-
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
-    data, state, names = encoder.data, writer.state, names_of(sources)
+    data, names = encoder.data, names_of(sources)
     num_proc = data.num_proc or len(os.sched_getaffinity(0))
-    rows = islice(locate_rows(sources, data.num_samples), state.rows, None)
-    chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
-    columns = (TextColumn("prepare {task.fields[rows]:,} rows"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=float(len(names)), rows=state.rows)
+    # Closed here, as the bar would stay below an error that the loop ends with.
+    with closing(show_progress("prepare", locate_rows(sources, data.num_samples))) as located:
+        rows = islice(located, writer.rows, None)
+        chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            progress.update(task, completed=chunk.place, rows=state.rows)
             if data.on_reject == "fail":
-                fail_on_reject(list_rejects(chunk.records, state.reasons, names))
+                fail_on_reject(list_rejects(chunk.records, writer.reasons, names))
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
-                check_found(state, 0.5)
+                check_found(writer, 0.5)
                 writer.save()
-    check_found(state, 0.01)
+    check_found(writer, 0.01)
 
 
 def names_of(sources: SourceFiles) -> list[str]:
     return [file.name for _, files in sources for file in files]
 
 
-def check_found(state: State, allowed: float) -> None:
-    """End with an example when the template's assistant turns are not found in more than that share
-    of the rows.
-    """
-    if state.not_found > allowed * state.rows and (allowed < 0.5 or state.rows >= 128):
+def check_found(writer: Writer, allowed: float) -> None:
+    """End with an example when turns are not found in more than that share of the rows."""
+    if writer.not_found > allowed * writer.rows:
         raise RunError(
-            f"assistant turns were not found in {state.not_found} of {state.rows} rows: "
+            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: "
             "data.chat_template does not fit the tokenizer or the data; this is how one was "
-            f"rendered:\n{state.example[:EXAMPLE_LETTERS]}"
+            f"rendered:\n{writer.example[:EXAMPLE_LETTERS]}"
         )
 
 
 def fail_on_reject(rejects: list[dict]) -> None:
-    """End the stage where a row is rejected, for `data.on_reject=fail`."""
-    for reject in rejects[:1]:
-        raise RunError(
-            f"{reject['file']}, line {reject['line']}: {reject['reason']} (data.on_reject=skip "
-            "would count it and go on)"
-        )
+    """End the stage at the first of `rejects`, for `data.on_reject=fail`."""
+    for reject in rejects:
+        place = f"{reject['file']}, line {reject['line']}"
+        raise RunError(f"{place}: {reject['reason']} (data.on_reject=skip counts it and goes on)")
 
 
 def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
@@ -361,25 +342,36 @@ def finish(
     """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
     returns the facts. `given`: the prompts of `data.eval_path`, and its rejects.
     """
-    folder, reasons, names = writer.folder, writer.state.reasons, names_of(sources)
+    folder, reasons, names = writer.folder, writer.reasons, names_of(sources)
     rows = writer.close()
-    check_usable(rows, reasons, names)
+    rejects = list_rejects(rows, reasons, names)
+    if len(rejects) == (rows["outcome"] != LEFT_OUT).sum():
+        counted = Counter(reject["reason"] for reject in rejects)
+        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
+        raise RunError(
+            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
+            f"({why or 'there are none'})"
+        )
     drop_duplicates(rows, reasons)
     rejects = list_rejects(rows, reasons, names)
     if data.on_reject == "fail":
         fail_on_reject(rejects)
     heldout, unasked = given
     heldout = heldout or hold_out(rows, writer, names)
+    # Another answer to a held-out question would teach what is measured.
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
     held &= rows["outcome"] == 0
     passes = count_passes(rows, sources) * ~held
     if not passes.any():
-        raise RunError(
-            f"data.path={names[0]}: every conversation is held out, so none is left to train on"
-        )
-    write_index(folder, rows, passes)
-    counts, ends = count_vocab(folder, rows, passes > 0, len(sources), writer.vocab_size)
-    counts = (counts * np.maximum(1.0, [[source.weight] for source, _ in sources])).sum(0)
+        raise RunError(f"data.path={names[0]}: every conversation is held out, none trains")
+    index = np.empty(len(rows), INDEX)
+    index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
+    index["length"] = rows["tokens"]
+    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
+    np.save(folder / "index.npy", np.repeat(index, passes))
+    # by the weight and not by the passes, which for a fraction are drawn
+    weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
+    counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
     special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, draft_vocab_size, special & ends)
@@ -405,18 +397,10 @@ def finish(
         "vocab_seen": int((counts > 0).sum()),
         "digest": digest(folder),
     }
-    writer.forget()
+    # What only an interrupted call needs; the state first, as it speaks of the rows.
+    (folder / STATE).unlink()
+    (folder / "rows.bin").unlink()
     return facts
-
-
-def check_usable(rows: np.ndarray, reasons: list[str], names: list[str]) -> None:
-    if not (rows["outcome"] == 0).any():
-        counted = Counter(reject["reason"] for reject in list_rejects(rows, reasons, names))
-        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
-        raise RunError(
-            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
-            f"({why or 'there are none'})"
-        )
 
 
 def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
@@ -425,59 +409,49 @@ def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
     again = np.ones(len(usable), bool)
     again[np.unique(rows["content"][usable], return_index=True)[1]] = False
     if again.any():
-        rows["outcome"][usable[again]] = number_of(DUPLICATE, reasons)
+        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
 
 
 def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
-    if openings <= writer.num_heldout:
+    if openings <= writer.num_heldout or not writer.candidates:
         raise RunError(
             f"data.path={names[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
+            f"eval.num_prompts={writer.num_heldout} that end within data.max_length; lower it or "
+            "give data.eval_path"
         )
-    candidates = writer.state.candidates
-    if not candidates:
-        raise RunError(f"data.path={names[0]} has no prompt within data.max_length to hold out")
-    return [heldout_prompt(names[c["file"]], c["line"], c["hash"], c["ids"]) for c in candidates]
+    return [
+        heldout_prompt(names[prompt["file"]], prompt["line"], prompt["hash"], prompt["ids"])
+        for prompt in writer.candidates
+    ]
 
 
 def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
-    """int64 [rows]: how often an epoch passes over each row; the fraction of a weight is decided by
-    the row's content.
-    """
+    """int64 [rows]: how often an epoch passes over each row."""
+    # Content decides over the fraction, so that the same rows come twice in every run.
     weights = np.array([source.weight for source, _ in sources])[rows["source"]]
     drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
     return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
 
 
-def write_index(folder: Path, rows: np.ndarray, passes: np.ndarray) -> None:
-    index = np.empty(len(rows), INDEX)
-    index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
-    index["length"] = rows["tokens"]
-    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
-    np.save(folder / "index.npy", np.repeat(index, passes))
-
-
 def count_vocab(
-    folder: Path, rows: np.ndarray, trained: np.ndarray, num_sources: int, vocab_size: int
+    folder: Path, rows: np.ndarray, weights: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, set[int]]:
-    """Supervised tokens of the rows that are trained on, int64 [sources, V], and the tokens by
-    which their answers end.
+    """Supervised tokens by the weight of their rows (0: not trained on), float64 [V], and the
+    tokens by which answers end.
     """
-    counts, ends = np.zeros((num_sources, vocab_size), np.int64), set()
+    counts, ends = np.zeros(vocab_size), set()
     # read, not memory-mapped: mapped pages would count as this process' memory
     files = (folder / "input_ids.bin").open("rb"), (folder / "loss_mask.bin").open("rb")
     with files[0] as ids_file, files[1] as mask_file:
         for first in range(0, len(rows), COUNTED_ROWS):
             part = slice(first, first + COUNTED_ROWS)
             tokens = rows["tokens"][part]
+            weight = np.repeat(weights[part], tokens)
             ids = np.fromfile(ids_file, np.int32, tokens.sum())
-            mask = np.fromfile(mask_file, bool, tokens.sum()) & np.repeat(trained[part], tokens)
-            source_of = np.repeat(rows["source"][part], tokens)
-            for source in np.unique(source_of).tolist():
-                supervised = ids[mask & (source_of == source)]
-                counts[source] += np.bincount(supervised, minlength=vocab_size)
+            mask = np.fromfile(mask_file, bool, tokens.sum()) & (weight > 0)
+            counts += np.bincount(ids[mask], weight[mask], vocab_size)
             ends.update(np.unique(ids[mask & ~np.append(mask[1:], False)]).tolist())
     return counts, ends
 

@@ -5,26 +5,25 @@ its own words.
 import asyncio
 import json
 import os
-import random
 import re
-import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar
 
 import torch
 from hydra.utils import instantiate
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from eagle3.config import Data, Source
+from eagle3.config import Data, Source, Within
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import Row, SourceFiles, find_files, read_rows
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, show_progress
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact
+from eagle3.runs.logger import redact
 
 if TYPE_CHECKING:
     from eagle3.target.handle import TargetHandle
@@ -32,11 +31,8 @@ if TYPE_CHECKING:
 JOURNAL = "journal.jsonl"
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
-PASSWORD = re.compile("//[^/@]*@")
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
-MESSAGE = re.compile(r'"(?:message|detail|error)": *"((?:[^"\\]|\\[^n])+)')
-PROBE = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 64}
-REST = 60.0  # seconds for which a server that failed is asked nothing
+MOST_FAILURES = 20  # rows in a row without an answer, after which servers count as dead
 
 
 def regenerate(
@@ -55,6 +51,7 @@ def regenerate(
     answerer = instantiate(section)
     again, paths = [], []
     for source, files in sources:
+        # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
             "files": [file.identity for file in files],
@@ -66,12 +63,16 @@ def regenerate(
             "target": target.spec.identity,
             "answers": {k: v for k, v in section.items() if k not in answerer.HOW_TO_ASK},
         }
-        rows = read_rows(files, data.num_samples, share=share)
 
-        def write(folder: Path, rows: Iterator[Row] = rows) -> dict[str, Any]:
-            with Journal(folder) as journal:
+        def write(
+            folder: Path, files: list[DataFile] = files, share: float = share
+        ) -> dict[str, Any]:
+            read = ((row.share, row) for row in read_rows(files, data.num_samples, share=share))
+            rows = show_progress("regenerate", read)
+            with (folder / JOURNAL).open("a+b") as stream, closing(rows):
+                journal = Journal(stream)
                 answerer.answer(rows, journal, data, chat, target)
-                return journal.finish()
+                return finish(folder, journal)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
         (path / JOURNAL).unlink(missing_ok=True)  # a call killed before here still needed it
@@ -89,139 +90,117 @@ class Dialogue:
 
     def __init__(self, row: Row, system_prompt: str | None):
         self.messages: list[Message] = []
+        self.pending: list[Message] = []
         self.counts: Counter[str] = Counter()
-        self.reason, self.pending = None, deque()
-        try:
-            self.pending.extend(questions(row, system_prompt))
-        except RowError as error:
-            self.reason = str(error)
+        self.reason = row.reason
+        if row.conversation is None:
+            return
+        messages = with_system(row.conversation.messages, system_prompt)
+        self.pending = [m for m in messages if m["role"] != "assistant"]
+        # The results of tools belong to the old calls; new answers may call others.
+        called = any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+        if called or row.conversation.tools:
+            self.reason = "tool calls cannot be answered again"
+        elif any(LONE_SURROGATE.search(m["content"]) for m in self.pending):
+            self.reason = "bad UTF-8"
 
     def prompt(self) -> list[Message] | None:
         """The messages to ask with next; None when the dialogue is through."""
         while self.pending and self.reason is None:
-            message = self.pending.popleft()
+            message = self.pending.pop(0)
             self.messages.append({key: message[key] for key in ("role", "content")})
             if message["role"] == "user":
                 # Reasoning is not sent back, as chat templates of reasoning models drop it too.
                 return [{"role": m["role"], "content": m["content"]} for m in self.messages]
         return None
 
-    def add(self, answer: Message) -> None:
-        self.messages.append(answer)
-        if answer.get("truncated"):
+    def add(
+        self, content: str | None, reasoning: str | None, truncated: bool, num_tokens: int
+    ) -> None:
+        """Add the target's answer; an empty one ends the dialogue, and so does one that was cut, as
+        nobody would go on from there.
+        """
+        content, reasoning = split_thinking(content or "", reasoning or "")
+        if not content.strip() and not (truncated and reasoning.strip()):
+            self.reason = "empty answer"
+        answer = {"role": "assistant", "content": content}
+        if reasoning.strip():
+            answer["reasoning_content"] = reasoning
+        if truncated:
+            answer["truncated"] = True
             self.pending.clear()
+        self.messages.append(answer)
+        self.counts["answer_tokens"] += num_tokens
 
 
-def questions(row: Row, system_prompt: str | None) -> list[Message]:
-    """The system message, if any, and the user turns of a row. Raises RowError where they cannot be
-    asked again.
-    """
-    if row.conversation is None:
-        raise RowError(row.reason)
-    messages, tools = row.conversation.messages, row.conversation.tools
-    if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
-        raise RowError("tool calls cannot be answered again")
-    asked = [m for m in with_system(messages, system_prompt) if m["role"] != "assistant"]
-    if any(LONE_SURROGATE.search(m["content"]) for m in asked):
-        raise RowError("bad UTF-8")
-    return asked
-
-
-def read_answer(content: str | None, reasoning: str | None, truncated: bool) -> Message:
-    """The assistant message; thinking within the content becomes `reasoning_content`. Raises
-    RowError if empty.
-    """
-    content = LONE_SURROGATE.sub("\ufffd", content or "")
-    reasoning = LONE_SURROGATE.sub("\ufffd", reasoning or "")
+def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
+    """An answer and its reasoning, which may stand within the content."""
+    # Half a character that a server cut would not be written as UTF-8.
+    content, reasoning = (LONE_SURROGATE.sub("\ufffd", text) for text in (content, reasoning))
     if not reasoning and ("</think>" in content or content.lstrip().startswith("<think>")):
         reasoning, _, content = content.partition("</think>")
         reasoning, content = reasoning.strip().removeprefix("<think>").strip(), content.lstrip()
-    if not content.strip() and not (truncated and reasoning.strip()):
-        raise RowError("empty answer")
-    thought = {"reasoning_content": reasoning} if reasoning.strip() else {}
-    cut = {"truncated": True} if truncated else {}
-    return {"role": "assistant", "content": content, **thought, **cut}
+    return content, reasoning
 
 
 class Journal:
-    """Rows that are through, a line each as they come, so that a killed call loses none; a context
-    with a progress bar.
+    """Rows that are through, a line each as they come, so that a killed call loses none.
 
-    A line has {"row", "file", "line", "messages" or "reason", "retries", "answer_tokens"}.
     `offsets` says where each row's line begins, by the row's number; memory holds no more.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.offsets = folder, {}
-        self.stream = (folder / JOURNAL).open("a+b")
-        self.stream.seek(0)
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.offsets = stream, {}
+        stream.seek(0)
         end = 0
-        for line in self.stream:
+        for line in stream:
             if line.endswith(b"\n"):  # else the last call was killed in the middle of it
                 self.offsets[json.loads(line)["row"]] = end
                 end += len(line)
-        self.stream.truncate(end)
-        columns = (BarColumn(), TaskProgressColumn(show_speed=True), TimeRemainingColumn())
-        text = TextColumn("regenerate {task.completed:,} rows")
-        self.progress = Progress(text, *columns, transient=True)
-        self.task = self.progress.add_task("", total=None, completed=len(self.offsets))
-
-    def __enter__(self) -> "Journal":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.progress.stop()
-        self.stream.close()
+        stream.truncate(end)
 
     def write(self, number: int, row: Row, dialogue: Dialogue) -> None:
         """Row `number` is through."""
-        entry = {"row": number, "file": row.file, "line": row.line, **dialogue.counts}
-        if dialogue.reason is None:
-            entry["messages"] = dialogue.messages
-        else:
-            entry["reason"] = dialogue.reason
-        offset = self.stream.seek(0, os.SEEK_END)
-        self.stream.write(to_line(entry))
+        result = {"messages": dialogue.messages, "reason": dialogue.reason, **dialogue.counts}
+        self.offsets[number] = self.stream.seek(0, os.SEEK_END)
+        self.stream.write(to_line({"row": number, "file": row.file, "line": row.line, **result}))
         self.stream.flush()
-        self.offsets[number] = offset
-        done = len(self.offsets)
-        total = max(done, (number + 1) / row.share) if row.share else None
-        self.progress.update(self.task, completed=done, total=total)
 
-    def finish(self) -> dict[str, Any]:
-        """Write `conversations.jsonl` and `rejects.jsonl` in the order of the rows; returns the
-        facts. Raises RunError when not one row was answered.
-        """
-        counts = Counter(turns=0, truncated=0, retries=0, answer_tokens=0)
-        rejected: Counter[str] = Counter()
-        names = ("conversations.jsonl", "rejects.jsonl")
-        conversations, rejects = ((self.folder / name).open("wb") for name in names)
-        with conversations, rejects:
-            for _, offset in sorted(self.offsets.items()):
-                self.stream.seek(offset)
-                entry = json.loads(self.stream.readline())
-                counts["retries"] += entry.get("retries", 0)
-                counts["answer_tokens"] += entry.get("answer_tokens", 0)
-                if "reason" in entry:
-                    rejected[entry["reason"]] += 1
-                    rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
-                    continue
-                messages = entry["messages"]
-                counts["turns"] += sum(m["role"] == "assistant" for m in messages)
-                counts["truncated"] += sum("truncated" in m for m in messages)
-                place = f"{entry['file']}:{entry['line']}"
-                conversations.write(to_line({"id": place, "messages": messages}))
-        rows, bad = len(self.offsets), rejected.total()
-        if rows == bad:
-            self.stream.truncate(0)  # servers that are put right may answer what they refused
-            reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
-            raise RunError(
-                f"none of the {rows} rows could be answered again ({reasons or 'there are none'}); "
-                "check data and regenerate"
-            )
-        kept = {"rows": rows, "answered": rows - bad}
-        return {**kept, **counts, "rejected": dict(rejected.most_common())}
+
+def finish(folder: Path, journal: Journal) -> dict[str, Any]:
+    """Write `conversations.jsonl` and `rejects.jsonl` in the order of the rows; returns the facts.
+    Raises RunError when not one row was answered.
+    """
+    counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
+    rejected: Counter[str] = Counter()
+    conversations = (folder / "conversations.jsonl").open("wb")
+    rejects = (folder / "rejects.jsonl").open("wb")
+    with conversations, rejects:
+        # Rows end in any order; read in their own, an interrupted call gives the same bytes.
+        for _, offset in sorted(journal.offsets.items()):
+            journal.stream.seek(offset)
+            entry = json.loads(journal.stream.readline())
+            counts["rows"] += 1
+            counts["retries"] += entry.get("retries", 0)
+            counts["answer_tokens"] += entry.get("answer_tokens", 0)
+            if entry.get("reason") is not None:
+                rejected[entry["reason"]] += 1
+                rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
+                continue
+            messages = entry["messages"]
+            counts["answered"] += 1
+            counts["turns"] += sum(m["role"] == "assistant" for m in messages)
+            counts["truncated"] += sum("truncated" in m for m in messages)
+            place = f"{entry['file']}:{entry['line']}"
+            conversations.write(to_line({"id": place, "messages": messages}))
+    if not counts["answered"]:
+        journal.stream.truncate(0)  # servers that are put right may answer what they refused
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
+        raise RunError(
+            f"none of the {counts['rows']} rows could be answered again "
+            f"({reasons or 'there are none'}); check data and regenerate"
+        )
+    return {**counts, "rejected": dict(rejected.most_common())}
 
 
 def to_line(entry: dict) -> bytes:
@@ -230,44 +209,43 @@ def to_line(entry: dict) -> bytes:
 
 @dataclass
 class BuiltIn:
-    """`regenerate=builtin`: the target in this process answers; for small targets and small data.
+    """`regenerate=builtin`: the target in this process answers; temperature 0 is greedy."""
 
-    Batches are of rows that follow each other and have a seed of their own, so a call that goes on
-    from a journal gives the same answers. Temperature 0 is greedy.
-    """
-
-    batch_size: int = 16
-    max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int = 0
+    batch_size: Annotated[int, Within(1, 1 << 20)]
+    max_new_tokens: Annotated[int | None, Within(1, 1 << 20)]
+    temperature: Annotated[float, Within(0, 100)]
+    top_p: Annotated[float | None, Within(1e-6, 1)]
+    top_k: Annotated[int | None, Within(-1, 1 << 30)]
+    seed: int
 
     HOW_TO_ASK: ClassVar = ()
 
     def answer(
         self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
     ) -> None:
+        # Batches are of rows that follow each other and have a seed of their own, so that a call
+        # that goes on from a journal gives the same answers.
         for first in count(0, self.batch_size):
-            batch = list(islice(rows, self.batch_size))
+            batch = list(enumerate(islice(rows, self.batch_size), first))
             if not batch:
                 return
-            numbers = range(first, first + len(batch))
-            if all(number in journal.offsets for number in numbers):
+            if all(number in journal.offsets for number, _ in batch):
                 continue
             torch.manual_seed(self.seed + first)
-            dialogues = [Dialogue(row, data.system_prompt) for row in batch]
+            dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
             longest = self.max_new_tokens or data.max_length
             self.answer_batch(dialogues, target.load(), chat, longest)
-            for number, row, dialogue in zip(numbers, batch, dialogues, strict=True):
+            for (number, row), dialogue in zip(batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
     def answer_batch(
         self, dialogues: list[Dialogue], model: Any, chat: Chat, max_new_tokens: int
     ) -> None:
         """Dialogues side by side: one turn of all that still ask, until none does."""
-        top = {"top_p": self.top_p or 1.0, "top_k": self.top_k or 0}
-        sampled = {"temperature": self.temperature, **top}
+        sampling = None  # greedy
+        if self.temperature > 0:
+            top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
+            sampling = {"temperature": self.temperature, **top}
         context = model.config.max_position_embeddings
         while True:
             asking: list[tuple[Dialogue, list[int]]] = []
@@ -281,17 +259,13 @@ class BuiltIn:
             if not asking:
                 return
             prompts = [prompt for _, prompt in asking]
-            sampling = sampled if self.temperature > 0 else None
             answers = model.generate(prompts, max_new_tokens, sampling)
             for (dialogue, prompt), answer in zip(asking, answers, strict=True):
                 ids = answer[: context - len(prompt)]
-                dialogue.counts["answer_tokens"] += len(ids)
+                # Some templates open the thinking in the prompt, and the answer only closes it.
                 opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
                 text = "<think>" * opened + chat.decode(ids)
-                try:
-                    dialogue.add(read_answer(text, None, ids[-1] not in model.eos_token_ids))
-                except RowError as error:
-                    dialogue.reason = str(error)
+                dialogue.add(text, None, ids[-1] not in model.eos_token_ids, len(ids))
 
 
 @dataclass
@@ -299,46 +273,38 @@ class Servers:
     """`regenerate=server`: OpenAI-compatible servers (SGLang, vLLM) of the target answer."""
 
     urls: list[str]
-    model: str | None = None
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 64
-    retries: int = 6
-    timeout: float = 600.0
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    extra_body: dict[str, Any] = field(default_factory=dict)
+    model: str | None
+    api_key_env: str
+    concurrency: Annotated[int, Within(1, 100_000)]
+    retries: Annotated[int, Within(1, 1000)]
+    timeout: Annotated[float, Within(0.1, 1e6)]
+    max_new_tokens: Annotated[int | None, Within(1, 1 << 20)]
+    temperature: Annotated[float | None, Within(0, 100)]
+    top_p: Annotated[float | None, Within(1e-6, 1)]
+    top_k: Annotated[int | None, Within(-1, 1 << 30)]
+    seed: int | None
+    extra_body: dict[str, Any]
 
+    # What changes no answer: no part of the fingerprint, so that answers are found again.
     HOW_TO_ASK: ClassVar = ("urls", "api_key_env", "concurrency", "retries", "timeout")
 
     def answer(
         self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
     ) -> None:
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
-            raise ConfigError(
-                f"regenerate.urls={PASSWORD.sub('//', str(self.urls))} must name servers, such as "
-                "[http://127.0.0.1:30000/v1]"
-            )
+            raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
         sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
-        body = {"model": self.model, "max_tokens": self.max_new_tokens or data.max_length}
+        body = {"max_tokens": self.max_new_tokens or data.max_length}
         body |= {name: value for name, value in sampling.items() if value is not None}
-        try:
-            asyncio.run(self.answer_rows(rows, journal, data.system_prompt, body | self.extra_body))
-        except RunError as error:
-            raise RunError(
-                f"{error}; {len(journal.offsets):,} rows are done and kept, and the same command "
-                "goes on from there"
-            ) from error
+        asyncio.run(self.answer_rows(rows, journal, data.system_prompt, body | self.extra_body))
 
     async def answer_rows(
         self, rows: Iterator[Row], journal: Journal, system_prompt: str | None, body: dict[str, Any]
     ) -> None:
         """As many workers as requests may be in flight, each on one dialogue at a time."""
         servers = [Server(url, self) for url in self.urls]
-        pool = Pool(servers, body, self.timeout, journal.progress.console.print)
-        waiting = enumerate(rows)
+        body["model"] = self.model or await servers[0].only_model()
+        waiting, through = enumerate(rows), []
 
         async def work() -> None:
             for number, row in waiting:
@@ -347,33 +313,40 @@ class Servers:
                     continue
                 dialogue = Dialogue(row, system_prompt)
                 while (messages := dialogue.prompt()) is not None:
+                    # A server that fails counts as busier than it is, so that others are asked.
+                    server = min(servers, key=lambda server: server.in_flight + server.failures)
                     try:
-                        dialogue.add(await pool.ask(messages, dialogue.counts))
+                        await server.answer(dialogue, {**body, "messages": messages})
                     except RowError as error:
                         dialogue.reason = str(error)
-                journal.write(number, row, dialogue)
+                through.append((number, row, dialogue))
+                failures = min(server.failures for server in servers)
+                if failures >= MOST_FAILURES:
+                    errors = "; ".join(f"{server.name}: {server.error}" for server in servers)
+                    raise RunError(
+                        f"no answer to {failures} rows in a row ({errors}); "
+                        f"{len(journal.offsets):,} rows are done and kept, and the same command "
+                        "goes on from there"
+                    )
+                # A row is given up only where a server answers others: the rows that wait here
+                # when all have died are asked again by the next call.
+                if failures == 0:
+                    write_all()
 
-        workers: list[asyncio.Task] = []
-        try:
-            body["model"] = body["model"] or await pool.only_model()
-            workers += [asyncio.create_task(work()) for _ in range(self.concurrency * len(servers))]
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-            await asyncio.gather(*(server.client.close() for server in servers))
+        def write_all() -> None:
+            for entry in through:
+                journal.write(*entry)
+            through.clear()
 
-
-class ServerError(Exception):
-    """A request has no answer after all attempts, which may be the server's fault or the row's."""
+        await asyncio.gather(*(work() for _ in range(self.concurrency * len(servers))))
+        write_all()
 
 
 class Server:
     """One server through the openai client, which repeats what fails and ends what takes too long.
 
-    `in_flight` counts the requests that it has or that wait for it. It is asked nothing until
-    `rests_until`, and last answered at `answered_at`: seconds of the monotonic clock.
+    `in_flight` counts the requests that it has or that wait for it, `failures` those in a row to
+    which it gave no answer in all attempts.
     """
 
     def __init__(self, url: str, options: Servers):
@@ -381,11 +354,11 @@ class Server:
             import openai
         except ImportError as error:
             raise ConfigError(
-                "regenerate=server needs the openai client: pip install openai"
+                "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
             ) from error
-        self.openai, self.url, self.retries = openai, PASSWORD.sub("//", url), options.retries
+        self.openai, self.name = openai, redact(url)
+        self.in_flight, self.failures, self.error = 0, 0, ""
         self.free = asyncio.Semaphore(options.concurrency)
-        self.in_flight, self.error, self.rests_until, self.answered_at = 0, "", 0.0, 0.0
         self.key = os.environ.get(options.api_key_env)
         self.headers = {} if self.key else {"Authorization": openai.Omit()}
         self.client = openai.AsyncOpenAI(
@@ -397,136 +370,69 @@ class Server:
             http_client=openai.DefaultAsyncHttpxClient(trust_env=not LOCAL.search(url + "/")),
         )
 
-    async def send(self, request: Awaitable[Any]) -> Any:
-        """The client's reply. Raises ServerError, RowError when the request is refused, RunError
-        when every one would be.
+    async def answer(self, dialogue: Dialogue, body: dict[str, Any]) -> None:
+        """Ask and add the answer. Raises RowError where there is none, RunError where there never
+        would be.
         """
-        try:
-            return await request
-        except self.openai.APITimeoutError as error:
-            raise ServerError("timed out") from error
-        except self.openai.APIConnectionError as error:
-            raise ServerError("connection failed") from error
-        except self.openai.APIStatusError as error:
-            status, text = error.status_code, error.response.text
-        text = text.replace(self.key, "<key>") if self.key else text
-        message = MESSAGE.search(text)
-        words = (message[1] if message else text.strip()).partition("\n")[0][:120]
-        if status in (408, 409, 429) or status >= 500:
-            raise ServerError(f"HTTP {status}", words)
-        if status in (401, 403, 404):
-            raise RunError(
-                f"{self.url} refuses every request (HTTP {status}: {words}): check "
-                "regenerate.model, regenerate.urls, which usually end in /v1, and the key in the "
-                "environment variable that regenerate.api_key_env names"
-            )
-        raise RowError(f"HTTP {status}: {re.sub('[0-9]+', 'N', words)}")
-
-    async def ask(self, body: dict[str, Any], counts: Counter[str]) -> Message:
-        """The answer of a chat completion; a reply that is none is asked for again, as often as the
-        client repeats a request. Raises what `send` raises.
-        """
-        given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
         completions = self.client.chat.completions.with_raw_response
-        for attempt in range(self.retries + 1):
-            counts["retries"] += attempt > 0
-            raw = await self.send(completions.create(**given, extra_headers=self.headers))
-            counts["retries"] += raw.retries_taken
-            try:
-                reply = json.loads(raw.http_response.text)
-                choice, usage = reply["choices"][0], reply.get("usage") or {}
-                message, end = choice["message"], choice.get("finish_reason")
-                if end in ("abort", "error", "content_filter"):
-                    raise RowError(f"finish reason {end}")
-                reasoning = message.get("reasoning_content") or message.get("reasoning")
-                answer = read_answer(message.get("content"), reasoning, end == "length")
-                counts["answer_tokens"] += int(usage.get("completion_tokens") or 0)
-                return answer
-            except RowError as error:
-                fault = str(error)
-            except (ValueError, LookupError, TypeError, AttributeError):
-                fault = "malformed reply"
-        raise ServerError(fault)
-
-    async def is_well(self, body: dict[str, Any]) -> bool:
-        """Whether it answers a short request at once, or refuses it."""
-        once = self.client.with_options(max_retries=0).chat.completions
-        given = {**PROBE, "model": body["model"], "extra_body": body | PROBE}
+        given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
+        self.in_flight += 1
         try:
-            await self.send(once.with_raw_response.create(**given, extra_headers=self.headers))
-        except RowError:
-            return True
-        except ServerError:
-            return False
-        return True
+            async with self.free:
+                raw = await completions.create(**given, extra_headers=self.headers)
+        except self.openai.APIError as error:
+            status, self.error = getattr(error, "status_code", None), self.words_of(error)
+            if status in (401, 403, 404):
+                raise RunError(
+                    f"{self.name} refuses every request (HTTP {status}: {self.error}): check "
+                    "regenerate.model, regenerate.urls, which usually end in /v1, and the key in "
+                    "the environment variable that regenerate.api_key_env names"
+                ) from error
+            # What the client repeats may be the server's fault; what it does not is the request's.
+            at_fault = status in (None, 408, 409, 429) or status >= 500
+            self.failures = self.failures + 1 if at_fault else 0
+            raise RowError(f"HTTP {status}: {self.error}" if status else self.error) from error
+        finally:
+            self.in_flight -= 1
+        self.failures = 0
+        dialogue.counts["retries"] += raw.retries_taken
+        add_reply(dialogue, raw.http_response.text)
 
-
-@dataclass
-class Pool:
-    """Servers that share the requests, with `body` in each of them; `report` prints."""
-
-    servers: list[Server]
-    body: dict[str, Any]
-    timeout: float
-    report: Callable[..., None]
-
-    async def ask(self, messages: list[Message], counts: Counter[str]) -> Message:
-        """The answer of the server with the least in flight. Raises RowError when a server refuses
-        the request or fails on it alone, RunError when no server answers.
-        """
-        started = time.monotonic()
-        while True:
-            awake = [s for s in self.servers if s.rests_until <= time.monotonic()]
-            if not awake:
-                raise RunError(f"no server answers any more ({self.errors()})")
-            server = min(awake, key=lambda s: (s.in_flight, random.random()))
-            server.in_flight += 1
-            try:
-                async with server.free:
-                    if server.rests_until > time.monotonic():
-                        continue  # it has failed while this waited for it
-                    answer = await server.ask(self.body | {"messages": messages}, counts)
-                    server.answered_at = time.monotonic()
-                    return answer
-            except ServerError as error:
-                await self.judge(server, error, started)
-            finally:
-                server.in_flight -= 1
-
-    async def judge(self, server: Server, error: ServerError, started: float) -> None:
-        """A row that a well server cannot answer is rejected (RowError); a server that fails rests,
-        and the row is asked elsewhere.
-        """
-        now, kind = time.monotonic(), error.args[0]
-        # A busy server refuses while it works on others, of which it ends one within the timeout.
-        busy = now - max(started, server.answered_at) < self.timeout
-        if server.rests_until > now or (kind == "HTTP 429" and busy):
-            return
-        if await server.is_well(self.body):
-            raise RowError(f"no answer after {server.retries + 1} attempts: {kind}")
-        server.error, server.rests_until = ": ".join(error.args), time.monotonic() + REST
-        line = f"regenerate: {server.url} fails ({server.error}); it is tried again now and then"
-        self.report(line, markup=False, soft_wrap=True)
+    def words_of(self, error: Any) -> str:
+        """What a server says of an error, N for its numbers so that rows count together."""
+        body = error.body
+        words = body["message"] if isinstance(body, dict) and "message" in body else error.message
+        words = str(words).replace(self.key, "<key>") if self.key else str(words)
+        return re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
 
     async def only_model(self) -> str:
-        """The one model that the servers list. Raises RunError."""
-        names = set()
-        for server in self.servers:
-            server.error = "it lists no model"
-            try:
-                request = server.client.models.list(extra_headers=server.headers)
-                names |= {model.id for model in (await server.send(request)).data}
-            except ServerError as error:
-                server.error = ": ".join(error.args)
-            except (AttributeError, TypeError):
-                continue  # a reply that is no list of models
-        if len(names) != 1:
-            several = f"several models ({', '.join(sorted(names))})"
+        """The one model that the server lists. Raises RunError."""
+        try:
+            listed = await self.client.models.list(extra_headers=self.headers)
+        except self.openai.OpenAIError as error:
             raise RunError(
-                f"the servers list {several if names else f'no model ({self.errors()})'}: name one "
-                "in regenerate.model, and check regenerate.urls"
+                f"{self.name} lists no model ({error}); check regenerate.urls"
+            ) from error
+        names = [model.id for model in listed.data]
+        if len(names) != 1:
+            raise RunError(
+                f"{self.name} lists the models {', '.join(names) or 'none'}; name one in "
+                "regenerate.model"
             )
-        return names.pop()
+        return names[0]
 
-    def errors(self) -> str:
-        return "; ".join(f"{server.url}: {server.error}" for server in self.servers)
+
+def add_reply(dialogue: Dialogue, text: str) -> None:
+    """Add a chat completion's answer; where it is none, the dialogue is given up."""
+    try:
+        reply = json.loads(text)
+        choice, usage = reply["choices"][0], reply.get("usage") or {}
+        message, end = choice["message"], choice.get("finish_reason")
+        if end in ("abort", "error", "content_filter"):
+            dialogue.reason = f"finish reason {end}"
+            return
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        num_tokens = int(usage.get("completion_tokens") or 0)
+        dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        dialogue.reason = "malformed reply"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 Message = dict[str, Any]
@@ -29,10 +30,10 @@ class RowError(ValueError):
 @dataclass
 class Conversation:
     """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas,
-    or a rendered `text`.
+    or a rendered `text`; `repaired` says what was left out.
 
-    A message may carry `reasoning_content`, `tool_calls`, and `truncated` (the answer was cut, so
-    it has no end of turn). `repaired` says what was left out to make the row usable.
+    A message may carry `reasoning_content`, `tool_calls`, and `truncated`: an answer that was cut
+    has no end of turn.
     """
 
     messages: list[Message]
@@ -55,18 +56,17 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
     if not isinstance(turns, list):
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
+    # Alpaca-like rows have the system message beside the turns.
     system = row.get("system")
     instructed = not messages or messages[0]["role"] == "system"
     if isinstance(system, str) and system.strip() and not instructed:
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
-    answers = first
-    while answers < len(messages) and messages[answers]["role"] == "assistant":
-        answers += 1
-    repaired = "leading assistant turn dropped" if first < answers < len(messages) else None
-    if repaired:
-        messages = messages[:first] + messages[answers:]
+    rest = list(dropwhile(lambda m: m["role"] == "assistant", messages[first:]))
+    repaired = None
+    if 0 < len(rest) < len(messages) - first:
+        messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
     check_order(messages)
     return Conversation(messages, read_tools(row.get("tools")), repaired=repaired)
 
@@ -90,10 +90,12 @@ def read_message(turn: Any) -> Message:
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise RowError("unknown role")
     role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
+    # Multimodal form: parts of text are joined, any other part is refused.
     parts = content if isinstance(content, list) else [None]
     if all(isinstance(part, dict) and "text" in part for part in parts):
         content = "".join(str(part["text"]) for part in parts)
     message: Message = {"role": role, "content": content}
+    # ShareGPT writes a call as a turn of its own, whose value is the call.
     calls = turn.get("tool_calls")
     if name.lower() == "function_call":
         calls, message["content"] = content, ""

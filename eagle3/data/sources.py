@@ -12,22 +12,25 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.config import Data, Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import describe_file, fingerprint
 
-JSON = (".jsonl", ".json", ".ndjson")
 PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = (*(kind + packed for kind in JSON for packed in PACKED), ".parquet")
+SUFFIXES = (
+    *(f"{kind}{pack}" for kind in (".jsonl", ".json", ".ndjson") for pack in PACKED),
+    ".parquet",
+)
 ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
 BLOCK = 1 << 22
-LONGEST_ITEM = 1 << 26
+LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
 
 
 @dataclass
@@ -46,10 +49,8 @@ SourceFiles = list[tuple[Source, list[DataFile]]]
 
 @dataclass
 class Row:
-    """`line`: the line of a JSON Lines file, else the number of the row; a conversation, or the
-    reason for none.
-
-    `share` of its source was read up to here, about.
+    """A conversation, or the reason for none; `line` of a JSON Lines file, else the number of the
+    row; `share` of its source was read up to here, about.
     """
 
     file: str
@@ -61,11 +62,11 @@ class Row:
 
 def find_sources(data: Data, cache_dir: str) -> SourceFiles:
     """The files that `data` names, by source. Raises ConfigError or RunError."""
-    if data.sources:
-        named = data.sources.items()
-        return [(s, find_files(s, cache_dir, f"data.sources.{name}")) for name, s in named]
-    source = Source(data.path, data.subset, data.split)
-    return [(source, find_files(source, cache_dir))]
+    if not data.sources:
+        source = Source(data.path, data.subset, data.split)
+        return [(source, find_files(source, cache_dir))]
+    named = data.sources.items()
+    return [(source, find_files(source, cache_dir, f"data.sources.{n}")) for n, source in named]
 
 
 def may_be_remote(path: str) -> bool:
@@ -76,34 +77,31 @@ def may_be_remote(path: str) -> bool:
 
 
 def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFile]:
-    """The files of a source; remote ones are downloaded through `datasets`. Raises ConfigError or
-    RunError.
-
-    `key` is where the source stands in the config. What a hub id resolves to is noted under
-    `cache_dir`, so that a machine without network finds it again.
+    """The files of a source, which stands at `key` of the config; remote ones are downloaded
+    through `datasets`. Raises ConfigError or RunError.
     """
     local = Path(source.path).expanduser()
     if local.exists():
-        inside = [path for path in sorted(local.rglob("*")) if path.name.endswith(SUFFIXES)]
-        found = [local] if local.is_file() else [path for path in inside if path.is_file()]
+        inside = sorted(local.rglob("*")) if local.is_dir() else [local]
+        found = [path for path in inside if path == local or path.name.endswith(SUFFIXES)]
+        found = [path for path in found if path.is_file()]
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
-    # Resolving a hub id asks the network even where all of its files are cached.
+    # Resolving a hub id asks the network even where all of its files are cached, which nodes of a
+    # cluster often have not: what it resolved to is noted.
     noted = Path(cache_dir) / "sources" / f"{fingerprint(asdict(source) | {'weight': None})}.json"
     try:
         files = download(source, key)
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        if noted.is_file():
-            files = [DataFile(**file) for file in json.loads(noted.read_text())]
-            if all(Path(file.path).is_file() for file in files):
-                return files
+        files = json.loads(noted.read_text()) if noted.is_file() else []
+        if files and all(Path(file["path"]).is_file() for file in files):
+            return [DataFile(**file) for file in files]
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(
-            f"{key}.path={source.path} is no local file or folder, and it cannot be fetched: "
-            f"{reason}"
+            f"{key}.path={source.path} is no local file or folder, and cannot be fetched: {reason}"
         ) from error
     noted.parent.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps([asdict(file) for file in files]))
@@ -126,31 +124,25 @@ def download(source: Source, key: str) -> list[DataFile]:
             f"{key}.split={source.split} is no split of {source.path}; it has: {names}"
         )
     urls = splits[source.split]
-    paths = DownloadManager().download(list(urls))
     return [
         DataFile(str(url), str(path), {"url": str(url), "origin": str(urls.origin_metadata)})
-        for url, path in zip(urls, paths, strict=True)
+        for url, path in zip(urls, DownloadManager().download(list(urls)), strict=True)
     ]
 
 
 def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
     """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item
-    or a parquet row.
-
-    Blank lines do not count. Raises RunError for a file that cannot be read.
+    or a parquet row. Blank lines do not count. Raises RunError for a file that cannot be read.
     """
     name = file.name.split("?")[0]
     if not name.endswith(SUFFIXES):
         raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
-    if name.endswith(PACKED[1:]) and infer_compression(name) is None:
-        raise RunError(
-            f"{file.name} needs a package that unpacks it, such as `pip install zstandard` for .zst"
-        )
+    compression = infer_compression(name)
+    if compression is None and name.endswith(PACKED[1:]):
+        raise RunError(f"{file.name} needs a package to unpack it, such as `pip install zstandard`")
     try:
-        if name.endswith(".parquet"):
-            yield from parquet_rows(file)
-        else:
-            yield from json_rows(file, infer_compression(name))
+        rows = parquet_rows(file) if name.endswith(".parquet") else json_rows(file, compression)
+        yield from rows
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file.name} is damaged: {reason}; fetch it again") from error
@@ -158,10 +150,11 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
 
 def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
     size = max(1, Path(file.path).stat().st_size)
-    with open(file.path, "rb") as disk, compr[compression](disk, mode="rb") as stream:
-        start = stream.read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
-    with open(file.path, "rb") as disk, compr[compression](disk, mode="rb") as stream:
-        if start[:1] == b"[":
+    with open(file.path, "rb") as disk:
+        start = compr[compression](disk, mode="rb").read(BLOCK)
+        disk.seek(0)
+        stream = compr[compression](disk, mode="rb")
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             for number, item in enumerate(list_items(stream, file.name), start=1):
                 yield number, item, disk.tell() / size
             return
@@ -186,10 +179,7 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
                 continue
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
-                    raise RunError(
-                        f"{name} goes on behind the end of its JSON list; give one list, or rows "
-                        "that are objects"
-                    )
+                    raise RunError(f"{name} goes on behind its JSON list; give one list, or lines")
                 return
             try:
                 item, stop = decoder.raw_decode(text, place)
@@ -210,6 +200,7 @@ def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
 
     number = 0
     with pyarrow.parquet.ParquetFile(file.path) as table:
+        # Row groups may be as large as the file; batches keep memory small.
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
@@ -234,7 +225,21 @@ def selects(share: float, line: int) -> bool:
     """Whether a row is among the `share` of its file that is used: always the same rows, spread
     evenly.
     """
+    # by the hash of the line alone, so that other rows, files or processes change nothing
     return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
+
+
+Item = TypeVar("Item")
+
+
+def show_progress(stage: str, rows: Iterator[tuple[float, Item]]) -> Iterator[Item]:
+    """The rows without their shares, beside a bar of how far they are read."""
+    text = TextColumn(stage + " {task.fields[rows]:,} rows")
+    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=1.0, rows=0)
+        for number, (share, row) in enumerate(rows, start=1):
+            progress.update(task, completed=share, rows=number)
+            yield row
 
 
 def read_rows(
@@ -243,9 +248,7 @@ def read_rows(
     preformatted: bool = False,
     share: float = 1.0,
 ) -> Iterator[Row]:
-    """The first `num_samples` rows of files, or `share` of them, always the same ones, parsed in
-    this process.
-    """
+    """The first `num_samples` rows of files, or `share` of them, parsed in this process."""
     located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))
     for i, file, line, raw, read in islice(located, num_samples):
         if not selects(share, line):
