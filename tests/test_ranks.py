@@ -107,13 +107,7 @@ def test_a_stopped_run_of_two_goes_on_in_one_process(alone, settings, tmp_path, 
 
 def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path, start):
     """Two ranks keep what they compute (hybrid); one is killed in the second epoch."""
-    hybrid = [
-        *settings,
-        *FIXED,
-        *TWO,
-        "mode=hybrid",
-        "hidden_states.dtype=fp32",
-    ]
+    hybrid = [*settings, *FIXED, *TWO, "mode=hybrid", "hidden_states.dtype=fp32"]
     hybrid = [*hybrid, f"hidden_states.path={tmp_path / 'kept'}"]
     run_dir = tmp_path / "run"
     process = start([*hybrid, "train.save_every=1"], run_dir)
@@ -129,10 +123,7 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on(alone, settings, tmp_path, st
     assert not any(map(is_alive, pids))
     before = load_checkpoint(run_dir / "checkpoints" / "last").plain["update"]
     assert before >= 3
-    run(
-        [f"train.resume={run_dir}", TRAIN_ONLY, "launch.nproc_per_node=1"],
-        run_dir,
-    )
+    run([f"train.resume={run_dir}", TRAIN_ONLY, "launch.nproc_per_node=1"], run_dir)
     assert len(losses(run_dir)) == 30 and same(losses(run_dir), losses(alone))
 
 

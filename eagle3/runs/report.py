@@ -142,17 +142,21 @@ def write_report(run_dir: Path) -> Path:
     rows = benchmark_rows(benchmark)
     trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
     last = trained[-1] if trained else {}
-    html = templates().get_template("page.html").render(
-        run=run,
-        training={key: value for key, value in last.items() if "/" not in key},
-        evaluation=read_json(run_dir / "evaluation.json"),
-        protocol=benchmark.get("protocol", {}),
-        rows=rows,
-        columns=benchmark_columns(rows),
-        titles=COLUMNS,
-        plots=read_plots(run_dir),
-        cell=cell,
-        yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
+    html = (
+        templates()
+        .get_template("page.html")
+        .render(
+            run=run,
+            training={key: value for key, value in last.items() if "/" not in key},
+            evaluation=read_json(run_dir / "evaluation.json"),
+            protocol=benchmark.get("protocol", {}),
+            rows=rows,
+            columns=benchmark_columns(rows),
+            titles=COLUMNS,
+            plots=read_plots(run_dir),
+            cell=cell,
+            yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
+        )
     )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
