@@ -270,7 +270,7 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
 def common_prefix(*texts: str) -> str:
     """The longest common prefix that does not end inside a tag such as `<think>`."""
     # Half a tag would be taken for the opening of a turn that goes on otherwise.
-    prefix = os.path.commonprefix(texts)
+    prefix = os.path.commonprefix(texts)  # noqa: RUF071 (by character is meant)
     tag = prefix.rfind("<")
     return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
