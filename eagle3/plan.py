@@ -190,12 +190,12 @@ class NoAttention:
     """Stands for the causal part, whose kernels want data; it makes what a flash kernel makes."""
 
     @staticmethod
-    def forward(q, rows, k, v, documents, scale):
+    def forward(q, rows, k, v, documents):
         wide = torch.promote_types(q.dtype, torch.float32)
         return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide)
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
+    def backward(grad_out, q, rows, k, v, out, lse, documents):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

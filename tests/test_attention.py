@@ -92,12 +92,10 @@ def test_the_total_matters_in_backward():
 
     class Unmerged(Dense):
         @staticmethod
-        def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
-            own_out, own_lse = Dense.forward(q, rows, k, v, documents, scale)
+        def backward(grad_out, q, rows, k, v, out, lse, documents):
+            own_out, own_lse = Dense.forward(q, rows, k, v, documents)
             share = (own_lse - lse).exp()[..., None].to(q.dtype)
-            return Dense.backward(
-                grad_out * share, q, rows, k, v, own_out, own_lse, documents, scale
-            )
+            return Dense.backward(grad_out * share, q, rows, k, v, own_out, own_lse, documents)
 
     out, grad_q, grad_k, grad_v, *later = errors(Unmerged, torch.float64)
     assert max(out, grad_v, *later) < 1e-12

@@ -75,12 +75,12 @@ def test_segments_of_a_shared_batch_equal_dense(backend):
     q, grad = torch.randn(2, len(tokens), 8, 64, dtype=torch.bfloat16, device="cuda")
     k, v = torch.randn(2, sum(LENGTHS), 2, 64, dtype=torch.bfloat16, device="cuda")
     rows = torch.arange(len(tokens), device="cuda")
-    out, lse = Segmented(backend).forward(q, rows, k, v, segments, 0.125)
-    grads = Segmented(backend).backward(grad, q, rows, k, v, out, lse, segments, 0.125)
+    out, lse = Segmented(backend).forward(q, rows, k, v, segments)
+    grads = Segmented(backend).backward(grad, q, rows, k, v, out, lse, segments)
     wide = [x.double().cpu() for x in (q, k, v, grad)]
-    expected, expected_lse = Dense.forward(wide[0], tokens, *wide[1:3], batch.documents, 0.125)
+    expected, expected_lse = Dense.forward(wide[0], tokens, *wide[1:3], batch.documents)
     expected_grads = Dense.backward(
-        wide[3], wide[0], tokens, *wide[1:3], expected, expected_lse, batch.documents, 0.125
+        wide[3], wide[0], tokens, *wide[1:3], expected, expected_lse, batch.documents
     )
     assert closeness(out, expected) < 1e-2 and closeness(lse, expected_lse) < 1e-3
     assert all(closeness(g, e) < 2e-2 for g, e in zip(grads, expected_grads, strict=True))

@@ -258,12 +258,12 @@ def test_other_backends_take_segments():
     torch.manual_seed(1)
     q, rows = torch.randn(len(batch.rows), 4, 6, dtype=torch.float64), batch.rows
     k, v = torch.randn(2, len(batch.input_ids), 2, 6, dtype=torch.float64)
-    out, lse = Dense.forward(q, rows, k, v, batch.documents, 0.4)
-    grads = Dense.backward(q, q, rows, k, v, out, lse, batch.documents, 0.4)
+    out, lse = Dense.forward(q, rows, k, v, batch.documents)
+    grads = Dense.backward(q, q, rows, k, v, out, lse, batch.documents)
     segments = segments_of(torch.arange(len(batch.input_ids)), batch)
     for backend in (Dense, FlashCPU):
-        ours = Segmented(backend).forward(q, rows, k, v, segments, 0.4)
+        ours = Segmented(backend).forward(q, rows, k, v, segments)
         torch.testing.assert_close(ours, (out, lse))
         torch.testing.assert_close(
-            Segmented(backend).backward(q, q, rows, k, v, out, lse, segments, 0.4), grads
+            Segmented(backend).backward(q, q, rows, k, v, out, lse, segments), grads
         )

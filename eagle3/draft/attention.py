@@ -28,21 +28,16 @@ class Backend(Protocol):
     """The causal part. `rows` int64 [N]: the packed places of the query rows, in any order."""
 
     @staticmethod
-    def forward(
-        q, rows, k, v, documents: DocumentSpans, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [N,H,d], k and v [T,G,d] -> out [N,H,d] and lse [N,H] (natural logarithm, at least
-        fp32).
-        """
+    def forward(q, rows, k, v, documents: DocumentSpans) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [N,H,d], k and v [T,G,d] -> out [N,H,d] and lse [N,H] (natural, at least fp32)."""
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents: DocumentSpans, scale: float):
+    def backward(grad_out, q, rows, k, v, out, lse, documents: DocumentSpans):
         """Gradients of q, k and v, where `out` and `lse` may cover more keys than these."""
 
 
 class Attend(torch.autograd.Function):
-    """softmax over the causal step-0 keys and the row's own later keys, in one differentiable
-    piece.
+    """softmax over the causal step-0 keys and the row's own later keys, differentiable.
 
     `later` alternates k^1, v^1, k^2, v^2, ..., each [>= N,G,d]. Rows are ordered by how many steps
     need them, so the first N rows of each are those of q. Backward keeps only references to these
@@ -51,10 +46,9 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, documents, rows, q, k, v, *later):
-        scale = q.shape[-1] ** -0.5
-        out, lse = backend.forward(q, rows, k, v, documents, scale)
+        out, lse = backend.forward(q, rows, k, v, documents)
         q_NGRd = q.unflatten(1, (k.shape[1], -1))
-        scores = [own_scores(q_NGRd, key, scale) for key in later[::2]]
+        scores = [own_scores(q_NGRd, key) for key in later[::2]]
         if scores:
             total = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
             out = out * (lse - total).exp()[..., None].to(out.dtype)
@@ -63,7 +57,7 @@ class Attend(torch.autograd.Function):
                 out += (p_NGR[..., None] * value[: len(q), :, None]).flatten(1, 2)
             lse = total
         ctx.save_for_backward(rows, q, k, v, out, lse, *later)
-        ctx.backend, ctx.documents, ctx.scale = backend, documents, scale
+        ctx.backend, ctx.documents = backend, documents
         return out
 
     @staticmethod
@@ -71,16 +65,16 @@ class Attend(torch.autograd.Function):
         rows, q, k, v, out, lse, *later = ctx.saved_tensors
         # The kernel sees k^0 and v^0 alone, but normalises by all keys, through out and lse.
         grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.contiguous(), q, rows, k, v, out, lse, ctx.documents, ctx.scale
+            grad_out.contiguous(), q, rows, k, v, out, lse, ctx.documents
         )
         groups = (k.shape[1], -1)
         q_NGRd, grad_out_NGRd = q.unflatten(1, groups), grad_out.unflatten(1, groups)
         delta_NGR = (grad_out * out).sum(-1, dtype=lse.dtype).unflatten(1, groups)
         grads = []
         for key, value in zip(later[::2], later[1::2], strict=True):
-            p_NGR = (own_scores(q_NGRd, key, ctx.scale) - lse).exp().unflatten(1, groups)
+            p_NGR = (own_scores(q_NGRd, key) - lse).exp().unflatten(1, groups)
             grad_p_NGR = (grad_out_NGRd * value[: len(q), :, None]).sum(-1, dtype=lse.dtype)
-            grad_score = (p_NGR * (grad_p_NGR - delta_NGR) * ctx.scale).to(q.dtype)
+            grad_score = (p_NGR * (grad_p_NGR - delta_NGR) * scale_of(q)).to(q.dtype)
             grad_q += (grad_score[..., None] * key[: len(q), :, None]).flatten(1, 2)
             # Rows behind the first N have no query at this step, and zero gradient.
             grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
@@ -90,10 +84,16 @@ class Attend(torch.autograd.Function):
         return None, None, None, grad_q, grad_k, grad_v, *grads
 
 
-def own_scores(q_NGRd: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+def scale_of(q: torch.Tensor) -> float:
+    """What scores are multiplied by: 1 / sqrt(d)."""
+    return q.shape[-1] ** -0.5
+
+
+def own_scores(q_NGRd: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Scaled products of each row's queries with its own key [>= N,G,d] -> [N,H], >= fp32."""
     wide = torch.promote_types(key.dtype, torch.float32)
-    return (q_NGRd * key[: len(q_NGRd), :, None]).sum(-1, dtype=wide).flatten(1) * scale
+    products = (q_NGRd * key[: len(q_NGRd), :, None]).sum(-1, dtype=wide)
+    return products.flatten(1) * scale_of(q_NGRd)
 
 
 def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,12 +124,10 @@ class KeysValues:
 
 
 class Dense:
-    """Plain softmax over a [T,T] mask: any device, dtype and head size. The reference, and the last
-    resort.
-    """
+    """Plain softmax over a [T,T] mask: any device, dtype and head size; the last resort."""
 
     @staticmethod
-    def scores(q, rows, k, documents, scale):
+    def scores(q, rows, k, documents):
         """[N,H,T], at least fp32; -inf where a row may not look."""
         lengths = torch.tensor(documents.lengths, device=q.device)
         document_of_token = torch.repeat_interleave(lengths)
@@ -138,23 +136,23 @@ class Dense:
         visible_NT = (tokens[None] <= rows[:, None]) & same_document
         keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = torch.einsum("nhd,thd->nht", q, keys)
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale_of(q)
         return scores.masked_fill(~visible_NT[:, None], float("-inf"))
 
     @staticmethod
-    def forward(q, rows, k, v, documents, scale):
-        scores = Dense.scores(q, rows, k, documents, scale)
+    def forward(q, rows, k, v, documents):
+        scores = Dense.scores(q, rows, k, documents)
         values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         out = torch.einsum("nht,thd->nhd", scores.softmax(-1).to(v.dtype), values)
         return out, scores.logsumexp(-1)
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
+    def backward(grad_out, q, rows, k, v, out, lse, documents):
         repeats = q.shape[1] // k.shape[1]
-        p = (Dense.scores(q, rows, k, documents, scale) - lse[..., None]).exp().to(q.dtype)
+        p = (Dense.scores(q, rows, k, documents) - lse[..., None]).exp().to(q.dtype)
         delta = (grad_out * out).sum(-1, keepdim=True)
         grad_p = torch.einsum("nhd,thd->nht", grad_out, v.repeat_interleave(repeats, dim=1))
-        grad_scores = p * (grad_p - delta) * scale
+        grad_scores = p * (grad_p - delta) * scale_of(q)
         grad_q = torch.einsum("nht,thd->nhd", grad_scores, k.repeat_interleave(repeats, dim=1))
         grad_k = torch.einsum("nht,nhd->thd", grad_scores, q).unflatten(1, (-1, repeats)).sum(2)
         grad_v = torch.einsum("nht,nhd->thd", p, grad_out).unflatten(1, (-1, repeats)).sum(2)

@@ -1,12 +1,11 @@
-"""Flash backends of the causal part: CPU, the varlen kernel inside torch, and the flash-attn
-package.
+"""Flash backends of the causal part: for CPUs, inside torch for CUDA, and the flash-attn package.
 
 Shapes as in `draft/attention.py`: T packed tokens, N query rows, H query heads of size d.
 """
 
 import torch
 
-from eagle3.draft.attention import Backend, Dense, empty_outputs
+from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
 
 
 def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -25,7 +24,7 @@ class FlashCPU:
     # It takes no lengths and aligns its causal mask top left, so queries begin with the document.
 
     @staticmethod
-    def forward(q, rows, k, v, documents, scale):
+    def forward(q, rows, k, v, documents):
         q = scatter(q, rows, len(k))
         out, lse = empty_outputs(q)
         start = 0
@@ -33,14 +32,14 @@ class FlashCPU:
             span = slice(start, start + length)
             heads = [x[span].transpose(0, 1)[None] for x in (q, k, v)]  # [1,heads,length,d]
             part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *heads, 0.0, True, scale=scale
+                *heads, 0.0, True, scale=scale_of(q)
             )
             out[span], lse[span] = part_out[0].transpose(0, 1), part_lse[0].transpose(0, 1)
             start += length
         return out[rows], lse[rows]
 
     @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents, scale):
+    def backward(grad_out, q, rows, k, v, out, lse, documents):
         grad_out, q, out, lse = (scatter(x, rows, len(k)) for x in (grad_out, q, out, lse))
         grads = [torch.empty_like(x) for x in (q, k, v)]
         start = 0
@@ -48,7 +47,7 @@ class FlashCPU:
             span = slice(start, start + length)
             heads = [x[span].transpose(0, 1)[None] for x in (grad_out, q, k, v, out, lse)]
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *heads, 0.0, True, scale=scale
+                *heads, 0.0, True, scale=scale_of(q)
             )
             for grad, part in zip(grads, parts, strict=True):
                 grad[span] = part[0].transpose(0, 1)
@@ -74,40 +73,38 @@ class Varlen:
         return cu_seqlens_q, cu_seqlens, longest - documents.first, longest
 
     @classmethod
-    def forward(cls, q, rows, k, v, documents, scale):
+    def forward(cls, q, rows, k, v, documents):
         rows = rows - documents.first
         q = scatter(q, rows, len(k) - documents.first)
-        out, lse_HS = cls.kernel(q, k, v, cls.spans(documents), scale)
+        out, lse_HS = cls.kernel(q, k, v, cls.spans(documents))
         return out[rows], lse_HS.transpose(0, 1)[rows]
 
     @classmethod
-    def backward(cls, grad_out, q, rows, k, v, out, lse, documents, scale):
+    def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
         rows, length = rows - documents.first, len(k) - documents.first
         grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
         lse_HS = lse.transpose(0, 1).contiguous()
         spans = cls.spans(documents)
-        grads = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans, scale)
+        grads = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
         return grads[0][rows], grads[1], grads[2]
 
 
 class FlashCUDA(Varlen):
-    """The varlen flash kernel inside torch (CUDA, fp16 and bf16, head size up to 256): nothing to
-    install.
-    """
+    """The varlen flash kernel inside torch: CUDA, fp16 and bf16, head size up to 256."""
 
     @staticmethod
-    def kernel(q, k, v, spans, scale):
+    def kernel(q, k, v, spans):
         results = torch.ops.aten._flash_attention_forward(
-            q, k, v, *spans, 0.0, True, False, scale=scale
+            q, k, v, *spans, 0.0, True, False, scale=scale_of(q)
         )
         return results[:2]
 
     @staticmethod
-    def kernel_backward(grad_out, q, k, v, out, lse, spans, scale):
+    def kernel_backward(grad_out, q, k, v, out, lse, spans):
         # The state of a random generator, which only dropout reads.
         unused = torch.empty(2, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._flash_attention_backward(
-            grad_out, q, k, v, out, lse, *spans, 0.0, True, unused, unused, scale=scale
+            grad_out, q, k, v, out, lse, *spans, 0.0, True, unused, unused, scale=scale_of(q)
         )
 
 
@@ -115,20 +112,20 @@ class FlashAttn(Varlen):
     """The flash-attn package (2.8): the same kernels, for those who built it for their card."""
 
     @staticmethod
-    def kernel(q, k, v, spans, scale):
+    def kernel(q, k, v, spans):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
-        return _flash_attn_varlen_forward(q, k, v, *spans, 0.0, scale, causal=True)[:2]
+        return _flash_attn_varlen_forward(q, k, v, *spans, 0.0, scale_of(q), causal=True)[:2]
 
     @staticmethod
-    def kernel_backward(grad_out, q, k, v, out, lse, spans, scale):
+    def kernel_backward(grad_out, q, k, v, out, lse, spans):
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward
 
         grads = [torch.empty_like(x) for x in (q, k, v)]
         # Causal, no window (-1, -1), no soft cap, no ALiBi slopes, not deterministic.
         options = (True, -1, -1, 0.0, None, False)
         _flash_attn_varlen_backward(
-            grad_out, q, k, v, out, lse, *grads, *spans, 0.0, scale, *options
+            grad_out, q, k, v, out, lse, *grads, *spans, 0.0, scale_of(q), *options
         )
         return grads
 

@@ -46,17 +46,17 @@ class Segmented:
 
     backend: Backend
 
-    def forward(self, q, rows, k, v, segments: Segments, scale):
+    def forward(self, q, rows, k, v, segments: Segments):
         """q [N,H,d] of `rows` [N] among the S tokens, k and v [T,G,d]; returns out and lse."""
         q_SHd = scatter(q, rows, segments.length)
         out, lse = empty_outputs(q_SHd)
         for queries, keys, own_rows, documents in segments.parts:
             out[queries], lse[queries] = self.backend.forward(
-                q_SHd[queries], own_rows, k[keys], v[keys], documents, scale
+                q_SHd[queries], own_rows, k[keys], v[keys], documents
             )
         return out[rows], lse[rows]
 
-    def backward(self, grad_out, q, rows, k, v, out, lse, segments: Segments, scale):
+    def backward(self, grad_out, q, rows, k, v, out, lse, segments: Segments):
         grad_out, q, out, lse = (scatter(x, rows, segments.length) for x in (grad_out, q, out, lse))
         grad_q = torch.empty_like(q)
         # A key is seen by every later segment of its document: bf16 would round at each addition.
@@ -65,7 +65,7 @@ class Segmented:
         for queries, keys, own_rows, documents in segments.parts:
             grads = self.backend.backward(
                 grad_out[queries], q[queries], own_rows, k[keys], v[keys], out[queries],
-                lse[queries], documents, scale,
+                lse[queries], documents,
             )  # fmt: skip
             grad_q[queries] = grads[0]
             grad_k[keys] += grads[1]
