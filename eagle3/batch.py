@@ -209,22 +209,15 @@ def count_before(pair_teacher: torch.Tensor, num_teachers: int) -> list[int]:
     return F.pad(counts.cumsum(0), (1, 0)).tolist()
 
 
-# The options of `loss/mask`: which (row t, step k) pairs the loss supervises. A function takes, of
-# T packed tokens, `assistant` bool [T] (a_t: content or end of an assistant turn), `in_vocab` bool
-# [T] (x_t lies in the draft vocabulary), `ends` int64 [T] (where the row's document ends), the
-# documents' lengths, and K. It returns bool [K,T] and the batch's normaliser. That the teacher's
-# argmax must lie in the draft vocabulary is not known yet; the loss applies it.
+# The options of `loss/mask`: which (row t, step k) pairs the loss supervises, bool [K,T], and the
+# batch's normaliser. Of T packed tokens: `assistant` bool [T] (a_t: content or end of an assistant
+# turn), `in_vocab` bool [T] (x_t lies in the draft vocabulary S), `ends` int64 [T] (where the row's
+# document ends), the documents' `lengths`. Whether the teacher's argmax lies in S is not known yet
+# and left to the loss.
 
 
-def serving(
-    assistant: torch.Tensor,
-    in_vocab: torch.Tensor,
-    ends: torch.Tensor,
-    lengths: list[int],
-    ttt_steps: int,
-) -> tuple[torch.Tensor, int]:
-    """The pairs that drafting reaches when served: a_{t+1} ... a_{t+k+2}, x_{t+2} ... x_{t+k+1} in
-    S.
+def serving(assistant, in_vocab, ends, lengths, ttt_steps) -> tuple[torch.Tensor, int]:
+    """What drafting reaches when served: a_{t+1} ... a_{t+k+2}, and x_{t+2} ... x_{t+k+1} in S.
 
     Drafting starts behind an accepted assistant token, and goes on only while the drafted token can
     be right. Normaliser: the number of rows supervised at step 0.
@@ -235,13 +228,7 @@ def serving(
     return torch.stack(steps), int(steps[0].sum())
 
 
-def shifted(
-    assistant: torch.Tensor,
-    in_vocab: torch.Tensor,
-    ends: torch.Tensor,
-    lengths: list[int],
-    ttt_steps: int,
-) -> tuple[torch.Tensor, int]:
+def shifted(assistant, in_vocab, ends, lengths, ttt_steps) -> tuple[torch.Tensor, int]:
     """SpecForge's pairs: the gate a_{t+k}. Normaliser: documents times the longest of them."""
     steps = [ahead(assistant, ends, k) for k in range(ttt_steps)]
     return torch.stack(steps), len(lengths) * max(lengths)
@@ -285,17 +272,13 @@ def concatenate_features(parts: list[Features]) -> Features:
 
 
 def empty_on_host(rows: int, columns: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Like torch.empty; numpy asks for huge pages, torch does not: 10 GB/s against 2.3 on first
-    use.
-    """
+    """Like torch.empty, but numpy asks for huge pages: 10 GB/s against 2.3 on first use."""
     size = rows * int(np.prod(columns, dtype=np.int64)) * dtype.itemsize
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(rows, *columns)
 
 
 def split_by_cost(items: np.ndarray, costs: np.ndarray, shares: int) -> list[np.ndarray]:
-    """Deal items (indices into `costs`): the costliest first, each to the share with the least so
-    far.
-    """
+    """Deal items (indices into `costs`), the costliest first, each to the cheapest share so far."""
     dealt: list[list[int]] = [[] for _ in range(shares)]
     loads = [(0, share) for share in range(shares)]
     for item in sorted(items.tolist(), key=lambda i: (-costs[i], i)):

@@ -28,9 +28,7 @@ from eagle3.ttt import unroll
 
 @dataclass
 class Answer:
-    """A prompt and the target's greedy answer: `input_ids` [n], the first `prompt_length` the
-    prompt.
-    """
+    """A prompt and the target's greedy answer, `input_ids` [n]; `prompt_length` are the prompt."""
 
     id: str
     input_ids: torch.Tensor
@@ -217,9 +215,7 @@ def evaluate(
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
-    """bool [T,K]: whether the draft's token of (row, step) is the target's; False where none is
-    drafted.
-    """
+    """bool [T,K]: whether the token drafted at (row, step) is the target's; False without one."""
     counts = torch.tensor(batch.row_counts, device=correct_M.device)
     offsets = counts.cumsum(0) - counts
     rows = batch.rows[batch.pair_index - offsets[batch.pair_step]]

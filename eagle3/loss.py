@@ -27,9 +27,7 @@ Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Ten
 
 @dataclass
 class FrozenWeights:
-    """What training reads of the target's weights: `embedding` [V,D], and the head's rows of the
-    draft vocabulary, `draft_head` [Vd,H].
-    """
+    """Of the target: `embedding` [V,D], and `draft_head` [Vd,H], its draft rows."""
 
     embedding: torch.Tensor
     draft_head: torch.Tensor

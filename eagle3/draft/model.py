@@ -157,9 +157,7 @@ class Draft(nn.Module):
         return linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(0))
 
     def qkv_weight(self, half: int) -> torch.Tensor:
-        """[(H+2G)d,D]: the columns of q, k, v that read the embedding (half 0) or the hidden state
-        (half 1).
-        """
+        """[(H+2G)d,D]: the columns of q, k, v for the embedding (half 0) or state (half 1)."""
         attention, size = self.midlayer.self_attn, self.config.hidden_size
         columns = slice(half * size, (half + 1) * size)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
