@@ -67,7 +67,7 @@ def launch(
     set_up_process(config)
     if config.launch.nnodes == 1 or is_torchrun() or config.plan:
         return pipeline(config, run_dir, overrides)
-    store, node = connect_nodes(config)
+    store, node = meet_nodes(config.launch.rdzv_endpoint)
     if node > 0:
         serve_node_tasks(store, node)
         return None
@@ -75,6 +75,11 @@ def launch(
         return pipeline(config, run_dir, overrides)
     finally:
         post_task(store, None)
+        # The store ends with this process, and the others are still to read this from it.
+        ends, give_up = store.add("ends", 1), time.monotonic() + 60
+        others = ends * (config.launch.nnodes - 1)
+        while store.add("ended", 0) < others and time.monotonic() < give_up:
+            time.sleep(0.1)
 
 
 def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) -> Any:
@@ -92,7 +97,7 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
     if config.launch.nnodes > 1:
         host = config.launch.rdzv_endpoint.rpartition(":")[0]
         endpoint = f"{host}:{find_free_port()}"
-        post_task(connect_nodes(config)[0], (endpoint, call))
+        post_task(meet_nodes(config.launch.rdzv_endpoint)[0], (endpoint, call))
     return spawn_ranks(endpoint, 0, *call)
 
 
@@ -118,16 +123,12 @@ def spawn_ranks(
     logging.disable(logging.ERROR)  # what failed is said below, in one sentence
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
-    except SignalException as stopped:
-        print(
-            f"stopped; go on with: {command_to_resume(run_dir, read_overrides(run_dir))}",
-            file=sys.stderr,
-        )
-        raise SystemExit(128 + stopped.sigval) from None
-    except ChildFailedError as error:
-        raise explain_failure(
-            *error.get_first_failure(), command_to_resume(run_dir, read_overrides(run_dir))
-        ) from error
+    except (SignalException, ChildFailedError) as ended:
+        resume = command_to_resume(run_dir, read_overrides(run_dir))
+        if isinstance(ended, ChildFailedError):
+            raise explain_failure(*ended.get_first_failure(), resume) from ended
+        print(f"stopped; go on with: {resume}", file=sys.stderr)
+        raise SystemExit(128 + ended.sigval) from None
     finally:
         logging.disable(logging.NOTSET)
     return results.get(0)
@@ -221,11 +222,11 @@ def end_tasks() -> None:
 
 def serve_node_tasks(store: dist.Store, node: int) -> None:
     """On further nodes: spawn processes for the first node's tasks, until it has no more."""
-    number = 1
-    while (posted := read_task(store, number)) is not None:
+    # Counted on the store, because a sweep comes here again.
+    while (posted := read_task(store, store.add(f"served/{node}", 1))) is not None:
         endpoint, call = posted
         spawn_ranks(endpoint, node, *call)
-        number += 1
+    store.add("ended", 1)
 
 
 @cache
@@ -248,10 +249,6 @@ def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
             f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port "
             "that is free there"
         ) from error
-
-
-def connect_nodes(config: RunConfig) -> tuple[dist.Store, int]:
-    return meet_nodes(config.launch.rdzv_endpoint)
 
 
 def find_free_port() -> int:

@@ -1,4 +1,4 @@
-"""torchrun with run.py's exit codes: those of the first process that failed, 130 after Ctrl-C, 143 after SIGTERM.
+"""torchrun with run.py's exit codes: the first failure's, 130 after Ctrl-C, 143 after SIGTERM.
 
 `python -m torch.distributed.run` shows its own traceback and leaves with 1 in all these cases.
 """
