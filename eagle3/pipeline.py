@@ -100,7 +100,8 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             tracking.note("capture", (store.folder, store.facts))
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
-            made = describe_training_data(prepared, answers, store, store_alone)
+            reads = store if mode.captures else None
+            made = describe_training_data(prepared, answers, reads, store_alone)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)

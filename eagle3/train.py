@@ -81,9 +81,8 @@ def train(
         if ranks.is_main:
             print(f"train: resumed after update {resumed_at} of {total}")
 
-    measure = None
-    if data.answers:
-        draft_length = config.eval.draft_length
+    evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
+    if evaluates and ranks.is_main:  # the others wait for what it has measured
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
         answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
@@ -116,8 +115,8 @@ def train(
                 show(trainer.update, loss=metrics["loss"])
 
             began = time.perf_counter()
-            is_best = measure is None
-            if measure and (trainer.update % section.eval_every == 0 or is_last):
+            is_best = not evaluates
+            if evaluates and (trainer.update % section.eval_every == 0 or is_last):
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
                 log(evaluation, trainer.update)
                 acceptance = evaluation["eval/acceptance_length"]
@@ -126,7 +125,7 @@ def train(
                 trainer.best = max(trainer.best, acceptance)
 
             due = trainer.update % section.save_every == 0 or is_last or stopping
-            if due or (measure and is_best):
+            if due or (evaluates and is_best):
                 trainer.best_update = trainer.update if is_best else trainer.best_update
                 supply.sync()  # what a checkpoint says was trained on must be on disk by then
                 state = trainer.state()
@@ -143,7 +142,7 @@ def train(
         checkpoints.wait()
         ranks.barrier()
 
-    if measure and ranks.is_main:
+    if evaluates and ranks.is_main:
         draft.load_state_dict(draft_weights(best))
         evaluation, update = measure(), trainer.best_update
         values = asdict(evaluation) | {"update": update}
@@ -155,7 +154,7 @@ def train(
         )
     elif ranks.is_main:
         print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
-    damaged = ranks.all_gather(supply.store.damaged if data.store else {})
+    damaged = ranks.all_gather(supply.store.damaged if supply.store else {})
     return {key: reason for each in damaged for key, reason in each.items()}
 
 
@@ -239,6 +238,11 @@ def build_draft(
         return read_draft(locate(section.init_from, "draft.init_from"), attention, spec)
     # An imported store comes without prepared data, and counts its own tokens.
     vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
+    if len(vocab) != section.vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
+            f"{len(vocab)} tokens; set draft.vocab_size={len(vocab)}"
+        )
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
     config, initial = draft_config(section, spec.config), instantiate(section.initial)
     return new_draft(config, attention, initial, weights, t2d, d2t)

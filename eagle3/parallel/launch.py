@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
     ProcessFailure,
     record,
 )
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from eagle3.config import RunConfig
@@ -38,8 +39,10 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.parallel.ranks import Ranks, collective_timeout, init_ranks, set_up_process
 from eagle3.parallel.watch import redirect_output
 from eagle3.runs.resume import command_to_resume, read_overrides
+from eagle3.target.handle import TargetHandle
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 BETWEEN_TASKS = timedelta(days=30)  # prepare and generate may take days, and the others wait
 CULPRIT_SECONDS = 3.0
 
@@ -69,7 +72,10 @@ def launch(
         return pipeline(config, run_dir, overrides)
     store, node = meet_nodes(config.launch.rdzv_endpoint)
     if node > 0:
-        serve_node_tasks(store, node)
+        try:
+            serve_node_tasks(store, node)
+        except DistError as error:
+            raise RunError("the first node's launcher has ended: see its output") from error
         return None
     try:
         return pipeline(config, run_dir, overrides)
@@ -120,6 +126,8 @@ def spawn_ranks(
         start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
     )
+    # torch's launcher takes the handlers of signals and does not give them back.
+    before = {number: signal.getsignal(number) for number in HANDLED}
     logging.disable(logging.ERROR)  # what failed is said below, in one sentence
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
@@ -129,8 +137,13 @@ def spawn_ranks(
             raise explain_failure(*ended.get_first_failure(), resume) from ended
         print(f"stopped; go on with: {resume}", file=sys.stderr)
         raise SystemExit(128 + ended.sigval) from None
+    except (RendezvousError, DistError) as error:
+        why = str(error).splitlines()[0]
+        raise RunError(f"the processes cannot meet at {endpoint}: {why}; start again") from error
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return results.get(0)
 
 
@@ -140,9 +153,19 @@ def run_spawned(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     with suppress(OSError, AttributeError):  # where the C library has it
         # a launcher that is killed leaves nobody behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    result = run_task(None, task, config, run_dir, arguments)
+    try:
+        result = run_task(None, task, config, run_dir, arguments)
+    finally:
+        close_targets(arguments)
     dist.destroy_process_group()  # or nccl complains
     return result
+
+
+def close_targets(arguments: tuple) -> None:
+    """Free what a task has loaded into this process, or end the engine that it has started."""
+    for argument in arguments:
+        if isinstance(argument, TargetHandle):
+            argument.close()
 
 
 def run_task(
@@ -207,6 +230,7 @@ def serve_tasks() -> None:
     number = 1
     while (call := read_task(torchrun_store(), number)) is not None:
         run_task(torchrun_store(), *call)
+        close_targets(call[-1])
         number += 1
     if dist.is_initialized():
         dist.destroy_process_group()

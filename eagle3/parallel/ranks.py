@@ -7,6 +7,7 @@ them.
 
 import ctypes
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -129,10 +130,12 @@ def load_target(target: TargetHandle, ranks: Ranks) -> None:
     if target.in_process:
         target.load()
         return
-    url = target.load().url if ranks.local_rank == 0 else None
-    urls = ranks.all_gather(url)
+    running = None
+    if ranks.local_rank == 0:
+        running = socket.gethostname(), target.load().url
+    everywhere = ranks.all_gather(running)
     if ranks.local_rank > 0:
-        target.section = target.section | {"url": urls[ranks.rank - ranks.local_rank]}
+        target.running = everywhere[ranks.rank - ranks.local_rank]
         target.load()
 
 

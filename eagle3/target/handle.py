@@ -1,6 +1,7 @@
 """The target of a run: what it is, and the loaded model for as long as stages use it."""
 
 import gc
+import socket
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,7 @@ class TargetHandle:
             gpus = min(torch.cuda.device_count(), processes)
             section = section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
         self.spec, self.section, self.device, self.loaded = spec, section, device, None
+        self.running: tuple[str, str] | None = None  # host and address of another process' engine
         # Whether the model is loaded into this process, and not into an engine's.
         self.in_process = get_class(section["_target_"]).in_process
 
@@ -43,13 +45,17 @@ class TargetHandle:
         """For other processes, which load the target too, or use the engine that runs here."""
         state = vars(self) | {"loaded": None}  # weights are not sent, nor can a client be
         if self.loaded is not None and not self.in_process:
-            state["section"] = self.section | {"url": self.loaded.url}
+            state["running"] = (socket.gethostname(), self.loaded.url)
         return state
 
     def load(self) -> Any:
         """The loaded target. Raises ConfigError and RunError."""
         if self.loaded is None:
-            self.loaded = instantiate(self.section)(self.spec, self.device)
+            section = self.section
+            # An engine's address and its shared memory are those of one machine.
+            if self.running and self.running[0] == socket.gethostname():
+                section = section | {"url": self.running[1]}
+            self.loaded = instantiate(section)(self.spec, self.device)
         return self.loaded
 
     def __enter__(self) -> "TargetHandle":
@@ -70,9 +76,7 @@ class TargetHandle:
 
     def close(self) -> None:
         """Free the target's memory, end its engine; `load` makes it anew."""
-        if self.loaded is None:
-            return
-        if not self.in_process:
+        if self.loaded is not None and not self.in_process:
             self.loaded.close()
         self.loaded = None
         gc.collect()  # its hooks and it hold each other

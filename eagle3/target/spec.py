@@ -1,7 +1,7 @@
 """Which model is the target: where it lies, what it computes in, which of its layers are read."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ class TargetSpec:
     trust_remote_code: bool = False
     embedding_key: str | None = None
     lm_head_key: str | None = None
+
+    def __reduce__(self) -> tuple:
+        """For other processes, which may not know a config class that brings its own code."""
+        names = [field.name for field in fields(Model)]
+        return read_spec, (Model(**{name: getattr(self, name) for name in names}),)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
