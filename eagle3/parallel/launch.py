@@ -262,7 +262,7 @@ def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
     host, _, port = endpoint.rpartition(":")
     try:
         # A socket can be bound to the host's address on that machine alone, and by one launcher.
-        with suppress(OSError):
+        with suppress(OSError, DistError):
             socket.create_server((host, int(port))).close()
             return dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False), 0
         store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(minutes=15))
