@@ -1,6 +1,4 @@
-"""Conversations to token ids and the assistant mask: rendered once, tokenised once, spans found in
-that text.
-"""
+"""Conversations to ids and the assistant mask: rendered and tokenised once, spans found in it."""
 
 import os
 import re
@@ -27,14 +25,11 @@ WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
-PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "qzcall", "description": "", "parameters": {"properties": {}}},
-}
+SCHEMA = {"name": "qzcall", "description": "", "parameters": {"properties": {}}}
+PROBE_TOOL = {"type": "function", "function": SCHEMA}
 
 SYSTEM_PROMPTS = {
-    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have (so
-    # their drafts too).
+    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have.
     "llama2": (
         "You are a helpful, respectful and honest assistant. Always answer as helpfully as "
         "possible, while being safe.  Your answers should not include any harmful, unethical, "
@@ -64,9 +59,8 @@ class Encoded:
 
 @dataclass
 class Turns:
-    """How a template frames an assistant turn: `opening` stands before it, `prompt_rest` is what a
-    generation prompt adds to that, and one of `closings` ends it, but for the last turn where that
-    has an `open_end`.
+    """How a template frames an assistant turn: `opening` and what a generation prompt adds to it
+    before, one of `closings` behind, but for a last turn with an `open_end`.
     """
 
     opening: str
@@ -92,9 +86,9 @@ class Turns:
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
         # Some templates leave the last turn open, and its end then is that of the text.
-        ends_text = self.open_end and not text[answer_end:].strip()
-        open_ended = answer_end if ends_text or not self.closings else None
-        return self.closing_at(text, answer_end) or open_ended
+        if (self.open_end and not text[answer_end:].strip()) or not self.closings:
+            return self.closing_at(text, answer_end) or answer_end
+        return self.closing_at(text, answer_end)
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
@@ -131,10 +125,9 @@ def load_tokenizer(
         tokenizer.chat_template = templates.read(chat_template)
         check_tokens(tokenizer, chat_template)
     if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the tokenizer of model.path={path} has no chat template; add chat_template.jinja, or "
-            f"set data.chat_template to one of {', '.join(templates.names())}"
-        )
+        names = ", ".join(templates.names())
+        words = f"has no chat template; add one, or set data.chat_template to one of {names}"
+        raise ConfigError(f"the tokenizer of model.path={path} {words}")
     return tokenizer
 
 
@@ -159,20 +152,17 @@ class Chat:
     @property
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
-        whole = self.tokenizer.backend_tokenizer.to_str().encode()
-        # Such a template renders otherwise tomorrow.
-        dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
-        return {
-            "tokenizer": sha256(whole).hexdigest(),
-            "template": self.template,
-            "options": self.options,
-        } | dated
+        whole = sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        known = {"tokenizer": whole, "template": self.template, "options": self.options}
+        if "strftime_now" in self.template:  # it renders otherwise tomorrow
+            known["date"] = str(date.today())
+        return known
 
     def render(
         self, messages: Messages, tools=None, prompt: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text of `messages` and, where the template has `{% generation %}`, the character
-        spans it marks. Raises RowError with what the template refuses.
+        """The text of `messages` and the spans of it that `{% generation %}` marks. Raises RowError
+        with what the template refuses.
         """
         try:
             texts, spans = render_jinja_template(
@@ -193,7 +183,7 @@ class Chat:
 
     @cached_property
     def call_closing(self) -> str:
-        """The special token that ends a turn which calls a tool."""
+        """The special token that ends a turn which calls a tool. Raises RowError."""
         asked = {"role": "user", "content": "qzasked"}
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
         result = {"role": "tool", "content": "qzresult", "name": "qzcall"}
@@ -219,12 +209,9 @@ class Chat:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise RowError("bad UTF-8") from error
-        token_spans = []
-        for start, stop in spans[-1:] if only_last_turn else spans:
-            span = token_at(encoding, text, start), token_at(encoding, text, stop)
-            if span[0] < span[1]:
-                token_spans.append(span)
-        return Encoded(text, encoding.ids, token_spans)
+        ends = spans[-1:] if only_last_turn else spans
+        token_spans = [tuple(token_at(encoding, text, end) for end in span) for span in ends]
+        return Encoded(text, encoding.ids, [span for span in token_spans if span[0] < span[1]])
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:
         """The ids that ask for the next assistant turn; trailing assistant messages are dropped."""
@@ -267,14 +254,6 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     return found.span() if found else None
 
 
-def common_prefix(*texts: str) -> str:
-    """The longest common prefix that does not end inside a tag such as `<think>`."""
-    # Half a tag would be taken for the opening of a turn that goes on otherwise.
-    prefix = os.path.commonprefix(texts)  # noqa: RUF071 (by character is meant)
-    tag = prefix.rfind("<")
-    return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
-
-
 def probe_turns(chat: Chat) -> Turns:
     """What the template puts around a conversation of known words. Raises ConfigError."""
     roles = ("user", "assistant") * 2
@@ -283,15 +262,12 @@ def probe_turns(chat: Chat) -> Turns:
         text, asked = chat.render(messages)[0], chat.render(messages[:1])[0]
         prompted = chat.render(messages[:1], prompt=True)[0]
     except RowError as error:
-        raise ConfigError(
-            f"the chat template cannot be used: {error}; set data.chat_template"
-        ) from error
+        words = f"the chat template cannot be used: {error}; set data.chat_template"
+        raise ConfigError(words) from error
     parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
     if parts is None:
-        raise ConfigError(
-            "the chat template does not render user and assistant turns in order; set "
-            "data.chat_template"
-        )
+        words = "does not render user and assistant turns in order"
+        raise ConfigError(f"the chat template {words}; set data.chat_template")
     _, before_second, middle, before_fourth, last = parts.groups()
     tail = asked.partition(WORDS[0])[2]  # what ends a question
     prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
@@ -318,8 +294,8 @@ def probe_turns(chat: Chat) -> Turns:
 def find_opening(
     tokenizer: PreTrainedTokenizerBase, heads: list[str], tail: str, prompt: str
 ) -> str:
-    """What all of `heads`, the texts between a question and its answer, and the generation prompt
-    begin with, from the prompt's first special token on.
+    """What the texts between questions and answers and the generation prompt begin with, from the
+    prompt's first special token on.
     """
     marker = first_special(tokenizer, prompt)
     begins = [prompt] if prompt else []
@@ -329,13 +305,14 @@ def find_opening(
         head = head.removeprefix(tail)
         place = head.rfind(prompt[slice(*marker)]) if marker else -1
         begins.append(head[max(0, place) :])
-    return common_prefix(*begins)
+    prefix = os.path.commonprefix(begins)  # noqa: RUF071 (by character is meant)
+    # Half a tag, such as <think>, would be taken for the opening of a turn that goes on otherwise.
+    tag = prefix.rfind("<")
+    return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
 
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
-    """Characters of every assistant turn with its closing, by walking the messages and the text
-    side by side. Raises RowError.
-    """
+    """Characters of every assistant turn with its closing, for unmarked text. Raises RowError."""
     # A question is stepped over by its content, so that an opening quoted in it is not taken for
     # one; an answer must stand between an opening and a closing. What a template does to earlier
     # turns (drop thinking, add an empty block) is thereby seen as it was rendered.
@@ -381,9 +358,7 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
 
 
 def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[Span]:
-    """Spans that a template marks, without the opening and with the closing; an answer that was cut
-    has none.
-    """
+    """Marked spans without the opening and with the closing, which an answer that was cut lacks."""
     try:
         turns = chat.turns
     except ConfigError:  # the marks are all there is to go by
@@ -406,13 +381,12 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
 
 def find_spans(turns: Turns, text: str) -> list[Span]:
     """Assistant turns of a text that was rendered elsewhere. Raises RowError without any."""
-    spans = []
-    start = turns.start(text, 0)
+    spans, start = [], turns.start(text, 0)
+    closing = re.compile("|".join(map(re.escape, turns.closings)) or "(?!)")
     while start >= 0:
-        found = [(text.find(closing, start), len(closing)) for closing in turns.closings]
-        stop = sum(min((f for f in found if f[0] >= 0), default=(len(text), 0)))
-        spans.append((start, stop))
-        start = turns.start(text, stop)
+        found = closing.search(text, start)
+        spans.append((start, found.end() if found else len(text)))
+        start = turns.start(text, spans[-1][1])
     if not spans:
         raise RowError(NOT_FOUND)
     return spans

@@ -5,10 +5,10 @@ that the artefact does not depend on how many there were. Memory holds a few chu
 about 150 bytes a row. A killed call goes on at the last part it finished.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,35 +22,18 @@ from xxhash import xxh3_128
 from eagle3.batch import Document
 from eagle3.config import Data, Source
 from eagle3.data.chat import Chat
-from eagle3.data.encoder import (
-    LEFT_OUT,
-    RECORD,
-    Chunk,
-    Encoder,
-    RawRow,
-    encode_in_order,
-    number_of,
-    opening_hash,
-)
+from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order, number_of
 from eagle3.data.rows import RowError
-from eagle3.data.sources import (
-    DataFile,
-    SourceFiles,
-    find_files,
-    raw_rows,
-    read_rows,
-    selects,
-    show_progress,
-)
+from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
 from eagle3.data.vocab import choose_vocab, coverage
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
 
 STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
-PART_CHUNKS = 64  # about 8,000 rows, the most that a killed call does again
+PART_CHUNKS = 128  # about 8,000 rows, the most that a killed call does again
 COUNTED_ROWS = 1024
-FORMAT = 2  # part of the fingerprint, raised when the same rows come to be encoded differently
+FORMAT = 3  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
@@ -63,9 +46,8 @@ KEYS = (
 @dataclass
 class Prepared:
     """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document,
-    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}.
-
-    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind.
+    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}; `teachers` counts the rows
+    that `Features` has teachers for.
     """
 
     input_ids: np.ndarray
@@ -77,10 +59,9 @@ class Prepared:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        names = ("length", "supervised", "teachers")
-        self.lengths, self.supervised, self.teachers = (
-            self.index[name].astype(np.int64) for name in names
-        )
+        self.lengths = self.index["length"].astype(np.int64)
+        self.supervised = self.index["supervised"].astype(np.int64)
+        self.teachers = self.index["teachers"].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -129,8 +110,7 @@ def prepare(
 ) -> Prepared:
     """The prepared data, made where it is not there yet; without `write` it must be there.
 
-    `vocab_size` is the target's. Without `data.eval_path`, `num_heldout` conversations are held
-    out. Raises ConfigError, RunError.
+    `vocab_size` is the target's. Raises ConfigError, RunError.
     """
     evaluation = Source(data.eval_path) if data.eval_path else None
     eval_files = find_files(evaluation, cache_dir) if evaluation else []
@@ -164,28 +144,15 @@ def find_prepared(*inputs: Any) -> Prepared | None:
         return None
 
 
-def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, RawRow]]:
-    """The rows of all sources, files numbered through, each behind the share that is read."""
-    first, num_files = 0, len(names_of(sources))
-    for number, (source, files) in enumerate(sources):
-        located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
-        for file, line, raw, share in islice(located, num_samples):
-            chosen = raw if selects(source.weight, line) else None
-            yield (file + share) / num_files, (number, file, line, chosen)
-        first += len(files)
-
-
 class Writer:
-    """Appends chunks to the flat files and notes, after each part, how far it came.
-
-    What is noted is all that a killed call goes on from: how many rows and tokens are written,
-    reasons, and the `candidates` of the lowest opening hashes, ascending.
+    """Appends chunks to the flat files and notes, after each part, how far it came: all that a
+    killed call goes on from. `candidates` are those of the lowest opening hashes, ascending.
     """
 
     def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
         self.rows = self.tokens = self.not_found = 0
-        self.reasons: list[str] = []
+        self.reasons: dict[str, int] = {}
         self.candidates: list[dict] = []
         self.example: str | None = None
         if (folder / STATE).exists():
@@ -208,16 +175,16 @@ class Writer:
         return self.candidates[-1]["hash"] + 1 if self.candidates else 0
 
     def append(self, chunk: Chunk) -> None:
+        """Raises RunError for ids beyond the target's vocabulary."""
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
             raise RunError(
-                f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
-                f"{self.vocab_size} entries; this tokenizer does not belong to this target"
+                f"the tokenizer gives id {chunk.ids.max()}, beyond {self.vocab_size} entries: it does "
+                "not belong to this target"
             )
         # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
-        numbers = np.array([0, *(number_of(reason, self.reasons) for reason in chunk.reasons)])
-        for name in ("outcome", "repaired"):
-            column = chunk.records[name]
-            column[column > 0] = numbers[column[column > 0]]
+        numbers = [number_of(reason, self.reasons) for reason in chunk.reasons]
+        for name in ("outcome", "repaired"):  # LEFT_OUT, -1, takes what stands last
+            chunk.records[name] = np.array([0, *numbers, LEFT_OUT])[chunk.records[name]]
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
             stream.write(values.tobytes())
         self.rows += len(chunk.records)
@@ -232,6 +199,7 @@ class Writer:
             self.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
 
     def save(self) -> None:
+        """Note how far it came."""
         for stream in self.files:
             stream.flush()
             os.fsync(stream.fileno())
@@ -253,13 +221,12 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     data, names = encoder.data, names_of(sources)
     num_proc = data.num_proc or len(os.sched_getaffinity(0))
     # Closed here, as the bar would stay below an error that the loop ends with.
-    with closing(show_progress("prepare", locate_rows(sources, data.num_samples))) as located:
+    with closing(progress("prepare", locate_rows(sources, data.num_samples))) as located:
         rows = islice(located, writer.rows, None)
         chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            if data.on_reject == "fail":
-                fail_on_reject(list_rejects(chunk.records, writer.reasons, names))
+            check_rejects(list_rejects(chunk.records, writer.reasons, names), data)
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
                 check_found(writer, 0.5)
@@ -272,63 +239,56 @@ def names_of(sources: SourceFiles) -> list[str]:
 
 
 def check_found(writer: Writer, allowed: float) -> None:
-    """End with an example when turns are not found in more than that share of the rows."""
+    """Raise RunError with an example when turns are not found in more of the rows."""
     if writer.not_found > allowed * writer.rows:
         raise RunError(
-            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: "
-            "data.chat_template does not fit the tokenizer or the data; this is how one was "
-            f"rendered:\n{writer.example[:EXAMPLE_LETTERS]}"
+            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: does "
+            f"data.chat_template fit? One is rendered as:\n{writer.example[:EXAMPLE_LETTERS]}"
         )
 
 
-def fail_on_reject(rejects: list[dict]) -> None:
-    """End the stage at the first of `rejects`, for `data.on_reject=fail`."""
-    for reject in rejects:
-        place = f"{reject['file']}, line {reject['line']}"
-        raise RunError(f"{place}: {reject['reason']} (data.on_reject=skip counts it and goes on)")
+def check_rejects(rejects: list[dict], data: Data) -> None:
+    """End the stage at the first of `rejects` where `data.on_reject=fail`."""
+    if rejects and data.on_reject == "fail":
+        place = f"{rejects[0]['file']}, line {rejects[0]['line']}: {rejects[0]['reason']}"
+        raise RunError(f"{place} (data.on_reject=skip counts it and goes on)")
 
 
-def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
+def list_rejects(rows: np.ndarray, reasons: dict[str, int], names: list[str]) -> list[dict]:
     """{"file", "line", "reason"} of the rows that are rejected."""
+    rejected, words = rows[rows["outcome"] > 0], dict(zip(reasons.values(), reasons, strict=True))
     return [
-        {"file": names[file], "line": line, "reason": reasons[number - 1]}
-        for file, line, number in rows[rows["outcome"] > 0][["file", "line", "outcome"]].tolist()
+        {"file": names[file], "line": line, "reason": words[number]}
+        for file, line, number in rejected[["file", "line", "outcome"]].tolist()
     ]
 
 
 def read_heldout(
     files: list[DataFile], encoder: Encoder, num_heldout: int
 ) -> tuple[list[dict], list[dict]]:
-    """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line",
-    "reason"}. Raises RunError.
-    """
+    """The first prompts of `data.eval_path` that can be used, and rejects. Raises RunError."""
     prompts, rejects = [], []
     for row in read_rows(files, preformatted=encoder.data.preformatted):
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            conversation = row.conversation
-            encoder.add_system(conversation)
-            ids = encoder.chat.prompt_of(conversation)
+            encoder.add_system(row.conversation)
+            ids = encoder.chat.prompt_of(row.conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
-            opening = opening_hash(conversation, encoder.chat)
+            opening = encoder.hash_opening(row.conversation)
             if any(prompt["hash"] == opening for prompt in prompts):
                 raise RowError("asks what an earlier held-out prompt asks")
-            prompts.append(heldout_prompt(row.file, row.line, opening, ids))
+            place = f"{Path(row.file).name}:{row.line}"
+            prompts.append({"id": place, "hash": opening, "input_ids": ids})
         except RowError as error:
             rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
-            if encoder.data.on_reject == "fail":
-                fail_on_reject(rejects)
+            check_rejects(rejects, encoder.data)
         if len(prompts) == num_heldout:
             break
     if not prompts:
         raise RunError(f"data.eval_path={files[0].name} has no prompt within data.max_length")
     return prompts, rejects
-
-
-def heldout_prompt(file: str, line: int, opening: int, ids: list[int]) -> dict:
-    return {"id": f"{Path(file).name}:{line}", "hash": opening, "input_ids": ids}
 
 
 def finish(
@@ -340,22 +300,23 @@ def finish(
     draft_vocab_size: int,
 ) -> dict[str, Any]:
     """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
-    returns the facts. `given`: the prompts of `data.eval_path`, and its rejects.
+    returns the facts. `given` are the prompts and rejects of `data.eval_path`.
     """
     folder, reasons, names = writer.folder, writer.reasons, names_of(sources)
     rows = writer.close()
+    usable = np.flatnonzero(rows["outcome"] == 0)
+    # Of rows with the same content the first one counts.
+    again = np.ones(len(usable), bool)
+    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
+    if again.any():
+        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
     rejects = list_rejects(rows, reasons, names)
-    if len(rejects) == (rows["outcome"] != LEFT_OUT).sum():
-        counted = Counter(reject["reason"] for reject in rejects)
-        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
-        raise RunError(
-            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
-            f"({why or 'there are none'})"
-        )
-    drop_duplicates(rows, reasons)
-    rejects = list_rejects(rows, reasons, names)
-    if data.on_reject == "fail":
-        fail_on_reject(rejects)
+    rejected = Counter(reject["reason"] for reject in rejects)
+    if not len(usable):
+        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
+        words = f"none of {len(rows)} rows can be trained on ({why or 'there are none'})"
+        raise RunError(f"data.path={names[0]}: {words}")
+    check_rejects(rejects, data)
     heldout, unasked = given
     heldout = heldout or hold_out(rows, writer, names)
     # Another answer to a held-out question would teach what is measured.
@@ -376,40 +337,34 @@ def finish(
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, draft_vocab_size, special & ends)
     np.save(folder / "vocab.npy", vocab)
+    digest = xxh3_128()
+    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
+        with (folder / name).open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         (folder / f"{name}.jsonl").write_text(text)
-    repaired = rows["repaired"][rows["repaired"] > 0].tolist()
+    repaired = Counter(rows["repaired"].tolist())
     facts = {
         "rows": len(rows),
         "documents": int((passes > 0).sum()),
         "documents_per_epoch": int(passes.sum()),
         "held_out_rows": int(held.sum()),
         "left_out_by_weight": int((rows["outcome"] == LEFT_OUT).sum()),
-        "rejected": dict(Counter(reject["reason"] for reject in rejects)),
-        "repaired": dict(Counter(reasons[number - 1] for number in repaired)),
+        "rejected": dict(rejected),
+        "repaired": {reason: repaired[n] for reason, n in reasons.items() if n in repaired},
         "cut_to_max_length": int(rows["cut"].sum()),
         "tokens": int((rows["tokens"] * passes).sum()),
         "supervised_tokens": int((rows["supervised"] * passes).sum()),
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
         "vocab_coverage": coverage(counts, vocab),
-        "vocab_seen": int((counts > 0).sum()),
-        "digest": digest(folder),
+        "digest": digest.hexdigest(),
     }
-    # What only an interrupted call needs; the state first, as it speaks of the rows.
+    # What only an interrupted call needs; the state first, as it names the rows.
     (folder / STATE).unlink()
     (folder / "rows.bin").unlink()
     return facts
-
-
-def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
-    """Reject all but the first of rows with the same content."""
-    usable = np.flatnonzero(rows["outcome"] == 0)
-    again = np.ones(len(usable), bool)
-    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
-    if again.any():
-        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
 
 
 def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
@@ -418,11 +373,14 @@ def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
     if openings <= writer.num_heldout or not writer.candidates:
         raise RunError(
             f"data.path={names[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={writer.num_heldout} that end within data.max_length; lower it or "
-            "give data.eval_path"
+            f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
         )
     return [
-        heldout_prompt(names[prompt["file"]], prompt["line"], prompt["hash"], prompt["ids"])
+        {
+            "id": f"{Path(names[prompt['file']]).name}:{prompt['line']}",
+            "hash": prompt["hash"],
+            "input_ids": prompt["ids"],
+        }
         for prompt in writer.candidates
     ]
 
@@ -438,9 +396,7 @@ def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
 def count_vocab(
     folder: Path, rows: np.ndarray, weights: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, set[int]]:
-    """Supervised tokens by the weight of their rows (0: not trained on), float64 [V], and the
-    tokens by which answers end.
-    """
+    """Supervised tokens by their rows' weights, float64 [V], and tokens by which answers end."""
     counts, ends = np.zeros(vocab_size), set()
     # read, not memory-mapped: mapped pages would count as this process' memory
     files = (folder / "input_ids.bin").open("rb"), (folder / "loss_mask.bin").open("rb")
@@ -454,12 +410,3 @@ def count_vocab(
             counts += np.bincount(ids[mask], weight[mask], vocab_size)
             ends.update(np.unique(ids[mask & ~np.append(mask[1:], False)]).tolist())
     return counts, ends
-
-
-def digest(folder: Path) -> str:
-    total = xxh3_128()
-    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
-        with (folder / name).open("rb") as stream:
-            while block := stream.read(1 << 24):
-                total.update(block)
-    return total.hexdigest()

@@ -1,6 +1,4 @@
-"""`stages=[regenerate]`: the target answers the prompts of a dataset again, so that a draft learns
-its own words.
-"""
+"""`stages=[regenerate]`: the target answers a dataset again, so that a draft learns its words."""
 
 import asyncio
 import json
@@ -12,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO, ClassVar
 
 import torch
 from hydra.utils import instantiate
@@ -20,13 +18,11 @@ from hydra.utils import instantiate
 from eagle3.config import Data, Source, Within
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, show_progress
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import redact
-
-if TYPE_CHECKING:
-    from eagle3.target.handle import TargetHandle
+from eagle3.target.handle import TargetHandle
 
 JOURNAL = "journal.jsonl"
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
@@ -40,16 +36,13 @@ def regenerate(
     data: Data,
     sources: SourceFiles,
     chat: Chat,
-    target: "TargetHandle",
+    target: TargetHandle,
     cache_dir: str,
 ) -> tuple[SourceFiles, list[Path]]:
     """Answer every source again; returns what to prepare from, and the artefact of each source.
-
-    Of a source weighted below 1 only its share is answered, and all of that is used. Raises
-    ConfigError, RunError.
+    Raises ConfigError, RunError.
     """
-    answerer = instantiate(section)
-    again, paths = [], []
+    answerer, again, paths = instantiate(section), [], []
     for source, files in sources:
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
@@ -64,11 +57,9 @@ def regenerate(
             "answers": {k: v for k, v in section.items() if k not in answerer.HOW_TO_ASK},
         }
 
-        def write(
-            folder: Path, files: list[DataFile] = files, share: float = share
-        ) -> dict[str, Any]:
-            read = ((row.share, row) for row in read_rows(files, data.num_samples, share=share))
-            rows = show_progress("regenerate", read)
+        def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
+            read = read_rows(files, data.num_samples, share=share)
+            rows = progress("regenerate", ((row.share, row) for row in read))
             with (folder / JOURNAL).open("a+b") as stream, closing(rows):
                 journal = Journal(stream)
                 answerer.answer(rows, journal, data, chat, target)
@@ -83,9 +74,8 @@ def regenerate(
 
 
 class Dialogue:
-    """A row that is answered again turn by turn, each turn with the answers so far.
-
-    `reason` says why it was given up; `counts` has its "retries" and "answer_tokens".
+    """A row that is answered again turn by turn, each turn with the answers so far; `reason` says
+    why it was given up, `counts` has its "retries" and "answer_tokens".
     """
 
     def __init__(self, row: Row, system_prompt: str | None):
@@ -114,12 +104,8 @@ class Dialogue:
                 return [{"role": m["role"], "content": m["content"]} for m in self.messages]
         return None
 
-    def add(
-        self, content: str | None, reasoning: str | None, truncated: bool, num_tokens: int
-    ) -> None:
-        """Add the target's answer; an empty one ends the dialogue, and so does one that was cut, as
-        nobody would go on from there.
-        """
+    def add(self, content: str | None, reasoning: str | None, truncated: bool, tokens: int) -> None:
+        """Add the target's answer; one that is empty or was cut ends the dialogue."""
         content, reasoning = split_thinking(content or "", reasoning or "")
         if not content.strip() and not (truncated and reasoning.strip()):
             self.reason = "empty answer"
@@ -130,7 +116,7 @@ class Dialogue:
             answer["truncated"] = True
             self.pending.clear()
         self.messages.append(answer)
-        self.counts["answer_tokens"] += num_tokens
+        self.counts["answer_tokens"] += tokens
 
 
 def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
@@ -144,9 +130,8 @@ def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
 
 
 class Journal:
-    """Rows that are through, a line each as they come, so that a killed call loses none.
-
-    `offsets` says where each row's line begins, by the row's number; memory holds no more.
+    """Rows that are through, a line each as they come, so that a killed call loses none; `offsets`
+    says where each row's line begins, by the row's number.
     """
 
     def __init__(self, stream: BinaryIO):
@@ -160,7 +145,6 @@ class Journal:
         stream.truncate(end)
 
     def write(self, number: int, row: Row, dialogue: Dialogue) -> None:
-        """Row `number` is through."""
         result = {"messages": dialogue.messages, "reason": dialogue.reason, **dialogue.counts}
         self.offsets[number] = self.stream.seek(0, os.SEEK_END)
         self.stream.write(to_line({"row": number, "file": row.file, "line": row.line, **result}))
@@ -168,9 +152,7 @@ class Journal:
 
 
 def finish(folder: Path, journal: Journal) -> dict[str, Any]:
-    """Write `conversations.jsonl` and `rejects.jsonl` in the order of the rows; returns the facts.
-    Raises RunError when not one row was answered.
-    """
+    """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
     counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
     rejected: Counter[str] = Counter()
     conversations = (folder / "conversations.jsonl").open("wb")
@@ -196,10 +178,8 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
     if not counts["answered"]:
         journal.stream.truncate(0)  # servers that are put right may answer what they refused
         reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
-        raise RunError(
-            f"none of the {counts['rows']} rows could be answered again "
-            f"({reasons or 'there are none'}); check data and regenerate"
-        )
+        words = f"none of the {counts['rows']} rows could be answered again"
+        raise RunError(f"{words} ({reasons or 'there are none'}); check data and regenerate")
     return {**counts, "rejected": dict(rejected.most_common())}
 
 
@@ -221,7 +201,7 @@ class BuiltIn:
     HOW_TO_ASK: ClassVar = ()
 
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
+        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
         # Batches are of rows that follow each other and have a seed of their own, so that a call
         # that goes on from a journal gives the same answers.
@@ -242,25 +222,23 @@ class BuiltIn:
         self, dialogues: list[Dialogue], model: Any, chat: Chat, max_new_tokens: int
     ) -> None:
         """Dialogues side by side: one turn of all that still ask, until none does."""
-        sampling = None  # greedy
-        if self.temperature > 0:
-            top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
-            sampling = {"temperature": self.temperature, **top}
+        top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
+        sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
         context = model.config.max_position_embeddings
         while True:
-            asking: list[tuple[Dialogue, list[int]]] = []
+            asking, prompts = [], []
             for dialogue in dialogues:
                 messages = dialogue.prompt()
                 prompt = [] if messages is None else chat.encode_prompt(messages)
                 if len(prompt) >= context:
                     dialogue.reason = "the prompt is longer than the target's context"
                 elif messages is not None:
-                    asking.append((dialogue, prompt))
+                    asking.append(dialogue)
+                    prompts.append(prompt)
             if not asking:
                 return
-            prompts = [prompt for _, prompt in asking]
             answers = model.generate(prompts, max_new_tokens, sampling)
-            for (dialogue, prompt), answer in zip(asking, answers, strict=True):
+            for dialogue, prompt, answer in zip(asking, prompts, answers, strict=True):
                 ids = answer[: context - len(prompt)]
                 # Some templates open the thinking in the prompt, and the answer only closes it.
                 opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
@@ -289,7 +267,7 @@ class Servers:
     HOW_TO_ASK: ClassVar = ("urls", "api_key_env", "concurrency", "retries", "timeout")
 
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
+        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
             raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
@@ -323,10 +301,10 @@ class Servers:
                 failures = min(server.failures for server in servers)
                 if failures >= MOST_FAILURES:
                     errors = "; ".join(f"{server.name}: {server.error}" for server in servers)
+                    done = f"{len(journal.offsets):,} rows are done and kept"
                     raise RunError(
-                        f"no answer to {failures} rows in a row ({errors}); "
-                        f"{len(journal.offsets):,} rows are done and kept, and the same command "
-                        "goes on from there"
+                        f"no answer to {failures} rows in a row ({errors}); {done}, and the same "
+                        "command goes on from there"
                     )
                 # A row is given up only where a server answers others: the rows that wait here
                 # when all have died are asked again by the next call.
@@ -343,19 +321,16 @@ class Servers:
 
 
 class Server:
-    """One server through the openai client, which repeats what fails and ends what takes too long.
-
-    `in_flight` counts the requests that it has or that wait for it, `failures` those in a row to
-    which it gave no answer in all attempts.
+    """One server through the openai client, which repeats what fails and ends what takes too long;
+    `in_flight` counts its requests, waiting ones too, `failures` those in a row without an answer.
     """
 
     def __init__(self, url: str, options: Servers):
         try:
             import openai
         except ImportError as error:
-            raise ConfigError(
-                "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
-            ) from error
+            words = "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
+            raise ConfigError(words) from error
         self.openai, self.name = openai, redact(url)
         self.in_flight, self.failures, self.error = 0, 0, ""
         self.free = asyncio.Semaphore(options.concurrency)
@@ -371,9 +346,7 @@ class Server:
         )
 
     async def answer(self, dialogue: Dialogue, body: dict[str, Any]) -> None:
-        """Ask and add the answer. Raises RowError where there is none, RunError where there never
-        would be.
-        """
+        """Ask and add the answer. Raises RowError for none, RunError where there never would be."""
         completions = self.client.chat.completions.with_raw_response
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
         self.in_flight += 1
@@ -385,8 +358,7 @@ class Server:
             if status in (401, 403, 404):
                 raise RunError(
                     f"{self.name} refuses every request (HTTP {status}: {self.error}): check "
-                    "regenerate.model, regenerate.urls, which usually end in /v1, and the key in "
-                    "the environment variable that regenerate.api_key_env names"
+                    "regenerate.model, .urls, which usually end in /v1, and .api_key_env"
                 ) from error
             # What the client repeats may be the server's fault; what it does not is the request's.
             at_fault = status in (None, 408, 409, 429) or status >= 500
@@ -396,7 +368,18 @@ class Server:
             self.in_flight -= 1
         self.failures = 0
         dialogue.counts["retries"] += raw.retries_taken
-        add_reply(dialogue, raw.http_response.text)
+        try:
+            reply = json.loads(raw.http_response.text)
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            message, end = choice["message"], choice.get("finish_reason")
+            if end in ("abort", "error", "content_filter"):
+                dialogue.reason = f"finish reason {end}"
+                return
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
+            num_tokens = int(usage.get("completion_tokens") or 0)
+            dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RowError("malformed reply") from error
 
     def words_of(self, error: Any) -> str:
         """What a server says of an error, N for its numbers so that rows count together."""
@@ -410,29 +393,10 @@ class Server:
         try:
             listed = await self.client.models.list(extra_headers=self.headers)
         except self.openai.OpenAIError as error:
-            raise RunError(
-                f"{self.name} lists no model ({error}); check regenerate.urls"
-            ) from error
+            words = f"{self.name} lists no model ({error}); check regenerate.urls"
+            raise RunError(words) from error
         names = [model.id for model in listed.data]
         if len(names) != 1:
-            raise RunError(
-                f"{self.name} lists the models {', '.join(names) or 'none'}; name one in "
-                "regenerate.model"
-            )
+            listed = ", ".join(names) or "none"
+            raise RunError(f"{self.name} lists the models {listed}; name one in regenerate.model")
         return names[0]
-
-
-def add_reply(dialogue: Dialogue, text: str) -> None:
-    """Add a chat completion's answer; where it is none, the dialogue is given up."""
-    try:
-        reply = json.loads(text)
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        message, end = choice["message"], choice.get("finish_reason")
-        if end in ("abort", "error", "content_filter"):
-            dialogue.reason = f"finish reason {end}"
-            return
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        num_tokens = int(usage.get("completion_tokens") or 0)
-        dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        dialogue.reason = "malformed reply"

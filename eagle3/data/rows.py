@@ -14,6 +14,7 @@ ROLES = {
     "bard": "assistant", "model": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
 }  # fmt: skip
+# What may stand before a role; None: nothing but the system message.
 FOLLOWS = {
     "user": (None, "assistant"),
     "assistant": ("user", "tool"),
@@ -29,11 +30,8 @@ class RowError(ValueError):
 
 @dataclass
 class Conversation:
-    """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas,
-    or a rendered `text`; `repaired` says what was left out.
-
-    A message may carry `reasoning_content`, `tool_calls`, and `truncated`: an answer that was cut
-    has no end of turn.
+    """`messages` as chat templates take them, `tools` as JSON schemas, or a rendered `text`;
+    `repaired` says what was left out. An answer with `truncated` has no end of turn.
     """
 
     messages: list[Message]
@@ -42,12 +40,8 @@ class Conversation:
     repaired: str | None = None
 
 
-def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
-    """A row with `messages`, `conversations`, instruction and output; `text` if `preformatted`.
-    Raises RowError.
-    """
-    if not isinstance(row, dict):
-        raise RowError("row is not an object")
+def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conversation:
+    """A row with messages, or instruction and output; `text` if `preformatted`. Raises RowError."""
     if preformatted:
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise RowError("no text")
@@ -116,9 +110,7 @@ def read_message(turn: Any) -> Message:
 
 
 def read_calls(calls: Any) -> list[dict]:
-    """Tool calls, also as a JSON text; arguments become objects, which is what chat templates
-    render.
-    """
+    """Tool calls, also as a JSON text; arguments become objects, as chat templates take them."""
     calls = parse(calls, "tool calls are not JSON")
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -157,10 +149,10 @@ def check_order(messages: list[Message]) -> None:
     before = None
     for place, message in enumerate(messages):
         role = message["role"]
-        if role == "system":
-            if place > 0:
-                raise RowError("system message behind the first")
+        if role == "system" and place == 0:
             continue
+        if role == "system":
+            raise RowError("system message behind the first")
         if before not in FOLLOWS[role]:
             raise RowError("turns do not alternate between user and assistant")
         before = role
