@@ -2,13 +2,13 @@
 
 import os
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -93,26 +93,18 @@ class Turns:
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
     """With `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where there is none."""
-    if system_prompt is None or messages[0]["role"] == "system":
+    if system_prompt is None or not messages or messages[0]["role"] == "system":
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def load_chat(model: Model, data: Data) -> "Chat":
-    """The target's tokenizer with the template of `data`. Raises ConfigError."""
-    named = (model.path, model.revision, model.trust_remote_code, data.chat_template)
-    return Chat(load_tokenizer(*named), data.chat_template_kwargs)
-
-
-def load_tokenizer(
-    path: str, revision: str | None, trust_remote_code: bool, chat_template: str = "auto"
-) -> PreTrainedTokenizerBase:
     """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
+    path, name = model.path, data.chat_template
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
@@ -121,23 +113,20 @@ def load_tokenizer(
     # A tokenizer.json may cut and pad by itself, which would spoil conversations in silence.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    if chat_template != "auto":
-        tokenizer.chat_template = templates.read(chat_template)
-        check_tokens(tokenizer, chat_template)
+    if name != "auto":
+        tokenizer.chat_template = templates.read(name)
     if tokenizer.chat_template is None:
         names = ", ".join(templates.names())
         words = f"has no chat template; add one, or set data.chat_template to one of {names}"
         raise ConfigError(f"the tokenizer of model.path={path} {words}")
-    return tokenizer
-
-
-def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ConfigError where a named template frames turns by tokens that there are not."""
-    words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    framing = SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0])
-    missing = [token for token in framing if token not in tokenizer.get_vocab()]
-    if missing:
-        raise ConfigError(f"data.chat_template={name} needs {missing[0]}, which is no token here")
+    chat = Chat(tokenizer, data.chat_template_kwargs)
+    if name != "auto":  # its framing may be by tokens that there are not
+        words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        framing = SPECIAL_LOOK.findall(chat.render(words)[0])
+        missing = [token for token in framing if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ConfigError(f"data.chat_template={name} needs {missing[0]}, no token here")
+    return chat
 
 
 class Chat:
@@ -179,7 +168,42 @@ class Chat:
 
     @cached_property
     def turns(self) -> Turns:
-        return probe_turns(self)
+        """What the template puts around a conversation of known words. Raises ConfigError."""
+        roles = ("user", "assistant") * 2
+        messages = [
+            {"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)
+        ]
+        try:
+            text, asked = self.render(messages)[0], self.render(messages[:1])[0]
+            prompted = self.render(messages[:1], prompt=True)[0]
+        except RowError as error:
+            words = f"the chat template cannot be used: {error}; set data.chat_template"
+            raise ConfigError(words) from error
+        parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
+        if parts is None:
+            words = "does not render user and assistant turns in order"
+            raise ConfigError(f"the chat template {words}; set data.chat_template")
+        _, before_second, middle, before_fourth, last = parts.groups()
+        tail = asked.partition(WORDS[0])[2]  # what ends a question
+        prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
+        opening = find_opening(self.tokenizer, [before_second, before_fourth], tail, prompt)
+        prompt_rest = prompt[len(opening) :]
+        # Where nothing but space opens an answer, it is found by what ends the question.
+        if not opening.strip():
+            opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
+        if not opening.strip():
+            raise ConfigError(
+                "the chat template has no text in front of assistant turns to find them by; set "
+                "data.chat_template, or mark them with {% generation %}"
+            )
+        last = last.strip()
+        found = first_special(self.tokenizer, last)
+        closings = [last[: found[1]] if found else last] if last else []
+        # Templates may close the last turn otherwise than those before it (gpt-oss).
+        found = first_special(self.tokenizer, middle)
+        if found and not middle.lstrip().startswith(tuple(closings)):
+            closings.append(middle[slice(*found)])
+        return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
 
     @cached_property
     def call_closing(self) -> str:
@@ -209,8 +233,11 @@ class Chat:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise RowError("bad UTF-8") from error
-        ends = spans[-1:] if only_last_turn else spans
-        token_spans = [tuple(token_at(encoding, text, end) for end in span) for span in ends]
+        turns = spans[-1:] if only_last_turn else spans
+        stops = [stop for _, stop in encoding.offsets]
+        token_spans = [
+            (bisect_right(stops, start), bisect_right(stops, stop)) for start, stop in turns
+        ]
         return Encoded(text, encoding.ids, [span for span in token_spans if span[0] < span[1]])
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:
@@ -234,61 +261,12 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def token_at(encoding: Encoding, text: str, place: int) -> int:
-    """The first token that ends behind the character at `place`."""
-    if place >= len(text):
-        return len(encoding.ids)
-    token = encoding.char_to_token(place)
-    if token is not None:
-        return token
-    # The tokenizer has left this character out.
-    behind = (i for i, (_, end) in enumerate(encoding.offsets) if end > place)
-    return next(behind, len(encoding.ids))
-
-
 def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     """Where the first special token stands in `text`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     longest_first = sorted(special, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, longest_first)), text) if special else None
     return found.span() if found else None
-
-
-def probe_turns(chat: Chat) -> Turns:
-    """What the template puts around a conversation of known words. Raises ConfigError."""
-    roles = ("user", "assistant") * 2
-    messages = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)]
-    try:
-        text, asked = chat.render(messages)[0], chat.render(messages[:1])[0]
-        prompted = chat.render(messages[:1], prompt=True)[0]
-    except RowError as error:
-        words = f"the chat template cannot be used: {error}; set data.chat_template"
-        raise ConfigError(words) from error
-    parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
-    if parts is None:
-        words = "does not render user and assistant turns in order"
-        raise ConfigError(f"the chat template {words}; set data.chat_template")
-    _, before_second, middle, before_fourth, last = parts.groups()
-    tail = asked.partition(WORDS[0])[2]  # what ends a question
-    prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-    opening = find_opening(chat.tokenizer, [before_second, before_fourth], tail, prompt)
-    prompt_rest = prompt[len(opening) :]
-    # Where nothing but space opens an answer, it is found by what ends the question.
-    if not opening.strip():
-        opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
-    if not opening.strip():
-        raise ConfigError(
-            "the chat template has no text in front of assistant turns by which to find them; set "
-            "data.chat_template, or mark them with {% generation %}"
-        )
-    last = last.strip()
-    found = first_special(chat.tokenizer, last)
-    closings = [last[: found[1]] if found else last] if last else []
-    # Templates may close the last turn otherwise than those before it (gpt-oss).
-    found = first_special(chat.tokenizer, middle)
-    if found and not middle.lstrip().startswith(tuple(closings)):
-        closings.append(middle[slice(*found)])
-    return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
 
 
 def find_opening(

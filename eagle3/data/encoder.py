@@ -82,7 +82,6 @@ class Encoder:
             # Workers do all that costs time: the process that reads would not keep up with parsing.
             try:
                 conversation = read_conversation(decode(raw), self.data.preformatted)
-                self.add_system(conversation)
                 encoded = self.encode(conversation)
                 opening = self.hash_opening(conversation)
                 prompt = self.prompt(conversation) if opening < held_below else None
@@ -104,13 +103,11 @@ class Encoder:
             if conversation.repaired:
                 record["repaired"] = number_of(conversation.repaired, reasons)
             if prompt:
-                candidates.append({"hash": opening, "file": file, "line": line, "ids": prompt})
+                candidates.append(
+                    {"hash": opening, "file": file, "line": line, "input_ids": prompt}
+                )
         ids, mask = np.concatenate(ids), np.concatenate(masks)
         return Chunk(ids, mask, records, reasons, candidates, not_found, example)
-
-    def add_system(self, conversation: Conversation) -> None:
-        if conversation.messages:
-            conversation.messages = with_system(conversation.messages, self.data.system_prompt)
 
     def hash_opening(self, conversation: Conversation) -> int:
         """Equal where the first question is, whatever system message, spaces or answer it has."""
@@ -122,7 +119,8 @@ class Encoder:
         return hash_of(asked)
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Raises RowError also where nothing of an answer is left to train on."""
+        """With the system prompt. Raises RowError also where no answer is left to train on."""
+        conversation.messages = with_system(conversation.messages, self.data.system_prompt)
         encoded = self.chat.encode(conversation, self.data.train_only_last_turn)
         limit = self.data.max_length
         # Row t predicts token t + 2 and asks that t + 1 is the answer's too: a turn of a single

@@ -1,8 +1,7 @@
 """Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat, memory-mapped files.
 
-Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so
-that the artefact does not depend on how many there were. Memory holds a few chunks and, at the end,
-about 150 bytes a row. A killed call goes on at the last part it finished.
+Workers parse, render and tokenise; this process writes and counts, in order, so that the artefact
+does not depend on how many there were. Memory holds a few chunks and about 150 bytes a row.
 """
 
 import hashlib
@@ -21,11 +20,11 @@ from xxhash import xxh3_128
 
 from eagle3.batch import Document
 from eagle3.config import Data, Source
-from eagle3.data.chat import Chat
+from eagle3.data.chat import Chat, with_system
 from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order, number_of
 from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
-from eagle3.data.vocab import choose_vocab, coverage
+from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
 
@@ -128,9 +127,9 @@ def prepare(
     def write_folder(folder: Path) -> dict[str, Any]:
         encoder = Encoder(chat, data)
         given = read_heldout(eval_files, encoder, num_heldout) if eval_files else ([], [])
-        writer = Writer(folder, vocab_size, 0 if eval_files else num_heldout)
+        writer = Writer(folder, sources, vocab_size, 0 if eval_files else num_heldout)
         write_rows(writer, encoder, sources)
-        return finish(writer, chat, data, sources, given, draft_vocab_size)
+        return finish(writer, encoder, sources, given, draft_vocab_size)
 
     path = artefact(cache_dir, "prepared", inputs, write_folder if write else None, "prepare")
     return load_prepared(path)
@@ -149,7 +148,8 @@ class Writer:
     killed call goes on from. `candidates` are those of the lowest opening hashes, ascending.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
+    def __init__(self, folder: Path, sources: SourceFiles, vocab_size: int, num_heldout: int):
+        self.names = [file.name for _, files in sources for file in files]
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
         self.rows = self.tokens = self.not_found = 0
         self.reasons: dict[str, int] = {}
@@ -178,8 +178,8 @@ class Writer:
         """Raises RunError for ids beyond the target's vocabulary."""
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
             raise RunError(
-                f"the tokenizer gives id {chunk.ids.max()}, beyond {self.vocab_size} entries: it does "
-                "not belong to this target"
+                f"the tokenizer's id {chunk.ids.max()} is none of the vocabulary of "
+                f"{self.vocab_size}: it does not belong to this target"
             )
         # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
         numbers = [number_of(reason, self.reasons) for reason in chunk.reasons]
@@ -208,17 +208,19 @@ class Writer:
         partial.write_text(json.dumps({name: getattr(self, name) for name in NOTED}))
         os.replace(partial, self.folder / STATE)
 
-    def close(self) -> np.ndarray:
-        """The records of all rows."""
-        self.save()
-        for stream in self.files:
-            stream.close()
-        return np.fromfile(self.folder / "rows.bin", RECORD)
+    def rejects(self, records: np.ndarray) -> list[dict]:
+        """{"file", "line", "reason"} of the rows that are rejected."""
+        words = {number: reason for reason, number in self.reasons.items()}
+        rejected = records[records["outcome"] > 0][["file", "line", "outcome"]]
+        return [
+            {"file": self.names[file], "line": line, "reason": words[number]}
+            for file, line, number in rejected.tolist()
+        ]
 
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
-    data, names = encoder.data, names_of(sources)
+    data = encoder.data
     num_proc = data.num_proc or len(os.sched_getaffinity(0))
     # Closed here, as the bar would stay below an error that the loop ends with.
     with closing(progress("prepare", locate_rows(sources, data.num_samples))) as located:
@@ -226,16 +228,12 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
         chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            check_rejects(list_rejects(chunk.records, writer.reasons, names), data)
+            check_rejects(writer.rejects(chunk.records), data)
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
                 check_found(writer, 0.5)
                 writer.save()
     check_found(writer, 0.01)
-
-
-def names_of(sources: SourceFiles) -> list[str]:
-    return [file.name for _, files in sources for file in files]
 
 
 def check_found(writer: Writer, allowed: float) -> None:
@@ -254,15 +252,6 @@ def check_rejects(rejects: list[dict], data: Data) -> None:
         raise RunError(f"{place} (data.on_reject=skip counts it and goes on)")
 
 
-def list_rejects(rows: np.ndarray, reasons: dict[str, int], names: list[str]) -> list[dict]:
-    """{"file", "line", "reason"} of the rows that are rejected."""
-    rejected, words = rows[rows["outcome"] > 0], dict(zip(reasons.values(), reasons, strict=True))
-    return [
-        {"file": names[file], "line": line, "reason": words[number]}
-        for file, line, number in rejected[["file", "line", "outcome"]].tolist()
-    ]
-
-
 def read_heldout(
     files: list[DataFile], encoder: Encoder, num_heldout: int
 ) -> tuple[list[dict], list[dict]]:
@@ -272,11 +261,12 @@ def read_heldout(
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            encoder.add_system(row.conversation)
-            ids = encoder.chat.prompt_of(row.conversation)
+            conversation = row.conversation
+            conversation.messages = with_system(conversation.messages, encoder.data.system_prompt)
+            ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
-            opening = encoder.hash_opening(row.conversation)
+            opening = encoder.hash_opening(conversation)
             if any(prompt["hash"] == opening for prompt in prompts):
                 raise RowError("asks what an earlier held-out prompt asks")
             place = f"{Path(row.file).name}:{row.line}"
@@ -292,39 +282,37 @@ def read_heldout(
 
 
 def finish(
-    writer: Writer,
-    chat: Chat,
-    data: Data,
-    sources: SourceFiles,
-    given: tuple[list[dict], list[dict]],
-    draft_vocab_size: int,
+    writer: Writer, encoder: Encoder, sources: SourceFiles, given: tuple[list, list], size: int
 ) -> dict[str, Any]:
-    """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
-    returns the facts. `given` are the prompts and rejects of `data.eval_path`.
+    """Leave out duplicates and what is held out, choose a draft vocabulary of `size`, write the
+    index; returns the facts. `given` are the prompts and rejects of `data.eval_path`.
     """
-    folder, reasons, names = writer.folder, writer.reasons, names_of(sources)
-    rows = writer.close()
+    writer.save()
+    folder, reasons, data_path = writer.folder, writer.reasons, writer.names[0]
+    for stream in writer.files:
+        stream.close()
+    rows = np.fromfile(folder / "rows.bin", RECORD)
     usable = np.flatnonzero(rows["outcome"] == 0)
     # Of rows with the same content the first one counts.
     again = np.ones(len(usable), bool)
     again[np.unique(rows["content"][usable], return_index=True)[1]] = False
     if again.any():
         rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
-    rejects = list_rejects(rows, reasons, names)
+    rejects = writer.rejects(rows)
     rejected = Counter(reject["reason"] for reject in rejects)
     if not len(usable):
         why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
         words = f"none of {len(rows)} rows can be trained on ({why or 'there are none'})"
-        raise RunError(f"data.path={names[0]}: {words}")
-    check_rejects(rejects, data)
+        raise RunError(f"data.path={data_path}: {words}")
+    check_rejects(rejects, encoder.data)
     heldout, unasked = given
-    heldout = heldout or hold_out(rows, writer, names)
+    heldout = heldout or hold_out(rows, writer)
     # Another answer to a held-out question would teach what is measured.
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
     held &= rows["outcome"] == 0
     passes = count_passes(rows, sources) * ~held
     if not passes.any():
-        raise RunError(f"data.path={names[0]}: every conversation is held out, none trains")
+        raise RunError(f"data.path={data_path}: every conversation is held out, none trains")
     index = np.empty(len(rows), INDEX)
     index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
     index["length"] = rows["tokens"]
@@ -333,9 +321,10 @@ def finish(
     # by the weight and not by the passes, which for a fraction are drawn
     weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
     counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
-    special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    added = encoder.chat.tokenizer.added_tokens_decoder
+    special = {number for number, token in added.items() if token.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
-    vocab = choose_vocab(counts, draft_vocab_size, special & ends)
+    vocab = choose_vocab(counts, size, special & ends)
     np.save(folder / "vocab.npy", vocab)
     digest = xxh3_128()
     for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
@@ -358,7 +347,7 @@ def finish(
         "supervised_tokens": int((rows["supervised"] * passes).sum()),
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
-        "vocab_coverage": coverage(counts, vocab),
+        "vocab_coverage": float(counts[vocab].sum() / max(1, counts.sum())),
         "digest": digest.hexdigest(),
     }
     # What only an interrupted call needs; the state first, as it names the rows.
@@ -367,22 +356,17 @@ def finish(
     return facts
 
 
-def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
+def hold_out(rows: np.ndarray, writer: Writer) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
     if openings <= writer.num_heldout or not writer.candidates:
         raise RunError(
-            f"data.path={names[0]} has {openings} different prompts, too few to hold out "
+            f"data.path={writer.names[0]} has {openings} different prompts, too few to hold out "
             f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
         )
-    return [
-        {
-            "id": f"{Path(names[prompt['file']]).name}:{prompt['line']}",
-            "hash": prompt["hash"],
-            "input_ids": prompt["ids"],
-        }
-        for prompt in writer.candidates
-    ]
+    for prompt in writer.candidates:
+        prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
+    return writer.candidates
 
 
 def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO
 
 import torch
 from hydra.utils import instantiate
@@ -27,6 +27,8 @@ from eagle3.target.handle import TargetHandle
 JOURNAL = "journal.jsonl"
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
+# What changes no answer: no part of the fingerprint, so that answers are found again.
+HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 MOST_FAILURES = 20  # rows in a row without an answer, after which servers count as dead
 
@@ -47,14 +49,14 @@ def regenerate(
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
+            **{
+                name: getattr(data, name) for name in ("num_samples", "system_prompt", "max_length")
+            },
             "files": [file.identity for file in files],
             "share": share,
-            "num_samples": data.num_samples,
-            "system_prompt": data.system_prompt,
-            "max_length": data.max_length,
             "chat": chat.identity,
             "target": target.spec.identity,
-            "answers": {k: v for k, v in section.items() if k not in answerer.HOW_TO_ASK},
+            "answers": {k: v for k, v in section.items() if k not in HOW_TO_ASK},
         }
 
         def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
@@ -198,8 +200,6 @@ class BuiltIn:
     top_k: Annotated[int | None, Within(-1, 1 << 30)]
     seed: int
 
-    HOW_TO_ASK: ClassVar = ()
-
     def answer(
         self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
@@ -263,25 +263,20 @@ class Servers:
     seed: int | None
     extra_body: dict[str, Any]
 
-    # What changes no answer: no part of the fingerprint, so that answers are found again.
-    HOW_TO_ASK: ClassVar = ("urls", "api_key_env", "concurrency", "retries", "timeout")
-
     def answer(
         self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
             raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
-        sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
-        body = {"max_tokens": self.max_new_tokens or data.max_length}
-        body |= {name: value for name, value in sampling.items() if value is not None}
-        asyncio.run(self.answer_rows(rows, journal, data.system_prompt, body | self.extra_body))
+        asyncio.run(self.answer_rows(rows, journal, data))
 
-    async def answer_rows(
-        self, rows: Iterator[Row], journal: Journal, system_prompt: str | None, body: dict[str, Any]
-    ) -> None:
+    async def answer_rows(self, rows: Iterator[Row], journal: Journal, data: Data) -> None:
         """As many workers as requests may be in flight, each on one dialogue at a time."""
         servers = [Server(url, self) for url in self.urls]
+        names = ("temperature", "top_p", "top_k", "seed")
+        body = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         body["model"] = self.model or await servers[0].only_model()
+        body = {"max_tokens": self.max_new_tokens or data.max_length, **body, **self.extra_body}
         waiting, through = enumerate(rows), []
 
         async def work() -> None:
@@ -289,7 +284,7 @@ class Servers:
                 await asyncio.sleep(0)  # many rows without a request would keep Ctrl-C waiting
                 if number in journal.offsets:
                     continue
-                dialogue = Dialogue(row, system_prompt)
+                dialogue = Dialogue(row, data.system_prompt)
                 while (messages := dialogue.prompt()) is not None:
                     # A server that fails counts as busier than it is, so that others are asked.
                     server = min(servers, key=lambda server: server.in_flight + server.failures)
@@ -301,11 +296,9 @@ class Servers:
                 failures = min(server.failures for server in servers)
                 if failures >= MOST_FAILURES:
                     errors = "; ".join(f"{server.name}: {server.error}" for server in servers)
+                    words = f"no answer to {failures} rows in a row ({errors})"
                     done = f"{len(journal.offsets):,} rows are done and kept"
-                    raise RunError(
-                        f"no answer to {failures} rows in a row ({errors}); {done}, and the same "
-                        "command goes on from there"
-                    )
+                    raise RunError(f"{words}; {done}, and the same command goes on from there")
                 # A row is given up only where a server answers others: the rows that wait here
                 # when all have died are asked again by the next call.
                 if failures == 0:
@@ -354,7 +347,12 @@ class Server:
             async with self.free:
                 raw = await completions.create(**given, extra_headers=self.headers)
         except self.openai.APIError as error:
-            status, self.error = getattr(error, "status_code", None), self.words_of(error)
+            status = getattr(error, "status_code", None)
+            fields = error.body if isinstance(error.body, dict) else {}
+            words = str(fields.get("message", error.message))
+            words = words.replace(self.key, "<key>") if self.key else words
+            # N for its numbers, so that rows count together
+            self.error = re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
             if status in (401, 403, 404):
                 raise RunError(
                     f"{self.name} refuses every request (HTTP {status}: {self.error}): check "
@@ -380,13 +378,6 @@ class Server:
             dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RowError("malformed reply") from error
-
-    def words_of(self, error: Any) -> str:
-        """What a server says of an error, N for its numbers so that rows count together."""
-        body = error.body
-        words = body["message"] if isinstance(body, dict) and "message" in body else error.message
-        words = str(words).replace(self.key, "<key>") if self.key else str(words)
-        return re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
 
     async def only_model(self) -> str:
         """The one model that the server lists. Raises RunError."""

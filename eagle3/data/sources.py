@@ -44,9 +44,7 @@ SourceFiles = list[tuple[Source, list[DataFile]]]
 
 @dataclass
 class Row:
-    """A conversation, or the reason for none; `line` is the row's number where a file has no lines;
-    about `share` of its source was read up to here.
-    """
+    """A conversation, or the reason for none; about `share` of its source was read up to here."""
 
     file: str
     line: int
@@ -57,11 +55,9 @@ class Row:
 
 def find_sources(data: Data, cache_dir: str) -> SourceFiles:
     """The files that `data` names, by source. Raises ConfigError or RunError."""
-    if not data.sources:
-        source = Source(data.path, data.subset, data.split)
-        return [(source, find_files(source, cache_dir))]
-    named = data.sources.items()
-    return [(source, find_files(source, cache_dir, f"data.sources.{n}")) for n, source in named]
+    named = {f"data.sources.{name}": source for name, source in data.sources.items()}
+    named = named or {"data": Source(data.path, data.subset, data.split)}
+    return [(source, find_files(source, cache_dir, key)) for key, source in named.items()]
 
 
 def may_be_remote(path: str) -> bool:
@@ -159,16 +155,13 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
     """The items of a JSON list, parsed while it is read: memory holds one block and one item."""
     # Bad UTF-8 costs the row it stands in (an unknown role, a refused text), not the file.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    decoder, text, place, opened = json.JSONDecoder(), "", 0, False
+    decoder, text, place = json.JSONDecoder(), "", 0
     while True:
         block = stream.read(BLOCK)
         text, place = text[place:] + decode(block, final=not block), 0
         while True:
-            while place < len(text) and text[place] in " \t\r\n,":
+            while place < len(text) and text[place] in " \t\r\n,[":  # items are objects
                 place += 1
-            if not opened and place < len(text):
-                place, opened = place + 1, True  # the bracket that `raw_rows` has seen
-                continue
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
                     raise RunError(f"{name} goes on behind its JSON list; give one list, or lines")

@@ -92,7 +92,6 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            encoder.add_system(row.conversation)
             encoded = encoder.encode(row.conversation)
         except RowError as error:
             collected.rejected[str(error)] += 1
