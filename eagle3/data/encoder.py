@@ -103,9 +103,8 @@ class Encoder:
             if conversation.repaired:
                 record["repaired"] = number_of(conversation.repaired, reasons)
             if prompt:
-                candidates.append(
-                    {"hash": opening, "file": file, "line": line, "input_ids": prompt}
-                )
+                place = {"file": file, "line": line}
+                candidates.append({"hash": opening, "input_ids": prompt, **place})
         ids, mask = np.concatenate(ids), np.concatenate(masks)
         return Chunk(ids, mask, records, reasons, candidates, not_found, example)
 
@@ -115,8 +114,7 @@ class Encoder:
         if text is not None:
             return hash_of(text[: find_spans(self.chat.turns, text)[0][0]])
         asked = takewhile(lambda m: m["role"] != "assistant", conversation.messages)
-        asked = [" ".join(m["content"].split()) for m in asked if m["role"] != "system"]
-        return hash_of(asked)
+        return hash_of([" ".join(m["content"].split()) for m in asked if m["role"] != "system"])
 
     def encode(self, conversation: Conversation) -> Encoded:
         """With the system prompt. Raises RowError also where no answer is left to train on."""
@@ -126,9 +124,8 @@ class Encoder:
         # Row t predicts token t + 2 and asks that t + 1 is the answer's too: a turn of a single
         # token trains nothing.
         if not any(min(stop, limit) - max(first, 1) >= 2 for first, stop in encoded.spans):
-            if len(encoded.input_ids) > limit:
-                raise RowError("no assistant token within data.max_length")
-            raise RowError("assistant turn too short")
+            beyond = "no assistant token within data.max_length"
+            raise RowError(beyond if len(encoded.input_ids) > limit else "assistant turn too short")
         return encoded
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -149,9 +146,8 @@ def encode_in_order(
     encoder: Encoder, rows: Iterator[RawRow], held_below: Callable[[], int], num_proc: int
 ) -> Iterator[Chunk]:
     """Chunks through `num_proc` processes (1: this one), in order. Raises RunError, ConfigError."""
-    chat = encoder.chat
-    if encoder.data.preformatted or not chat.marked:
-        chat.turns  # noqa: B018  probed here, once, and an error of it is a plain one
+    if encoder.data.preformatted or not encoder.chat.marked:
+        encoder.chat.turns  # noqa: B018  probed here, once, and an error of it is a plain one
     # As a dataset, the encoder has at a chunk of rows what it makes of them. Workers are forked, so
     # that they start at once with the tokenizer in shared memory; they end when this process does.
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
@@ -172,7 +168,5 @@ def encode_in_order(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise RunError(
-            f"a process of prepare was killed, perhaps for memory: lower data.num_proc={num_proc}; "
-            "the same command goes on from there"
-        ) from error
+        words = f"lower data.num_proc={num_proc}; the same command goes on from there"
+        raise RunError(f"a process of prepare was killed, perhaps for memory: {words}") from error

@@ -41,9 +41,7 @@ def regenerate(
     target: TargetHandle,
     cache_dir: str,
 ) -> tuple[SourceFiles, list[Path]]:
-    """Answer every source again; returns what to prepare from, and the artefact of each source.
-    Raises ConfigError, RunError.
-    """
+    """Answer again; returns what to prepare from and the artefact of each source."""
     answerer, again, paths = instantiate(section), [], []
     for source, files in sources:
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
@@ -76,14 +74,12 @@ def regenerate(
 
 
 class Dialogue:
-    """A row that is answered again turn by turn, each turn with the answers so far; `reason` says
-    why it was given up, `counts` has its "retries" and "answer_tokens".
-    """
+    """A row that is answered turn by turn with the answers so far; `reason` says why not."""
 
     def __init__(self, row: Row, system_prompt: str | None):
         self.messages: list[Message] = []
         self.pending: list[Message] = []
-        self.counts: Counter[str] = Counter()
+        self.counts = {"retries": 0, "answer_tokens": 0}
         self.reason = row.reason
         if row.conversation is None:
             return
@@ -132,9 +128,7 @@ def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
 
 
 class Journal:
-    """Rows that are through, a line each as they come, so that a killed call loses none; `offsets`
-    says where each row's line begins, by the row's number.
-    """
+    """Rows that are through, a line each as they come; `offsets` says where each line begins."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.offsets = stream, {}
@@ -157,24 +151,22 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
     """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
     counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
     rejected: Counter[str] = Counter()
-    conversations = (folder / "conversations.jsonl").open("wb")
-    rejects = (folder / "rejects.jsonl").open("wb")
-    with conversations, rejects:
+    names = "conversations.jsonl", "rejects.jsonl"
+    with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
         # Rows end in any order; read in their own, an interrupted call gives the same bytes.
         for _, offset in sorted(journal.offsets.items()):
             journal.stream.seek(offset)
             entry = json.loads(journal.stream.readline())
-            counts["rows"] += 1
-            counts["retries"] += entry.get("retries", 0)
-            counts["answer_tokens"] += entry.get("answer_tokens", 0)
+            counts.update(rows=1, retries=entry["retries"], answer_tokens=entry["answer_tokens"])
             if entry.get("reason") is not None:
                 rejected[entry["reason"]] += 1
                 rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                 continue
             messages = entry["messages"]
-            counts["answered"] += 1
-            counts["turns"] += sum(m["role"] == "assistant" for m in messages)
-            counts["truncated"] += sum("truncated" in m for m in messages)
+            turns = sum(m["role"] == "assistant" for m in messages)
+            counts.update(
+                answered=1, turns=turns, truncated=sum("truncated" in m for m in messages)
+            )
             place = f"{entry['file']}:{entry['line']}"
             conversations.write(to_line({"id": place, "messages": messages}))
     if not counts["answered"]:
@@ -301,16 +293,12 @@ class Servers:
                     raise RunError(f"{words}; {done}, and the same command goes on from there")
                 # A row is given up only where a server answers others: the rows that wait here
                 # when all have died are asked again by the next call.
-                if failures == 0:
-                    write_all()
-
-        def write_all() -> None:
-            for entry in through:
-                journal.write(*entry)
-            through.clear()
+                while through and failures == 0:
+                    journal.write(*through.pop())
 
         await asyncio.gather(*(work() for _ in range(self.concurrency * len(servers))))
-        write_all()
+        for entry in through:
+            journal.write(*entry)
 
 
 class Server:

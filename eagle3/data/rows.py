@@ -15,11 +15,7 @@ ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
 }  # fmt: skip
 # What may stand before a role; None: nothing but the system message.
-FOLLOWS = {
-    "user": (None, "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+BEFORE = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 
@@ -51,14 +47,12 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
     # Alpaca-like rows have the system message beside the turns.
-    system = row.get("system")
-    instructed = not messages or messages[0]["role"] == "system"
-    if isinstance(system, str) and system.strip() and not instructed:
+    system, repaired = row.get("system"), None
+    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
     rest = list(dropwhile(lambda m: m["role"] == "assistant", messages[first:]))
-    repaired = None
     if 0 < len(rest) < len(messages) - first:
         messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
     check_order(messages)
@@ -71,9 +65,8 @@ def from_columns(row: dict) -> list[Message] | None:
     answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str)), None)
     if question is None or answer is None:
         return None
-    given = row.get("input")
-    if isinstance(given, str) and given.strip():
-        question = f"{question}\n\n{given}"
+    if isinstance(row.get("input"), str) and row["input"].strip():
+        question += f"\n\n{row['input']}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -131,8 +124,7 @@ def read_tools(tools: Any) -> list[dict] | None:
     tools = parse(tools, "tools are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools are not a list of objects")
-    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    return wrapped or None
+    return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
 
 
 def parse(value: Any, reason: str) -> Any:
@@ -153,7 +145,7 @@ def check_order(messages: list[Message]) -> None:
             continue
         if role == "system":
             raise RowError("system message behind the first")
-        if before not in FOLLOWS[role]:
+        if before not in BEFORE[role]:
             raise RowError("turns do not alternate between user and assistant")
         before = role
     if before is None:
