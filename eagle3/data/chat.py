@@ -59,9 +59,7 @@ class Encoded:
 
 @dataclass
 class Turns:
-    """How a template frames an assistant turn: `opening` and what a generation prompt adds to it
-    before, one of `closings` behind, but for a last turn with an `open_end`.
-    """
+    """How a template frames an assistant turn; generation prompts add `prompt_rest` to `opening`."""
 
     opening: str
     prompt_rest: str
@@ -86,9 +84,8 @@ class Turns:
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
         # Some templates leave the last turn open, and its end then is that of the text.
-        if (self.open_end and not text[answer_end:].strip()) or not self.closings:
-            return self.closing_at(text, answer_end) or answer_end
-        return self.closing_at(text, answer_end)
+        open_ended = not self.closings or (self.open_end and not text[answer_end:].strip())
+        return self.closing_at(text, answer_end) or (answer_end if open_ended else None)
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
@@ -147,12 +144,8 @@ class Chat:
             known["date"] = str(date.today())
         return known
 
-    def render(
-        self, messages: Messages, tools=None, prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        """The text of `messages` and the spans of it that `{% generation %}` marks. Raises RowError
-        with what the template refuses.
-        """
+    def render(self, messages: Messages, tools=None, prompt=False) -> tuple[str, list[Span]]:
+        """The text, and its spans that `{% generation %}` marks. Raises RowError if refused."""
         try:
             texts, spans = render_jinja_template(
                 [messages],
@@ -186,7 +179,7 @@ class Chat:
         _, before_second, middle, before_fourth, last = parts.groups()
         tail = asked.partition(WORDS[0])[2]  # what ends a question
         prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-        opening = find_opening(self.tokenizer, [before_second, before_fourth], tail, prompt)
+        opening = self.find_opening([before_second, before_fourth], tail, prompt)
         prompt_rest = prompt[len(opening) :]
         # Where nothing but space opens an answer, it is found by what ends the question.
         if not opening.strip():
@@ -204,6 +197,21 @@ class Chat:
         if found and not middle.lstrip().startswith(tuple(closings)):
             closings.append(middle[slice(*found)])
         return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
+
+    def find_opening(self, heads: list[str], tail: str, prompt: str) -> str:
+        """What the prompt and the texts before answers begin with, from the role's marker on."""
+        marker = first_special(self.tokenizer, prompt)
+        begins = [prompt] if prompt else []
+        # The text before an answer may begin with what ends the question, which others (a tool's
+        # result, say) do not end with: the opening is what the marker of the role begins.
+        for head in heads:
+            head = head.removeprefix(tail)
+            place = head.rfind(prompt[slice(*marker)]) if marker else -1
+            begins.append(head[max(0, place) :])
+        prefix = os.path.commonprefix(begins)  # noqa: RUF071 (by character is meant)
+        # Half a tag, such as <think>, would not open a turn that goes on otherwise.
+        tag = prefix.rfind("<")
+        return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
     @cached_property
     def call_closing(self) -> str:
@@ -267,26 +275,6 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     longest_first = sorted(special, key=len, reverse=True)
     found = re.search("|".join(map(re.escape, longest_first)), text) if special else None
     return found.span() if found else None
-
-
-def find_opening(
-    tokenizer: PreTrainedTokenizerBase, heads: list[str], tail: str, prompt: str
-) -> str:
-    """What the texts between questions and answers and the generation prompt begin with, from the
-    prompt's first special token on.
-    """
-    marker = first_special(tokenizer, prompt)
-    begins = [prompt] if prompt else []
-    # The text before an answer may begin with what ends the question, which other questions (after
-    # a tool's result, say) do not end with: the opening is what the marker of the role begins.
-    for head in heads:
-        head = head.removeprefix(tail)
-        place = head.rfind(prompt[slice(*marker)]) if marker else -1
-        begins.append(head[max(0, place) :])
-    prefix = os.path.commonprefix(begins)  # noqa: RUF071 (by character is meant)
-    # Half a tag, such as <think>, would be taken for the opening of a turn that goes on otherwise.
-    tag = prefix.rfind("<")
-    return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
 
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:

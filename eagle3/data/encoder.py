@@ -35,10 +35,8 @@ RawRow = tuple[int, int, int, Any]
 @dataclass
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
-    for each row, and prompts that may be held out (`candidates`).
-
-    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, a number in `reasons`. In `not_found`
-    rows the template's turns were not found, of which `example` is a rendering.
+    for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`), prompts that may
+    be held out, how many had no turns, and a rendering of such a one.
     """
 
     ids: np.ndarray

@@ -107,12 +107,8 @@ def prepare(
     cache_dir: str,
     write: bool,
 ) -> Prepared:
-    """The prepared data, made where it is not there yet; without `write` it must be there.
-
-    `vocab_size` is the target's. Raises ConfigError, RunError.
-    """
-    evaluation = Source(data.eval_path) if data.eval_path else None
-    eval_files = find_files(evaluation, cache_dir) if evaluation else []
+    """The prepared data; without `write` it must be there already. Raises ConfigError, RunError."""
+    eval_files = find_files(Source(data.eval_path), cache_dir) if data.eval_path else []
     inputs = {
         **{name: getattr(data, name) for name in KEYS},
         "num_heldout": num_heldout,
@@ -144,8 +140,8 @@ def find_prepared(*inputs: Any) -> Prepared | None:
 
 
 class Writer:
-    """Appends chunks to the flat files and notes, after each part, how far it came: all that a
-    killed call goes on from. `candidates` are those of the lowest opening hashes, ascending.
+    """Appends chunks to the flat files and notes, after each part, all that a killed call goes on
+    from. `candidates` are those of the lowest opening hashes, ascending.
     """
 
     def __init__(self, folder: Path, sources: SourceFiles, vocab_size: int, num_heldout: int):
@@ -177,10 +173,8 @@ class Writer:
     def append(self, chunk: Chunk) -> None:
         """Raises RunError for ids beyond the target's vocabulary."""
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
-            raise RunError(
-                f"the tokenizer's id {chunk.ids.max()} is none of the vocabulary of "
-                f"{self.vocab_size}: it does not belong to this target"
-            )
+            words = f"the tokenizer gives id {chunk.ids.max()} of {self.vocab_size}"
+            raise RunError(f"{words}: it does not belong to this target")
         # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
         numbers = [number_of(reason, self.reasons) for reason in chunk.reasons]
         for name in ("outcome", "repaired"):  # LEFT_OUT, -1, takes what stands last
@@ -199,7 +193,6 @@ class Writer:
             self.candidates = [candidate for _, candidate in lowest[: self.num_heldout]]
 
     def save(self) -> None:
-        """Note how far it came."""
         for stream in self.files:
             stream.flush()
             os.fsync(stream.fileno())
@@ -239,10 +232,9 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
 def check_found(writer: Writer, allowed: float) -> None:
     """Raise RunError with an example when turns are not found in more of the rows."""
     if writer.not_found > allowed * writer.rows:
-        raise RunError(
-            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: does "
-            f"data.chat_template fit? One is rendered as:\n{writer.example[:EXAMPLE_LETTERS]}"
-        )
+        words = f"assistant turns were not found in {writer.not_found} of {writer.rows} rows"
+        shown = f"one is rendered as:\n{writer.example[:EXAMPLE_LETTERS]}"
+        raise RunError(f"{words}: data.chat_template does not fit; {shown}")
 
 
 def check_rejects(rejects: list[dict], data: Data) -> None:
@@ -252,9 +244,7 @@ def check_rejects(rejects: list[dict], data: Data) -> None:
         raise RunError(f"{place} (data.on_reject=skip counts it and goes on)")
 
 
-def read_heldout(
-    files: list[DataFile], encoder: Encoder, num_heldout: int
-) -> tuple[list[dict], list[dict]]:
+def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> tuple[list, list]:
     """The first prompts of `data.eval_path` that can be used, and rejects. Raises RunError."""
     prompts, rejects = [], []
     for row in read_rows(files, preformatted=encoder.data.preformatted):
@@ -301,9 +291,8 @@ def finish(
     rejects = writer.rejects(rows)
     rejected = Counter(reject["reason"] for reject in rejects)
     if not len(usable):
-        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
-        words = f"none of {len(rows)} rows can be trained on ({why or 'there are none'})"
-        raise RunError(f"data.path={data_path}: {words}")
+        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no rows"
+        raise RunError(f"data.path={data_path}: none of {len(rows)} rows can be trained on ({why})")
     check_rejects(rejects, encoder.data)
     heldout, unasked = given
     heldout = heldout or hold_out(rows, writer)

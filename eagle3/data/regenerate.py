@@ -24,7 +24,6 @@ from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import redact
 from eagle3.target.handle import TargetHandle
 
-JOURNAL = "journal.jsonl"
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
 # What changes no answer: no part of the fingerprint, so that answers are found again.
@@ -34,15 +33,10 @@ MOST_FAILURES = 20  # rows in a row without an answer, after which servers count
 
 
 def regenerate(
-    section: dict[str, Any],
-    data: Data,
-    sources: SourceFiles,
-    chat: Chat,
-    target: TargetHandle,
-    cache_dir: str,
+    config: dict, data: Data, sources: SourceFiles, chat: Chat, target: TargetHandle, cache_dir: str
 ) -> tuple[SourceFiles, list[Path]]:
     """Answer again; returns what to prepare from and the artefact of each source."""
-    answerer, again, paths = instantiate(section), [], []
+    answerer, again, paths = instantiate(config), [], []
     for source, files in sources:
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
@@ -54,19 +48,21 @@ def regenerate(
             "share": share,
             "chat": chat.identity,
             "target": target.spec.identity,
-            "answers": {k: v for k, v in section.items() if k not in HOW_TO_ASK},
+            "answers": {k: v for k, v in config.items() if k not in HOW_TO_ASK},
         }
 
         def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
             read = read_rows(files, data.num_samples, share=share)
             rows = progress("regenerate", ((row.share, row) for row in read))
-            with (folder / JOURNAL).open("a+b") as stream, closing(rows):
+            with (folder / "journal.jsonl").open("a+b") as stream, closing(rows):
                 journal = Journal(stream)
                 answerer.answer(rows, journal, data, chat, target)
                 return finish(folder, journal)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
-        (path / JOURNAL).unlink(missing_ok=True)  # a call killed before here still needed it
+        (path / "journal.jsonl").unlink(
+            missing_ok=True
+        )  # a call killed before here still needed it
         answers = Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
         again.append((answers, find_files(answers, cache_dir)))
         paths.append(path)
@@ -171,9 +167,9 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
             conversations.write(to_line({"id": place, "messages": messages}))
     if not counts["answered"]:
         journal.stream.truncate(0)  # servers that are put right may answer what they refused
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
-        words = f"none of the {counts['rows']} rows could be answered again"
-        raise RunError(f"{words} ({reasons or 'there are none'}); check data and regenerate")
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3)) or "no rows"
+        words = f"none of the {counts['rows']} rows could be answered again ({reasons})"
+        raise RunError(f"{words}; check data and regenerate")
     return {**counts, "rejected": dict(rejected.most_common())}
 
 
@@ -210,9 +206,7 @@ class BuiltIn:
             for (number, row), dialogue in zip(batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
-    def answer_batch(
-        self, dialogues: list[Dialogue], model: Any, chat: Chat, max_new_tokens: int
-    ) -> None:
+    def answer_batch(self, dialogues: list[Dialogue], model: Any, chat: Chat, longest: int) -> None:
         """Dialogues side by side: one turn of all that still ask, until none does."""
         top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
         sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
@@ -229,7 +223,7 @@ class BuiltIn:
                     prompts.append(prompt)
             if not asking:
                 return
-            answers = model.generate(prompts, max_new_tokens, sampling)
+            answers = model.generate(prompts, longest, sampling)
             for dialogue, prompt, answer in zip(asking, prompts, answers, strict=True):
                 ids = answer[: context - len(prompt)]
                 # Some templates open the thinking in the prompt, and the answer only closes it.
@@ -302,8 +296,8 @@ class Servers:
 
 
 class Server:
-    """One server through the openai client, which repeats what fails and ends what takes too long;
-    `in_flight` counts its requests, waiting ones too, `failures` those in a row without an answer.
+    """One server, asked through the openai client, which repeats what fails; `in_flight` counts
+    its requests, waiting ones too, `failures` those in a row without an answer.
     """
 
     def __init__(self, url: str, options: Servers):
@@ -375,7 +369,7 @@ class Server:
             words = f"{self.name} lists no model ({error}); check regenerate.urls"
             raise RunError(words) from error
         names = [model.id for model in listed.data]
-        if len(names) != 1:
-            listed = ", ".join(names) or "none"
-            raise RunError(f"{self.name} lists the models {listed}; name one in regenerate.model")
-        return names[0]
+        if len(names) == 1:
+            return names[0]
+        words = f"lists the models {', '.join(names) or 'none'}; name one in regenerate.model"
+        raise RunError(f"{self.name} {words}")

@@ -1,7 +1,4 @@
-"""Where rows come from: local files, folders, hub datasets and remote addresses, one row at a time.
-
-A broken row never costs its file, and each row carries its file and place.
-"""
+"""Rows of local files, folders, hub datasets and addresses; a broken one never costs its file."""
 
 import codecs
 import json
@@ -67,9 +64,7 @@ def may_be_remote(path: str) -> bool:
 
 
 def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFile]:
-    """The files of the source at `key` of the config; `datasets` downloads remote ones. Raises
-    ConfigError or RunError.
-    """
+    """The files of the source at `key`, downloaded if remote. Raises ConfigError or RunError."""
     local = Path(source.path).expanduser()
     if local.exists():
         found = [local]
@@ -119,9 +114,7 @@ def download(source: Source, key: str) -> list[DataFile]:
 
 
 def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
-    """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item
-    or a parquet row. Raises RunError for a file that cannot be read.
-    """
+    """(line, a JSON line's bytes or a parsed row, share of the file read). Raises RunError."""
     name = file.name.split("?")[0]
     if not name.endswith(SUFFIXES):
         raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
@@ -129,8 +122,8 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
     if compression is None and name.endswith(PACKED):
         raise RunError(f"{file.name} needs a package to unpack it, such as `pip install zstandard`")
     try:
-        rows = parquet_rows(file) if name.endswith(".parquet") else json_rows(file, compression)
-        yield from rows
+        parquet = name.endswith(".parquet")
+        yield from parquet_rows(file) if parquet else json_rows(file, compression)
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{file.name} is damaged: {reason}; fetch it again") from error
@@ -222,9 +215,7 @@ def progress(stage: str, rows: Iterator[tuple[float, Any]]) -> Iterator[Any]:
 
 
 def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, tuple]]:
-    """Of every row the share that was read up to there, and (source, file, line, content); None is
-    the content of one that its source's weight leaves out. Files are numbered through.
-    """
+    """(share read so far, (source, file, line, content or None where the weight leaves it out))."""
     first, num_files = 0, sum(len(files) for _, files in sources)
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
@@ -235,10 +226,7 @@ def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple
 
 
 def read_rows(
-    files: list[DataFile],
-    num_samples: int | None = None,
-    preformatted: bool = False,
-    share: float = 1.0,
+    files: list[DataFile], num_samples: int | None = None, preformatted=False, share: float = 1.0
 ) -> Iterator[Row]:
     """The first `num_samples` rows of files, or `share` of them, parsed in this process."""
     located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))

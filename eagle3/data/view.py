@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from eagle3.config import Data
 from eagle3.data.chat import NOT_FOUND, Chat
@@ -59,9 +59,7 @@ class Sample:
 
 @dataclass
 class Collected:
-    """The samples, how many rows each reason rejected on the way to them, and (place, rendering) of
-    the first in which no turn was found.
-    """
+    """The samples, counts of rejected rows, and (place, rendering) of the first without a turn."""
 
     samples: list[Sample] = field(default_factory=list)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -112,9 +110,7 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
     return collected
 
 
-def split_tokens(
-    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]
-) -> list[Piece]:
+def split_tokens(tokenizer: Any, input_ids: list[int], loss_mask: list[int]) -> list[Piece]:
     """The tokens with their texts, which joined are the decoded `input_ids`."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[Piece] = []
