@@ -59,7 +59,7 @@ class Encoded:
 
 @dataclass
 class Turns:
-    """How a template frames an assistant turn; generation prompts add `prompt_rest` to `opening`."""
+    """How a template frames an assistant turn; a generation prompt adds `prompt_rest` to it."""
 
     opening: str
     prompt_rest: str
@@ -170,8 +170,7 @@ class Chat:
             text, asked = self.render(messages)[0], self.render(messages[:1])[0]
             prompted = self.render(messages[:1], prompt=True)[0]
         except RowError as error:
-            words = f"the chat template cannot be used: {error}; set data.chat_template"
-            raise ConfigError(words) from error
+            raise ConfigError(f"data.chat_template cannot be used: {error}; set one") from error
         parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
         if parts is None:
             words = "does not render user and assistant turns in order"
@@ -185,10 +184,8 @@ class Chat:
         if not opening.strip():
             opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
         if not opening.strip():
-            raise ConfigError(
-                "the chat template has no text in front of assistant turns to find them by; set "
-                "data.chat_template, or mark them with {% generation %}"
-            )
+            words = "set data.chat_template, or mark them with {% generation %}"
+            raise ConfigError(f"the chat template has no text in front of assistant turns: {words}")
         last = last.strip()
         found = first_special(self.tokenizer, last)
         closings = [last[: found[1]] if found else last] if last else []

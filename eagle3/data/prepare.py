@@ -213,12 +213,11 @@ class Writer:
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
-    data = encoder.data
-    num_proc = data.num_proc or len(os.sched_getaffinity(0))
+    data, cores = encoder.data, len(os.sched_getaffinity(0))
     # Closed here, as the bar would stay below an error that the loop ends with.
     with closing(progress("prepare", locate_rows(sources, data.num_samples))) as located:
         rows = islice(located, writer.rows, None)
-        chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
+        chunks = encode_in_order(encoder, rows, writer.held_below, data.num_proc or cores)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
             check_rejects(writer.rejects(chunk.records), data)
@@ -304,14 +303,12 @@ def finish(
         raise RunError(f"data.path={data_path}: every conversation is held out, none trains")
     index = np.empty(len(rows), INDEX)
     index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
-    index["length"] = rows["tokens"]
-    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
+    index[["length", "supervised", "teachers"]] = rows[["tokens", "supervised", "teachers"]]
     np.save(folder / "index.npy", np.repeat(index, passes))
     # by the weight and not by the passes, which for a fraction are drawn
     weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
     counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
-    added = encoder.chat.tokenizer.added_tokens_decoder
-    special = {number for number, token in added.items() if token.special}
+    special = {n for n, t in encoder.chat.tokenizer.added_tokens_decoder.items() if t.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, size, special & ends)
     np.save(folder / "vocab.npy", vocab)
@@ -349,10 +346,9 @@ def hold_out(rows: np.ndarray, writer: Writer) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
     if openings <= writer.num_heldout or not writer.candidates:
-        raise RunError(
-            f"data.path={writer.names[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={writer.num_heldout}; lower it or give data.eval_path"
-        )
+        few = f"{openings} different prompts, too few to hold out eval.num_prompts"
+        words = f"{few}={writer.num_heldout}; lower it or give data.eval_path"
+        raise RunError(f"data.path={writer.names[0]} has {words}")
     for prompt in writer.candidates:
         prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
     return writer.candidates

@@ -160,9 +160,8 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
                 continue
             messages = entry["messages"]
             turns = sum(m["role"] == "assistant" for m in messages)
-            counts.update(
-                answered=1, turns=turns, truncated=sum("truncated" in m for m in messages)
-            )
+            cut = sum("truncated" in m for m in messages)
+            counts.update(answered=1, turns=turns, truncated=cut)
             place = f"{entry['file']}:{entry['line']}"
             conversations.write(to_line({"id": place, "messages": messages}))
     if not counts["answered"]:
@@ -201,8 +200,9 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
-            longest = self.max_new_tokens or data.max_length
-            self.answer_batch(dialogues, target.load(), chat, longest)
+            self.answer_batch(
+                dialogues, target.load(), chat, self.max_new_tokens or data.max_length
+            )
             for (number, row), dialogue in zip(batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
@@ -296,9 +296,7 @@ class Servers:
 
 
 class Server:
-    """One server, asked through the openai client, which repeats what fails; `in_flight` counts
-    its requests, waiting ones too, `failures` those in a row without an answer.
-    """
+    """One server, asked through the openai client; `failures` counts those since an answer."""
 
     def __init__(self, url: str, options: Servers):
         try:
