@@ -139,10 +139,9 @@ class Chat:
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
         whole = sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        known = {"tokenizer": whole, "template": self.template, "options": self.options}
-        if "strftime_now" in self.template:  # it renders otherwise tomorrow
-            known["date"] = str(date.today())
-        return known
+        # A template with a clock renders otherwise tomorrow.
+        dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
+        return {"tokenizer": whole, "template": self.template, "options": self.options, **dated}
 
     def render(self, messages: Messages, tools=None, prompt=False) -> tuple[str, list[Span]]:
         """The text, and its spans that `{% generation %}` marks. Raises RowError if refused."""

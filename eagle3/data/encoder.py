@@ -36,7 +36,7 @@ RawRow = tuple[int, int, int, Any]
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
     for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`), prompts that may
-    be held out, how many had no turns, and a rendering of such a one.
+    be held out; in `not_found` rows no turn was found, `example` is a rendering of one.
     """
 
     ids: np.ndarray

@@ -346,9 +346,8 @@ def hold_out(rows: np.ndarray, writer: Writer) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
     if openings <= writer.num_heldout or not writer.candidates:
-        few = f"{openings} different prompts, too few to hold out eval.num_prompts"
-        words = f"{few}={writer.num_heldout}; lower it or give data.eval_path"
-        raise RunError(f"data.path={writer.names[0]} has {words}")
+        words = f"too few to hold out eval.num_prompts={writer.num_heldout}; give data.eval_path"
+        raise RunError(f"data.path={writer.names[0]} has {openings} different prompts, {words}")
     for prompt in writer.candidates:
         prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
     return writer.candidates

@@ -125,8 +125,7 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
         parquet = name.endswith(".parquet")
         yield from parquet_rows(file) if parquet else json_rows(file, compression)
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        words = f"is damaged: {' '.join(str(error).split())}; fetch it again"
-        raise RunError(f"{file.name} {words}") from error
+        raise RunError(f"{file.name} is damaged ({str(error).strip()}); fetch it again") from error
 
 
 def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
