@@ -17,7 +17,7 @@ import torch
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
-from eagle3.data.chat import load_tokenizer
+from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
@@ -275,8 +275,7 @@ def check_against_target(config: RunConfig) -> None:
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
     if needs_tokenizer(config):
-        template = config.data.chat_template
-        load_tokenizer(model.path, model.revision, model.trust_remote_code, template)
+        load_chat(model, config.data)
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, section
 from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eagle3.data import templates
-from eagle3.data.chat import SYSTEM_PROMPTS, Chat, RowError, load_tokenizer, with_system
+from eagle3.data.chat import SYSTEM_PROMPTS, Chat, RowError, load_chat, with_system
 from eagle3.data.rows import Conversation
 from eagle3.errors import ConfigError
 
@@ -31,6 +31,10 @@ def chat_with(template, special=(), options=None):
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(special))})
     tokenizer.chat_template = template
     return Chat(tokenizer, options)
+
+
+def load(folder, template="auto"):
+    return load_chat(section("model", path=str(folder)), section("data", chat_template=template))
 
 
 def turns(*contents):
@@ -284,14 +288,14 @@ def test_tokenizers_without_a_template_are_told_the_names(tmp_path):
     with pytest.raises(
         ConfigError, match=r"no chat template; .*set data\.chat_template to one of .*llama3"
     ):
-        load_tokenizer(str(tmp_path), None, False)
-    chat = Chat(load_tokenizer(str(tmp_path), None, False, "llama3"))
+        load(tmp_path)
+    chat = load(tmp_path, "llama3")
     assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
-    assert chat.identity != Chat(load_tokenizer(str(tmp_path), None, False, "longcat")).identity
+    assert chat.identity != load(tmp_path, "longcat").identity
     with pytest.raises(
-        ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, which is no token"
+        ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, no token"
     ):
-        load_tokenizer(str(tmp_path), None, False, "chatml")
+        load(tmp_path, "chatml")
 
 
 def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokenizer):
@@ -299,9 +303,7 @@ def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokeniz
     tokenizer.backend_tokenizer.enable_truncation(6)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     tokenizer.save_pretrained(tmp_path)
-    assert supervised(Chat(load_tokenizer(str(tmp_path), None, False)), turns("a " * 30, "b")) == [
-        "b<|eot_id|>"
-    ]
+    assert supervised(load(tmp_path), turns("a " * 30, "b")) == ["b<|eot_id|>"]
 
 
 def test_marks_around_header_and_newline_are_trimmed():

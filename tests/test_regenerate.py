@@ -24,7 +24,6 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from eagle3.config import Source
-from eagle3.data import regenerate as module
 from eagle3.data.chat import Chat
 from eagle3.data.regenerate import Journal, finish, regenerate, split_thinking
 from eagle3.data.rows import Conversation
@@ -532,7 +531,7 @@ def test_a_missing_client_is_named(tmp_path, monkeypatch):
 def engine(target_folder, tokenizer):
     """A target that often ends its turn, as an untrained one with many ends does; and its chat."""
     target = HFTarget(spec_of(target_folder), torch.device("cpu"))
-    target.model.generation_config.eos_token_id = list(range(0, len(tokenizer), 8))
+    target.eos_token_ids = set(range(0, len(tokenizer), 8))
     return {"target": SimpleNamespace(load=lambda: target), "chat": Chat(tokenizer)}
 
 
@@ -578,7 +577,8 @@ def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypa
     chat = engine["chat"]
     said = [*chat.tokenize("one"), 1]
     monkeypatch.setattr(chat, "encode_prompt", lambda messages: chat.tokenize("Hello <think>\n"))
-    monkeypatch.setattr(module, "sample", lambda model, prompts, *_: [said for _ in prompts])
+    target = engine["target"].load()
+    monkeypatch.setattr(target, "generate", lambda prompts, *_: [said for _ in prompts])
     answer(answerer("builtin"), tmp_path, [row(1, "a")], **engine)
     message = written(tmp_path)[0]["messages"][1]
     assert message["reasoning_content"].startswith("one") and message["truncated"]

@@ -91,8 +91,6 @@ def test_preformatted_text():
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ([], "not an object"),
-        ("text", "not an object"),
         ({}, "no messages"),
         ({"messages": []}, "no messages"),
         ({"messages": "a"}, "no messages"),

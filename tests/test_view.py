@@ -12,10 +12,10 @@ import pytest
 from conftest import TINY, section
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eagle3.data import view
-from eagle3.data.chat import NOT_FOUND, Chat, load_tokenizer
+from eagle3.data.chat import NOT_FOUND, Chat
 from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row, Source, find_files, read_rows
 from eagle3.errors import RunError
@@ -160,16 +160,15 @@ def test_rejected_rows_are_shown_and_not_counted(tokenizer):
     collected = collect(tokenizer, *rows, num_samples=1, max_length=40)
     (sample,) = collected.samples
     assert sample.place == "a.jsonl, line 9"
-    places = "; ".join(f"a.jsonl, line {line}" for line in range(1, 6))
-    first = f"7 x broken JSON ({places}; …)"
-    assert collected.reasons[0] == first and "(a.jsonl, line 8)" in collected.reasons[1]
+    first = "7 x broken JSON"
+    assert collected.reasons[0] == first and len(collected.reasons) == 2
     assert first in printed(collected) and first in view.page(collected)
 
 
 @pytest.fixture
 def unfound() -> Chat:
     """A chat whose template changes the answers that ask for it."""
-    tokenizer = load_tokenizer(str(TINY / "target"), None, False)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
     tokenizer.chat_template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
         "{{ m.content | upper if 'hide' in m.content else m.content }}<|eot_id|>{% endfor %}"
@@ -180,24 +179,20 @@ def unfound() -> Chat:
 def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
     rows = [row("hide me", "<b>first</b>\x1b", line=i) for i in range(1, 7)] + [row("fine", line=7)]
     collected = view.collect(iter(rows), unfound, section("data"), 1)
-    assert list(collected.rejected) == [NOT_FOUND] and len(collected.rejected[NOT_FOUND]) == 6
-    assert len(collected.renderings) == view.MOST_RENDERINGS
+    assert collected.rejected == {NOT_FOUND: 6}
     rendering = "<|start_header_id|>user<|end_header_id|><b>first</b>"
-    assert collected.renderings[0][1].startswith(rendering)
+    assert collected.rendering[1].startswith(rendering)
     text, html = printed(collected), view.page(collected)
-    assert text.count(rendering + r"\x1b") == 3 and f"6 x {NOT_FOUND}" in text
-    assert html.count("&lt;b&gt;first&lt;/b&gt;<i>\\x1b</i>") == 3 and f"6 x {NOT_FOUND}" in html
+    assert text.count(rendering + r"\x1b") == 1 and f"6 x {NOT_FOUND}" in text
+    assert html.count("&lt;b&gt;first&lt;/b&gt;<i>\\x1b</i>") == 1 and f"6 x {NOT_FOUND}" in html
 
 
 def test_no_sample_is_an_error(tokenizer, unfound):
-    with pytest.raises(
-        RunError,
-        match=r"no conversation to show: 2 x broken JSON \(a.jsonl, line 1; a.jsonl, line 2\)$",
-    ):
+    with pytest.raises(RunError, match=r"no conversation to show: 2 x broken JSON$"):
         collect(tokenizer, *(Row("a.jsonl", line, None, "broken JSON") for line in (1, 2)))
     with pytest.raises(RunError, match=r"no conversation to show: no rows$"):
         collect(tokenizer)
-    with pytest.raises(RunError, match=r"this is how one was rendered:\n<\|start_header_id\|>user"):
+    with pytest.raises(RunError, match=r"one is rendered as:\n<\|start_header_id\|>user"):
         view.collect(iter([row("hide me")]), unfound, section("data"), 1)
 
 

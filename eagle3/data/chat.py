@@ -1,16 +1,14 @@
-"""Conversations to token ids and the assistant mask: rendered once, tokenised once, spans found in
-that text.
-"""
+"""Conversations to ids and the assistant mask: rendered and tokenised once, spans found in it."""
 
 import os
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from tokenizers import Encoding
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -27,14 +25,11 @@ WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
 PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
-PROBE_TOOL = {
-    "type": "function",
-    "function": {"name": "qzcall", "description": "", "parameters": {"properties": {}}},
-}
+SCHEMA = {"name": "qzcall", "description": "", "parameters": {"properties": {}}}
+PROBE_TOOL = {"type": "function", "function": SCHEMA}
 
 SYSTEM_PROMPTS = {
-    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have (so
-    # their drafts too).
+    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have.
     "llama2": (
         "You are a helpful, respectful and honest assistant. Always answer as helpfully as "
         "possible, while being safe.  Your answers should not include any harmful, unethical, "
@@ -64,10 +59,7 @@ class Encoded:
 
 @dataclass
 class Turns:
-    """How a template frames an assistant turn: `opening` stands before it, `prompt_rest` is what a
-    generation prompt adds to that, and one of `closings` ends it, but for the last turn where that
-    has an `open_end`.
-    """
+    """How a template frames an assistant turn; a generation prompt adds `prompt_rest` to it."""
 
     opening: str
     prompt_rest: str
@@ -92,33 +84,24 @@ class Turns:
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
         # Some templates leave the last turn open, and its end then is that of the text.
-        ends_text = self.open_end and not text[answer_end:].strip()
-        open_ended = answer_end if ends_text or not self.closings else None
-        return self.closing_at(text, answer_end) or open_ended
+        open_ended = not self.closings or (self.open_end and not text[answer_end:].strip())
+        return self.closing_at(text, answer_end) or (answer_end if open_ended else None)
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
     """With `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where there is none."""
-    if system_prompt is None or messages[0]["role"] == "system":
+    if system_prompt is None or not messages or messages[0]["role"] == "system":
         return messages
     system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def load_chat(model: Model, data: Data) -> "Chat":
-    """The target's tokenizer with the template of `data`. Raises ConfigError."""
-    named = (model.path, model.revision, model.trust_remote_code, data.chat_template)
-    return Chat(load_tokenizer(*named), data.chat_template_kwargs)
-
-
-def load_tokenizer(
-    path: str, revision: str | None, trust_remote_code: bool, chat_template: str = "auto"
-) -> PreTrainedTokenizerBase:
     """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
+    path, name = model.path, data.chat_template
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
@@ -127,24 +110,20 @@ def load_tokenizer(
     # A tokenizer.json may cut and pad by itself, which would spoil conversations in silence.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    if chat_template != "auto":
-        tokenizer.chat_template = templates.read(chat_template)
-        check_tokens(tokenizer, chat_template)
+    if name != "auto":
+        tokenizer.chat_template = templates.read(name)
     if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the tokenizer of model.path={path} has no chat template; add chat_template.jinja, or "
-            f"set data.chat_template to one of {', '.join(templates.names())}"
-        )
-    return tokenizer
-
-
-def check_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raise ConfigError where a named template frames turns by tokens that there are not."""
-    words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    framing = SPECIAL_LOOK.findall(Chat(tokenizer).render(words)[0])
-    missing = [token for token in framing if token not in tokenizer.get_vocab()]
-    if missing:
-        raise ConfigError(f"data.chat_template={name} needs {missing[0]}, which is no token here")
+        names = ", ".join(templates.names())
+        words = f"has no chat template; add one, or set data.chat_template to one of {names}"
+        raise ConfigError(f"the tokenizer of model.path={path} {words}")
+    chat = Chat(tokenizer, data.chat_template_kwargs)
+    if name != "auto":  # its framing may be by tokens that there are not
+        words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        framing = SPECIAL_LOOK.findall(chat.render(words)[0])
+        missing = [token for token in framing if token not in tokenizer.get_vocab()]
+        if missing:
+            raise ConfigError(f"data.chat_template={name} needs {missing[0]}, no token here")
+    return chat
 
 
 class Chat:
@@ -159,21 +138,13 @@ class Chat:
     @property
     def identity(self) -> dict[str, Any]:
         """For fingerprints: equal when the same conversations give the same ids."""
-        whole = self.tokenizer.backend_tokenizer.to_str().encode()
-        # Such a template renders otherwise tomorrow.
+        whole = sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        # A template with a clock renders otherwise tomorrow.
         dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
-        return {
-            "tokenizer": sha256(whole).hexdigest(),
-            "template": self.template,
-            "options": self.options,
-        } | dated
+        return {"tokenizer": whole, "template": self.template, "options": self.options, **dated}
 
-    def render(
-        self, messages: Messages, tools=None, prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        """The text of `messages` and, where the template has `{% generation %}`, the character
-        spans it marks. Raises RowError with what the template refuses.
-        """
+    def render(self, messages: Messages, tools=None, prompt=False) -> tuple[str, list[Span]]:
+        """The text, and its spans that `{% generation %}` marks. Raises RowError if refused."""
         try:
             texts, spans = render_jinja_template(
                 [messages],
@@ -189,11 +160,58 @@ class Chat:
 
     @cached_property
     def turns(self) -> Turns:
-        return probe_turns(self)
+        """What the template puts around a conversation of known words. Raises ConfigError."""
+        roles = ("user", "assistant") * 2
+        messages = [
+            {"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)
+        ]
+        try:
+            text, asked = self.render(messages)[0], self.render(messages[:1])[0]
+            prompted = self.render(messages[:1], prompt=True)[0]
+        except RowError as error:
+            raise ConfigError(f"data.chat_template cannot be used: {error}; set one") from error
+        parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
+        if parts is None:
+            words = "does not render user and assistant turns in order"
+            raise ConfigError(f"the chat template {words}; set data.chat_template")
+        _, before_second, middle, before_fourth, last = parts.groups()
+        tail = asked.partition(WORDS[0])[2]  # what ends a question
+        prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
+        opening = self.find_opening([before_second, before_fourth], tail, prompt)
+        prompt_rest = prompt[len(opening) :]
+        # Where nothing but space opens an answer, it is found by what ends the question.
+        if not opening.strip():
+            opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
+        if not opening.strip():
+            words = "set data.chat_template, or mark them with {% generation %}"
+            raise ConfigError(f"the chat template has no text in front of assistant turns: {words}")
+        last = last.strip()
+        found = first_special(self.tokenizer, last)
+        closings = [last[: found[1]] if found else last] if last else []
+        # Templates may close the last turn otherwise than those before it (gpt-oss).
+        found = first_special(self.tokenizer, middle)
+        if found and not middle.lstrip().startswith(tuple(closings)):
+            closings.append(middle[slice(*found)])
+        return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
+
+    def find_opening(self, heads: list[str], tail: str, prompt: str) -> str:
+        """What the prompt and the texts before answers begin with, from the role's marker on."""
+        marker = first_special(self.tokenizer, prompt)
+        begins = [prompt] if prompt else []
+        # The text before an answer may begin with what ends the question, which others (a tool's
+        # result, say) do not end with: the opening is what the marker of the role begins.
+        for head in heads:
+            head = head.removeprefix(tail)
+            place = head.rfind(prompt[slice(*marker)]) if marker else -1
+            begins.append(head[max(0, place) :])
+        prefix = os.path.commonprefix(begins)  # noqa: RUF071 (by character is meant)
+        # Half a tag, such as <think>, would not open a turn that goes on otherwise.
+        tag = prefix.rfind("<")
+        return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
     @cached_property
     def call_closing(self) -> str:
-        """The special token that ends a turn which calls a tool."""
+        """The special token that ends a turn which calls a tool. Raises RowError."""
         asked = {"role": "user", "content": "qzasked"}
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
         result = {"role": "tool", "content": "qzresult", "name": "qzcall"}
@@ -219,12 +237,12 @@ class Chat:
             encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise RowError("bad UTF-8") from error
-        token_spans = []
-        for start, stop in spans[-1:] if only_last_turn else spans:
-            span = token_at(encoding, text, start), token_at(encoding, text, stop)
-            if span[0] < span[1]:
-                token_spans.append(span)
-        return Encoded(text, encoding.ids, token_spans)
+        turns = spans[-1:] if only_last_turn else spans
+        stops = [stop for _, stop in encoding.offsets]
+        token_spans = [
+            (bisect_right(stops, start), bisect_right(stops, stop)) for start, stop in turns
+        ]
+        return Encoded(text, encoding.ids, [span for span in token_spans if span[0] < span[1]])
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:
         """The ids that ask for the next assistant turn; trailing assistant messages are dropped."""
@@ -247,18 +265,6 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def token_at(encoding: Encoding, text: str, place: int) -> int:
-    """The first token that ends behind the character at `place`."""
-    if place >= len(text):
-        return len(encoding.ids)
-    token = encoding.char_to_token(place)
-    if token is not None:
-        return token
-    # The tokenizer has left this character out.
-    behind = (i for i, (_, end) in enumerate(encoding.offsets) if end > place)
-    return next(behind, len(encoding.ids))
-
-
 def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     """Where the first special token stands in `text`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -267,75 +273,8 @@ def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
     return found.span() if found else None
 
 
-def common_prefix(*texts: str) -> str:
-    """The longest common prefix that does not end inside a tag such as `<think>`."""
-    # Half a tag would be taken for the opening of a turn that goes on otherwise.
-    prefix = os.path.commonprefix(texts)  # noqa: RUF071 (by character is meant)
-    tag = prefix.rfind("<")
-    return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
-
-
-def probe_turns(chat: Chat) -> Turns:
-    """What the template puts around a conversation of known words. Raises ConfigError."""
-    roles = ("user", "assistant") * 2
-    messages = [{"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)]
-    try:
-        text, asked = chat.render(messages)[0], chat.render(messages[:1])[0]
-        prompted = chat.render(messages[:1], prompt=True)[0]
-    except RowError as error:
-        raise ConfigError(
-            f"the chat template cannot be used: {error}; set data.chat_template"
-        ) from error
-    parts = re.fullmatch("(.*?)".join(["", *WORDS, ""]), text, re.DOTALL)
-    if parts is None:
-        raise ConfigError(
-            "the chat template does not render user and assistant turns in order; set "
-            "data.chat_template"
-        )
-    _, before_second, middle, before_fourth, last = parts.groups()
-    tail = asked.partition(WORDS[0])[2]  # what ends a question
-    prompt = prompted[len(asked) :] if prompted.startswith(asked) else ""
-    opening = find_opening(chat.tokenizer, [before_second, before_fourth], tail, prompt)
-    prompt_rest = prompt[len(opening) :]
-    # Where nothing but space opens an answer, it is found by what ends the question.
-    if not opening.strip():
-        opening, prompt_rest = tail.rstrip() + opening.rstrip(), ""
-    if not opening.strip():
-        raise ConfigError(
-            "the chat template has no text in front of assistant turns by which to find them; set "
-            "data.chat_template, or mark them with {% generation %}"
-        )
-    last = last.strip()
-    found = first_special(chat.tokenizer, last)
-    closings = [last[: found[1]] if found else last] if last else []
-    # Templates may close the last turn otherwise than those before it (gpt-oss).
-    found = first_special(chat.tokenizer, middle)
-    if found and not middle.lstrip().startswith(tuple(closings)):
-        closings.append(middle[slice(*found)])
-    return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
-
-
-def find_opening(
-    tokenizer: PreTrainedTokenizerBase, heads: list[str], tail: str, prompt: str
-) -> str:
-    """What all of `heads`, the texts between a question and its answer, and the generation prompt
-    begin with, from the prompt's first special token on.
-    """
-    marker = first_special(tokenizer, prompt)
-    begins = [prompt] if prompt else []
-    # The text before an answer may begin with what ends the question, which other questions (after
-    # a tool's result, say) do not end with: the opening is what the marker of the role begins.
-    for head in heads:
-        head = head.removeprefix(tail)
-        place = head.rfind(prompt[slice(*marker)]) if marker else -1
-        begins.append(head[max(0, place) :])
-    return common_prefix(*begins)
-
-
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
-    """Characters of every assistant turn with its closing, by walking the messages and the text
-    side by side. Raises RowError.
-    """
+    """Characters of every assistant turn with its closing, for unmarked text. Raises RowError."""
     # A question is stepped over by its content, so that an opening quoted in it is not taken for
     # one; an answer must stand between an opening and a closing. What a template does to earlier
     # turns (drop thinking, add an empty block) is thereby seen as it was rendered.
@@ -381,9 +320,7 @@ def find_end(chat: Chat, text: str, start: int, message: Message) -> Span:
 
 
 def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[Span]:
-    """Spans that a template marks, without the opening and with the closing; an answer that was cut
-    has none.
-    """
+    """Marked spans without the opening and with the closing, which an answer that was cut lacks."""
     try:
         turns = chat.turns
     except ConfigError:  # the marks are all there is to go by
@@ -406,13 +343,12 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
 
 def find_spans(turns: Turns, text: str) -> list[Span]:
     """Assistant turns of a text that was rendered elsewhere. Raises RowError without any."""
-    spans = []
-    start = turns.start(text, 0)
+    spans, start = [], turns.start(text, 0)
+    closing = re.compile("|".join(map(re.escape, turns.closings)) or "(?!)")
     while start >= 0:
-        found = [(text.find(closing, start), len(closing)) for closing in turns.closings]
-        stop = sum(min((f for f in found if f[0] >= 0), default=(len(text), 0)))
-        spans.append((start, stop))
-        start = turns.start(text, stop)
+        found = closing.search(text, start)
+        spans.append((start, found.end() if found else len(text)))
+        start = turns.start(text, spans[-1][1])
     if not spans:
         raise RowError(NOT_FOUND)
     return spans

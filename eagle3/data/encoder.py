@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from eagle3.data.sources import decode
 from eagle3.errors import RunError
 
 # What a worker gets at once: enough that handing over costs nothing, and few bytes under way.
-CHUNK_ROWS, CHUNK_BYTES = 128, 1 << 22
+CHUNK_ROWS = 64
 LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
 RECORD = np.dtype(
     [
@@ -34,16 +35,14 @@ RawRow = tuple[int, int, int, Any]
 @dataclass
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
-    for each row, and prompts that may be held out (`candidates`).
-
-    `outcome` of a record is 0, LEFT_OUT or, like `repaired`, counts into `reasons` from 1. In
-    `not_found` rows the template's turns were not found, of which `example` is a rendering.
+    for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`), prompts that may
+    be held out; in `not_found` rows no turn was found, `example` is a rendering of one.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     records: np.ndarray
-    reasons: list[str]
+    reasons: dict[str, int]
     candidates: list[dict]
     not_found: int
     example: str | None
@@ -55,24 +54,9 @@ def hash_of(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def opening_hash(conversation: Conversation, chat: Chat) -> int:
-    """Equal where the first question is, whatever system message, spaces or answer there are."""
-    if conversation.text is not None:
-        return hash_of(conversation.text[: find_spans(chat.turns, conversation.text)[0][0]])
-    asked = []
-    for message in conversation.messages:
-        if message["role"] == "assistant":
-            break
-        if message["role"] != "system":
-            asked.append(" ".join(message["content"].split()))
-    return hash_of(asked)
-
-
-def number_of(reason: str, reasons: list[str]) -> int:
-    """The place of `reason` in `reasons`, from 1; it is added where it is new."""
-    if reason not in reasons:
-        reasons.append(reason)
-    return reasons.index(reason) + 1
+def number_of(reason: str, reasons: dict[str, int]) -> int:
+    """Reasons are numbered from 1 as they come."""
+    return reasons.setdefault(reason, len(reasons) + 1)
 
 
 @dataclass
@@ -83,12 +67,10 @@ class Encoder:
     data: Data
 
     def __getitem__(self, asked: tuple[list[RawRow], int]) -> Chunk:
-        """What becomes of some rows, with the prompts of those whose opening hashes below a
-        number.
-        """
+        """What becomes of some rows; prompts only where the opening hashes below a number."""
         rows, held_below = asked
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
-        records, reasons, candidates = np.zeros(len(rows), RECORD), [], []
+        records, reasons, candidates = np.zeros(len(rows), RECORD), {}, []
         not_found, example = 0, None
         for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
@@ -98,9 +80,8 @@ class Encoder:
             # Workers do all that costs time: the process that reads would not keep up with parsing.
             try:
                 conversation = read_conversation(decode(raw), self.data.preformatted)
-                self.add_system(conversation)
                 encoded = self.encode(conversation)
-                opening = opening_hash(conversation, self.chat)
+                opening = self.hash_opening(conversation)
                 prompt = self.prompt(conversation) if opening < held_below else None
             except RowError as error:
                 record["outcome"] = number_of(str(error), reasons)
@@ -120,24 +101,29 @@ class Encoder:
             if conversation.repaired:
                 record["repaired"] = number_of(conversation.repaired, reasons)
             if prompt:
-                candidates.append({"hash": opening, "file": file, "line": line, "ids": prompt})
+                place = {"file": file, "line": line}
+                candidates.append({"hash": opening, "input_ids": prompt, **place})
         ids, mask = np.concatenate(ids), np.concatenate(masks)
         return Chunk(ids, mask, records, reasons, candidates, not_found, example)
 
-    def add_system(self, conversation: Conversation) -> None:
-        if conversation.messages:
-            conversation.messages = with_system(conversation.messages, self.data.system_prompt)
+    def hash_opening(self, conversation: Conversation) -> int:
+        """Equal where the first question is, whatever system message, spaces or answer it has."""
+        text = conversation.text
+        if text is not None:
+            return hash_of(text[: find_spans(self.chat.turns, text)[0][0]])
+        asked = takewhile(lambda m: m["role"] != "assistant", conversation.messages)
+        return hash_of([" ".join(m["content"].split()) for m in asked if m["role"] != "system"])
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Raises RowError also where nothing of an answer is left to train on."""
+        """With the system prompt. Raises RowError also where no answer is left to train on."""
+        conversation.messages = with_system(conversation.messages, self.data.system_prompt)
         encoded = self.chat.encode(conversation, self.data.train_only_last_turn)
         limit = self.data.max_length
         # Row t predicts token t + 2 and asks that t + 1 is the answer's too: a turn of a single
         # token trains nothing.
         if not any(min(stop, limit) - max(first, 1) >= 2 for first, stop in encoded.spans):
-            too_long = len(encoded.input_ids) > limit
             beyond = "no assistant token within data.max_length"
-            raise RowError(beyond if too_long else "assistant turn too short")
+            raise RowError(beyond if len(encoded.input_ids) > limit else "assistant turn too short")
         return encoded
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -157,18 +143,16 @@ class Encoder:
 def encode_in_order(
     encoder: Encoder, rows: Iterator[RawRow], held_below: Callable[[], int], num_proc: int
 ) -> Iterator[Chunk]:
-    """Chunks of rows through `num_proc` processes (1: this one), in order, a few of them ahead.
-    Raises RunError when a process dies, ConfigError.
-    """
-    chat = encoder.chat
-    if encoder.data.preformatted or not chat.marked:
-        chat.turns  # noqa: B018  probed here, once, and an error of it is a plain one
+    """Chunks through `num_proc` processes (1: this one), in order. Raises RunError, ConfigError."""
+    if encoder.data.preformatted or not encoder.chat.marked:
+        encoder.chat.turns  # noqa: B018  probed here, once, and an error of it is a plain one
     # As a dataset, the encoder has at a chunk of rows what it makes of them. Workers are forked, so
     # that they start at once with the tokenizer in shared memory; they end when this process does.
+    chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
     workers = num_proc if num_proc > 1 else 0
     loader = DataLoader(
         encoder,
-        sampler=((chunk, held_below()) for chunk in read_chunks(rows)),
+        sampler=((chunk, held_below()) for chunk in chunks),
         batch_size=None,
         collate_fn=lambda chunk: chunk,
         num_workers=workers,
@@ -182,20 +166,5 @@ def encode_in_order(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise RunError(
-            f"a process of prepare was killed, perhaps for memory: lower data.num_proc={num_proc}; "
-            "the same command goes on from there"
-        ) from error
-
-
-def read_chunks(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
-    chunk, size = [], 0
-    for row in rows:
-        chunk.append(row)
-        # Parsed rows (parquet, JSON lists) do not show their size.
-        size += len(row[3]) if isinstance(row[3], bytes) else 1 << 12
-        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+        words = f"lower data.num_proc={num_proc}; the same command goes on from there"
+        raise RunError(f"a process of prepare was killed, perhaps for memory: {words}") from error

@@ -1,14 +1,13 @@
 """Rows -> ids, loss mask, held-out prompts and draft vocabulary, in flat, memory-mapped files.
 
-Worker processes parse, render and tokenise; this process reads, writes and counts, in order, so
-that the artefact does not depend on how many there were. Memory holds a few chunks and, at the end,
-about 150 bytes a row. A killed call goes on at the last part it finished.
+Workers parse, render and tokenise; this process writes and counts, in order, so that the artefact
+does not depend on how many there were. Memory holds a few chunks and about 150 bytes a row.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,36 +20,19 @@ from xxhash import xxh3_128
 
 from eagle3.batch import Document
 from eagle3.config import Data, Source
-from eagle3.data.chat import Chat
-from eagle3.data.encoder import (
-    LEFT_OUT,
-    RECORD,
-    Chunk,
-    Encoder,
-    RawRow,
-    encode_in_order,
-    number_of,
-    opening_hash,
-)
+from eagle3.data.chat import Chat, with_system
+from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order, number_of
 from eagle3.data.rows import RowError
-from eagle3.data.sources import (
-    DataFile,
-    SourceFiles,
-    find_files,
-    raw_rows,
-    read_rows,
-    selects,
-    show_progress,
-)
-from eagle3.data.vocab import choose_vocab, coverage
+from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
+from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
 
 STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
-PART_CHUNKS = 64  # about 8,000 rows, the most that a killed call does again
+PART_CHUNKS = 128  # about 8,000 rows, the most that a killed call does again
 COUNTED_ROWS = 1024
-FORMAT = 2  # part of the fingerprint, raised when the same rows come to be encoded differently
+FORMAT = 3  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
@@ -63,9 +45,8 @@ KEYS = (
 @dataclass
 class Prepared:
     """The artefact of `prepare`, memory-mapped: `index` has a record of INDEX for each document,
-    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}.
-
-    `teachers` counts the rows that `Features` has teachers for: supervised ones and those behind.
+    `heldout` the prompts to measure on, {"id", "hash", "input_ids"}; `teachers` counts the rows
+    that `Features` has teachers for.
     """
 
     input_ids: np.ndarray
@@ -77,10 +58,9 @@ class Prepared:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        names = ("length", "supervised", "teachers")
-        self.lengths, self.supervised, self.teachers = (
-            self.index[name].astype(np.int64) for name in names
-        )
+        self.lengths = self.index["length"].astype(np.int64)
+        self.supervised = self.index["supervised"].astype(np.int64)
+        self.teachers = self.index["teachers"].astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -127,13 +107,8 @@ def prepare(
     cache_dir: str,
     write: bool,
 ) -> Prepared:
-    """The prepared data, made where it is not there yet; without `write` it must be there.
-
-    `vocab_size` is the target's. Without `data.eval_path`, `num_heldout` conversations are held
-    out. Raises ConfigError, RunError.
-    """
-    evaluation = Source(data.eval_path) if data.eval_path else None
-    eval_files = find_files(evaluation, cache_dir) if evaluation else []
+    """The prepared data; without `write` it must be there already. Raises ConfigError, RunError."""
+    eval_files = find_files(Source(data.eval_path), cache_dir) if data.eval_path else []
     inputs = {
         **{name: getattr(data, name) for name in KEYS},
         "num_heldout": num_heldout,
@@ -148,9 +123,9 @@ def prepare(
     def write_folder(folder: Path) -> dict[str, Any]:
         encoder = Encoder(chat, data)
         given = read_heldout(eval_files, encoder, num_heldout) if eval_files else ([], [])
-        writer = Writer(folder, vocab_size, 0 if eval_files else num_heldout)
+        writer = Writer(folder, sources, vocab_size, 0 if eval_files else num_heldout)
         write_rows(writer, encoder, sources)
-        return finish(writer, chat, data, sources, given, draft_vocab_size)
+        return finish(writer, encoder, sources, given, draft_vocab_size)
 
     path = artefact(cache_dir, "prepared", inputs, write_folder if write else None, "prepare")
     return load_prepared(path)
@@ -164,28 +139,16 @@ def find_prepared(*inputs: Any) -> Prepared | None:
         return None
 
 
-def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, RawRow]]:
-    """The rows of all sources, files numbered through, each behind the share that is read."""
-    first, num_files = 0, len(names_of(sources))
-    for number, (source, files) in enumerate(sources):
-        located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
-        for file, line, raw, share in islice(located, num_samples):
-            chosen = raw if selects(source.weight, line) else None
-            yield (file + share) / num_files, (number, file, line, chosen)
-        first += len(files)
-
-
 class Writer:
-    """Appends chunks to the flat files and notes, after each part, how far it came.
-
-    What is noted is all that a killed call goes on from: how many rows and tokens are written,
-    reasons, and the `candidates` of the lowest opening hashes, ascending.
+    """Appends chunks to the flat files and notes, after each part, all that a killed call goes on
+    from. `candidates` are those of the lowest opening hashes, ascending.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, num_heldout: int):
+    def __init__(self, folder: Path, sources: SourceFiles, vocab_size: int, num_heldout: int):
+        self.names = [file.name for _, files in sources for file in files]
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
         self.rows = self.tokens = self.not_found = 0
-        self.reasons: list[str] = []
+        self.reasons: dict[str, int] = {}
         self.candidates: list[dict] = []
         self.example: str | None = None
         if (folder / STATE).exists():
@@ -208,16 +171,14 @@ class Writer:
         return self.candidates[-1]["hash"] + 1 if self.candidates else 0
 
     def append(self, chunk: Chunk) -> None:
+        """Raises RunError for ids beyond the target's vocabulary."""
         if len(chunk.ids) and chunk.ids.max() >= self.vocab_size:
-            raise RunError(
-                f"the tokenizer gives id {chunk.ids.max()}, but the target's vocabulary has "
-                f"{self.vocab_size} entries; this tokenizer does not belong to this target"
-            )
+            words = f"the tokenizer gives id {chunk.ids.max()} of {self.vocab_size}"
+            raise RunError(f"{words}: it does not belong to this target")
         # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
-        numbers = np.array([0, *(number_of(reason, self.reasons) for reason in chunk.reasons)])
-        for name in ("outcome", "repaired"):
-            column = chunk.records[name]
-            column[column > 0] = numbers[column[column > 0]]
+        numbers = [number_of(reason, self.reasons) for reason in chunk.reasons]
+        for name in ("outcome", "repaired"):  # LEFT_OUT, -1, takes what stands last
+            chunk.records[name] = np.array([0, *numbers, LEFT_OUT])[chunk.records[name]]
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
             stream.write(values.tobytes())
         self.rows += len(chunk.records)
@@ -240,26 +201,26 @@ class Writer:
         partial.write_text(json.dumps({name: getattr(self, name) for name in NOTED}))
         os.replace(partial, self.folder / STATE)
 
-    def close(self) -> np.ndarray:
-        """The records of all rows."""
-        self.save()
-        for stream in self.files:
-            stream.close()
-        return np.fromfile(self.folder / "rows.bin", RECORD)
+    def rejects(self, records: np.ndarray) -> list[dict]:
+        """{"file", "line", "reason"} of the rows that are rejected."""
+        words = {number: reason for reason, number in self.reasons.items()}
+        rejected = records[records["outcome"] > 0][["file", "line", "outcome"]]
+        return [
+            {"file": self.names[file], "line": line, "reason": words[number]}
+            for file, line, number in rejected.tolist()
+        ]
 
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
-    data, names = encoder.data, names_of(sources)
-    num_proc = data.num_proc or len(os.sched_getaffinity(0))
+    data, cores = encoder.data, len(os.sched_getaffinity(0))
     # Closed here, as the bar would stay below an error that the loop ends with.
-    with closing(show_progress("prepare", locate_rows(sources, data.num_samples))) as located:
+    with closing(progress("prepare", locate_rows(sources, data.num_samples))) as located:
         rows = islice(located, writer.rows, None)
-        chunks = encode_in_order(encoder, rows, writer.held_below, num_proc)
+        chunks = encode_in_order(encoder, rows, writer.held_below, data.num_proc or cores)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
-            if data.on_reject == "fail":
-                fail_on_reject(list_rejects(chunk.records, writer.reasons, names))
+            check_rejects(writer.rejects(chunk.records), data)
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
                 check_found(writer, 0.5)
@@ -267,59 +228,41 @@ def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     check_found(writer, 0.01)
 
 
-def names_of(sources: SourceFiles) -> list[str]:
-    return [file.name for _, files in sources for file in files]
-
-
 def check_found(writer: Writer, allowed: float) -> None:
-    """End with an example when turns are not found in more than that share of the rows."""
+    """Raise RunError with an example when turns are not found in more of the rows."""
     if writer.not_found > allowed * writer.rows:
-        raise RunError(
-            f"assistant turns were not found in {writer.not_found} of {writer.rows} rows: "
-            "data.chat_template does not fit the tokenizer or the data; this is how one was "
-            f"rendered:\n{writer.example[:EXAMPLE_LETTERS]}"
-        )
+        words = f"assistant turns were not found in {writer.not_found} of {writer.rows} rows"
+        shown = f"one is rendered as:\n{writer.example[:EXAMPLE_LETTERS]}"
+        raise RunError(f"{words}: data.chat_template does not fit; {shown}")
 
 
-def fail_on_reject(rejects: list[dict]) -> None:
-    """End the stage at the first of `rejects`, for `data.on_reject=fail`."""
-    for reject in rejects:
-        place = f"{reject['file']}, line {reject['line']}"
-        raise RunError(f"{place}: {reject['reason']} (data.on_reject=skip counts it and goes on)")
+def check_rejects(rejects: list[dict], data: Data) -> None:
+    """End the stage at the first of `rejects` where `data.on_reject=fail`."""
+    if rejects and data.on_reject == "fail":
+        place = f"{rejects[0]['file']}, line {rejects[0]['line']}: {rejects[0]['reason']}"
+        raise RunError(f"{place} (data.on_reject=skip counts it and goes on)")
 
 
-def list_rejects(rows: np.ndarray, reasons: list[str], names: list[str]) -> list[dict]:
-    """{"file", "line", "reason"} of the rows that are rejected."""
-    return [
-        {"file": names[file], "line": line, "reason": reasons[number - 1]}
-        for file, line, number in rows[rows["outcome"] > 0][["file", "line", "outcome"]].tolist()
-    ]
-
-
-def read_heldout(
-    files: list[DataFile], encoder: Encoder, num_heldout: int
-) -> tuple[list[dict], list[dict]]:
-    """The first prompts of `data.eval_path` that can be used, and what cannot: {"file", "line",
-    "reason"}. Raises RunError.
-    """
+def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> tuple[list, list]:
+    """The first prompts of `data.eval_path` that can be used, and rejects. Raises RunError."""
     prompts, rejects = [], []
     for row in read_rows(files, preformatted=encoder.data.preformatted):
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
             conversation = row.conversation
-            encoder.add_system(conversation)
+            conversation.messages = with_system(conversation.messages, encoder.data.system_prompt)
             ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
                 raise RowError("held-out prompt longer than data.max_length")
-            opening = opening_hash(conversation, encoder.chat)
+            opening = encoder.hash_opening(conversation)
             if any(prompt["hash"] == opening for prompt in prompts):
                 raise RowError("asks what an earlier held-out prompt asks")
-            prompts.append(heldout_prompt(row.file, row.line, opening, ids))
+            place = f"{Path(row.file).name}:{row.line}"
+            prompts.append({"id": place, "hash": opening, "input_ids": ids})
         except RowError as error:
             rejects.append({"file": row.file, "line": row.line, "reason": str(error)})
-            if encoder.data.on_reject == "fail":
-                fail_on_reject(rejects)
+            check_rejects(rejects, encoder.data)
         if len(prompts) == num_heldout:
             break
     if not prompts:
@@ -327,104 +270,87 @@ def read_heldout(
     return prompts, rejects
 
 
-def heldout_prompt(file: str, line: int, opening: int, ids: list[int]) -> dict:
-    return {"id": f"{Path(file).name}:{line}", "hash": opening, "input_ids": ids}
-
-
 def finish(
-    writer: Writer,
-    chat: Chat,
-    data: Data,
-    sources: SourceFiles,
-    given: tuple[list[dict], list[dict]],
-    draft_vocab_size: int,
+    writer: Writer, encoder: Encoder, sources: SourceFiles, given: tuple[list, list], size: int
 ) -> dict[str, Any]:
-    """Leave out duplicates and what is held out, choose the draft vocabulary, write the index;
-    returns the facts. `given`: the prompts of `data.eval_path`, and its rejects.
+    """Leave out duplicates and what is held out, choose a draft vocabulary of `size`, write the
+    index; returns the facts. `given` are the prompts and rejects of `data.eval_path`.
     """
-    folder, reasons, names = writer.folder, writer.reasons, names_of(sources)
-    rows = writer.close()
-    rejects = list_rejects(rows, reasons, names)
-    if len(rejects) == (rows["outcome"] != LEFT_OUT).sum():
-        counted = Counter(reject["reason"] for reject in rejects)
-        why = ", ".join(f"{count} x {reason}" for reason, count in counted.items())
-        raise RunError(
-            f"data.path={names[0]}: none of {len(rows)} rows can be trained on "
-            f"({why or 'there are none'})"
-        )
-    drop_duplicates(rows, reasons)
-    rejects = list_rejects(rows, reasons, names)
-    if data.on_reject == "fail":
-        fail_on_reject(rejects)
+    writer.save()
+    folder, reasons, data_path = writer.folder, writer.reasons, writer.names[0]
+    for stream in writer.files:
+        stream.close()
+    rows = np.fromfile(folder / "rows.bin", RECORD)
+    usable = np.flatnonzero(rows["outcome"] == 0)
+    # Of rows with the same content the first one counts.
+    again = np.ones(len(usable), bool)
+    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
+    if again.any():
+        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
+    rejects = writer.rejects(rows)
+    rejected = Counter(reject["reason"] for reject in rejects)
+    if not len(usable):
+        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no rows"
+        raise RunError(f"data.path={data_path}: none of {len(rows)} rows can be trained on ({why})")
+    check_rejects(rejects, encoder.data)
     heldout, unasked = given
-    heldout = heldout or hold_out(rows, writer, names)
+    heldout = heldout or hold_out(rows, writer)
     # Another answer to a held-out question would teach what is measured.
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
     held &= rows["outcome"] == 0
     passes = count_passes(rows, sources) * ~held
     if not passes.any():
-        raise RunError(f"data.path={names[0]}: every conversation is held out, none trains")
+        raise RunError(f"data.path={data_path}: every conversation is held out, none trains")
     index = np.empty(len(rows), INDEX)
     index["start"] = np.cumsum(rows["tokens"], dtype=np.int64) - rows["tokens"]
-    index["length"] = rows["tokens"]
-    index["supervised"], index["teachers"] = rows["supervised"], rows["teachers"]
+    index[["length", "supervised", "teachers"]] = rows[["tokens", "supervised", "teachers"]]
     np.save(folder / "index.npy", np.repeat(index, passes))
     # by the weight and not by the passes, which for a fraction are drawn
     weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
     counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
-    special = {n for n, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
+    special = {n for n, t in encoder.chat.tokenizer.added_tokens_decoder.items() if t.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
-    vocab = choose_vocab(counts, draft_vocab_size, special & ends)
+    vocab = choose_vocab(counts, size, special & ends)
     np.save(folder / "vocab.npy", vocab)
+    digest = xxh3_128()
+    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
+        with (folder / name).open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         (folder / f"{name}.jsonl").write_text(text)
-    repaired = rows["repaired"][rows["repaired"] > 0].tolist()
+    repaired = Counter(rows["repaired"].tolist())
     facts = {
         "rows": len(rows),
         "documents": int((passes > 0).sum()),
         "documents_per_epoch": int(passes.sum()),
         "held_out_rows": int(held.sum()),
         "left_out_by_weight": int((rows["outcome"] == LEFT_OUT).sum()),
-        "rejected": dict(Counter(reject["reason"] for reject in rejects)),
-        "repaired": dict(Counter(reasons[number - 1] for number in repaired)),
+        "rejected": dict(rejected),
+        "repaired": {reason: repaired[n] for reason, n in reasons.items() if n in repaired},
         "cut_to_max_length": int(rows["cut"].sum()),
         "tokens": int((rows["tokens"] * passes).sum()),
         "supervised_tokens": int((rows["supervised"] * passes).sum()),
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
-        "vocab_coverage": coverage(counts, vocab),
-        "vocab_seen": int((counts > 0).sum()),
-        "digest": digest(folder),
+        "vocab_coverage": float(counts[vocab].sum() / max(1, counts.sum())),
+        "digest": digest.hexdigest(),
     }
-    # What only an interrupted call needs; the state first, as it speaks of the rows.
+    # What only an interrupted call needs; the state first, as it names the rows.
     (folder / STATE).unlink()
     (folder / "rows.bin").unlink()
     return facts
 
 
-def drop_duplicates(rows: np.ndarray, reasons: list[str]) -> None:
-    """Reject all but the first of rows with the same content."""
-    usable = np.flatnonzero(rows["outcome"] == 0)
-    again = np.ones(len(usable), bool)
-    again[np.unique(rows["content"][usable], return_index=True)[1]] = False
-    if again.any():
-        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
-
-
-def hold_out(rows: np.ndarray, writer: Writer, names: list[str]) -> list[dict]:
+def hold_out(rows: np.ndarray, writer: Writer) -> list[dict]:
     """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
     openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
     if openings <= writer.num_heldout or not writer.candidates:
-        raise RunError(
-            f"data.path={names[0]} has {openings} different prompts, too few to hold out "
-            f"eval.num_prompts={writer.num_heldout} that end within data.max_length; lower it or "
-            "give data.eval_path"
-        )
-    return [
-        heldout_prompt(names[prompt["file"]], prompt["line"], prompt["hash"], prompt["ids"])
-        for prompt in writer.candidates
-    ]
+        words = f"too few to hold out eval.num_prompts={writer.num_heldout}; give data.eval_path"
+        raise RunError(f"data.path={writer.names[0]} has {openings} different prompts, {words}")
+    for prompt in writer.candidates:
+        prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
+    return writer.candidates
 
 
 def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
@@ -438,9 +364,7 @@ def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
 def count_vocab(
     folder: Path, rows: np.ndarray, weights: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, set[int]]:
-    """Supervised tokens by the weight of their rows (0: not trained on), float64 [V], and the
-    tokens by which answers end.
-    """
+    """Supervised tokens by their rows' weights, float64 [V], and tokens by which answers end."""
     counts, ends = np.zeros(vocab_size), set()
     # read, not memory-mapped: mapped pages would count as this process' memory
     files = (folder / "input_ids.bin").open("rb"), (folder / "loss_mask.bin").open("rb")
@@ -454,12 +378,3 @@ def count_vocab(
             counts += np.bincount(ids[mask], weight[mask], vocab_size)
             ends.update(np.unique(ids[mask & ~np.append(mask[1:], False)]).tolist())
     return counts, ends
-
-
-def digest(folder: Path) -> str:
-    total = xxh3_128()
-    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
-        with (folder / name).open("rb") as stream:
-            while block := stream.read(1 << 24):
-                total.update(block)
-    return total.hexdigest()

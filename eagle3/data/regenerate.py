@@ -1,6 +1,4 @@
-"""`stages=[regenerate]`: the target answers the prompts of a dataset again, so that a draft learns
-its own words.
-"""
+"""`stages=[regenerate]`: the target answers a dataset again, so that a draft learns its words."""
 
 import asyncio
 import json
@@ -12,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar
+from typing import Annotated, Any, BinaryIO
 
 import torch
 from hydra.utils import instantiate
@@ -20,62 +18,51 @@ from hydra.utils import instantiate
 from eagle3.config import Data, Source, Within
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, show_progress
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import redact
+from eagle3.target.handle import TargetHandle
 
-if TYPE_CHECKING:
-    from eagle3.target.handle import TargetHandle
-
-JOURNAL = "journal.jsonl"
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
+# What changes no answer: no part of the fingerprint, so that answers are found again.
+HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 MOST_FAILURES = 20  # rows in a row without an answer, after which servers count as dead
 
 
 def regenerate(
-    section: dict[str, Any],
-    data: Data,
-    sources: SourceFiles,
-    chat: Chat,
-    target: "TargetHandle",
-    cache_dir: str,
+    config: dict, data: Data, sources: SourceFiles, chat: Chat, target: TargetHandle, cache_dir: str
 ) -> tuple[SourceFiles, list[Path]]:
-    """Answer every source again; returns what to prepare from, and the artefact of each source.
-
-    Of a source weighted below 1 only its share is answered, and all of that is used. Raises
-    ConfigError, RunError.
-    """
-    answerer = instantiate(section)
-    again, paths = [], []
+    """Answer again; returns what to prepare from and the artefact of each source."""
+    answerer, again, paths = instantiate(config), [], []
     for source, files in sources:
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
+            **{
+                name: getattr(data, name) for name in ("num_samples", "system_prompt", "max_length")
+            },
             "files": [file.identity for file in files],
             "share": share,
-            "num_samples": data.num_samples,
-            "system_prompt": data.system_prompt,
-            "max_length": data.max_length,
             "chat": chat.identity,
             "target": target.spec.identity,
-            "answers": {k: v for k, v in section.items() if k not in answerer.HOW_TO_ASK},
+            "answers": {k: v for k, v in config.items() if k not in HOW_TO_ASK},
         }
 
-        def write(
-            folder: Path, files: list[DataFile] = files, share: float = share
-        ) -> dict[str, Any]:
-            read = ((row.share, row) for row in read_rows(files, data.num_samples, share=share))
-            rows = show_progress("regenerate", read)
-            with (folder / JOURNAL).open("a+b") as stream, closing(rows):
+        def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
+            read = read_rows(files, data.num_samples, share=share)
+            rows = progress("regenerate", ((row.share, row) for row in read))
+            with (folder / "journal.jsonl").open("a+b") as stream, closing(rows):
                 journal = Journal(stream)
                 answerer.answer(rows, journal, data, chat, target)
                 return finish(folder, journal)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
-        (path / JOURNAL).unlink(missing_ok=True)  # a call killed before here still needed it
+        (path / "journal.jsonl").unlink(
+            missing_ok=True
+        )  # a call killed before here still needed it
         answers = Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
         again.append((answers, find_files(answers, cache_dir)))
         paths.append(path)
@@ -83,15 +70,12 @@ def regenerate(
 
 
 class Dialogue:
-    """A row that is answered again turn by turn, each turn with the answers so far.
-
-    `reason` says why it was given up; `counts` has its "retries" and "answer_tokens".
-    """
+    """A row that is answered turn by turn with the answers so far; `reason` says why not."""
 
     def __init__(self, row: Row, system_prompt: str | None):
         self.messages: list[Message] = []
         self.pending: list[Message] = []
-        self.counts: Counter[str] = Counter()
+        self.counts = {"retries": 0, "answer_tokens": 0}
         self.reason = row.reason
         if row.conversation is None:
             return
@@ -114,12 +98,8 @@ class Dialogue:
                 return [{"role": m["role"], "content": m["content"]} for m in self.messages]
         return None
 
-    def add(
-        self, content: str | None, reasoning: str | None, truncated: bool, num_tokens: int
-    ) -> None:
-        """Add the target's answer; an empty one ends the dialogue, and so does one that was cut, as
-        nobody would go on from there.
-        """
+    def add(self, content: str | None, reasoning: str | None, truncated: bool, tokens: int) -> None:
+        """Add the target's answer; one that is empty or was cut ends the dialogue."""
         content, reasoning = split_thinking(content or "", reasoning or "")
         if not content.strip() and not (truncated and reasoning.strip()):
             self.reason = "empty answer"
@@ -130,7 +110,7 @@ class Dialogue:
             answer["truncated"] = True
             self.pending.clear()
         self.messages.append(answer)
-        self.counts["answer_tokens"] += num_tokens
+        self.counts["answer_tokens"] += tokens
 
 
 def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
@@ -144,10 +124,7 @@ def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
 
 
 class Journal:
-    """Rows that are through, a line each as they come, so that a killed call loses none.
-
-    `offsets` says where each row's line begins, by the row's number; memory holds no more.
-    """
+    """Rows that are through, a line each as they come; `offsets` says where each line begins."""
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.offsets = stream, {}
@@ -160,7 +137,6 @@ class Journal:
         stream.truncate(end)
 
     def write(self, number: int, row: Row, dialogue: Dialogue) -> None:
-        """Row `number` is through."""
         result = {"messages": dialogue.messages, "reason": dialogue.reason, **dialogue.counts}
         self.offsets[number] = self.stream.seek(0, os.SEEK_END)
         self.stream.write(to_line({"row": number, "file": row.file, "line": row.line, **result}))
@@ -168,38 +144,31 @@ class Journal:
 
 
 def finish(folder: Path, journal: Journal) -> dict[str, Any]:
-    """Write `conversations.jsonl` and `rejects.jsonl` in the order of the rows; returns the facts.
-    Raises RunError when not one row was answered.
-    """
+    """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
     counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
     rejected: Counter[str] = Counter()
-    conversations = (folder / "conversations.jsonl").open("wb")
-    rejects = (folder / "rejects.jsonl").open("wb")
-    with conversations, rejects:
+    names = "conversations.jsonl", "rejects.jsonl"
+    with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
         # Rows end in any order; read in their own, an interrupted call gives the same bytes.
         for _, offset in sorted(journal.offsets.items()):
             journal.stream.seek(offset)
             entry = json.loads(journal.stream.readline())
-            counts["rows"] += 1
-            counts["retries"] += entry.get("retries", 0)
-            counts["answer_tokens"] += entry.get("answer_tokens", 0)
+            counts.update(rows=1, retries=entry["retries"], answer_tokens=entry["answer_tokens"])
             if entry.get("reason") is not None:
                 rejected[entry["reason"]] += 1
                 rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                 continue
             messages = entry["messages"]
-            counts["answered"] += 1
-            counts["turns"] += sum(m["role"] == "assistant" for m in messages)
-            counts["truncated"] += sum("truncated" in m for m in messages)
+            turns = sum(m["role"] == "assistant" for m in messages)
+            cut = sum("truncated" in m for m in messages)
+            counts.update(answered=1, turns=turns, truncated=cut)
             place = f"{entry['file']}:{entry['line']}"
             conversations.write(to_line({"id": place, "messages": messages}))
     if not counts["answered"]:
         journal.stream.truncate(0)  # servers that are put right may answer what they refused
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
-        raise RunError(
-            f"none of the {counts['rows']} rows could be answered again "
-            f"({reasons or 'there are none'}); check data and regenerate"
-        )
+        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3)) or "no rows"
+        words = f"none of the {counts['rows']} rows could be answered again ({reasons})"
+        raise RunError(f"{words}; check data and regenerate")
     return {**counts, "rejected": dict(rejected.most_common())}
 
 
@@ -218,10 +187,8 @@ class BuiltIn:
     top_k: Annotated[int | None, Within(-1, 1 << 30)]
     seed: int
 
-    HOW_TO_ASK: ClassVar = ()
-
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
+        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
         # Batches are of rows that follow each other and have a seed of their own, so that a call
         # that goes on from a journal gives the same answers.
@@ -233,34 +200,31 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
-            longest = self.max_new_tokens or data.max_length
-            self.answer_batch(dialogues, target.load(), chat, longest)
+            self.answer_batch(
+                dialogues, target.load(), chat, self.max_new_tokens or data.max_length
+            )
             for (number, row), dialogue in zip(batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
-    def answer_batch(
-        self, dialogues: list[Dialogue], model: Any, chat: Chat, max_new_tokens: int
-    ) -> None:
+    def answer_batch(self, dialogues: list[Dialogue], model: Any, chat: Chat, longest: int) -> None:
         """Dialogues side by side: one turn of all that still ask, until none does."""
-        sampling = None  # greedy
-        if self.temperature > 0:
-            top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
-            sampling = {"temperature": self.temperature, **top}
+        top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
+        sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
         context = model.config.max_position_embeddings
         while True:
-            asking: list[tuple[Dialogue, list[int]]] = []
+            asking, prompts = [], []
             for dialogue in dialogues:
                 messages = dialogue.prompt()
                 prompt = [] if messages is None else chat.encode_prompt(messages)
                 if len(prompt) >= context:
                     dialogue.reason = "the prompt is longer than the target's context"
                 elif messages is not None:
-                    asking.append((dialogue, prompt))
+                    asking.append(dialogue)
+                    prompts.append(prompt)
             if not asking:
                 return
-            prompts = [prompt for _, prompt in asking]
-            answers = model.generate(prompts, max_new_tokens, sampling)
-            for (dialogue, prompt), answer in zip(asking, answers, strict=True):
+            answers = model.generate(prompts, longest, sampling)
+            for dialogue, prompt, answer in zip(asking, prompts, answers, strict=True):
                 ids = answer[: context - len(prompt)]
                 # Some templates open the thinking in the prompt, and the answer only closes it.
                 opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
@@ -285,25 +249,20 @@ class Servers:
     seed: int | None
     extra_body: dict[str, Any]
 
-    # What changes no answer: no part of the fingerprint, so that answers are found again.
-    HOW_TO_ASK: ClassVar = ("urls", "api_key_env", "concurrency", "retries", "timeout")
-
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: "TargetHandle"
+        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
     ) -> None:
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
             raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
-        sampling = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed")}
-        body = {"max_tokens": self.max_new_tokens or data.max_length}
-        body |= {name: value for name, value in sampling.items() if value is not None}
-        asyncio.run(self.answer_rows(rows, journal, data.system_prompt, body | self.extra_body))
+        asyncio.run(self.answer_rows(rows, journal, data))
 
-    async def answer_rows(
-        self, rows: Iterator[Row], journal: Journal, system_prompt: str | None, body: dict[str, Any]
-    ) -> None:
+    async def answer_rows(self, rows: Iterator[Row], journal: Journal, data: Data) -> None:
         """As many workers as requests may be in flight, each on one dialogue at a time."""
         servers = [Server(url, self) for url in self.urls]
+        names = ("temperature", "top_p", "top_k", "seed")
+        body = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         body["model"] = self.model or await servers[0].only_model()
+        body = {"max_tokens": self.max_new_tokens or data.max_length, **body, **self.extra_body}
         waiting, through = enumerate(rows), []
 
         async def work() -> None:
@@ -311,7 +270,7 @@ class Servers:
                 await asyncio.sleep(0)  # many rows without a request would keep Ctrl-C waiting
                 if number in journal.offsets:
                     continue
-                dialogue = Dialogue(row, system_prompt)
+                dialogue = Dialogue(row, data.system_prompt)
                 while (messages := dialogue.prompt()) is not None:
                     # A server that fails counts as busier than it is, so that others are asked.
                     server = min(servers, key=lambda server: server.in_flight + server.failures)
@@ -323,39 +282,28 @@ class Servers:
                 failures = min(server.failures for server in servers)
                 if failures >= MOST_FAILURES:
                     errors = "; ".join(f"{server.name}: {server.error}" for server in servers)
-                    raise RunError(
-                        f"no answer to {failures} rows in a row ({errors}); "
-                        f"{len(journal.offsets):,} rows are done and kept, and the same command "
-                        "goes on from there"
-                    )
+                    words = f"no answer to {failures} rows in a row ({errors})"
+                    done = f"{len(journal.offsets):,} rows are done and kept"
+                    raise RunError(f"{words}; {done}, and the same command goes on from there")
                 # A row is given up only where a server answers others: the rows that wait here
                 # when all have died are asked again by the next call.
-                if failures == 0:
-                    write_all()
-
-        def write_all() -> None:
-            for entry in through:
-                journal.write(*entry)
-            through.clear()
+                while through and failures == 0:
+                    journal.write(*through.pop())
 
         await asyncio.gather(*(work() for _ in range(self.concurrency * len(servers))))
-        write_all()
+        for entry in through:
+            journal.write(*entry)
 
 
 class Server:
-    """One server through the openai client, which repeats what fails and ends what takes too long.
-
-    `in_flight` counts the requests that it has or that wait for it, `failures` those in a row to
-    which it gave no answer in all attempts.
-    """
+    """One server, asked through the openai client; `failures` counts those since an answer."""
 
     def __init__(self, url: str, options: Servers):
         try:
             import openai
         except ImportError as error:
-            raise ConfigError(
-                "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
-            ) from error
+            words = "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
+            raise ConfigError(words) from error
         self.openai, self.name = openai, redact(url)
         self.in_flight, self.failures, self.error = 0, 0, ""
         self.free = asyncio.Semaphore(options.concurrency)
@@ -371,9 +319,7 @@ class Server:
         )
 
     async def answer(self, dialogue: Dialogue, body: dict[str, Any]) -> None:
-        """Ask and add the answer. Raises RowError where there is none, RunError where there never
-        would be.
-        """
+        """Ask and add the answer. Raises RowError for none, RunError where there never would be."""
         completions = self.client.chat.completions.with_raw_response
         given = {"model": body["model"], "messages": body["messages"], "extra_body": body}
         self.in_flight += 1
@@ -381,12 +327,16 @@ class Server:
             async with self.free:
                 raw = await completions.create(**given, extra_headers=self.headers)
         except self.openai.APIError as error:
-            status, self.error = getattr(error, "status_code", None), self.words_of(error)
+            status = getattr(error, "status_code", None)
+            fields = error.body if isinstance(error.body, dict) else {}
+            words = str(fields.get("message", error.message))
+            words = words.replace(self.key, "<key>") if self.key else words
+            # N for its numbers, so that rows count together
+            self.error = re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
             if status in (401, 403, 404):
                 raise RunError(
                     f"{self.name} refuses every request (HTTP {status}: {self.error}): check "
-                    "regenerate.model, regenerate.urls, which usually end in /v1, and the key in "
-                    "the environment variable that regenerate.api_key_env names"
+                    "regenerate.model, .urls, which usually end in /v1, and .api_key_env"
                 ) from error
             # What the client repeats may be the server's fault; what it does not is the request's.
             at_fault = status in (None, 408, 409, 429) or status >= 500
@@ -396,43 +346,28 @@ class Server:
             self.in_flight -= 1
         self.failures = 0
         dialogue.counts["retries"] += raw.retries_taken
-        add_reply(dialogue, raw.http_response.text)
-
-    def words_of(self, error: Any) -> str:
-        """What a server says of an error, N for its numbers so that rows count together."""
-        body = error.body
-        words = body["message"] if isinstance(body, dict) and "message" in body else error.message
-        words = str(words).replace(self.key, "<key>") if self.key else str(words)
-        return re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
+        try:
+            reply = json.loads(raw.http_response.text)
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            message, end = choice["message"], choice.get("finish_reason")
+            if end in ("abort", "error", "content_filter"):
+                dialogue.reason = f"finish reason {end}"
+                return
+            reasoning = message.get("reasoning_content") or message.get("reasoning")
+            num_tokens = int(usage.get("completion_tokens") or 0)
+            dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RowError("malformed reply") from error
 
     async def only_model(self) -> str:
         """The one model that the server lists. Raises RunError."""
         try:
             listed = await self.client.models.list(extra_headers=self.headers)
         except self.openai.OpenAIError as error:
-            raise RunError(
-                f"{self.name} lists no model ({error}); check regenerate.urls"
-            ) from error
+            words = f"{self.name} lists no model ({error}); check regenerate.urls"
+            raise RunError(words) from error
         names = [model.id for model in listed.data]
-        if len(names) != 1:
-            raise RunError(
-                f"{self.name} lists the models {', '.join(names) or 'none'}; name one in "
-                "regenerate.model"
-            )
-        return names[0]
-
-
-def add_reply(dialogue: Dialogue, text: str) -> None:
-    """Add a chat completion's answer; where it is none, the dialogue is given up."""
-    try:
-        reply = json.loads(text)
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        message, end = choice["message"], choice.get("finish_reason")
-        if end in ("abort", "error", "content_filter"):
-            dialogue.reason = f"finish reason {end}"
-            return
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        num_tokens = int(usage.get("completion_tokens") or 0)
-        dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        dialogue.reason = "malformed reply"
+        if len(names) == 1:
+            return names[0]
+        words = f"lists the models {', '.join(names) or 'none'}; name one in regenerate.model"
+        raise RunError(f"{self.name} {words}")

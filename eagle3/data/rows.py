@@ -14,11 +14,8 @@ ROLES = {
     "bard": "assistant", "model": "assistant", "function_call": "assistant",
     "tool": "tool", "observation": "tool", "function": "tool", "ipython": "tool",
 }  # fmt: skip
-FOLLOWS = {
-    "user": (None, "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
+# What may stand before a role; None: nothing but the system message.
+BEFORE = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 
@@ -29,11 +26,8 @@ class RowError(ValueError):
 
 @dataclass
 class Conversation:
-    """`messages` as chat templates take them ({"role", "content", ...}), `tools` as JSON schemas,
-    or a rendered `text`; `repaired` says what was left out.
-
-    A message may carry `reasoning_content`, `tool_calls`, and `truncated`: an answer that was cut
-    has no end of turn.
+    """`messages` as chat templates take them, `tools` as JSON schemas, or a rendered `text`;
+    `repaired` says what was left out. An answer with `truncated` has no end of turn.
     """
 
     messages: list[Message]
@@ -42,12 +36,8 @@ class Conversation:
     repaired: str | None = None
 
 
-def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
-    """A row with `messages`, `conversations`, instruction and output; `text` if `preformatted`.
-    Raises RowError.
-    """
-    if not isinstance(row, dict):
-        raise RowError("row is not an object")
+def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conversation:
+    """A row with messages, or instruction and output; `text` if `preformatted`. Raises RowError."""
     if preformatted:
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise RowError("no text")
@@ -57,14 +47,12 @@ def read_conversation(row: Any, preformatted: bool = False) -> Conversation:
         raise RowError("no messages")
     messages = [read_message(turn) for turn in turns]
     # Alpaca-like rows have the system message beside the turns.
-    system = row.get("system")
-    instructed = not messages or messages[0]["role"] == "system"
-    if isinstance(system, str) and system.strip() and not instructed:
+    system, repaired = row.get("system"), None
+    if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
     # ShareGPT cuts long conversations anywhere, so that parts of them begin with an answer.
     rest = list(dropwhile(lambda m: m["role"] == "assistant", messages[first:]))
-    repaired = None
     if 0 < len(rest) < len(messages) - first:
         messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
     check_order(messages)
@@ -77,9 +65,8 @@ def from_columns(row: dict) -> list[Message] | None:
     answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str)), None)
     if question is None or answer is None:
         return None
-    given = row.get("input")
-    if isinstance(given, str) and given.strip():
-        question = f"{question}\n\n{given}"
+    if isinstance(row.get("input"), str) and row["input"].strip():
+        question += f"\n\n{row['input']}"
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -116,9 +103,7 @@ def read_message(turn: Any) -> Message:
 
 
 def read_calls(calls: Any) -> list[dict]:
-    """Tool calls, also as a JSON text; arguments become objects, which is what chat templates
-    render.
-    """
+    """Tool calls, also as a JSON text; arguments become objects, as chat templates take them."""
     calls = parse(calls, "tool calls are not JSON")
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -139,8 +124,7 @@ def read_tools(tools: Any) -> list[dict] | None:
     tools = parse(tools, "tools are not JSON")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools are not a list of objects")
-    wrapped = [t if "function" in t else {"type": "function", "function": t} for t in tools]
-    return wrapped or None
+    return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
 
 
 def parse(value: Any, reason: str) -> Any:
@@ -157,11 +141,11 @@ def check_order(messages: list[Message]) -> None:
     before = None
     for place, message in enumerate(messages):
         role = message["role"]
-        if role == "system":
-            if place > 0:
-                raise RowError("system message behind the first")
+        if role == "system" and place == 0:
             continue
-        if before not in FOLLOWS[role]:
+        if role == "system":
+            raise RowError("system message behind the first")
+        if before not in BEFORE[role]:
             raise RowError("turns do not alternate between user and assistant")
         before = role
     if before is None:

@@ -1,8 +1,4 @@
-"""Where rows come from: local files, folders, hub datasets and remote addresses, one row at a time.
-
-A broken row never costs its file: JSON Lines are read line by line, and each row carries its file
-and place.
-"""
+"""Rows of local files, folders, hub datasets and addresses; a broken one never costs its file."""
 
 import codecs
 import json
@@ -12,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
@@ -23,11 +19,9 @@ from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import describe_file, fingerprint
 
-PACKED = ("", ".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = (
-    *(f"{kind}{pack}" for kind in (".jsonl", ".json", ".ndjson") for pack in PACKED),
-    ".parquet",
-)
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+TEXTS = (".jsonl", ".json", ".ndjson")
+SUFFIXES = (*TEXTS, *(f"{kind}{pack}" for kind in TEXTS for pack in PACKED), ".parquet")
 ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
 BLOCK = 1 << 22
 LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
@@ -35,9 +29,7 @@ LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
 
 @dataclass
 class DataFile:
-    """`name` is what users know it by, `path` the local copy that is read, `identity` goes into
-    fingerprints.
-    """
+    """`name` is what users know, `path` the local copy, `identity` goes into fingerprints."""
 
     name: str
     path: str
@@ -49,9 +41,7 @@ SourceFiles = list[tuple[Source, list[DataFile]]]
 
 @dataclass
 class Row:
-    """A conversation, or the reason for none; `line` of a JSON Lines file, else the number of the
-    row; `share` of its source was read up to here, about.
-    """
+    """A conversation, or the reason for none; about `share` of its source was read up to here."""
 
     file: str
     line: int
@@ -62,29 +52,25 @@ class Row:
 
 def find_sources(data: Data, cache_dir: str) -> SourceFiles:
     """The files that `data` names, by source. Raises ConfigError or RunError."""
-    if not data.sources:
-        source = Source(data.path, data.subset, data.split)
-        return [(source, find_files(source, cache_dir))]
-    named = data.sources.items()
-    return [(source, find_files(source, cache_dir, f"data.sources.{n}")) for n, source in named]
+    named = {f"data.sources.{name}": source for name, source in data.sources.items()}
+    named = named or {"data": Source(data.path, data.subset, data.split)}
+    return [(source, find_files(source, cache_dir, key)) for key, source in named.items()]
 
 
 def may_be_remote(path: str) -> bool:
     """Whether `path` has the form of an address or of a hub id (owner/name)."""
-    return "://" in path or bool(
-        re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith(SUFFIXES)
-    )
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None
+    return "://" in path or (hub_id and not path.endswith(SUFFIXES))
 
 
 def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFile]:
-    """The files of a source, which stands at `key` of the config; remote ones are downloaded
-    through `datasets`. Raises ConfigError or RunError.
-    """
+    """The files of the source at `key`, downloaded if remote. Raises ConfigError or RunError."""
     local = Path(source.path).expanduser()
     if local.exists():
-        inside = sorted(local.rglob("*")) if local.is_dir() else [local]
-        found = [path for path in inside if path == local or path.name.endswith(SUFFIXES)]
-        found = [path for path in found if path.is_file()]
+        found = [local]
+        if local.is_dir():
+            inside = sorted(local.rglob("*"))
+            found = [path for path in inside if path.is_file() and path.name.endswith(SUFFIXES)]
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
@@ -100,9 +86,8 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
         if files and all(Path(file["path"]).is_file() for file in files):
             return [DataFile(**file) for file in files]
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise RunError(
-            f"{key}.path={source.path} is no local file or folder, and cannot be fetched: {reason}"
-        ) from error
+        words = f"is no local file or folder, and cannot be fetched: {reason}"
+        raise RunError(f"{key}.path={source.path} {words}") from error
     noted.parent.mkdir(parents=True, exist_ok=True)
     noted.write_text(json.dumps([asdict(file) for file in files]))
     return files
@@ -119,10 +104,8 @@ def download(source: Source, key: str) -> list[DataFile]:
         builder = load_dataset_builder(source.path, source.subset)
     splits = builder.config.data_files or {}
     if source.split not in splits:
-        names = ", ".join(map(str, splits)) or "none"
-        raise ConfigError(
-            f"{key}.split={source.split} is no split of {source.path}; it has: {names}"
-        )
+        words = f"is no split of {source.path}; it has: {', '.join(map(str, splits)) or 'none'}"
+        raise ConfigError(f"{key}.split={source.split} {words}")
     urls = splits[source.split]
     return [
         DataFile(str(url), str(path), {"url": str(url), "origin": str(urls.origin_metadata)})
@@ -131,21 +114,18 @@ def download(source: Source, key: str) -> list[DataFile]:
 
 
 def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
-    """(line, content, share of the file read): content is a JSON line's bytes, a JSON list's item
-    or a parquet row. Blank lines do not count. Raises RunError for a file that cannot be read.
-    """
+    """(line, a JSON line's bytes or a parsed row, share of the file read). Raises RunError."""
     name = file.name.split("?")[0]
     if not name.endswith(SUFFIXES):
         raise RunError(f"{file.name} is of no kind that can be read; allowed: {ALLOWED}")
     compression = infer_compression(name)
-    if compression is None and name.endswith(PACKED[1:]):
+    if compression is None and name.endswith(PACKED):
         raise RunError(f"{file.name} needs a package to unpack it, such as `pip install zstandard`")
     try:
-        rows = parquet_rows(file) if name.endswith(".parquet") else json_rows(file, compression)
-        yield from rows
+        parquet = name.endswith(".parquet")
+        yield from parquet_rows(file) if parquet else json_rows(file, compression)
     except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
-        reason = " ".join(str(error).split())
-        raise RunError(f"{file.name} is damaged: {reason}; fetch it again") from error
+        raise RunError(f"{file.name} is damaged ({str(error).strip()}); fetch it again") from error
 
 
 def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, bytes | Any, float]]:
@@ -167,16 +147,13 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
     """The items of a JSON list, parsed while it is read: memory holds one block and one item."""
     # Bad UTF-8 costs the row it stands in (an unknown role, a refused text), not the file.
     decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    decoder, text, place, opened = json.JSONDecoder(), "", 0, False
+    decoder, text, place = json.JSONDecoder(), "", 0
     while True:
         block = stream.read(BLOCK)
         text, place = text[place:] + decode(block, final=not block), 0
         while True:
-            while place < len(text) and text[place] in " \t\r\n,":
+            while place < len(text) and text[place] in " \t\r\n,[":  # items are objects
                 place += 1
-            if not opened and place < len(text):
-                place, opened = place + 1, True  # the bracket that `raw_rows` has seen
-                continue
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
                     raise RunError(f"{name} goes on behind its JSON list; give one list, or lines")
@@ -184,11 +161,10 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
             try:
                 item, stop = decoder.raw_decode(text, place)
             except (ValueError, RecursionError) as error:
-                if not block or len(text) - place > LONGEST_ITEM:
-                    raise RunError(
-                        f"{name} is not JSON: {error} near {text[place : place + 40]!r}"
-                    ) from error
-                break
+                if block and len(text) - place <= LONGEST_ITEM:
+                    break  # the rest of it is in the next block
+                near = repr(text[place : place + 40])
+                raise RunError(f"{name} is not JSON: {error} near {near}") from error
             if stop == len(text) and block:
                 break  # a number may go on in the next block
             place = stop
@@ -222,31 +198,34 @@ def decode(raw: bytes | Any) -> dict[str, Any]:
 
 
 def selects(share: float, line: int) -> bool:
-    """Whether a row is among the `share` of its file that is used: always the same rows, spread
-    evenly.
-    """
-    # by the hash of the line alone, so that other rows, files or processes change nothing
+    """Whether a row is among the `share` of its file that is used."""
+    # By the hash of the line alone, so that other rows, files or processes change nothing.
     return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
 
 
-Item = TypeVar("Item")
-
-
-def show_progress(stage: str, rows: Iterator[tuple[float, Item]]) -> Iterator[Item]:
+def progress(stage: str, rows: Iterator[tuple[float, Any]]) -> Iterator[Any]:
     """The rows without their shares, beside a bar of how far they are read."""
     text = TextColumn(stage + " {task.fields[rows]:,} rows")
-    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as progress:
-        task = progress.add_task("", total=1.0, rows=0)
+    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as bar:
+        task = bar.add_task("", total=1.0, rows=0)
         for number, (share, row) in enumerate(rows, start=1):
-            progress.update(task, completed=share, rows=number)
+            bar.update(task, completed=share, rows=number)
             yield row
 
 
+def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, tuple]]:
+    """(share read so far, (source, file, line, content or None where the weight leaves it out))."""
+    first, num_files = 0, sum(len(files) for _, files in sources)
+    for number, (source, files) in enumerate(sources):
+        located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
+        for file, line, raw, share in islice(located, num_samples):
+            chosen = raw if selects(source.weight, line) else None
+            yield (file + share) / num_files, (number, file, line, chosen)
+        first += len(files)
+
+
 def read_rows(
-    files: list[DataFile],
-    num_samples: int | None = None,
-    preformatted: bool = False,
-    share: float = 1.0,
+    files: list[DataFile], num_samples: int | None = None, preformatted=False, share: float = 1.0
 ) -> Iterator[Row]:
     """The first `num_samples` rows of files, or `share` of them, parsed in this process."""
     located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))

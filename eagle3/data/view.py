@@ -1,16 +1,15 @@
-"""`stages=[view]`: what training sees of conversations, their tokens with the supervised ones
-coloured, in the terminal and as a page.
-"""
+"""`stages=[view]`: the tokens that training sees, in the terminal and as a page."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from eagle3.config import Data
 from eagle3.data.chat import NOT_FOUND, Chat
@@ -22,18 +21,13 @@ from eagle3.errors import RunError
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
 MARKS = {"\n": "↵", "\t": "⇥   "}
-MOST_RENDERINGS = 3
-MOST_PLACES = 5
-# Both colours are set, so that they read alike on light and dark terminals; 256 colours, as tmux
-# may have no more.
+# Both colours are set, so that they read alike on light and dark terminals; tmux may have only 256.
 SHADES = ("color(231) on color(22)", "color(231) on color(28)")
 
 
 @dataclass
 class Piece:
-    """A token, or the tokens that only together make a character, the first of them at
-    `position`.
-    """
+    """A token, or those that together make a character, the first of them at `position`."""
 
     text: str
     ids: list[int]
@@ -65,31 +59,21 @@ class Sample:
 
 @dataclass
 class Collected:
-    """The samples, and the rows that were rejected on the way to them: places by reason, and
-    (place, text) of some in which no turn was found.
-    """
+    """The samples, counts of rejected rows, and (place, rendering) of the first without a turn."""
 
     samples: list[Sample] = field(default_factory=list)
-    rejected: dict[str, list[str]] = field(default_factory=dict)
-    renderings: list[tuple[str, str]] = field(default_factory=list)
+    rejected: Counter[str] = field(default_factory=Counter)
+    rendering: tuple[str, str] | None = None
 
     @property
     def reasons(self) -> list[str]:
-        """How many rows each reason rejected, and the first of them; the most frequent first."""
-        lines = []
-        for reason, places in sorted(self.rejected.items(), key=lambda item: -len(item[1])):
-            more = "; …" * (len(places) > MOST_PLACES)
-            named = "; ".join(places[:MOST_PLACES])
-            lines.append(visible(f"{len(places):,} x {reason} ({named}{more})"))
-        return lines
+        return [visible(f"{count:,} x {reason}") for reason, count in self.rejected.most_common()]
 
 
 def view(
     data: Data, num_samples: int, sources: SourceFiles, chat: Chat, run_dir: Path, console: Console
 ) -> None:
-    """Show the first `num_samples` conversations, also as `view.html` in `run_dir`. Raises
-    RunError when there is none.
-    """
+    """Show the first conversations, also as `view.html` in `run_dir`. Raises RunError."""
     rows = (read_rows(files, None, data.preformatted) for _, files in sources)
     collected = collect(chain.from_iterable(rows), chat, data, num_samples)
     show(collected, console)
@@ -106,32 +90,27 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
         try:
             if row.conversation is None:
                 raise RowError(row.reason)
-            encoder.add_system(row.conversation)
             encoded = encoder.encode(row.conversation)
         except RowError as error:
-            collected.rejected.setdefault(str(error), []).append(place)
-            if str(error) == NOT_FOUND and len(collected.renderings) < MOST_RENDERINGS:
-                collected.renderings.append((place, encoder.example(row.conversation)))
+            collected.rejected[str(error)] += 1
+            if str(error) == NOT_FOUND and collected.rendering is None:
+                collected.rendering = place, encoder.example(row.conversation)
             continue
         ids, mask = encoded.input_ids[: data.max_length], encoded.loss_mask[: data.max_length]
-        pieces, left_out = (
-            split_tokens(chat.tokenizer, ids, mask),
-            len(encoded.input_ids) - len(ids),
-        )
+        pieces = split_tokens(chat.tokenizer, ids, mask)
+        left_out = len(encoded.input_ids) - len(ids)
         collected.samples.append(Sample(place, pieces, len(ids), sum(mask), left_out))
         if len(collected.samples) == num_samples:
             break
     if not collected.samples:
         why = "; ".join(collected.reasons) or "no rows"
-        for _, text in collected.renderings[:1]:
-            why += f"; this is how one was rendered:\n{text[:EXAMPLE_LETTERS]}"
+        if collected.rendering is not None:
+            why += f"; one is rendered as:\n{collected.rendering[1][:EXAMPLE_LETTERS]}"
         raise RunError(f"data.path has no conversation to show: {why}")
     return collected
 
 
-def split_tokens(
-    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], loss_mask: list[int]
-) -> list[Piece]:
+def split_tokens(tokenizer: Any, input_ids: list[int], loss_mask: list[int]) -> list[Piece]:
     """The tokens with their texts, which joined are the decoded `input_ids`."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[Piece] = []
@@ -154,9 +133,7 @@ def split_tokens(
 
 
 def runs(text: str) -> Iterator[tuple[str, bool]]:
-    """Parts of `text` that show as they are, and marks (True) for what would not be seen or would
-    steer the display.
-    """
+    """Parts of `text` that show as they are, and marks (True) for what would steer the display."""
     for printable, letters in groupby(text, str.isprintable):
         if printable:
             yield "".join(letters), False
@@ -172,10 +149,7 @@ def visible(text: str) -> str:
 
 
 def show(collected: Collected, console: Console) -> None:
-    """Print the samples, then what was rejected; nothing in them is taken for markup.
-
-    Without colours, brackets stand around what is supervised.
-    """
+    """Print the samples, then what was rejected; nothing in them is taken for markup."""
     plain = console.no_color or console.color_system is None
     legend = "stand in ⟦ ⟧" if plain else "are green, in two shades by turns"
     console.print(Text(f"view: supervised tokens {legend}"))
@@ -191,7 +165,8 @@ def show(collected: Collected, console: Console) -> None:
                 number += 1
             text.append("⟧" if supervised and plain else "")
         console.print(text, soft_wrap=True)
-    for place, text in collected.renderings:
+    if collected.rendering is not None:
+        place, text = collected.rendering
         console.rule(Text(place), style="dim")
         console.print(Text(f"{NOT_FOUND}\n{visible(text)}"), soft_wrap=True)
     for reason in collected.reasons:
@@ -199,9 +174,7 @@ def show(collected: Collected, console: Console) -> None:
 
 
 def page(collected: Collected, alone: bool = True) -> str:
-    """The samples as HTML that loads nothing: a page, or with `alone=False` a part for a notebook's
-    output.
-    """
+    """HTML that loads nothing: a page, or with `alone=False` a part for a notebook's output."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = Path(__file__).with_name("view.html").read_text(encoding="utf-8")
     return environment.from_string(text).render(collected=collected, alone=alone, runs=runs)

@@ -7,10 +7,8 @@ from eagle3.errors import RunError
 
 
 def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:
-    """int64 [size] ascending target ids: `always`, then by count descending, id ascending.
-
-    `counts` int64 [V] over supervised tokens. Ties, and what is missing when too few tokens are
-    seen, go to the lowest ids.
+    """int64 [size] ascending target ids: `always`, then those of the highest `counts` [V] over
+    supervised tokens; ties, also of tokens never seen, go to the lowest ids.
     """
     order = np.argsort(-counts, kind="stable")
     forced = np.array(sorted(always), dtype=np.int64)[:size]
@@ -18,23 +16,15 @@ def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:
     return np.sort(np.concatenate([forced, rest])).astype(np.int64)
 
 
-def coverage(counts: np.ndarray, vocab: np.ndarray) -> float:
-    """The share of counted tokens that lie in the vocabulary."""
-    return float(counts[vocab].sum() / max(1, counts.sum()))
-
-
 def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] of offsets (target id = draft id +
-    d2t[draft id]).
-
+    """Ascending ids [Vd] -> t2d bool [V], d2t int64 [Vd] (target id = draft id + d2t[draft id]).
     Raises RunError where the ids are no subset of this target's vocabulary.
     """
     ids = torch.from_numpy(np.array(vocab, dtype=np.int64))
     if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
         raise RunError(
-            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target, "
-            f"whose {vocab_size} tokens it must name in ascending order; prepare the data again "
-            "for it"
+            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target "
+            f"with {vocab_size} tokens; prepare the data again for it"
         )
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[ids] = True

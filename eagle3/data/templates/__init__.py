@@ -1,10 +1,8 @@
-"""Named chat templates (`data.chat_template=llama3`) for tokenizers that have none or the wrong
-one.
+"""Named chat templates (`data.chat_template=llama3`) for tokenizers with none or the wrong one.
 
-Each marks with `{% generation %}` what the model itself writes in a turn. Special tokens stand
-literally in the files, as a tokenizer without a template often lacks them too. The texts are what
-the released models' own templates render, except that no default system prompt is put in (that is
-`data.system_prompt`); a file that differs says why on top.
+They render what the released models' own do, but without a default system prompt (that is
+`data.system_prompt`), mark with `{% generation %}` what the model writes in a turn, and name
+special tokens literally, which a tokenizer without a template often lacks too.
 """
 
 from pathlib import Path
@@ -13,8 +11,7 @@ from eagle3.config import nearest
 from eagle3.errors import ConfigError
 
 FOLDER = Path(__file__).parent
-# Qwen2.5 and the Qwen3 Instruct-2507 models render alike once Qwen2.5's default system prompt is
-# left out.
+# These render alike once Qwen2.5's default system prompt is left out.
 ALIASES = {"qwen3-instruct": "qwen"}
 
 
