@@ -17,31 +17,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint import CheckpointException, hf_storage
 
 from eagle3.errors import RunError
+from eagle3.runs.disk import sync
 
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
 @dataclass
 class CheckpointState:
-    """What a run needs to go on."""
-
     tensors: dict[str, torch.Tensor]  # by name, the same on every rank
     own: dict[str, torch.Tensor]  # this rank's alone, under names that begin with `rank_N/`
     plain: dict[str, Any]  # what JSON can hold
 
 
 class CheckpointWriter:
-    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` of them, and those that
-    the links `last` and `best` name. Every rank makes one, and calls `save` for the same updates.
+    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` and what links name.
+
+    Every rank makes one, and calls `save` for the same updates.
     """
 
     def __init__(
@@ -72,7 +66,7 @@ class CheckpointWriter:
         path, partial = self.folder / f"step_{update}", self.folder / f"step_{update}.partial"
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            storage = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            storage = hf_storage.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             alone = self.group is None
             dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
@@ -90,10 +84,8 @@ class CheckpointWriter:
             replace_link(self.folder / "last", path.name)
             prune(self.folder, self.keep_last)
         except (OSError, CheckpointException) as error:
-            raise RunError(
-                f"the checkpoint of update {update} cannot be written to {self.folder} "
-                f"({first_cause(error)}); make room and go on from the one before"
-            ) from error
+            reason = f"{first_cause(error)}; make room and go on from the one before"
+            raise RunError(f"{path} cannot be written: {reason}") from error
 
     def raise_if_failed(self) -> None:
         """Raise RunError if writing has failed meanwhile; never waits."""
@@ -128,15 +120,8 @@ def partition_tensors(
     return mine
 
 
-def sync(path: Path) -> None:
-    """Have a file or folder on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def replace_link(link: Path, target: str) -> None:
-    """Point the symbolic link at its sibling `target`, in one step."""
+    # In one step, so that whoever reads meanwhile, or a kill, finds the old or the new one.
     temporary = link.with_name(f".{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -156,12 +141,10 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
-    """A checkpoint folder (or link), on the host; of its tensors those whose names begin with
-    `prefix`. Raises RunError when it is damaged.
-    """
+    """Read a checkpoint to the host, of its tensors those named `prefix`... RunError if damaged."""
     try:
         plain = json.loads((path / "state.json").read_text())
-        reader = HuggingFaceStorageReader(str(path))
+        reader = hf_storage.HuggingFaceStorageReader(str(path))
         tensors = {}
         for name, meta in reader.read_metadata().state_dict_metadata.items():
             if name.startswith(prefix):

@@ -1,7 +1,10 @@
 """Whether a folder's disk can hold what is about to be written."""
 
+import os
 import shutil
 from pathlib import Path
+
+from rich.filesize import decimal as size_text
 
 from eagle3.errors import RunError
 
@@ -12,19 +15,15 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def size_text(size: float) -> str:
-    """Bytes in words: 4.1 TB, 350 GB, 2.0 MB."""
-    for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= unit:
-            digits = 1 if size < 100 * unit else 0
-            return f"{size / unit:,.{digits}f} {name}"
-    return f"{size / 1e3:.0f} kB"
+def sync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None:
-    """Raise RunError when `needed` bytes of hidden states do not fit on the disk of `folder`, or
-    are above `most`.
-    """
+    """Raise RunError when so many bytes do not fit on the disk of `folder`, or are above `most`."""
     room = free_bytes(folder)
     limit = f"{folder} has {size_text(room)} free"
     if most is not None and most < room:

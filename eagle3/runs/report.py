@@ -45,16 +45,14 @@ Line = list[tuple[float, float]]
 
 
 class Plot:
-    """Lines by label, and where their points and ticks lie on a drawing of width x height."""
+    """Lines by label, and where their points and ticks lie on a drawing of width x height.
+
+    The y axis begins at `floor`, or below the lowest point.
+    """
 
     def __init__(
-        self,
-        lines: dict[str, Line],
-        floor: float | None = None,
-        width: float = 420,
-        height: float = 270,
+        self, lines: dict[str, Line], floor: float | None = None, width: float = 420, height=270.0
     ):
-        """The y axis begins at `floor`, or below the lowest point."""
         self.lines, self.floor, self.width, self.height = lines, floor, width, height
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
@@ -88,7 +86,7 @@ def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, s
 
 
 def read_plots(run_dir: Path) -> dict[str, Plot]:
-    """The drawings for which the run has left numbers, by the names that page.html uses."""
+    """The drawings for which there are numbers, by the names that page.html uses."""
     evaluation = read_json(run_dir / "evaluation.json")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     accepted: dict[str, list[float]] = {}
@@ -98,16 +96,16 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
     if evaluation:
-        lengths = evaluation["acceptance_length"].items()
-        plots["draft_length"] = Plot({"": [(int(k), value) for k, value in lengths]}, floor=1)
+        line = [(int(k), value) for k, value in evaluation["acceptance_length"].items()]
+        plots["draft_length"] = Plot({"": line}, floor=1)
         accepted = accepted or {"held-out prompts": evaluation["accepted_at"]}
     if accepted:
         lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
-    evaluated = [row for row in metrics if row.get("eval/acceptance_length") is not None]
+    measured = [(row["step"], row.get("eval/acceptance_length")) for row in metrics]
+    evaluated = [point for point in measured if point[1] is not None]
     if evaluated:
-        line = [(row["step"], row["eval/acceptance_length"]) for row in evaluated]
-        plots["evaluations"] = Plot({"": line})
+        plots["evaluations"] = Plot({"": evaluated})
     trained = [row for row in metrics if "loss" in row]
     if trained:
         # However many steps the unroll had, as the metrics name them.
@@ -128,38 +126,24 @@ def curve(trained: list[dict], key: str) -> Line:
 
 
 def templates() -> Environment:
-    """The templates beside this file."""
     folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
     return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_report(run_dir: Path) -> Path:
-    """Make `run_dir`/report.html from run.json and, where the stages left them, metrics.jsonl,
-    evaluation.json and benchmark.json; return its path. The page loads nothing.
-    """
+    """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    rows = benchmark_rows(benchmark)
     trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
     last = trained[-1] if trained else {}
-    html = (
-        templates()
-        .get_template("page.html")
-        .render(
-            run=run,
-            training={key: value for key, value in last.items() if "/" not in key},
-            evaluation=read_json(run_dir / "evaluation.json"),
-            protocol=benchmark.get("protocol", {}),
-            rows=rows,
-            columns=benchmark_columns(rows),
-            titles=COLUMNS,
-            plots=read_plots(run_dir),
-            cell=cell,
-            yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
-        )
-    )
+    values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
+    values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
+    values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
+    values |= {"columns": benchmark_columns(values["rows"]), "titles": COLUMNS, "cell": cell}
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
+    page = templates().get_template("page.html")
     path = run_dir / "report.html"
-    path.write_text(html, encoding="utf-8")
+    path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path
 
 
@@ -169,13 +153,11 @@ def read_json(path: Path) -> dict:
 
 
 def benchmark_rows(benchmark: dict) -> list[dict]:
-    """The rows of all suites, each with its `suite`."""
     suites = benchmark.get("suites", {}).items()
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
 def benchmark_columns(rows: list[dict]) -> list[str]:
-    """The columns in which a row has a value."""
     return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
 
 

@@ -25,16 +25,15 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_overrides(run_dir: Path) -> list[str]:
-    """The command line that a run was started with; none before it has written run.json."""
+    """The command line that a run was started with; [] before it has written run.json."""
     path = run_dir / "run.json"
     return json.loads(path.read_text())["overrides"] if path.exists() else []
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
     """What the user types after a run was stopped."""
-    if is_run(run_dir):
-        return f"python run.py train.resume={run_dir}"
-    return f"python run.py {shlex.join(overrides)}"
+    given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
+    return f"python run.py {given}"
 
 
 def run_folder(resume: str, default: str) -> str:
@@ -53,9 +52,7 @@ OmegaConf.register_new_resolver(
 
 
 def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The composed config as a RunConfig. A resumed run takes its own, from its run.json; raises
-    ConfigError when an override asks for another draft.
-    """
+    """The composed config, or a resumed run's own. ConfigError if that would be another draft."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
