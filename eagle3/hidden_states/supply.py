@@ -15,13 +15,10 @@ from eagle3.target.handle import TargetHandle
 
 
 class Supply:
-    """A loader's documents, and `features` for batches whose have none.
+    """A loader's documents, and `features` for batches whose have none."""
 
-    A mode is given what it reads; `barrier` waits for the other ranks. Its class says whether the
-    stage `capture` writes a store before (`captures`), and whether training writes one (`keeps`).
-    """
-
-    captures = keeps = False
+    captures = False  # whether the stage `capture` writes a store before
+    keeps = False  # whether training writes one
     needs_target = True
 
     def __init__(
@@ -47,9 +44,12 @@ class Supply:
 
     def sync(self) -> None:
         """Wait until all that was computed so far is on disk, which a checkpoint needs."""
+        if self.keeps:
+            self.store.sync()
 
     def close(self) -> None:
-        """End the writing."""
+        if self.keeps:
+            self.store.close()
 
 
 class Online(Supply):
@@ -67,9 +67,7 @@ class Offline(Supply):
         found = self.store.load(keys)
         missing = [key for key in keys if key not in found]
         if missing and self.store.on_damage == "fail":
-            raise RunError(
-                f"the store in {self.store.folder} has no document {missing[0]}; capture again"
-            )
+            raise RunError(f"{self.store.folder} has no document {missing[0]}; capture it again")
         return [found[key] for key in keys if key in found]
 
 
@@ -110,9 +108,3 @@ class Hybrid(Supply):
         known = {document.key: document for document in computed}
         parts = [known.get(document.key, document).features for document in batch.loaded]
         return concatenate_features(parts).to(batch.input_ids.device)
-
-    def sync(self) -> None:
-        self.store.sync()
-
-    def close(self) -> None:
-        self.store.close()

@@ -33,10 +33,7 @@ class CheckpointState:
 
 
 class CheckpointWriter:
-    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` and what links name.
-
-    Every rank makes one, and calls `save` for the same updates.
-    """
+    """Writes `folder/step_N` from a thread; every rank makes one and saves the same updates."""
 
     def __init__(
         self, folder: Path, keep_last: int, rank: int, world_size: int, timeout: timedelta
@@ -134,6 +131,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep_last: int) -> None:
+    """Keep the newest checkpoints, and those that the links name."""
     linked = {link.resolve() for link in (folder / "last", folder / "best")}
     for path in step_folders(folder)[:-keep_last]:
         if path.resolve() not in linked:

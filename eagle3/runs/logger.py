@@ -29,9 +29,7 @@ POLL_SECONDS = 2.0
 
 
 def redact(config: Any) -> Any:
-    """A copy of nested values without those of keys like `token`, also in overrides, and without
-    logins in URLs. A secret in free text, or under a name of its own, stays.
-    """
+    """A copy of nested values without what SECRET_KEY names, also in overrides, or logins in URLs."""
     if isinstance(config, dict):
         # An empty one shows that nothing was given, which is no secret.
         secret = {key for key, value in config.items() if value and SECRET_KEY.search(str(key))}
@@ -153,10 +151,7 @@ class Wandb(NoTracker):
 
 @contextlib.contextmanager
 def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
-    """While the block runs, send every line that is added to a metrics.jsonl to the tracker.
-
-    A tracker that fails is reported once on stderr and ends nothing.
-    """
+    """While the block runs, send every line that is added to a metrics.jsonl to the tracker."""
     # Lines that are there already were sent by the run that this one resumes.
     sent = max(map(place, read_metrics(path)), default=(-1, False))
     ended = threading.Event()

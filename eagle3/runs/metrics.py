@@ -1,7 +1,4 @@
-"""Numbers of the training loop, summed on the device and read only when they are logged.
-
-K is the number of steps of the unroll.
-"""
+"""Numbers of the training loop, summed on the device and read only when they are logged."""
 
 import re
 import resource
@@ -82,10 +79,7 @@ class Meter:
         self.data_wait_seconds += waited
 
     def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict:
-        """The metrics since the last read; NaN is what no pair supports.
-
-        `all_reduce` sums a float64 tensor over the processes: all but `peak_memory_bytes` is of all.
-        """
+        """The metrics since the last read, of all processes, whose tensors `all_reduce` sums."""
         # The copy waits for the device, so that the clock is read after its work.
         self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)

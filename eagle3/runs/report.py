@@ -45,10 +45,7 @@ Line = list[tuple[float, float]]
 
 
 class Plot:
-    """Lines by label, and where their points and ticks lie on a drawing of width x height.
-
-    The y axis begins at `floor`, or below the lowest point.
-    """
+    """Lines by label, and where they lie on a drawing whose y axis begins at `floor`, if given."""
 
     def __init__(
         self, lines: dict[str, Line], floor: float | None = None, width: float = 420, height=270.0

@@ -31,10 +31,7 @@ ARTEFACTS = {
 
 
 class Tracking:
-    """The record of a run under way, in `run_dir`/run.json; `note` adds what a stage read or made.
-
-    A resumed run goes on with the record it finds.
-    """
+    """The record of a run in `run_dir`/run.json, with which a resumed run goes on."""
 
     def __init__(
         self, config: RunConfig, run_dir: Path, overrides: list[str], tracker: NoTracker, console
