@@ -239,7 +239,7 @@ def test_missing_cut_and_exchanged_shards(tmp_path):
     content = path.read_bytes()
     path.unlink()
     assert not is_complete(tmp_path)
-    with pytest.raises(RunError, match=r"_00000002.safetensors is missing; .*on_damage=skip"):
+    with pytest.raises(RunError, match=r"_00000002.safetensors is missing .*on_damage=skip"):
         read(tmp_path)
     assert damaged_by(tmp_path) == lost
     begin(tmp_path / "other", inputs={"model": "x"}).write(2, documents[12:])
@@ -288,14 +288,9 @@ def test_damaged_index(tmp_path):
         read(tmp_path)
 
 
-def test_what_is_no_store_of_this_version_is_refused(tmp_path):
+def test_what_is_no_store_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no complete store"):
         read(tmp_path / "none")
-    (tmp_path / "shard_000000.safetensors").write_bytes(b"")
-    (tmp_path / "inputs.json").write_text("{}")
-    for look in (read, begin):
-        with pytest.raises(RunError, match=f"path={tmp_path} holds no store of"):
-            look(tmp_path)
 
 
 def test_a_document_is_read_alone(tmp_path, monkeypatch):

@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from eagle3.batch import Document, Features
 from eagle3.config import HiddenStates
 from eagle3.errors import RunError
-from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite, write_atomically
+from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite
 from eagle3.hidden_states.store import Store, create_store, stored_bytes
 from eagle3.runs.artefact import artefact, fingerprint
+from eagle3.runs.disk import write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights, load_weights
@@ -140,7 +141,7 @@ def load(path: Path) -> Any:
         # As a whole: torch checks no checksum, and a mapped file that is cut kills the process.
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if zipfile.ZipFile(io.BytesIO(data)).testzip():
-            raise ValueError("a checksum does not match")
+            raise ValueError("its content does not match its checksum")
         # A pickle may name any function to call; with weights_only none but those of tensors.
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -7,9 +7,6 @@ of both, so that a folder of shards needs no index. N documents of n tokens and 
 
 import json
 import math
-import os
-import uuid
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +18,6 @@ import xxhash
 from eagle3.batch import Document, Features
 from eagle3.errors import RunError
 from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
-from eagle3.runs.disk import sync
 
 VERSION = 3
 SHARD_BYTES = 256 << 20
@@ -137,22 +133,6 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def shard_number(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("shard_"))
-
-
-def write_atomically(path: Path, pieces: Iterable[bytes | np.ndarray]) -> None:
-    """On disk when this returns, or nothing is left of it and OSError raised (a full disk)."""
-    # A name of its own: of a file that two processes write alike, either may be the last.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with partial.open("xb") as stream:
-            stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)  # or a power cut may undo the renaming
 
 
 def read(path: Path, start: int, size: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from eagle3.errors import RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import DamageError, Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import free_bytes
+from eagle3.runs.disk import free_bytes, write_atomically
 from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
@@ -76,7 +76,7 @@ class Store:
     def write(self, number: int, documents: list[Document]) -> None:
         """Write a shard or nothing. RunError where a state is not finite, OSError for the disk."""
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
-        shards.write_atomically(shard_path(self.folder, number), pieces)
+        write_atomically(shard_path(self.folder, number), pieces)
 
     def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
         """Write the index, with `vocab` or the `counts` of supervised tokens to choose it by."""
@@ -84,7 +84,7 @@ class Store:
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
         with FileLock(self.folder / LOCK):
-            shards.write_atomically(self.folder / INDEX, [content.getvalue()])
+            write_atomically(self.folder / INDEX, [content.getvalue()])
             for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
                 left.unlink(missing_ok=True)
 
@@ -243,7 +243,7 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
             if check_inputs(folder, inputs) is None:
-                shards.write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
+                write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
 

@@ -28,11 +28,10 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 def artefact(
     cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
-    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`.
 
-    `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
-    returns facts that are kept in `artefact.json`. Without `write`, because `stage` is not listed,
-    the folder must be there already. Raises RunError.
+    `write(folder)` finds what an interrupted call left, and returns facts to keep. Without it,
+    because `stage` is not listed, the folder must be there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():

@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
 from eagle3.errors import RunError
-from eagle3.runs.disk import sync
+from eagle3.runs.disk import sync, write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
@@ -68,8 +68,7 @@ class CheckpointWriter:
             dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
                 return
-            (partial / "state.json").write_text(json.dumps(plain, indent=1))
-            sync(partial / "state.json")
+            write_atomically(partial / "state.json", [json.dumps(plain, indent=1).encode()])
             if path.exists():  # from before a resumed run went back to an earlier one
                 shutil.rmtree(path)
             os.replace(partial, path)

@@ -14,6 +14,7 @@ import yaml
 
 from eagle3.config import OneOf
 from eagle3.errors import ConfigError
+from eagle3.runs.disk import write_atomically
 
 REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
@@ -29,7 +30,7 @@ POLL_SECONDS = 2.0
 
 
 def redact(config: Any) -> Any:
-    """A copy of nested values without what SECRET_KEY names, also in overrides, or logins in URLs."""
+    """A copy of nested values without what SECRET_KEY names, also in overrides, and URL logins."""
     if isinstance(config, dict):
         # An empty one shows that nothing was given, which is no secret.
         secret = {key for key, value in config.items() if value and SECRET_KEY.search(str(key))}
@@ -70,11 +71,10 @@ class JsonLines:
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts the file anew, or keeps its lines up to update `resume_step`."""
-        self.path, partial = Path(path), Path(f"{path}.partial")
+        self.path = Path(path)
         kept = read_metrics(path) if resume_step is not None else []
         lines = [json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step]
-        partial.write_text("".join(lines))
-        os.replace(partial, self.path)
+        write_atomically(self.path, ["".join(lines).encode()])
 
     def log(self, metrics: dict, step: int) -> None:
         """Append `metrics` (numbers, strings, lists) as of update `step`; NaN becomes null."""

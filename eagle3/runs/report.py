@@ -183,9 +183,6 @@ def summary(run_dir: Path) -> Group:
         table = Table("held-out prompts", "acceptance length", box=SIMPLE_HEAD)
         for length, accepted in evaluation["acceptance_length"].items():
             table.add_row(f"{length} drafted", cell("", accepted))
-        drafted = f"{evaluation['draft_length']} drafted"
-        table.add_row(f"{drafted}, first round", cell("", evaluation["first_round"]))
-        table.add_row(f"{drafted}, loops left out", cell("", evaluation["loop_free"]))
         tables.append(table)
     if rows:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)

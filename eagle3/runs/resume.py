@@ -60,9 +60,7 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
-        raise ConfigError(
-            f"train.resume={resume} must be a run with a checkpoint, without hydra.run.dir and -m"
-        )
+        raise ConfigError(f"train.resume={resume} needs a checkpoint, no hydra.run.dir and no -m")
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
     recorded = json.loads((run_dir / "run.json").read_text())["config"]
@@ -72,10 +70,8 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     for key in before | now:
         free = key in FREE or key.split(".")[0] in FREE
         if not free and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}={now.get(key)} differs from the run in {run_dir}, which has "
-                f"{before.get(key)}; start a new run instead"
-            )
+            differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
+            raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
     return OmegaConf.to_object(resumed)
 
 

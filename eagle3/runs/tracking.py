@@ -1,7 +1,6 @@
 """A run as it is seen from outside: run.json, its tracker, what its stages print, its report."""
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle3.config import RunConfig
+from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import benchmark_rows, read_json, summary, write_report
 
@@ -56,9 +56,7 @@ class Tracking:
         }
 
     def write(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1, default=str))
-        os.replace(partial, self.path)
+        write_atomically(self.path, [json.dumps(self.content, indent=1, default=str).encode()])
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
