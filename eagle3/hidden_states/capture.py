@@ -73,9 +73,7 @@ def document_keys(prepared: Prepared) -> np.ndarray:
     return firsts[numbers]
 
 
-def plan_shards(
-    prepared: Prepared, payload: np.ndarray, batch_tokens: int
-) -> list[list[list[int]]]:
+def plan_shards(prepared: Prepared, payload: np.ndarray, batch_tokens: int) -> list:
     """Document numbers by shard and batch; `payload` int64 [N] has each document's bytes."""
     lengths, firsts = prepared.lengths, np.unique(document_keys(prepared))
     # Equal lengths side by side pack tightly, and the last shards are the quick ones.

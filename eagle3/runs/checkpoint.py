@@ -25,10 +25,13 @@ from eagle3.runs.disk import sync, write_atomically
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 @dataclass
 class CheckpointState:
-    tensors: dict[str, torch.Tensor]  # by name, the same on every rank
-    own: dict[str, torch.Tensor]  # this rank's alone, under names that begin with `rank_N/`
+    tensors: Tensors  # by name, the same on every rank
+    own: Tensors  # this rank's alone, under names that begin with `rank_N/`
     plain: dict[str, Any]  # what JSON can hold
 
 
@@ -57,9 +60,7 @@ class CheckpointWriter:
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
         self.writing = self.thread.submit(self._write, update, copied, state.plain, best)
 
-    def _write(
-        self, update: int, tensors: dict[str, torch.Tensor], plain: dict[str, Any], best: bool
-    ) -> None:
+    def _write(self, update: int, tensors: Tensors, plain: dict[str, Any], best: bool) -> None:
         path, partial = self.folder / f"step_{update}", self.folder / f"step_{update}.partial"
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -102,9 +103,7 @@ def first_cause(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def partition_tensors(
-    tensors: dict[str, torch.Tensor], rank: int, world_size: int
-) -> dict[str, torch.Tensor]:
+def partition_tensors(tensors: Tensors, rank: int, world_size: int) -> Tensors:
     """The tensors that this rank writes: all ranks write about as many bytes."""
     loads, mine = [0] * world_size, {}
     # Largest first, names to break ties: every rank must come to the same partition by itself.
@@ -157,7 +156,7 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     return CheckpointState(tensors, own, plain)
 
 
-def draft_weights(path: Path) -> dict[str, torch.Tensor]:
+def draft_weights(path: Path) -> Tensors:
     """The draft's state dict in a checkpoint, on the host. Raises RunError."""
     tensors = load_checkpoint(path, "draft/").tensors
     return {name.removeprefix("draft/"): tensor for name, tensor in tensors.items()}

@@ -20,10 +20,8 @@ REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
 # `bytes_per_token` are about text.
 SECRET_KEY = re.compile(
-    r"(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$"
+    r"(?i)(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$|(api|access|private|secret)[_-]?key$"
     r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
-    r"|(api|access|private|secret)[_-]?key$",
-    re.IGNORECASE,
 )
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
@@ -170,9 +168,7 @@ def place(row: dict) -> tuple[int, bool]:
     return row["step"], "loss" not in row
 
 
-def forward_metrics(
-    path: Path, tracker: NoTracker, sent: tuple[int, bool], ended: threading.Event
-) -> None:
+def forward_metrics(path: Path, tracker: NoTracker, sent: tuple, ended: threading.Event) -> None:
     """Send the lines after the place `sent`, until the block has ended and none is left."""
     file, rest, failed, last = None, b"", False, False
     while not last:

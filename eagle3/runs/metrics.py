@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from eagle3.batch import Batch
 
@@ -67,9 +68,7 @@ class Meter:
         """Keep time that was not training out of the rates."""
         self.excluded_seconds += seconds
 
-    def add(
-        self, losses: torch.Tensor, correct: torch.Tensor, batch: Batch, waited: float, flops: float
-    ) -> None:
+    def add(self, losses: Tensor, correct: Tensor, batch: Batch, waited: float, flops: float):
         """Add a micro-step whose batch took `waited` seconds to come: sums [K] over the pairs."""
         self.device_sums[0] += losses.detach()
         self.device_sums[1] += correct.detach()
@@ -78,7 +77,7 @@ class Meter:
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
         self.data_wait_seconds += waited
 
-    def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict:
+    def read(self, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict:
         """The metrics since the last read, of all processes, whose tensors `all_reduce` sums."""
         # The copy waits for the device, so that the clock is read after its work.
         self.device_sums.cpu()

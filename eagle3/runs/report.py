@@ -15,29 +15,22 @@ from rich.text import Text
 
 from eagle3.runs.logger import read_metrics, redact
 
-# The columns of the benchmark and their titles; the marked ones fit into 80 columns of a terminal.
-COLUMNS = {
-    "suite": ("suite", True),
-    "config": ("batch, steps, top-k, verify", True),
-    "num_prompts": ("prompts", False),
-    "acceptance_length": ("acceptance length", True),
-    "interval95": ("95 % interval", False),
-    "tokens_per_second": ("tokens/s with draft", True),
-    "baseline_tokens_per_second": ("tokens/s without draft", True),
-    "speedup": ("speedup", True),
-    "speedup_interval95": ("95 % interval of speedup", False),
-    "lossless": ("lossless", True),
-    "equal_answers": ("answers equal to the target's own", False),
-    "tie_gap": ("widest tie", False),
-    "score": ("score", True),
-    "baseline_score": ("score without draft", False),
-    "num_scored": ("answers scored", False),
-    "first_round": ("acceptance, first round", False),
-    "acceptance_length_loop_free": ("acceptance, loops left out", False),
-    "loops": ("answers that loop", False),
-    "bigram": ("acceptance, bigram", False),
-    "prompt_lookup": ("acceptance, prompt look-up", False),
-}
+# The columns of the benchmark, in their order.
+TITLES = {
+    "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
+    "acceptance_length": "acceptance length", "interval95": "95 % interval",
+    "tokens_per_second": "tokens/s with draft",
+    "baseline_tokens_per_second": "tokens/s without draft",
+    "speedup": "speedup", "speedup_interval95": "95 % interval of speedup",
+    "lossless": "lossless", "equal_answers": "answers equal to the target's own",
+    "tie_gap": "widest tie", "score": "score", "baseline_score": "score without draft",
+    "num_scored": "answers scored", "first_round": "acceptance, first round",
+    "acceptance_length_loop_free": "acceptance, loops left out", "loops": "answers that loop",
+    "bigram": "acceptance, bigram", "prompt_lookup": "acceptance, prompt look-up",
+}  # fmt: skip
+# As many as fit into 80 columns of a terminal.
+SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
+SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -136,7 +129,7 @@ def write_report(run_dir: Path) -> Path:
     values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
     values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
     values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
-    values |= {"columns": benchmark_columns(values["rows"]), "titles": COLUMNS, "cell": cell}
+    values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
     path = run_dir / "report.html"
@@ -155,7 +148,7 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
 
 
 def benchmark_columns(rows: list[dict]) -> list[str]:
-    return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    return [key for key in TITLES if any(row.get(key) is not None for row in rows)]
 
 
 def cell(key: str, value: Any) -> str:
@@ -186,9 +179,9 @@ def summary(run_dir: Path) -> Group:
         tables.append(table)
     if rows:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        columns = [key for key in benchmark_columns(rows) if COLUMNS[key][1]]
+        columns = [key for key in benchmark_columns(rows) if key in SHOWN]
         for key in columns:
-            table.add_column(COLUMNS[key][0], justify="left" if key == "suite" else "right")
+            table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
         for row in rows:
             # Text, because a suite's name may hold what rich takes for markup.
             table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
