@@ -239,7 +239,7 @@ def test_missing_cut_and_exchanged_shards(tmp_path):
     content = path.read_bytes()
     path.unlink()
     assert not is_complete(tmp_path)
-    with pytest.raises(RunError, match=r"_00000002.safetensors is missing .*on_damage=skip"):
+    with pytest.raises(RunError, match=r"_00000002.safetensors is missing; .*on_damage=skip"):
         read(tmp_path)
     assert damaged_by(tmp_path) == lost
     begin(tmp_path / "other", inputs={"model": "x"}).write(2, documents[12:])

@@ -5,7 +5,6 @@ the finished store does not depend on who wrote what, nor on who was killed when
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -55,11 +54,7 @@ def capture(
     used = bytes_by_owner(folder).total()
     check_disk(needed, folder, hidden.max_disk and parse_size(hidden.max_disk) - used)
     store = Store(folder, on_damage="skip")  # a deleted shard is no reason not to write it
-
-    def compute(batch: list[int]) -> list[Document]:
-        return compute_features(loaded, prepared.load(batch))
-
-    write_shards(store, shards, missing, compute, console)
+    write_shards(store, prepared, loaded, shards, missing, console)
     data = {"lengths": prepared.lengths, "supervised": prepared.supervised}
     data |= {"order": document_keys(prepared), "vocab": np.asarray(prepared.vocab)}
     store.complete(len(shards), **data)
@@ -104,7 +99,7 @@ def compute_features(target: Any, documents: list[Document]) -> list[Document]:
 
 
 def write_shards(
-    store: Store, shards: list, missing: list[int], compute: Callable, console: Console
+    store: Store, prepared: Prepared, target: Any, shards: list, missing: list[int], console
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing."""
     # Two shards in memory: one is written while the next is computed.
@@ -116,7 +111,7 @@ def write_shards(
             computed: list[Document] = []
             if claim is not None:
                 for batch in shards[claim[0]]:
-                    computed += compute(batch)
+                    computed += compute_features(target, prepared.load(batch))
             elif writing is None and missing:
                 time.sleep(POLL_SECONDS)  # other processes write what is missing
             if writing is not None:

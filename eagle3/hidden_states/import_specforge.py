@@ -55,9 +55,9 @@ def import_specforge(
     inputs |= {"model": fingerprint(target.spec.identity), "max_length": max_length}
     inputs["hidden_states.dtype"] = section.dtype
     fill = partial(convert, files, target, inputs, section.on_damage)
-    # Not among the store's inputs: a run may be resumed with another.
-    given = inputs | {"on_damage": section.on_damage}
-    return artefact(cache_dir, "imported", given, fill, "import")
+    # Not among the store's inputs, as a run may be resumed with another.
+    inputs = inputs | {"on_damage": section.on_damage}
+    return artefact(cache_dir, "imported", inputs, fill, "import")
 
 
 def hidden_state_files(folder: Path) -> Iterator[Path]:

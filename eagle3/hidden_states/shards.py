@@ -94,8 +94,7 @@ def is_finite(value: torch.Tensor) -> bool:
 
 def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndarray]:
     """A shard of the store with fingerprint `store`, in pieces. Raises RunError."""
-    # The pieces are the documents' own memory where nothing is converted: safetensors' own writer
-    # would copy a shard two or three times.
+    # Pieces of the documents' own memory: safetensors' writer would copy a shard twice or more.
     hidden_size = documents[0].features.last_hidden_states.shape[1]
     records, encoded = np.empty(len(documents), RECORD), []
     for place, document in enumerate(documents):
@@ -137,11 +136,12 @@ def shard_number(path: Path) -> int:
 
 def read(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes uint8 [size] from `start` on. Raises DamageError."""
-    # A memory map would save a copy, but a page that cannot be read (another process cuts the file,
-    # a disk fails) kills the process with SIGBUS.
-    found = np.fromfile(path, np.uint8, size, offset=start) if path.exists() else ()
+    # A memory map would save a copy, but a page that cannot be read kills the process with SIGBUS.
+    if not path.exists():
+        raise DamageError(f"{path} is missing")
+    found = np.fromfile(path, np.uint8, size, offset=start)
     if len(found) != size:
-        raise DamageError(f"{path} is missing or cut, or its disk fails")
+        raise DamageError(f"{path} ends too early, or its disk fails")
     return found
 
 

@@ -163,8 +163,8 @@ class HybridStore(Store):
         used = bytes_by_owner(folder)
         most = (free_bytes(folder) + used.total()) * 9 // 10
         self.max_bytes = parse_size(section.max_disk) if section.max_disk else most
-        # Equal shares, so that nobody needs to know what the others write meanwhile. What a run of
-        # other ranks left beyond the shares of now is taken off each; so is the file `refused`.
+        # Equal shares, so that no rank needs to know what others write. What a run of other ranks
+        # left beyond the shares of now is taken off each; so is the file `refused`.
         share = self.max_bytes // world_size
         beyond = [size - share * (0 <= owner < world_size) for owner, size in used.items()]
         excess = sum(size for size in beyond if size > 0) + len(str(self.max_bytes))
@@ -257,8 +257,7 @@ def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise RunError(f"{path} is damaged; delete {folder}, to make it anew") from error
-    # Only what both know is compared: an import knows no more of its target than the weights, and
-    # training alone does not know the documents.
+    # Only what both know: an import knows just its target's weights, and training no documents.
     for key in stored:
         if key in wanted and stored[key] != wanted[key]:
             made, now = f"{key}={json.dumps(stored[key])}", f"{key}={json.dumps(wanted[key])}"

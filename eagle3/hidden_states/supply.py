@@ -1,6 +1,5 @@
 """Where the trainer's hidden states come from: one class for each option of `mode`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -22,11 +21,7 @@ class Supply:
     needs_target = True
 
     def __init__(
-        self,
-        prepared: Prepared | None = None,
-        store: Store | None = None,
-        target: TargetHandle | None = None,
-        barrier: Callable[[], None] = lambda: None,
+        self, prepared: Prepared | None, store: Store | None, target: TargetHandle, barrier=None
     ):
         self.prepared, self.store, self.target, self.barrier = prepared, store, target, barrier
         data = store if prepared is None else prepared
@@ -38,7 +33,6 @@ class Supply:
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         return self.prepared.load(numbers)
 
-    # Not called for batches whose documents came with features.
     def features(self, batch: Batch) -> Features:
         return self.target.load()(batch)
 

@@ -118,8 +118,7 @@ class Wandb(NoTracker):
         import wandb  # a second that only runs with this tracker pay
 
         self.wandb = wandb
-        # Without these W&B stores the command line, which may hold a token, and a diff of the
-        # working tree.
+        # Else W&B stores the command line, which may hold a token, and a diff of the code.
         private = {"x_disable_meta": True, "disable_git": True, "disable_code": True}
         given = self.options | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
         given |= {"settings": private | {"console": "off"}, "config": redact(config)}
