@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,20 +99,16 @@ class NoTracker:
         """End the run and whatever the tracker started."""
 
 
+@dataclass
 class Wandb(NoTracker):
     """Weights & Biases; `mode` null leaves it to W&B's own settings and environment variables."""
 
-    def __init__(
-        self,
-        project: str,
-        entity: str | None = None,
-        group: str | None = None,
-        mode: Annotated[str | None, OneOf(("online", "offline", "disabled"))] = None,
-        tags: list[str] | None = None,
-    ):
-        self.options = {"project": project, "entity": entity, "group": group}
-        self.options |= {"mode": mode, "tags": tags}
-        self.run = None
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    mode: Annotated[str | None, OneOf(("online", "offline", "disabled"))] = None
+    tags: list[str] | None = None
+    run = None  # W&B's, once it was started
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
         """Files lie under `run_dir`/wandb. Raises ConfigError where W&B cannot start."""
@@ -120,7 +117,7 @@ class Wandb(NoTracker):
         self.wandb = wandb
         # Else W&B stores the command line, which may hold a token, and a diff of the code.
         private = {"x_disable_meta": True, "disable_git": True, "disable_code": True}
-        given = self.options | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
+        given = asdict(self) | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
         given |= {"settings": private | {"console": "off"}, "config": redact(config)}
         try:
             self.run = wandb.init(dir=str(run_dir), **given)

@@ -57,12 +57,11 @@ class Meter:
     def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
         """Take up this rank's one of the `states` of all ranks."""
         self.restart()
-        mine = states if rank == 0 else []  # of another number of ranks: only their sum is read
-        if len(states) == world_size:
-            mine = [states[rank]]
-        for state in mine:
-            self.device_sums += torch.tensor(state["device"], dtype=torch.float64).to(self.device)
-            self.host_sums += torch.tensor(state["host"], dtype=torch.float64)
+        same = len(states) == world_size  # else rank 0 takes all, as only their sum is read
+        for number, state in enumerate(states):
+            if rank == (number if same else 0):
+                self.device_sums += self.device_sums.new_tensor(state["device"])
+                self.host_sums += self.host_sums.new_tensor(state["host"])
 
     def leave_out(self, seconds: float) -> None:
         """Keep time that was not training out of the rates."""

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader
 from rich.box import SIMPLE_HEAD
@@ -57,12 +58,10 @@ class Plot:
         self.x_ticks, self.y_ticks = ticks(*self.x_range, smallest=1.0), ticks(*self.y_range)
 
     def x(self, value: float) -> float:
-        low, high = self.x_range
-        return round(self.left + (value - low) / (high - low) * (self.right - self.left), 1)
+        return round(float(np.interp(value, self.x_range, (self.left, self.right))), 1)
 
     def y(self, value: float) -> float:
-        low, high = self.y_range
-        return round(self.bottom - (value - low) / (high - low) * (self.bottom - self.top), 1)
+        return round(float(np.interp(value, self.y_range, (self.bottom, self.top))), 1)
 
 
 def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, str]]:

@@ -60,7 +60,7 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
-        raise ConfigError(f"train.resume={resume} needs a checkpoint, no hydra.run.dir and no -m")
+        raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, not with -m")
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
     recorded = json.loads((run_dir / "run.json").read_text())["config"]

@@ -117,11 +117,10 @@ def git_commit() -> str | None:
     """The commit of the code, with `+` when files differ from it; None outside a repository."""
     command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()  # by no tag's name
     try:
-        folder = Path(__file__).parent
-        found = subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True)
-        return found.strip()
-    except (OSError, subprocess.CalledProcessError):
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
         return None
+    return git.stdout.strip() or None
 
 
 def read_acceptance(run_dir: Path) -> float | None:
