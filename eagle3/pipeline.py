@@ -75,7 +75,7 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "import" in listed or (store_alone and "train" in listed):
             path = Path(hidden.path)
             if imports:
-                path = import_specforge(hidden, target, data.max_length, cache_dir, write=True)
+                path = import_specforge(hidden, target, data.max_length, cache_dir)
                 tracking.note("import", (path, read_facts(path)))
             store = open_store(hidden, path, store_inputs(target, hidden.dtype, None))
         if "regenerate" in listed:

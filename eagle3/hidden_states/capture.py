@@ -1,8 +1,7 @@
 """The stage `capture`: the target's hidden states of all documents, once, to disk.
 
-Batches and shards are planned from the documents and `target.batch_tokens` and claimed one by one,
-by any number of processes, also of several commands: the finished store does not depend on who
-wrote what, nor on who was killed when.
+Batches and shards are planned from the documents and claimed one by one by any number of processes:
+the finished store does not depend on who wrote what, nor on who was killed when.
 """
 
 import time
@@ -40,34 +39,25 @@ def locate_store(
 
 
 def capture(
-    section: HiddenStates,
-    prepared: Prepared,
-    target: TargetHandle,
-    cache_dir: str,
-    console: Console,
+    hidden: HiddenStates, prepared: Prepared, target: TargetHandle, cache_dir: str, console: Console
 ) -> None:
-    """Complete the store of the prepared documents; each process that calls it writes some shards.
-
-    Raises RunError when the disk can't hold the store or fills up; the same call then goes on.
-    """
-    folder, inputs = locate_store(section, prepared, target, cache_dir)
+    """Complete the store of the prepared documents together with others that call it. RunError."""
+    folder, inputs = locate_store(hidden, prepared, target, cache_dir)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     # Other batches round differently and other shards overlap, so who goes on must plan alike.
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": SHARD_BYTES}
     create_store(folder, {"kind": "capture"} | inputs | planned)
-    payload = document_bytes(prepared.lengths, prepared.teachers, hidden_size, section.dtype)
+    payload = document_bytes(prepared.lengths, prepared.teachers, hidden_size, hidden.dtype)
     shards = plan_shards(prepared, payload, loaded.batch_tokens)
     missing = [n for n in range(len(shards)) if not shard_path(folder, n).exists()]
     needed = sum(int(payload[batch].sum()) for number in missing for batch in shards[number])
-    allowed = None
-    if section.max_disk:
-        allowed = parse_size(section.max_disk) - bytes_by_owner(folder).total()
-    check_disk(needed, folder, allowed)
+    used = bytes_by_owner(folder).total()
+    check_disk(needed, folder, hidden.max_disk and parse_size(hidden.max_disk) - used)
     store = Store(folder, on_damage="skip")  # a deleted shard is no reason not to write it
     write_shards(store, prepared, loaded, shards, missing, console)
-    order, vocab = document_keys(prepared), np.asarray(prepared.vocab)
-    data = {"order": order, "lengths": prepared.lengths, "supervised": prepared.supervised}
-    store.complete(len(shards), vocab=vocab, **data)
+    data = {"lengths": prepared.lengths, "supervised": prepared.supervised}
+    data |= {"order": document_keys(prepared), "vocab": np.asarray(prepared.vocab)}
+    store.complete(len(shards), **data)
 
 
 def document_keys(prepared: Prepared) -> np.ndarray:
@@ -78,12 +68,8 @@ def document_keys(prepared: Prepared) -> np.ndarray:
     return firsts[numbers]
 
 
-def plan_shards(
-    prepared: Prepared, payload: np.ndarray, batch_tokens: int
-) -> list[list[list[int]]]:
-    """Document numbers by shard and batch: longest first, at most `batch_tokens` in a batch, whole
-    batches in a shard. `payload` int64 [N] has each document's bytes.
-    """
+def plan_shards(prepared: Prepared, payload: np.ndarray, batch_tokens: int) -> list:
+    """Document numbers by shard and batch; `payload` int64 [N] has each document's bytes."""
     lengths, firsts = prepared.lengths, np.unique(document_keys(prepared))
     # Equal lengths side by side pack tightly, and the last shards are the quick ones.
     order = firsts[np.lexsort((firsts, -lengths[firsts]))]
@@ -93,8 +79,7 @@ def plan_shards(
 
 def fill(items: list, sizes: list[int], limit: int) -> list[list]:
     """Items in their order, in groups of at most `limit` together, or of one."""
-    groups: list[list] = []
-    used = limit
+    groups, used = [], limit
     for item, size in zip(items, sizes, strict=True):
         if used + size > limit:
             groups.append([])
@@ -114,12 +99,7 @@ def compute_features(target: Any, documents: list[Document]) -> list[Document]:
 
 
 def write_shards(
-    store: Store,
-    prepared: Prepared,
-    target: Any,
-    shards: list,
-    missing: list[int],
-    console: Console,
+    store: Store, prepared: Prepared, target: Any, shards: list, missing: list[int], console
 ) -> None:
     """Claim, compute, and write behind the next computation, until no shard is missing."""
     # Two shards in memory: one is written while the next is computed.
@@ -142,8 +122,7 @@ def write_shards(
 def claim_shard(folder: Path, missing: list[int]) -> tuple[int, FileLock] | None:
     """The first missing shard that nobody writes, locked; complete ones leave `missing`."""
     for number in list(missing):
-        # A lock of the system, so that a dead process holds none. The thread that writes releases
-        # what this one acquired.
+        # A dead process holds no lock of the system. The thread that writes releases this one.
         lock = FileLock(folder / f".claim_{number:08d}", thread_local=False)
         with suppress(Timeout):
             lock.acquire(timeout=0)
@@ -158,9 +137,7 @@ def write_claimed(store: Store, number: int, lock: FileLock, documents: list[Doc
     try:
         store.write(number, documents)
     except OSError as error:
-        raise RunError(
-            f"{store.folder} cannot be written ({error.strerror}): free space, or set "
-            "hidden_states.dtype=int8 or another path; the same command goes on"
-        ) from error
+        remedy = "free space, and the same command goes on; or set another hidden_states.path"
+        raise RunError(f"{store.folder} cannot be written ({error.strerror}): {remedy}") from error
     finally:
         lock.release()

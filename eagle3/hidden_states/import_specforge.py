@@ -1,13 +1,11 @@
 """SpecForge's hidden states on disk (`rows_0-2000/data_0.ckpt[.gz]`), converted once to a store.
 
 A file holds one document: `input_ids` [n], `loss_mask` [n], `aux_hidden_state` [1,n,3H] and
-`hidden_state` [1,n,H], the last one after the target's final norm. What SpecForge trains on is
-kept, so that `loss/mask=shifted` gives its losses: it cuts a document at the maximal length and
-never supervises the last row it then has. A capture in batches pads on the right with id 0 before
-the target runs, and SpecForge trains with these rows as part of the document, so they stay. Rows
-behind the last one with hidden states go.
-
-n tokens, H the target's hidden size.
+`hidden_state` [1,n,H], the last one after the target's final norm (H its hidden size). What
+SpecForge trains on is kept, so that `loss/mask=shifted` gives its losses: it cuts a document at the
+maximal length and never supervises the last row it then has. A capture in batches pads on the right
+with id 0, and SpecForge trains with these rows as part of the document, so they stay. Rows behind
+the last one with hidden states go.
 """
 
 import gzip
@@ -29,9 +27,10 @@ from torch.nn import functional as F
 from eagle3.batch import Document, Features
 from eagle3.config import HiddenStates
 from eagle3.errors import RunError
-from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite, write_atomically
+from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite
 from eagle3.hidden_states.store import Store, create_store, stored_bytes
 from eagle3.runs.artefact import artefact, fingerprint
+from eagle3.runs.disk import write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights, load_weights
@@ -42,28 +41,23 @@ UNSUPERVISED = "has no supervised token"
 
 
 class FileError(Exception):
-    """Why a file gives no document: the reason by which such files are counted (and a detail)."""
+    """Why a file gives no document: the reason by which they are counted (and a detail)."""
 
 
 def import_specforge(
-    section: HiddenStates, target: TargetHandle, max_length: int, cache_dir: str, write: bool
+    section: HiddenStates, target: TargetHandle, max_length: int, cache_dir: str
 ) -> Path:
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
-    source = Path(section.path)
-    files = sorted(hidden_state_files(source))
-    stats = [(path.relative_to(source), path.stat()) for path in files]
-    inputs = {
-        "kind": "import",
-        "format": VERSION,
-        "imported": fingerprint({str(p): [stat.st_size, stat.st_mtime_ns] for p, stat in stats}),
-        "model": fingerprint(target.spec.identity),
-        "hidden_states.dtype": section.dtype,
-        "max_length": max_length,
-    }
-    fill = partial(convert, files, target, inputs, section.on_damage) if write else None
-    # Not among the store's inputs: a run may be resumed with another.
-    given = inputs | {"on_damage": section.on_damage}
-    return artefact(cache_dir, "imported", given, fill, "import")
+    files = sorted(hidden_state_files(Path(section.path)))
+    stats = [(path.relative_to(section.path), path.stat()) for path in files]
+    content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
+    inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}
+    inputs |= {"model": fingerprint(target.spec.identity), "max_length": max_length}
+    inputs["hidden_states.dtype"] = section.dtype
+    fill = partial(convert, files, target, inputs, section.on_damage)
+    # Not among the store's inputs, as a run may be resumed with another.
+    inputs = inputs | {"on_damage": section.on_damage}
+    return artefact(cache_dir, "imported", inputs, fill, "import")
 
 
 def hidden_state_files(folder: Path) -> Iterator[Path]:
@@ -71,23 +65,18 @@ def hidden_state_files(folder: Path) -> Iterator[Path]:
 
 
 def is_specforge(folder: Path) -> bool:
-    """Whether it holds such files; false where it does not exist."""
     return next(hidden_state_files(folder), None) is not None
 
 
 def convert(
     files: list[Path], target: TargetHandle, inputs: dict[str, Any], on_damage: str, folder: Path
 ) -> dict[str, Any]:
-    """Fill `folder` with the files' documents, keyed by the number of their file.
-
-    What an interrupted call completed is taken up. Files that give no document are listed in
-    rejects.jsonl. Returns the store's facts, `files`, and `rejected` (by reason). Raises RunError.
-    """
+    """Fill `folder` with the files' documents, keyed by their place in `files`; return facts."""
     weights = load_weights(target.spec, target.device)
     create_store(folder, inputs)
     store, noted = Store(folder), folder / "progress.json"
     done = {"files": 0, "shards": 0, "rejected": [], "counts": [0] * len(weights.head)}
-    if noted.exists():
+    if noted.exists():  # an interrupted call's, which goes on
         done = json.loads(noted.read_text())
     rejected, counts = done["rejected"], np.array(done["counts"])
     documents, size = [], 0
@@ -99,10 +88,8 @@ def convert(
             counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
         except FileError as error:
             if on_damage == "fail" and str(error) != UNSUPERVISED:
-                raise RunError(
-                    f"{files[key]} {error}; capture it again or delete it, or set "
-                    "hidden_states.on_damage=skip to leave such files out"
-                ) from error
+                remedy = "delete it, or set hidden_states.on_damage=skip to leave such files out"
+                raise RunError(f"{files[key]} {error}; {remedy}") from error
             rejected.append({"file": str(files[key]), "reason": str(error)})
         if documents and (size >= SHARD_BYTES or key == len(files) - 1):
             # The shard before the note of it: killed in between, it is written again, the same.
@@ -113,8 +100,7 @@ def convert(
     if done["shards"] == 0:
         file, why = rejected[0].values()
         raise RunError(f"none of {len(files)} files gives a document; {file}, for one, {why}")
-    lines = [json.dumps(each) + "\n" for each in rejected]
-    (folder / "rejects.jsonl").write_text("".join(lines))
+    (folder / "rejects.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rejected))
     store.scan()
     records = np.concatenate([store.open(number).records for number in range(done["shards"])])
     data = {"order": records["key"], "lengths": records["tokens"]}
@@ -152,12 +138,10 @@ def read_document(path: Path, key: int, weights: TargetWeights, max_length: int)
 def load(path: Path) -> Any:
     """What `torch.save` wrote there, tensors on the CPU. Raises FileError."""
     try:
-        # As a whole, not mapped: torch checks no checksum of the archive, and a mapped file that is
-        # cut while it is read kills the process.
+        # As a whole: torch checks no checksum, and a mapped file that is cut kills the process.
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        broken = zipfile.ZipFile(io.BytesIO(data)).testzip()
-        if broken is not None:
-            raise ValueError(f"{broken} does not match its checksum")
+        if zipfile.ZipFile(io.BytesIO(data)).testzip():
+            raise ValueError("its content does not match its checksum")
         # A pickle may name any function to call; with weights_only none but those of tensors.
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -179,8 +163,7 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
     n = len(last) if last.ndim else 0
     fits = ids.ndim == 1 and mask.shape == ids.shape and 0 < n <= len(ids)
     fits &= aux.shape == (n, 3 * hidden_size) and last.shape == (n, hidden_size)
-    floats = aux.dtype in FLOATS and last.dtype in FLOATS and not ids.is_floating_point()
-    if not fits or not floats:
+    if not fits or ids.is_floating_point() or not {aux.dtype, last.dtype} <= FLOATS:
         found = (f"{name} {list(each.shape)} {each.dtype}" for name, each in zip(KEYS, tensors))
         raise FileError(f"does not fit hidden size {hidden_size} ({', '.join(found)})")
     if not ((mask == 0) | (mask == 1)).all():
@@ -189,11 +172,8 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
 
 
 def is_normed(last: torch.Tensor, weights: TargetWeights) -> bool:
-    """Whether last hidden states [n,H] went through the target's final norm, if that can be seen.
-
-    SpecForge's did, those of tools that imitate its files need not. After an RMS norm a row divided
-    by the weight has a root mean square of 1, or a little less where eps counts.
-    """
+    """Whether last hidden states [n,H] went through the target's final norm, if it can be seen."""
+    # After an RMS norm a row divided by the weight has a root mean square of 1, or a little less.
     if weights.norm is None or not hasattr(weights.config, "rms_norm_eps"):
         return True
     # 256 rows are enough: the rows of a residual stream differ by far more than the bounds below.

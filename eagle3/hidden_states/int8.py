@@ -1,7 +1,4 @@
-"""Auxiliary hidden states in int8: groups of `GROUP` columns with a bf16 scale each.
-
-n tokens, A = 3H columns, G = ceil(A / GROUP) groups, the last of which may be narrower.
-"""
+"""Auxiliary hidden states in int8: of A columns G = ceil(A / GROUP) groups, with a scale each."""
 
 import math
 
@@ -11,7 +8,7 @@ from torch.nn import functional as F
 from eagle3.batch import empty_on_host
 
 GROUP = 128  # one scale a token is too coarse: some channels are a hundred times the others
-CHUNK = 256  # rows; a quantised chunk's fp32 copy stays in the cache
+CHUNK = 256  # rows; a chunk's copies stay in the cache
 
 
 def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,14 +38,9 @@ def dequantise(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """int8 [n,A], bf16 scales [n,G] -> bf16 [n,A]."""
     n, width = values.shape
     states = empty_on_host(n, (width,), torch.bfloat16)
-    full = width // GROUP
-    whole = slice(0, full * GROUP)
-    # int8 values and their scales are exact in bf16, so the product is rounded once.
-    torch.mul(
-        values[:, whole].unflatten(1, (full, GROUP)),
-        scales[:, :full, None],
-        out=states[:, whole].unflatten(1, (full, GROUP)),
-    )
-    if full < scales.shape[1]:
-        torch.mul(values[:, full * GROUP :], scales[:, full:], out=states[:, full * GROUP :])
+    for place in range(0, n, CHUNK):
+        rows = slice(place, place + CHUNK)
+        wide = scales[rows].repeat_interleave(GROUP, 1)[:, :width]
+        # int8 values and their scales are exact in bf16, so the product is rounded once.
+        torch.mul(values[rows], wide, out=states[rows])
     return states

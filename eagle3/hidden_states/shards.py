@@ -1,17 +1,12 @@
 """The format of a shard: a safetensors file in which each document can be read alone.
 
 The tensor `documents` int64 [N,5] has a `RECORD` of each; the other tensors are the documents'
-rows, one behind the other, without padding. The metadata names the store that the shard belongs to
-and has a checksum of both, so that a folder of shards needs no index.
-
-N documents of n tokens and u teacher rows, H hidden size.
+rows, one behind the other, without padding. The metadata names the shard's store and has a checksum
+of both, so that a folder of shards needs no index. N documents of n tokens and u teacher rows.
 """
 
 import json
 import math
-import os
-import uuid
-from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +23,8 @@ VERSION = 3
 SHARD_BYTES = 256 << 20
 HEADER_BYTES = 2048  # at most, of a shard; about 1000 in fact
 DTYPES = ("fp32", "bf16", "int8")
-TYPES = (torch.float32, torch.bfloat16, torch.int32, torch.int8, torch.bool)
-NAMES = dict(zip(TYPES, ("F32", "BF16", "I32", "I8", "BOOL"), strict=True))
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch.int8: "I8"}
+NAMES[torch.bool] = "BOOL"
 COUNTS = ("key", "tokens", "teacher_rows", "supervised")
 RECORD = np.dtype([(name, "<i8") for name in COUNTS] + [("checksum", "<u8")])
 
@@ -53,19 +48,17 @@ class Column(NamedTuple):
 def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
     """What is stored of documents; wide numbers first, so that all are aligned."""
     hidden = torch.float32 if dtype == "fp32" else torch.bfloat16
-    aux = {"aux_hidden_states": Column("tokens", hidden, (3 * hidden_size,))}
+    aux, width, scales = hidden, 3 * hidden_size, {}
     if dtype == "int8":
-        groups = math.ceil(3 * hidden_size / GROUP)
-        aux = {
-            "aux_scales": Column("tokens", torch.bfloat16, (groups,)),
-            "aux_hidden_states": Column("tokens", torch.int8, (3 * hidden_size,)),
-        }
+        aux = torch.int8
+        scales["aux_scales"] = Column("tokens", torch.bfloat16, (math.ceil(width / GROUP),))
     return {
         "logsumexp": Column("teacher_rows", torch.float32, ()),
         "argmax": Column("teacher_rows", torch.int32, ()),
         "input_ids": Column("tokens", torch.int32, ()),
         "last_hidden_states": Column("teacher_rows", hidden, (hidden_size,)),
-        **aux,
+        **scales,
+        "aux_hidden_states": Column("tokens", aux, (width,)),
         "loss_mask": Column("tokens", torch.bool, ()),
     }
 
@@ -84,17 +77,12 @@ def encode(document: Document, dtype: str) -> dict[str, np.ndarray]:
     values = vars(document) | vars(document.features)
     if dtype == "int8":
         values["aux_hidden_states"], values["aux_scales"] = quantise(values["aux_hidden_states"])
-    u, hidden_size = values["last_hidden_states"].shape
-    rows = {"tokens": len(document.input_ids), "teacher_rows": u}
-    encoded = {}
+    hidden_size, encoded = values["last_hidden_states"].shape[1], {}
     for name, column in columns(hidden_size, dtype).items():
         value = values[name].to("cpu", column.dtype).contiguous()
-        assert value.shape == (rows[column.per], *column.shape), name
         if value.is_floating_point() and not is_finite(value):
-            raise RunError(
-                f"document {document.key}: its {name} in {dtype} are not finite: the target is "
-                "broken, or hidden_states.dtype too narrow"
-            )
+            why = "are not finite: the target is broken, or hidden_states.dtype too narrow"
+            raise RunError(f"document {document.key}: its {name} in {dtype} {why}")
         encoded[name] = value.flatten().view(torch.uint8).numpy()
     return encoded
 
@@ -105,9 +93,8 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndarray]:
-    """The content of a shard of the store with fingerprint `store`, in pieces. Raises RunError."""
-    # The pieces are the documents' own memory where nothing is converted: safetensors' own writer
-    # would copy a shard two or three times.
+    """A shard of the store with fingerprint `store`, in pieces. Raises RunError."""
+    # Pieces of the documents' own memory: safetensors' writer would copy a shard twice or more.
     hidden_size = documents[0].features.last_hidden_states.shape[1]
     records, encoded = np.empty(len(documents), RECORD), []
     for place, document in enumerate(documents):
@@ -115,10 +102,9 @@ def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndar
         digest = xxhash.xxh3_64()
         for piece in encoded[-1].values():
             digest.update(piece)
-        n, u = len(document.input_ids), len(document.features.argmax)
-        supervised = int(document.loss_mask.sum())
+        counts = len(document.input_ids), len(document.features.argmax), document.loss_mask.sum()
         # A checksum for each document, so that a flipped bit costs one and not the whole shard.
-        records[place] = document.key, n, u, supervised, digest.intdigest()
+        records[place] = document.key, *map(int, counts), digest.intdigest()
     # Where the columns begin has no checksum: read elsewhere, a document does not match its own.
     text = json.dumps({"store": store, "dtype": dtype, "hidden_size": hidden_size})
     header: dict[str, Any] = {"__metadata__": {"eagle3": f"{checksum_head(text, records)} {text}"}}
@@ -148,33 +134,12 @@ def shard_number(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("shard_"))
 
 
-def write_atomically(path: Path, pieces: Iterable[bytes | np.ndarray]) -> None:
-    """On disk when this returns, or nothing is left of it and OSError raised (a full disk)."""
-    # A name of its own: of a file that two processes write alike, either may be the last.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with partial.open("xb") as stream:
-            stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    # Without this a power cut may undo the renaming.
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def read(path: Path, start: int, size: int) -> np.ndarray:
     """Bytes uint8 [size] from `start` on. Raises DamageError."""
-    # A memory map would save a copy, but a page that cannot be read (another process cuts the file,
-    # a disk fails) kills the process with SIGBUS.
-    try:
-        found = np.fromfile(path, np.uint8, size, offset=start)
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
+    # A memory map would save a copy, but a page that cannot be read kills the process with SIGBUS.
+    if not path.exists():
+        raise DamageError(f"{path} is missing")
+    found = np.fromfile(path, np.uint8, size, offset=start)
     if len(found) != size:
         raise DamageError(f"{path} ends too early, or its disk fails")
     return found
@@ -220,8 +185,8 @@ class Shard:
         if digest.intdigest() != record["checksum"]:
             raise DamageError(f"its bytes in {self.path} do not match their checksum")
         if "aux_scales" in values:
-            states = dequantise(values["aux_hidden_states"], values["aux_scales"])
-            values["aux_hidden_states"] = states
+            scales = values["aux_scales"]
+            values["aux_hidden_states"] = dequantise(values["aux_hidden_states"], scales)
         values["argmax"] = values["argmax"].long()
         features = Features(*(values[field.name] for field in fields(Features)))
         return Document(int(record["key"]), values["input_ids"], values["loss_mask"], features)

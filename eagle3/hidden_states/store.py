@@ -1,9 +1,8 @@
 """A store of hidden states: a folder of shards that processes add to, read document by document.
 
-`store.json` says what the states were made from. A store that is complete, whether captured or
-imported, also has `index.npz`: how many shards there are, what the training data is in its order,
-and its draft vocabulary, so that training needs nothing else. `mode=hybrid` fills a store that is
-never complete.
+`store.json` says what the states were made from. A store that was captured or imported also has
+`index.npz`: how many shards there are, the training data's order and its draft vocabulary, so that
+training needs nothing else. `mode=hybrid` fills a store that is never complete.
 """
 
 import io
@@ -25,7 +24,7 @@ from eagle3.errors import RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import DamageError, Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import free_bytes
+from eagle3.runs.disk import free_bytes, write_atomically
 from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
@@ -37,23 +36,17 @@ REMEDY = "set hidden_states.on_damage=skip to do without, or delete the shard an
 def store_inputs(target: TargetHandle, dtype: str, digest: str | None) -> dict[str, Any]:
     """What hidden states depend on, by config key; `digest` is of the documents, where known."""
     known = target.identity
-    inputs = {
-        "format": shards.VERSION,
-        "model": fingerprint(known["target"]),
-        "model.dtype": known["dtype"],
-        "model.aux_layer_ids": known["aux_layer_ids"],
-        "target.quantization": known.get("quantization"),
-        "hidden_states.dtype": dtype,
-    }
+    inputs = {"format": shards.VERSION, "model": fingerprint(known["target"])}
+    inputs |= {"model.dtype": known["dtype"], "model.aux_layer_ids": known["aux_layer_ids"]}
+    inputs |= {"target.quantization": known.get("quantization"), "hidden_states.dtype": dtype}
     return inputs if digest is None else inputs | {"documents": digest}
 
 
 class Store:
-    """The store in `folder`; `index` has the arrays of index.npz once it is complete, else is None.
+    """The store in `folder`; `index` has the arrays of index.npz, None as long as it is incomplete.
 
-    A complete one has of the training data's documents the keys, `order` int64 (some may be the
-    same), and `lengths` and `supervised` int64. With `on_damage` "skip" what cannot be read is as
-    if it were not there, and `damaged` has the reason by document. Any thread may read.
+    A complete one has `order`, `lengths` and `supervised`, int64 [N], of the training data. With
+    `on_damage` "skip" `damaged` has by document why it cannot be read. Any thread may read.
     """
 
     def __init__(self, folder: Path, on_damage: str = "fail"):
@@ -63,14 +56,10 @@ class Store:
             self.order, self.lengths = self.index["order"], self.index["lengths"]
             self.supervised = self.index["supervised"]
         self.fingerprint = fingerprint(self.inputs)
-        self.open = lru_cache(HEADS)(
-            lambda number: Shard(shard_path(self.folder, number), self.fingerprint)
-        )
+        self.open = lru_cache(HEADS)(lambda n: Shard(shard_path(self.folder, n), self.fingerprint))
         self.indexed: set[int] = set()  # numbers of shards
-        # By key, which is a document's number in the data: its shard << 24 | its place there, or
-        # -1. Eight bytes a document, where a dict would take 150.
-        self.places = np.full(1024, -1)
-        self.damaged: dict[int, str] = {}
+        # By key: a document's shard << 24 | its place there, or -1. A dict would be 20 times that.
+        self.places, self.damaged = np.full(1024, -1), {}
         self.totals: Counter[str] = Counter()  # over the shards that were scanned
         self.scan()
 
@@ -87,17 +76,15 @@ class Store:
     def write(self, number: int, documents: list[Document]) -> None:
         """Write a shard or nothing. RunError where a state is not finite, OSError for the disk."""
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
-        shards.write_atomically(shard_path(self.folder, number), pieces)
+        write_atomically(shard_path(self.folder, number), pieces)
 
     def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
-        """Write the index: `order`, `lengths`, `supervised` of the data; `vocab`, or the `counts`
-        of supervised tokens that it is chosen by.
-        """
+        """Write the index, with `vocab` or the `counts` of supervised tokens to choose it by."""
         # Last of all, as it says that everything else is there.
         content = io.BytesIO()
         np.savez(content, **{"shards": num_shards, "vocab": [], "counts": []} | arrays)
         with FileLock(self.folder / LOCK):
-            shards.write_atomically(self.folder / INDEX, [content.getvalue()])
+            write_atomically(self.folder / INDEX, [content.getvalue()])
             for left in [*self.folder.glob("*.tmp"), *self.folder.glob(".claim_*")]:
                 left.unlink(missing_ok=True)
 
@@ -124,9 +111,8 @@ class Store:
         if keys.max() >= len(self.places):
             self.places = np.append(self.places, np.full(keys.max() + 1, -1))
         self.places[keys] = (number << 24) + np.arange(len(keys))
-        self.totals.update(shards=1, documents=len(keys), bytes=shard.bytes)
-        for name in ("tokens", "teacher_rows"):
-            self.totals[name] += int(shard.records[name].sum())
+        rows = {name: int(shard.records[name].sum()) for name in ("tokens", "teacher_rows")}
+        self.totals.update(shards=1, documents=len(keys), bytes=shard.bytes, **rows)
 
     def __contains__(self, key: int) -> bool:
         return key < len(self.places) and self.places[key] >= 0
@@ -134,9 +120,7 @@ class Store:
     def load(self, keys: list[int]) -> dict[int, Document]:
         """Those documents that are there, by key, every byte of them checked. Raises RunError."""
         found = {}
-        for key in keys:
-            if key not in self:
-                continue
+        for key in filter(self.__contains__, keys):
             number, place = divmod(int(self.places[key]), 1 << 24)
             try:
                 found[key] = self.open(number).load(place)
@@ -154,15 +138,11 @@ class Store:
 
 
 class HybridStore(Store):
-    """A store that the ranks of one run add to while training, each within its share of the disk.
-
-    Once something did not fit, `full` is true and nothing more is taken.
-    """
+    """A store that the ranks of a run add to, each within its share of the disk, until `full`."""
 
     def __init__(
         self, section: HiddenStates, inputs: dict, cache_dir: str, rank: int, world_size: int
     ):
-        """In the folder that the user names, or one of the cache. Raises RunError."""
         inputs = inputs | {"kind": "hybrid"}
         folder = Path(section.path or Path(cache_dir, "hybrid", fingerprint(inputs)))
         create_store(folder, inputs)
@@ -172,9 +152,8 @@ class HybridStore(Store):
         try:
             self.owner.acquire(timeout=0)
         except Timeout as error:
-            raise RunError(
-                f"another run writes to {folder}; wait for it, or set another hidden_states.path"
-            ) from error
+            remedy = "wait for it, or set another hidden_states.path"
+            raise RunError(f"another run writes to {folder}; {remedy}") from error
         for partial in folder.glob("shard_*.tmp"):
             # What a killed process left: of this rank, or of one that this run does not have.
             if owner_of(partial) % world_size == rank:
@@ -182,10 +161,14 @@ class HybridStore(Store):
         own = {n for n in self.indexed if n // SHARDS_PER_RANK == rank}
         self.next_number = max(own, default=rank * SHARDS_PER_RANK - 1) + 1
         used = bytes_by_owner(folder)
-        self.max_bytes = (free_bytes(folder) + used.total()) * 9 // 10
-        if section.max_disk:
-            self.max_bytes = parse_size(section.max_disk)
-        self.room = share_left(used, self.max_bytes, rank, world_size)
+        most = (free_bytes(folder) + used.total()) * 9 // 10
+        self.max_bytes = parse_size(section.max_disk) if section.max_disk else most
+        # Equal shares, so that no rank needs to know what others write. What a run of other ranks
+        # left beyond the shares of now is taken off each; so is the file `refused`.
+        share = self.max_bytes // world_size
+        beyond = [size - share * (0 <= owner < world_size) for owner, size in used.items()]
+        excess = sum(size for size in beyond if size > 0) + len(str(self.max_bytes))
+        self.room = share - used[rank] - excess
         # What was refused once stays refused: a resumed run reads what an uninterrupted one does.
         self.refused = folder / f"full_{rank}"
         refused = self.refused.exists() and int(self.refused.read_text()) >= self.max_bytes
@@ -201,7 +184,7 @@ class HybridStore(Store):
             self.writing = self.writer.submit(self.write_what_fits, list(new.values()))
 
     def sync(self) -> None:
-        """Wait until what was added is written, as far as it fits. RunError where that failed."""
+        """Wait until what was added is written, as far as it fits. Raises RunError."""
         if self.writing is not None:
             self.writing.result()
 
@@ -229,19 +212,8 @@ class HybridStore(Store):
                 self.refused.write_text(str(self.max_bytes))
         except OSError as error:
             self.full = True
-            raise RunError(
-                f"{self.folder} cannot be written ({error.strerror}); set a lower "
-                "hidden_states.max_disk or another hidden_states.path"
-            ) from error
-
-
-def share_left(used: Counter[int], max_bytes: int, rank: int, world_size: int) -> int:
-    """Bytes that a rank may still write to a hybrid store of at most `max_bytes`."""
-    # Equal shares, so that nobody needs to know what the others write meanwhile. What a run with
-    # other ranks left beyond the shares of now is taken off each; so is the file that says full.
-    share = max_bytes // world_size
-    beyond = [size - share * (0 <= owner < world_size) for owner, size in used.items()]
-    return share - used[rank] - sum(size for size in beyond if size > 0) - len(str(max_bytes))
+            why = f"({error.strerror}); set a lower hidden_states.max_disk or another path"
+            raise RunError(f"{self.folder} cannot be written {why}") from error
 
 
 def bytes_by_owner(folder: Path) -> Counter[int]:
@@ -260,9 +232,8 @@ def owner_of(path: Path) -> int:
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
     if check_inputs(folder, inputs) is None or read_index(folder) is None:
-        raise RunError(
-            f"{folder} holds no complete store: add capture to stages, or set hidden_states.path"
-        )
+        remedy = "add capture to stages, or set hidden_states.path"
+        raise RunError(f"{folder} holds no complete store: {remedy}")
     return Store(folder, section.on_damage)
 
 
@@ -272,34 +243,26 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
             if check_inputs(folder, inputs) is None:
-                shards.write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
+                write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:
-        raise RunError(
-            f"hidden_states.path={folder} cannot be written: {error}; name another folder"
-        ) from error
+        raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
 
 
 def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """What the store was made from, None where there is none. Raises RunError where it differs."""
     path = folder / INPUTS
-    if not path.exists():
-        if any(folder.glob("*.safetensors")):
-            raise RunError(
-                f"hidden_states.path={folder} holds no store of this version; name an empty folder"
-            )
-        return None
     try:
         stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise RunError(f"{path} is damaged; delete {folder}, to make it anew") from error
-    # Only what both know is compared: an import knows no more of its target than the weights, and
-    # training alone does not know the documents.
+    # Only what both know: an import knows just its target's weights, and training no documents.
     for key in stored:
         if key in wanted and stored[key] != wanted[key]:
-            raise RunError(
-                f"{folder} was made with {key}={json.dumps(stored[key])}, this run has {key}="
-                f"{json.dumps(wanted[key])}: make them agree, or set another hidden_states.path"
-            )
+            made, now = f"{key}={json.dumps(stored[key])}", f"{key}={json.dumps(wanted[key])}"
+            remedy = "make them agree, or set another hidden_states.path"
+            raise RunError(f"{folder} was made with {made}, this run has {now}: {remedy}")
     return stored
 
 
@@ -312,9 +275,8 @@ def read_index(folder: Path) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged archive makes zipfile and numpy raise nearly anything
-        raise RunError(
-            f"{folder / INDEX} is damaged; delete {folder}, or that file and add capture to stages"
-        ) from error
+        remedy = "delete its folder, or that file and add capture to stages"
+        raise RunError(f"{folder / INDEX} is damaged; {remedy}") from error
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """Where the trainer's hidden states come from: one class for each option of `mode`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,21 +14,14 @@ from eagle3.target.handle import TargetHandle
 
 
 class Supply:
-    """A loader's documents, and `features` for batches whose have none.
+    """A loader's documents, and `features` for batches whose have none."""
 
-    A mode is given what it reads; `barrier` waits for the other ranks. Its class says whether the
-    stage `capture` writes a store before (`captures`), and whether training writes one (`keeps`).
-    """
-
-    captures = keeps = False
+    captures = False  # whether the stage `capture` writes a store before
+    keeps = False  # whether training writes one
     needs_target = True
 
     def __init__(
-        self,
-        prepared: Prepared | None = None,
-        store: Store | None = None,
-        target: TargetHandle | None = None,
-        barrier: Callable[[], None] = lambda: None,
+        self, prepared: Prepared | None, store: Store | None, target: TargetHandle, barrier=None
     ):
         self.prepared, self.store, self.target, self.barrier = prepared, store, target, barrier
         data = store if prepared is None else prepared
@@ -41,15 +33,17 @@ class Supply:
     def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
         return self.prepared.load(numbers)
 
-    # Not called for batches whose documents came with features.
     def features(self, batch: Batch) -> Features:
         return self.target.load()(batch)
 
     def sync(self) -> None:
         """Wait until all that was computed so far is on disk, which a checkpoint needs."""
+        if self.keeps:
+            self.store.sync()
 
     def close(self) -> None:
-        """End the writing."""
+        if self.keeps:
+            self.store.close()
 
 
 class Online(Supply):
@@ -67,9 +61,7 @@ class Offline(Supply):
         found = self.store.load(keys)
         missing = [key for key in keys if key not in found]
         if missing and self.store.on_damage == "fail":
-            raise RunError(
-                f"the store in {self.store.folder} has no document {missing[0]}; capture again"
-            )
+            raise RunError(f"{self.store.folder} has no document {missing[0]}; capture it again")
         return [found[key] for key in keys if key in found]
 
 
@@ -110,9 +102,3 @@ class Hybrid(Supply):
         known = {document.key: document for document in computed}
         parts = [known.get(document.key, document).features for document in batch.loaded]
         return concatenate_features(parts).to(batch.input_ids.device)
-
-    def sync(self) -> None:
-        self.store.sync()
-
-    def close(self) -> None:
-        self.store.close()

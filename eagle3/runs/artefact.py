@@ -20,41 +20,34 @@ def fingerprint(inputs: dict[str, Any]) -> str:
 
 def describe_file(path: str | Path) -> dict[str, Any]:
     """Size and SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    return {"bytes": Path(path).stat().st_size, "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": Path(path).stat().st_size, "sha256": digest}
 
 
 def artefact(
     cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
-    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else written by `write`.
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`.
 
-    `write(folder)` fills a `.partial` folder, in which it finds what an interrupted call left, and
-    returns facts that are kept in `artefact.json`. Without `write`, because `stage` is not listed,
-    the folder must be there already. Raises RunError.
+    `write(folder)` finds what an interrupted call left, and returns facts to keep. Without it,
+    because `stage` is not listed, the folder must be there already. Raises RunError.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():
         return path
     if write is None:
-        raise RunError(
-            f"cache_dir={cache_dir} has no {kind} data of this config ({path.name}): "
-            f"add {stage} to stages"
-        )
-    partial = path.with_suffix(".partial")
+        raise RunError(f"cache_dir={cache_dir} has no {kind}/{path.name}: add {stage} to stages")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
     except OSError as error:
-        message = f"cache_dir={cache_dir} cannot be written: {error}; name another one"
-        raise RunError(message) from error
+        raise RunError(f"cache_dir={cache_dir} cannot be written: {error}") from error
     # Runs of a sweep want the same artefact at the same moment: one writes it, the others wait.
     with lock:
         if (path / "artefact.json").is_file():  # another process wrote it while this one waited
             return path
+        partial = path.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
         facts = write(partial)
         content = json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)

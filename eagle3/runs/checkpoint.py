@@ -17,32 +17,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint import CheckpointException, hf_storage
 
 from eagle3.errors import RunError
+from eagle3.runs.disk import sync, write_atomically
 
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-)
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
+
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
 class CheckpointState:
-    """What a run needs to go on."""
-
-    tensors: dict[str, torch.Tensor]  # by name, the same on every rank
-    own: dict[str, torch.Tensor]  # this rank's alone, under names that begin with `rank_N/`
+    tensors: Tensors  # by name, the same on every rank
+    own: Tensors  # this rank's alone, under names that begin with `rank_N/`
     plain: dict[str, Any]  # what JSON can hold
 
 
 class CheckpointWriter:
-    """Writes `folder/step_N` from a thread; keeps the newest `keep_last` of them, and those that
-    the links `last` and `best` name. Every rank makes one, and calls `save` for the same updates.
-    """
+    """Writes `folder/step_N` from a thread; every rank makes one and saves the same updates."""
 
     def __init__(
         self, folder: Path, keep_last: int, rank: int, world_size: int, timeout: timedelta
@@ -66,19 +60,16 @@ class CheckpointWriter:
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
         self.writing = self.thread.submit(self._write, update, copied, state.plain, best)
 
-    def _write(
-        self, update: int, tensors: dict[str, torch.Tensor], plain: dict[str, Any], best: bool
-    ) -> None:
+    def _write(self, update: int, tensors: Tensors, plain: dict[str, Any], best: bool) -> None:
         path, partial = self.folder / f"step_{update}", self.folder / f"step_{update}.partial"
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            storage = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            storage = hf_storage.HuggingFaceStorageWriter(str(partial), save_distributed=True)
             alone = self.group is None
             dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
                 return
-            (partial / "state.json").write_text(json.dumps(plain, indent=1))
-            sync(partial / "state.json")
+            write_atomically(partial / "state.json", [json.dumps(plain, indent=1).encode()])
             if path.exists():  # from before a resumed run went back to an earlier one
                 shutil.rmtree(path)
             os.replace(partial, path)
@@ -90,10 +81,8 @@ class CheckpointWriter:
             replace_link(self.folder / "last", path.name)
             prune(self.folder, self.keep_last)
         except (OSError, CheckpointException) as error:
-            raise RunError(
-                f"the checkpoint of update {update} cannot be written to {self.folder} "
-                f"({first_cause(error)}); make room and go on from the one before"
-            ) from error
+            reason = f"{first_cause(error)}; make room and go on from the one before"
+            raise RunError(f"{path} cannot be written: {reason}") from error
 
     def raise_if_failed(self) -> None:
         """Raise RunError if writing has failed meanwhile; never waits."""
@@ -114,9 +103,7 @@ def first_cause(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def partition_tensors(
-    tensors: dict[str, torch.Tensor], rank: int, world_size: int
-) -> dict[str, torch.Tensor]:
+def partition_tensors(tensors: Tensors, rank: int, world_size: int) -> Tensors:
     """The tensors that this rank writes: all ranks write about as many bytes."""
     loads, mine = [0] * world_size, {}
     # Largest first, names to break ties: every rank must come to the same partition by itself.
@@ -128,15 +115,8 @@ def partition_tensors(
     return mine
 
 
-def sync(path: Path) -> None:
-    """Have a file or folder on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def replace_link(link: Path, target: str) -> None:
-    """Point the symbolic link at its sibling `target`, in one step."""
+    # In one step, so that whoever reads meanwhile, or a kill, finds the old or the new one.
     temporary = link.with_name(f".{link.name}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -149,6 +129,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep_last: int) -> None:
+    """Keep the newest checkpoints, and those that the links name."""
     linked = {link.resolve() for link in (folder / "last", folder / "best")}
     for path in step_folders(folder)[:-keep_last]:
         if path.resolve() not in linked:
@@ -156,12 +137,10 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
-    """A checkpoint folder (or link), on the host; of its tensors those whose names begin with
-    `prefix`. Raises RunError when it is damaged.
-    """
+    """Read a checkpoint to the host, of its tensors those named `prefix`... RunError if damaged."""
     try:
         plain = json.loads((path / "state.json").read_text())
-        reader = HuggingFaceStorageReader(str(path))
+        reader = hf_storage.HuggingFaceStorageReader(str(path))
         tensors = {}
         for name, meta in reader.read_metadata().state_dict_metadata.items():
             if name.startswith(prefix):
@@ -177,7 +156,7 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     return CheckpointState(tensors, own, plain)
 
 
-def draft_weights(path: Path) -> dict[str, torch.Tensor]:
+def draft_weights(path: Path) -> Tensors:
     """The draft's state dict in a checkpoint, on the host. Raises RunError."""
     tensors = load_checkpoint(path, "draft/").tensors
     return {name.removeprefix("draft/"): tensor for name, tensor in tensors.items()}

@@ -1,7 +1,13 @@
-"""Whether a folder's disk can hold what is about to be written."""
+"""Writing: whether a disk can hold it, and whole files or none."""
 
+import os
 import shutil
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal as size_text
 
 from eagle3.errors import RunError
 
@@ -12,25 +18,35 @@ def free_bytes(folder: str | Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def size_text(size: float) -> str:
-    """Bytes in words: 4.1 TB, 350 GB, 2.0 MB."""
-    for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if size >= unit:
-            digits = 1 if size < 100 * unit else 0
-            return f"{size / unit:,.{digits}f} {name}"
-    return f"{size / 1e3:.0f} kB"
+def sync(path: Path) -> None:
+    """Have a file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
+    """On disk when this returns, or nothing is left of it and OSError raised (a full disk)."""
+    # A name of its own: of a file that two processes write alike, either may be the last.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with partial.open("xb") as stream:
+            stream.writelines(pieces)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)  # or a power cut may undo the renaming
 
 
 def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None:
-    """Raise RunError when `needed` bytes of hidden states do not fit on the disk of `folder`, or
-    are above `most`.
-    """
+    """Raise RunError when so many bytes do not fit on the disk of `folder`, or are above `most`."""
     room = free_bytes(folder)
     limit = f"{folder} has {size_text(room)} free"
     if most is not None and most < room:
         room, limit = most, f"hidden_states.max_disk leaves {size_text(most)}"
     if needed > room:
-        raise RunError(
-            f"the hidden states need {size_text(needed)}, but {limit}; set mode=hybrid, "
-            "hidden_states.dtype=int8, another hidden_states.path or a smaller data.num_samples"
-        )
+        remedy = "set mode=hybrid, hidden_states.dtype=int8 or another hidden_states.path"
+        raise RunError(f"the hidden states need {size_text(needed)}, but {limit}; {remedy}")

@@ -1,7 +1,4 @@
-"""What can be followed of a run: metrics.jsonl always, an experiment tracker if one is chosen.
-
-A tracker is a class with the four methods of `NoTracker`; conf/logger/ names one.
-"""
+"""What can be followed of a run: metrics.jsonl always, an experiment tracker if one is chosen."""
 
 import contextlib
 import json
@@ -10,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,31 +15,25 @@ import yaml
 
 from eagle3.config import OneOf
 from eagle3.errors import ConfigError
+from eagle3.runs.disk import write_atomically
 
 REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
 # `bytes_per_token` are about text.
 SECRET_KEY = re.compile(
-    r"(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$"
+    r"(?i)(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$|(api|access|private|secret)[_-]?key$"
     r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
-    r"|(api|access|private|secret)[_-]?key$",
-    re.IGNORECASE,
 )
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
 
 
 def redact(config: Any) -> Any:
-    """A copy of nested dicts, lists and values without secrets: values of keys like `token`,
-    `api_key` and `password`, also in overrides (`hub.token=...`), and the login in a URL. A secret
-    in free text, or under a name of its own, stays.
-    """
+    """A copy of nested values without what SECRET_KEY names, also in overrides, and URL logins."""
     if isinstance(config, dict):
         # An empty one shows that nothing was given, which is no secret.
-        return {
-            key: REDACTED if value and SECRET_KEY.search(str(key)) else redact(value)
-            for key, value in config.items()
-        }
+        secret = {key for key, value in config.items() if value and SECRET_KEY.search(str(key))}
+        return {key: REDACTED if key in secret else redact(config[key]) for key in config}
     if isinstance(config, list | tuple):
         return [redact(value) for value in config]
     if not isinstance(config, str):
@@ -78,11 +70,10 @@ class JsonLines:
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         """Starts the file anew, or keeps its lines up to update `resume_step`."""
-        self.path, partial = Path(path), Path(f"{path}.partial")
+        self.path = Path(path)
         kept = read_metrics(path) if resume_step is not None else []
         lines = [json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step]
-        partial.write_text("".join(lines))
-        os.replace(partial, self.path)
+        write_atomically(self.path, ["".join(lines).encode()])
 
     def log(self, metrics: dict, step: int) -> None:
         """Append `metrics` (numbers, strings, lists) as of update `step`; NaN becomes null."""
@@ -93,7 +84,7 @@ class JsonLines:
 
 
 class NoTracker:
-    """metrics.jsonl is all there is."""
+    """metrics.jsonl is all there is; trackers, which conf/logger names, have these methods."""
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
         """Begin a run, or go on with the one of that id; returns its id."""
@@ -108,43 +99,32 @@ class NoTracker:
         """End the run and whatever the tracker started."""
 
 
+@dataclass
 class Wandb(NoTracker):
     """Weights & Biases; `mode` null leaves it to W&B's own settings and environment variables."""
 
-    def __init__(
-        self,
-        project: str,
-        entity: str | None = None,
-        group: str | None = None,
-        mode: Annotated[str | None, OneOf(("online", "offline", "disabled"))] = None,
-        tags: list[str] | None = None,
-    ):
-        self.options = {"project": project, "entity": entity, "group": group}
-        self.options |= {"mode": mode, "tags": tags}
-        self.run = None
+    project: str
+    entity: str | None = None
+    group: str | None = None
+    mode: Annotated[str | None, OneOf(("online", "offline", "disabled"))] = None
+    tags: list[str] | None = None
+    run = None  # W&B's, once it was started
 
     def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Files lie under `run_dir`/wandb; `config` is redacted. Raises ConfigError where W&B
-        cannot start.
-        """
+        """Files lie under `run_dir`/wandb. Raises ConfigError where W&B cannot start."""
         import wandb  # a second that only runs with this tracker pay
 
         self.wandb = wandb
-        # Without these W&B stores the command line, which may hold a token, and a diff of the
-        # working tree.
-        settings = wandb.Settings(
-            x_disable_meta=True, disable_git=True, disable_code=True, console="off"
-        )
-        given = self.options | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
+        # Else W&B stores the command line, which may hold a token, and a diff of the code.
+        private = {"x_disable_meta": True, "disable_git": True, "disable_code": True}
+        given = asdict(self) | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
+        given |= {"settings": private | {"console": "off"}, "config": redact(config)}
         try:
-            self.run = wandb.init(
-                dir=str(run_dir), config=redact(config), settings=settings, **given
-            )
+            self.run = wandb.init(dir=str(run_dir), **given)
         except wandb.errors.Error as error:
             message = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(f"logger=wandb: {message}; or set logger.mode=offline.") from error
-        # W&B's own step may only grow, and a resumed run logs some updates again: ours is a metric
-        # and the x axis.
+        # W&B's own step may only grow, and a resumed run logs some updates again: ours is an axis.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
         return self.run.id
@@ -156,7 +136,7 @@ class Wandb(NoTracker):
         self.run.log({path.stem: self.wandb.Html(path.read_text(), inject=False)})
 
     def finish(self, exit_code: int = 0) -> None:
-        """Upload what is left and end the background service; nothing where no run was started."""
+        """Upload what is left and end the background service, if a run was started."""
         if self.run is not None:
             self.run.finish(exit_code=exit_code)
             self.wandb.teardown(exit_code=exit_code)
@@ -165,14 +145,11 @@ class Wandb(NoTracker):
 
 @contextlib.contextmanager
 def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
-    """While the block runs, send every line that is added to a metrics.jsonl to the tracker.
-
-    A thread reads the file, so that training never waits for a tracker, and rank 0 may be another
-    process. A tracker that fails is reported once on stderr and ends nothing.
-    """
+    """While the block runs, send every line that is added to a metrics.jsonl to the tracker."""
     # Lines that are there already were sent by the run that this one resumes.
     sent = max(map(place, read_metrics(path)), default=(-1, False))
     ended = threading.Event()
+    # A thread that reads the file: training waits for no tracker, and may be other processes.
     thread = threading.Thread(target=forward_metrics, args=(path, tracker, sent, ended))
     thread.start()
     try:
@@ -183,20 +160,17 @@ def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
 
 
 def place(row: dict) -> tuple[int, bool]:
-    """The order of lines: that of an update's evaluation follows that of its training."""
+    # The order of lines: that of an update's evaluation follows that of its training.
     return row["step"], "loss" not in row
 
 
-def forward_metrics(
-    path: Path, tracker: NoTracker, sent: tuple[int, bool], ended: threading.Event
-) -> None:
+def forward_metrics(path: Path, tracker: NoTracker, sent: tuple, ended: threading.Event) -> None:
     """Send the lines after the place `sent`, until the block has ended and none is left."""
     file, rest, failed, last = None, b"", False, False
     while not last:
         last = ended.wait(POLL_SECONDS)
         with contextlib.suppress(FileNotFoundError):
-            # A resumed run puts a new file in the place of the old one, and begins with a copy of
-            # what it keeps.
+            # A resumed run puts a new file in the place of the old one, with what it keeps of it.
             if file is None or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 file, rest = path.open("rb"), b""
         *lines, rest = (rest + file.read() if file else b"").split(b"\n")

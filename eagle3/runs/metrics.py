@@ -1,7 +1,4 @@
-"""Numbers of the training loop, summed on the device and read only when they are logged.
-
-K is the number of steps of the unroll.
-"""
+"""Numbers of the training loop, summed on the device and read only when they are logged."""
 
 import re
 import resource
@@ -10,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from eagle3.batch import Batch
 
@@ -36,10 +34,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Sums of micro-steps since the last `read`; `add` never waits for the device.
-
-    `gamma` weights the loss of step k by gamma^k.
-    """
+    """Sums of micro-steps since the last `read`; `gamma` weights the loss of step k by gamma^k."""
 
     def __init__(self, ttt_steps: int, gamma: float, device: torch.device | str = "cpu"):
         self.ttt_steps, self.gamma, self.device = ttt_steps, gamma, torch.device(device)
@@ -62,35 +57,27 @@ class Meter:
     def restore(self, states: list[dict[str, list]], rank: int, world_size: int) -> None:
         """Take up this rank's one of the `states` of all ranks."""
         self.restart()
-        mine = states if rank == 0 else []  # of another number of ranks: only their sum is read
-        if len(states) == world_size:
-            mine = [states[rank]]
-        for state in mine:
-            self.device_sums += torch.tensor(state["device"], dtype=torch.float64).to(self.device)
-            self.host_sums += torch.tensor(state["host"], dtype=torch.float64)
+        same = len(states) == world_size  # else rank 0 takes all, as only their sum is read
+        for number, state in enumerate(states):
+            if rank == (number if same else 0):
+                self.device_sums += self.device_sums.new_tensor(state["device"])
+                self.host_sums += self.host_sums.new_tensor(state["host"])
 
     def leave_out(self, seconds: float) -> None:
-        """Keep time that was not training (an evaluation, a checkpoint) out of the rates."""
+        """Keep time that was not training out of the rates."""
         self.excluded_seconds += seconds
 
-    def add(
-        self, losses: torch.Tensor, correct: torch.Tensor, batch: Batch, waited: float, flops: float
-    ) -> None:
-        """Add a micro-step, whose batch took `waited` seconds to come: unweighted losses and right
-        drafts, [K] sums over the pairs of each step, on the device.
-        """
+    def add(self, losses: Tensor, correct: Tensor, batch: Batch, waited: float, flops: float):
+        """Add a micro-step whose batch took `waited` seconds to come: sums [K] over the pairs."""
         self.device_sums[0] += losses.detach()
         self.device_sums[1] += correct.detach()
         numbers = [*batch.pair_counts, batch.normaliser, batch.tokens, flops]
+        # Nothing here waits for the device, which would stall every update.
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
         self.data_wait_seconds += waited
 
-    def read(self, all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums) -> dict:
-        """The metrics since the last read, which begins the next window.
-
-        `all_reduce` returns the sum of a float64 tensor over the processes, so that every number
-        but `peak_memory_bytes` is of all of them. What no pair supports is NaN.
-        """
+    def read(self, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict:
+        """The metrics since the last read, of all processes, whose tensors `all_reduce` sums."""
         # The copy waits for the device, so that the clock is read after its work.
         self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
@@ -100,12 +87,12 @@ class Meter:
         sums = all_reduce(torch.cat([self.device_sums.flatten(), host_sums]))
         steps = self.ttt_steps
         loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
-        step_losses = (loss_sums / numbers[0]).tolist()
-        accuracies = (correct / counts).tolist()
-        _, tokens, flops, waited, seconds, processes = numbers.tolist()
+        normaliser, tokens, flops, waited, seconds, processes = numbers.tolist()
+        step_losses = (loss_sums / normaliser).tolist()
         metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
         metrics |= {f"loss/step_{k}": loss for k, loss in enumerate(step_losses)}
-        metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in enumerate(accuracies)}
+        accuracies = enumerate((correct / counts).tolist())
+        metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in accuracies}
         # `seconds` is summed too: divided by the processes it is the window's length.
         metrics["tokens_per_second"] = tokens * processes / seconds
         metrics["supervised_tokens"] = int(counts[0])

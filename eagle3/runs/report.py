@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from jinja2 import Environment, FileSystemLoader
 from rich.box import SIMPLE_HEAD
@@ -15,29 +16,22 @@ from rich.text import Text
 
 from eagle3.runs.logger import read_metrics, redact
 
-# The columns of the benchmark and their titles; the marked ones fit into 80 columns of a terminal.
-COLUMNS = {
-    "suite": ("suite", True),
-    "config": ("batch, steps, top-k, verify", True),
-    "num_prompts": ("prompts", False),
-    "acceptance_length": ("acceptance length", True),
-    "interval95": ("95 % interval", False),
-    "tokens_per_second": ("tokens/s with draft", True),
-    "baseline_tokens_per_second": ("tokens/s without draft", True),
-    "speedup": ("speedup", True),
-    "speedup_interval95": ("95 % interval of speedup", False),
-    "lossless": ("lossless", True),
-    "equal_answers": ("answers equal to the target's own", False),
-    "tie_gap": ("widest tie", False),
-    "score": ("score", True),
-    "baseline_score": ("score without draft", False),
-    "num_scored": ("answers scored", False),
-    "first_round": ("acceptance, first round", False),
-    "acceptance_length_loop_free": ("acceptance, loops left out", False),
-    "loops": ("answers that loop", False),
-    "bigram": ("acceptance, bigram", False),
-    "prompt_lookup": ("acceptance, prompt look-up", False),
-}
+# The columns of the benchmark, in their order.
+TITLES = {
+    "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
+    "acceptance_length": "acceptance length", "interval95": "95 % interval",
+    "tokens_per_second": "tokens/s with draft",
+    "baseline_tokens_per_second": "tokens/s without draft",
+    "speedup": "speedup", "speedup_interval95": "95 % interval of speedup",
+    "lossless": "lossless", "equal_answers": "answers equal to the target's own",
+    "tie_gap": "widest tie", "score": "score", "baseline_score": "score without draft",
+    "num_scored": "answers scored", "first_round": "acceptance, first round",
+    "acceptance_length_loop_free": "acceptance, loops left out", "loops": "answers that loop",
+    "bigram": "acceptance, bigram", "prompt_lookup": "acceptance, prompt look-up",
+}  # fmt: skip
+# As many as fit into 80 columns of a terminal.
+SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
+SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -45,16 +39,11 @@ Line = list[tuple[float, float]]
 
 
 class Plot:
-    """Lines by label, and where their points and ticks lie on a drawing of width x height."""
+    """Lines by label, and where they lie on a drawing whose y axis begins at `floor`, if given."""
 
     def __init__(
-        self,
-        lines: dict[str, Line],
-        floor: float | None = None,
-        width: float = 420,
-        height: float = 270,
+        self, lines: dict[str, Line], floor: float | None = None, width: float = 420, height=270.0
     ):
-        """The y axis begins at `floor`, or below the lowest point."""
         self.lines, self.floor, self.width, self.height = lines, floor, width, height
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
@@ -69,12 +58,10 @@ class Plot:
         self.x_ticks, self.y_ticks = ticks(*self.x_range, smallest=1.0), ticks(*self.y_range)
 
     def x(self, value: float) -> float:
-        low, high = self.x_range
-        return round(self.left + (value - low) / (high - low) * (self.right - self.left), 1)
+        return round(float(np.interp(value, self.x_range, (self.left, self.right))), 1)
 
     def y(self, value: float) -> float:
-        low, high = self.y_range
-        return round(self.bottom - (value - low) / (high - low) * (self.bottom - self.top), 1)
+        return round(float(np.interp(value, self.y_range, (self.bottom, self.top))), 1)
 
 
 def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, str]]:
@@ -88,7 +75,7 @@ def ticks(low: float, high: float, smallest: float = 0.0) -> list[tuple[float, s
 
 
 def read_plots(run_dir: Path) -> dict[str, Plot]:
-    """The drawings for which the run has left numbers, by the names that page.html uses."""
+    """The drawings for which there are numbers, by the names that page.html uses."""
     evaluation = read_json(run_dir / "evaluation.json")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     accepted: dict[str, list[float]] = {}
@@ -98,16 +85,16 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
     if evaluation:
-        lengths = evaluation["acceptance_length"].items()
-        plots["draft_length"] = Plot({"": [(int(k), value) for k, value in lengths]}, floor=1)
+        line = [(int(k), value) for k, value in evaluation["acceptance_length"].items()]
+        plots["draft_length"] = Plot({"": line}, floor=1)
         accepted = accepted or {"held-out prompts": evaluation["accepted_at"]}
     if accepted:
         lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
-    evaluated = [row for row in metrics if row.get("eval/acceptance_length") is not None]
+    measured = [(row["step"], row.get("eval/acceptance_length")) for row in metrics]
+    evaluated = [point for point in measured if point[1] is not None]
     if evaluated:
-        line = [(row["step"], row["eval/acceptance_length"]) for row in evaluated]
-        plots["evaluations"] = Plot({"": line})
+        plots["evaluations"] = Plot({"": evaluated})
     trained = [row for row in metrics if "loss" in row]
     if trained:
         # However many steps the unroll had, as the metrics name them.
@@ -128,38 +115,24 @@ def curve(trained: list[dict], key: str) -> Line:
 
 
 def templates() -> Environment:
-    """The templates beside this file."""
     folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
     # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
     return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_report(run_dir: Path) -> Path:
-    """Make `run_dir`/report.html from run.json and, where the stages left them, metrics.jsonl,
-    evaluation.json and benchmark.json; return its path. The page loads nothing.
-    """
+    """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    rows = benchmark_rows(benchmark)
     trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
     last = trained[-1] if trained else {}
-    html = (
-        templates()
-        .get_template("page.html")
-        .render(
-            run=run,
-            training={key: value for key, value in last.items() if "/" not in key},
-            evaluation=read_json(run_dir / "evaluation.json"),
-            protocol=benchmark.get("protocol", {}),
-            rows=rows,
-            columns=benchmark_columns(rows),
-            titles=COLUMNS,
-            plots=read_plots(run_dir),
-            cell=cell,
-            yaml=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100),
-        )
-    )
+    values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
+    values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
+    values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
+    values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
+    page = templates().get_template("page.html")
     path = run_dir / "report.html"
-    path.write_text(html, encoding="utf-8")
+    path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path
 
 
@@ -169,14 +142,12 @@ def read_json(path: Path) -> dict:
 
 
 def benchmark_rows(benchmark: dict) -> list[dict]:
-    """The rows of all suites, each with its `suite`."""
     suites = benchmark.get("suites", {}).items()
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
 def benchmark_columns(rows: list[dict]) -> list[str]:
-    """The columns in which a row has a value."""
-    return [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    return [key for key in TITLES if any(row.get(key) is not None for row in rows)]
 
 
 def cell(key: str, value: Any) -> str:
@@ -204,15 +175,12 @@ def summary(run_dir: Path) -> Group:
         table = Table("held-out prompts", "acceptance length", box=SIMPLE_HEAD)
         for length, accepted in evaluation["acceptance_length"].items():
             table.add_row(f"{length} drafted", cell("", accepted))
-        drafted = f"{evaluation['draft_length']} drafted"
-        table.add_row(f"{drafted}, first round", cell("", evaluation["first_round"]))
-        table.add_row(f"{drafted}, loops left out", cell("", evaluation["loop_free"]))
         tables.append(table)
     if rows:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        columns = [key for key in benchmark_columns(rows) if COLUMNS[key][1]]
+        columns = [key for key in benchmark_columns(rows) if key in SHOWN]
         for key in columns:
-            table.add_column(COLUMNS[key][0], justify="left" if key == "suite" else "right")
+            table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
         for row in rows:
             # Text, because a suite's name may hold what rich takes for markup.
             table.add_row(*[Text(cell(key, row.get(key))) for key in columns])

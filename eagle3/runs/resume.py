@@ -25,16 +25,15 @@ def is_run(path: str | Path) -> bool:
 
 
 def read_overrides(run_dir: Path) -> list[str]:
-    """The command line that a run was started with; none before it has written run.json."""
+    """The command line that a run was started with; [] before it has written run.json."""
     path = run_dir / "run.json"
     return json.loads(path.read_text())["overrides"] if path.exists() else []
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
     """What the user types after a run was stopped."""
-    if is_run(run_dir):
-        return f"python run.py train.resume={run_dir}"
-    return f"python run.py {shlex.join(overrides)}"
+    given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
+    return f"python run.py {given}"
 
 
 def run_folder(resume: str, default: str) -> str:
@@ -53,9 +52,7 @@ OmegaConf.register_new_resolver(
 
 
 def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The composed config as a RunConfig. A resumed run takes its own, from its run.json; raises
-    ConfigError when an override asks for another draft.
-    """
+    """The composed config, or a resumed run's own. ConfigError if that would be another draft."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
@@ -63,9 +60,7 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
-        raise ConfigError(
-            f"train.resume={resume} must be a run with a checkpoint, without hydra.run.dir and -m"
-        )
+        raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, not with -m")
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
     recorded = json.loads((run_dir / "run.json").read_text())["config"]
@@ -75,10 +70,8 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     for key in before | now:
         free = key in FREE or key.split(".")[0] in FREE
         if not free and before.get(key) != now.get(key):
-            raise ConfigError(
-                f"{key}={now.get(key)} differs from the run in {run_dir}, which has "
-                f"{before.get(key)}; start a new run instead"
-            )
+            differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
+            raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
     return OmegaConf.to_object(resumed)
 
 

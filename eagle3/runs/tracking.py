@@ -1,12 +1,11 @@
 """A run as it is seen from outside: run.json, its tracker, what its stages print, its report."""
 
-import dataclasses
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle3.config import RunConfig
+from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import NoTracker, redact
-from eagle3.runs.report import read_json, summary, write_report
+from eagle3.runs.report import benchmark_rows, read_json, summary, write_report
 
 # Those whose versions may change a result.
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
@@ -31,49 +31,32 @@ ARTEFACTS = {
 
 
 class Tracking:
-    """The record of a run under way, in `run_dir`/run.json; `note` adds what a stage read or made.
-
-    A resumed run goes on with the record it finds: its `overrides` stay those of the first start.
-    """
+    """The record of a run in `run_dir`/run.json, with which a resumed run goes on."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        run_dir: Path,
-        overrides: list[str],
-        device: torch.device,
-        tracker: NoTracker,
-        console: Console,
+        self, config: RunConfig, run_dir: Path, overrides: list[str], tracker: NoTracker, console
     ):
         self.path, self.stages = run_dir / "run.json", config.stages
         self.tracker, self.console = tracker, console
-        # A resumed run's: with the command line of its first start it can be made again.
-        before, settings = read_json(self.path), dataclasses.asdict(config)
+        before, settings = read_json(self.path), asdict(config)
+        # With the command line of its first start a resumed run can be made again.
         first = before.get("overrides", overrides)
-        tracker_id = tracker.start(
-            str(run_dir), config.name, settings | {"overrides": first}, before.get("tracker_id")
-        )
+        given = settings | {"overrides": first}, before.get("tracker_id")
         versions = {name: version(name) for name in PACKAGES}
-        hardware = {"device": str(device), "name": device_name(device)}
-        hardware["threads"] = torch.get_num_threads()
         self.inputs: dict[str, Any] = before.get("inputs", {})
         self.content = {
             "config": redact(settings),
             "overrides": redact(first),
             "resumed_with": redact(overrides) if before else None,
             "versions": versions | {"python": platform.python_version()},
-            "tracker_id": tracker_id,
+            "tracker_id": tracker.start(str(run_dir), config.name, *given),
             "git": git_commit(),
-            "hardware": hardware | {"system": platform.platform()},
             "seeds": {"seed": config.seed},
             "inputs": self.inputs,
         }
 
     def write(self) -> None:
-        """Write run.json, in one step."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1, default=str))
-        os.replace(partial, self.path)
+        write_atomically(self.path, [json.dumps(self.content, indent=1, default=str).encode()])
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
@@ -104,12 +87,13 @@ class Tracking:
 def track_run(
     config: RunConfig, run_dir: Path, overrides: list[str], device: torch.device, console: Console
 ) -> Iterator[Tracking]:
-    """Keeps run.json and ends the tracker in any case; of a run that came to its end it writes
-    report.html and prints the results.
-    """
+    """Keeps run.json and ends the tracker in any case; at a run's end writes and prints results."""
     tracker, exit_code = instantiate(config.logger), 1
     try:
-        tracking = Tracking(config, run_dir, overrides, device, tracker, console)
+        tracking = Tracking(config, run_dir, overrides, tracker, console)
+        hardware = {"device": str(device), "name": device_name(device)}
+        hardware |= {"threads": torch.get_num_threads(), "system": platform.platform()}
+        tracking.content["hardware"] = hardware
         # Before the first stage: with its checkpoints it is what a killed run is resumed from.
         tracking.write()
         yield tracking
@@ -124,7 +108,6 @@ def track_run(
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, else the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
@@ -132,19 +115,19 @@ def device_name(device: torch.device) -> str:
 
 def git_commit() -> str | None:
     """The commit of the code, with `+` when files differ from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40"]
-    command = [*git, "--exclude=*", "--dirty=+"]  # by no tag's name
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()  # by no tag's name
     try:
-        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
         return None
+    return git.stdout.strip() or None
 
 
 def read_acceptance(run_dir: Path) -> float | None:
     """The acceptance length a run has measured: the benchmark's first, else the evaluation's."""
-    benchmark, evaluation = (read_json(run_dir / f"{n}.json") for n in ("benchmark", "evaluation"))
-    if benchmark:
-        rows = [row for rows in benchmark["suites"].values() for row in rows]
+    evaluation = read_json(run_dir / "evaluation.json")
+    rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
+    if rows:
         # With no drafted token a row is the target alone.
         return next((row["acceptance_length"] for row in rows if row["config"][1] > 0), None)
     if evaluation:
