@@ -1,17 +1,17 @@
-"""Reference speculative decoding: chains and trees of drafts, batches of prompts, greedy or
-sampled, lossless always.
+"""Reference speculative decoding: chains and trees, batches, greedy or sampled, always lossless.
 
 A round: the draft proposes a tree behind the newest token (`drafter`), the target processes all of
 it in one forward pass in which each token sees its ancestors, and the tokens that the target would
 have generated itself are kept. Position t of a text lies at slot t of the target's cache; a round's
 tokens lie behind the longest text until the accepted ones have moved to the end of theirs.
 
-B sequences, W tokens of a verification pass, the root included, A three layers of the target, H its
-hidden size, V and Vd vocabularies.
+B sequences, W tokens of a verification pass, A three layers of the target, H its hidden size, V and
+Vd vocabularies.
 """
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,8 +38,7 @@ class Generation:
     decode_seconds: float = 0.0
 
 
-@dataclass
-class Accepted:
+class Accepted(NamedTuple):
     """The tokens that a round commits: the first `counts[b]` of `ids` int64 [B,n].
 
     Their features are those of the tree's nodes `path` int64 [B,n], the root first: a node's
@@ -121,57 +120,79 @@ def synchronized_time(device: torch.device) -> float:
 
 
 class DecodingBatch:
-    """Prompts and their answers in the target's cache; `rows` are the prompts not finished yet."""
+    """Prompts and their answers in the caches of the target and, where there is one, the drafter.
 
-    def __init__(self, target, prompts: list[torch.Tensor], max_new_tokens: int):
-        self.target, self.max_new_tokens = target, max_new_tokens
+    `rows` are the prompts not finished yet, `newest` int64 [B] their last tokens, which are in
+    neither cache.
+    """
+
+    def __init__(
+        self,
+        target,
+        prompts: list[torch.Tensor],
+        max_new_tokens: int,
+        rule: Sampling,
+        drafter: Drafter | None,
+    ):
+        """Prefill both caches and draw the first tokens."""
+        self.target, self.rule, self.drafter = target, rule, drafter
+        self.max_new_tokens, self.device = max_new_tokens, target.embedding.device
         self.cache, self.lengths = DynamicCache(), [len(prompt) for prompt in prompts]
-        self.device, self.rows = target.embedding.device, list(range(len(prompts)))
-        self.started = synchronized_time(self.device)
-
-    def on_device(self, numbers) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device)
-
-    def prefill(self, prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """aux_hidden_states [B,n,A], and last_hidden_states [B,H] of each prompt's last token."""
+        self.rows = list(range(len(prompts)))
+        started = synchronized_time(self.device)
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        aux, last = self.target.states(ids, positions, self.cache)
-        return aux, last[self.on_device(self.rows), self.on_device(self.lengths) - 1]
+        aux, last = target.states(ids, positions, self.cache)
+        ends = self.on_device(self.rows), self.on_device(self.lengths) - 1
+        self.newest = rule.draw(target.lm_head(last[ends]))
+        if drafter is not None:
+            # Row t reads token t + 1, so the last row of a prompt reads the first answer.
+            following = ids.roll(-1, dims=1)
+            following[ends] = self.newest
+            drafter.append(aux, following, self.lengths)
+        tokens, self.prefilled = self.newest.tolist(), synchronized_time(self.device)
+        seconds = self.prefilled - started
+        self.generations = [Generation([token], prefill_seconds=seconds) for token in tokens]
 
-    def start(self, newest: torch.Tensor) -> None:
-        """Take the first tokens, int64 [B], which the prefill gave."""
-        self.generations = [Generation([token]) for token in newest.tolist()]
-        self.prefilled = synchronized_time(self.device)
-        for generation in self.generations:
-            generation.prefill_seconds = self.prefilled - self.started
+    def on_device(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, device=self.device)
 
-    def forward(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's states of a tree behind the texts: [B,W,A] and [B,W,H]."""
-        ends, longest = self.on_device(self.lengths)[:, None], max(self.lengths)
+    def advance(self) -> None:
+        """A round: draft a tree, run the target over it and commit what it would have generated."""
+        if self.drafter is None:
+            tree, target_ids = chain(self.newest[:, None], []), None
+        else:
+            tree = self.drafter.propose(self.newest, self.rule)
+            target_ids = self.drafter.target_ids
+        starts, longest = self.on_device(self.lengths)[:, None], max(self.lengths)
         # A chain behind texts of one length lies where it will stay, and is causal by itself.
-        self.in_place = tree.logits is not None and min(self.lengths) == longest
+        in_place = tree.logits is not None and min(self.lengths) == longest
         visible = None
-        if not self.in_place:
-            text = torch.arange(longest, device=self.device) < ends
+        if not in_place:
+            text = torch.arange(longest, device=self.device) < starts
             text = text[:, None].expand(-1, tree.ids.shape[1], -1)
             visible = torch.cat([text, tree.mask.expand(len(text), -1, -1)], dim=-1)
-        return self.target.states(tree.ids, ends + tree.depths, self.cache, visible=visible)
-
-    def commit(self, accepted: Accepted, width: int) -> None:
-        """Keep what was accepted of the `width` tokens of the last forward pass."""
-        longest, counts = max(self.lengths), accepted.counts
-        if not self.in_place:
-            source = longest + accepted.path
-            batch, count = source.shape
-            row = torch.arange(batch, device=self.device)[:, None]
-            slots = self.on_device(self.lengths)[:, None] + torch.arange(count, device=row.device)
+        positions = starts + tree.depths
+        aux, last = self.target.states(tree.ids, positions, self.cache, visible=visible)
+        accepted = self.rule.verify(tree, self.target.lm_head(last), target_ids)
+        ids, path, counts = accepted
+        row = torch.arange(len(ids), device=self.device)
+        if not in_place:
+            source, slots = longest + path, starts + torch.arange(path.shape[1], device=row.device)
             for layer in self.cache.layers:
-                layer.keys[row, :, slots] = layer.keys[row, :, source]
-                layer.values[row, :, slots] = layer.values[row, :, source]
+                layer.keys[row[:, None], :, slots] = layer.keys[row[:, None], :, source]
+                layer.values[row[:, None], :, slots] = layer.values[row[:, None], :, source]
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.cache.crop(max(self.lengths) - longest - width)  # negative: how many to forget
-        for i, ids, count in zip(self.rows, accepted.ids.tolist(), counts, strict=True):
+        # Negative: how many slots to forget.
+        self.cache.crop(max(self.lengths) - longest - tree.ids.shape[1])
+        self.record(accepted)
+        if self.drafter is not None:
+            self.drafter.append(aux[row[:, None], path], ids, counts)
+        self.newest = ids[row, self.on_device(counts) - 1]
+
+    def record(self, accepted: Accepted) -> None:
+        """Add a round's tokens to the answers, up to their end."""
+        for i, ids, count in zip(self.rows, accepted.ids.tolist(), accepted.counts, strict=True):
             generation = self.generations[i]
             kept = ids[: min(count, self.max_new_tokens - len(generation.ids))]
             ends = [n for n, token in enumerate(kept) if token in self.target.eos_token_ids]
@@ -181,8 +202,8 @@ class DecodingBatch:
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
 
-    def drop_finished(self) -> list[int]:
-        """Remove the texts that have ended; returns which rows of the batch go on."""
+    def drop_finished(self) -> None:
+        """Remove the texts that have ended from the batch and from both caches."""
         unfinished, finished = [], []
         for row, generation in enumerate(self.generations[i] for i in self.rows):
             full = len(generation.ids) >= self.max_new_tokens
@@ -191,7 +212,7 @@ class DecodingBatch:
             else:
                 unfinished.append(row)
         if not finished:
-            return unfinished
+            return
         # Timed for those that end only: each measurement waits for the device.
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
         for generation in finished:
@@ -199,9 +220,11 @@ class DecodingBatch:
         self.rows = [self.rows[row] for row in unfinished]
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
+            self.newest = self.newest[unfinished]
             self.cache.batch_select_indices(self.on_device(unfinished))
             self.cache.crop(max(self.lengths) - longest)
-        return unfinished
+            if self.drafter is not None:
+                self.drafter.select(unfinished)
 
 
 @torch.inference_mode()
@@ -215,32 +238,11 @@ def generate(
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
     forward pass; without one, a token per pass: what speculation must equal and beat.
     """
-    rule = rule or Sampling()
-    batch = DecodingBatch(target, prompts, max_new_tokens)
-    aux, last = batch.prefill(prompts)
-    newest = rule.draw(target.lm_head(last))
-    if drafter is not None:
-        # Row t reads token t + 1, so the last row of a prompt reads the first answer.
-        following = pad_sequence(prompts, batch_first=True).to(batch.device).roll(-1, dims=1)
-        following[batch.on_device(batch.rows), batch.on_device(batch.lengths) - 1] = newest
-        drafter.append(aux, following, batch.lengths)
-    batch.start(newest)
-    while unfinished := batch.drop_finished():
-        if len(unfinished) < len(newest):
-            newest = newest[unfinished]
-            if drafter is not None:
-                drafter.select(unfinished)
-        if drafter is None:
-            tree, target_ids = chain(newest[:, None], []), None
-        else:
-            tree, target_ids = drafter.propose(newest, rule), drafter.target_ids
-        aux, last = batch.forward(tree)
-        accepted = rule.verify(tree, target.lm_head(last), target_ids)
-        batch.commit(accepted, tree.ids.shape[1])
-        row = torch.arange(len(newest), device=newest.device)
-        if drafter is not None:
-            drafter.append(aux[row[:, None], accepted.path], accepted.ids, accepted.counts)
-        newest = accepted.ids[row, row.new_tensor(accepted.counts) - 1]
+    batch = DecodingBatch(target, prompts, max_new_tokens, rule or Sampling(), drafter)
+    batch.drop_finished()
+    while batch.rows:
+        batch.advance()
+        batch.drop_finished()
     return batch.generations
 
 
