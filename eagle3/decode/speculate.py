@@ -26,9 +26,9 @@ from eagle3.draft.model import Draft
 class Generation:
     """`ids`: new tokens, the first of them from the prefill.
 
-    `emitted` and `accepted`: per verification round the tokens it committed and how many of them
-    were drafted; what lies behind an end of sequence or `max_new_tokens` is neither.
-    `prefill_seconds` are those of the whole batch, `decode_seconds` last until this sequence ended.
+    `emitted` and `accepted`: per round the tokens it committed and how many of them were drafted,
+    both up to the end of sequence or `max_new_tokens`. `prefill_seconds` are those of the whole
+    batch, `decode_seconds` last until this sequence ended.
     """
 
     ids: list[int]
@@ -39,10 +39,8 @@ class Generation:
 
 
 class Accepted(NamedTuple):
-    """The tokens that a round commits: the first `counts[b]` of `ids` int64 [B,n].
-
-    Their features are those of the tree's nodes `path` int64 [B,n], the root first: a node's
-    features predict the token behind it, so the last token is the target's own.
+    """The first `counts[b]` tokens of `ids` int64 [B,n], and the nodes whose features predict them,
+    `path` int64 [B,n], the root first; so the last token is the target's own.
     """
 
     ids: torch.Tensor
@@ -67,9 +65,8 @@ class Sampling:
 
     At temperature 0 a draft is accepted where it is the target's argmax. Else a chain is drawn from
     the draft. Draft d is accepted with probability min(1, p(d) / q(d)); the first rejected one is
-    replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192). The
-    nodes of a tree are not drawn, but likely: the target draws a token behind each, and where that
-    is a child, the child is accepted.
+    replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192). In a
+    tree the target draws a token behind each node, and where that is a child, it is accepted.
     """
 
     def __init__(self, temperature: float = 0.0, generator: torch.Generator | None = None):
@@ -100,8 +97,7 @@ class Sampling:
         q[:, :-1, target_ids] = self.probabilities(torch.stack(tree.logits, dim=1))
         drafted, row = tree.ids[:, 1:], torch.arange(len(p), device=p.device)
         p_drafted, q_drafted = (x[:, :-1].gather(2, drafted[..., None])[..., 0] for x in (p, q))
-        options = {"dtype": p.dtype, "device": p.device, "generator": self.generator}
-        uniform = torch.rand(drafted.shape, **options)
+        uniform = torch.empty_like(p_drafted).uniform_(generator=self.generator)
         accepted = (uniform * q_drafted < p_drafted).cumprod(1).sum(1)
         p, residual = p[row, accepted], (p - q)[row, accepted].clamp_(min=0)
         # Where p = q, rounding may leave nothing of the residual.
@@ -120,20 +116,11 @@ def synchronized_time(device: torch.device) -> float:
 
 
 class DecodingBatch:
-    """Prompts and their answers in the caches of the target and, where there is one, the drafter.
-
-    `rows` are the prompts not finished yet, `newest` int64 [B] their last tokens, which are in
-    neither cache.
+    """Prompts and their answers in the caches of the target and, where there is one, the drafter:
+    `rows`, those not finished, and `newest` int64 [B], their last tokens, which no cache has yet.
     """
 
-    def __init__(
-        self,
-        target,
-        prompts: list[torch.Tensor],
-        max_new_tokens: int,
-        rule: Sampling,
-        drafter: Drafter | None,
-    ):
+    def __init__(self, target, prompts: list, max_new_tokens: int, rule: Sampling, drafter):
         """Prefill both caches and draw the first tokens."""
         self.target, self.rule, self.drafter = target, rule, drafter
         self.max_new_tokens, self.device = max_new_tokens, target.embedding.device
@@ -202,21 +189,19 @@ class DecodingBatch:
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
 
-    def drop_finished(self) -> None:
-        """Remove the texts that have ended from the batch and from both caches."""
-        unfinished, finished = [], []
-        for row, generation in enumerate(self.generations[i] for i in self.rows):
-            full = len(generation.ids) >= self.max_new_tokens
-            if full or generation.ids[-1] in self.target.eos_token_ids:
-                finished.append(generation)
-            else:
+    def drop_finished(self) -> bool:
+        """Remove the texts that have ended from both caches; returns whether any goes on."""
+        answers, unfinished = [self.generations[i] for i in self.rows], []
+        for row, answer in enumerate(answers):
+            full = len(answer.ids) >= self.max_new_tokens
+            if not full and answer.ids[-1] not in self.target.eos_token_ids:
                 unfinished.append(row)
-        if not finished:
-            return
-        # Timed for those that end only: each measurement waits for the device.
+        if len(unfinished) == len(answers):
+            return True
+        # Timed when one ends only, for each measurement waits for the device.
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
-        for generation in finished:
-            generation.decode_seconds = seconds
+        for answer in answers:  # of those that go on, a later time takes its place
+            answer.decode_seconds = seconds
         self.rows = [self.rows[row] for row in unfinished]
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
@@ -225,41 +210,30 @@ class DecodingBatch:
             self.cache.crop(max(self.lengths) - longest)
             if self.drafter is not None:
                 self.drafter.select(unfinished)
+        return bool(unfinished)
 
 
 @torch.inference_mode()
 def generate(
-    target,
-    prompts: list[torch.Tensor],
-    max_new_tokens: int,
-    rule: Sampling | None = None,
+    target, prompts: list[torch.Tensor], max_new_tokens: int, rule: Sampling | None = None,
     drafter: Drafter | None = None,
-) -> list[Generation]:
+) -> list[Generation]:  # fmt: skip
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
     forward pass; without one, a token per pass: what speculation must equal and beat.
     """
     batch = DecodingBatch(target, prompts, max_new_tokens, rule or Sampling(), drafter)
-    batch.drop_finished()
-    while batch.rows:
+    while batch.drop_finished():
         batch.advance()
-        batch.drop_finished()
     return batch.generations
 
 
 @torch.inference_mode()
 def speculate(
-    target,
-    draft: Draft,
-    prompts: list[torch.Tensor],
-    steps: int,
-    topk: int,
-    verify_tokens: int,
-    max_new_tokens: int,
-    rule: Sampling | None = None,
-) -> list[Generation]:
+    target, draft: Draft, prompts: list[torch.Tensor], steps: int, topk: int, verify_tokens: int,
+    max_new_tokens: int, rule: Sampling | None = None,
+) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
     check_tree(steps, topk, verify_tokens, draft.config.draft_vocab_size)
-    max_length = max(map(len, prompts)) + max_new_tokens
-    shape = steps, topk, verify_tokens
-    drafter = Drafter(draft, target.embedding, len(prompts), max_length, *shape)
+    length, shape = max(map(len, prompts)) + max_new_tokens, (steps, topk, verify_tokens)
+    drafter = Drafter(draft, target.embedding, len(prompts), length, *shape)
     return generate(target, prompts, max_new_tokens, rule, drafter)

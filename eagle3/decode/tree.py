@@ -5,8 +5,7 @@ nodes just drafted have `topk` children each. Likely is the product of the draft
 the way from the root. After `steps` steps the likeliest `verify_tokens` - 1 of all drafted tokens
 are verified, with the root. A chain is `topk` 1.
 
-B sequences, K topk, F nodes of the frontier (1 at first, then K), W verify_tokens, Vd draft
-vocabulary.
+B sequences, K topk, F nodes of the frontier (1, then K), W verify_tokens, Vd draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -18,18 +17,13 @@ from eagle3.errors import ConfigError
 
 @dataclass
 class Tree:
-    """Tokens of one verification pass, parents before their children; node 0 is the root.
+    """Tokens of one verification pass, parents before their children; node 0 is the root."""
 
-    `ids` int64 [B,W] of the target's vocabulary. `depths` and `parents` int64 [B or 1,W], the
-    root's parent being itself, and `mask` bool [B or 1,W,W], each node's ancestors and itself. A
-    chain also has `logits`, the draft's [B,Vd] of every step.
-    """
-
-    ids: torch.Tensor
-    depths: torch.Tensor
-    parents: torch.Tensor
-    mask: torch.Tensor
-    logits: list[torch.Tensor] | None = None
+    ids: torch.Tensor  # int64 [B,W] of the target's vocabulary
+    depths: torch.Tensor  # int64 [B or 1,W]
+    parents: torch.Tensor  # int64 [B or 1,W]; the root's is itself
+    mask: torch.Tensor  # bool [B or 1,W,W]: each node's ancestors and itself
+    logits: list[torch.Tensor] | None = None  # of a chain only: the draft's [B,Vd] of every step
 
 
 def chain(ids: torch.Tensor, logits: list[torch.Tensor]) -> Tree:
@@ -64,10 +58,8 @@ class Candidates:
         self.count = 1
 
     def extend(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add `topk` children of every node of the frontier, given its logits [B,F,Vd].
-
-        Returns of the next frontier the draft's ids and the places of the parents in this one, both
-        int64 [B,K].
+        """Add `topk` children of every node of the frontier, given its logits [B,F,Vd]. Returns, of
+        the next frontier, draft ids and places of the parents in this one, int64 [B,K] both.
         """
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores, ids = logits.log_softmax(-1, dtype=wide).topk(self.topk)  # [B,F,K]
