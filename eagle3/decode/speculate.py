@@ -24,18 +24,13 @@ from eagle3.draft.model import Draft
 
 @dataclass
 class Generation:
-    """`ids`: new tokens, the first of them from the prefill.
+    """The answer to a prompt, up to the end of sequence or `max_new_tokens`, and what it took."""
 
-    `emitted` and `accepted`: per round the tokens it committed and how many of them were drafted,
-    both up to the end of sequence or `max_new_tokens`. `prefill_seconds` are those of the whole
-    batch, `decode_seconds` last until this sequence ended.
-    """
-
-    ids: list[int]
-    emitted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    ids: list[int]  # the first of them from the prefill
+    emitted: list[int] = field(default_factory=list)  # tokens that each round committed
+    accepted: list[int] = field(default_factory=list)  # and how many of them were drafted
+    prefill_seconds: float = 0.0  # of the whole batch
+    decode_seconds: float = 0.0  # until this sequence ended
 
 
 class Accepted(NamedTuple):
@@ -130,7 +125,7 @@ class DecodingBatch:
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         aux, last = target.states(ids, positions, self.cache)
-        ends = self.on_device(self.rows), self.on_device(self.lengths) - 1
+        ends = ids.new_tensor(self.rows), ids.new_tensor(self.lengths) - 1
         self.newest = rule.draw(target.lm_head(last[ends]))
         if drafter is not None:
             # Row t reads token t + 1, so the last row of a prompt reads the first answer.
@@ -141,9 +136,6 @@ class DecodingBatch:
         seconds = self.prefilled - started
         self.generations = [Generation([token], prefill_seconds=seconds) for token in tokens]
 
-    def on_device(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device)
-
     def advance(self) -> None:
         """A round: draft a tree, run the target over it and commit what it would have generated."""
         if self.drafter is None:
@@ -151,7 +143,7 @@ class DecodingBatch:
         else:
             tree = self.drafter.propose(self.newest, self.rule)
             target_ids = self.drafter.target_ids
-        starts, longest = self.on_device(self.lengths)[:, None], max(self.lengths)
+        starts, longest = self.newest.new_tensor(self.lengths)[:, None], max(self.lengths)
         # A chain behind texts of one length lies where it will stay, and is causal by itself.
         in_place = tree.logits is not None and min(self.lengths) == longest
         visible = None
@@ -175,7 +167,7 @@ class DecodingBatch:
         self.record(accepted)
         if self.drafter is not None:
             self.drafter.append(aux[row[:, None], path], ids, counts)
-        self.newest = ids[row, self.on_device(counts) - 1]
+        self.newest = ids[row, row.new_tensor(counts) - 1]
 
     def record(self, accepted: Accepted) -> None:
         """Add a round's tokens to the answers, up to their end."""
@@ -206,7 +198,7 @@ class DecodingBatch:
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
             self.newest = self.newest[unfinished]
-            self.cache.batch_select_indices(self.on_device(unfinished))
+            self.cache.batch_select_indices(self.newest.new_tensor(unfinished))
             self.cache.crop(max(self.lengths) - longest)
             if self.drafter is not None:
                 self.drafter.select(unfinished)

@@ -26,10 +26,7 @@ SILENT_SECONDS = 20.0
 
 
 class Blocks:
-    """A folder under `root`, gone when it is closed, collected, or its process ends in order.
-
-    `numbers` counts its requests.
-    """
+    """A folder under `root`, gone when it is closed, collected, or its process ends in order."""
 
     def __init__(self, root: Path = SHARED):
         delete_stale(root)
@@ -41,7 +38,7 @@ class Blocks:
         (self.folder / "locking").rename(self.folder / ALIVE)
 
     def request_id(self, number: int) -> str:
-        """What a request is called so that its hidden states land here."""
+        """What a request, one of `numbers`, is called so that its hidden states land here."""
         return f"{self.folder.name}:{number}"
 
     def wait(self, reply: Future) -> Path:

@@ -67,13 +67,11 @@ class Hook:
     @torch.no_grad()
     def capture(self, folder: Path, requests: list, last, lm_head, batch, aux) -> None:
         """Write the rows of these requests, (place in the batch, number), to `folder`."""
-        if aux is None:
-            raise RuntimeError("the model gave no auxiliary hidden states to its logits processor")
         if isinstance(aux, torch.Tensor):
             aux = aux.split(last.shape[-1], dim=-1)
         # A block names no layers: with other than 3 the client would take one for another.
-        if len(aux) != 3:
-            raise RuntimeError(f"the model captured {len(aux)} auxiliary hidden states, not 3")
+        if aux is None or len(aux) != 3:
+            raise RuntimeError("the model did not capture 3 auxiliary hidden states")
         lengths, before = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu)
         ends = torch.tensor(lengths).cumsum(0).tolist()
         rows = slice(0, ends[-1])  # behind them there may be padding
@@ -100,9 +98,7 @@ class Hook:
         self.writer.submit(write_block, path, tensors, listed, copied)
 
 
-def statistics(
-    last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None) -> tuple:
     """argmax int64 [n] and logsumexp fp32 [n] of `last` [n,H] over the whole vocabulary, of which
     each process of `group` has some rows; padding and tokens of adapters do not count.
     """

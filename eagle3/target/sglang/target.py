@@ -42,17 +42,17 @@ class SGLangTarget:
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
     and ends, or from one that runs here already, at `url`; in the end `url` names either.
 
-    The model is split over `tp_size` GPUs and copied `dp_size` times (None: once), its experts are
-    spread over `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared
-    memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
-    Raises ConfigError and RunError.
+    The model is split over `tp_size` GPUs and copied `dp_size` times, its experts are spread over
+    `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared memory. `python`
+    is the interpreter of SGLang's environment, `server_args` more of its options. Raises
+    ConfigError and RunError.
     """
 
     spec: TargetSpec
     device: torch.device
     _: KW_ONLY
     tp_size: Annotated[int, Within(1, 1024)] = 1
-    dp_size: Annotated[int | None, Within(1, 1024)] = None
+    dp_size: Annotated[int | None, Within(1, 1024)] = 1
     ep_size: Annotated[int, Within(1, 1024)] = 1
     quantization: str | None = None
     mem_fraction_static: Annotated[float | None, Within(0.01, 1)] = None
@@ -90,11 +90,8 @@ class SGLangTarget:
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
         last = spec.config.num_hidden_layers - 1
-        if spec.aux_layer_ids[-1] == last:
-            raise ConfigError(
-                f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang cannot give the output of the "
-                f"last layer; choose layers below {last}, or target=hf"
-            )
+        if spec.aux_layer_ids[-1] == last:  # SGLang cannot give its output
+            raise ConfigError(f"model.aux_layer_ids: choose layers below {last}, or target=hf")
         for name in whole_config(spec).architectures or []:
             if name.startswith(UNSEEN):
                 raise ConfigError(f"SGLang hides the hidden states of {name}; use target=hf")
@@ -126,23 +123,20 @@ class SGLangTarget:
             None if by_default else numbered_by("sglang", self.aux_layer_ids),
             self.device.type,
             self.batch_tokens,
-            dp_size=self.dp_size or 1,
-            ep_size=self.ep_size,
-            quantization=self.quantization,
+            self.dp_size,
+            self.ep_size,
+            self.quantization,
         )
         # SGLang runs in an environment of its own: it gets our package, but none of those beside.
         packages = self.blocks.folder / "packages"
         packages.mkdir()
         (packages / "eagle3").symlink_to(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        environment = {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type)
+        command, url = ENGINE.capture_command(launch, capture), f"http://127.0.0.1:{port}"
+        log = log_path(port)
         return Server(
-            ENGINE.capture_command(launch, capture),
-            f"http://127.0.0.1:{port}",
-            {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type),
-            log_path(port),
-            self.ready_seconds,
-            ENGINE.health_path,
-            ENGINE.name,
+            command, url, environment, log, self.ready_seconds, ENGINE.health_path, ENGINE.name
         )
 
     def close(self) -> None:
@@ -179,9 +173,7 @@ class SGLangTarget:
         last, argmax, logsumexp = features.last_hidden_states, features.argmax, features.logsumexp
         return Features(features.aux_hidden_states, last[rows], argmax[rows], logsumexp[rows])
 
-    def prefill(
-        self, prompts: list[list[int]], max_new_tokens: int
-    ) -> tuple[Features, list[dict[str, Any]]]:
+    def prefill(self, prompts: list, max_new_tokens: int) -> tuple[Features, list[dict]]:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
         tokens, size = sum(map(len, prompts)), self.config.hidden_size
         with self.device:

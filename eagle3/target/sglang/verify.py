@@ -74,13 +74,8 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists every tensor of the other layers
     try:
-        model = AutoModel.from_pretrained(
-            spec.path,
-            config=config,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-        ).eval()
+        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        model = AutoModel.from_pretrained(spec.path, config=config, dtype=spec.dtype, **options)
         decoder = model.get_decoder() if text is not config else model
         ids = torch.tensor([prompt])
         outputs = decoder(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
