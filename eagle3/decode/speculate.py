@@ -5,8 +5,7 @@ it in one forward pass in which each token sees its ancestors, and the tokens th
 have generated itself are kept. Position t of a text lies at slot t of the target's cache; a round's
 tokens lie behind the longest text until the accepted ones have moved to the end of theirs.
 
-B sequences, W tokens of a verification pass, A three layers of the target, H its hidden size, V and
-Vd vocabularies.
+B sequences, W tokens of a pass, A three target layers, H its hidden size, V and Vd vocabularies.
 """
 
 import time
@@ -72,15 +71,12 @@ class Sampling:
         wide = torch.promote_types(logits.dtype, torch.float32)
         return (logits.to(wide) / self.temperature).softmax(-1)
 
-    def sample(self, probabilities: torch.Tensor) -> torch.Tensor:
-        flat = probabilities.flatten(0, -2)
-        return torch.multinomial(flat, 1, generator=self.generator).view(probabilities.shape[:-1])
-
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """[..,V] -> int64 [..]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return self.sample(self.probabilities(logits))
+        flat = self.probabilities(logits).flatten(0, -2)
+        return torch.multinomial(flat, 1, generator=self.generator).view(logits.shape[:-1])
 
     def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
         """Judge a tree by the target's logits [B,W,V] behind its nodes."""
@@ -96,10 +92,11 @@ class Sampling:
         accepted = (uniform * q_drafted < p_drafted).cumprod(1).sum(1)
         p, residual = p[row, accepted], (p - q)[row, accepted].clamp_(min=0)
         # Where p = q, rounding may leave nothing of the residual.
-        replacement = self.sample(torch.where(residual.sum(-1, keepdim=True) > 0, residual, p))
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+        replacement = torch.multinomial(residual, 1, generator=self.generator)
         counts = (accepted + 1).tolist()
-        ids = torch.cat([drafted, replacement[:, None]], dim=1)[:, : max(counts)]
-        ids[row, accepted] = replacement
+        ids = torch.cat([drafted, replacement], dim=1)[:, : max(counts)]
+        ids[row, accepted] = replacement[:, 0]
         return Accepted(ids, tree.depths[:, : max(counts)].expand_as(ids), counts)
 
 

@@ -98,9 +98,7 @@ class HFTarget:
         return hidden @ self.head.T
 
     @torch.no_grad()
-    def states(
-        self, input_ids, position_ids, cache=None, documents=None, visible=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, input_ids, position_ids, cache=None, documents=None, visible=None) -> tuple:
         """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and, after the final norm,
         last_hidden_states [..,T,H].
 
@@ -152,10 +150,8 @@ class HFTarget:
         return {"full_attention": additive(visible), "sliding_attention": windowed}
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
-    ) -> list[list[int]]:
-        """Answers to a batch of prompts; the end-of-turn token is kept where one was generated.
+    def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
+        """Answers to prompts, lists of ids both; the end-of-turn token is kept where generated.
 
         `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
         """
@@ -188,9 +184,7 @@ class HFTarget:
         return Features(aux, last, *head_statistics(last, self.head))
 
 
-def head_statistics(
-    last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28
-) -> tuple[torch.Tensor, torch.Tensor]:
+def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
     """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
     # All logits at once would be 8 GB for 16,384 rows of a vocabulary of 128k.
     wide = torch.promote_types(last.dtype, torch.float32)

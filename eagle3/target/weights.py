@@ -93,10 +93,8 @@ class Checkpoint:
             stored = tensors.get_slice(name)
             kind, found = stored.get_dtype(), stored.get_shape()
             if found != shape or kind not in ("F64", "F32", "F16", "BF16"):
-                raise ConfigError(
-                    f"{name} of {self.path} is {kind} {found}, not of floats {shape}; set "
-                    "model.embedding_key or model.lm_head_key"
-                )
+                what = f"{name} of {self.path} is {kind} {found}, not of floats {shape}"
+                raise ConfigError(f"{what}; set model.embedding_key or model.lm_head_key")
             # A copy: the tensor is a view of the mapped file, whose pages the system may drop and
             # read again during training.
             return tensors.get_tensor(name).to(device, dtype, copy=True)

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import re
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,9 +59,8 @@ class Hook:
                 self.capture(self.root / folder, requests, last, lm_head, batch, aux)
         except Exception as error:
             logger.exception("eagle3: the hook failed")
-            line = traceback.extract_tb(error.__traceback__)[-1].line
             for folder in ours:
-                report_error(self.root / folder, f"{error} ({line})")
+                report_error(self.root / folder, f"{error!r} (see its log)")
 
     @torch.no_grad()
     def capture(self, folder: Path, requests: list, last, lm_head, batch, aux) -> None:
@@ -146,7 +144,6 @@ def write_block(path: Path, tensors: dict, requests: list[list[int]], copied: An
         partial.rename(path)
     except Exception as error:
         if path.parent.exists():
-            logger.exception("eagle3: a block was not written")
             report_error(path.parent, f"{path} was not written ({error}); see target.batch_tokens")
 
 

@@ -30,9 +30,8 @@ def main() -> None:
     names = ("path", "dtype", "aux_layer_ids", "embedding_key", "lm_head_key")
     model = {name: getattr(given, name) for name in names}
     spec = read_spec(Model(revision=None, trust_remote_code=False, **model))
-    section = {"python": given.python}
+    section = {"python": given.python, "port": given.port, "server_args": server_args}
     SGLangTarget.check_settings(section, spec)
-    section |= {"port": given.port, "server_args": server_args}
     target = SGLangTarget(spec, torch.device(given.device), **section)
     address = f"python run.py target=sglang target.url={target.url}"
     print(f"ready: {address} ... (log: {target.server.log})", flush=True)

@@ -62,29 +62,26 @@ class SGLangTarget:
     ready_seconds: Annotated[float, Within(1)] = 1800.0
     server_args: list[str | int | float] | None = None
     url: str | None = None
-
     in_process: ClassVar[bool] = False
 
     def __post_init__(self):
         self.config, self.aux_layer_ids = self.spec.config, self.spec.aux_layer_ids
         self.server: Server | None = None
-        self.blocks, self.resources = Blocks(), ExitStack()
-        self.resources.callback(self.blocks.close)
-        try:
+        self.blocks = Blocks()
+        with ExitStack() as resources:
+            resources.callback(self.blocks.close)
             self.check_space()
             if self.url is None:
-                self.server = self.resources.enter_context(self.describe_server())
+                self.server = resources.enter_context(self.describe_server())
                 self.url = self.server.url
             timeout = httpx.Timeout(None, connect=10)  # a long prefill is no error
             client = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
-            self.client = self.resources.enter_context(client)
+            self.client = resources.enter_context(client)
             # Blocks are copied while the server computes the next ones.
             self.sender = ThreadPoolExecutor(1)
-            self.resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
+            resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
             self.verify()
-        except BaseException:
-            self.close()
-            raise
+            self.resources = resources.pop_all()  # not closed here, but by `close`
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -215,9 +212,7 @@ class SGLangTarget:
             raise RunError(f"SGLang refuses a request (HTTP {response.status_code}): {reason}")
         return response.json()
 
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
-    ) -> list[list[int]]:
+    def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
         """As `HFTarget.generate`."""
         chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "repetition_penalty": 1.0}
         chosen["stop_token_ids"] = sorted(self.eos_token_ids)
