@@ -20,8 +20,7 @@ class HFTarget:
     """`target(batch) -> Features`, and the pieces that decoding needs.
 
     `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
-    `batch_tokens` is how many tokens a prefill that stores hidden states packs. Raises ConfigError
-    and RunError.
+    `batch_tokens`: the size of a prefill that stores hidden states. Raises ConfigError, RunError.
     """
 
     in_process = True  # it has `states`, which decoding needs
