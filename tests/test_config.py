@@ -77,7 +77,7 @@ SENTENCES = {
     "data.path=null": "stages: prepare reads data, but none is named",
     "+data.sources={a:{path:a/b}}": "data.path and data.sources exclude each other; set one of",
     "data.max_length=4096": "data.max_length=4096 must be at most train.tokens_per_step=",
-    "target.tp_size=2": "target.tp_size=2: target=hf loads the whole target in each process",
+    "target.tp_size=2": "target.tp_size=2: target=hf cannot split it; use target=sglang",
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "parallel=usp": "parallel.ulysses has no value; set parallel.ulysses=...",

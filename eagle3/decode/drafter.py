@@ -1,11 +1,10 @@
 """The draft at serving time: its cache for a batch of texts, and the trees that it proposes.
 
-It keeps what serving engines keep. Position t of a text, once the target has processed it, owns row
-t: input (fc(g_t), E[x_{t+1}]), key and value at slot t, rotated by position t. A node of depth k in
-the tree behind the newest row t is that row's step k: it reads its parent's un-normalised output
-and its own token, is rotated by t + k, and sees the rows of its text, its ancestors and itself.
-Keys of nodes lie behind the longest text of the batch and last for one round; the tokens accepted
-get rows from the target's features. The result equals `ttt.unroll`.
+Position t of a text, once the target has processed it, owns row t: input (fc(g_t), E[x_{t+1}]), key
+and value at slot t, rotated by position t. A node of depth k behind the newest row t is that row's
+step k: it reads its parent's un-normalised output and its own token, is rotated by t + k, and sees
+the rows of its text, its ancestors and itself. Keys of nodes lie behind the longest text and last
+for one round; accepted tokens get rows from the target's features. This equals `ttt.unroll`.
 
 B sequences, n new rows, K topk, S slots, D hidden size, A three layers of the target, H query and G
 key/value heads of size d, V and Vd vocabularies.
@@ -43,8 +42,8 @@ class Drafter:
             self.rotation = torch.stack(draft.rope(positions, len(positions)))
         # Behind the texts come a round's nodes, which the next round overwrites.
         slots = max_length + steps + steps * topk
-        shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
         # Zeros, because what a mask hides must still be finite.
+        shape = (2, batch_size, config.num_key_value_heads, slots, config.head_dim)
         self.keys, self.values = embedding.new_zeros(shape).unbind()  # [B,G,S,d]
         self.numbers = torch.arange(max(slots, batch_size), device=device)
         self.lengths = [0] * batch_size
@@ -60,9 +59,7 @@ class Drafter:
         return qk[:, :heads], qk[:, heads:], v
 
     def append(self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor, counts: list[int]):
-        """Add rows of positions that the target has processed: their features [B,n,A] and the
-        tokens behind them [B,n], of which the first `counts[b]` are real.
-        """
+        """Add rows: features [B,n,A] and the tokens behind them [B,n]; `counts[b]` are real."""
         batch, width = next_ids.shape
         first, count = self.numbers.new_tensor([self.lengths, counts])
         slots, row = first[:, None] + self.numbers[:width], self.numbers[:batch]
@@ -93,9 +90,8 @@ class Drafter:
         return attended.reshape(batch, heads, -1, size).transpose(1, 2).reshape(-1, heads, size)
 
     def propose(self, newest: torch.Tensor, rule) -> Tree:
-        """Draft behind `newest` int64 [B], the tokens that the newest rows have read.
-
-        A chain's drafts are what `rule` draws, a tree's the draft's likeliest. No host sync.
+        """Draft behind `newest` int64 [B], the tokens that the newest rows have read, without a
+        host sync. A chain's drafts are what `rule` draws, a tree's the draft's likeliest.
         """
         batch, topk, longest = len(newest), self.topk, max(self.lengths)
         ends, row = self.numbers.new_tensor(self.lengths), self.numbers[:batch, None]

@@ -1,17 +1,16 @@
-"""Reference speculative decoding: chains and trees of drafts, batches of prompts, greedy or
-sampled, lossless always.
+"""Reference speculative decoding: chains and trees, batches, greedy or sampled, always lossless.
 
 A round: the draft proposes a tree behind the newest token (`drafter`), the target processes all of
 it in one forward pass in which each token sees its ancestors, and the tokens that the target would
 have generated itself are kept. Position t of a text lies at slot t of the target's cache; a round's
 tokens lie behind the longest text until the accepted ones have moved to the end of theirs.
 
-B sequences, W tokens of a verification pass, the root included, A three layers of the target, H its
-hidden size, V and Vd vocabularies.
+B sequences, W tokens of a pass, A three target layers, H its hidden size, V and Vd vocabularies.
 """
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,26 +23,18 @@ from eagle3.draft.model import Draft
 
 @dataclass
 class Generation:
-    """`ids`: new tokens, the first of them from the prefill.
+    """The answer to a prompt, up to the end of sequence or `max_new_tokens`, and what it took."""
 
-    `emitted` and `accepted`: per verification round the tokens it committed and how many of them
-    were drafted; what lies behind an end of sequence or `max_new_tokens` is neither.
-    `prefill_seconds` are those of the whole batch, `decode_seconds` last until this sequence ended.
-    """
-
-    ids: list[int]
-    emitted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    ids: list[int]  # the first of them from the prefill
+    emitted: list[int] = field(default_factory=list)  # tokens that each round committed
+    accepted: list[int] = field(default_factory=list)  # and how many of them were drafted
+    prefill_seconds: float = 0.0  # of the whole batch
+    decode_seconds: float = 0.0  # until this sequence ended
 
 
-@dataclass
-class Accepted:
-    """The tokens that a round commits: the first `counts[b]` of `ids` int64 [B,n].
-
-    Their features are those of the tree's nodes `path` int64 [B,n], the root first: a node's
-    features predict the token behind it, so the last token is the target's own.
+class Accepted(NamedTuple):
+    """The first `counts[b]` tokens of `ids` int64 [B,n], and the nodes whose features predict them,
+    `path` int64 [B,n], the root first; so the last token is the target's own.
     """
 
     ids: torch.Tensor
@@ -68,9 +59,8 @@ class Sampling:
 
     At temperature 0 a draft is accepted where it is the target's argmax. Else a chain is drawn from
     the draft. Draft d is accepted with probability min(1, p(d) / q(d)); the first rejected one is
-    replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192). The
-    nodes of a tree are not drawn, but likely: the target draws a token behind each, and where that
-    is a child, the child is accepted.
+    replaced by a sample of max(p - q, 0), normalised (Leviathan et al., arXiv 2211.17192). In a
+    tree the target draws a token behind each node, and where that is a child, it is accepted.
     """
 
     def __init__(self, temperature: float = 0.0, generator: torch.Generator | None = None):
@@ -81,15 +71,12 @@ class Sampling:
         wide = torch.promote_types(logits.dtype, torch.float32)
         return (logits.to(wide) / self.temperature).softmax(-1)
 
-    def sample(self, probabilities: torch.Tensor) -> torch.Tensor:
-        flat = probabilities.flatten(0, -2)
-        return torch.multinomial(flat, 1, generator=self.generator).view(probabilities.shape[:-1])
-
     def draw(self, logits: torch.Tensor) -> torch.Tensor:
         """[..,V] -> int64 [..]."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        return self.sample(self.probabilities(logits))
+        flat = self.probabilities(logits).flatten(0, -2)
+        return torch.multinomial(flat, 1, generator=self.generator).view(logits.shape[:-1])
 
     def verify(self, tree: Tree, logits: torch.Tensor, target_ids: torch.Tensor) -> Accepted:
         """Judge a tree by the target's logits [B,W,V] behind its nodes."""
@@ -101,15 +88,15 @@ class Sampling:
         q[:, :-1, target_ids] = self.probabilities(torch.stack(tree.logits, dim=1))
         drafted, row = tree.ids[:, 1:], torch.arange(len(p), device=p.device)
         p_drafted, q_drafted = (x[:, :-1].gather(2, drafted[..., None])[..., 0] for x in (p, q))
-        options = {"dtype": p.dtype, "device": p.device, "generator": self.generator}
-        uniform = torch.rand(drafted.shape, **options)
+        uniform = torch.empty_like(p_drafted).uniform_(generator=self.generator)
         accepted = (uniform * q_drafted < p_drafted).cumprod(1).sum(1)
         p, residual = p[row, accepted], (p - q)[row, accepted].clamp_(min=0)
         # Where p = q, rounding may leave nothing of the residual.
-        replacement = self.sample(torch.where(residual.sum(-1, keepdim=True) > 0, residual, p))
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+        replacement = torch.multinomial(residual, 1, generator=self.generator)
         counts = (accepted + 1).tolist()
-        ids = torch.cat([drafted, replacement[:, None]], dim=1)[:, : max(counts)]
-        ids[row, accepted] = replacement
+        ids = torch.cat([drafted, replacement], dim=1)[:, : max(counts)]
+        ids[row, accepted] = replacement[:, 0]
         return Accepted(ids, tree.depths[:, : max(counts)].expand_as(ids), counts)
 
 
@@ -121,57 +108,67 @@ def synchronized_time(device: torch.device) -> float:
 
 
 class DecodingBatch:
-    """Prompts and their answers in the target's cache; `rows` are the prompts not finished yet."""
+    """Prompts and their answers in the caches of the target and, where there is one, the drafter:
+    `rows`, those not finished, and `newest` int64 [B], their last tokens, which no cache has yet.
+    """
 
-    def __init__(self, target, prompts: list[torch.Tensor], max_new_tokens: int):
-        self.target, self.max_new_tokens = target, max_new_tokens
+    def __init__(self, target, prompts: list, max_new_tokens: int, rule: Sampling, drafter):
+        """Prefill both caches and draw the first tokens."""
+        self.target, self.rule, self.drafter = target, rule, drafter
+        self.max_new_tokens, self.device = max_new_tokens, target.embedding.device
         self.cache, self.lengths = DynamicCache(), [len(prompt) for prompt in prompts]
-        self.device, self.rows = target.embedding.device, list(range(len(prompts)))
-        self.started = synchronized_time(self.device)
-
-    def on_device(self, numbers) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device)
-
-    def prefill(self, prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """aux_hidden_states [B,n,A], and last_hidden_states [B,H] of each prompt's last token."""
+        self.rows = list(range(len(prompts)))
+        started = synchronized_time(self.device)
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        aux, last = self.target.states(ids, positions, self.cache)
-        return aux, last[self.on_device(self.rows), self.on_device(self.lengths) - 1]
+        aux, last = target.states(ids, positions, self.cache)
+        ends = ids.new_tensor(self.rows), ids.new_tensor(self.lengths) - 1
+        self.newest = rule.draw(target.lm_head(last[ends]))
+        if drafter is not None:
+            # Row t reads token t + 1, so the last row of a prompt reads the first answer.
+            following = ids.roll(-1, dims=1)
+            following[ends] = self.newest
+            drafter.append(aux, following, self.lengths)
+        tokens, self.prefilled = self.newest.tolist(), synchronized_time(self.device)
+        seconds = self.prefilled - started
+        self.generations = [Generation([token], prefill_seconds=seconds) for token in tokens]
 
-    def start(self, newest: torch.Tensor) -> None:
-        """Take the first tokens, int64 [B], which the prefill gave."""
-        self.generations = [Generation([token]) for token in newest.tolist()]
-        self.prefilled = synchronized_time(self.device)
-        for generation in self.generations:
-            generation.prefill_seconds = self.prefilled - self.started
-
-    def forward(self, tree: Tree) -> tuple[torch.Tensor, torch.Tensor]:
-        """The target's states of a tree behind the texts: [B,W,A] and [B,W,H]."""
-        ends, longest = self.on_device(self.lengths)[:, None], max(self.lengths)
+    def advance(self) -> None:
+        """A round: draft a tree, run the target over it and commit what it would have generated."""
+        if self.drafter is None:
+            tree, target_ids = chain(self.newest[:, None], []), None
+        else:
+            tree = self.drafter.propose(self.newest, self.rule)
+            target_ids = self.drafter.target_ids
+        starts, longest = self.newest.new_tensor(self.lengths)[:, None], max(self.lengths)
         # A chain behind texts of one length lies where it will stay, and is causal by itself.
-        self.in_place = tree.logits is not None and min(self.lengths) == longest
+        in_place = tree.logits is not None and min(self.lengths) == longest
         visible = None
-        if not self.in_place:
-            text = torch.arange(longest, device=self.device) < ends
+        if not in_place:
+            text = torch.arange(longest, device=self.device) < starts
             text = text[:, None].expand(-1, tree.ids.shape[1], -1)
             visible = torch.cat([text, tree.mask.expand(len(text), -1, -1)], dim=-1)
-        return self.target.states(tree.ids, ends + tree.depths, self.cache, visible=visible)
-
-    def commit(self, accepted: Accepted, width: int) -> None:
-        """Keep what was accepted of the `width` tokens of the last forward pass."""
-        longest, counts = max(self.lengths), accepted.counts
-        if not self.in_place:
-            source = longest + accepted.path
-            batch, count = source.shape
-            row = torch.arange(batch, device=self.device)[:, None]
-            slots = self.on_device(self.lengths)[:, None] + torch.arange(count, device=row.device)
+        positions = starts + tree.depths
+        aux, last = self.target.states(tree.ids, positions, self.cache, visible=visible)
+        accepted = self.rule.verify(tree, self.target.lm_head(last), target_ids)
+        ids, path, counts = accepted
+        row = torch.arange(len(ids), device=self.device)
+        if not in_place:
+            source, slots = longest + path, starts + torch.arange(path.shape[1], device=row.device)
             for layer in self.cache.layers:
-                layer.keys[row, :, slots] = layer.keys[row, :, source]
-                layer.values[row, :, slots] = layer.values[row, :, source]
+                layer.keys[row[:, None], :, slots] = layer.keys[row[:, None], :, source]
+                layer.values[row[:, None], :, slots] = layer.values[row[:, None], :, source]
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.cache.crop(max(self.lengths) - longest - width)  # negative: how many to forget
-        for i, ids, count in zip(self.rows, accepted.ids.tolist(), counts, strict=True):
+        # Negative: how many slots to forget.
+        self.cache.crop(max(self.lengths) - longest - tree.ids.shape[1])
+        self.record(accepted)
+        if self.drafter is not None:
+            self.drafter.append(aux[row[:, None], path], ids, counts)
+        self.newest = ids[row, row.new_tensor(counts) - 1]
+
+    def record(self, accepted: Accepted) -> None:
+        """Add a round's tokens to the answers, up to their end."""
+        for i, ids, count in zip(self.rows, accepted.ids.tolist(), accepted.counts, strict=True):
             generation = self.generations[i]
             kept = ids[: min(count, self.max_new_tokens - len(generation.ids))]
             ends = [n for n, token in enumerate(kept) if token in self.target.eos_token_ids]
@@ -181,83 +178,51 @@ class DecodingBatch:
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))
 
-    def drop_finished(self) -> list[int]:
-        """Remove the texts that have ended; returns which rows of the batch go on."""
-        unfinished, finished = [], []
-        for row, generation in enumerate(self.generations[i] for i in self.rows):
-            full = len(generation.ids) >= self.max_new_tokens
-            if full or generation.ids[-1] in self.target.eos_token_ids:
-                finished.append(generation)
-            else:
+    def drop_finished(self) -> bool:
+        """Remove the texts that have ended from both caches; returns whether any goes on."""
+        answers, unfinished = [self.generations[i] for i in self.rows], []
+        for row, answer in enumerate(answers):
+            full = len(answer.ids) >= self.max_new_tokens
+            if not full and answer.ids[-1] not in self.target.eos_token_ids:
                 unfinished.append(row)
-        if not finished:
-            return unfinished
-        # Timed for those that end only: each measurement waits for the device.
+        if len(unfinished) == len(answers):
+            return True
+        # Timed when one ends only, for each measurement waits for the device.
         seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
-        for generation in finished:
-            generation.decode_seconds = seconds
+        for answer in answers:  # of those that go on, a later time takes its place
+            answer.decode_seconds = seconds
         self.rows = [self.rows[row] for row in unfinished]
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
-            self.cache.batch_select_indices(self.on_device(unfinished))
+            self.newest = self.newest[unfinished]
+            self.cache.batch_select_indices(self.newest.new_tensor(unfinished))
             self.cache.crop(max(self.lengths) - longest)
-        return unfinished
+            if self.drafter is not None:
+                self.drafter.select(unfinished)
+        return bool(unfinished)
 
 
 @torch.inference_mode()
 def generate(
-    target,
-    prompts: list[torch.Tensor],
-    max_new_tokens: int,
-    rule: Sampling | None = None,
+    target, prompts: list[torch.Tensor], max_new_tokens: int, rule: Sampling | None = None,
     drafter: Drafter | None = None,
-) -> list[Generation]:
+) -> list[Generation]:  # fmt: skip
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
     forward pass; without one, a token per pass: what speculation must equal and beat.
     """
-    rule = rule or Sampling()
-    batch = DecodingBatch(target, prompts, max_new_tokens)
-    aux, last = batch.prefill(prompts)
-    newest = rule.draw(target.lm_head(last))
-    if drafter is not None:
-        # Row t reads token t + 1, so the last row of a prompt reads the first answer.
-        following = pad_sequence(prompts, batch_first=True).to(batch.device).roll(-1, dims=1)
-        following[batch.on_device(batch.rows), batch.on_device(batch.lengths) - 1] = newest
-        drafter.append(aux, following, batch.lengths)
-    batch.start(newest)
-    while unfinished := batch.drop_finished():
-        if len(unfinished) < len(newest):
-            newest = newest[unfinished]
-            if drafter is not None:
-                drafter.select(unfinished)
-        if drafter is None:
-            tree, target_ids = chain(newest[:, None], []), None
-        else:
-            tree, target_ids = drafter.propose(newest, rule), drafter.target_ids
-        aux, last = batch.forward(tree)
-        accepted = rule.verify(tree, target.lm_head(last), target_ids)
-        batch.commit(accepted, tree.ids.shape[1])
-        row = torch.arange(len(newest), device=newest.device)
-        if drafter is not None:
-            drafter.append(aux[row[:, None], accepted.path], accepted.ids, accepted.counts)
-        newest = accepted.ids[row, row.new_tensor(accepted.counts) - 1]
+    batch = DecodingBatch(target, prompts, max_new_tokens, rule or Sampling(), drafter)
+    while batch.drop_finished():
+        batch.advance()
     return batch.generations
 
 
 @torch.inference_mode()
 def speculate(
-    target,
-    draft: Draft,
-    prompts: list[torch.Tensor],
-    steps: int,
-    topk: int,
-    verify_tokens: int,
-    max_new_tokens: int,
-    rule: Sampling | None = None,
-) -> list[Generation]:
+    target, draft: Draft, prompts: list[torch.Tensor], steps: int, topk: int, verify_tokens: int,
+    max_new_tokens: int, rule: Sampling | None = None,
+) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
     check_tree(steps, topk, verify_tokens, draft.config.draft_vocab_size)
-    max_length = max(map(len, prompts)) + max_new_tokens
-    shape = steps, topk, verify_tokens
-    drafter = Drafter(draft, target.embedding, len(prompts), max_length, *shape)
+    length, shape = max(map(len, prompts)) + max_new_tokens, (steps, topk, verify_tokens)
+    drafter = Drafter(draft, target.embedding, len(prompts), length, *shape)
     return generate(target, prompts, max_new_tokens, rule, drafter)

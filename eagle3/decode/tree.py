@@ -5,8 +5,7 @@ nodes just drafted have `topk` children each. Likely is the product of the draft
 the way from the root. After `steps` steps the likeliest `verify_tokens` - 1 of all drafted tokens
 are verified, with the root. A chain is `topk` 1.
 
-B sequences, K topk, F nodes of the frontier (1 at first, then K), W verify_tokens, Vd draft
-vocabulary.
+B sequences, K topk, F nodes of the frontier (1, then K), W verify_tokens, Vd draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -18,18 +17,13 @@ from eagle3.errors import ConfigError
 
 @dataclass
 class Tree:
-    """Tokens of one verification pass, parents before their children; node 0 is the root.
+    """Tokens of one verification pass, parents before their children; node 0 is the root."""
 
-    `ids` int64 [B,W] of the target's vocabulary. `depths` and `parents` int64 [B or 1,W], the
-    root's parent being itself, and `mask` bool [B or 1,W,W], each node's ancestors and itself. A
-    chain also has `logits`, the draft's [B,Vd] of every step.
-    """
-
-    ids: torch.Tensor
-    depths: torch.Tensor
-    parents: torch.Tensor
-    mask: torch.Tensor
-    logits: list[torch.Tensor] | None = None
+    ids: torch.Tensor  # int64 [B,W] of the target's vocabulary
+    depths: torch.Tensor  # int64 [B or 1,W]
+    parents: torch.Tensor  # int64 [B or 1,W]; the root's is itself
+    mask: torch.Tensor  # bool [B or 1,W,W]: each node's ancestors and itself
+    logits: list[torch.Tensor] | None = None  # of a chain only: the draft's [B,Vd] of every step
 
 
 def chain(ids: torch.Tensor, logits: list[torch.Tensor]) -> Tree:
@@ -57,24 +51,20 @@ class Candidates:
     """All tokens drafted in a round, and the frontier: the nodes whose children come next."""
 
     def __init__(self, batch_size: int, topk: int, device: torch.device):
-        self.topk, self.ids, self.scores, self.parents = topk, [], [], []
+        self.topk, self.levels = topk, []
         # Of the frontier, at first the root (number 0): log-probability and number of each node.
         self.frontier_scores = torch.zeros(batch_size, 1, device=device)
         self.frontier = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self.count = 1
 
     def extend(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add `topk` children of every node of the frontier, given its logits [B,F,Vd].
-
-        Returns of the next frontier the draft's ids and the places of the parents in this one, both
-        int64 [B,K].
+        """Add `topk` children of every node of the frontier, given its logits [B,F,Vd]. Returns, of
+        the next frontier, draft ids and places of the parents in this one, int64 [B,K] both.
         """
         wide = torch.promote_types(logits.dtype, torch.float32)
         scores, ids = logits.log_softmax(-1, dtype=wide).topk(self.topk)  # [B,F,K]
         scores, ids = (self.frontier_scores[..., None] + scores).flatten(1), ids.flatten(1)
-        self.ids.append(ids)
-        self.scores.append(scores)
-        self.parents.append(self.frontier.repeat_interleave(self.topk, dim=1))
+        self.levels.append((scores, ids, self.frontier.repeat_interleave(self.topk, dim=1)))
         self.frontier_scores, best = scores.topk(self.topk)
         self.frontier = self.count + best
         self.count += ids.shape[1]
@@ -82,19 +72,18 @@ class Candidates:
 
     def tree(self, newest: torch.Tensor, target_ids: torch.Tensor, verify_tokens: int) -> Tree:
         """The best candidates behind `newest` int64 [B]; `target_ids` [Vd] translates."""
-        scores = torch.cat(self.scores, dim=1)
+        scores, ids, parents = (torch.cat(x, dim=1) for x in zip(*self.levels, strict=True))
         # Stable, so that of equals the earlier is kept: a parent before a child that is certain.
         ranking = scores.sort(dim=1, descending=True, stable=True).indices
         best = ranking[:, : verify_tokens - 1].sort(dim=1).values
-        drafted, parents = (torch.cat(x, dim=1).gather(1, best) for x in (self.ids, self.parents))
         node = torch.arange(verify_tokens, device=best.device)
         node_of_candidate = best.new_zeros(len(best), self.count)  # candidate 0 is the root
         node_of_candidate.scatter_(1, best + 1, node[1:].expand_as(best))
         root = torch.zeros_like(newest[:, None])
-        parents = torch.cat([root, node_of_candidate.gather(1, parents)], dim=1)
+        parents = torch.cat([root, node_of_candidate.gather(1, parents.gather(1, best))], dim=1)
         itself = (node[:, None] == node).expand(len(best), -1, -1)
         mask = itself
-        for _ in self.scores:  # once more for each level: what my parent sees, I see
+        for _ in self.levels:  # once more for each level: what my parent sees, I see
             mask = itself | mask.gather(1, parents[..., None].expand_as(itself))
-        ids = torch.cat([newest[:, None], target_ids[drafted]], dim=1)
+        ids = torch.cat([newest[:, None], target_ids[ids.gather(1, best)]], dim=1)
         return Tree(ids, mask.sum(-1) - 1, parents, mask)

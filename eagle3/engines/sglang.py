@@ -24,7 +24,7 @@ CAPTURE_CONFLICTS = [
 class Capture:
     """What a server is asked for that leaves hidden states.
 
-    `hook_factory` is `module:function` of the forward hook, `hook_config` its argument.
+    `hook_factory` is `module:name` of the forward hook, `hook_config` its argument.
     `layer_ids` are those whose outputs are wanted; None: the ones SGLang captures by default. The
     model is split over `tp_size` GPUs (of `Launch`) and copied `dp_size` times; at most
     `batch_tokens` tokens go through it at once.

@@ -2,6 +2,7 @@
 
 import gc
 import socket
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -13,17 +14,14 @@ from eagle3.target.spec import TargetSpec
 from eagle3.target.weights import TargetWeights, load_weights
 
 
-class TargetHandle:
+class TargetHandle(AbstractContextManager):
     """Loads the target when a stage first asks for it, and keeps it until its memory is needed.
 
     `section` is the config's `target`, whose `_target_` takes (spec, device) and may be an engine's
-    client, `HFTarget`'s equal.
+    client, `HFTarget`'s equal; `processes` of this machine will use it together.
     """
 
-    def __init__(
-        self, spec: TargetSpec, section: dict[str, Any], device: torch.device, processes: int = 1
-    ):
-        """`processes` of this machine will use it together, where several do."""
+    def __init__(self, spec: TargetSpec, section: dict, device: torch.device, processes: int = 1):
         if section.get("dp_size", 1) is None:  # of an engine: as many copies as the GPUs hold
             gpus = min(torch.cuda.device_count(), processes)
             section = section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
@@ -57,9 +55,6 @@ class TargetHandle:
                 section = section | {"url": self.running[1]}
             self.loaded = instantiate(section)(self.spec, self.device)
         return self.loaded
-
-    def __enter__(self) -> "TargetHandle":
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         """Close; of an engine that has ended, its own words say more than what ranks ran into."""

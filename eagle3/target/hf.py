@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
 from eagle3.batch import Batch, Features
@@ -20,8 +20,7 @@ class HFTarget:
     """`target(batch) -> Features`, and the pieces that decoding needs.
 
     `embedding` [V,D] and `head` [V,H] are the model's own tensors; `eos_token_ids` a set of ints.
-    `batch_tokens` is how many tokens a prefill that stores hidden states packs. Raises ConfigError
-    and RunError.
+    `batch_tokens`: the size of a prefill that stores hidden states. Raises ConfigError, RunError.
     """
 
     in_process = True  # it has `states`, which decoding needs
@@ -38,15 +37,15 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
-        chosen = choose_attention(self.config) if attention == "auto" else attention
+        if attention == "auto":
+            # Ours has no chunks, soft caps or sinks; None: transformers chooses itself.
+            special = ("attention_chunk_size", "attn_logit_softcapping")
+            other = any(getattr(self.config, name, None) for name in special)
+            attention = None if other or self.config.model_type == "gpt_oss" else "packed"
+        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        options |= {"dtype": spec.dtype, "attn_implementation": attention}
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                revision=spec.revision,
-                dtype=spec.dtype,
-                trust_remote_code=spec.trust_remote_code,
-                attn_implementation=chosen,
-            )
+            self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
@@ -57,7 +56,11 @@ class HFTarget:
         self.eos_token_ids = end_token_ids(self.model.generation_config.eos_token_id, self.config)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
-        layers = find_layers(self.decoder, self.config.num_hidden_layers)
+        # Models call their list of layers `layers`, `h`, `blocks`.
+        lists = [x for x in self.decoder.children() if isinstance(x, torch.nn.ModuleList)]
+        layers = next((x for x in lists if len(x) == self.config.num_hidden_layers), None)
+        if layers is None:
+            raise RunError(f"{type(self.decoder).__name__} has no list of its decoder layers")
         for layer_id in self.aux_layer_ids:
             layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
         self.check_head()
@@ -68,10 +71,10 @@ class HFTarget:
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        if section.get("tp_size", 1) > 1:
+        size = section.get("tp_size", 1)
+        if size > 1:
             raise ConfigError(
-                f"target.tp_size={section['tp_size']}: target=hf loads the whole target in each "
-                "process; use target=sglang, which splits it over GPUs"
+                f"target.tp_size={size}: target=hf cannot split it; use target=sglang"
             )
 
     @torch.no_grad()
@@ -94,9 +97,7 @@ class HFTarget:
         return hidden @ self.head.T
 
     @torch.no_grad()
-    def states(
-        self, input_ids, position_ids, cache=None, documents=None, visible=None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, input_ids, position_ids, cache=None, documents=None, visible=None) -> tuple:
         """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and, after the final norm,
         last_hidden_states [..,T,H].
 
@@ -118,21 +119,18 @@ class HFTarget:
         last = output.last_hidden_state
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
-    def additive_mask(
-        self, visible: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen.
-
-        A dict of two, by kind of layer, where only some layers have a window. Raises ConfigError
-        where the attention ignores such masks or cuts the text into chunks.
+    def additive_mask(self, visible: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; two,
+        by kind of layer, where only some have a window. Raises ConfigError where the attention
+        ignores such masks or cuts the text into chunks.
         """
         # Flash kernels take no masks; chunks start at slots, and the slots of a batch differ.
         attention = self.decoder.config._attn_implementation
         chunked = getattr(self.config, "attention_chunk_size", None)
         if attention not in ("packed", "sdpa", "eager") or chunked:
             raise ConfigError(
-                f"{self.config.model_type} with target.attention={attention} decodes chains at "
-                "batch 1 only; set target.attention=eager (or benchmark=sglang, if it has chunks)"
+                f"target.attention={attention} decodes only chains at batch 1; set it to eager, or "
+                "benchmark=sglang where the model has chunks"
             )
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
@@ -151,10 +149,8 @@ class HFTarget:
         return {"full_attention": additive(visible), "sliding_attention": windowed}
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
-    ) -> list[list[int]]:
-        """Answers to a batch of prompts; the end-of-turn token is kept where one was generated.
+    def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
+        """Answers to prompts, lists of ids both; the end-of-turn token is kept where generated.
 
         `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
         """
@@ -187,26 +183,7 @@ class HFTarget:
         return Features(aux, last, *head_statistics(last, self.head))
 
 
-def choose_attention(config: PretrainedConfig) -> str | None:
-    """Ours where it computes what the model means, else None: transformers chooses itself."""
-    # `packed` has no chunks, soft caps or sinks.
-    special = ("attention_chunk_size", "attn_logit_softcapping")
-    if config.model_type == "gpt_oss" or any(getattr(config, name, None) for name in special):
-        return None
-    return "packed"
-
-
-def find_layers(decoder: torch.nn.Module, num_layers: int) -> torch.nn.ModuleList:
-    """The list of decoder layers, whatever the model calls it (`layers`, `h`, `blocks`)."""
-    for module in decoder.children():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise RunError(f"{type(decoder).__name__} has no list of its {num_layers} decoder layers")
-
-
-def head_statistics(
-    last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28
-) -> tuple[torch.Tensor, torch.Tensor]:
+def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
     """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
     # All logits at once would be 8 GB for 16,384 rows of a vocabulary of 128k.
     wide = torch.promote_types(last.dtype, torch.float32)

@@ -12,24 +12,15 @@ from transformers.masking_utils import sdpa_mask
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    documents=None,
-    **kwargs,
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
 ):
     """query [B,H,T,d], key and value [B,G,S,d] -> [B,T,H,d], None, as transformers calls it.
 
-    `documents` are the DocumentSpans of a packed batch; they come through the decoder's keywords.
+    Among the decoder's keywords, `documents` are the DocumentSpans of a packed batch.
     """
+    documents = kwargs.get("documents")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError(
-            "packed attention knows neither soft caps nor sinks; set target.attention=eager"
-        )
+        raise NotImplementedError("no soft caps, no sinks: set target.attention=eager")
     if documents is None or attention_mask is not None:
         out = attend(query, key, value, attention_mask, sliding_window, scaling)
         return out.transpose(1, 2), None
@@ -39,16 +30,10 @@ def packed_attention(
 
         cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
         windowed = sliding_window is not None and longest > sliding_window
-        out = varlen_attn(
-            *(x[0].transpose(0, 1).contiguous() for x in (query, key, value)),
-            cu_seqlens,
-            cu_seqlens,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(sliding_window - 1, 0) if windowed else (-1, 0),
-            enable_gqa=True,
-        )
+        window = (sliding_window - 1, 0) if windowed else (-1, 0)
+        packed = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
+        packed += [cu_seqlens, cu_seqlens, longest, longest]
+        out = varlen_attn(*packed, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
     # Document by document, the work is that of the documents and not of T x T.
     split = [x.split(documents.lengths, dim=2) for x in (query, key, value)]

@@ -17,16 +17,12 @@ SAMPLED_BLOCKS = 64  # of each weight file, a mebibyte each
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What every way of loading the target needs; `config` is that of its language model.
-
-    `dtype` is the name of what it computes in, such as bfloat16; `aux_layer_ids` are zero-based
-    decoder layers, low to high.
-    """
+    """What every way of loading the target needs."""
 
     path: str
-    config: PretrainedConfig
-    dtype: str
-    aux_layer_ids: list[int]
+    config: PretrainedConfig  # of its language model
+    dtype: str  # the name of what it computes in, such as bfloat16
+    aux_layer_ids: list[int]  # zero-based decoder layers, low to high
     revision: str | None = None
     trust_remote_code: bool = False
     embedding_key: str | None = None
@@ -85,18 +81,13 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model.path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.path={model.path} is not a model that transformers can read: {reason}"
-        ) from error
+        raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
     """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
     if num_layers < 7:
-        raise ConfigError(
-            f"the target has {num_layers} layers, too few for the default auxiliary ones: set "
-            f"model.aux_layer_ids to three of them, e.g. [0,1,{num_layers - 1}]"
-        )
+        raise ConfigError(f"a target of {num_layers} layers needs three as model.aux_layer_ids")
     return engines_default(num_layers)
 
 

@@ -1,5 +1,4 @@
-"""The target's embedding, head and final norm alone, from its safetensors files, for training that
-never runs the target.
+"""The target's embedding, head and final norm alone, for training that never runs the target.
 
 V the target's vocabulary, D the width of its embedding, H its hidden size.
 """
@@ -32,24 +31,19 @@ NORMS = ("norm.weight", "ln_f.weight", "final_layernorm.weight", "final_layer_no
 
 @dataclass
 class TargetWeights:
-    """What offline training needs of a target, under the names that `HFTarget` has.
+    """What offline training needs of a target, under the names that `HFTarget` has."""
 
-    `config` is the text config; `embedding` [V,D]; `head` [V,H], the embedding itself when tied;
-    `norm` [H], the final norm's weight where it has one.
-    """
-
-    config: PretrainedConfig
-    embedding: torch.Tensor
-    head: torch.Tensor
-    norm: torch.Tensor | None
+    config: PretrainedConfig  # of the language model
+    embedding: torch.Tensor  # [V,D]
+    head: torch.Tensor  # [V,H]; the embedding itself when tied
+    norm: torch.Tensor | None  # [H], the final norm's weight where it has one
     eos_token_ids: set[int]
 
 
 class Checkpoint:
     """The tensors of a folder or hub id by name; only files that hold one asked for are downloaded.
 
-    `files` maps tensors to files. Raises ConfigError where a file is missing, RunError where it is
-    damaged.
+    Raises ConfigError where a file is missing, RunError where it is damaged.
     """
 
     def __init__(self, path: str, revision: str | None):
@@ -67,19 +61,15 @@ class Checkpoint:
     def open(self, name: str) -> safe_open:
         """One of the files, of which only the header is read."""
         try:
-            file = cached_file(self.path, name, revision=self.revision)
+            return safe_open(cached_file(self.path, name, revision=self.revision), "pt")
+        except SafetensorError as error:
+            sentence = f"{name} of {self.path} does not open ({error}); get it again"
+            raise RunError(sentence) from error
         except OSError as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(
                 f"model.path={self.path}: {reason}; give a folder or hub id with all of its "
                 "safetensors (save_pretrained of transformers converts a pytorch_model.bin)"
-            ) from error
-        try:
-            return safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{name} of {self.path} does not open ({reason}); get it again"
             ) from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
@@ -94,33 +84,24 @@ class Checkpoint:
         if names and names[0] in self.files:
             return names[0]
         near = difflib.get_close_matches(given or endings[0], self.files, n=3, cutoff=0)
-        raise ConfigError(
-            f"model.{key}={given or 'null'} finds no tensor in {self.path}; the nearest are "
-            f"{', '.join(near)}"
-        )
+        where = f"model.{key}={given or 'null'} finds no tensor in {self.path}"
+        raise ConfigError(f"{where}; the nearest are {', '.join(near)}")
 
-    def read(
-        self, name: str, shape: list[int], device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def read(self, name: str, shape: list[int], device: torch.device, dtype) -> torch.Tensor:
         """One tensor. Raises ConfigError where it is not of `shape`, or not of floats."""
         with self.open(self.files[name]) as tensors:
             stored = tensors.get_slice(name)
             kind, found = stored.get_dtype(), stored.get_shape()
             if found != shape or kind not in ("F64", "F32", "F16", "BF16"):
-                raise ConfigError(
-                    f"{name} of {self.path} is {kind} {found}, not of floats {shape} as its config "
-                    "says; set model.embedding_key or model.lm_head_key to another"
-                )
+                what = f"{name} of {self.path} is {kind} {found}, not of floats {shape}"
+                raise ConfigError(f"{what}; set model.embedding_key or model.lm_head_key")
             # A copy: the tensor is a view of the mapped file, whose pages the system may drop and
             # read again during training.
             return tensors.get_tensor(name).to(device, dtype, copy=True)
 
 
 def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
-    """The three tensors as `HFTarget` would hold them, without the model.
-
-    Raises ConfigError and RunError.
-    """
+    """The tensors as `HFTarget` would hold them. Raises ConfigError and RunError."""
     config, path, dtype = spec.config, spec.path, getattr(torch, spec.dtype)
     check_supported(config)
     checkpoint = Checkpoint(path, spec.revision)
@@ -147,10 +128,5 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
         eos = GenerationConfig.from_pretrained(path, revision=spec.revision).eos_token_id
     except OSError:
         eos = None
-    return TargetWeights(
-        config=config,
-        embedding=embedding,
-        head=head,
-        norm=checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None,
-        eos_token_ids=end_token_ids(eos, config),
-    )
+    scale = checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None
+    return TargetWeights(config, embedding, head, scale, end_token_ids(eos, config))

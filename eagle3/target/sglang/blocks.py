@@ -1,6 +1,7 @@
 """The client's end of `hook`: a private folder in shared memory, and what is read from it."""
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -30,26 +31,19 @@ class Blocks:
     def __init__(self, root: Path = SHARED):
         delete_stale(root)
         made = tempfile.TemporaryDirectory(prefix=PREFIX, dir=root, ignore_cleanup_errors=True)
-        self.folder, self.close, self.numbers = Path(made.name), made.cleanup, 0
+        self.folder, self.close, self.numbers = Path(made.name), made.cleanup, itertools.count()
         # Under another name until it is locked, or another process would take us for dead.
         self.alive = (self.folder / "locking").open("w")
         fcntl.flock(self.alive, fcntl.LOCK_EX)
         (self.folder / "locking").rename(self.folder / ALIVE)
 
-    def new_numbers(self, count: int) -> list[int]:
-        """Numbers for `count` requests, none of which was used before."""
-        self.numbers += count
-        return list(range(self.numbers - count, self.numbers))
-
     def request_id(self, number: int) -> str:
-        """What a request is called so that its hidden states land here."""
+        """What a request, one of `numbers`, is called so that its hidden states land here."""
         return f"{self.folder.name}:{number}"
 
     def wait(self, reply: Future) -> Path:
-        """The oldest block, once there is one.
-
-        Raises RunError where the hook reports an error, or none comes although the server answered,
-        and what `reply` raises.
+        """The oldest block, once there is one. Raises what `reply` raises, and RunError where the
+        hook reports an error, or none comes although the server answered.
         """
         answered = None
         while True:
@@ -59,7 +53,7 @@ class Blocks:
                 return found
             if (self.folder / ERROR).exists():
                 reported = (self.folder / ERROR).read_text()
-                self.clear()
+                (self.folder / ERROR).unlink()
                 raise RunError(f"the hook in SGLang's model process failed: {reported}")
             if reply.done():
                 reply.result()
@@ -67,22 +61,14 @@ class Blocks:
                 answered = answered or time.monotonic()
                 if time.monotonic() > answered + SILENT_SECONDS:
                     raise RunError(
-                        f"SGLang answered, but no hidden states came to {SHARED}: its forward hook "
-                        "does not fire (use target=hf for this model), or it runs in another "
-                        "container than this process"
+                        f"no hidden states came to {SHARED}: SGLang runs in another container, or "
+                        "its forward hook does not fire (use target=hf for this model)"
                     )
             time.sleep(PAUSE)
 
-    def clear(self) -> None:
-        """Delete what was left by requests that nobody waits for any more."""
-        for path in [*self.folder.glob("*.safetensors"), self.folder / ERROR]:
-            path.unlink(missing_ok=True)
-
-    def receive(self, prompts: dict[int, slice], features: Features, reply: Future) -> None:
-        """Fill the rows of `features` that each of `prompts`, by its number, stands for.
-
-        All its rows are teacher rows. Raises RunError where a part is missing, and what `wait`
-        raises.
+    def receive(self, prompts: dict[int, range], features: Features, reply: Future) -> None:
+        """Fill the rows of `features` (all are teacher rows) that belong to each of `prompts`, by
+        number. Raises RunError where a part is missing, and what `wait` raises.
         """
         received = dict.fromkeys(prompts, 0)
         while received:
@@ -95,28 +81,22 @@ class Blocks:
                     start += count
                     if number not in received:
                         continue  # of a call that was given up
-                    whole = prompts[number]
-                    length = whole.stop - whole.start
+                    first, length = prompts[number].start, len(prompts[number])
                     if before != received[number] or before + count > length:
                         raise RunError(
-                            f"SGLang computed tokens {before} to {before + count} of a prompt of "
-                            f"{length} after {received[number]} others: its prefix cache is on; "
-                            "start it with --disable-radix-cache"
+                            f"SGLang computed tokens {before} to {before + count} after "
+                            f"{received[number]}: its prefix cache is on (--disable-radix-cache)"
                         )
-                    first = whole.start + before
-                    copy_rows(block, part, features, slice(first, first + count))
+                    rows = slice(first + before, first + before + count)
+                    aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
+                    aux.copy_(block.get_slice("aux_hidden_states")[:, part])
+                    for name in ("last_hidden_states", "argmax", "logsumexp"):
+                        read = block.get_slice(name)[part]
+                        getattr(features, name)[rows] = read.to(features.argmax.device)
                     received[number] += count
                     if received[number] == length:
                         del received[number]
             path.unlink()
-
-
-def copy_rows(block: safe_open, part: slice, features: Features, rows: slice) -> None:
-    """The rows `part` of a block to `rows` of `features`."""
-    aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
-    aux.copy_(block.get_slice("aux_hidden_states")[:, part])
-    for name in ("last_hidden_states", "argmax", "logsumexp"):
-        getattr(features, name)[rows] = block.get_slice(name)[part].to(features.argmax.device)
 
 
 def delete_stale(root: Path) -> None:

@@ -1,8 +1,8 @@
 """A forward hook inside SGLang's model processes that leaves hidden states in shared memory.
 
-SGLang finds it as `eagle3.target.sglang.hook:factory` (its `forward_hooks` argument) and calls it
-after every forward pass of the logits processor. Requests whose `rid` is `<folder>:<number>` (see
-`blocks.Blocks`) are ours: their rows go to a file in that folder, one for each pass:
+SGLang finds it as HOOK (its `forward_hooks` argument) and calls it after every forward pass of the
+logits processor. Requests whose `rid` is `<folder>:<number>` (see `blocks.Blocks`) are ours: their
+rows go to a file in that folder, one for each pass:
 
     argmax int64 [n], logsumexp fp32 [n], aux_hidden_states [3,n,H], last_hidden_states [n,H] (after
     the final norm)
@@ -16,8 +16,6 @@ import json
 import logging
 import os
 import re
-import traceback
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-HOOK = "eagle3.target.sglang.hook:factory"  # what SGLang is told
+HOOK = "eagle3.target.sglang.hook:Hook"  # what SGLang is told
 OURS = re.compile(r"(eagle3-\w+):(\d+)")
 ERROR = "error"
 CHUNK_BYTES = 1 << 28  # of logits at a time
@@ -34,28 +32,16 @@ CHUNK_BYTES = 1 << 28  # of logits at a time
 logger = logging.getLogger(__name__)
 
 
-def factory(config: dict[str, Any]) -> Callable[..., None]:
-    """What SGLang calls once in each model process; clients' folders are in `config["root"]`."""
-    return Hook(Path(config["root"]), sglang_group)
-
-
-def sglang_group() -> dist.ProcessGroup:
-    from sglang.srt.distributed import get_tp_group
-
-    return get_tp_group().device_group
-
-
 class Hook:
-    """Called with what the logits processor was called with.
+    """Made once in each model process and called with what the logits processor was called with.
 
     It returns None always, or the model's output would change, and raises nothing, or the engine
     would end: what is wrong is written to the client's folder.
     """
 
-    def __init__(self, root: Path, group: Callable[[], dist.ProcessGroup]):
-        self.root, self.group = root, group
+    def __init__(self, config: dict[str, Any]):
+        self.root, self.blocks = Path(config["root"]), 0  # clients' folders are in `root`
         self.writer = ThreadPoolExecutor(1)  # the engine computes on while a block is written
-        self.blocks = 0
 
     def __call__(self, module: Any, inputs: tuple, output: Any) -> None:
         ours: dict[str, list[tuple[int, int]]] = {}
@@ -73,42 +59,35 @@ class Hook:
                 self.capture(self.root / folder, requests, last, lm_head, batch, aux)
         except Exception as error:
             logger.exception("eagle3: the hook failed")
-            line = traceback.extract_tb(error.__traceback__)[-1].line
             for folder in ours:
-                report_error(self.root / folder, f"{error} ({line})")
+                report_error(self.root / folder, f"{error!r} (see its log)")
 
     @torch.no_grad()
-    def capture(
-        self, folder: Path, requests: list[tuple[int, int]], last, lm_head, batch, aux
-    ) -> None:
+    def capture(self, folder: Path, requests: list, last, lm_head, batch, aux) -> None:
         """Write the rows of these requests, (place in the batch, number), to `folder`."""
-        if aux is None:
-            raise RuntimeError("the model gave no auxiliary hidden states to its logits processor")
         if isinstance(aux, torch.Tensor):
             aux = aux.split(last.shape[-1], dim=-1)
         # A block names no layers: with other than 3 the client would take one for another.
-        if len(aux) != 3:
-            raise RuntimeError(f"the model captured {len(aux)} auxiliary hidden states, not 3")
+        if aux is None or len(aux) != 3:
+            raise RuntimeError("the model did not capture 3 auxiliary hidden states")
         lengths, before = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu)
         ends = torch.tensor(lengths).cumsum(0).tolist()
-        if len(requests) == len(lengths):
-            rows = slice(0, ends[-1])  # behind them there may be padding
-        else:
+        rows = slice(0, ends[-1])  # behind them there may be padding
+        if len(requests) < len(lengths):
             parts = [torch.arange(ends[p] - lengths[p], ends[p]) for p, _ in requests]
             rows = torch.cat(parts).to(last.device)
         last, aux = last[rows], [tensor[rows] for tensor in aux]
         # Every process of a split model computes its part of the head; the first of them writes.
-        split = getattr(lm_head, "tp_size", 1) > 1
-        group = self.group() if split else None
+        group = None
+        if getattr(lm_head, "tp_size", 1) > 1:
+            from sglang.srt.distributed import get_tp_group
+
+            group = get_tp_group().device_group
         argmax, logsumexp = statistics(last, lm_head, group)
-        if split and dist.get_rank(group) != 0:
+        if group is not None and dist.get_rank(group) != 0:
             return
-        tensors = {
-            "argmax": to_host(argmax),
-            "logsumexp": to_host(logsumexp),
-            "aux_hidden_states": to_host(*aux),
-            "last_hidden_states": to_host(last),
-        }
+        tensors = {"argmax": to_host(argmax), "logsumexp": to_host(logsumexp)}
+        tensors |= {"aux_hidden_states": to_host(*aux), "last_hidden_states": to_host(last)}
         # Only the writer's thread waits for the copies; the engine goes on to its next pass.
         copied = torch.cuda.current_stream().record_event() if last.is_cuda else None
         listed = [[number, int(before[place]), int(lengths[place])] for place, number in requests]
@@ -117,13 +96,9 @@ class Hook:
         self.writer.submit(write_block, path, tensors, listed, copied)
 
 
-def statistics(
-    last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """argmax int64 [n] and logsumexp fp32 [n] of `last` [n,H] over the whole vocabulary.
-
-    Each process of `group` has some of the head's rows; padding and tokens added for adapters do
-    not count.
+def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None) -> tuple:
+    """argmax int64 [n] and logsumexp fp32 [n] of `last` [n,H] over the whole vocabulary, of which
+    each process of `group` has some rows; padding and tokens of adapters do not count.
     """
     shard = getattr(lm_head, "shard_indices", None)
     first = shard.org_vocab_start_index if shard else 0
@@ -151,9 +126,7 @@ def statistics(
 
 
 def to_host(*tensors: torch.Tensor) -> torch.Tensor:
-    """One tensor, or several equal ones stacked, in main memory; from a GPU the copy is only under
-    way.
-    """
+    """One tensor, or several stacked, in main memory; from a GPU the copy is only under way."""
     first = tensors[0]
     host = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=first.is_cuda)
     for place, tensor in zip(host, tensors, strict=True):
@@ -161,21 +134,17 @@ def to_host(*tensors: torch.Tensor) -> torch.Tensor:
     return host if len(tensors) > 1 else host[0]
 
 
-def write_block(
-    path: Path, tensors: dict[str, torch.Tensor], requests: list[list[int]], copied: Any
-) -> None:
-    """One block, complete as soon as it has its name. None is written for a client that is gone."""
+def write_block(path: Path, tensors: dict, requests: list[list[int]], copied: Any) -> None:
+    """One block, complete once it has its name. None is written for a client that is gone."""
     try:
         if copied is not None:
             copied.synchronize()
-        # The client looks for complete names only.
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"requests": json.dumps(requests)})
         partial.rename(path)
     except Exception as error:
         if path.parent.exists():
-            logger.exception("eagle3: a block was not written")
-            report_error(path.parent, f"a block was not written to {path.parent}: {error}")
+            report_error(path.parent, f"{path} was not written ({error}); see target.batch_tokens")
 
 
 def report_error(folder: Path, sentence: str) -> None:

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
@@ -28,7 +27,7 @@ from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
 from eagle3.target.sglang.hook import HOOK
 from eagle3.target.sglang.verify import verify_head, verify_layers, verify_server
-from eagle3.target.spec import TargetSpec, check_supported, whole_config
+from eagle3.target.spec import TargetSpec, whole_config
 from eagle3.target.weights import load_weights
 
 ENGINE = SGLang()
@@ -41,12 +40,11 @@ PROBE = (5, 11)  # tokens of the first prompts
 @dataclass(eq=False)
 class SGLangTarget:
     """`target(batch) -> Features` like HFTarget's, from an SGLang server that this process starts
-    and ends, or from one that runs here already, at `url`.
+    and ends, or from one that runs here already, at `url`; in the end `url` names either.
 
-    The model is split over `tp_size` GPUs and copied `dp_size` times (None: once), its experts are
-    spread over `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared
-    memory. `python` is the interpreter of SGLang's environment, `server_args` more of its options.
-    `url` is then the server's address in any case, for the other processes of this machine. Raises
+    The model is split over `tp_size` GPUs and copied `dp_size` times, its experts are spread over
+    `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared memory. `python`
+    is the interpreter of SGLang's environment, `server_args` more of its options. Raises
     ConfigError and RunError.
     """
 
@@ -54,7 +52,7 @@ class SGLangTarget:
     device: torch.device
     _: KW_ONLY
     tp_size: Annotated[int, Within(1, 1024)] = 1
-    dp_size: Annotated[int | None, Within(1, 1024)] = None
+    dp_size: Annotated[int | None, Within(1, 1024)] = 1
     ep_size: Annotated[int, Within(1, 1024)] = 1
     quantization: str | None = None
     mem_fraction_static: Annotated[float | None, Within(0.01, 1)] = None
@@ -64,37 +62,36 @@ class SGLangTarget:
     ready_seconds: Annotated[float, Within(1)] = 1800.0
     server_args: list[str | int | float] | None = None
     url: str | None = None
-
     in_process: ClassVar[bool] = False
 
     def __post_init__(self):
         self.config, self.aux_layer_ids = self.spec.config, self.spec.aux_layer_ids
-        check_supported(self.config)
-        check_capturable(self.spec)
         self.server: Server | None = None
         self.blocks = Blocks()
-        self.resources = ExitStack()
-        self.resources.callback(self.blocks.close)
-        try:
+        with ExitStack() as resources:
+            resources.callback(self.blocks.close)
             self.check_space()
             if self.url is None:
-                self.server = self.resources.enter_context(self.describe_server())
+                self.server = resources.enter_context(self.describe_server())
                 self.url = self.server.url
             timeout = httpx.Timeout(None, connect=10)  # a long prefill is no error
             client = httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
-            self.client = self.resources.enter_context(client)
+            self.client = resources.enter_context(client)
             # Blocks are copied while the server computes the next ones.
             self.sender = ThreadPoolExecutor(1)
-            self.resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
+            resources.callback(self.sender.shutdown, wait=False, cancel_futures=True)
             self.verify()
-        except BaseException:
-            self.close()
-            raise
+            self.resources = resources.pop_all()  # not closed here, but by `close`
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        check_capturable(spec)
+        last = spec.config.num_hidden_layers - 1
+        if spec.aux_layer_ids[-1] == last:  # SGLang cannot give its output
+            raise ConfigError(f"model.aux_layer_ids: choose layers below {last}, or target=hf")
+        for name in whole_config(spec).architectures or []:
+            if name.startswith(UNSEEN):
+                raise ConfigError(f"SGLang hides the hidden states of {name}; use target=hf")
         if section.get("url") is None:
             ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
 
@@ -102,46 +99,41 @@ class SGLangTarget:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
         row = 4 * self.config.hidden_size * getattr(torch, self.spec.dtype).itemsize
         # Each process of this machine has so many tokens in flight, and they share the memory.
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed, free = self.batch_tokens * row * processes, shutil.disk_usage(SHARED).free
+        needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
+        free = shutil.disk_usage(SHARED).free / 1e9
         if free < needed:
             raise ConfigError(
-                f"target.batch_tokens={self.batch_tokens} needs {needed / 1e9:.2f} GB of shared "
-                f"memory, and {SHARED} has {free / 1e9:.2f} GB; lower it, or raise --shm-size"
+                f"target.batch_tokens={self.batch_tokens} needs {needed:.2f} GB of {SHARED}, which "
+                f"has {free:.2f} GB; lower it, or raise --shm-size"
             )
 
     def describe_server(self) -> Server:
-        """The server, not yet started. Raises ConfigError where options would spoil the capture,
-        RunError where the port is taken.
-        """
+        """Not yet started. Raises ConfigError where options would spoil the capture."""
         port, python = choose_port(self.port, "target.port"), interpreter("sglang", self.python)
         more = tuple(map(str, self.server_args or ()))
         launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
         # Not every model of SGLang takes explicit layers; all know the default ones.
         by_default = self.aux_layer_ids == engines_default(self.config.num_hidden_layers)
         capture = Capture(
-            hook_factory=HOOK,
-            hook_config={"root": str(SHARED)},
-            layer_ids=None if by_default else numbered_by("sglang", self.aux_layer_ids),
-            device=self.device.type,
-            batch_tokens=self.batch_tokens,
-            dp_size=self.dp_size or 1,
-            ep_size=self.ep_size,
-            quantization=self.quantization,
+            HOOK,
+            {"root": str(SHARED)},
+            None if by_default else numbered_by("sglang", self.aux_layer_ids),
+            self.device.type,
+            self.batch_tokens,
+            self.dp_size,
+            self.ep_size,
+            self.quantization,
         )
         # SGLang runs in an environment of its own: it gets our package, but none of those beside.
         packages = self.blocks.folder / "packages"
         packages.mkdir()
         (packages / "eagle3").symlink_to(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
+        environment = {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type)
+        command, url = ENGINE.capture_command(launch, capture), f"http://127.0.0.1:{port}"
+        log = log_path(port)
         return Server(
-            ENGINE.capture_command(launch, capture),
-            f"http://127.0.0.1:{port}",
-            {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type),
-            log_path(port),
-            self.ready_seconds,
-            ENGINE.health_path,
-            ENGINE.name,
+            command, url, environment, log, self.ready_seconds, ENGINE.health_path, ENGINE.name
         )
 
     def close(self) -> None:
@@ -155,9 +147,7 @@ class SGLangTarget:
         try:
             info = self.client.get("/server_info").raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
-            raise RunError(
-                f"target.url={self.url} is no SGLang server that answers: {error}"
-            ) from error
+            raise RunError(f"no SGLang server answers at target.url={self.url}: {error}") from error
         verify_server(info, self.url, self.spec)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, (sum(PROBE),), generator=generator)
@@ -180,27 +170,25 @@ class SGLangTarget:
         last, argmax, logsumexp = features.last_hidden_states, features.argmax, features.logsumexp
         return Features(features.aux_hidden_states, last[rows], argmax[rows], logsumexp[rows])
 
-    def prefill(
-        self, prompts: list[list[int]], max_new_tokens: int
-    ) -> tuple[Features, list[dict[str, Any]]]:
+    def prefill(self, prompts: list, max_new_tokens: int) -> tuple[Features, list[dict]]:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
         tokens, size = sum(map(len, prompts)), self.config.hidden_size
-        kind = {"dtype": getattr(torch, self.spec.dtype), "device": self.device}
-        features = Features(
-            torch.empty(tokens, 3 * size, **kind),
-            torch.empty(tokens, size, **kind),
-            torch.empty(tokens, dtype=torch.int64, device=self.device),
-            torch.empty(tokens, dtype=torch.float32, device=self.device),
-        )
+        with self.device:
+            features = Features(
+                torch.empty(tokens, 3 * size, dtype=getattr(torch, self.spec.dtype)),
+                torch.empty(tokens, size, dtype=getattr(torch, self.spec.dtype)),
+                torch.empty(tokens, dtype=torch.int64),
+                torch.empty(tokens, dtype=torch.float32),
+            )
         sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         replies, first = [], 0
         # What was sent and is not read yet fills shared memory, so only so much is sent at a time.
         for group in split_prompts(prompts, self.batch_tokens):
-            numbers, rows = self.blocks.new_numbers(len(group)), {}
-            for number, prompt in zip(numbers, group, strict=True):
-                rows[number] = slice(first, first + len(prompt))
+            rows = {}
+            for prompt in group:
+                rows[next(self.blocks.numbers)] = range(first, first + len(prompt))
                 first += len(prompt)
-            body = {"input_ids": group, "rid": list(map(self.blocks.request_id, numbers))}
+            body = {"input_ids": group, "rid": list(map(self.blocks.request_id, rows))}
             reply = self.sender.submit(self.post, body | {"sampling_params": sampling})
             self.blocks.receive(rows, features, reply)
             replies += reply.result()
@@ -220,40 +208,18 @@ class SGLangTarget:
                 f"started it, its log is {log_path(httpx.URL(self.url).port)}"
             ) from error
         if response.status_code != 200:
-            raise RunError(
-                f"SGLang refuses a request (HTTP {response.status_code}): {response.text[:500]}"
-            )
+            reason = response.text[:500]
+            raise RunError(f"SGLang refuses a request (HTTP {response.status_code}): {reason}")
         return response.json()
 
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, sampling: dict[str, Any] | None = None
-    ) -> list[list[int]]:
+    def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
         """As `HFTarget.generate`."""
-        chosen = {
-            "max_new_tokens": max_new_tokens,
-            "stop_token_ids": sorted(self.eos_token_ids),
-            "temperature": 0.0,
-            "repetition_penalty": 1.0,
-        }
+        chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "repetition_penalty": 1.0}
+        chosen["stop_token_ids"] = sorted(self.eos_token_ids)
         if sampling is not None:
             chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
         replies = self.post({"input_ids": prompts, "sampling_params": chosen})
         return [reply["output_ids"] for reply in replies]
-
-
-def check_capturable(spec: TargetSpec) -> None:
-    """Raise ConfigError for a model, or layers of it, that the hook would not see."""
-    last = spec.config.num_hidden_layers - 1
-    if spec.aux_layer_ids[-1] == last:
-        raise ConfigError(
-            f"model.aux_layer_ids={spec.aux_layer_ids}: SGLang cannot give the output of the last "
-            f"layer; choose layers below {last}, or target=hf"
-        )
-    for name in whole_config(spec).architectures or []:
-        if name.startswith(UNSEEN):
-            raise ConfigError(
-                f"target=sglang: SGLang hides the hidden states of {name} from hooks; use target=hf"
-            )
 
 
 def log_path(port: int | None) -> Path:
@@ -261,14 +227,13 @@ def log_path(port: int | None) -> Path:
     return Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getuid()}-{port}.log")
 
 
-def split_prompts(prompts: list[list[int]], most: int) -> Iterator[list[list[int]]]:
+def split_prompts(prompts: list[list[int]], most: int) -> list[list[list[int]]]:
     """In order, as many at a time as have at most `most` tokens together; a longer one alone."""
-    group, tokens = [], 0
+    groups, tokens = [], most
     for prompt in prompts:
-        if group and tokens + len(prompt) > most:
-            yield group
-            group, tokens = [], 0
-        group.append(prompt)
+        if tokens + len(prompt) > most:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(prompt)
         tokens += len(prompt)
-    if group:
-        yield group
+    return groups

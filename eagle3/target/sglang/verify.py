@@ -1,7 +1,6 @@
 """What the engine must show before its hidden states are believed.
 
-A wrong layer or another model would train a draft without any error; only its acceptance would be
-poor, hours later.
+A wrong layer or model would train a draft without any error; only its acceptance would be poor.
 """
 
 import sys
@@ -22,14 +21,11 @@ from eagle3.target.spec import TargetSpec, whole_config
 
 def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
     """Raise RunError where the server, by its /server_info, does not capture this target."""
-    explicit = info.get("return_aux_hidden_state_layer_ids")
     captured = engines_default(spec.config.num_hidden_layers)
-    if explicit is not None:
-        captured = meant_by("sglang", explicit)
+    if info.get("return_aux_hidden_state_layer_ids") is not None:
+        captured = meant_by("sglang", info["return_aux_hidden_state_layer_ids"])
     if not any(hook.get("hook_factory") == HOOK for hook in info.get("forward_hooks") or []):
         reason = "it was not started to leave hidden states"
-    elif not info.get("disable_radix_cache"):
-        reason = "its prefix cache is on, and cached positions never come"
     elif captured != spec.aux_layer_ids:
         reason = f"it captures layers {captured}, not {spec.aux_layer_ids}"
     elif Path(info.get("model_path", spec.path)).name != Path(spec.path).name:
@@ -42,19 +38,13 @@ def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
     )
 
 
-def verify_head(
-    features: Features, head: torch.Tensor, ends: list[int], sampled: list[int]
-) -> None:
-    """Raise RunError unless last hidden states x `head` [V,H] are what the engine samples from.
-
+def verify_head(features: Features, head: torch.Tensor, ends: list, sampled: list) -> None:
+    """Raise RunError unless last hidden states x `head` [V,H] are what the engine samples from;
     `sampled` are its greedy next tokens after the rows `ends`.
     """
     last = features.last_hidden_states
     if not (last.isfinite().all() and features.aux_hidden_states.isfinite().all()):
-        raise RunError(
-            "SGLang gives hidden states that are not finite; set model.dtype=bfloat16 or another "
-            "target.quantization"
-        )
+        raise RunError("SGLang's hidden states are not finite; set model.dtype=bfloat16")
     _, logsumexp = head_statistics(last, head)
     logits = (last[ends] @ head.T).float()
     # The engine's kernels round otherwise, so its best token may be a near tie of ours.
@@ -63,9 +53,8 @@ def verify_head(
     apart = (logsumexp - features.logsumexp).abs().amax()
     if max(missed, apart) > rounding:
         raise RunError(
-            "SGLang's last hidden states times the head of model.path are not its logits "
-            f"({max(missed, apart):.2g} apart): the server has another model, or one that changes "
-            "its logits behind the head; use target=hf"
+            "SGLang's last hidden states times the head are not its logits: it has another model, "
+            "or one that changes its logits behind the head; use target=hf"
         )
 
 
@@ -73,12 +62,9 @@ def verify_head(
 def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: TargetSpec) -> None:
     """Raise RunError where the first of the auxiliary states [n,3H] is nearer to the layer before
     or behind it, as transformers computes them.
-
-    The engine numbers all three by the same rule, so the first tells.
     """
-    # The middle and the last would need half of the model, or all of it.
-    first = spec.aux_layer_ids[0]
-    config = whole_config(spec)
+    # The engine numbers all three by one rule, and the others would need half of the model.
+    first, config = spec.aux_layer_ids[0], whole_config(spec)
     text = config.get_text_config()
     text.num_hidden_layers = first + 3  # the last one's output is given after the final norm
     if getattr(text, "layer_types", None):
@@ -86,13 +72,8 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists every tensor of the other layers
     try:
-        model = AutoModel.from_pretrained(
-            spec.path,
-            config=config,
-            revision=spec.revision,
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-        ).eval()
+        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        model = AutoModel.from_pretrained(spec.path, config=config, dtype=spec.dtype, **options)
         decoder = model.get_decoder() if text is not config else model
         ids = torch.tensor([prompt])
         outputs = decoder(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
@@ -101,17 +82,14 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         found = aux_hidden_states.chunk(3, -1)[0].cpu().float()
         apart = {i: (found - outputs[i][0].float()).norm(dim=-1).median() for i in candidates}
     except Exception as error:
-        # A model may need kernels or packages that are not here, such as one with quantised
-        # weights. The head was verified; this check alone is left out.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sentence = f"target=sglang: transformers cannot check which layers are read ({reason})"
-        print(sentence, file=sys.stderr)
+        # A model may need kernels or packages that are not here; the head was verified.
+        print(f"target=sglang: cannot check which layers are read ({error!r})", file=sys.stderr)
         return
     finally:
         logging.set_verbosity(level)
     nearest = min(apart, key=apart.get)
     if nearest != first:
         raise RunError(
-            f"SGLang captured the output of layer {nearest} where layer {first} was asked for; use "
-            "target=hf, or set model.aux_layer_ids to SGLang's default"
+            f"SGLang captured the output of layer {nearest} where layer {first} was asked for: use "
+            "its default model.aux_layer_ids, or target=hf"
         )
