@@ -1,7 +1,6 @@
 """Every benchmark: suites x configs, then statistics, scores and benchmark.json."""
 
 import json
-import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -9,7 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
 from eagle3.benchmark.protocols import Task, setup_of
@@ -23,20 +21,17 @@ from eagle3.runs.tracking import device_name
 WARM_UP_TOKENS = 8
 TIMING = "batch 1: decoding alone; larger batches: from the first prompt to the last answer"
 NOTHING_ACCEPTED = (
-    "acceptance is exactly 1.0: no drafted token was ever accepted. Usual causes: the draft "
-    "belongs to another target or chat template; the engine runs it as EAGLE, not EAGLE3; the "
-    "engine did not find some of its tensors (check its log, or stages=[check]); auxiliary layers "
-    "are off by one; d2t holds ids where the engine wants offsets"
+    "acceptance is exactly 1.0, no draft was ever accepted: it belongs to another target, or the "
+    "engine runs it as EAGLE, not EAGLE3, or lacks some of its tensors; see stages=[check]"
 )
 Trials = dict[tuple[int, ...], dict[str, list[Trial]]]
 """Of each config the trials of every suite, by its name."""
-console = Console(markup=False)
 
 
 def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
-    """Measure a draft, and the target alone at every batch of the configs; write benchmark.json.
+    """Measure a draft and, at every batch, the target alone; write benchmark.json, after errors too.
 
-    Raises ConfigError and RunError; what was measured before is written then too.
+    Raises ConfigError and RunError.
     """
     tasks = [prepare_task(suite, request, subject) for suite in request.suites]
     trials: Trials = {}
@@ -49,10 +44,9 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             # Hours may have gone into what was measured before an error or Ctrl-C.
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
-                partial = run_dir / "benchmark.partial"
-                result = {"suites": suites, "protocol": facts}
+                partial, result = run_dir / "benchmark.partial", {"suites": suites, "protocol": facts}
                 partial.write_text(json.dumps(result, indent=1, allow_nan=False))
-                os.replace(partial, run_dir / "benchmark.json")
+                partial.replace(run_dir / "benchmark.json")
 
 
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
@@ -66,8 +60,8 @@ def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
         same = setup.system_prompt == trained_with
         path = str(subject.heldout) if same else subject.data.eval_path
         if path is None:
-            problem = "benchmark.suites: heldout is tokenised behind data.system_prompt; to ask it"
-            raise ConfigError(f"{problem} otherwise, set data.eval_path to conversations")
+            problem = "benchmark.suites=heldout was tokenised behind another system prompt"
+            raise ConfigError(f"{problem}: set data.eval_path to conversations")
     if request.max_new_tokens is not None:
         setup = replace(setup, max_new_tokens=request.max_new_tokens)
     wanted = count and max(count, setup.shots)
@@ -80,8 +74,8 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
     asked = {}
     for key in ("max_new_tokens", "system_prompt", "shots", "stop"):
         values = {task.name: getattr(task.setup, key) for task in tasks}
-        first, *others = values.values()
-        asked[key] = values if any(other != first for other in others) else first
+        first = getattr(tasks[0].setup, key)
+        asked[key] = first if all(value == first for value in values.values()) else values
     digest = sha256(subject.chat.template.encode()).hexdigest()[:12]
     kinds = {"chain" if topk == 1 else "tree" for _, steps, topk, _ in request.configs if steps}
     return {
@@ -110,11 +104,7 @@ def in_order(configs: list[list[int]], side_by_side: bool) -> list[list[list[int
 
 
 def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat: Chat) -> Trials:
-    """The trials of every suite under configs of one batch, with all of them open at once.
-
-    They answer groups of questions in an order that turns round from group to group, so that a
-    machine that grows slower favours none.
-    """
+    """The trials of every suite under configs of one batch, with all of them open at once."""
     batch = size = configs[0][0]
     if len(configs) == 1 and batch > 1:
         size = max(len(task.questions) for task in tasks)  # all at once keeps a server busy
@@ -131,21 +121,17 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
     ]
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
     turns = list(configs)
-    title = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
-    for task, questions in track(groups, description=title, transient=True):
+    for task, questions in track(groups, description=f"benchmark {turns[-1]}", transient=True):
         for config in turns:
             trials[tuple(config)][task.name] += ask(request, config, questions, task, chat)
-        turns.reverse()
+        turns.reverse()  # a machine that grows slower favours none
     return trials
 
 
 def ask(
     request: Request, config: list[int], questions: list[Question], task: Task, chat: Chat
 ) -> list[Trial]:
-    """All turns of these questions, each after the model's own answers to the turns before.
-
-    Seconds are those the answers report; at larger batches those of the clock.
-    """
+    """All turns of these questions, each after the model's own answers to the turns before."""
     trials = [Trial(question) for question in questions]
     wall = 0.0
     for turn in range(1 + max(len(question.later) for question in questions)):
@@ -185,8 +171,7 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
         row |= request.extra_columns(*pair, steps)
         if steps > 0 and row["acceptance_length"] == 1:
             row["warning"] = NOTHING_ACCEPTED
-            line = f"benchmark: {suite} {config}: {NOTHING_ACCEPTED}"
-            console.print(line, style="yellow", soft_wrap=True)
+            print(f"benchmark: {suite} {config}: {NOTHING_ACCEPTED}")
         found.append(row)
     return found
 
@@ -196,14 +181,11 @@ def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code
     kind = SUITES.get(suite, OWN)
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
-
-    def key(trial: Trial) -> tuple[str, str]:
-        return trial.question.id, trial.answers[0].text
-
-    # Equal answers are scored once: code takes seconds to run.
-    references = {key(trial): trial.question.reference for trial in (*drafted, *baseline)}
-    right = {each: kind.score(each[1], reference) for each, reference in references.items()}
-    score, alone = (
-        sum(right[key(trial)] for trial in trials) / len(trials) for trials in (drafted, baseline)
-    )
-    return {"score": score, "baseline_score": alone, "num_scored": len(drafted)}
+    right = {"score": 0, "baseline_score": 0}
+    for one, other in zip(drafted, baseline, strict=True):
+        text, alone, reference = one.answers[0].text, other.answers[0].text, one.question.reference
+        score = kind.score(alone, reference)
+        right["baseline_score"] += score
+        # Equal answers are scored once: code takes seconds to run.
+        right["score"] += score if text == alone else kind.score(text, reference)
+    return {name: n / len(drafted) for name, n in right.items()} | {"num_scored": len(drafted)}
