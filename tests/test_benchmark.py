@@ -189,7 +189,6 @@ MISTAKES = [
     ({"configs": []}, r"benchmark\.configs is empty"),
     ({"suites": []}, r"^benchmark\.suites or .* is empty"),
     ({"suites": ["heldout:2", "heldout:3"]}, "names a suite twice"),
-    ({"protocol": "eagel"}, r"benchmark\.protocol=eagel is unknown.*did you mean eagle"),
     ({"protocol": "eagle", "system_prompt": "x"}, r"system_prompt=x does not go with .*eagle"),
     ({"protocol": "specforge", "system_prompt": "x"}, r"system_prompt=x does not go with "),
     ({"paths": {"gsm9k": "."}}, r"benchmark\.paths\.gsm9k is no suite"),

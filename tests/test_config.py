@@ -62,7 +62,7 @@ SENTENCES = {
     "stages=[prepar]": "; did you mean prepare?",
     "benchmark.suites=[]": "benchmark.suites is empty; name at least one",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
-    "benchmark.protocol=specforg": "is unknown; allowed: chat, specforge, eagle; did you mean spec",
+    "benchmark.protocol=specforg": "must be one of chat, specforge, eagle; did you mean spec",
     "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be four numbers",
     "benchmark.configs=[[4,3,1,5]]": "benchmark.configs=[4, 3, 1, 5] is none of [batch, 0, 0, 0]",
     # files

@@ -1,17 +1,15 @@
 """What drafting is worth without a model: two cheap drafts, walked over a known greedy answer."""
 
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 import torch
 
-NGRAM = 3
+Drafts = Callable[[list[int], int], list[int]]
 
 
 def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """int64 [V]: the most frequent successor of each token in texts of ids [n], -1 if it has none.
-
-    Of equally frequent successors the smallest id wins.
-    """
+    """int64 [V]: each token's most frequent successor (the smallest id of these), -1 for none."""
     pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
     pairs, counts = pairs.unique(return_counts=True)
     first, second = pairs // vocab_size, pairs % vocab_size
@@ -33,7 +31,7 @@ def bigram(successors: list[int], text: list[int], draft_length: int) -> list[in
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
     """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
-    for length in range(NGRAM, 0, -1):
+    for length in (3, 2, 1):
         for end in range(len(text) - 1, length - 1, -1):
             # Most places fail at the first token, which is cheaper than a slice.
             if text[end - 1] == text[-1] and text[end - length : end] == text[-length:]:
@@ -41,25 +39,16 @@ def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
     return []
 
 
-def acceptance_of(
-    drafts_at: Callable[[list[int], int], list[int]],
-    prompt_ids: list[int],
-    answer_ids: list[int],
-    draft_length: int,
-) -> list[int]:
-    """Tokens that each round commits if `drafts_at(text, draft_length)` drafts for a greedy target.
+def acceptance_of(drafts_at: Drafts, prompt: list[int], answer: list[int], steps: int) -> list[int]:
+    """Tokens that each round commits if `drafts_at(text, steps)` drafts for a greedy target.
 
-    Rounds are those of `eagle3.decode.speculate`: the first answer token comes from the prefill, a
-    round commits the accepted drafts and one token of the target, the last round what is left of
-    the answer.
+    As in `eagle3.decode.speculate` the first token of the answer comes from the prefill.
     """
-    text, emitted = prompt_ids + answer_ids[:1], []
-    while left := answer_ids[len(text) - len(prompt_ids) :]:
-        accepted = 0
-        for drafted, wanted in zip(drafts_at(text, draft_length), left, strict=False):
-            if drafted != wanted:
-                break
-            accepted += 1
-        emitted.append(min(accepted + 1, len(left)))
-        text = text + left[: emitted[-1]]
+    text, left, emitted = prompt + answer[:1], answer[1:], []
+    while left:
+        drafted = drafts_at(text, steps)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(drafted, left, strict=False))
+        # A round commits one more, the target's own; the last one what is left.
+        emitted.append(min(len(list(same)) + 1, len(left)))
+        text, left = text + left[: emitted[-1]], left[emitted[-1] :]
     return emitted

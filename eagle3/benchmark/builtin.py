@@ -27,16 +27,15 @@ class Builtin(Request):
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Load the draft, then the target."""
-        prepared = subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
         draft = read_draft(subject.draft_folder, None, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
         self.target = subject.target.load()
         self.chat, self.seed, self.rules = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
-        if prepared is not None:
-            count = min(len(prepared), BIGRAM_CONVERSATIONS)
-            texts = (prepared.document(i)[1] for i in range(count))
+        if subject.prepared is not None:
+            count = min(len(subject.prepared), BIGRAM_CONVERSATIONS)
+            texts = (subject.prepared.document(i)[1] for i in range(count))
             successors = bigram_table(texts, len(self.target.embedding)).tolist()
             self.costless["bigram"] = partial(bigram, successors)
         dtype = str(self.target.embedding.dtype).removeprefix("torch.")
@@ -64,24 +63,19 @@ class Builtin(Request):
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
-        turns = [
-            (prompt, answer.ids)
-            for trial in baseline
-            for prompt, answer in zip(trial.prompts, trial.answers, strict=True)
-        ]
         columns = {}
         for name, draft in self.costless.items():
-            emitted = [n for turn in turns for n in acceptance_of(draft, *turn, steps)]
+            emitted: list[int] = []
+            for trial in baseline:
+                for prompt, ids in zip(trial.prompts, trial.ids, strict=True):
+                    emitted += acceptance_of(draft, prompt, ids, steps)
             columns[name] = ratio(sum(emitted), len(emitted))
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
 def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
-    """The answer, ended at the first token that completes a text of `stop`.
-
-    Its seconds are then in proportion to the rounds that are left.
-    """
-    ids = generation.ids
+    """The answer, ended at the first token that completes a text of `stop`."""
+    ids, seconds = generation.ids, generation.decode_seconds
     for length in range(1, len(ids)) if stop else ():
         text = chat.decode(ids[:length])
         if any(end in text for end in stop):
@@ -89,18 +83,14 @@ def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) 
             break
     text = chat.decode(ids)
     text = min((text.partition(end)[0] for end in stop), key=len, default=text)
-    seconds = generation.decode_seconds
     answer = answer_of_rounds(ids, text, generation.accepted, steps, seconds)
-    if len(ids) < len(generation.ids):
-        answer.seconds *= answer.rounds / len(generation.emitted)
+    # Rounds behind the end took time as well, which is not the answer's.
+    answer.seconds *= answer.rounds / max(len(generation.emitted), 1)
     return answer
 
 
 def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
-    """Where answers differ: `lossless` is "tie" if they do so only after near ties.
-
-    `tie_gap` is the widest gap. Empty where all are equal, or one answer only goes on.
-    """
+    """`lossless` is "tie", and `tie_gap` the widest, where answers differ after near ties only."""
     pairs = zip(drafted, baseline, strict=True)
     gaps = [gap(target, one, other) for one, other in pairs if one.ids != other.ids]
     if not gaps or None in gaps:
@@ -112,10 +102,9 @@ def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
 
 @torch.inference_mode()
 def gap(target, drafted: Trial, baseline: Trial) -> float | None:
-    """How close the target was to choosing the other token where two answers part.
+    """How far the lower token, where answers part, lies below the best one; None if one goes on.
 
-    It is how far the lower of the two tokens lies below the target's best, relative to the largest
-    absolute logit; None where one answer only goes on behind the other.
+    It is relative to the largest absolute logit.
     """
     turn = [one != other for one, other in zip(drafted.ids, baseline.ids, strict=True)].index(True)
     pairs = list(zip(baseline.ids[turn], drafted.ids[turn], strict=False))

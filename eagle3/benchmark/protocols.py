@@ -8,10 +8,9 @@ from eagle3.data.chat import Chat, with_system
 
 @dataclass(frozen=True)
 class Setup:
-    """How one suite is asked: through the target's chat template behind `system_prompt`.
+    """Through the chat template, or else a plain text behind `shots` solved questions.
 
-    With `shots` > 0 it is a plain text behind so many solved questions instead. An answer ends
-    before a text of `stop`.
+    An answer ends before a text of `stop`.
     """
 
     max_new_tokens: int
@@ -24,33 +23,27 @@ SETUPS: dict[str, dict[str, Setup]] = {
     # The plain question, behind the system prompt that the draft was trained with.
     "chat": {"": Setup(1024)},
     # What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes. GSM8K is a raw
-    # completion behind the first five rows of its own test split, which are asked as well. Its
-    # acceptance length divides all tokens by the rounds; ours leaves out the first token, so it is
-    # lower by less than a percent.
+    # completion behind the first five rows of its own test split. Its acceptance length divides all
+    # tokens by the rounds; ours leaves out the first token, so it is lower by less than a percent.
     "specforge": {
         "": Setup(2048),
         "mtbench": Setup(2048, "llama2"),
         "gsm8k": Setup(512, shots=5, stop=("Question", "Assistant:", "<|separator|>")),
         "humaneval": Setup(1024),
     },
-    # EAGLE's evaluation of Llama-3 chat models: zero-shot, every suite behind the same system
-    # prompt. Its scripts name 1024 new tokens, but do not hand them to the decoder, which then ends
-    # at 512; benchmark.max_new_tokens=512 does what they do.
+    # EAGLE's evaluation of Llama-3 chat models. Its scripts name 1024 new tokens, but do not hand
+    # them to the decoder, which then ends at 512: benchmark.max_new_tokens=512 does what they do.
     "eagle": {"": Setup(1024, "llama2")},
 }
 """By protocol and suite; "" is every other suite."""
 
 
-def setup_of(
-    protocol: str, suite: str, system_prompt: str | None, trained_with: str | None
-) -> Setup:
-    """`system_prompt` is benchmark.system_prompt; `trained_with` is data.system_prompt."""
-    setups = SETUPS[protocol]
-    setup = setups.get(suite, setups[""])
-    if protocol == "chat":
-        chosen = trained_with if system_prompt is None else system_prompt
-        setup = replace(setup, system_prompt=chosen)
-    return setup
+def setup_of(protocol: str, suite: str, asked: str | None, trained_with: str | None) -> Setup:
+    """`asked` is benchmark.system_prompt; `trained_with` is data.system_prompt."""
+    setup = SETUPS[protocol].get(suite, SETUPS[protocol][""])
+    if protocol != "chat":
+        return setup
+    return replace(setup, system_prompt=trained_with if asked is None else asked)
 
 
 @dataclass
@@ -63,10 +56,7 @@ class Task:
     examples: list[Question]
 
     def prompt_ids(self, question: Question, answers: list[str], chat: Chat) -> list[int]:
-        """What the target reads for the turn behind `answers`, its own to the turns before.
-
-        A question that comes tokenised is what it is.
-        """
+        """What the target reads for the turn behind `answers`, its own to the turns before."""
         if question.input_ids is not None:
             return question.input_ids
         if self.setup.shots:

@@ -10,17 +10,16 @@ from typing import Any
 from eagle3.benchmark import scoring
 from eagle3.config import Source, nearest
 from eagle3.data.chat import Messages
-from eagle3.data.rows import RowError, read_conversation
+from eagle3.data.rows import read_conversation
 from eagle3.data.sources import SUFFIXES, DataFile, decode, find_files, raw_rows
 from eagle3.errors import ConfigError, RunError
 
 
 @dataclass
 class Question:
-    """A conversation up to the first turn to be answered, and the user's `later` turns.
+    """A conversation up to the first turn to be answered, or its `input_ids`; the `later` turns.
 
-    Or its `input_ids`. `reference` is what an answer is scored by; in a suite that can be shown as
-    solved it is the solution.
+    `reference` is what an answer is scored by.
     """
 
     messages: Messages = field(default_factory=list)
@@ -32,9 +31,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """`source` on the hub (subset `*`: all, in order), `read` a row of it, `score` an answer.
+    """`read` takes a row of `source` and raises LookupError, TypeError or ValueError if it is none.
 
-    `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite.
     `runs_code`: scoring runs what the model wrote.
     """
 
@@ -56,9 +54,7 @@ def user_turns(*turns: str, reference: Any = None) -> Question:
 
 
 def conversation(row: dict) -> Question:
-    """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's
-    `turns` or a `prompt`, or any conversation, of which the last user turn is asked.
-    """
+    """`id` and `input_ids` of `prepare`, the user's `turns` or `prompt`, or any conversation."""
     # Prompts of `prepare` are what the target reads: a template around them would be a second one.
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])
@@ -69,7 +65,6 @@ def conversation(row: dict) -> Question:
 
 
 def with_answer(question: str, row: dict) -> Question:
-    """A row whose column `question` is asked, and `answer` is the reference."""
     return user_turns(row[question], reference=text(row["answer"]))
 
 
@@ -102,42 +97,34 @@ OWN = SUITES["heldout"]
 
 
 def parse_suite(spec: str) -> tuple[str, int | None]:
-    """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file.
-
-    Raises ConfigError.
-    """
+    """`name:num_prompts`, or `name` for all (None), of a suite or a file. Raises ConfigError."""
     # Only what stands behind the last colon is a count: paths may hold colons too.
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
-        allowed = f"{', '.join(SUITES)} or a file that exists, each with :num_prompts"
-        hint = nearest(name, list(SUITES))
-        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}{hint}")
+        allowed = f"{', '.join(SUITES)} or a file that exists{nearest(name, list(SUITES))}"
+        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}")
     if colon and not (count.isdecimal() and int(count) > 0):
-        wanted = "must be name:num_prompts with a number above 0"
-        raise ConfigError(f"benchmark.suites={spec} {wanted}, such as {name}:48")
+        raise ConfigError(f"benchmark.suites={spec} must end in a number above 0: {name}:48")
     return name, int(count) if colon else None
 
 
-def load_questions(
-    name: str, count: int | None, path: str | None, cache_dir: str
-) -> list[Question]:
-    """The first `count` questions of a suite, or as many as it has.
+def load_questions(name: str, count: int | None, path: str | None, cache: str) -> list[Question]:
+    """The first `count` questions of a suite, or all; from `path`, else the hub or the file `name`.
 
-    They come from `path` where that is given, else from the hub or the file that `name` is. Raises
-    RunError for a row that is none and for a suite without questions.
+    Raises RunError for a row that is none and for a suite without questions.
     """
     suite = SUITES.get(name, OWN)
     source = Source(path or name) if path or suite.source is None else suite.source
     questions = []
-    for file in find_all_files(name, source, cache_dir):
+    for file in find_all_files(name, source, cache):
         for line, raw, _ in raw_rows(file):
             try:
                 question = suite.read(decode(raw))
-            except (RowError, LookupError, TypeError, ValueError) as error:
-                problem = f"not a question of the suite {name} ({error})"
-                raise RunError(f"{file.name}, line {line}: {problem}") from error
-            own_id = question.id or f"{Path(file.name).name}:{line}"
-            questions.append(replace(question, id=own_id))
+            except (LookupError, TypeError, ValueError) as error:
+                place = f"{file.name}, line {line}"
+                raise RunError(f"{place}: no question of the suite {name} ({error})") from error
+            question.id = question.id or f"{Path(file.name).name}:{line}"
+            questions.append(question)
             if len(questions) == count:
                 return questions
     if not questions:
@@ -145,7 +132,7 @@ def load_questions(
     return questions
 
 
-def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFile]:
+def find_all_files(name: str, source: Source, cache: str) -> Iterator[DataFile]:
     """The files of a source, subset by subset, so that no more is fetched than is read."""
     try:
         subsets = [source.subset]
@@ -154,11 +141,10 @@ def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFi
 
             subsets = get_dataset_config_names(source.path)
         for subset in subsets:
-            yield from find_files(replace(source, subset=subset), cache_dir, "benchmark.suites")
+            yield from find_files(replace(source, subset=subset), cache, "benchmark.suites")
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
         reason = " ".join(str(error.__cause__ or error).split())
-        problem = f"{source.path} is no local file and cannot be fetched ({reason})"
-        remedy = f"download it and set +benchmark.paths.{name}=<file>"
-        raise RunError(f"benchmark.suites={name}: {problem}; {remedy}") from error
+        problem = f"benchmark.suites={name}: {source.path} cannot be fetched ({reason})"
+        raise RunError(f"{problem}; download it, set +benchmark.paths.{name}=<file>") from error
