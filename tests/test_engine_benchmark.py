@@ -15,9 +15,9 @@ from transformers import LlamaConfig
 
 from eagle3.benchmark import measure, served
 from eagle3.benchmark.measure import benchmark
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Subject
 from eagle3.benchmark.served import Served, check_draft
+from eagle3.benchmark.suites import Setup
 from eagle3.checks import check_node
 from eagle3.engines.engine import Launch
 from eagle3.engines.server import Server, choose_port

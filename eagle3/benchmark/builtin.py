@@ -1,22 +1,24 @@
 """`benchmark=builtin`: the reference decoder in this process, with the draft and without."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
+from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, Sampling, generate, speculate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.export.rules import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000
+Drafts = Callable[[list[int], int], list[int]]
 
 
 @dataclass(kw_only=True)
@@ -117,3 +119,49 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     _, last = target.states(ids, torch.arange(len(ids), device=ids.device))
     logits = target.lm_head(last[-1:])[0].float()
     return float((logits.max() - logits[list(pairs[place])].min()) / logits.abs().max())
+
+
+def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """int64 [V]: each token's most frequent successor (the smallest id of these), -1 for none."""
+    pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
+    pairs, counts = pairs.unique(return_counts=True)
+    first, second = pairs // vocab_size, pairs % vocab_size
+    # One number that orders by count, and of equal counts puts the smaller id first.
+    rank = counts * vocab_size + (vocab_size - 1 - second)
+    best = torch.full((vocab_size,), -1).scatter_reduce(0, first, rank, "amax")
+    return torch.where(best < 0, -1, vocab_size - 1 - best % vocab_size)
+
+
+def bigram(successors: list[int], text: list[int], draft_length: int) -> list[int]:
+    """A chain of most frequent successors, ended by a token that has none."""
+    drafted = []
+    token = successors[text[-1]]
+    while token >= 0 and len(drafted) < draft_length:
+        drafted.append(token)
+        token = successors[token]
+    return drafted
+
+
+def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
+    """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
+    for length in (3, 2, 1):
+        for end in range(len(text) - 1, length - 1, -1):
+            # Most places fail at the first token, which is cheaper than a slice.
+            if text[end - 1] == text[-1] and text[end - length : end] == text[-length:]:
+                return text[end : end + draft_length]
+    return []
+
+
+def acceptance_of(drafts_at: Drafts, prompt: list[int], answer: list[int], steps: int) -> list[int]:
+    """Tokens that each round commits if `drafts_at(text, steps)` drafts for a greedy target.
+
+    As in `eagle3.decode.speculate` the first token of the answer comes from the prefill.
+    """
+    text, left, emitted = prompt + answer[:1], answer[1:], []
+    while left:
+        drafted = drafts_at(text, steps)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(drafted, left, strict=False))
+        # A round commits one more, the target's own; the last one what is left.
+        emitted.append(min(len(list(same)) + 1, len(left)))
+        text, left = text + left[: emitted[-1]], left[emitted[-1] :]
+    return emitted

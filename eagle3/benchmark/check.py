@@ -51,8 +51,7 @@ def check(
 ) -> None:
     """Print and write (check.json) what is found about `draft_path`, or else this run's own draft.
 
-    Prompts are decoded in chains of `draft_length`, unless `chat` is None, because the target has
-    no tokenizer. Raises RunError with a line for each thing that is wrong.
+    No prompt is decoded where `chat` is None. Raises RunError with a line for each thing wrong.
     """
     folder = locate(draft_path) if draft_path else run_dir / "draft"
     if not folder.exists():
@@ -147,7 +146,7 @@ def decode(
     draft_length: int,
     max_new_tokens: int,
 ) -> dict[str, float]:
-    """The acceptance length of greedy chains by the layers fed to the draft, such as `1,15,28`.
+    """The acceptance length of greedy chains by the layers fed, such as `1,15,28`.
 
     Where it is low, the other candidates are tried too. Raises ConfigError or RunError.
     """

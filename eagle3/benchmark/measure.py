@@ -10,10 +10,9 @@ from typing import Any
 
 from rich.progress import track
 
-from eagle3.benchmark.protocols import Task, setup_of
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
-from eagle3.benchmark.suites import OWN, SUITES, Question, load_questions, parse_suite
+from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
 from eagle3.errors import ConfigError
 from eagle3.runs.tracking import device_name
@@ -24,15 +23,11 @@ NOTHING_ACCEPTED = (
     "acceptance is exactly 1.0, no draft was ever accepted: it belongs to another target, or the "
     "engine runs it as EAGLE, not EAGLE3, or lacks some of its tensors; see stages=[check]"
 )
-Trials = dict[tuple[int, ...], dict[str, list[Trial]]]
-"""Of each config the trials of every suite, by its name."""
+Trials = dict[tuple[int, ...], dict[str, list[Trial]]]  # by config and name of the suite
 
 
 def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
-    """Measure a draft and, at every batch, the target alone; write benchmark.json, after errors too.
-
-    Raises ConfigError and RunError.
-    """
+    """Measure a draft, and the target alone; write benchmark.json. Raises ConfigError, RunError."""
     tasks = [prepare_task(suite, request, subject) for suite in request.suites]
     trials: Trials = {}
     with closing(request):
@@ -44,7 +39,8 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             # Hours may have gone into what was measured before an error or Ctrl-C.
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
-                partial, result = run_dir / "benchmark.partial", {"suites": suites, "protocol": facts}
+                result = {"suites": suites, "protocol": facts}
+                partial = run_dir / "benchmark.partial"
                 partial.write_text(json.dumps(result, indent=1, allow_nan=False))
                 partial.replace(run_dir / "benchmark.json")
 
@@ -52,20 +48,17 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
     """A suite of benchmark.suites with its questions. Raises ConfigError and RunError."""
     name, count = parse_suite(suite)
-    trained_with = subject.data.system_prompt
+    trained_with, path = subject.data.system_prompt, request.paths.get(name)
     setup = setup_of(request.protocol, name, request.system_prompt, trained_with)
-    path = request.paths.get(name)
     if name == "heldout" and path is None:
         # The held-out prompts are tokenised: behind another system prompt their rows are asked.
         same = setup.system_prompt == trained_with
         path = str(subject.heldout) if same else subject.data.eval_path
         if path is None:
-            problem = "benchmark.suites=heldout was tokenised behind another system prompt"
-            raise ConfigError(f"{problem}: set data.eval_path to conversations")
+            raise ConfigError("benchmark.system_prompt: for heldout, set data.eval_path as well")
     if request.max_new_tokens is not None:
         setup = replace(setup, max_new_tokens=request.max_new_tokens)
-    wanted = count and max(count, setup.shots)
-    questions = load_questions(name, wanted, path, subject.cache_dir)
+    questions = load_questions(name, count and max(count, setup.shots), path, subject.cache_dir)
     return Task(name, setup, questions[:count], questions[: setup.shots])
 
 
@@ -78,12 +71,9 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
         asked[key] = first if all(value == first for value in values.values()) else values
     digest = sha256(subject.chat.template.encode()).hexdigest()[:12]
     kinds = {"chain" if topk == 1 else "tree" for _, steps, topk, _ in request.configs if steps}
-    return {
-        "suites": request.suites,
-        "protocol": request.protocol,
-        **asked,
+    asked |= {key: getattr(request, key) for key in ("suites", "protocol", "temperature")}
+    return asked | {
         "template": f"{subject.data.chat_template}, sha256 {digest}",
-        "temperature": request.temperature,
         "seed": subject.seed,
         "drafting": " and ".join(sorted(kinds)) or "none",
         "timing": TIMING,
@@ -159,10 +149,10 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
     """What benchmark.json has of a suite: the configs that were measured, as was their baseline."""
     found = []
     for config in request.configs:
-        key, alone = tuple(config), (config[0], 0, 0, 0)
+        key, alone, steps = tuple(config), (config[0], 0, 0, 0), config[1]
         if key not in trials or alone not in trials:
             continue
-        pair, steps = (trials[key][suite], trials[alone][suite]), config[1]
+        pair = trials[key][suite], trials[alone][suite]
         row = {"config": config, "num_prompts": len(pair[0])}
         row |= acceptance(pair[0], steps, seed) | speed(*pair, seed)
         # Sampled answers differ by chance.
@@ -178,7 +168,7 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
 
 def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code: bool) -> dict:
     """Share of right first answers with the draft and without, where the suite can be scored."""
-    kind = SUITES.get(suite, OWN)
+    kind = SUITES.get(suite, SUITES["heldout"])
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
     right = {"score": 0, "baseline_score": 0}

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from eagle3.benchmark.protocols import SETUPS, Setup
 from eagle3.benchmark.statistics import Trial
-from eagle3.benchmark.suites import SUITES, parse_suite
+from eagle3.benchmark.suites import SETUPS, SUITES, Setup, parse_suite
 from eagle3.config import Data, OneOf, Within
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 import httpx
 from hydra.utils import instantiate
 
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.suites import Setup
 from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
@@ -148,10 +148,8 @@ def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
     files = read_any(folder)
     if files.is_speculators and not engine.reads_speculators:
         raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
-    found = list(rules.shape(files, target))
-    if not files.is_speculators:
-        found += rules.architecture(files, target)
+    form = [] if files.is_speculators else rules.architecture(files, target)
     # Not all rules: what only draws down acceptance is measured, and `check` says why.
-    for finding in found:
+    for finding in (*rules.shape(files, target), *form):
         if finding.severity == "wrong" and engine.name.lower() in finding.engines:
             raise RunError(f"draft at {folder}: {finding.sentence}")
