@@ -63,8 +63,8 @@ SENTENCES = {
     "benchmark.suites=[]": "benchmark.suites or benchmark.configs is empty",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
     "benchmark.protocol=specforg": "must be one of chat, specforge, eagle; did you mean spec",
-    "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be [batch, 0, 0, 0], a chain",
-    "benchmark.configs=[[4,3,1,5]]": "benchmark.configs=[4, 3, 1, 5] must be [batch, 0, 0, 0], a chain",
+    "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be [batch, 0, 0, 0]",
+    "benchmark.configs=[[4,3,1,5]]": "benchmark.configs=[4, 3, 1, 5] must be [batch, 0, 0, 0]",
     # files
     "data.path=no.jsonl": "data.path=no.jsonl does not exist; give a local file or folder, a hub",
     "draft_path=nowhere": "draft_path=nowhere does not exist",

@@ -18,7 +18,6 @@ from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.export.rules import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000
-Drafts = Callable[[list[int], int], list[int]]
 
 
 @dataclass(kw_only=True)
@@ -52,8 +51,7 @@ class Builtin(Request):
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
         limits = (setup.max_new_tokens, self.rules[tuple(config)])
-        device = self.target.embedding.device
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        ids = [torch.tensor(prompt, device=self.target.embedding.device) for prompt in prompts]
         generations = []
         for start in range(0, len(ids), batch):
             some = ids[start : start + batch]
@@ -104,10 +102,7 @@ def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
 
 @torch.inference_mode()
 def gap(target, drafted: Trial, baseline: Trial) -> float | None:
-    """How far the lower token, where answers part, lies below the best one; None if one goes on.
-
-    It is relative to the largest absolute logit.
-    """
+    """Where answers part: best less lower logit by the largest absolute; None if one goes on."""
     turn = [one != other for one, other in zip(drafted.ids, baseline.ids, strict=True)].index(True)
     pairs = list(zip(baseline.ids[turn], drafted.ids[turn], strict=False))
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
@@ -152,16 +147,14 @@ def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
     return []
 
 
-def acceptance_of(drafts_at: Drafts, prompt: list[int], answer: list[int], steps: int) -> list[int]:
-    """Tokens that each round commits if `drafts_at(text, steps)` drafts for a greedy target.
-
-    As in `eagle3.decode.speculate` the first token of the answer comes from the prefill.
-    """
+def acceptance_of(draft: Callable, prompt: list[int], answer: list[int], steps: int) -> list[int]:
+    """Tokens that each round commits if `draft(text, steps)` drafts for a greedy target."""
+    # As in decoding, the first token of the answer comes from the prefill.
     text, left, emitted = prompt + answer[:1], answer[1:], []
     while left:
-        drafted = drafts_at(text, steps)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(drafted, left, strict=False))
+        pairs = zip(draft(text, steps), left, strict=False)
+        same = list(takewhile(lambda pair: pair[0] == pair[1], pairs))
         # A round commits one more, the target's own; the last one what is left.
-        emitted.append(min(len(list(same)) + 1, len(left)))
+        emitted.append(min(len(same) + 1, len(left)))
         text, left = text + left[: emitted[-1]], left[emitted[-1] :]
     return emitted

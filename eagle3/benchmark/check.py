@@ -1,7 +1,4 @@
-"""The stage `check`: what is wrong with any EAGLE3 draft, by engine; a few prompts decoded with it.
-
-It needs neither data nor training; without the target's weights it judges the files alone.
-"""
+"""The stage `check`: what is wrong with any EAGLE3 draft, by engine; needs no data or training."""
 
 import json
 from collections.abc import Iterator
@@ -96,8 +93,7 @@ def check(
     if not findings:
         console.print("check: nothing found that matters in these engines")
     for layers, length in lengths.items():
-        chains = f"{length:.2f} in chains of {draft_length} drafts"
-        console.print(f"check: acceptance length {chains}, fed by layers {layers}")
+        console.print(f"check: acceptance length {length:.2f}, fed by layers {layers}")
     if errors:
         raise RunError("\nerror: ".join(errors))  # run.py puts the first `error: `
 

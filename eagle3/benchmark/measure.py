@@ -17,8 +17,6 @@ from eagle3.data.chat import Chat
 from eagle3.errors import ConfigError
 from eagle3.runs.tracking import device_name
 
-WARM_UP_TOKENS = 8
-TIMING = "batch 1: decoding alone; larger batches: from the first prompt to the last answer"
 NOTHING_ACCEPTED = (
     "acceptance is exactly 1.0, no draft was ever accepted: it belongs to another target, or the "
     "engine runs it as EAGLE, not EAGLE3, or lacks some of its tensors; see stages=[check]"
@@ -55,7 +53,7 @@ def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
         same = setup.system_prompt == trained_with
         path = str(subject.heldout) if same else subject.data.eval_path
         if path is None:
-            raise ConfigError("benchmark.system_prompt: for heldout, set data.eval_path as well")
+            raise ConfigError("heldout behind another system prompt: set data.eval_path as well")
     if request.max_new_tokens is not None:
         setup = replace(setup, max_new_tokens=request.max_new_tokens)
     questions = load_questions(name, count and max(count, setup.shots), path, subject.cache_dir)
@@ -67,8 +65,7 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
     asked = {}
     for key in ("max_new_tokens", "system_prompt", "shots", "stop"):
         values = {task.name: getattr(task.setup, key) for task in tasks}
-        first = getattr(tasks[0].setup, key)
-        asked[key] = first if all(value == first for value in values.values()) else values
+        asked[key] = values if len({*values.values()}) > 1 else getattr(tasks[0].setup, key)
     digest = sha256(subject.chat.template.encode()).hexdigest()[:12]
     kinds = {"chain" if topk == 1 else "tree" for _, steps, topk, _ in request.configs if steps}
     asked |= {key: getattr(request, key) for key in ("suites", "protocol", "temperature")}
@@ -76,21 +73,19 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
         "template": f"{subject.data.chat_template}, sha256 {digest}",
         "seed": subject.seed,
         "drafting": " and ".join(sorted(kinds)) or "none",
-        "timing": TIMING,
+        "timing": "batch 1: decoding alone; larger batches: from first prompt to last answer",
         "device": device_name(subject.target.device),
     }
 
 
 def in_order(configs: list[list[int]], side_by_side: bool) -> list[list[list[int]]]:
     """Groups of configs that are open at the same time, the baseline of every batch included."""
-    batches = dict.fromkeys(config[0] for config in configs)
+    alone = [[batch, 0, 0, 0] for batch in dict.fromkeys(config[0] for config in configs)]
     drafting = [config for config in configs if config[1] > 0]
-    alone = {batch: [batch, 0, 0, 0] for batch in batches}
     if side_by_side:
-        return [[alone[b], *(config for config in drafting if config[0] == b)] for b in batches]
+        return [[one, *(config for config in drafting if config[0] == one[0])] for one in alone]
     # A server restarts only where more than the batch changes.
-    every = sorted([*alone.values(), *drafting], key=lambda config: config[1:])
-    return [[config] for config in every]
+    return [[config] for config in sorted([*alone, *drafting], key=lambda config: config[1:])]
 
 
 def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat: Chat) -> Trials:
@@ -100,7 +95,7 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
         size = max(len(task.questions) for task in tasks)  # all at once keeps a server busy
     first = tasks[0]
     prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
-    warm_up = replace(first.setup, max_new_tokens=WARM_UP_TOKENS, stop=())
+    warm_up = replace(first.setup, max_new_tokens=8, stop=())
     for config in configs:
         request.open(config)
         request.answer(config, prompts, warm_up)

@@ -17,10 +17,7 @@ from eagle3.target.handle import TargetHandle
 
 @dataclass
 class Subject:
-    """What is measured; `heldout` is the file of prompts in the prepared data.
-
-    It and `prepared` are None where no suite needs them. Sampling and intervals depend on `seed`.
-    """
+    """What is measured; `heldout` is the prompts' file in `prepared`, None where no suite asks."""
 
     draft_folder: Path
     target: TargetHandle
@@ -34,12 +31,9 @@ class Subject:
 
 @dataclass(kw_only=True)
 class Request:
-    """The keys that every file of conf/benchmark has; its subclasses answer.
+    """The keys that every file of conf/benchmark has; its subclasses answer."""
 
-    `configs` are [batch, steps, topk, verify_tokens], and [batch, 0, 0, 0] the target alone.
-    """
-
-    configs: list[list[int]]
+    configs: list[list[int]]  # [batch, steps, topk, verify_tokens]; steps 0 is the target alone
     suites: list[str]
     protocol: Annotated[str, OneOf(tuple(SETUPS))]
     max_new_tokens: Annotated[int | None, Within(2, 1 << 20)]
@@ -80,8 +74,7 @@ def check_request(section: dict[str, Any]) -> None:
         raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
         if not can_run(config):
-            chain, tree = "[batch, steps, 1, steps + 1]", "[batch, steps, topk, verify_tokens]"
-            allowed = f"[batch, 0, 0, 0], a chain {chain} or a tree {tree}"
+            allowed = "[batch, 0, 0, 0], [batch, steps, 1, steps + 1] or [batch, steps, topk, nodes]"
             raise ConfigError(f"benchmark.configs={config} must be {allowed}")
     if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
         raise ConfigError(f"benchmark.suites={suites} names a suite twice; name each once")

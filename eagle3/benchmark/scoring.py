@@ -88,10 +88,7 @@ def ceval(answer: str, reference: str) -> bool:
 
 
 def humaneval(answer: str, reference: dict[str, str]) -> bool:
-    """Whether the answer's code passes the row's tests; runs it, see `passes`.
-
-    The code is the first fenced block that has the function, else the first, else all of it.
-    """
+    """Whether the code of the answer (the block with the function) passes the row's tests."""
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
     # An answer that was cut off has a block without an end.

@@ -26,8 +26,7 @@ DEATH_SECONDS = 5.0  # a process ends a while after its connections, and then it
 class Served(Request):
     """The fields are the keys of conf/benchmark/sglang.yaml.
 
-    A server at `url` answers the configs with a draft and one at `alone_url` those without. Where
-    one is None, servers are started, and kept while the next config differs in the batch only.
+    Where `url` or `alone_url` is None, servers are started, and kept while only the batch changes.
     """
 
     engine: Engine
@@ -92,8 +91,7 @@ class Served(Request):
             raise ConfigError(f"benchmark.configs={config}: {problem}; set benchmark.configs to it")
 
     def start_server(self, drafting: Drafting) -> Server:
-        engine, subject = self.engine, self.subject
-        port = choose_port(self.port, "benchmark.port")
+        engine, subject, port = self.engine, self.subject, choose_port(self.port, "benchmark.port")
         more = self.tp_size, self.mem_fraction_static, tuple(self.server_args)
         launch = Launch(subject.target.spec, self.python, port, *more)
         # Room for the largest batch, so that the server can stay for all of them.

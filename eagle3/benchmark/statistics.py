@@ -1,7 +1,4 @@
-"""From answers to acceptance, speed and equality, with intervals over prompts.
-
-P questions of a suite, R resamples of them.
-"""
+"""From answers to acceptance, speed and equality, with intervals by R resamples of P prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,7 +43,6 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     first = [answer.emitted[0] for answer in answers if answer.emitted]
     rounds = sum(answer.rounds for answer in answers)
     accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
-
     counts = [(trial.tokens, trial.rounds) for trial in trials]
     loop_free = Trial(Question(), answers=free)
     return {

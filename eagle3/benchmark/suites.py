@@ -17,29 +17,23 @@ from eagle3.errors import ConfigError, RunError
 
 @dataclass
 class Question:
-    """A conversation up to the first turn to be answered, or its `input_ids`; the `later` turns.
-
-    `reference` is what an answer is scored by.
-    """
+    """A conversation up to the first turn to be answered, or its `input_ids`; the `later` turns."""
 
     messages: Messages = field(default_factory=list)
     later: list[str] = field(default_factory=list)
     input_ids: list[int] | None = None
-    reference: Any = None
+    reference: Any = None  # what an answer is scored by
     id: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`read` takes a row of `source` and raises LookupError, TypeError or ValueError if it is none.
-
-    `runs_code`: scoring runs what the model wrote.
-    """
+    """`read` takes a row of `source`; LookupError, TypeError or ValueError say that it is none."""
 
     read: Callable[[dict], Question]
     source: Source | None = None
     score: Callable[[str, Any], bool] | None = None
-    runs_code: bool = False
+    runs_code: bool = False  # scoring runs what the model wrote
 
 
 def text(value: Any) -> str:
@@ -106,7 +100,7 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
 
 
 def load_questions(name: str, count: int | None, path: str | None, cache: str) -> list[Question]:
-    """The first `count` questions of a suite, or all; from `path`, else the hub or the file `name`.
+    """The first `count` questions, or all, of `path`, else of the hub or the file `name`.
 
     Raises RunError for a row that is none and for a suite without questions.
     """
@@ -150,10 +144,7 @@ def find_all_files(name: str, source: Source, cache: str) -> Iterator[DataFile]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Through the chat template, or else a plain text behind `shots` solved questions.
-
-    An answer ends before a text of `stop`.
-    """
+    """Through the chat template, or a plain text behind `shots` solved questions, up to `stop`."""
 
     max_new_tokens: int
     system_prompt: str | None = None
@@ -161,7 +152,7 @@ class Setup:
     stop: tuple[str, ...] = ()
 
 
-SETUPS: dict[str, dict[str, Setup]] = {
+SETUPS: dict[str, dict[str, Setup]] = {  # by protocol and suite; "" is every other suite
     # The plain question, behind the system prompt that the draft was trained with.
     "chat": {"": Setup(1024)},
     # What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes. GSM8K is a raw
@@ -177,7 +168,6 @@ SETUPS: dict[str, dict[str, Setup]] = {
     # them to the decoder, which then ends at 512: benchmark.max_new_tokens=512 does what they do.
     "eagle": {"": Setup(1024, "llama2")},
 }
-"""By protocol and suite; "" is every other suite."""
 
 
 def setup_of(protocol: str, suite: str, asked: str | None, trained_with: str | None) -> Setup:
