@@ -198,7 +198,7 @@ def test_running_servers(name, run, address):
         ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
         ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
         ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
-        ("sglang", None, r"no server answers at http://127\.0\.0\.1:9/"),
+        ("sglang", None, r"no server answers at http://127\.0\.0\.1:9 "),
     ],
 )
 def test_running_servers_that_do_not_fit(name, flags, words, run, address):

@@ -74,8 +74,8 @@ def check_request(section: dict[str, Any]) -> None:
         raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
         if not can_run(config):
-            allowed = "[batch, 0, 0, 0], [batch, steps, 1, steps + 1] or [batch, steps, topk, nodes]"
-            raise ConfigError(f"benchmark.configs={config} must be {allowed}")
+            known = "[batch, 0, 0, 0], [batch, steps, 1, steps + 1] or [batch, steps, topk, nodes]"
+            raise ConfigError(f"benchmark.configs={config} must be {known}")
     if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
         raise ConfigError(f"benchmark.suites={suites} names a suite twice; name each once")
     # A protocol is a promise of comparable numbers, which another system prompt would break.
