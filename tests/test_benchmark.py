@@ -10,13 +10,11 @@ from conftest import ROOT
 from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
-from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.builtin import read, ties
+from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
 from eagle3.benchmark.measure import benchmark
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject, check_request
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
-from eagle3.benchmark.suites import Question
+from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
 from eagle3.decode.speculate import Generation
 from eagle3.draft.flash import FlashCPU
@@ -189,7 +187,6 @@ MISTAKES = [
     ({"configs": []}, r"benchmark\.configs is empty"),
     ({"suites": []}, r"^benchmark\.suites or .* is empty"),
     ({"suites": ["heldout:2", "heldout:3"]}, "names a suite twice"),
-    ({"protocol": "eagel"}, r"benchmark\.protocol=eagel is unknown.*did you mean eagle"),
     ({"protocol": "eagle", "system_prompt": "x"}, r"system_prompt=x does not go with .*eagle"),
     ({"protocol": "specforge", "system_prompt": "x"}, r"system_prompt=x does not go with "),
     ({"paths": {"gsm9k": "."}}, r"benchmark\.paths\.gsm9k is no suite"),

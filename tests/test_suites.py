@@ -7,8 +7,7 @@ import pytest
 from conftest import ROOT
 
 from eagle3.benchmark import suites
-from eagle3.benchmark.protocols import Task, setup_of
-from eagle3.benchmark.suites import SUITES, load_questions, parse_suite
+from eagle3.benchmark.suites import SUITES, Task, load_questions, parse_suite, setup_of
 from eagle3.config import Source
 from eagle3.data.chat import SYSTEM_PROMPTS, Chat
 from eagle3.errors import ConfigError, RunError

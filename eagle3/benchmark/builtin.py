@@ -1,16 +1,17 @@
 """`benchmark=builtin`: the reference decoder in this process, with the draft and without."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from eagle3.benchmark.baselines import acceptance_of, bigram, bigram_table, prompt_lookup
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, ratio
+from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, Sampling, generate, speculate
 from eagle3.engines.engine import Answer, answer_of_rounds
@@ -27,16 +28,15 @@ class Builtin(Request):
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Load the draft, then the target."""
-        prepared = subject.prepared
         # The decoder attends to caches of its own, so the draft needs none of the backends.
         draft = read_draft(subject.draft_folder, None, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
         self.target = subject.target.load()
         self.chat, self.seed, self.rules = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
-        if prepared is not None:
-            count = min(len(prepared), BIGRAM_CONVERSATIONS)
-            texts = (prepared.document(i)[1] for i in range(count))
+        if subject.prepared is not None:
+            count = min(len(subject.prepared), BIGRAM_CONVERSATIONS)
+            texts = (subject.prepared.document(i)[1] for i in range(count))
             successors = bigram_table(texts, len(self.target.embedding)).tolist()
             self.costless["bigram"] = partial(bigram, successors)
         dtype = str(self.target.embedding.dtype).removeprefix("torch.")
@@ -51,8 +51,7 @@ class Builtin(Request):
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
         limits = (setup.max_new_tokens, self.rules[tuple(config)])
-        device = self.target.embedding.device
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        ids = [torch.tensor(prompt, device=self.target.embedding.device) for prompt in prompts]
         generations = []
         for start in range(0, len(ids), batch):
             some = ids[start : start + batch]
@@ -64,24 +63,19 @@ class Builtin(Request):
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
-        turns = [
-            (prompt, answer.ids)
-            for trial in baseline
-            for prompt, answer in zip(trial.prompts, trial.answers, strict=True)
-        ]
         columns = {}
         for name, draft in self.costless.items():
-            emitted = [n for turn in turns for n in acceptance_of(draft, *turn, steps)]
+            emitted: list[int] = []
+            for trial in baseline:
+                for prompt, ids in zip(trial.prompts, trial.ids, strict=True):
+                    emitted += acceptance_of(draft, prompt, ids, steps)
             columns[name] = ratio(sum(emitted), len(emitted))
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
 def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
-    """The answer, ended at the first token that completes a text of `stop`.
-
-    Its seconds are then in proportion to the rounds that are left.
-    """
-    ids = generation.ids
+    """The answer, ended at the first token that completes a text of `stop`."""
+    ids, seconds = generation.ids, generation.decode_seconds
     for length in range(1, len(ids)) if stop else ():
         text = chat.decode(ids[:length])
         if any(end in text for end in stop):
@@ -89,18 +83,14 @@ def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) 
             break
     text = chat.decode(ids)
     text = min((text.partition(end)[0] for end in stop), key=len, default=text)
-    seconds = generation.decode_seconds
     answer = answer_of_rounds(ids, text, generation.accepted, steps, seconds)
-    if len(ids) < len(generation.ids):
-        answer.seconds *= answer.rounds / len(generation.emitted)
+    # Rounds behind the end took time as well, which is not the answer's.
+    answer.seconds *= answer.rounds / max(len(generation.emitted), 1)
     return answer
 
 
 def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
-    """Where answers differ: `lossless` is "tie" if they do so only after near ties.
-
-    `tie_gap` is the widest gap. Empty where all are equal, or one answer only goes on.
-    """
+    """`lossless` is "tie", and `tie_gap` the widest, where answers differ after near ties only."""
     pairs = zip(drafted, baseline, strict=True)
     gaps = [gap(target, one, other) for one, other in pairs if one.ids != other.ids]
     if not gaps or None in gaps:
@@ -112,11 +102,7 @@ def ties(target, drafted: list[Trial], baseline: list[Trial]) -> dict:
 
 @torch.inference_mode()
 def gap(target, drafted: Trial, baseline: Trial) -> float | None:
-    """How close the target was to choosing the other token where two answers part.
-
-    It is how far the lower of the two tokens lies below the target's best, relative to the largest
-    absolute logit; None where one answer only goes on behind the other.
-    """
+    """Where answers part: best less lower logit by the largest absolute; None if one goes on."""
     turn = [one != other for one, other in zip(drafted.ids, baseline.ids, strict=True)].index(True)
     pairs = list(zip(baseline.ids[turn], drafted.ids[turn], strict=False))
     place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
@@ -128,3 +114,47 @@ def gap(target, drafted: Trial, baseline: Trial) -> float | None:
     _, last = target.states(ids, torch.arange(len(ids), device=ids.device))
     logits = target.lm_head(last[-1:])[0].float()
     return float((logits.max() - logits[list(pairs[place])].min()) / logits.abs().max())
+
+
+def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
+    """int64 [V]: each token's most frequent successor (the smallest id of these), -1 for none."""
+    pairs = torch.cat([ids[:-1].long() * vocab_size + ids[1:] for ids in conversations])
+    pairs, counts = pairs.unique(return_counts=True)
+    first, second = pairs // vocab_size, pairs % vocab_size
+    # One number that orders by count, and of equal counts puts the smaller id first.
+    rank = counts * vocab_size + (vocab_size - 1 - second)
+    best = torch.full((vocab_size,), -1).scatter_reduce(0, first, rank, "amax")
+    return torch.where(best < 0, -1, vocab_size - 1 - best % vocab_size)
+
+
+def bigram(successors: list[int], text: list[int], draft_length: int) -> list[int]:
+    """A chain of most frequent successors, ended by a token that has none."""
+    drafted = []
+    token = successors[text[-1]]
+    while token >= 0 and len(drafted) < draft_length:
+        drafted.append(token)
+        token = successors[token]
+    return drafted
+
+
+def prompt_lookup(text: list[int], draft_length: int) -> list[int]:
+    """What followed the latest earlier occurrence of the longest n-gram, 3 to 1, at the end."""
+    for length in (3, 2, 1):
+        for end in range(len(text) - 1, length - 1, -1):
+            # Most places fail at the first token, which is cheaper than a slice.
+            if text[end - 1] == text[-1] and text[end - length : end] == text[-length:]:
+                return text[end : end + draft_length]
+    return []
+
+
+def acceptance_of(draft: Callable, prompt: list[int], answer: list[int], steps: int) -> list[int]:
+    """Tokens that each round commits if `draft(text, steps)` drafts for a greedy target."""
+    # As in decoding, the first token of the answer comes from the prefill.
+    text, left, emitted = prompt + answer[:1], answer[1:], []
+    while left:
+        pairs = zip(draft(text, steps), left, strict=False)
+        same = list(takewhile(lambda pair: pair[0] == pair[1], pairs))
+        # A round commits one more, the target's own; the last one what is left.
+        emitted.append(min(len(same) + 1, len(left)))
+        text, left = text + left[: emitted[-1]], left[emitted[-1] :]
+    return emitted

@@ -1,7 +1,6 @@
 """Every benchmark: suites x configs, then statistics, scores and benchmark.json."""
 
 import json
-import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -9,35 +8,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
-from eagle3.benchmark.protocols import Task, setup_of
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
-from eagle3.benchmark.suites import OWN, SUITES, Question, load_questions, parse_suite
+from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
 from eagle3.errors import ConfigError
 from eagle3.runs.tracking import device_name
 
-WARM_UP_TOKENS = 8
-TIMING = "batch 1: decoding alone; larger batches: from the first prompt to the last answer"
 NOTHING_ACCEPTED = (
-    "acceptance is exactly 1.0: no drafted token was ever accepted. Usual causes: the draft "
-    "belongs to another target or chat template; the engine runs it as EAGLE, not EAGLE3; the "
-    "engine did not find some of its tensors (check its log, or stages=[check]); auxiliary layers "
-    "are off by one; d2t holds ids where the engine wants offsets"
+    "acceptance is exactly 1.0, no draft was ever accepted: it belongs to another target, or the "
+    "engine runs it as EAGLE, not EAGLE3, or lacks some of its tensors; see stages=[check]"
 )
-Trials = dict[tuple[int, ...], dict[str, list[Trial]]]
-"""Of each config the trials of every suite, by its name."""
-console = Console(markup=False)
+Trials = dict[tuple[int, ...], dict[str, list[Trial]]]  # by config and name of the suite
 
 
 def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
-    """Measure a draft, and the target alone at every batch of the configs; write benchmark.json.
-
-    Raises ConfigError and RunError; what was measured before is written then too.
-    """
+    """Measure a draft, and the target alone; write benchmark.json. Raises ConfigError, RunError."""
     tasks = [prepare_task(suite, request, subject) for suite in request.suites]
     trials: Trials = {}
     with closing(request):
@@ -49,29 +37,26 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             # Hours may have gone into what was measured before an error or Ctrl-C.
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
-                partial = run_dir / "benchmark.partial"
                 result = {"suites": suites, "protocol": facts}
+                partial = run_dir / "benchmark.partial"
                 partial.write_text(json.dumps(result, indent=1, allow_nan=False))
-                os.replace(partial, run_dir / "benchmark.json")
+                partial.replace(run_dir / "benchmark.json")
 
 
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
     """A suite of benchmark.suites with its questions. Raises ConfigError and RunError."""
     name, count = parse_suite(suite)
-    trained_with = subject.data.system_prompt
+    trained_with, path = subject.data.system_prompt, request.paths.get(name)
     setup = setup_of(request.protocol, name, request.system_prompt, trained_with)
-    path = request.paths.get(name)
     if name == "heldout" and path is None:
         # The held-out prompts are tokenised: behind another system prompt their rows are asked.
         same = setup.system_prompt == trained_with
         path = str(subject.heldout) if same else subject.data.eval_path
         if path is None:
-            problem = "benchmark.suites: heldout is tokenised behind data.system_prompt; to ask it"
-            raise ConfigError(f"{problem} otherwise, set data.eval_path to conversations")
+            raise ConfigError("heldout behind another system prompt: set data.eval_path as well")
     if request.max_new_tokens is not None:
         setup = replace(setup, max_new_tokens=request.max_new_tokens)
-    wanted = count and max(count, setup.shots)
-    questions = load_questions(name, wanted, path, subject.cache_dir)
+    questions = load_questions(name, count and max(count, setup.shots), path, subject.cache_dir)
     return Task(name, setup, questions[:count], questions[: setup.shots])
 
 
@@ -80,47 +65,37 @@ def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str,
     asked = {}
     for key in ("max_new_tokens", "system_prompt", "shots", "stop"):
         values = {task.name: getattr(task.setup, key) for task in tasks}
-        first, *others = values.values()
-        asked[key] = values if any(other != first for other in others) else first
+        asked[key] = values if len({*values.values()}) > 1 else getattr(tasks[0].setup, key)
     digest = sha256(subject.chat.template.encode()).hexdigest()[:12]
     kinds = {"chain" if topk == 1 else "tree" for _, steps, topk, _ in request.configs if steps}
-    return {
-        "suites": request.suites,
-        "protocol": request.protocol,
-        **asked,
+    asked |= {key: getattr(request, key) for key in ("suites", "protocol", "temperature")}
+    return asked | {
         "template": f"{subject.data.chat_template}, sha256 {digest}",
-        "temperature": request.temperature,
         "seed": subject.seed,
         "drafting": " and ".join(sorted(kinds)) or "none",
-        "timing": TIMING,
+        "timing": "batch 1: decoding alone; larger batches: from first prompt to last answer",
         "device": device_name(subject.target.device),
     }
 
 
 def in_order(configs: list[list[int]], side_by_side: bool) -> list[list[list[int]]]:
     """Groups of configs that are open at the same time, the baseline of every batch included."""
-    batches = dict.fromkeys(config[0] for config in configs)
+    alone = [[batch, 0, 0, 0] for batch in dict.fromkeys(config[0] for config in configs)]
     drafting = [config for config in configs if config[1] > 0]
-    alone = {batch: [batch, 0, 0, 0] for batch in batches}
     if side_by_side:
-        return [[alone[b], *(config for config in drafting if config[0] == b)] for b in batches]
+        return [[one, *(config for config in drafting if config[0] == one[0])] for one in alone]
     # A server restarts only where more than the batch changes.
-    every = sorted([*alone.values(), *drafting], key=lambda config: config[1:])
-    return [[config] for config in every]
+    return [[config] for config in sorted([*alone, *drafting], key=lambda config: config[1:])]
 
 
 def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat: Chat) -> Trials:
-    """The trials of every suite under configs of one batch, with all of them open at once.
-
-    They answer groups of questions in an order that turns round from group to group, so that a
-    machine that grows slower favours none.
-    """
+    """The trials of every suite under configs of one batch, with all of them open at once."""
     batch = size = configs[0][0]
     if len(configs) == 1 and batch > 1:
         size = max(len(task.questions) for task in tasks)  # all at once keeps a server busy
     first = tasks[0]
     prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
-    warm_up = replace(first.setup, max_new_tokens=WARM_UP_TOKENS, stop=())
+    warm_up = replace(first.setup, max_new_tokens=8, stop=())
     for config in configs:
         request.open(config)
         request.answer(config, prompts, warm_up)
@@ -131,21 +106,17 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
     ]
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
     turns = list(configs)
-    title = "benchmark" if len(configs) > 1 else f"benchmark {configs[0]}"
-    for task, questions in track(groups, description=title, transient=True):
+    for task, questions in track(groups, description=f"benchmark {turns[-1]}", transient=True):
         for config in turns:
             trials[tuple(config)][task.name] += ask(request, config, questions, task, chat)
-        turns.reverse()
+        turns.reverse()  # a machine that grows slower favours none
     return trials
 
 
 def ask(
     request: Request, config: list[int], questions: list[Question], task: Task, chat: Chat
 ) -> list[Trial]:
-    """All turns of these questions, each after the model's own answers to the turns before.
-
-    Seconds are those the answers report; at larger batches those of the clock.
-    """
+    """All turns of these questions, each after the model's own answers to the turns before."""
     trials = [Trial(question) for question in questions]
     wall = 0.0
     for turn in range(1 + max(len(question.later) for question in questions)):
@@ -173,10 +144,10 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
     """What benchmark.json has of a suite: the configs that were measured, as was their baseline."""
     found = []
     for config in request.configs:
-        key, alone = tuple(config), (config[0], 0, 0, 0)
+        key, alone, steps = tuple(config), (config[0], 0, 0, 0), config[1]
         if key not in trials or alone not in trials:
             continue
-        pair, steps = (trials[key][suite], trials[alone][suite]), config[1]
+        pair = trials[key][suite], trials[alone][suite]
         row = {"config": config, "num_prompts": len(pair[0])}
         row |= acceptance(pair[0], steps, seed) | speed(*pair, seed)
         # Sampled answers differ by chance.
@@ -185,25 +156,21 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
         row |= request.extra_columns(*pair, steps)
         if steps > 0 and row["acceptance_length"] == 1:
             row["warning"] = NOTHING_ACCEPTED
-            line = f"benchmark: {suite} {config}: {NOTHING_ACCEPTED}"
-            console.print(line, style="yellow", soft_wrap=True)
+            print(f"benchmark: {suite} {config}: {NOTHING_ACCEPTED}")
         found.append(row)
     return found
 
 
 def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code: bool) -> dict:
     """Share of right first answers with the draft and without, where the suite can be scored."""
-    kind = SUITES.get(suite, OWN)
+    kind = SUITES.get(suite, SUITES["heldout"])
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
-
-    def key(trial: Trial) -> tuple[str, str]:
-        return trial.question.id, trial.answers[0].text
-
-    # Equal answers are scored once: code takes seconds to run.
-    references = {key(trial): trial.question.reference for trial in (*drafted, *baseline)}
-    right = {each: kind.score(each[1], reference) for each, reference in references.items()}
-    score, alone = (
-        sum(right[key(trial)] for trial in trials) / len(trials) for trials in (drafted, baseline)
-    )
-    return {"score": score, "baseline_score": alone, "num_scored": len(drafted)}
+    right = {"score": 0, "baseline_score": 0}
+    for one, other in zip(drafted, baseline, strict=True):
+        text, alone, reference = one.answers[0].text, other.answers[0].text, one.question.reference
+        score = kind.score(alone, reference)
+        right["baseline_score"] += score
+        # Equal answers are scored once: code takes seconds to run.
+        right["score"] += score if text == alone else kind.score(text, reference)
+    return {name: n / len(drafted) for name, n in right.items()} | {"num_scored": len(drafted)}

@@ -1,7 +1,6 @@
 """Whether an answer is right: one function a suite, of the answer's text and the row's reference.
 
-They are simple and the same for every config, so they tell whether drafting loses something, and
-they are not the graders behind published scores.
+They show whether drafting loses something, and are not the graders behind published scores.
 """
 
 import os
@@ -42,30 +41,20 @@ def last_number(text: str) -> Fraction | None:
 
 
 def math500(answer: str, reference: str) -> bool:
-    r"""What stands in the last \boxed, else the last number, equals the reference.
-
-    As a number, or as text without spaces, units in \text and LaTeX that changes only the looks.
-    """
-    given = boxed(answer)
-    if given is None:
-        given = ["", *NUMBER.findall(answer)][-1]
+    r"""What stands in the last \boxed, else the last number, equals the reference."""
+    _, found, rest = answer.rpartition("\\boxed{")
+    given, depth = ["", *NUMBER.findall(answer)][-1], 1
+    for place, letter in enumerate(rest if found else ""):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if depth == 0:
+            given = rest[:place]
+            break
     given, wanted = plain(given), plain(reference)
     return given == wanted or (value(given) is not None and value(given) == value(wanted))
 
 
-def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} holds."""
-    _, found, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for place, letter in enumerate(rest if found else ""):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if depth == 0:
-            return rest[:place]
-    return None
-
-
 def plain(latex: str) -> str:
-    """LaTeX without what changes only its looks."""
+    """LaTeX without spaces, units in \\text and what changes only its looks."""
     latex = re.sub(r"\\(?:left|right|[!,;:]|displaystyle|%)|\\?\$|(?<!\\)%", "", latex)
     latex = re.sub(r"\\[dt]frac", r"\\frac", latex)
     latex = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", latex)
@@ -99,25 +88,21 @@ def ceval(answer: str, reference: str) -> bool:
 
 
 def humaneval(answer: str, reference: dict[str, str]) -> bool:
-    """Whether the answer's code passes the row's tests; runs it, see `passes`.
-
-    The code is the first fenced block that has the function, else the first, else all of it. Before
-    it stands what the row's prompt has before the function, or all of it if the answer goes on.
-    """
+    """Whether the code of the answer (the block with the function) passes the row's tests."""
     prompt, name = reference["prompt"], reference["entry_point"]
     head = f"def {name}("
     # An answer that was cut off has a block without an end.
     blocks = re.findall(r"```[^\n]*\n(.*?)(?:```|\Z)", answer, re.DOTALL) or [answer]
     code = next((block for block in blocks if head in block), blocks[0])
+    # Imports and helpers of the prompt stay; an answer that only goes on needs all of it.
     before = prompt[: prompt.rfind(head)] if head in code else prompt
     return passes(f"{before}{code}\n\n{reference['test']}\n\ncheck({name})\n")
 
 
 def passes(source: str) -> bool:
-    """Whether `source` runs through in a Python of its own, with an empty folder and environment.
+    """Whether `source` runs through in a Python of its own, limited and in an empty folder.
 
-    Time, memory, files and processes are limited, and there is no network where the kernel can take
-    it away. It guards against accidents and is no prison: what reads files can read ours.
+    It has no network where the kernel can take it away. This is no prison: it can read our files.
     """
     with TemporaryDirectory() as folder:
         path = f"{folder}/answer.py"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar
 import httpx
 from hydra.utils import instantiate
 
-from eagle3.benchmark.protocols import Setup
 from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.suites import Setup
 from eagle3.config import Within
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
@@ -19,17 +19,14 @@ from eagle3.export.read import read_any
 from eagle3.runs.logger import redact
 from eagle3.target.spec import TargetSpec
 
-DEATH_SECONDS = 5.0
+DEATH_SECONDS = 5.0  # a process ends a while after its connections, and then its log says why
 
 
 @dataclass(kw_only=True)
 class Served(Request):
-    """The fields are the keys of conf/benchmark/sglang.yaml; `engine` describes which one it is.
+    """The fields are the keys of conf/benchmark/sglang.yaml.
 
-    `python` is an interpreter that has it. A server at `url` answers the configs with a draft and
-    one at `alone_url` those without; where one is None, servers are started on `port`, ready within
-    `ready_seconds`. A started server is kept while the next config needs the same one: the batch is
-    only how many requests are under way. An answer may take `timeout` seconds.
+    Where `url` or `alone_url` is None, servers are started, and kept while only the batch changes.
     """
 
     engine: Engine
@@ -47,37 +44,30 @@ class Served(Request):
     server: Server | None = field(default=None, init=False)
     drafting: Drafting | None = field(default=None, init=False)
 
+    def __post_init__(self):
+        self.python = interpreter(self.engine.name.lower(), self.python)
+
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
         request = instantiate(section)
         trees = [config for config in request.configs if config[2] > 1]
         if trees and not request.engine.drafts_trees:
-            problem = f"benchmark.configs={trees[0]} is a tree, but {request.engine.name} drafts"
-            raise ConfigError(f"{problem} chains only; take benchmark=sglang or benchmark=builtin")
+            problem = f"benchmark.configs={trees[0]} is a tree"
+            raise ConfigError(f"{problem}, which needs benchmark=sglang or benchmark=builtin")
         request.find_engine()
 
     def find_engine(self) -> str | None:
         """Its version; None where no server is started. Raises ConfigError where it is missing."""
         if self.url and self.alone_url:
             return None
-        return self.engine.find(self.interpreter, "benchmark.python")
-
-    @property
-    def interpreter(self) -> str:
-        return interpreter(self.engine.name.lower(), self.python)
+        return self.engine.find(self.python, "benchmark.python")
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
         check_draft(subject.draft_folder, subject.target.spec, self.engine)
-        facts = {
-            "runner": self.engine.name.lower(),
-            "version": self.find_engine(),
-            "tp_size": self.tp_size,
-            "server_args": self.server_args,
-            "url": self.url,
-            "alone_url": self.alone_url,
-            "dtype": subject.target.spec.dtype,
-        }
+        facts = {"runner": self.engine.name.lower(), "version": self.find_engine()}
+        facts |= {key: getattr(self, key) for key in ("tp_size", "server_args", "url", "alone_url")}
+        facts["dtype"] = subject.target.spec.dtype
         if self.url:
             facts["device"] = None  # the server's machine may be another one
         subject.target.close()
@@ -98,27 +88,18 @@ class Served(Request):
         actual = self.engine.read_drafting(self.get)
         if actual != drafting:
             problem = f"{url} drafts with [steps, topk, verify_tokens] = {list(actual)}"
-            remedy = "set benchmark.configs to that, or leave its address out"
-            raise ConfigError(f"benchmark.configs={config}: {problem}; {remedy}")
+            raise ConfigError(f"benchmark.configs={config}: {problem}; set benchmark.configs to it")
 
     def start_server(self, drafting: Drafting) -> Server:
-        subject, port = self.subject, choose_port(self.port, "benchmark.port")
+        engine, subject, port = self.engine, self.subject, choose_port(self.port, "benchmark.port")
         more = self.tp_size, self.mem_fraction_static, tuple(self.server_args)
-        launch = Launch(subject.target.spec, self.interpreter, port, *more)
+        launch = Launch(subject.target.spec, self.python, port, *more)
         # Room for the largest batch, so that the server can stay for all of them.
-        batch = max(config[0] for config in self.configs)
-        draft = str(subject.draft_folder)
-        name = "-".join(map(str, [self.engine.name.lower(), *drafting]))
-        server = Server(
-            self.engine.benchmark_command(launch, draft, drafting, batch, subject.seed),
-            f"http://127.0.0.1:{port}",
-            environment={},
-            log=self.run_dir / f"{name}.log",
-            ready_seconds=self.ready_seconds,
-            health_path=self.engine.health_path,
-            name=self.engine.name,
-        )
-        return server.__enter__()
+        batch, draft = max(config[0] for config in self.configs), str(subject.draft_folder)
+        command = engine.benchmark_command(launch, draft, drafting, batch, subject.seed)
+        log = self.run_dir / ("-".join(map(str, [engine.name.lower(), *drafting])) + ".log")
+        url, waits = f"http://127.0.0.1:{port}", (self.ready_seconds, engine.health_path)
+        return Server(command, url, {}, log, *waits, engine.name).__enter__()
 
     def close(self) -> None:
         if self.server is not None:
@@ -127,11 +108,10 @@ class Served(Request):
 
     def get(self, path: str) -> httpx.Response:
         """Raises RunError where nobody answers; a refusal is an answer."""
-        url, timeout = self.address + path, min(30.0, self.timeout)
         try:
-            return httpx.get(url, timeout=timeout, trust_env=False)
+            return httpx.get(self.address + path, timeout=30, trust_env=False)
         except httpx.HTTPError as error:
-            raise RunError(f"no server answers at {url} ({error}); check its address") from error
+            raise RunError(f"no server answers at {self.address} ({error})") from error
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         limits = (setup.max_new_tokens, setup.stop, self.temperature)
@@ -139,8 +119,7 @@ class Served(Request):
         return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
     async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
-        # Always `batch` under way: the next question goes out as soon as an answer is there, and
-        # waits for its connection as long as that takes.
+        # Always `batch` under way: the next question waits for a connection, however long.
         limits = httpx.Limits(max_connections=batch)
         timeout = httpx.Timeout(self.timeout, pool=None)
         async with httpx.AsyncClient(timeout=timeout, trust_env=False, limits=limits) as client:
@@ -148,7 +127,6 @@ class Served(Request):
             return await asyncio.gather(*(self.post(client, body, steps) for body in bodies))
 
     async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
-        """Raises RunError, with the end of the server's log if it ended over this request."""
         reason = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
@@ -157,23 +135,19 @@ class Served(Request):
                 return self.engine.read_reply(response.json(), steps)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()
-        # A process ends a while after its connections, and then its log says why.
         if self.server is not None:
             self.server.check(DEATH_SECONDS)
-        limit = f"within benchmark.timeout={self.timeout:g} seconds"
-        raise RunError(f"{self.address} gave no usable answer {limit}: {reason}")
+        limit = f"benchmark.timeout={self.timeout:g}"
+        raise RunError(f"{self.address} gave no usable answer within {limit}: {reason}")
 
 
 def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
     """Raise RunError unless the engine reads the draft's form, and it is one of this target."""
     files = read_any(folder)
     if files.is_speculators and not engine.reads_speculators:
-        form = "has the form of speculators, which"
-        raise RunError(f"draft at {folder} {form} {engine.name} does not read")
-    found = list(rules.shape(files, target))
-    if not files.is_speculators:
-        found += rules.architecture(files, target)
+        raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
+    form = [] if files.is_speculators else rules.architecture(files, target)
     # Not all rules: what only draws down acceptance is measured, and `check` says why.
-    for finding in found:
+    for finding in (*rules.shape(files, target), *form):
         if finding.severity == "wrong" and engine.name.lower() in finding.engines:
             raise RunError(f"draft at {folder}: {finding.sentence}")

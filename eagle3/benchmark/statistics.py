@@ -1,7 +1,4 @@
-"""From answers to acceptance, speed and equality, with intervals over prompts.
-
-P questions of a suite, R resamples of them.
-"""
+"""From answers to acceptance, speed and equality, with intervals by R resamples of P prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,26 +36,19 @@ class Trial:
 
 
 def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
-    """Acceptance length in all its forms; None where no round was needed or none is reported.
-
-    `accepted_by_position`: share of rounds in which the draft at position 1..steps was accepted.
-    """
+    """Acceptance length in all its forms; None where no round was needed or none is reported."""
     answers = [answer for trial in trials for answer in trial.answers]
     # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
     free = [answer for answer in answers if not is_loop(answer.ids)]
     first = [answer.emitted[0] for answer in answers if answer.emitted]
     rounds = sum(answer.rounds for answer in answers)
     accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
-
-    def length(answers: list[Answer]) -> float | None:
-        tokens = sum(len(answer.ids) - 1 for answer in answers)
-        return ratio(tokens, sum(answer.rounds for answer in answers))
-
     counts = [(trial.tokens, trial.rounds) for trial in trials]
+    loop_free = Trial(Question(), answers=free)
     return {
-        "acceptance_length": length(answers),
+        "acceptance_length": ratio(sum(trial.tokens for trial in trials), rounds),
         "interval95": interval95(counts, torch.div, seed),
-        "acceptance_length_loop_free": length(free),
+        "acceptance_length_loop_free": ratio(loop_free.tokens, loop_free.rounds),
         "loops": len(answers) - len(free),
         "first_round": ratio(sum(first), len(first)),
         "accepted_by_position": [ratio(count, rounds) for count in accepted],
@@ -67,10 +57,8 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
 
 def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:
     """Tokens per second with the draft and without it, each question with itself."""
-    counts = [
-        (one.tokens, one.seconds, other.tokens, other.seconds)
-        for one, other in zip(drafted, baseline, strict=True)
-    ]
+    pairs = zip(drafted, baseline, strict=True)
+    counts = [(one.tokens, one.seconds, other.tokens, other.seconds) for one, other in pairs]
     # Ratios of sums: a mean of ratios would count a short answer as much as a long one.
     tokens, seconds, base_tokens, base_seconds = map(sum, zip(*counts, strict=True))
     with_draft, without = ratio(tokens, seconds), ratio(base_tokens, base_seconds)
@@ -92,9 +80,7 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return float(numerator / denominator) if denominator and numerator is not None else None
 
 
-def interval95(
-    counts: list[tuple[float, ...]], statistic: Callable[..., torch.Tensor], seed: int
-) -> list[float] | None:
+def interval95(counts: list[tuple[float, ...]], statistic: Callable, seed: int) -> list | None:
     """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R]."""
     columns = torch.tensor(counts, dtype=torch.float64).T
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Suites of questions. A suite is a data set and a function that reads its rows."""
+"""Suites of questions, a data set and a function that reads its rows, and how they are asked."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,39 +9,31 @@ from typing import Any
 
 from eagle3.benchmark import scoring
 from eagle3.config import Source, nearest
-from eagle3.data.chat import Messages
-from eagle3.data.rows import RowError, read_conversation
+from eagle3.data.chat import Chat, Messages, with_system
+from eagle3.data.rows import read_conversation
 from eagle3.data.sources import SUFFIXES, DataFile, decode, find_files, raw_rows
 from eagle3.errors import ConfigError, RunError
 
 
 @dataclass
 class Question:
-    """A conversation up to the first turn to be answered, and the user's `later` turns.
-
-    Or its `input_ids`. `reference` is what an answer is scored by; in a suite that can be shown as
-    solved it is the solution.
-    """
+    """A conversation up to the first turn to be answered, or its `input_ids`; the `later` turns."""
 
     messages: Messages = field(default_factory=list)
     later: list[str] = field(default_factory=list)
     input_ids: list[int] | None = None
-    reference: Any = None
+    reference: Any = None  # what an answer is scored by
     id: str = ""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """`source` on the hub (subset `*`: all, in order), `read` a row of it, `score` an answer.
-
-    `read` raises RowError, KeyError, TypeError or ValueError for what is no row of the suite.
-    `runs_code`: scoring runs what the model wrote.
-    """
+    """`read` takes a row of `source`; LookupError, TypeError or ValueError say that it is none."""
 
     read: Callable[[dict], Question]
     source: Source | None = None
     score: Callable[[str, Any], bool] | None = None
-    runs_code: bool = False
+    runs_code: bool = False  # scoring runs what the model wrote
 
 
 def text(value: Any) -> str:
@@ -56,12 +48,9 @@ def user_turns(*turns: str, reference: Any = None) -> Question:
 
 
 def conversation(row: dict) -> Question:
-    """A row of one's own: prompts as `prepare` holds them out (`id`, `input_ids`), the user's
-    `turns` or a `prompt`, or any conversation, of which the last user turn is asked.
-    """
-    # Prompts of `prepare` are what the target reads: a template around them would be a second one.
+    """`id` and `input_ids` of `prepare`, the user's `turns` or `prompt`, or any conversation."""
     if "input_ids" in row:
-        return Question(input_ids=row["input_ids"], id=row["id"])
+        return Question(input_ids=row["input_ids"], id=row["id"])  # behind a template already
     turns = row.get("turns", row.get("prompt"))
     if turns is None or "messages" in row:
         return Question(read_conversation(row).messages)
@@ -69,7 +58,6 @@ def conversation(row: dict) -> Question:
 
 
 def with_answer(question: str, row: dict) -> Question:
-    """A row whose column `question` is asked, and `answer` is the reference."""
     return user_turns(row[question], reference=text(row["answer"]))
 
 
@@ -97,47 +85,38 @@ SUITES = {
     # Every subject; the answers of the test split are not public.
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
 }
-# A file of one's own is read as the held-out prompts are.
-OWN = SUITES["heldout"]
 
 
 def parse_suite(spec: str) -> tuple[str, int | None]:
-    """`name:num_prompts`, or `name` for all of them (None); a name is a suite's or a local file.
-
-    Raises ConfigError.
-    """
+    """`name:num_prompts`, or `name` for all (None), of a suite or a file. Raises ConfigError."""
     # Only what stands behind the last colon is a count: paths may hold colons too.
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
-        allowed = f"{', '.join(SUITES)} or a file that exists, each with :num_prompts"
-        hint = nearest(name, list(SUITES))
-        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}{hint}")
+        allowed = f"{', '.join(SUITES)} or a file that exists{nearest(name, list(SUITES))}"
+        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}")
     if colon and not (count.isdecimal() and int(count) > 0):
-        wanted = "must be name:num_prompts with a number above 0"
-        raise ConfigError(f"benchmark.suites={spec} {wanted}, such as {name}:48")
+        raise ConfigError(f"benchmark.suites={spec} must end in a number above 0: {name}:48")
     return name, int(count) if colon else None
 
 
-def load_questions(
-    name: str, count: int | None, path: str | None, cache_dir: str
-) -> list[Question]:
-    """The first `count` questions of a suite, or as many as it has.
+def load_questions(name: str, count: int | None, path: str | None, cache: str) -> list[Question]:
+    """The first `count` questions, or all, of `path`, else of the hub or the file `name`.
 
-    They come from `path` where that is given, else from the hub or the file that `name` is. Raises
-    RunError for a row that is none and for a suite without questions.
+    Raises RunError for a row that is none and for a suite without questions.
     """
-    suite = SUITES.get(name, OWN)
+    # A file of one's own is read as the held-out prompts are.
+    suite = SUITES.get(name, SUITES["heldout"])
     source = Source(path or name) if path or suite.source is None else suite.source
     questions = []
-    for file in find_all_files(name, source, cache_dir):
+    for file in find_all_files(name, source, cache):
         for line, raw, _ in raw_rows(file):
             try:
                 question = suite.read(decode(raw))
-            except (RowError, LookupError, TypeError, ValueError) as error:
-                problem = f"not a question of the suite {name} ({error})"
-                raise RunError(f"{file.name}, line {line}: {problem}") from error
-            own_id = question.id or f"{Path(file.name).name}:{line}"
-            questions.append(replace(question, id=own_id))
+            except (LookupError, TypeError, ValueError) as error:
+                place = f"{file.name}, line {line}"
+                raise RunError(f"{place}: no question of the suite {name} ({error})") from error
+            question.id = question.id or f"{Path(file.name).name}:{line}"
+            questions.append(question)
             if len(questions) == count:
                 return questions
     if not questions:
@@ -145,7 +124,7 @@ def load_questions(
     return questions
 
 
-def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFile]:
+def find_all_files(name: str, source: Source, cache: str) -> Iterator[DataFile]:
     """The files of a source, subset by subset, so that no more is fetched than is read."""
     try:
         subsets = [source.subset]
@@ -154,11 +133,73 @@ def find_all_files(name: str, source: Source, cache_dir: str) -> Iterator[DataFi
 
             subsets = get_dataset_config_names(source.path)
         for subset in subsets:
-            yield from find_files(replace(source, subset=subset), cache_dir, "benchmark.suites")
+            yield from find_files(replace(source, subset=subset), cache, "benchmark.suites")
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
         reason = " ".join(str(error.__cause__ or error).split())
-        problem = f"{source.path} is no local file and cannot be fetched ({reason})"
-        remedy = f"download it and set +benchmark.paths.{name}=<file>"
-        raise RunError(f"benchmark.suites={name}: {problem}; {remedy}") from error
+        problem = f"benchmark.suites={name}: {source.path} cannot be fetched ({reason})"
+        raise RunError(f"{problem}; download it, set +benchmark.paths.{name}=<file>") from error
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Through the chat template, or a plain text behind `shots` solved questions, up to `stop`."""
+
+    max_new_tokens: int
+    system_prompt: str | None = None
+    shots: int = 0
+    stop: tuple[str, ...] = ()
+
+
+SETUPS: dict[str, dict[str, Setup]] = {  # by protocol and suite; "" is every other suite
+    # The plain question, behind the system prompt that the draft was trained with.
+    "chat": {"": Setup(1024)},
+    # What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes. GSM8K is a raw
+    # completion behind the first five rows of its own test split. Its acceptance length divides all
+    # tokens by the rounds; ours leaves out the first token, so it is lower by less than a percent.
+    "specforge": {
+        "": Setup(2048),
+        "mtbench": Setup(2048, "llama2"),
+        "gsm8k": Setup(512, shots=5, stop=("Question", "Assistant:", "<|separator|>")),
+        "humaneval": Setup(1024),
+    },
+    # EAGLE's evaluation of Llama-3 chat models. Its scripts name 1024 new tokens, but do not hand
+    # them to the decoder, which then ends at 512: benchmark.max_new_tokens=512 does what they do.
+    "eagle": {"": Setup(1024, "llama2")},
+}
+
+
+def setup_of(protocol: str, suite: str, asked: str | None, trained_with: str | None) -> Setup:
+    """`asked` is benchmark.system_prompt; `trained_with` is data.system_prompt."""
+    setup = SETUPS[protocol].get(suite, SETUPS[protocol][""])
+    if protocol != "chat":
+        return setup
+    return replace(setup, system_prompt=trained_with if asked is None else asked)
+
+
+@dataclass
+class Task:
+    """A suite and how it is asked; `examples` are shown with their solutions, for shots."""
+
+    name: str
+    setup: Setup
+    questions: list[Question]
+    examples: list[Question]
+
+    def prompt_ids(self, question: Question, answers: list[str], chat: Chat) -> list[int]:
+        """What the target reads for the turn behind `answers`, its own to the turns before."""
+        if question.input_ids is not None:
+            return question.input_ids
+        if self.setup.shots:
+            shown = [f"{plain_text(example)} {example.reference}\n\n" for example in self.examples]
+            return chat.tokenizer("".join(shown) + plain_text(question)).input_ids
+        messages = with_system(question.messages, self.setup.system_prompt)
+        for answer, turn in zip(answers, question.later, strict=False):
+            answered = {"role": "assistant", "content": answer.strip()}
+            messages = [*messages, answered, {"role": "user", "content": turn}]
+        return chat.encode_prompt(messages)
+
+
+def plain_text(question: Question) -> str:
+    return f"Question: {question.messages[0]['content']}\nAnswer:"

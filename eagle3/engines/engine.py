@@ -24,10 +24,7 @@ for name in sys.argv[1:]:
 
 @dataclass(frozen=True)
 class Launch:
-    """How a server of `model`, a TargetSpec, is started, whatever it is for.
-
-    `server_args` go to it as they are.
-    """
+    """How a server of `model`, a TargetSpec, is started, whatever it is for."""
 
     model: Any
     python: str
@@ -39,12 +36,10 @@ class Launch:
 
 @dataclass
 class Answer:
-    """What a target answered to one prompt, with a draft or without.
+    """The new tokens `ids` [n] of one prompt, all but the first committed by `rounds` of drafting.
 
-    `ids` [n] are the new tokens. `rounds` verification rounds committed all of them but the first,
-    which comes from the prefill. `accepted_at[k-1]` counts the rounds in which the draft at
-    position k was accepted. `seconds` is this request's decoding. `emitted` has the tokens of every
-    round, where the engine reports them.
+    `accepted_at[k-1]` counts the rounds in which the draft at position k was accepted. `seconds` is
+    this request's decoding. `emitted` has the tokens of every round, where that is reported.
     """
 
     ids: list[int]
@@ -58,10 +53,7 @@ class Answer:
 def answer_of_rounds(
     ids: list[int], text: str, accepted: list[int], steps: int, seconds: float
 ) -> Answer:
-    """An answer by the drafts that each round accepted; `accepted` is empty without a draft.
-
-    What rounds accepted behind the end of `ids` does not count.
-    """
+    """An answer by what each round `accepted`; what lies behind the end of `ids` does not count."""
     emitted: list[int] = []
     left = len(ids) - 1
     for count in accepted:
@@ -76,10 +68,10 @@ def answer_of_rounds(
 
 
 class Engine:
-    """An inference engine with an HTTP server; `eagle3.engines.sglang` shows the methods it needs.
+    """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows the methods it needs.
 
-    `packages` are the names that pip may know it by, `module` is the server; `launch_flags` are its
-    flags for the model, the number of GPUs and the share of their memory.
+    `packages` are its names for pip, `launch_flags` those for the model, the number of GPUs and the
+    share of their memory.
     """
 
     name: ClassVar[str]
@@ -93,10 +85,7 @@ class Engine:
     reads_speculators: ClassVar[bool]
 
     def find(self, python: str, key: str) -> str:
-        """Its version in this interpreter, which `key` of the config chooses.
-
-        Raises ConfigError where the interpreter has none, or not one of `versions`.
-        """
+        """Its version in `python`, which `key` chooses. Raises ConfigError but for `versions`."""
         command, found, name = [python, "-c", FIND, *self.packages], "", self.packages[0]
         with suppress(OSError, subprocess.TimeoutExpired):
             answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -106,23 +95,18 @@ class Engine:
             raise ConfigError(f"{name} is not installed for {python}: {remedy}")
         # Flags and counters change between versions, and a counter read wrongly is a wrong number.
         if not SpecifierSet(self.versions).contains(found, prereleases=True):
-            known = f"is not one of the versions we know ({self.versions})"
-            raise ConfigError(f"{name} {found} of {python} {known}")
+            raise ConfigError(f"{name} {found} of {python} is not one we know ({self.versions})")
         return found
 
     def server_command(self, launch: Launch, options: dict[str, Any]) -> list[str]:
         """What starts the server; the flags named here are spelled alike by all engines."""
         model = launch.model
         values = model.path, launch.tp_size, launch.mem_fraction_static
-        alike = {
-            "--revision": model.revision,
-            "--dtype": model.dtype,
-            "--trust-remote-code": model.trust_remote_code,
-            "--host": "127.0.0.1",
-            "--port": launch.port,
-        }
-        own = dict(zip(self.launch_flags, values, strict=True))
-        words = command_line(own | alike | options)
+        flags = dict(zip(self.launch_flags, values, strict=True))
+        flags |= {"--revision": model.revision, "--dtype": model.dtype}
+        flags["--trust-remote-code"] = model.trust_remote_code
+        flags |= {"--host": "127.0.0.1", "--port": launch.port}
+        words = command_line(flags | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
 

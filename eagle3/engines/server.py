@@ -18,43 +18,35 @@ from eagle3.errors import RunError
 
 PAUSE = 0.3  # seconds between two looks at a server that starts
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
-QUIET = 30.0  # seconds between two lines about a server that starts
 SHOWN_LINES, SEARCHED_LINES = 15, 300  # at the end of the log
-EXCEPTION = re.compile(
-    r"^(?:.*\s)?((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$", re.MULTILINE
-)
 # Under torchrun an engine would take these as its own and wait for our ranks.
 WORKER_VARIABLE = re.compile(
     "(RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)"
 )
-
-# What an end means, and how it shows in the log; a cause stands before its consequences.
+# How an end shows in the log, and what it means; a cause stands before its consequences.
 KNOWN_CAUSES = {
-    "it is out of memory: change mem_fraction_static, raise tp_size, or free the device": (
-        r"(?i)OutOfMemoryError|out of memory|not enough memory|cannot allocate memory"
-        r"|no available memory|less than desired GPU memory|estimated maximum model length"
-        r"|memory capacity is unbalanced"
+    r"(?i)out ?of ?memory|(not enough|cannot allocate|no available|than desired GPU) memory"
+    r"|estimated maximum model length|memory capacity is unbalanced": (
+        "it is out of memory: change mem_fraction_static, raise tp_size, or free the device"
     ),
-    "its port is taken: choose another port": (
-        r"(?i)address already in use|EADDRINUSE|port \d+ .{0,20}in use"
+    r"(?i)address already in use|EADDRINUSE|port \d+ .{0,20}in use": "its port is taken",
+    r"(?:ModuleNotFoundError|Error while finding module).{0,80}No module named '?([\w.]+)": (
+        "the package {} is missing in the engine's environment: install it, or name another python"
     ),
-    "the package {} is missing in the engine's environment: install it, or name another python": (
-        r"(?:ModuleNotFoundError|Error while finding module).{0,80}No module named '?([\w.]+)"
+    r"(?i)(?:architectures? \S+|model type `?\S+).{0,60}(?:not supported|does not recogni)"
+    r"|unsupported (?:model )?architecture": (
+        "it does not know the model's architecture: take another version of the engine"
     ),
-    "it does not know the model's architecture: take another version of the engine": (
-        r"(?i)(architectures? \S+|model type `?\S+).{0,60}"
-        r"(not supported|unsupported|does not recogni)|unsupported (model )?architecture"
-    ),
+    r"(?m)^(?:.*\s)?((?:\w+\.)*\w*(?:Error|Exception): (?!.*root cause).+)$": "{}",
 }
 
 
 @dataclass
 class Server:
-    """`command` serves HTTP at `url`; ready as soon as GET `health_path` answers 200.
+    """`command` serves HTTP at `url`; ready when GET `health_path` is 200, within `ready_seconds`.
 
-    That must be within `ready_seconds`. `environment` is added to this process's own; the output
-    goes to `log`. Leaving the context ends the server with all that it started; so does the end of
-    this process, whatever ends it. Raises RunError.
+    `environment` is added to this process's own; the output goes to `log`. Leaving the context ends
+    the server with all that it started; so does the end of this process. Raises RunError.
     """
 
     command: list[str]
@@ -67,9 +59,7 @@ class Server:
     process: subprocess.Popen | None = field(default=None, init=False)
 
     def __enter__(self) -> "Server":
-        inherited = {
-            name: value for name, value in os.environ.items() if not WORKER_VARIABLE.fullmatch(name)
-        }
+        inherited = {k: v for k, v in os.environ.items() if not WORKER_VARIABLE.fullmatch(k)}
         watcher = str(Path(__file__).with_name("watcher.py"))
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
@@ -91,7 +81,8 @@ class Server:
     def wait(self) -> None:
         """Until the server is ready. Raises RunError where it ends instead."""
         console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        started, next_line = time.monotonic(), 0.0
+        console.print(f"{self.name} starts, at most {self.ready_seconds:,.0f} s ({self.log})")
+        started = time.monotonic()
         # No proxy of the user's environment may stand between us and this machine: trust_env.
         with httpx.Client(base_url=self.url, trust_env=False, timeout=5) as client:
             while True:
@@ -105,17 +96,10 @@ class Server:
                 if elapsed > self.ready_seconds:
                     remedy = f"raise ready_seconds if it is still loading; {self.end_of_log()}"
                     raise RunError(f"{self.name} is not ready after {elapsed:,.0f} s: {remedy}")
-                if elapsed >= next_line:
-                    most = f"at most {self.ready_seconds:,.0f} s"
-                    console.print(f"{self.name} starts, {elapsed:,.0f} s ({most}, {self.log})")
-                    next_line += QUIET
                 time.sleep(PAUSE)
 
     def check(self, seconds: float = 0) -> None:
-        """Raises RunError, with the cause if it is a known one, if the server ended by itself.
-
-        One that may be ending is given `seconds` to do so.
-        """
+        """Raises RunError if the server ended by itself, or does so within `seconds`."""
         if self.process is None:
             return
         with suppress(subprocess.TimeoutExpired):
@@ -124,18 +108,12 @@ class Server:
             raise RunError(f"{self.name} ended with exit code {code}: {reason}")
 
     def cause(self, code: int) -> str:
-        """Of an exit code and the log.
-
-        The last exception in the log comes before the code, because SGLang kills itself when one of
-        its processes fails.
-        """
+        """By the log first, and only then by the code: SGLang kills itself where a part fails."""
         text = "\n".join(self.last_lines(SEARCHED_LINES))
-        for meaning, pattern in KNOWN_CAUSES.items():
-            if found := re.search(pattern, text):
-                return meaning.format(*found.groups()[:1])
-        exceptions = EXCEPTION.findall(text)
-        if exceptions:
-            return exceptions[-1]
+        for pattern, meaning in KNOWN_CAUSES.items():
+            found = list(re.finditer(pattern, text))
+            if found:
+                return meaning.format(*found[-1].groups())
         if code in (128 + signal.SIGKILL, -signal.SIGKILL):
             return "it was killed, mostly for want of main memory"
         return "see its log"
@@ -144,7 +122,6 @@ class Server:
         return f"the end of {self.log}:\n" + "\n".join(self.last_lines(SHOWN_LINES))
 
     def last_lines(self, number: int) -> list[str]:
-        """Of the log, without blank ones."""
         # Progress bars rewrite their line; a log may have grown to gigabytes.
         with self.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - 1000 * number))
@@ -152,7 +129,6 @@ class Server:
         return [line.rstrip() for line in lines if line.strip()][-number:]
 
     def close(self, *raised) -> None:
-        """End the server and all that it started."""
         process, self.process = self.process, None
         if process is None:
             return
@@ -169,26 +145,20 @@ class Server:
 
 
 def choose_port(port: int | None, key: str) -> int:
-    """`port` of 127.0.0.1, or any free one if it is None or 0.
-
-    Raises RunError, naming `key`, when it is taken.
-    """
+    """`port`, or any free one for None or 0. Raises RunError, naming `key`, when it is taken."""
     with socket.socket() as probe:
         # As servers bind: a port that was left a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port or 0))
         except OSError as error:
-            remedy = "choose another one, or null for any that is free"
+            remedy = "choose another, or null for a free one"
             raise RunError(f"{key}={port} cannot be used ({error.strerror}): {remedy}") from error
         return probe.getsockname()[1]
 
 
 def program(engine: str, name: str, otherwise: str | None = None) -> str:
-    """`name` in the environment that launch/engines.sh makes for `sglang` or `vllm`.
-
-    Where there is none, `otherwise`, or the one on the PATH.
-    """
+    """`name` in the environment of launch/engines.sh, else `otherwise` or the one on the PATH."""
     folder = Path(os.environ.get("ENGINES_DIR", Path(__file__).parents[2]))
     path = folder / f".venv-{engine}" / "bin" / name
     return str(path) if path.exists() else otherwise or name

@@ -12,22 +12,16 @@ from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
-CAPTURE_CONFLICTS = [
-    "--enable-dp-attention",
-    "--enable-mixed-chunk",
-    "--pp-size",
-    "--pipeline-parallel-size",
-]
+CAPTURE_CONFLICTS = ("--enable-dp-attention", "--enable-mixed-chunk")
+CAPTURE_CONFLICTS += ("--pp-size", "--pipeline-parallel-size")
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What a server is asked for that leaves hidden states.
+    """What a server that leaves hidden states to a forward hook is asked for.
 
-    `hook_factory` is `module:name` of the forward hook, `hook_config` its argument.
-    `layer_ids` are those whose outputs are wanted; None: the ones SGLang captures by default. The
-    model is split over `tp_size` GPUs (of `Launch`) and copied `dp_size` times; at most
-    `batch_tokens` tokens go through it at once.
+    `hook_factory` is the hook's `module:name`, `hook_config` its argument; `layer_ids` None are
+    the ones SGLang captures by default. At most `batch_tokens` tokens go through it at once.
     """
 
     hook_factory: str
@@ -55,36 +49,21 @@ class SGLang(Engine):
     def benchmark_command(
         self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
     ) -> list[str]:
-        """A server that reports what each request took and accepted.
-
-        It caches no prompt, which would cost nothing when the next batch asks it again.
-        """
-        options = {
-            "--random-seed": seed,
-            "--max-running-requests": batch,
-            "--enable-metrics": True,
-            "--disable-radix-cache": True,
-        }
+        """A server that reports what each request took and accepted."""
+        options = {"--random-seed": seed, "--max-running-requests": batch, "--enable-metrics": True}
+        options["--disable-radix-cache"] = True  # a cached prompt would cost the next batch nothing
         if drafting[0]:
             options |= self.draft_options(draft, *drafting)
         return self.server_command(launch, options)
 
     def capture_command(self, launch: Launch, capture: Capture) -> list[str]:
-        """A server that leaves the hidden states of every prompt to a forward hook.
-
-        Raises ConfigError where the launch's `server_args` would spoil the capture.
-        """
+        """Raises ConfigError where the launch's `server_args` would spoil the capture."""
         for argument in launch.server_args:
             if argument.split("=")[0] in CAPTURE_CONFLICTS:
-                problem = f"target.server_args: {argument} does not go with capturing"
-                raise ConfigError(f"{problem} hidden states; leave it out")
+                raise ConfigError(f"target.server_args: {argument} does not go with target=sglang")
         # Of a model's modules it alone is given the last and the auxiliary hidden states.
-        hook = {
-            "name": "eagle3",
-            "target_modules": ["*logits_processor"],
-            "hook_factory": capture.hook_factory,
-            "config": capture.hook_config,
-        }
+        hook = {"name": "eagle3", "target_modules": ["*logits_processor"]}
+        hook |= {"hook_factory": capture.hook_factory, "config": capture.hook_config}
         options = {
             "--device": capture.device,
             "--dp-size": capture.dp_size,
@@ -112,10 +91,7 @@ class SGLang(Engine):
     def serve_command(
         self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
     ) -> list[list[str]]:
-        """What a user types to serve a draft with its target, as chains; one list per line.
-
-        `draft` None: the served model names its draft itself. `more` arguments come last.
-        """
+        """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
         drafting = self.draft_options(draft, draft_length, 1, draft_length + 1) if draft else {}
         return [
             [program("sglang", "python"), "-m", "sglang.launch_server"],
@@ -125,9 +101,7 @@ class SGLang(Engine):
             more,
         ]
 
-    def draft_options(
-        self, draft: str, steps: int, topk: int, verify_tokens: int
-    ) -> dict[str, Any]:
+    def draft_options(self, draft: str, steps: int, topk: int, verify_tokens: int) -> dict:
         return {
             "--speculative-algorithm": "EAGLE3",
             "--speculative-draft-model-path": draft,
@@ -145,7 +119,7 @@ class SGLang(Engine):
         return {"input_ids": prompt, "sampling_params": sampling}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
-        """The answer in a reply. Raises RunError where it lacks the counters of the request."""
+        """Raises RunError where the reply lacks the counters of the request."""
         ids, text, meta = reply["output_ids"], reply["text"], reply["meta_info"]
         if meta["finish_reason"]["type"] == "abort":
             raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
@@ -166,16 +140,13 @@ class SGLang(Engine):
         """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
         response = get("/server_info")
         if response.status_code != 200:
-            refusal = f"is no SGLang server (HTTP {response.status_code}); check benchmark.url"
-            raise RunError(f"{response.url} {refusal}")
+            raise RunError(f"{response.url} is no SGLang server; check benchmark.url")
         info = response.json()
         algorithm = info.get("speculative_algorithm")
         if algorithm is None:
             return 0, 0, 0
         if algorithm != "EAGLE3":
-            remedy = "an EAGLE3 draft needs EAGLE3 there, or none of it is ever accepted"
-            problem = f"drafts with --speculative-algorithm {algorithm}; {remedy}"
-            raise RunError(f"{response.url} {problem}")
+            # By another one it would run, and accept nothing.
+            raise RunError(f"{response.url} drafts by {algorithm}; an EAGLE3 draft needs EAGLE3")
         names = ("num_steps", "eagle_topk", "num_draft_tokens")
-        steps, topk, verify_tokens = (info[f"speculative_{name}"] for name in names)
-        return steps, topk, verify_tokens
+        return tuple(info[f"speculative_{name}"] for name in names)

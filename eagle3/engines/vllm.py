@@ -30,12 +30,8 @@ class VLLM(Engine):
     def benchmark_command(
         self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
     ) -> list[str]:
-        options = {
-            "--seed": seed,
-            "--max-num-seqs": batch,
-            "--enable-per-request-metrics": True,
-            "--no-enable-prefix-caching": True,
-        }
+        options = {"--seed": seed, "--max-num-seqs": batch}
+        options |= {"--enable-per-request-metrics": True, "--no-enable-prefix-caching": True}
         if drafting[0]:
             options["--speculative-config"] = self.draft_config(draft, drafting[0])
             options["--per-request-spec-decode-metrics"] = "detailed"
@@ -69,15 +65,14 @@ class VLLM(Engine):
         if len(ids) < 2:
             return answer_of_rounds(ids, text, [], steps, 0.0)
         if timing.get("generation_time_ms") is None:
-            flag = "--enable-per-request-metrics"
-            raise RunError(f"vLLM does not report its speed: start it with {flag}")
+            raise RunError("no speed is reported: start vLLM with --enable-per-request-metrics")
         accepted: list[int] = []
         if steps > 0:
             drafted = timing.get("speculative_decoding") or {}
             accepted = drafted.get("per_step_accepted", [])
             if len(accepted) != drafted.get("num_spec_steps"):
                 flag = "--per-request-spec-decode-metrics detailed"
-                raise RunError(f"vLLM does not report what it accepted: start it with {flag}")
+                raise RunError(f"no acceptance is reported: start vLLM with {flag}")
         # Its counts go on behind the end of the answer, where these are cut.
         return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
 
@@ -85,7 +80,6 @@ class VLLM(Engine):
         """vLLM does not say it; its counters show how many positions it drafts."""
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:
-            refusal = f"is no vLLM server (HTTP {response.status_code}); check benchmark.url"
-            raise RunError(f"{response.url} {refusal}")
+            raise RunError(f"{response.url} is no vLLM server; check benchmark.url")
         positions = len(set(POSITION.findall(response.text)))
         return (positions, 1, positions + 1) if positions else (0, 0, 0)

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of sys/prctl.h
-PAUSE = 0.1  # seconds
-
 libc = ctypes.CDLL(None)
 
 
@@ -34,7 +32,7 @@ def main(parent: int, grace: float, command: list[str]) -> int:
         return 127
     # A parent that dies, whatever kills it, leaves us to another one.
     while child.poll() is None and not received and os.getppid() == parent:
-        time.sleep(PAUSE)
+        time.sleep(0.1)
     child.terminate()
     try:
         child.wait(grace)
