@@ -47,15 +47,12 @@ KEPT, GPU = "of which mode=hybrid keeps", "this GPU has"
 
 @dataclass
 class Plan:
-    """What a run will cost. `disk` has (bytes, room there) by what is written; `memory` the bytes
-    on each GPU by part, for training online, training offline and capture; `hours` are by device
-    and what is done. `exact`: the documents are counted, not estimated.
-    """
+    """What a run will cost; `exact`: its documents are counted, not estimated."""
 
     data: dict[str, float]
-    disk: dict[str, tuple[int, int]]
-    memory: dict[str, list[int]]
-    hours: dict[str, dict[str, float]]
+    disk: dict[str, tuple[int, int]]  # (bytes, room there) by what is written
+    memory: dict[str, list[int]]  # bytes on a GPU: training online, training offline, capture
+    hours: dict[str, dict[str, float]]  # by device and what is done
     recommended: str
     exact: bool
 
@@ -69,10 +66,14 @@ def plan(
     device: torch.device,
     run_dir: Path,
 ) -> Plan:
-    """The plan of a run, from the prepared data where it is there already, else from some rows of
-    the sources. Raises RunError where no row can be used.
-    """
-    documents, stored = count(prepared) if prepared else estimate(sources, chat, config)
+    """The plan of a run, from prepared data, else from some rows. Raises RunError for none usable."""
+    if prepared:
+        # Of a document that an epoch repeats, each time stores a part.
+        starts = prepared.index["start"]
+        _, places, times = np.unique(starts, return_inverse=True, return_counts=True)
+        documents, stored = prepared, 1 / times[places]
+    else:
+        documents, stored = estimate(sources, chat, config)
     dtype, ttt_steps = getattr(torch, spec.dtype), config.draft.ttt_steps
     gpus = config.launch.nproc_per_node * config.launch.nnodes
     group = config.parallel.ulysses * config.parallel.ring
@@ -131,16 +132,11 @@ def plan(
     return Plan(data, disk, memory, hours, best, prepared is not None)
 
 
-def count(prepared: Prepared) -> tuple[Prepared, np.ndarray]:
-    """(the documents of an epoch, how much of each is stored: of one that it repeats, a part)."""
-    _, places, times = np.unique(prepared.index["start"], return_inverse=True, return_counts=True)
-    return prepared, 1 / times[places]
-
-
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
-    """What `count` will find when the sources are prepared, from rows evenly spread over every
-    file, each repeated as often as it stands for others. Duplicates and what
-    is held out are not known. Raises RunError.
+    """(the documents of an epoch, how much of each is stored), from rows spread over every file.
+
+    Each is repeated as often as it stands for others; duplicates and what is held out are not
+    known. Raises RunError.
     """
     rows, stands_for, stored = [], [], []
     for source, files in sources:
@@ -148,7 +144,7 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
         for file in files:
             total, some = sample_rows(file, SCAN_BYTES / len(files), remaining, len(files))
             remaining = None if remaining is None else remaining - total
-            rows += [(0, 0, 0, raw, 0.0) for raw in some]
+            rows += [(0, 0, 0, raw) for raw in some]
             stands_for += [total / len(some) * source.weight] * len(some)
             stored += [1 / max(1.0, source.weight)] * len(some)
     chunk = Encoder(chat, config.data)[rows, 0]
@@ -161,8 +157,8 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     index["start"] = np.cumsum(records["tokens"]) - records["tokens"]
     counts = ["supervised", "teachers"]
     index[["length", *counts]] = records[["tokens", *counts]]
-    count = max(1, round(upto[-1]))
     # As many documents as an epoch has, evenly spread over what the rows stand for.
+    count = max(1, round(upto[-1]))
     places = np.searchsorted(upto, (np.arange(count) + 0.5) / count * upto[-1])
     documents = Prepared(chunk.ids, chunk.mask, index[places], np.empty(0, np.int64), [])
     return documents, np.array(stored)[usable][places]
@@ -224,11 +220,7 @@ def draft_without_data(shape: DraftConfig) -> Draft:
 def measure_step(
     draft: Draft, batch: Batch, loss: SoftTargetLoss, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """(FLOPs of the products, most bytes in use beside weights and gradients) of a micro-step.
-
-    The draft's attention, a few per cent of the FLOPs, is left out; norms keep what the fused
-    kernel of GPUs keeps.
-    """
+    """(FLOPs of products but attention's, most bytes beside weights and gradients) of a step."""
     shape, batch = draft.config, batch.to(torch.device("meta"))
     size, teachers = shape.target_hidden_size, len(batch.teacher_rows)
     with torch.device("meta"):
@@ -250,9 +242,7 @@ def measure_step(
 
 
 def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float]:
-    """(parameters, those that a token passes through, FLOPs of a token), counted on a model that
-    has shapes and no weights. Raises RunError.
-    """
+    """(parameters, those that a token passes through, FLOPs of a token). Raises RunError."""
     trust, shape = spec.trust_remote_code, spec.config
     try:
         with torch.device("meta"):
@@ -306,9 +296,7 @@ def disk_of(
 def memory_of(
     config: RunConfig, spec: TargetSpec, parameters: int, trained: int, step: int
 ) -> dict[str, list[int]]:
-    """Bytes on each GPU by part, for training online, training offline and capture; `step` is what
-    the largest micro-step needs.
-    """
+    """Bytes on each GPU by part; `step` is what the largest micro-step needs."""
     shape, element = spec.config, getattr(torch, spec.dtype).itemsize
     embedding = shape.vocab_size * shape.hidden_size * element
     ends = embedding if shape.tie_word_embeddings else 2 * embedding
@@ -331,9 +319,7 @@ def memory_of(
 
 
 def rates(device: torch.device, dtype: torch.dtype, gpus: int) -> dict[str, float]:
-    """FLOP/s in products, of all devices together: of GPUs like this, measured; without one,
-    of H200s and of the CPU here.
-    """
+    """FLOP/s in products of all GPUs like this one, measured; else of H200s and of the CPU."""
     size = 8192 if device.type == "cuda" else 768
     a = torch.ones(size, size, device=device, dtype=dtype)
     measured = 2 * size**3 / Timer("a @ a", globals={"a": a}).timeit(5).mean
@@ -350,11 +336,9 @@ def recommend(
     online, offline, _ = memory["at once"]
     if online > memory.get(GPU, [online])[0] >= offline:
         return "mode=offline: target and draft together do not fit on a GPU"
-    if saved < 0.1:  # not worth the disk
-        return (
-            f"mode=online: {size_text(kept)} of hidden states would save {saved:.0%} of the hours"
-        )
-    return f"mode=hybrid: {size_text(kept)} of hidden states save {saved:.0%} of the hours"
+    # Less is not worth the disk.
+    mode, verb = ("hybrid", "save") if saved >= 0.1 else ("online", "would save")
+    return f"mode={mode}: {size_text(kept)} of hidden states {verb} {saved:.0%} of the hours"
 
 
 def show(made: Plan, console: Console) -> None:
@@ -364,16 +348,14 @@ def show(made: Plan, console: Console) -> None:
         for label, values in ({f"\n{title}": headings} | rows).items():
             console.print(f"{label:<32}" + "".join(f"{value:>16}" for value in values))
 
-    def digits(value: float) -> list[str]:
-        return [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
-
-    heading = "counted" if made.exact else "estimated"
-    table("Data and models", [heading], {name: digits(value) for name, value in made.data.items()})
-    for title, headings, sizes in (
-        ("Disk", ["needed", "room there"], made.disk),
-        ("Memory of each GPU", ["online, hybrid", "offline", "capture"], made.memory),
-    ):
-        table(title, headings, {name: map(size_text, row) for name, row in sizes.items()})
+    data = {}
+    for name, value in made.data.items():
+        data[name] = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
+    disk = {name: map(size_text, row) for name, row in made.disk.items()}
+    memory = {name: map(size_text, row) for name, row in made.memory.items()}
+    table("Data and models", ["counted" if made.exact else "estimated"], data)
+    table("Disk", ["needed", "room there"], disk)
+    table("Memory of each GPU", ["online, hybrid", "offline", "capture"], memory)
     devices = list(made.hours.values())
     rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)

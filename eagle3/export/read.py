@@ -156,7 +156,7 @@ def read_any(folder: Path) -> DraftFiles:
             named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
             named = {name: tensor.detach() for name, tensor in named.items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RunError(f"draft at {folder}: {SINGLE} or {PICKLED} is unreadable: {error}") from error
+        raise RunError(f"draft at {folder}: {weights} cannot be read: {error}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"
         raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
