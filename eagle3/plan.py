@@ -1,8 +1,7 @@
 """`plan=true`: tokens, disk, memory and hours of a run, before anything runs.
 
-No weights are loaded and nothing is written. What a training step costs is found by running the
-real one (unroll, loss, backward) on tensors without data, so it cannot drift from the code; the
-target's prefill is a formula, because a mixture's routing depends on data.
+Nothing is loaded or written. A training step's cost is found by running the real one on tensors
+without data; the target's prefill is a formula, because a mixture's routing depends on data.
 """
 
 import weakref
@@ -66,7 +65,7 @@ def plan(
     device: torch.device,
     run_dir: Path,
 ) -> Plan:
-    """The plan of a run, from prepared data, else from some rows. Raises RunError for none usable."""
+    """The plan of a run, from prepared data, else from some rows. Raises RunError."""
     if prepared:
         # Of a document that an epoch repeats, each time stores a part.
         starts = prepared.index["start"]
@@ -100,7 +99,7 @@ def plan(
     peak = max(peak for _, peak in steps) // group
     memory = memory_of(config, spec, parameters, trained, peak)
     if device.type == "cuda":
-        memory[GPU] = [torch.cuda.get_device_properties(device).total_memory] * 3
+        memory[GPU] = [torch.cuda.mem_get_info(device)[1]] * 3
     tokens, epochs = int(documents.lengths.sum()), loader.total_updates / len(epoch)
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
     hours = {}
@@ -124,8 +123,6 @@ def plan(
         "parameters of the target": parameters,
         "of which active": active,
         "parameters of the draft": trained,
-        "GFLOP, prefill of a token": prefill / 1e9,
-        "GFLOP, training on a token": training / 1e9,
     }
     # All devices spend the same shares of their time alike, so any of them can tell.
     best = recommend(disk, memory, next(iter(hours.values())))
@@ -164,13 +161,11 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     return documents, np.array(stored)[usable][places]
 
 
-def sample_rows(
-    file: DataFile, num_bytes: float, most_rows: int | None, num_files: int
-) -> tuple[int, list]:
+def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) -> tuple[int, list]:
     """(rows of the file, some of them), evenly spread over its first `num_bytes`."""
     rows, read, total = [], 0.0, None
-    size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // num_files + 1
-    for _, raw, share in islice(raw_rows(file), most_rows):
+    size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // files + 1
+    for _, raw, share in islice(raw_rows(file), most):
         # Compressed files and JSON lists are read in blocks: rows are counted against the share of
         # the file only where that has just moved on.
         if share > read and len(rows) >= keep and read * size >= num_bytes:
@@ -178,8 +173,7 @@ def sample_rows(
             break
         rows.append(raw)
         read = share
-    total = min(total or len(rows), most_rows or 1 << 62)
-    return total, rows[:: max(1, len(rows) // keep)]
+    return min(total or len(rows), most or 1 << 62), rows[:: max(1, len(rows) // keep)]
 
 
 class NoAttention:
@@ -256,9 +250,8 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
     chosen = getattr(shape, "num_experts_per_tok", None) or experts
     total = sum(sizes.values())
     active = total - routed + routed * chosen // experts
-    # A multiplication and an addition for each parameter (Kaplan et al., arXiv 2001.08361) but
-    # an embedding's that is no head too. Attention has two products of 2 FLOPs for each pair of a
-    # query and an earlier key, about as wide as the hidden size: n^2 / 2 pairs in a document.
+    # 2 FLOPs a parameter (Kaplan et al., arXiv 2001.08361), but an embedding's that is no head too.
+    # Attention: two products of 2 FLOPs and the hidden size for each of n^2 / 2 pairs of tokens.
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     lengths = documents.lengths.astype(float)
     keys = lengths @ lengths / lengths.sum()
@@ -359,9 +352,7 @@ def show(made: Plan, console: Console) -> None:
     devices = list(made.hours.values())
     rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)
-    console.print(
-        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches "
-        f"{IN_PREFILL:.0%} of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, "
-        "answers to held-out prompts, evaluation, benchmark.\n\n"
-        f"Recommended: {made.recommended}."
-    )
+    shares = f"{IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training"
+    console.print(f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; {shares}.")
+    console.print("Not counted: preparing, held-out answers, evaluation, benchmark.\n")
+    console.print(f"Recommended: {made.recommended}.")

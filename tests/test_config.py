@@ -255,7 +255,8 @@ def test_draft_config_files(target_folder, tmp_path):
 def test_target_without_a_tokenizer(target_folder, tmp_path):
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).symlink_to(target_folder / file)
-    overrides = ["model=hf", f"model.path={tmp_path}", "data=tiny", "draft.vocab_size=300"]
+    overrides = ["model=hf", f"model.path={tmp_path}", "data=tiny", "data.max_length=128"]
+    overrides.append("draft.vocab_size=300")
     with pytest.raises(ConfigError, match="has no tokenizer"):
         check(load_config(compose_config(*overrides), tmp_path, overrides))
 
