@@ -185,12 +185,6 @@ def reads_data(config: RunConfig) -> list[str]:
     return [stage for stage in config.stages if stage in readers]
 
 
-def needs_tokenizer(config: RunConfig) -> bool:
-    """Training on stored hidden states, and what follows it, does without; `check` says so."""
-    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
-    return bool(set(config.stages) - without)
-
-
 def check_data(data: Data, readers: list[str]) -> None:
     """That there is data, from `path` or `sources`, for the stages that read it (`readers`)."""
     if data.path is not None and data.sources:
@@ -235,7 +229,9 @@ def check_against_target(config: RunConfig) -> None:
         limit = getattr(target, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
-    if needs_tokenizer(config):
+    # `check` says so where there is no tokenizer, and stored hidden states need none.
+    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    if set(config.stages) - without:
         template = config.data.chat_template
         load_tokenizer(model.path, model.revision, model.trust_remote_code, template)
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses

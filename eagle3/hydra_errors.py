@@ -60,7 +60,12 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
             return NEW_SOURCE.format(cause.key)
         if key.startswith(OPEN):  # these sections take any key
             return f"{key} is new to the config: put + before it, as +{key}=..."
-        return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
+        # Hydra is in the middle of the composition that failed.
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            keys = list(flatten(compose("run", overrides=["name=x"])))
+        sections = sorted({each.rpartition(".")[0] for each in keys} - {""})
+        return f"{key} is no key of the config{nearest(key, keys + sections)}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
         if wanted is None:  # of keys that the user adds, only sources have a type
@@ -78,13 +83,3 @@ def type_of(key: str) -> str | None:
     while typing.get_origin(hint) in (typing.Annotated, typing.Union):
         hint = typing.get_args(hint)[0]
     return getattr(typing.get_origin(hint) or hint, "__name__", None) if hint else None
-
-
-def known_keys(conf: Path) -> list[str]:
-    """Every dotted key of the default config, and every section and group."""
-    # Hydra is in the middle of the composition that failed.
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        keys = list(flatten(compose("run", overrides=["name=x"])))
-    sections = {key.rpartition(".")[0] for key in keys} - {""}
-    return keys + sorted(sections)

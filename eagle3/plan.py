@@ -130,11 +130,7 @@ def plan(
 
 
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
-    """(the documents of an epoch, how much of each is stored), from rows spread over every file.
-
-    Each is repeated as often as it stands for others; duplicates and what is held out are not
-    known. Raises RunError.
-    """
+    """(about the documents of an epoch, how much of each is stored), from rows of every file."""
     rows, stands_for, stored = [], [], []
     for source, files in sources:
         remaining = config.data.num_samples
@@ -224,13 +220,10 @@ def measure_step(
         for parameter in draft.parameters():
             parameter.grad = torch.empty_like(parameter)
         with FlopCounterMode(display=False) as counter, LiveBytes() as live:
-            features = Features(
-                aux_hidden_states=torch.empty(batch.tokens, 3 * size, dtype=dtype),
-                last_hidden_states=torch.empty(teachers, size, dtype=dtype),
-                argmax=torch.empty(teachers, dtype=torch.long),
-                logsumexp=torch.empty(teachers),
-            )
-            hidden = unroll(draft, embedding, features.aux_hidden_states, batch)
+            aux = torch.empty(batch.tokens, 3 * size, dtype=dtype)
+            last, argmax = torch.empty(teachers, size, dtype=dtype), torch.empty(teachers).long()
+            features = Features(aux, last, argmax, torch.empty(teachers))
+            hidden = unroll(draft, embedding, aux, batch)
             loss(draft, hidden, features, batch, head).loss.backward()
     return counter.get_total_flops(), live.peak
 

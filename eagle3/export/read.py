@@ -60,10 +60,7 @@ def locate(path: str, key: str = "draft_path") -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A draft's config.json as the portable form has it.
-
-    Raises RunError where there is none, or where sizes or layers are no numbers.
-    """
+    """A draft's config.json as the portable form has it. Raises RunError for none, or no sizes."""
     try:
         config = flatten(dict(json.loads((folder / "config.json").read_text())))
     except (OSError, ValueError, TypeError) as error:
@@ -124,21 +121,15 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
 
 @dataclass
 class DraftFiles:
-    """A draft as found: `config` and `tensors` as the portable form has them.
-
-    `names` are those of the tensors in the file `weights`.
-    """
+    """A draft as found, in the terms of the portable form."""
 
     folder: Path
     config: dict[str, Any]
+    is_speculators: bool
     shape: DraftConfig
     tensors: dict[str, torch.Tensor]
-    names: list[str]
+    names: list[str]  # as they stand in the file `weights`
     weights: str
-
-    @property
-    def is_speculators(self) -> bool:
-        return "speculators_model_type" in self.config
 
 
 def read_any(folder: Path) -> DraftFiles:
@@ -160,10 +151,10 @@ def read_any(folder: Path) -> DraftFiles:
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"
         raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
-    tensors = {}
+    is_speculators, tensors = "speculators_model_type" in config, {}
     for name, tensor in named.items():
         portable = name.removeprefix("model.").replace("layers.0.", "midlayer.")
         if portable in tensors:
             raise RunError(f"draft at {folder} has {portable} twice, once as {name}")
         tensors[portable] = tensor
-    return DraftFiles(folder, config, shape, tensors, sorted(named), weights)
+    return DraftFiles(folder, config, is_speculators, shape, tensors, sorted(named), weights)

@@ -28,10 +28,7 @@ def serve_text(
     port: int | None,
     more: list[str],
 ) -> str:
-    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is.
-
-    Raises RunError where there is no draft, no target of it, or the engine reads no such form.
-    """
+    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError."""
     config = read_config(locate(draft, "DRAFT"))
     alone, made_for = "speculators_model_type" in config, config.get("made_for") or {}
     if alone and not (engine in ENGINES and ENGINES[engine].reads_speculators):

@@ -38,10 +38,7 @@ def export_draft(
     draft_length: int,
     run_dir: Path,
 ) -> None:
-    """Write `run_dir/draft`, and `draft-speculators` where asked for, from a checkpoint folder.
-
-    Raises RunError without a checkpoint, or with one that is damaged or not finite.
-    """
+    """Write `run_dir/draft` (and `draft-speculators`) from a checkpoint folder. Raises RunError."""
     if not checkpoint.exists():
         raise RunError(f"{run_dir} has no checkpoint to export; put train before export in stages")
     state = draft_weights(checkpoint)
