@@ -4,6 +4,7 @@ A mistake is one ConfigError sentence with the key, what is allowed, and the nea
 """
 
 import inspect
+import pydoc
 import types
 import typing
 from dataclasses import is_dataclass
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from hydra.utils import get_object
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
@@ -96,11 +96,13 @@ def find_target(node: dict[str, Any], key: str) -> Any:
     if not name.startswith(TARGET_PREFIXES):
         allowed = ", ".join(TARGET_PREFIXES)
         raise ConfigError(f"{key}._target_={name} must start with one of {allowed}")
-    try:
-        return get_object(name)
-    except ImportError as error:  # of the module, or because it has no such name
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}._target_={name} cannot be imported: {reason}") from error
+    try:  # hydra's own would log a line of its own
+        found, reason = pydoc.locate(name), "there is no such name"
+    except pydoc.ErrorDuringImport as error:
+        found, reason = None, str(error)
+    if found is None:
+        raise ConfigError(f"{key}._target_={name} cannot be imported: {reason}")
+    return found
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -73,16 +73,16 @@ def plan(
         documents, stored = prepared, 1 / times[places]
     else:
         documents, stored = estimate(sources, chat, config)
-    dtype, ttt_steps = getattr(torch, spec.dtype), config.draft.ttt_steps
+    dtype, loss = getattr(torch, spec.dtype), instantiate(config.loss)
     gpus = config.launch.nproc_per_node * config.launch.nnodes
     group = config.parallel.ulysses * config.parallel.ring
     replicas = max(1, gpus // group)
     draft = draft_without_data(draft_config(config.draft, spec.config))
-    loss = instantiate(config.loss)
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
     everything = torch.ones(draft.config.vocab_size, dtype=torch.bool)
     budget = config.train.tokens_per_step * config.train.grad_accum * replicas
-    packed = partial(pack, in_draft_vocab=everything, ttt_steps=ttt_steps, mask=loss.mask)
+    shared = {"ttt_steps": config.draft.ttt_steps, "mask": loss.mask}
+    packed = partial(pack, in_draft_vocab=everything, **shared)
     loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:

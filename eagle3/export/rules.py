@@ -68,9 +68,8 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     [name, *_] = files.config.get("architectures") or [None]
     if name != "LlamaForCausalLMEagle3":
         # SGLang goes by this very name; vLLM and TensorRT-LLM take these two as well.
-        known = name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-        sentence = f"architectures is [{name}], not [LlamaForCausalLMEagle3]"
-        yield Finding(("sglang",) if known else LOADERS, sentence)
+        engines = ("sglang",) if name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM") else LOADERS
+        yield Finding(engines, f"architectures is [{name}], not [LlamaForCausalLMEagle3]")
     if files.config.get("model_type") != "llama":
         yield Finding(LOADERS, "model_type is not llama, which the layer of an EAGLE3 draft is")
     if files.config.get("draft_vocab_size") is None:
@@ -122,11 +121,8 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     read = dict.fromkeys(OTHERS, engines_default(num_layers))
     ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
     above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
-    if ids:
-        read["sglang"] = meant_by("sglang", ids)
-    if above:
-        read["vllm"] = meant_by("vllm", above)
-    return read
+    given = {"sglang": ids and meant_by("sglang", ids), "vllm": above and meant_by("vllm", above)}
+    return read | {engine: numbers for engine, numbers in given.items() if numbers}
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -178,6 +174,7 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     flags = (files.config.get("eagle_config") or {}) | files.config
     cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
     cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
+    cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
     for flag, engines in cannot.items():
         if flags.get(flag):
             yield Finding(engines, f"{flag} is true, which they do not compute")
@@ -188,8 +185,6 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
             yield Finding(LOADERS, f"{flag} is true, but {name} is missing")
         elif name in files.tensors and not flags.get(flag):
             yield Finding(ALL, f"{name} is left out: config.json does not say {flag}")
-    if flags.get("tie_word_embeddings"):
-        yield Finding(("sglang",), "tie_word_embeddings is true: an embedding becomes the head")
 
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
