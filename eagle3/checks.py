@@ -1,8 +1,6 @@
-"""Every check that can be made before a model loads.
+"""Every check that can be made before a model loads: values, files, then pairs of them.
 
-Values against the bounds and types that stand on the parameters they are for, then files, then the
-pairs that only the whole config can tell. A mistake is one ConfigError sentence with the key, what
-is allowed, and the nearest name.
+A mistake is one ConfigError sentence with the key, what is allowed, and the nearest name.
 """
 
 import inspect
@@ -29,7 +27,6 @@ from eagle3.target.spec import check_supported, read_spec
 
 TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")  # what a config may name runs as code
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
 
 
@@ -45,25 +42,21 @@ def check(config: RunConfig) -> None:
 
 
 def check_value(key: str, value: Any, hint: Any) -> None:
-    """Bounds of a value, or of what a section or node has inside, recursively."""
+    """Bounds of a value, of each element of a list, or of what a section has inside."""
     if is_dataclass(value):
         for name, inner in typing.get_type_hints(type(value), include_extras=True).items():
             check_value(f"{key}.{name}".lstrip("."), getattr(value, name), inner)
-    elif isinstance(value, dict) and "_target_" in value:
-        check_node(value, key)
-    elif isinstance(value, dict):
+        return
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return check_node(value, key)
         for name, inner in value.items():
             check_value(f"{key}.{name}", inner, Any)
-    else:
-        check_bounds(key, value, hint)
-
-
-def check_bounds(key: str, value: Any, hint: Any) -> None:
-    """That a value, or each element of a list, is within the bounds on its parameter."""
+        return
     for bound in bounds(hint):
         for element in value if isinstance(value, list) else [value]:
             if element is not None and element not in bound:
-                near = nearest(str(element), bound.names if isinstance(bound, OneOf) else ())
+                near = nearest(element, bound) if isinstance(bound, OneOf) else ""
                 raise ConfigError(f"{key}={value} must be {bound}{near}")
 
 
@@ -99,23 +92,21 @@ def check_node(node: dict[str, Any], key: str) -> None:
 
 def find_target(node: dict[str, Any], key: str) -> Any:
     """The class or function that `_target_` names."""
-    name, error = node["_target_"], "there is no such name"
+    name = node["_target_"]
     if not name.startswith(TARGET_PREFIXES):
         allowed = ", ".join(TARGET_PREFIXES)
         raise ConfigError(f"{key}._target_={name} must start with one of {allowed}")
-    try:
-        found = pydoc.locate(name)
-    except pydoc.ErrorDuringImport as raised:
-        found, error = None, raised
+    try:  # hydra's own would log a line of its own
+        found, reason = pydoc.locate(name), "there is no such name"
+    except pydoc.ErrorDuringImport as error:
+        found, reason = None, str(error)
     if found is None:
-        raise ConfigError(f"{key}._target_={name} cannot be imported: {error}")
+        raise ConfigError(f"{key}._target_={name} cannot be imported: {reason}")
     return found
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value can be what a type hint asks for; hints that YAML cannot express fit
-    anything.
-    """
+    """Whether a YAML value can be what a hint asks for; what YAML cannot express fits anything."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return fits(value, arguments[0])
@@ -155,24 +146,19 @@ def check_processes(config: RunConfig) -> None:
     launch, group = config.launch, config.parallel.ulysses * config.parallel.ring
     processes = launch.nproc_per_node * launch.nnodes
     if processes % group:
-        raise ConfigError(
-            f"parallel.ulysses x parallel.ring = {group} must divide launch.nproc_per_node x "
-            f"launch.nnodes = {processes}"
-        )
+        product = f"launch.nproc_per_node x launch.nnodes = {processes}"
+        raise ConfigError(f"parallel.ulysses x parallel.ring = {group} must divide {product}")
     device = choose_device(config.device)
     if config.plan:  # may be made anywhere
         return
     wanted, gpus = launch.nproc_per_node, torch.cuda.device_count()
     if device.type == "cuda" and wanted > gpus:
-        raise ConfigError(
-            f"launch.nproc_per_node={wanted} is more than the {gpus} GPUs that torch sees here; "
-            f"set launch.nproc_per_node={gpus}, or device=cpu"
-        )
+        problem = f"is more than the {gpus} GPUs that torch sees here"
+        remedy = f"set launch.nproc_per_node={gpus}, or device=cpu"
+        raise ConfigError(f"launch.nproc_per_node={wanted} {problem}; {remedy}")
     if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_torchrun():
-        raise ConfigError(
-            f"launch.nnodes={launch.nnodes} needs launch.rdzv_endpoint=<host of the first node>:"
-            "<free port>; or start with launch/torchrun.sh or launch/slurm.sbatch"
-        )
+        needed = "launch.rdzv_endpoint=<host of the first node>:<free port>, or launch/torchrun.sh"
+        raise ConfigError(f"launch.nnodes={launch.nnodes} needs {needed}")
 
 
 def check_benchmark_section(config: RunConfig) -> None:
@@ -184,9 +170,7 @@ def check_benchmark_section(config: RunConfig) -> None:
     engine = find_target(section, "benchmark")
     engine.check_settings(section)
     if engine.in_process and not find_target(config.target, "target").in_process:
-        raise ConfigError(
-            "benchmark=builtin needs the target in this process: set target=hf or benchmark=sglang"
-        )
+        raise ConfigError("benchmark=builtin needs target=hf; or set benchmark=sglang")
 
 
 def reads_stored(config: RunConfig) -> bool:
@@ -203,25 +187,13 @@ def reads_data(config: RunConfig) -> list[str]:
     return [stage for stage in config.stages if stage in readers]
 
 
-def needs_tokenizer(config: RunConfig) -> bool:
-    """Training on stored hidden states, and what comes after it, does without; `check` says so
-    where it is missing.
-    """
-    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
-    return bool(set(config.stages) - without)
-
-
 def check_data(data: Data, readers: list[str]) -> None:
-    """That data comes from `path` or from `sources`, that `readers`, the stages that read it, have
-    some, and that what looks like a local path exists.
-    """
+    """That there is data, from `path` or `sources`, for the stages that read it (`readers`)."""
     if data.path is not None and data.sources:
         raise ConfigError("data.path and data.sources exclude each other; set one of them")
     if readers and data.path is None and not data.sources:
-        raise ConfigError(
-            f"stages: {readers[0]} reads data, but none is named; set data=<preset>, or data=jsonl "
-            "data.path=<file, folder, hub id or address>"
-        )
+        remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
+        raise ConfigError(f"stages: {readers[0]} reads data, but none is named; {remedy}")
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():
@@ -232,39 +204,24 @@ def check_data(data: Data, readers: list[str]) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
-    hidden, shape = config.hidden_states.path, config.draft.config
+    hidden = config.hidden_states.path
     if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
         raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or capture")
-    if shape is not None and not Path(shape).is_file():
-        raise ConfigError(f"draft.config={shape} does not exist; give a local file")
     drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
     for key, path in drafts.items():
         if path is not None:
             check_given(path, key)
-    folder = Path(config.model.path)
-    if not folder.is_dir():  # a hub id, unless it cannot be one
-        if config.model.path.startswith((".", "/", "~")):
-            raise ConfigError(f"model.path={folder} is not a folder; give a folder or a hub id")
-        return
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.path={folder} has no config.json; give a transformers model")
-    if needs_tokenizer(config) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ConfigError(f"model.path={folder} has no tokenizer; copy its files there")
 
 
 def check_against_target(config: RunConfig) -> None:
     """What only the target's config can tell: layers, vocabulary, and what its engine can do."""
     model, spec = config.model, read_spec(config.model)
-    target, layers = spec.config, model.aux_layer_ids
+    target, ids = spec.config, model.aux_layer_ids
     check_supported(target)
     last = target.num_hidden_layers - 1
-    if layers is not None:
-        ordered = len(layers) == 3 and 0 <= layers[0] < layers[1] < layers[2] <= last
-        if not ordered:
-            raise ConfigError(
-                f"model.aux_layer_ids={layers} must be three different layers of 0..{last}, low to "
-                "high"
-            )
+    if ids is not None and (len(ids) != 3 or not 0 <= ids[0] < ids[1] < ids[2] <= last):
+        wanted = f"three different layers of 0..{last}, low to high"
+        raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
     if config.stages == ["check"]:  # reads a draft, whatever would be trained
         return
     for key, value, name in (
@@ -274,18 +231,17 @@ def check_against_target(config: RunConfig) -> None:
         limit = getattr(target, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
-    if needs_tokenizer(config):
+    # `check` says so where there is no tokenizer, and stored hidden states need none.
+    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    if set(config.stages) - without:
         load_chat(model, config.data)
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
-        raise ConfigError(
-            f"parallel.ulysses={ulysses} must divide the draft's {shape.num_key_value_heads} "
-            "key/value heads (make it smaller and parallel.ring larger)"
-        )
-    asking = {"generate", "capture", "regenerate"}
-    if find_target(config.mode, "mode").needs_target:
-        asking.add("train")
+        heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"
+        raise ConfigError(f"parallel.ulysses={ulysses} must divide the draft's {heads}")
+    training = {"train"} if find_target(config.mode, "mode").needs_target else set()
+    asking = {"generate", "capture", "regenerate"} | training
     # The engine itself may be missing where a plan is made.
     if asking & set(config.stages) and not config.plan:
         find_target(config.target, "target").check_settings(config.target, spec)

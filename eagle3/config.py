@@ -18,8 +18,6 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
 
-PACKAGE = Path(__file__).parent
-
 
 @dataclass(frozen=True)
 class Within:
@@ -32,22 +30,15 @@ class Within:
         return self.low <= value <= self.high
 
     def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"at least {self.low:.10g}"
-        return f"within {self.low:.10g} and {self.high:.10g}"
+        low, high = f"{self.low:.10g}", f"{self.high:.10g}"
+        return f"at least {low}" if self.high == math.inf else f"within {low} and {high}"
 
 
-@dataclass(frozen=True)
-class OneOf:
+class OneOf(tuple):
     """The values that a parameter can have; of a list, those of its elements."""
 
-    names: tuple[str, ...]
-
-    def __contains__(self, value: str) -> bool:
-        return value in self.names
-
     def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}"
+        return f"one of {', '.join(self)}"
 
 
 # In the order in which the pipeline runs those that are listed.
@@ -56,15 +47,12 @@ STAGES = (
     "benchmark",
 )  # fmt: skip
 
-
 # The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is
 # a dict: what its `_target_` names has the signature and the bounds.
 
 
 @dataclass
 class Model:
-    """The target; `embedding_key` and `lm_head_key` name tensors of an unusual checkpoint."""
-
     path: str
     revision: Optional[str]
     dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16", "float16"))]
@@ -76,12 +64,9 @@ class Model:
 
 @dataclass
 class Source:
-    """One dataset. In `data.sources`, `weight` is how often an epoch passes over it (0.5: over half
-    of its rows).
+    """One dataset; `weight` is how often an epoch passes over it (0.5: over half of its rows)."""
 
-    The one section with defaults of its own, because the names of sources are the user's.
-    """
-
+    # The one section with defaults of its own, because the names of sources are the user's.
     path: str
     subset: Optional[str] = None
     split: str = "train"
@@ -90,8 +75,6 @@ class Source:
 
 @dataclass
 class Data:
-    """The conversations: `path`, or `sources`, several datasets by name."""
-
     path: Optional[str]
     subset: Optional[str]
     split: str
@@ -115,8 +98,6 @@ class View:
 
 @dataclass
 class HiddenStates:
-    """The store of `mode=offline` and `mode=hybrid`."""
-
     path: Optional[str]
     dtype: Annotated[str, OneOf(("fp32", "bf16", "int8"))]
     max_disk: Optional[str]
@@ -125,8 +106,6 @@ class HiddenStates:
 
 @dataclass
 class DraftSection:
-    """`attention` and `initial` are the groups below `draft`."""
-
     ttt_steps: Annotated[int, Within(1, 16)]
     vocab_size: Annotated[int, Within(1)]
     config: Optional[str]
@@ -232,10 +211,9 @@ def choice(group: str, *, _root_: DictConfig) -> str:
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
-# Where the nodes of a Slurm job meet: all of them compute the same port, and two jobs on a node are
-# unlikely to share one.
+# All nodes of a Slurm job compute the same port, and two jobs on a node hardly ever share one.
 OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
-OmegaConf.register_new_resolver("package", lambda path: str(PACKAGE / path), replace=True)
+OmegaConf.register_new_resolver("package", lambda p: str(Path(__file__).parent / p), replace=True)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -246,7 +224,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: config}
     values: dict[str, Any] = {}
     for name, value in config.items():
-        values |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+        values |= flatten(value, f"{prefix}.{name}".lstrip("."))
     return values
 
 

@@ -15,7 +15,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
 
-# sections that take any key
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
 
@@ -42,23 +41,14 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
             return str(cause), cause.exit_code
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MissingConfigException):
-        return missing_option(error, conf), 2
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        allowed = ", ".join(error.options or ()) + nearest(option, error.options or ())
+        return f"{group or '--config-name'}={option} is unknown; allowed: {allowed}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return wrong_key_or_value(error, conf), 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; name another folder or free it", 1
     return " ".join(str(error).split()), 1
-
-
-def missing_option(error: MissingConfigException, conf: Path) -> str:
-    """`model=lama`: the group exists, the option does not."""
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not group or not error.options:
-        groups = sorted({str(path.parent.relative_to(conf)) for path in conf.glob("*/**/*.yaml")})
-        allowed = ", ".join(groups) + nearest(option, groups)
-        return f"{error.missing_cfg_file} is no config group; groups: {allowed}"
-    allowed = ", ".join(error.options) + nearest(option, error.options)
-    return f"{group}={option} is unknown; allowed: {allowed}"
 
 
 def wrong_key_or_value(error: Exception, conf: Path) -> str:
@@ -68,16 +58,20 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
     if isinstance(cause, ConfigKeyError | AttributeError) and key is not None:
         if key.startswith("data.sources."):
             return NEW_SOURCE.format(cause.key)
-        if key.startswith(OPEN):
+        if key.startswith(OPEN):  # these sections take any key
             return f"{key} is new to the config: put + before it, as +{key}=..."
-        return f"{key} is no key of the config{nearest(key, known_keys(conf))}"
+        # Hydra is in the middle of the composition that failed.
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+            keys = list(flatten(compose("run", overrides=["name=x"])))
+        sections = sorted({each.rpartition(".")[0] for each in keys} - {""})
+        return f"{key} is no key of the config{nearest(key, keys + sections)}"
     if isinstance(cause, ValidationError) and key is not None:
         wanted = type_of(key)
         if wanted is None:  # of keys that the user adds, only sources have a type
             return NEW_SOURCE.format(key)
-        if wanted == "list":
-            return f"{key}={cause.value} must be a list, as '{key}=[{cause.value}]'"
-        return f"{key}={cause.value} must be of type {wanted}"
+        remedy = f", as '{key}=[{cause.value}]'" if wanted == "list" else ""
+        return f"{key}={cause.value} must be of type {wanted}{remedy}"
     return " ".join(str(error).split())
 
 
@@ -89,13 +83,3 @@ def type_of(key: str) -> str | None:
     while typing.get_origin(hint) in (typing.Annotated, typing.Union):
         hint = typing.get_args(hint)[0]
     return getattr(typing.get_origin(hint) or hint, "__name__", None) if hint else None
-
-
-def known_keys(conf: Path) -> list[str]:
-    """Every dotted key of the default config, and every section and group."""
-    # Hydra is in the middle of the composition that failed.
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        keys = list(flatten(compose("run", overrides=["name=x"])))
-    sections = {key.rpartition(".")[0] for key in keys} - {""}
-    return keys + sorted(sections)

@@ -1,8 +1,7 @@
 """`plan=true`: tokens, disk, memory and hours of a run, before anything runs.
 
-No weights are loaded and nothing is written. What a training step costs is found by running the
-real one (unroll, loss, backward) on tensors without data, so it cannot drift from the code; the
-target's prefill is a formula, because a mixture's routing depends on data.
+Nothing is loaded or written. A training step's cost is found by running the real one on tensors
+without data; the target's prefill is a formula, because a mixture's routing depends on data.
 """
 
 import weakref
@@ -47,15 +46,12 @@ KEPT, GPU = "of which mode=hybrid keeps", "this GPU has"
 
 @dataclass
 class Plan:
-    """What a run will cost. `disk` has (bytes, room there) by what is written; `memory` the bytes
-    on each GPU by part, for training online, training offline and capture; `hours` are by device
-    and what is done. `exact`: the documents are counted, not estimated.
-    """
+    """What a run will cost; `exact`: its documents are counted, not estimated."""
 
     data: dict[str, float]
-    disk: dict[str, tuple[int, int]]
-    memory: dict[str, list[int]]
-    hours: dict[str, dict[str, float]]
+    disk: dict[str, tuple[int, int]]  # (bytes, room there) by what is written
+    memory: dict[str, list[int]]  # bytes on a GPU: training online, training offline, capture
+    hours: dict[str, dict[str, float]]  # by device and what is done
     recommended: str
     exact: bool
 
@@ -69,20 +65,24 @@ def plan(
     device: torch.device,
     run_dir: Path,
 ) -> Plan:
-    """The plan of a run, from the prepared data where it is there already, else from some rows of
-    the sources. Raises RunError where no row can be used.
-    """
-    documents, stored = count(prepared) if prepared else estimate(sources, chat, config)
-    dtype, ttt_steps = getattr(torch, spec.dtype), config.draft.ttt_steps
+    """The plan of a run, from prepared data, else from some rows. Raises RunError."""
+    if prepared:
+        # Of a document that an epoch repeats, each time stores a part.
+        starts = prepared.index["start"]
+        _, places, times = np.unique(starts, return_inverse=True, return_counts=True)
+        documents, stored = prepared, 1 / times[places]
+    else:
+        documents, stored = estimate(sources, chat, config)
+    dtype, loss = getattr(torch, spec.dtype), instantiate(config.loss)
     gpus = config.launch.nproc_per_node * config.launch.nnodes
     group = config.parallel.ulysses * config.parallel.ring
     replicas = max(1, gpus // group)
     draft = draft_without_data(draft_config(config.draft, spec.config))
-    loss = instantiate(config.loss)
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
     everything = torch.ones(draft.config.vocab_size, dtype=torch.bool)
     budget = config.train.tokens_per_step * config.train.grad_accum * replicas
-    packed = partial(pack, in_draft_vocab=everything, ttt_steps=ttt_steps, mask=loss.mask)
+    shared = {"ttt_steps": config.draft.ttt_steps, "mask": loss.mask}
+    packed = partial(pack, in_draft_vocab=everything, **shared)
     loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:
@@ -99,7 +99,7 @@ def plan(
     peak = max(peak for _, peak in steps) // group
     memory = memory_of(config, spec, parameters, trained, peak)
     if device.type == "cuda":
-        memory[GPU] = [torch.cuda.get_device_properties(device).total_memory] * 3
+        memory[GPU] = [torch.cuda.mem_get_info(device)[1]] * 3
     tokens, epochs = int(documents.lengths.sum()), loader.total_updates / len(epoch)
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
     hours = {}
@@ -123,32 +123,21 @@ def plan(
         "parameters of the target": parameters,
         "of which active": active,
         "parameters of the draft": trained,
-        "GFLOP, prefill of a token": prefill / 1e9,
-        "GFLOP, training on a token": training / 1e9,
     }
     # All devices spend the same shares of their time alike, so any of them can tell.
     best = recommend(disk, memory, next(iter(hours.values())))
     return Plan(data, disk, memory, hours, best, prepared is not None)
 
 
-def count(prepared: Prepared) -> tuple[Prepared, np.ndarray]:
-    """(the documents of an epoch, how much of each is stored: of one that it repeats, a part)."""
-    _, places, times = np.unique(prepared.index["start"], return_inverse=True, return_counts=True)
-    return prepared, 1 / times[places]
-
-
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
-    """What `count` will find when the sources are prepared, from rows evenly spread over every
-    file, each repeated as often as it stands for others. Duplicates and what
-    is held out are not known. Raises RunError.
-    """
+    """(about the documents of an epoch, how much of each is stored), from rows of every file."""
     rows, stands_for, stored = [], [], []
     for source, files in sources:
         remaining = config.data.num_samples
         for file in files:
             total, some = sample_rows(file, SCAN_BYTES / len(files), remaining, len(files))
             remaining = None if remaining is None else remaining - total
-            rows += [(0, 0, 0, raw, 0.0) for raw in some]
+            rows += [(0, 0, 0, raw) for raw in some]
             stands_for += [total / len(some) * source.weight] * len(some)
             stored += [1 / max(1.0, source.weight)] * len(some)
     chunk = Encoder(chat, config.data)[rows, 0]
@@ -161,20 +150,18 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     index["start"] = np.cumsum(records["tokens"]) - records["tokens"]
     counts = ["supervised", "teachers"]
     index[["length", *counts]] = records[["tokens", *counts]]
-    count = max(1, round(upto[-1]))
     # As many documents as an epoch has, evenly spread over what the rows stand for.
+    count = max(1, round(upto[-1]))
     places = np.searchsorted(upto, (np.arange(count) + 0.5) / count * upto[-1])
     documents = Prepared(chunk.ids, chunk.mask, index[places], np.empty(0, np.int64), [])
     return documents, np.array(stored)[usable][places]
 
 
-def sample_rows(
-    file: DataFile, num_bytes: float, most_rows: int | None, num_files: int
-) -> tuple[int, list]:
+def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) -> tuple[int, list]:
     """(rows of the file, some of them), evenly spread over its first `num_bytes`."""
     rows, read, total = [], 0.0, None
-    size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // num_files + 1
-    for _, raw, share in islice(raw_rows(file), most_rows):
+    size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // files + 1
+    for _, raw, share in islice(raw_rows(file), most):
         # Compressed files and JSON lists are read in blocks: rows are counted against the share of
         # the file only where that has just moved on.
         if share > read and len(rows) >= keep and read * size >= num_bytes:
@@ -182,8 +169,7 @@ def sample_rows(
             break
         rows.append(raw)
         read = share
-    total = min(total or len(rows), most_rows or 1 << 62)
-    return total, rows[:: max(1, len(rows) // keep)]
+    return min(total or len(rows), most or 1 << 62), rows[:: max(1, len(rows) // keep)]
 
 
 class NoAttention:
@@ -224,11 +210,7 @@ def draft_without_data(shape: DraftConfig) -> Draft:
 def measure_step(
     draft: Draft, batch: Batch, loss: SoftTargetLoss, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """(FLOPs of the products, most bytes in use beside weights and gradients) of a micro-step.
-
-    The draft's attention, a few per cent of the FLOPs, is left out; norms keep what the fused
-    kernel of GPUs keeps.
-    """
+    """(FLOPs of products but attention's, most bytes beside weights and gradients) of a step."""
     shape, batch = draft.config, batch.to(torch.device("meta"))
     size, teachers = shape.target_hidden_size, len(batch.teacher_rows)
     with torch.device("meta"):
@@ -238,21 +220,16 @@ def measure_step(
         for parameter in draft.parameters():
             parameter.grad = torch.empty_like(parameter)
         with FlopCounterMode(display=False) as counter, LiveBytes() as live:
-            features = Features(
-                aux_hidden_states=torch.empty(batch.tokens, 3 * size, dtype=dtype),
-                last_hidden_states=torch.empty(teachers, size, dtype=dtype),
-                argmax=torch.empty(teachers, dtype=torch.long),
-                logsumexp=torch.empty(teachers),
-            )
-            hidden = unroll(draft, embedding, features.aux_hidden_states, batch)
+            aux = torch.empty(batch.tokens, 3 * size, dtype=dtype)
+            last, argmax = torch.empty(teachers, size, dtype=dtype), torch.empty(teachers).long()
+            features = Features(aux, last, argmax, torch.empty(teachers))
+            hidden = unroll(draft, embedding, aux, batch)
             loss(draft, hidden, features, batch, head).loss.backward()
     return counter.get_total_flops(), live.peak
 
 
 def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float]:
-    """(parameters, those that a token passes through, FLOPs of a token), counted on a model that
-    has shapes and no weights. Raises RunError.
-    """
+    """(parameters, those that a token passes through, FLOPs of a token). Raises RunError."""
     trust, shape = spec.trust_remote_code, spec.config
     try:
         with torch.device("meta"):
@@ -266,9 +243,8 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
     chosen = getattr(shape, "num_experts_per_tok", None) or experts
     total = sum(sizes.values())
     active = total - routed + routed * chosen // experts
-    # A multiplication and an addition for each parameter (Kaplan et al., arXiv 2001.08361) but
-    # an embedding's that is no head too. Attention has two products of 2 FLOPs for each pair of a
-    # query and an earlier key, about as wide as the hidden size: n^2 / 2 pairs in a document.
+    # 2 FLOPs a parameter (Kaplan et al., arXiv 2001.08361), but an embedding's that is no head too.
+    # Attention: two products of 2 FLOPs and the hidden size for each of n^2 / 2 pairs of tokens.
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
     lengths = documents.lengths.astype(float)
     keys = lengths @ lengths / lengths.sum()
@@ -306,9 +282,7 @@ def disk_of(
 def memory_of(
     config: RunConfig, spec: TargetSpec, parameters: int, trained: int, step: int
 ) -> dict[str, list[int]]:
-    """Bytes on each GPU by part, for training online, training offline and capture; `step` is what
-    the largest micro-step needs.
-    """
+    """Bytes on each GPU by part; `step` is what the largest micro-step needs."""
     shape, element = spec.config, getattr(torch, spec.dtype).itemsize
     embedding = shape.vocab_size * shape.hidden_size * element
     ends = embedding if shape.tie_word_embeddings else 2 * embedding
@@ -331,9 +305,7 @@ def memory_of(
 
 
 def rates(device: torch.device, dtype: torch.dtype, gpus: int) -> dict[str, float]:
-    """FLOP/s in products, of all devices together: of GPUs like this, measured; without one,
-    of H200s and of the CPU here.
-    """
+    """FLOP/s in products of all GPUs like this one, measured; else of H200s and of the CPU."""
     size = 8192 if device.type == "cuda" else 768
     a = torch.ones(size, size, device=device, dtype=dtype)
     measured = 2 * size**3 / Timer("a @ a", globals={"a": a}).timeit(5).mean
@@ -350,11 +322,9 @@ def recommend(
     online, offline, _ = memory["at once"]
     if online > memory.get(GPU, [online])[0] >= offline:
         return "mode=offline: target and draft together do not fit on a GPU"
-    if saved < 0.1:  # not worth the disk
-        return (
-            f"mode=online: {size_text(kept)} of hidden states would save {saved:.0%} of the hours"
-        )
-    return f"mode=hybrid: {size_text(kept)} of hidden states save {saved:.0%} of the hours"
+    # Less is not worth the disk.
+    mode, verb = ("hybrid", "save") if saved >= 0.1 else ("online", "would save")
+    return f"mode={mode}: {size_text(kept)} of hidden states {verb} {saved:.0%} of the hours"
 
 
 def show(made: Plan, console: Console) -> None:
@@ -364,22 +334,18 @@ def show(made: Plan, console: Console) -> None:
         for label, values in ({f"\n{title}": headings} | rows).items():
             console.print(f"{label:<32}" + "".join(f"{value:>16}" for value in values))
 
-    def digits(value: float) -> list[str]:
-        return [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
-
-    heading = "counted" if made.exact else "estimated"
-    table("Data and models", [heading], {name: digits(value) for name, value in made.data.items()})
-    for title, headings, sizes in (
-        ("Disk", ["needed", "room there"], made.disk),
-        ("Memory of each GPU", ["online, hybrid", "offline", "capture"], made.memory),
-    ):
-        table(title, headings, {name: map(size_text, row) for name, row in sizes.items()})
+    data = {}
+    for name, value in made.data.items():
+        data[name] = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
+    disk = {name: map(size_text, row) for name, row in made.disk.items()}
+    memory = {name: map(size_text, row) for name, row in made.memory.items()}
+    table("Data and models", ["counted" if made.exact else "estimated"], data)
+    table("Disk", ["needed", "room there"], disk)
+    table("Memory of each GPU", ["online, hybrid", "offline", "capture"], memory)
     devices = list(made.hours.values())
     rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)
-    console.print(
-        f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; prefill reaches "
-        f"{IN_PREFILL:.0%} of that, training {IN_TRAINING:.0%}.\nNot counted: preparing, "
-        "answers to held-out prompts, evaluation, benchmark.\n\n"
-        f"Recommended: {made.recommended}."
-    )
+    shares = f"{IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training"
+    console.print(f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; {shares}.")
+    console.print("Not counted: preparing, held-out answers, evaluation, benchmark.\n")
+    console.print(f"Recommended: {made.recommended}.")

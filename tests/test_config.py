@@ -10,7 +10,7 @@ from typing import Annotated
 import pytest
 from conftest import ROOT, compose_config, spec_of
 
-from eagle3.checks import check, check_bounds, fits
+from eagle3.checks import check, check_value, fits
 from eagle3.config import OneOf, Within, flatten
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError
@@ -29,8 +29,8 @@ SENTENCES = {
     "train.epochs=abc": "train.epochs=abc must be of type int",
     "train.epochs=null": "train.epochs=None must be of type int",
     "train.deterministic=7x": "train.deterministic=7x must be of type bool",
-    "stages=train": "stages=train must be a list, as 'stages=[train]'",
-    "model.aux_layer_ids=x": "model.aux_layer_ids=x must be a list",
+    "stages=train": "stages=train must be of type list, as 'stages=[train]'",
+    "model.aux_layer_ids=x": "model.aux_layer_ids=x must be of type list",
     "train.resume=conf": "train.resume=conf must be a run with a checkpoint",
     "model=hf": "model.path has no value; set model.path=...",
     "+data.sources.a.path=a/b": "a is no source of data yet: write '+data.sources={a: {path: ...}}",
@@ -60,7 +60,7 @@ SENTENCES = {
     "data.chat_template=lama3": "data.chat_template=lama3 is none of auto, chatml,",
     "stages=[]": "stages is empty; name at least one",
     "stages=[prepar]": "; did you mean prepare?",
-    "benchmark.suites=[]": "benchmark.suites or benchmark.configs is empty",
+    "benchmark.suites=[]": "benchmark.suites or benchmark.configs is empty; name at least one",
     "benchmark.suites=[heldou:3]": "benchmark.suites=heldou:3 is unknown",
     "benchmark.protocol=specforg": "must be one of chat, specforge, eagle; did you mean spec",
     "benchmark.configs=[[4,7,10]]": "benchmark.configs=[4, 7, 10] must be [batch, 0, 0, 0]",
@@ -68,12 +68,12 @@ SENTENCES = {
     # files
     "data.path=no.jsonl": "data.path=no.jsonl does not exist; give a local file or folder, a hub",
     "draft_path=nowhere": "draft_path=nowhere does not exist",
-    "draft.config=nowhere": "draft.config=nowhere does not exist",
+    "draft.config=nowhere": "draft.config=nowhere is not a JSON object",
     "draft.config=run.py": "draft.config=run.py is not a JSON object with the draft's shape",
-    "model.path=./nowhere": "model.path=nowhere is not a folder",
-    "model.path=conf": "model.path=conf has no config.json",
+    "model.path=./nowhere": "model.path=./nowhere is not a model that transformers can read",
+    "model.path=conf": "model.path=conf is not a model that transformers can read",
     # pairs
-    "model=llama3-8b": "stages: prepare reads data, but none is named; set data=<preset>, or data=",
+    "model=llama3-8b": "stages: prepare reads data, but none is named; set data=<preset>",
     "data.path=null": "stages: prepare reads data, but none is named",
     "+data.sources={a:{path:a/b}}": "data.path and data.sources exclude each other; set one of",
     "data.max_length=4096": "data.max_length=4096 must be at most train.tokens_per_step=",
@@ -256,6 +256,7 @@ def test_target_without_a_tokenizer(target_folder, tmp_path):
     for file in ("config.json", "model.safetensors"):
         (tmp_path / file).symlink_to(target_folder / file)
     overrides = ["model=hf", f"model.path={tmp_path}", "data=tiny", "data.max_length=128"]
+    overrides.append("draft.vocab_size=300")
     with pytest.raises(ConfigError, match="has no tokenizer"):
         check(load_config(compose_config(*overrides), tmp_path, overrides))
 
@@ -275,12 +276,12 @@ SHARE = Within(0, 1)
 @pytest.mark.parametrize("hint", [Annotated[float, SHARE] | None, Annotated[list[float], SHARE]])
 def test_bounds_are_inclusive_and_refuse_nan(hint):
     for value in (None, 0, 1, 0.5, [0, 1]):
-        check_bounds("key", value, hint)
+        check_value("key", value, hint)
     for value in (-0.1, 1.1, float("nan"), [0.5, 2]):
         with pytest.raises(ConfigError, match="must be within 0 and 1"):
-            check_bounds("key", value, hint)
+            check_value("key", value, hint)
     with pytest.raises(ConfigError, match="must be one of a, b"):
-        check_bounds("key", "c", Annotated[str, OneOf(("a", "b"))])
+        check_value("key", "c", Annotated[str, OneOf(("a", "b"))])
 
 
 def test_the_reference_of_all_keys_is_up_to_date():

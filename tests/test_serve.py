@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -132,12 +133,18 @@ def test_the_script_prints_and_runs(draft, tmp_path):
     folder = draft({"made_for": {"target": TARGET, "draft_length": 5}}, "draft")
     (tmp_path / "vllm").write_text("#!/bin/sh\necho ran with $# arguments\n")
     (tmp_path / "vllm").chmod(0o755)
+    for name in ("eagle3", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    python = tmp_path / ".venv" / "bin" / "python"  # one that is there: nothing is installed
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "ENGINES_DIR": str(tmp_path),
         "PYTHONPATH": str(ROOT),
     }
-    script = ["bash", str(ROOT / "launch" / "serve.sh")]
+    script = ["bash", str(tmp_path / "launch" / "serve.sh")]
     arguments = [str(folder), "vllm", "--run", "--", "--max-model-len", "9"]
     given = {"capture_output": True, "text": True, "env": environment}
     done = subprocess.run([*script, *arguments], **given)

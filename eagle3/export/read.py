@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -55,23 +54,19 @@ def locate(path: str, key: str = "draft_path") -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(path, allow_patterns=[PICKLED])
         return folder
-    except RepositoryNotFoundError as error:  # the hub says so of gated ones too
-        raise RunError(f"{key}={path} is no folder, nor on the hub without a log-in") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"{key}={path} is no folder and the hub cannot be reached") from error
+    except (OSError, ValueError) as error:  # the hub says "not found" of gated ones too
+        reason = "cannot be reached, has none or wants a log-in"
+        raise RunError(f"{key}={path} is no folder and the hub {reason}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A draft's config.json as it stands. Raises RunError for none, or numbers that are none."""
+    """A draft's config.json as the portable form has it. Raises RunError for none, or no sizes."""
     try:
-        given = json.loads((folder / "config.json").read_text())
-        if not isinstance(given, dict):
-            raise ValueError("config.json is no JSON object")
-    except (OSError, ValueError) as error:
+        config = flatten(dict(json.loads((folder / "config.json").read_text())))
+    except (OSError, ValueError, TypeError) as error:
         inside = (folder / "draft" / "config.json").is_file()
         remedy = "; the draft is its folder draft/" if inside else ""
         raise RunError(f"draft at {folder} cannot be read: {error}{remedy}") from error
-    config = flatten(given)
     for name in sorted(SIZES & config.keys()):
         value = config[name]
         # isinstance would let true pass for 1
@@ -81,37 +76,31 @@ def read_config(folder: Path) -> dict[str, Any]:
         ids = section.get(LAYER_IDS) or []
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise RunError(f"draft at {folder}: {LAYER_IDS}={ids} must be a list of whole numbers")
-    return given
+    return config
 
 
 def flatten(given: dict[str, Any]) -> dict[str, Any]:
     """The config of speculators as the portable form has it; any other as it is."""
     if "speculators_model_type" not in given:
         return given
-    nested = ("transformer_layer_config", "speculators_config")
-    outer = {key: value for key, value in given.items() if key not in nested and value is not None}
-    return (given.get("transformer_layer_config") or {}) | outer
+    layer = given.get("transformer_layer_config") or {}
+    section = given.get("speculators_config") or {}
+    [method, *_] = section.get("proposal_methods") or [{}]
+    target = (section.get("verifier") or {}).get("name_or_path")
+    made_for = {"target": target, "draft_length": method.get("speculative_tokens")}
+    outer = {key: value for key, value in given.items() if value is not None}
+    return layer | outer | {"made_for": made_for}
 
 
 def named_layers(config: dict[str, Any]) -> list[int] | None:
-    """The layers whose outputs a draft reads, by its flat config; None where that names none."""
+    """The layers whose outputs a draft reads, by its config; None where that names none."""
     ids, above = (config.get("eagle_config") or {}).get(LAYER_IDS), config.get(LAYER_IDS)
     # Each is in the numbers of the engine that reads it: SGLang's are ours, vLLM's one more.
     return ids if ids or not above else meant_by("vllm", above)
 
 
-def read_made_for(given: dict[str, Any]) -> dict[str, Any]:
-    """`target` and `draft_length` as a config.json of either form names them, if it does."""
-    section = given.get("speculators_config")
-    if not section:
-        return given.get("made_for") or {}
-    [method, *_] = section.get("proposal_methods") or [{}]
-    target = (section.get("verifier") or {}).get("name_or_path")
-    return {"target": target, "draft_length": method.get("speculative_tokens")}
-
-
 def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
-    """The shape in a flat config, filled up as engines do. Raises RunError for a missing size."""
+    """The shape in a config, filled up as engines do. Raises RunError for a missing size."""
     given = {key: value for key, value in config.items() if value is not None}
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if name not in given:
@@ -132,56 +121,40 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
 
 @dataclass
 class DraftFiles:
-    """A draft as found: `config` flat, `tensors` by name, both as the portable form has them.
-
-    `given` is config.json itself, `names` are those of the tensors in the file `weights`.
-    """
+    """A draft as found, in the terms of the portable form."""
 
     folder: Path
-    given: dict[str, Any]
     config: dict[str, Any]
+    is_speculators: bool
     shape: DraftConfig
     tensors: dict[str, torch.Tensor]
-    names: list[str]
+    names: list[str]  # as they stand in the file `weights`
     weights: str
-
-    @property
-    def is_speculators(self) -> bool:
-        return "speculators_model_type" in self.given
 
 
 def read_any(folder: Path) -> DraftFiles:
     """A draft of any known form. Raises RunError where none is there or safe to read."""
-    given = read_config(folder)
-    config = flatten(given)
+    config = read_config(folder)
+    shape = read_shape(folder, config)
+    # Beside the whole there may be what is no shard of it, such as an optimizer's state.
+    single = folder / SINGLE
+    shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    named, weights = {}, shards[0].name if shards else PICKLED
     try:
-        named, weights = read_tensors(folder)
+        for shard in shards:
+            named |= load_file(shard)
+        if not shards:  # a pickle may name any function; weights_only calls none but torch's own
+            named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
+            named = {name: tensor.detach() for name, tensor in named.items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RunError(f"draft at {folder} cannot be read: {error}") from error
-    shape, tensors = read_shape(folder, config), {}
+        raise RunError(f"draft at {folder}: {weights} cannot be read: {error}") from error
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"
+        raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
+    is_speculators, tensors = "speculators_model_type" in config, {}
     for name, tensor in named.items():
         portable = name.removeprefix("model.").replace("layers.0.", "midlayer.")
         if portable in tensors:
             raise RunError(f"draft at {folder} has {portable} twice, once as {name}")
         tensors[portable] = tensor
-    return DraftFiles(folder, given, config, shape, tensors, sorted(named), weights)
-
-
-def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
-    """Every tensor by its name in the file, and that file's name. Raises what reading raises."""
-    # Beside the whole there may be what is no shard of it, such as an optimizer's state.
-    single = folder / SINGLE
-    shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if shards:
-        named = {}
-        for shard in shards:
-            named |= load_file(shard)
-        return named, shards[0].name
-    if not (folder / PICKLED).is_file():
-        raise OSError(f"neither {SINGLE} nor {PICKLED} is there")
-    try:  # weights_only: a pickle may name any function, and this calls none but torch's own
-        named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-        return {name: tensor.detach() for name, tensor in named.items()}, PICKLED
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
-        reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"
-        raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
+    return DraftFiles(folder, config, is_speculators, shape, tensors, sorted(named), weights)

@@ -16,7 +16,7 @@ from eagle3.draft.attention import Backend, Dense
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import RunError
-from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, read_any, read_made_for
+from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, read_any
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.spec import TargetSpec
 
@@ -33,10 +33,7 @@ OTHERS, NOT_VLLM = (*LOADERS, "official"), ("sglang", "trtllm", "official", "our
 
 @dataclass
 class Finding:
-    """A sentence that is true of `engines`; of none: in general.
-
-    `severity` is wrong (the draft does not load, or drafts badly without a word), warning or note.
-    """
+    """What is true of `engines`, or in general; wrong: it does not load, or drafts badly."""
 
     engines: tuple[str, ...]
     sentence: str
@@ -51,11 +48,7 @@ def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
 
 
 def read_draft(draft: Path | DraftFiles, attention: Backend, target: TargetSpec) -> Draft:
-    """A draft of any known form, in fp32. Raises RunError for the first thing that is wrong.
-
-    Where config.json names the auxiliary layers they must be the target's: a wrong guess costs most
-    of the acceptance and shows nowhere else.
-    """
+    """A draft of any known form, in fp32. Raises RunError for the first thing that is wrong."""
     files = read_any(draft) if isinstance(draft, Path) else draft
     for finding in find_all(files, target):
         if finding.severity == "wrong" and "ours" in finding.engines:
@@ -75,9 +68,8 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     [name, *_] = files.config.get("architectures") or [None]
     if name != "LlamaForCausalLMEagle3":
         # SGLang goes by this very name; vLLM and TensorRT-LLM take these two as well.
-        known = name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM")
-        sentence = f"architectures is [{name}], not [LlamaForCausalLMEagle3]"
-        yield Finding(("sglang",) if known else LOADERS, sentence)
+        engines = ("sglang",) if name in ("Eagle3LlamaForCausalLM", "LlamaForCausalLM") else LOADERS
+        yield Finding(engines, f"architectures is [{name}], not [LlamaForCausalLMEagle3]")
     if files.config.get("model_type") != "llama":
         yield Finding(LOADERS, "model_type is not llama, which the layer of an EAGLE3 draft is")
     if files.config.get("draft_vocab_size") is None:
@@ -86,16 +78,16 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """What `vllm serve DRAFT` reads besides the layer."""
-    given, made_for = files.given, read_made_for(files.given)
+    config, kind = files.config, files.config["speculators_model_type"]
     yield Finding(("sglang", "trtllm", "official"), "they read no speculators form", "note")
-    if given["speculators_model_type"] != "eagle3":
-        yield Finding(ALL, f"speculators_model_type={given['speculators_model_type']} is no EAGLE3")
-    if not given.get("draft_vocab_size"):
+    if kind != "eagle3":
+        yield Finding(ALL, f"speculators_model_type={kind} is no EAGLE3")
+    if not config.get("draft_vocab_size"):
         yield Finding(("vllm", "ours"), "config.json lacks draft_vocab_size")
-    for name in ("target", "draft_length"):
-        if not made_for.get(name):
+    for name, value in config["made_for"].items():
+        if not value:
             yield Finding(("vllm",), f"speculators_config names no {name}: vLLM does not start")
-    if "norm_before_residual" not in given:
+    if "norm_before_residual" not in config:
         sentence = "norm_before_residual is absent, which vLLM takes for true; write it"
         yield Finding(("vllm",), sentence, "warning")
         yield Finding(("ours",), sentence)
@@ -129,11 +121,8 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     read = dict.fromkeys(OTHERS, engines_default(num_layers))
     ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
     above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
-    if ids:
-        read["sglang"] = meant_by("sglang", ids)
-    if above:
-        read["vllm"] = meant_by("vllm", above)
-    return read
+    given = {"sglang": ids and meant_by("sglang", ids), "vllm": above and meant_by("vllm", above)}
+    return read | {engine: numbers for engine, numbers in given.items() if numbers}
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -144,7 +133,7 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"
         yield Finding(OTHERS, sentence, "note" if count >= 7 else "wrong")
         return
-    if len(named) != 3 or sorted(set(named)) != named or not 0 <= named[0] <= named[-1] < count:
+    if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
     # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
@@ -176,8 +165,8 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     # SGLang does not start a draft that reaches less far than its target.
     longest, reach = files.shape.max_position_embeddings, target.config.max_position_embeddings
     if longest < reach:
-        sentence = f"max_position_embeddings is {longest}, less than the target's {reach}: set"
-        yield Finding(("sglang",), f"{sentence} --context-length {longest} there, or less")
+        remedy = f"not {reach}: set --context-length {longest} there, or less"
+        yield Finding(("sglang",), f"max_position_embeddings is {longest}, {remedy}")
 
 
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -185,27 +174,25 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     flags = (files.config.get("eagle_config") or {}) | files.config
     cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
     cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
+    cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
     for flag, engines in cannot.items():
         if flags.get(flag):
             yield Finding(engines, f"{flag} is true, which they do not compute")
     # Engines make the norms of EAGLE-3.1 by the flag, and fill them with whatever is in the file.
-    for flag, layer in {"fc_norm": "fc_norm.0", "norm_before_fc": "input_norm"}.items():
-        name = f"{layer}.weight"
+    norms = {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}
+    for flag, name in norms.items():
         if flags.get(flag) and name not in files.tensors:
             yield Finding(LOADERS, f"{flag} is true, but {name} is missing")
         elif name in files.tensors and not flags.get(flag):
             yield Finding(ALL, f"{name} is left out: config.json does not say {flag}")
-    if flags.get("tie_word_embeddings"):
-        yield Finding(("sglang",), "tie_word_embeddings is true: an embedding becomes the head")
 
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Names, shapes and values of what the engines load."""
-    skipping = {"model.": ("vllm", "trtllm", "official")}
-    if not files.is_speculators:
-        skipping["layers.0."] = ("official",)
-    for prefix, engines in skipping.items():
-        if any(name.startswith(prefix) for name in files.names):
+    # Of the speculators form `official` reads nothing anyway.
+    layer = () if files.is_speculators else ("official",)
+    for prefix, engines in {"model.": ("vllm", "trtllm", "official"), "layers.0.": layer}.items():
+        if engines and any(name.startswith(prefix) for name in files.names):
             yield Finding(engines, f"names that begin with {prefix} are skipped silently")
     if files.weights == PICKLED:
         yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
@@ -239,18 +226,16 @@ def vocabulary(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     d2t, t2d = files.tensors.get("d2t"), files.tensors.get("t2d")
     if count > size:
         yield Finding(ALL, f"draft_vocab_size={count} is more than vocab_size={size}")
-        return
-    if d2t is None:
-        if count < size:
-            yield Finding(ALL, "d2t is missing, so engines take draft ids for the target's")
-        return
-    if count == size:
+    elif d2t is None and count < size:
+        yield Finding(ALL, "d2t is missing, so engines take draft ids for the target's")
+    elif d2t is not None and count == size:
         yield Finding(("vllm",), "d2t is there although the vocabularies are the same: vLLM stops")
+    if d2t is None or count > size:
+        return
     if d2t.shape != (count,) or d2t.is_floating_point():
         yield Finding(ALL, f"d2t is {d2t.dtype} {list(d2t.shape)}, not integers [{count}]")
         return
-    d2t = d2t.long()
-    ids = d2t + torch.arange(count)
+    ids = d2t.long() + torch.arange(count)
     listed = None if t2d is None else t2d.bool().nonzero()[:, 0]
     # Without t2d: ids are written in ascending order, while offsets repeat where two ids adjoin.
     absolute = bool((d2t.diff() > 0).all()) if t2d is None else torch.equal(d2t, listed)

@@ -14,7 +14,7 @@ from pathlib import Path
 from eagle3.engines.sglang import SGLang
 from eagle3.engines.vllm import VLLM
 from eagle3.errors import RunError
-from eagle3.export.read import absolute, flatten, locate, named_layers, read_config, read_made_for
+from eagle3.export.read import absolute, locate, named_layers, read_config
 
 LENGTH = 3  # drafts a round, where nothing says another: that of the published comparisons
 ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
@@ -28,13 +28,10 @@ def serve_text(
     port: int | None,
     more: list[str],
 ) -> str:
-    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is.
-
-    Raises RunError where there is no draft, no target of it, or the engine reads no such form.
-    """
-    given = read_config(locate(draft, "DRAFT"))
-    is_speculators, made_for = "speculators_model_type" in given, read_made_for(given)
-    if is_speculators and not (engine in ENGINES and ENGINES[engine].reads_speculators):
+    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError."""
+    config = read_config(locate(draft, "DRAFT"))
+    alone, made_for = "speculators_model_type" in config, config.get("made_for") or {}
+    if alone and not (engine in ENGINES and ENGINES[engine].reads_speculators):
         raise RunError(f"{engine} does not read the speculators form of {draft}; serve draft/")
     named = target or made_for.get("target")
     if not named:
@@ -45,21 +42,20 @@ def serve_text(
     # Absolute, so that the printed command can be used anywhere.
     model, folder = absolute(named), absolute(draft)
     if engine != "trtllm":
-        if is_speculators and made_for == {"target": named, "draft_length": length}:
-            model, folder = folder, None  # such a draft is served alone: it names both itself
+        # A draft of the speculators form names target and length itself.
+        if alone and made_for == {"target": named, "draft_length": length}:
+            model, folder = folder, None
         return join(ENGINES[engine].serve_command(model, folder, length, port, more))
     # TensorRT-LLM reads its speculation from a file, and no layers from the draft.
     method = {"decoding_type": "Eagle", "speculative_model_dir": folder, "max_draft_len": length}
-    layers = named_layers(flatten(given))
+    layers = named_layers(config)
     if layers:
         method["eagle3_layers_to_capture"] = layers
     options = shlex.quote(json.dumps({"speculative_config": method}))
     address = ["--host", "127.0.0.1", "--port", str(port or 8000)]
-    return (
-        f"options=$(mktemp) && echo {options} > $options && \\\n"
-        f"{join([['trtllm-serve', model], address, more])} \\\n"
-        "  --extra_llm_api_options $options"
-    )
+    command = join([["trtllm-serve", model], address, more])
+    flag = "--extra_llm_api_options $options"
+    return f"options=$(mktemp) && echo {options} > $options && \\\n{command} \\\n  {flag}"
 
 
 def join(groups: list[list[str]]) -> str:
@@ -73,17 +69,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("engine", nargs="?", choices=[*ENGINES, "trtllm"], default="sglang")
     model = os.environ.get("MODEL") or None
     parser.add_argument("--target", default=model, help="folder or hub id (or MODEL=)")
-    parser.add_argument("--draft-length", type=int, help="drafts a round")
+    parser.add_argument("--draft-length", type=int, choices=range(1, 17), metavar="N")
     parser.add_argument("--port", type=int)
     parser.add_argument("--run", action="store_true", help="run it, too")
     # What follows -- is the engine's: its options may bear the names of ours.
     own = arguments.index("--") if "--" in arguments else len(arguments)
     asked, more = parser.parse_args(arguments[:own]), arguments[own + 1 :]
-    if asked.draft_length is not None and asked.draft_length < 1:
-        parser.error(f"--draft-length {asked.draft_length} must be at least 1")
+    given = (asked.engine, asked.draft, asked.target, asked.draft_length, asked.port)
     try:
-        given = (asked.engine, asked.draft, asked.target, asked.draft_length)
-        text = serve_text(*given, asked.port, more)
+        text = serve_text(*given, more)
     except RunError as error:
         sys.exit(f"error: {error}")
     print(text, flush=True)

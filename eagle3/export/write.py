@@ -22,10 +22,12 @@ from eagle3.target.layers import numbered_by
 from eagle3.target.spec import TargetSpec
 
 console = Console(markup=False)
-OUTER = (  # what the nested config of the speculators form leaves out of the portable one
+# What the nested config of the speculators form leaves out of the portable one, and its own keys.
+OUTER = (
     "architectures", "draft_vocab_size", "target_hidden_size", "bos_token_id", "eos_token_id",
     "pad_token_id", "num_aux_hidden_states", "eagle_config", LAYER_IDS, "made_for",
 )  # fmt: skip
+COPIED = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "torch_dtype", LAYER_IDS)
 
 
 def export_draft(
@@ -36,11 +38,7 @@ def export_draft(
     draft_length: int,
     run_dir: Path,
 ) -> None:
-    """Write `run_dir/draft`, and `draft-speculators` where asked for, from a checkpoint folder.
-
-    `draft_length` is what the drafts will be served with. Raises RunError without a checkpoint, or
-    with one that is damaged or not finite.
-    """
+    """Write `run_dir/draft` (and `draft-speculators`) from a checkpoint folder. Raises RunError."""
     if not checkpoint.exists():
         raise RunError(f"{run_dir} has no checkpoint to export; put train before export in stages")
     state = draft_weights(checkpoint)
@@ -54,10 +52,7 @@ def export_draft(
 
 
 def write_draft(draft: Draft, folder: Path, config: dict[str, Any]) -> None:
-    """Replace `folder` whole: `config` as config.json, bf16 safetensors under the portable names.
-
-    In the speculators form `layers.0` is the layer. Raises RunError where a weight is not finite.
-    """
+    """Replace `folder` by config.json and bf16 weights; raises RunError for one not finite."""
     prefix = "layers.0." if "speculators_model_type" in config else "midlayer."
     tensors = {}
     for name, parameter in draft.named_parameters():
@@ -111,19 +106,14 @@ def portable_config(
 def speculators_config(portable: dict[str, Any], target: TargetSpec) -> dict[str, Any]:
     """config.json of the speculators form: `vllm serve FOLDER` needs nothing else."""
     made_for, architectures = portable["made_for"], target.config.architectures or []
-    layer = {name: value for name, value in portable.items() if name not in OUTER}
     proposal = {"proposal_type": "greedy", "speculative_tokens": made_for["draft_length"]}
     return {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
-        "draft_vocab_size": portable["draft_vocab_size"],
-        "target_hidden_size": portable.get("target_hidden_size"),
+        **{name: portable.get(name) for name in COPIED},
         "norm_before_residual": False,  # always written: vLLM takes an absent one for true
-        LAYER_IDS: portable[LAYER_IDS],
-        "tie_word_embeddings": False,
-        "torch_dtype": portable["torch_dtype"],
-        "transformer_layer_config": layer,
+        "transformer_layer_config": {k: v for k, v in portable.items() if k not in OUTER},
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
