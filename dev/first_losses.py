@@ -14,7 +14,7 @@ COUNT = 20
 
 
 def main() -> None:
-    """Start the run as a user would, and stop it behind update 20: its schedule stays what it is."""
+    """Start the run as a user would, and stop it behind update 20: its schedule stays."""
     root = Path(__file__).parents[1]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "run.py", "train.log_every=1", f"hydra.run.dir={folder}"]

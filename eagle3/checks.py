@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
     check_stages(config)
     check_processes(config)
     check_benchmark_section(config)
-    check_data(config.data, reads_data(config))
+    check_data(config.data, ["plan"] if config.plan else reads_data(config))
     check_files(config)
     check_against_target(config)
 
@@ -193,7 +193,7 @@ def check_data(data: Data, readers: list[str]) -> None:
         raise ConfigError("data.path and data.sources exclude each other; set one of them")
     if readers and data.path is None and not data.sources:
         remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
-        raise ConfigError(f"stages: {readers[0]} reads data, but none is named; {remedy}")
+        raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():

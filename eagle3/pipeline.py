@@ -107,7 +107,7 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             tracking.note_damage(damaged)
         if "export" in listed:
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
-            export_draft(best, config.export, config.draft, target.spec, draft_length, run_dir)
+            export_draft(best, config.export, target.spec, draft_length, run_dir)
         if "check" in listed:
             attention, length = instantiate(config.draft.attention), config.eval.draft_length
             check(

@@ -30,7 +30,7 @@ from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
-from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, draft_weights, load_checkpoint
+from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_checkpoint, load_draft
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import note_signals, progress_bar
@@ -143,7 +143,7 @@ def train(
         ranks.barrier()
 
     if evaluates and ranks.is_main:
-        draft.load_state_dict(draft_weights(best))
+        draft.load_state_dict(load_draft(best)[1])
         evaluation, update = measure(), trainer.best_update
         values = asdict(evaluation) | {"update": update}
         (run_dir / "evaluation.json").write_text(json.dumps(values))
@@ -300,6 +300,7 @@ class Trainer:
         if self.device.type == "cuda":
             own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state(self.device)
         plain = counts | {
+            "draft": asdict(self.draft.config),
             "update": self.update,
             "best": self.best,
             "best_update": self.best_update,

@@ -13,15 +13,15 @@ from eagle3.errors import RunError
 from eagle3.runs.checkpoint import (
     CheckpointState,
     CheckpointWriter,
-    draft_weights,
     load_checkpoint,
+    load_draft,
     partition_tensors,
 )
 
 
 def state(number: float) -> CheckpointState:
     tensors = {"draft/a": torch.full((3, 2), number), "optimizer/a/step": torch.tensor(number)}
-    plain = {"update": int(number), "best": -float("inf")}
+    plain = {"draft": {}, "update": int(number), "best": -float("inf")}
     return CheckpointState(tensors, {"rank_0/rng": torch.get_rng_state()}, plain)
 
 
@@ -43,7 +43,7 @@ def test_a_state_comes_back(tmp_path):
     assert torch.equal(best.tensors["draft/a"], torch.ones(3, 2))
     assert best.tensors["optimizer/a/step"] == 1 and best.plain["best"] == -float("inf")
     assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state())
-    weights = draft_weights(tmp_path / "last")
+    weights = load_draft(tmp_path / "last")[1]
     assert weights.keys() == {"a"} and torch.equal(weights["a"], torch.full((3, 2), 4.0))
 
 

@@ -73,8 +73,8 @@ SENTENCES = {
     "model.path=./nowhere": "model.path=./nowhere is not a model that transformers can read",
     "model.path=conf": "model.path=conf is not a model that transformers can read",
     # pairs
-    "model=llama3-8b": "stages: prepare reads data, but none is named; set data=<preset>",
-    "data.path=null": "stages: prepare reads data, but none is named",
+    "model=llama3-8b": "prepare reads data, but none is named; set data=<preset>",
+    "data.path=null": "prepare reads data, but none is named",
     "+data.sources={a:{path:a/b}}": "data.path and data.sources exclude each other; set one of",
     "data.max_length=4096": "data.max_length=4096 must be at most train.tokens_per_step=",
     "target.tp_size=2": "target.tp_size=2: target=hf cannot split it; use target=sglang",

@@ -53,7 +53,7 @@ def answers(handle, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def draft(target, answers):
-    """A draft that agrees with the target often enough, by a few updates on the answers themselves."""
+    """A draft that agrees with the target often enough, by a few updates on the answers."""
     torch.manual_seed(0)
     seen = torch.cat([a.input_ids for a in answers]).unique()[:-4]
     others = torch.arange(0, 2048, 9)

@@ -5,6 +5,7 @@ read; every defect is found and its engines named; a sound draft has none.
 import json
 import re
 import shutil
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -133,11 +134,12 @@ def test_whole_vocabulary_ships_no_maps(target, tmp_path):
 
 
 def test_the_stage(draft, target, target_folder, tmp_path, monkeypatch, capsys):
-    section, shape = Export(True, None), SimpleNamespace(vocab_size=300, config=None)
-    asked = (section, shape, target, 4, tmp_path)
+    asked = (Export(True, None), target, 4, tmp_path)
     with pytest.raises(RunError, match="put train before export in stages"):
         export_draft(tmp_path / "nothing", *asked)
-    monkeypatch.setattr(write, "draft_weights", lambda checkpoint: draft.state_dict())
+    monkeypatch.setattr(
+        write, "load_draft", lambda path: (asdict(draft.config), draft.state_dict())
+    )
     export_draft(tmp_path, *asked)
     assert read_draft(tmp_path / "draft", Auto, target).config == draft.config
     config = json.loads((tmp_path / "draft" / "config.json").read_text())

@@ -132,6 +132,10 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path):
     path, tracker = tmp_path / "metrics.jsonl", Recorder()
     lines = JsonLines(path)
     lines.log({"loss": 4.0}, 1)
+    lines.log({"loss": 9.0}, 2)  # behind the checkpoint: it is computed again
+    state = tmp_path / "checkpoints" / "last" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"update": 1}')
     with follow_metrics(path, tracker):
         lines.log({"loss": 3.0}, 2)
         lines.log({"loss": 2.0}, 3)
@@ -143,6 +147,14 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path):
                 resumed.log({"eval/loss": 1.0}, step)
     steps = [(step, *metrics) for step, metrics in tracker.rows]
     assert steps == [(2, "loss"), (3, "loss"), (3, "eval/loss"), (4, "loss")]
+
+
+def test_a_run_that_starts_anew_is_sent_whole(tmp_path):
+    path, tracker = tmp_path / "metrics.jsonl", Recorder()
+    JsonLines(path).log({"loss": 9.0}, 5)
+    with follow_metrics(path, tracker):
+        JsonLines(path).log({"loss": 4.0}, 1)
+    assert tracker.rows == [(1, {"loss": 4.0})]
 
 
 def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):

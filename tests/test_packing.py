@@ -24,7 +24,7 @@ IN_DRAFT_VOCAB = torch.arange(VOCAB) % 5 != 4
 
 
 def expected_pairs(mask, ttt_steps=TTT_STEPS):
-    """{(row, step): teacher's place or None beyond the end}, by the definition, a pair at a time."""
+    """{(row, step): teacher's place or None beyond the end}, by the definition, pair by pair."""
     pairs, start = {}, 0
     for _, ids, a in documents():
         n = len(ids)

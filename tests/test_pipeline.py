@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
-from eagle3.runs.checkpoint import draft_weights, load_checkpoint
+from eagle3.runs.checkpoint import load_checkpoint, load_draft
 from eagle3.target.handle import TargetHandle
 
 pytestmark = pytest.mark.runs
@@ -225,7 +225,7 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
 
 
 def draft_of(run_dir: Path):
-    return draft_weights(run_dir / "checkpoints" / "last")
+    return load_draft(run_dir / "checkpoints" / "last")[1]
 
 
 def test_checkpoints_are_pruned_but_the_best_is_kept(finished):

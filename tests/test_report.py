@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT
 from rich.console import Console
 
+from eagle3.runs.disk import read_json
 from eagle3.runs.logger import REDACTED
-from eagle3.runs.report import Plot, read_json, summary, write_report
+from eagle3.runs.report import Plot, summary, write_report
 
 EVIL = "<script>alert(1)</script>"
 

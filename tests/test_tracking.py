@@ -66,7 +66,10 @@ def test_a_listed_stage_prints_what_it_made(tmp_path):
     lines = [line.split() for line in tracked.console.file.getvalue().splitlines()]
     counts = {" ".join(words[:-1]): words[-1] for words in lines[:-2] if len(words) > 1}
     assert counts == {"rows": "9,006", "documents": "9,000", "vocab coverage": "0.8765"}
-    assert lines[-2:] == [["prepare:", "some_folder"], "prepare: rejected 6 x [no] turn".split()]
+    assert lines[-2:] == [
+        ["prepare:", "some_folder"],
+        ["prepare:", "rejected", "6", "x", "[no]", "turn"],
+    ]
 
 
 @pytest.mark.parametrize("fails", [True, False])

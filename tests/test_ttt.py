@@ -42,7 +42,7 @@ def test_losses_and_gradients(backend, mask, pointwise, draft_vocab_size, dtype,
 @pytest.mark.parametrize("mask", ["serving", "shifted"])
 @pytest.mark.parametrize("ttt_steps", [1, 2, 9])
 def test_any_number_of_steps(mask, ttt_steps):
-    """With nine steps, no document has a token left to supervise at the last ones under `serving`."""
+    """With nine steps, no document has a token left to supervise at the last ones."""
     assert (
         max(compare(random_case(Auto, lengths=(6, 9, 4), seed=3), mask=mask, ttt_steps=ttt_steps))
         < 1e-12

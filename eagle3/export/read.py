@@ -23,6 +23,11 @@ from eagle3.target.layers import meant_by
 
 SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # in config.json, and in its eagle_config
+# Names that engines have for them in memory, and some folders on disk.
+IN_MEMORY = {
+    "^draft_id_to_target_id$": "d2t", r"^aux_norm_low\.": "fc_norm.0.",
+    r"^aux_norm_mid\.": "fc_norm.1.", r"^aux_norm_high\.": "fc_norm.2.",
+}  # fmt: skip
 SIZES = {field.name for field in fields(DraftConfig) if field.type is int} | {"num_hidden_layers"}
 
 
@@ -154,6 +159,8 @@ def read_any(folder: Path) -> DraftFiles:
     is_speculators, tensors = "speculators_model_type" in config, {}
     for name, tensor in named.items():
         portable = name.removeprefix("model.").replace("layers.0.", "midlayer.")
+        for pattern, replacement in IN_MEMORY.items():
+            portable = re.sub(pattern, replacement, portable)
         if portable in tensors:
             raise RunError(f"draft at {folder} has {portable} twice, once as {name}")
         tensors[portable] = tensor

@@ -11,13 +11,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from eagle3.config import DraftSection, Export
+from eagle3.config import Export
 from eagle3.draft.attention import Dense
-from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, SINGLE, absolute
-from eagle3.runs.checkpoint import draft_weights
+from eagle3.runs.checkpoint import load_draft
 from eagle3.target.layers import numbered_by
 from eagle3.target.spec import TargetSpec
 
@@ -31,18 +30,14 @@ COPIED = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "torc
 
 
 def export_draft(
-    checkpoint: Path,
-    section: Export,
-    shape: DraftSection,
-    target: TargetSpec,
-    draft_length: int,
-    run_dir: Path,
+    checkpoint: Path, section: Export, target: TargetSpec, draft_length: int, run_dir: Path
 ) -> None:
     """Write `run_dir/draft` (and `draft-speculators`) from a checkpoint folder. Raises RunError."""
     if not checkpoint.exists():
         raise RunError(f"{run_dir} has no checkpoint to export; put train before export in stages")
-    state = draft_weights(checkpoint)
-    draft = Draft(draft_config(shape, target.config), Dense, state["t2d"], state["d2t"])
+    # As it was trained: `draft.init_from` may have brought another shape than the config's.
+    shape, state = load_draft(checkpoint)
+    draft = Draft(DraftConfig(**shape), Dense, state["t2d"], state["d2t"])
     draft.load_state_dict(state)
     verifier = absolute(section.verifier or target.path)
     portable = portable_config(draft.config, target, verifier, draft_length)

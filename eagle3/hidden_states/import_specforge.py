@@ -48,7 +48,9 @@ def import_specforge(
     section: HiddenStates, target: TargetHandle, max_length: int, cache_dir: str
 ) -> Path:
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
-    files = sorted(hidden_state_files(Path(section.path)))
+    # In the order of their numbers: data_2 before data_10.
+    found = hidden_state_files(Path(section.path))
+    files = sorted(found, key=lambda path: (len(str(path)), path))
     stats = [(path.relative_to(section.path), path.stat()) for path in files]
     content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
     inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}

@@ -156,7 +156,10 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     return CheckpointState(tensors, own, plain)
 
 
-def draft_weights(path: Path) -> Tensors:
-    """The draft's state dict in a checkpoint, on the host. Raises RunError."""
-    tensors = load_checkpoint(path, "draft/").tensors
-    return {name.removeprefix("draft/"): tensor for name, tensor in tensors.items()}
+def load_draft(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """The fields of the draft's config and its state dict, on the host. Raises RunError."""
+    state = load_checkpoint(path, "draft/")
+    if "draft" not in state.plain:
+        raise RunError(f"checkpoint {path} is of an older version; export with that, or train anew")
+    weights = {name.removeprefix("draft/"): tensor for name, tensor in state.tensors.items()}
+    return state.plain["draft"], weights

@@ -1,5 +1,6 @@
-"""Writing: whether a disk can hold it, and whole files or none."""
+"""Files: whether a disk can hold them, whole or not at all."""
 
+import json
 import os
 import shutil
 import uuid
@@ -10,6 +11,11 @@ from typing import Any
 from rich.filesize import decimal as size_text
 
 from eagle3.errors import RunError
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, its NaN as None; {} where there is none."""
+    return json.loads(path.read_text(), parse_constant=lambda name: None) if path.exists() else {}
 
 
 def free_bytes(folder: str | Path) -> int:

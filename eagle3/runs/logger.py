@@ -15,7 +15,7 @@ import yaml
 
 from eagle3.config import OneOf
 from eagle3.errors import ConfigError
-from eagle3.runs.disk import write_atomically
+from eagle3.runs.disk import read_json, write_atomically
 
 REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
@@ -146,8 +146,11 @@ class Wandb(NoTracker):
 @contextlib.contextmanager
 def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
     """While the block runs, send every line that is added to a metrics.jsonl to the tracker."""
-    # Lines that are there already were sent by the run that this one resumes.
-    sent = max(map(place, read_metrics(path)), default=(-1, False))
+    # Lines up to the checkpoint were sent by the run that this one resumes; what was behind it, or
+    # all of a run that starts anew, is computed and sent again.
+    update = read_json(path.parent / "checkpoints" / "last" / "state.json").get("update")
+    JsonLines(path, update)
+    sent = (-1 if update is None else update, True)
     ended = threading.Event()
     # A thread that reads the file: training waits for no tracker, and may be other processes.
     thread = threading.Thread(target=forward_metrics, args=(path, tracker, sent, ended))

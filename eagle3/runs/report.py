@@ -1,6 +1,5 @@
 """A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
 
 # The columns of the benchmark, in their order.
@@ -134,11 +134,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, its NaN as None; {} where there is none."""
-    return json.loads(path.read_text(), parse_constant=lambda name: None) if path.exists() else {}
 
 
 def benchmark_rows(benchmark: dict) -> list[dict]:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eagle3.config import RunConfig
-from eagle3.runs.disk import write_atomically
+from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
-from eagle3.runs.report import benchmark_rows, read_json, summary, write_report
+from eagle3.runs.report import benchmark_rows, summary, write_report
 
 # Those whose versions may change a result.
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
@@ -79,8 +79,9 @@ class Tracking:
         """Keep why documents of a store were left out of training, by key; print the first."""
         if damaged:
             self.inputs["damaged"] = {str(key): reason for key, reason in damaged.items()}
+            self.write()
             first = "; ".join(f"{key}: {reason}" for key, reason in sorted(damaged.items())[:5])
-            self.console.print(f"train: {len(damaged)} damaged documents were left out ({first})")
+            self.console.print(f"train: {len(damaged)} damaged documents were not read ({first})")
 
 
 @contextmanager
@@ -115,7 +116,8 @@ def device_name(device: torch.device) -> str:
 
 def git_commit() -> str | None:
     """The commit of the code, with `+` when files differ from it; None outside a repository."""
-    command = "git describe --always --abbrev=40 --exclude=* --dirty=+".split()  # by no tag's name
+    by_no_tag = ["--abbrev=40", "--exclude=*", "--dirty=+"]
+    command = ["git", "describe", "--always", *by_no_tag]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:

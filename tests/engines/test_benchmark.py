@@ -16,16 +16,18 @@ from engines.conftest import CPU_ENVIRONMENT, SGLANG_ON_CPU, VLLM_ON_CPU
 
 @pytest.fixture(scope="module")
 def benchmark(trained_draft, tmp_path_factory):
-    """benchmark(runner, configs, *overrides): its rows for four held-out prompts and the protocol."""
+    """benchmark(runner, configs, *overrides): rows for four held-out prompts, the protocol."""
 
     def benchmark(
         runner: str, configs: list[list[int]], *overrides: str
     ) -> tuple[list[dict], dict]:
         folder = tmp_path_factory.mktemp(runner)
         command = [
-            sys.executable, "run.py", "stages=[benchmark]", f"benchmark={runner}", f"benchmark.configs={configs}",
-            "benchmark.suites=[heldout:4]", "benchmark.max_new_tokens=32", f"draft_path={trained_draft}",
-            f"cache_dir={trained_draft.parents[1] / 'cache'}", f"hydra.run.dir={folder}", *overrides,
+            sys.executable, "run.py", "stages=[benchmark]", f"benchmark={runner}",
+            f"benchmark.configs={configs}", "benchmark.suites=[heldout:4]",
+            "benchmark.max_new_tokens=32", f"draft_path={trained_draft}",
+            f"cache_dir={trained_draft.parents[1] / 'cache'}", f"hydra.run.dir={folder}",
+            *overrides,
         ]  # fmt: skip
         environment = os.environ | CPU_ENVIRONMENT
         done = subprocess.run(

@@ -136,13 +136,14 @@ def to_host(*tensors: torch.Tensor) -> torch.Tensor:
 
 def write_block(path: Path, tensors: dict, requests: list[list[int]], copied: Any) -> None:
     """One block, complete once it has its name. None is written for a client that is gone."""
+    partial = path.with_suffix(".partial")
     try:
         if copied is not None:
             copied.synchronize()
-        partial = path.with_suffix(".partial")
         save_file(tensors, partial, {"requests": json.dumps(requests)})
         partial.rename(path)
     except Exception as error:
+        partial.unlink(missing_ok=True)  # shared memory is what may have run out
         if path.parent.exists():
             report_error(path.parent, f"{path} was not written ({error}); see target.batch_tokens")
 

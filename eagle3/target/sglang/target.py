@@ -95,6 +95,11 @@ class SGLangTarget:
         if section.get("url") is None:
             ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
 
+    def check_alive(self) -> None:
+        """Raise RunError with the cause where the server that this process started has ended."""
+        if self.server is not None:
+            self.server.check()
+
     def check_space(self) -> None:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
         row = 4 * self.config.hidden_size * getattr(torch, self.spec.dtype).itemsize
