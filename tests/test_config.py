@@ -70,8 +70,8 @@ SENTENCES = {
     "draft_path=nowhere": "draft_path=nowhere does not exist",
     "draft.config=nowhere": "draft.config=nowhere is not a JSON object",
     "draft.config=run.py": "draft.config=run.py is not a JSON object with the draft's shape",
-    "model.path=./nowhere": "model.path=./nowhere is not a model that transformers can read",
-    "model.path=conf": "model.path=conf is not a model that transformers can read",
+    "model.path=./nowhere": "model.path=./nowhere is no model: ",
+    "model.path=conf": "model.path=conf is no model: ",
     # pairs
     "model=llama3-8b": "prepare reads data, but none is named; set data=<preset>",
     "data.path=null": "prepare reads data, but none is named",

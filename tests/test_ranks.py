@@ -245,7 +245,7 @@ def test_layouts_that_cannot_be_are_refused(settings, tmp_path, monkeypatch):
     )
     assert "parallel.ulysses has no value" in refused("parallel=usp")
     assert re.match(
-        r"parallel\.ulysses=8 must divide the draft's \d key/value heads .*parallel\.ring larger",
+        r"parallel\.ulysses=8 must divide the draft's \d key/value heads; .*parallel\.ring larger",
         refused("parallel=usp", "parallel.ulysses=8", "launch.nproc_per_node=8"),
     )
     assert "needs launch.rdzv_endpoint=" in refused("launch.nnodes=2")

@@ -243,6 +243,9 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
             if check_inputs(folder, inputs) is None:
+                if any(folder.glob("*.safetensors")):
+                    remedy = "which this project did not write; name an empty folder"
+                    raise RunError(f"hidden_states.path={folder} holds .safetensors, {remedy}")
                 write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
