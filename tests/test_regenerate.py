@@ -351,12 +351,11 @@ def test_several_servers_share_the_requests_within_the_bound(tmp_path):
     assert len(first.bodies + second.bodies) == 60
 
 
-def test_a_dead_server_costs_few_rows(tmp_path, dead_url):
-    """It is asked no more once it has failed as often as others have requests."""
+@pytest.mark.parametrize("model", ["target", None])
+def test_a_dead_server_costs_no_row(tmp_path, dead_url, model):
     with Fake(delay=0.005) as good:
-        facts = ask(tmp_path, [dead_url, good], make_rows(200), model="target", retries=1)
-    assert facts["answered"] == len(good.bodies) >= 200 - 2 * 8 - 1
-    assert facts["rejected"].keys() <= {"Connection error."}
+        facts = ask(tmp_path, [dead_url, good], make_rows(200), model=model, retries=1)
+    assert facts["answered"] == len(good.bodies) == 200
 
 
 @pytest.mark.parametrize("way", ["dies", "fails"])
@@ -509,6 +508,9 @@ def test_the_model_must_be_clear(tmp_path, dead_url):
     for models, words in (("a", "b"), "the models a, b"), ((), "the models none"):
         with Fake(models=models) as fake, pytest.raises(RunError, match=words):
             ask(tmp_path, [fake], make_rows(1))
+    differ = pytest.raises(RunError, match=r"different models \(a, b\)")
+    with Fake(models=("a",)) as a, Fake(models=("b",)) as b, differ:
+        ask(tmp_path, [a, b], make_rows(1))
     with pytest.raises(RunError, match=r"lists no model.*regenerate\.urls"):
         ask(tmp_path, [dead_url], make_rows(1), retries=1)
 

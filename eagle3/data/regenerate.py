@@ -261,7 +261,7 @@ class Servers:
         servers = [Server(url, self) for url in self.urls]
         names = ("temperature", "top_p", "top_k", "seed")
         body = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        body["model"] = self.model or await servers[0].only_model()
+        body["model"] = self.model or await only_model(servers)
         body = {"max_tokens": self.max_new_tokens or data.max_length, **body, **self.extra_body}
         waiting, through = enumerate(rows), []
 
@@ -272,12 +272,7 @@ class Servers:
                     continue
                 dialogue = Dialogue(row, data.system_prompt)
                 while (messages := dialogue.prompt()) is not None:
-                    # A server that fails counts as busier than it is, so that others are asked.
-                    server = min(servers, key=lambda server: server.in_flight + server.failures)
-                    try:
-                        await server.answer(dialogue, {**body, "messages": messages})
-                    except RowError as error:
-                        dialogue.reason = str(error)
+                    await ask(servers, dialogue, {**body, "messages": messages})
                 through.append((number, row, dialogue))
                 failures = min(server.failures for server in servers)
                 if failures >= MOST_FAILURES:
@@ -293,6 +288,40 @@ class Servers:
         await asyncio.gather(*(work() for _ in range(self.concurrency * len(servers))))
         for entry in through:
             journal.write(*entry)
+
+
+async def ask(servers: list["Server"], dialogue: Dialogue, body: dict[str, Any]) -> None:
+    """Add an answer to the dialogue, or why there is none; where a server fails, ask the next."""
+    # One that fails counts as busier than it is.
+    for server in sorted(servers, key=lambda server: server.in_flight + server.failures):
+        try:
+            return await server.answer(dialogue, body)
+        except ServerError as error:
+            reason = str(error)
+        except RowError as error:
+            reason = str(error)
+            break
+    dialogue.reason = reason
+
+
+async def only_model(servers: list["Server"]) -> str:
+    """The one model that the servers list, as far as they answer. Raises RunError."""
+    names, failed = set(), None
+    for server in servers:
+        try:
+            names.add(await server.only_model())
+        except RunError as error:
+            failed = error
+    if not names:
+        raise failed
+    if len(names) > 1:
+        models = ", ".join(sorted(names))
+        raise RunError(f"regenerate.urls serve different models ({models}); name one in .model")
+    return names.pop()
+
+
+class ServerError(RowError):
+    """Why a server gave no answer that another might give."""
 
 
 class Server:
@@ -341,7 +370,8 @@ class Server:
             # What the client repeats may be the server's fault; what it does not is the request's.
             at_fault = status in (None, 408, 409, 429) or status >= 500
             self.failures = self.failures + 1 if at_fault else 0
-            raise RowError(f"HTTP {status}: {self.error}" if status else self.error) from error
+            kind = ServerError if at_fault else RowError
+            raise kind(f"HTTP {status}: {self.error}" if status else self.error) from error
         finally:
             self.in_flight -= 1
         self.failures = 0
