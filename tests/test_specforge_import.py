@@ -105,6 +105,13 @@ def test_what_a_folder_of_specforge_is(tmp_path):
     assert is_specforge(tmp_path / "b") and is_specforge(tmp_path)
 
 
+def test_documents_come_in_the_order_of_their_numbers(tmp_path, weights, imported):
+    for number in (10, 9, 1):
+        save(document(10 + number, weights), tmp_path / "S" / f"data_{number}.ckpt")
+    found = imported(tmp_path / "S", weights)[1]
+    assert [len(found[key].input_ids) for key in range(3)] == [11, 19, 20]
+
+
 @pytest.mark.parametrize("suffix", ["ckpt", "ckpt.gz"])
 @pytest.mark.parametrize("batched", [True, False], ids=["[1,n,H]", "[n,H]"])
 def test_a_document_arrives_whole(tmp_path, weights, imported, suffix, batched):

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def import_specforge(
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
     # In the order of their numbers: data_2 before data_10.
     found = hidden_state_files(Path(section.path))
-    files = sorted(found, key=lambda path: (len(str(path)), path))
+    files = sorted(found, key=lambda path: (list(map(int, re.findall(r"\d+", str(path)))), path))
     stats = [(path.relative_to(section.path), path.stat()) for path in files]
     content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
     inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}
