@@ -49,8 +49,7 @@ def import_specforge(
 ) -> Path:
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
     # In the order of their numbers: data_2 before data_10.
-    found = hidden_state_files(Path(section.path))
-    files = sorted(found, key=lambda path: (len(str(path)), path))
+    files = sorted(hidden_state_files(Path(section.path)), key=lambda path: (len(str(path)), path))
     stats = [(path.relative_to(section.path), path.stat()) for path in files]
     content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
     inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}
