@@ -286,3 +286,15 @@ def split_by_cost(items: np.ndarray, costs: np.ndarray, shares: int) -> list[np.
         dealt[share].append(item)
         heapq.heappush(loads, (load + int(costs[item]), share))
     return [np.array(share, dtype=np.int64) for share in dealt]
+
+
+def fill(items: list, sizes: list[int], limit: int) -> list[list]:
+    """Items in their order, in groups of at most `limit` together, or of one."""
+    groups, used = [], limit
+    for item, size in zip(items, sizes, strict=True):
+        if used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(item)
+        used += size
+    return groups

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from conftest import ROOT, losses, run_command, spec_of
 from transformers import OPTConfig
 
-from eagle3.batch import Document, Features, pack, serving
+from eagle3.batch import Document, Features, fill, pack, serving
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget, head_statistics
@@ -28,7 +28,7 @@ from eagle3.target.sglang import hook
 from eagle3.target.sglang import target as target_module
 from eagle3.target.sglang.blocks import ALIVE, PREFIX, SHARED, Blocks
 from eagle3.target.sglang.hook import Hook, statistics
-from eagle3.target.sglang.target import SGLangTarget, log_path, split_prompts
+from eagle3.target.sglang.target import SGLangTarget, log_path
 from eagle3.target.spec import default_aux_layer_ids
 from eagle3.target.weights import load_weights
 
@@ -103,9 +103,8 @@ def test_features_equal_those_of_transformers(target, reference, behave, chunk):
 
 
 def test_at_most_batch_tokens_are_in_flight():
-    prompts = [[0] * length for length in (40, 20, 30, 90, 5, 6)]
-    groups = [list(map(len, group)) for group in split_prompts(prompts, 64)]
-    assert groups == [[40, 20], [30], [90], [5, 6]]
+    lengths = [40, 20, 30, 90, 5, 6]
+    assert fill(lengths, lengths, 64) == [[40, 20], [30], [90], [5, 6]]
 
 
 def test_generation_equals_transformers(target, reference):

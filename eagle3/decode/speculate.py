@@ -171,9 +171,8 @@ class DecodingBatch:
         for i, ids, count in zip(self.rows, accepted.ids.tolist(), accepted.counts, strict=True):
             generation = self.generations[i]
             kept = ids[: min(count, self.max_new_tokens - len(generation.ids))]
-            ends = [n for n, token in enumerate(kept) if token in self.target.eos_token_ids]
-            if ends:
-                del kept[ends[0] + 1 :]
+            ends = (n for n, token in enumerate(kept) if token in self.target.eos_token_ids)
+            del kept[next(ends, len(kept)) + 1 :]
             generation.ids += kept
             generation.emitted.append(len(kept))
             generation.accepted.append(min(len(kept), count - 1))

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import Progress
 
-from eagle3.batch import Document, pack, serving, split_features
+from eagle3.batch import Document, fill, pack, serving, split_features
 from eagle3.config import HiddenStates, parse_size
 from eagle3.data.prepare import Prepared
 from eagle3.errors import RunError
@@ -75,18 +75,6 @@ def plan_shards(prepared: Prepared, payload: np.ndarray, batch_tokens: int) -> l
     order = firsts[np.lexsort((firsts, -lengths[firsts]))]
     batches = fill(order.tolist(), lengths[order].tolist(), batch_tokens)
     return fill(batches, [int(payload[batch].sum()) for batch in batches], SHARD_BYTES)
-
-
-def fill(items: list, sizes: list[int], limit: int) -> list[list]:
-    """Items in their order, in groups of at most `limit` together, or of one."""
-    groups, used = [], limit
-    for item, size in zip(items, sizes, strict=True):
-        if used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(item)
-        used += size
-    return groups
 
 
 def compute_features(target: Any, documents: list[Document]) -> list[Document]:

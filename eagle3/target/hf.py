@@ -26,13 +26,9 @@ class HFTarget:
     in_process = True  # it has `states`, which decoding needs
 
     def __init__(
-        self,
-        spec: TargetSpec,
-        device: torch.device,
-        attention: str = "auto",
-        batch_tokens: Annotated[int, Within(1)] = 16384,
-        tp_size: int = 1,
-    ):
+        self, spec: TargetSpec, device: torch.device, attention: str = "auto",
+        batch_tokens: Annotated[int, Within(1)] = 16384, tp_size: int = 1,
+    ):  # fmt: skip
         self.spec, self.config, self.device = spec, spec.config, device
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
@@ -71,11 +67,9 @@ class HFTarget:
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        size = section.get("tp_size", 1)
-        if size > 1:
-            raise ConfigError(
-                f"target.tp_size={size}: target=hf cannot split it; use target=sglang"
-            )
+        if (size := section.get("tp_size", 1)) > 1:
+            remedy = "target=hf cannot split it; use target=sglang"
+            raise ConfigError(f"target.tp_size={size}: {remedy}")
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -88,9 +82,8 @@ class HFTarget:
         logits = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
         product = self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
-            raise ConfigError(
-                f"{self.spec.path} changes its logits behind the head; it is not supported"
-            )
+            reason = "changes its logits behind the head; it is not supported"
+            raise ConfigError(f"{self.spec.path} {reason}")
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -106,14 +99,10 @@ class HFTarget:
         new; cached tokens must then lie at the slots of their positions.
         """
         rows = input_ids.reshape(-1, input_ids.shape[-1])
-        output = self.decoder(
-            input_ids=rows,
-            attention_mask=None if visible is None else self.additive_mask(visible, position_ids),
-            position_ids=position_ids.reshape(rows.shape),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            documents=documents,
-        )
+        mask = None if visible is None else self.additive_mask(visible, position_ids)
+        options = {"past_key_values": cache, "use_cache": cache is not None, "documents": documents}
+        places = position_ids.reshape(rows.shape)
+        output = self.decoder(input_ids=rows, attention_mask=mask, position_ids=places, **options)
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self.captured.clear()  # or they would live until the next pass
         last = output.last_hidden_state
@@ -159,21 +148,15 @@ class HFTarget:
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
         attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        output = self.model.generate(
-            torch.tensor(padded, device=self.device),
-            attention_mask=torch.tensor(attended, device=self.device),
-            num_beams=1,
-            repetition_penalty=1.0,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos or None,
-            pad_token_id=pad,
-            **(greedy if sampling is None else sampling | {"do_sample": True}),
-        )
+        options = greedy if sampling is None else sampling | {"do_sample": True}
+        options |= {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
+        options |= {"eos_token_id": eos or None, "pad_token_id": pad}
+        ids, mask = torch.tensor([padded, attended], device=self.device)
+        output = self.model.generate(ids, attention_mask=mask, **options)
         answers = output[:, width:].tolist()
         for answer in answers:
-            ends = [place for place, token in enumerate(answer) if token in self.eos_token_ids]
-            if ends:
-                del answer[ends[0] + 1 :]  # padding
+            ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
+            del answer[next(ends, len(answer)) + 1 :]  # padding
         return answers
 
     @torch.no_grad()

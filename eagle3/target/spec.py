@@ -62,16 +62,9 @@ def read_spec(model: Model) -> TargetSpec:
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
-    return TargetSpec(
-        path=model.path,
-        config=config,
-        dtype=dtype,
-        aux_layer_ids=model.aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        embedding_key=model.embedding_key,
-        lm_head_key=model.lm_head_key,
-    )
+    layers = model.aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers)
+    derived = {"config": config, "dtype": dtype, "aux_layer_ids": layers}
+    return TargetSpec(**vars(model) | derived)
 
 
 def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
@@ -96,8 +89,7 @@ def check_supported(config: PretrainedConfig) -> None:
     # Between the product and the softmax these would scale or bend what the draft learns from.
     neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
     for name, harmless in neutral.items():
-        value = getattr(config, name, None)
-        if value not in (harmless, None):
+        if (value := getattr(config, name, None)) not in (harmless, None):
             raise ConfigError(f"the target's {name}={value} changes its logits: not supported")
 
 

@@ -11,13 +11,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import httpx
 import torch
 
-from eagle3.batch import Batch, Features
+from eagle3.batch import Batch, Features, fill
 from eagle3.config import Within
 from eagle3.engines.engine import Launch
 from eagle3.engines.server import Server, choose_port, interpreter
@@ -119,16 +120,9 @@ class SGLangTarget:
         launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
         # Not every model of SGLang takes explicit layers; all know the default ones.
         by_default = self.aux_layer_ids == engines_default(self.config.num_hidden_layers)
-        capture = Capture(
-            HOOK,
-            {"root": str(SHARED)},
-            None if by_default else numbered_by("sglang", self.aux_layer_ids),
-            self.device.type,
-            self.batch_tokens,
-            self.dp_size,
-            self.ep_size,
-            self.quantization,
-        )
+        layers = None if by_default else numbered_by("sglang", self.aux_layer_ids)
+        options = self.batch_tokens, self.dp_size, self.ep_size, self.quantization
+        capture = Capture(HOOK, {"root": str(SHARED)}, layers, self.device.type, *options)
         # SGLang runs in an environment of its own: it gets our package, but none of those beside.
         packages = self.blocks.folder / "packages"
         packages.mkdir()
@@ -136,10 +130,8 @@ class SGLangTarget:
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type)
         command, url = ENGINE.capture_command(launch, capture), f"http://127.0.0.1:{port}"
-        log = log_path(port)
-        return Server(
-            command, url, environment, log, self.ready_seconds, ENGINE.health_path, ENGINE.name
-        )
+        waiting = log_path(port), self.ready_seconds, ENGINE.health_path, ENGINE.name
+        return Server(command, url, environment, *waiting)
 
     def close(self) -> None:
         """End the server, if this process started it, and free the shared memory."""
@@ -178,17 +170,14 @@ class SGLangTarget:
     def prefill(self, prompts: list, max_new_tokens: int) -> tuple[Features, list[dict]]:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
         tokens, size = sum(map(len, prompts)), self.config.hidden_size
-        with self.device:
-            features = Features(
-                torch.empty(tokens, 3 * size, dtype=getattr(torch, self.spec.dtype)),
-                torch.empty(tokens, size, dtype=getattr(torch, self.spec.dtype)),
-                torch.empty(tokens, dtype=torch.int64),
-                torch.empty(tokens, dtype=torch.float32),
-            )
+        dtype, empty = getattr(torch, self.spec.dtype), partial(torch.empty, device=self.device)
+        states = empty(tokens, 3 * size, dtype=dtype), empty(tokens, size, dtype=dtype)
+        argmax, logsumexp = empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)
+        features = Features(*states, argmax, logsumexp)
         sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         replies, first = [], 0
         # What was sent and is not read yet fills shared memory, so only so much is sent at a time.
-        for group in split_prompts(prompts, self.batch_tokens):
+        for group in fill(prompts, list(map(len, prompts)), self.batch_tokens):
             rows = {}
             for prompt in group:
                 rows[next(self.blocks.numbers)] = range(first, first + len(prompt))
@@ -230,15 +219,3 @@ class SGLangTarget:
 def log_path(port: int | None) -> Path:
     """Where the log of a server at `port` lies, for every process of this user that asks it."""
     return Path(tempfile.gettempdir(), f"eagle3-sglang-{os.getuid()}-{port}.log")
-
-
-def split_prompts(prompts: list[list[int]], most: int) -> list[list[list[int]]]:
-    """In order, as many at a time as have at most `most` tokens together; a longer one alone."""
-    groups, tokens = [], most
-    for prompt in prompts:
-        if tokens + len(prompt) > most:
-            groups.append([])
-            tokens = 0
-        groups[-1].append(prompt)
-        tokens += len(prompt)
-    return groups

@@ -32,10 +32,8 @@ def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
         reason = f"it serves {info['model_path']}, not {spec.path}"
     else:
         return
-    raise RunError(
-        f"the SGLang server at {url} cannot be used: {reason}; start it with "
-        "python -m eagle3.target.sglang.serve"
-    )
+    remedy = "start it with python -m eagle3.target.sglang.serve"
+    raise RunError(f"the SGLang server at {url} cannot be used: {reason}; {remedy}")
 
 
 def verify_head(features: Features, head: torch.Tensor, ends: list, sampled: list) -> None:
