@@ -9,7 +9,7 @@ n tokens of an answer and its prompt, K steps, M supervised pairs, T packed toke
 """
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
+
+TEACHER_COLUMNS = ("last_hidden_states", "argmax", "logsumexp")  # of `Features`, in its order
 
 
 @dataclass
@@ -43,15 +45,11 @@ def generate(
 
     Without `write` they must be there. Raises RunError.
     """
-    inputs = target.identity | {
-        "prompts": prompts,
-        "max_new_tokens": section.max_new_tokens,
-        "batch_size": section.batch_size,
-    }
+    settings = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
+    inputs = target.identity | {"prompts": prompts} | settings
 
     def write_folder(folder: Path) -> dict[str, int]:
-        length, size = section.max_new_tokens, section.batch_size
-        return write_answers(folder, target.load(), prompts, length, size)
+        return write_answers(folder, target.load(), prompts, **settings)
 
     return artefact(cache_dir, "generated", inputs, write_folder if write else None, "generate")
 
@@ -69,8 +67,8 @@ def write_answers(
     for number, indices in enumerate(track(batches, description="generate", transient=True)):
         path = folder / f"part_{number:05d}.safetensors"
         if not path.exists():
-            batch = [prompts[i]["input_ids"] for i in indices]
-            tensors = answer_batch(target, batch, max_new_tokens)
+            ids = [prompts[i]["input_ids"] for i in indices]
+            tensors = answer_batch(target, ids, max_new_tokens)
             tensors["index"] = torch.tensor(indices)
             save_file(tensors, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
@@ -83,16 +81,14 @@ def write_answers(
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Flat tensors of one part. An answer ends before the first token that isn't the packed pass's
-    argmax.
+    """Flat tensors of one part; answers end before a token that isn't the packed pass's argmax.
 
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
     """
     answers = target.generate(prompts, max_new_tokens)
     any_token = torch.ones(target.config.vocab_size, dtype=torch.bool)
-    parts: dict[str, list[torch.Tensor]] = {f.name: [] for f in fields(Features)}
-    parts["input_ids"] = []
+    parts = {name: [] for name in ("input_ids", "aux_hidden_states", *TEACHER_COLUMNS)}
     lengths, shortened = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids, start = torch.tensor(prompt + answer), len(prompt)
@@ -104,7 +100,7 @@ def answer_batch(
         keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
         parts["input_ids"].append(ids[:keep])
         parts["aux_hidden_states"].append(features.aux_hidden_states[:keep])
-        for name in ("last_hidden_states", "argmax", "logsumexp"):
+        for name in TEACHER_COLUMNS:
             parts[name].append(getattr(features, name)[: keep - start])
         lengths.append(keep)
         shortened.append(keep < len(ids))
@@ -123,51 +119,37 @@ def load_answers(folder: Path) -> list[Answer]:
         tensors = load_file(path)
         lengths, prompt_lengths = tensors["lengths"].tolist(), tensors["prompt_lengths"].tolist()
         teachers = [n - p for n, p in zip(lengths, prompt_lengths, strict=True)]
-        ids = tensors["input_ids"].split(lengths)
-        aux = tensors["aux_hidden_states"].split(lengths)
-        last = tensors["last_hidden_states"].split(teachers)
-        argmax = tensors["argmax"].split(teachers)
-        logsumexp = tensors["logsumexp"].split(teachers)
-        for i, index in enumerate(tensors["index"].tolist()):
-            features = Features(aux[i], last[i], argmax[i], logsumexp[i])
-            answers[index] = Answer(prompts[index]["id"], ids[i], prompt_lengths[i], features)
+        columns = [tensors[name].split(lengths) for name in ("input_ids", "aux_hidden_states")]
+        columns += [tensors[name].split(teachers) for name in TEACHER_COLUMNS]
+        each = zip(tensors["index"].tolist(), prompt_lengths, *columns, strict=True)
+        for index, length, ids, *features in each:
+            answers[index] = Answer(prompts[index]["id"], ids, length, Features(*features))
     assert sorted(answers) == list(range(len(prompts))), "an artefact must answer every prompt"
     return [answers[index] for index in sorted(answers)]
 
 
-@dataclass
-class AnswerBatch:
-    """Answers packed with their features, on the host."""
-
-    batch: Batch
-    answers: list[Answer]
-
-
 def pack_answers(
     answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int
-) -> list[AnswerBatch]:
+) -> list[tuple[Batch, list[Answer]]]:
     """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer)."""
-    groups, used = [[]], 0
+    groups, documents, used = [[]], [[]], 0
     for answer in answers:
-        if used + len(answer.input_ids) > tokens_per_step and groups[-1]:
+        length = len(answer.input_ids)
+        if used + length > tokens_per_step and groups[-1]:
             groups.append([])
+            documents.append([])
             used = 0
+        mask = torch.arange(length) >= answer.prompt_length
+        documents[-1].append(Document(len(groups[-1]), answer.input_ids, mask, answer.features))
         groups[-1].append(answer)
-        used += len(answer.input_ids)
-    packed = []
-    for group in groups:
-        documents = []
-        for number, answer in enumerate(group):
-            mask = torch.arange(len(answer.input_ids)) >= answer.prompt_length
-            documents.append(Document(number, answer.input_ids, mask, answer.features))
-        packed.append(AnswerBatch(pack(documents, t2d.cpu(), steps, serving), group))
-    return packed
+        used += length
+    batches = [pack(group, t2d.cpu(), steps, serving) for group in documents]
+    return list(zip(batches, groups, strict=True))
 
 
 @dataclass
 class Evaluation:
-    """Means over the rounds of all held-out answers; `acceptance_length[L]`: that of draft length
-    L.
+    """Means over the rounds of all held-out answers; `acceptance_length` by draft length.
 
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
     `first_round` (tokens of the first round after the prompt) and `loop_free` (acceptance length
@@ -184,12 +166,9 @@ class Evaluation:
     loss: float
 
     def metrics(self) -> dict[str, float]:
-        lengths = {
-            "eval/acceptance_length": self.acceptance_length[self.draft_length],
-            "eval/loss": self.loss,
-        }
+        length = self.acceptance_length[self.draft_length]
         at = {f"eval/accepted_at_{k}": share for k, share in enumerate(self.accepted_at, start=1)}
-        return lengths | at
+        return {"eval/acceptance_length": length, "eval/loss": self.loss} | at
 
 
 @torch.no_grad()
@@ -197,19 +176,19 @@ def evaluate(
     draft: Draft,
     frozen: FrozenWeights,
     loss: SoftTargetLoss,
-    packed: list[AnswerBatch],
+    packed: list[tuple[Batch, list[Answer]]],
     draft_length: int,
 ) -> Evaluation:
     """Unroll over the held-out answers and walk each of them."""
     total_loss, num_rows = 0.0, 0
     answers, accepted_nK = [], []
-    for item in packed:
-        batch = item.batch.to(frozen.embedding.device)
+    for batch, batch_answers in packed:
+        batch = batch.to(frozen.embedding.device)
         hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
         output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
         total_loss += float(output.loss)
         num_rows += batch.normaliser
-        answers += item.answers
+        answers += batch_answers
         accepted_nK += accepted_pairs(batch, output.correct).cpu().split(batch.documents.lengths)
     return summarise(answers, accepted_nK, draft_length, total_loss / max(1, num_rows))
 
@@ -219,8 +198,7 @@ def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     counts = torch.tensor(batch.row_counts, device=correct_M.device)
     offsets = counts.cumsum(0) - counts
     rows = batch.rows[batch.pair_index - offsets[batch.pair_step]]
-    shape = len(batch.input_ids), len(counts)
-    accepted = torch.zeros(shape, dtype=torch.bool, device=correct_M.device)
+    accepted = correct_M.new_zeros(len(batch.input_ids), len(counts))  # bool
     accepted[rows, batch.pair_step] = correct_M
     return accepted
 
@@ -244,13 +222,10 @@ def summarise(
     answers: list[Answer], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
 ) -> Evaluation:
     """The walks of all answers at every draft length, as means over their rounds."""
-    steps = accepted_nK[0].shape[1]
+    prompts = [answer.prompt_length for answer in answers]
     walks = {
-        length: [
-            walk(accepted, answer.prompt_length, length)
-            for answer, accepted in zip(answers, accepted_nK, strict=True)
-        ]
-        for length in range(1, steps + 1)
+        length: [walk(*each, length) for each in zip(accepted_nK, prompts, strict=True)]
+        for length in range(1, accepted_nK[0].shape[1] + 1)
     }
     chosen = walks[draft_length]
     loops = [is_loop(answer.input_ids[answer.prompt_length :].tolist()) for answer in answers]

@@ -26,10 +26,6 @@ def adamw(
     )
 
 
-def warmup(step: int, warmup_steps: int) -> float:
-    return min(1.0, (step + 1) / (warmup_steps + 1))
-
-
 def cosine(
     optimizer: Optimizer, total_steps: int, warmup_ratio: Share, min_ratio: Share
 ) -> LambdaLR:
@@ -40,15 +36,14 @@ def cosine(
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         share = min(1.0, max(0.0, done))
         decay = min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * share))
-        return warmup(step, warmup_steps) * decay
+        return min(1.0, (step + 1) / (warmup_steps + 1)) * decay
 
     return LambdaLR(optimizer, scale)
 
 
 def constant(optimizer: Optimizer, total_steps: int, warmup_ratio: Share) -> LambdaLR:
     """Linear warm-up, then constant."""
-    warmup_steps = round(warmup_ratio * total_steps)
-    return LambdaLR(optimizer, lambda step: warmup(step, warmup_steps))
+    return cosine(optimizer, total_steps, warmup_ratio, min_ratio=1.0)
 
 
 def step_if_finite(
@@ -64,8 +59,7 @@ def step_if_finite(
     skipped = ~norm.isfinite()
     torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     if optimizer.defaults.get("fused"):
-        # The fused kernel reads `found_inf`, as a GradScaler would set it, and then changes
-        # nothing.
+        # The fused kernel reads `found_inf`, as a GradScaler sets it, and then changes nothing.
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
         optimizer.step()
     elif not skipped:
@@ -75,11 +69,7 @@ def step_if_finite(
 
 
 class GuardedOptimizer:
-    """An optimiser with its schedule, and the count of steps that non-finite gradients were kept
-    from.
-
-    `skipped` and `skipped_in_a_row` are int64 tensors on the device, like all that `step` decides.
-    """
+    """An optimiser with its schedule, and counts of the steps it skipped (int64, on the device)."""
 
     def __init__(
         self, optimizer: Optimizer, scheduler: LRScheduler, max_grad_norm: float, reduce_dtype: str
@@ -133,5 +123,4 @@ class GuardedOptimizer:
 
 def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names begin with `prefix`, under the rest of their names."""
-    names = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors[name] for name in names}
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}

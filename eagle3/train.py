@@ -16,7 +16,7 @@ from eagle3.batch import Batch, Document, Features, pack
 from eagle3.config import DraftSection, RunConfig
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
-from eagle3.draft.initial import draft_config, new_draft
+from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import evaluate, load_answers, pack_answers
@@ -244,8 +244,9 @@ def build_draft(
             f"{len(vocab)} tokens; set draft.vocab_size={len(vocab)}"
         )
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
-    config, initial = draft_config(section, spec.config), instantiate(section.initial)
-    return new_draft(config, attention, initial, weights, t2d, d2t)
+    draft = Draft(draft_config(section, spec.config), attention, t2d, d2t)
+    instantiate(section.initial)(draft, weights.embedding, weights.head)
+    return draft
 
 
 class Trainer:

@@ -60,7 +60,7 @@ def draft(target, answers):
     t2d, d2t = vocab_tensors(torch.cat([seen, others]).unique().numpy(), 2048)
     draft = Draft(derive_config(target.config, len(d2t)), FlashCPU, t2d, d2t)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    batch = pack_answers(answers, t2d, 4, 4096)[0].batch
+    batch, _ = pack_answers(answers, t2d, 4, 4096)[0]
     features, draft_head = batch.features, target.head[draft.target_ids]
     for _ in range(40):
         hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)

@@ -7,7 +7,7 @@ from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.flash import Auto
-from eagle3.draft.initial import induction, new_draft, random
+from eagle3.draft.initial import induction, random
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loss import kl
 from eagle3.ttt import unroll
@@ -52,5 +52,6 @@ def test_the_head_starts_as_the_targets():
     head, embedding = torch.randn(50, 32), torch.randn(50, 32)
     for initial in (random, induction):
         weights = SimpleNamespace(embedding=embedding, head=head)
-        draft = new_draft(config, Auto, initial, weights, t2d, d2t)
+        draft = Draft(config, Auto, t2d, d2t)
+        initial(draft, weights.embedding, weights.head)
         assert torch.equal(draft.lm_head.weight, head[t2d])

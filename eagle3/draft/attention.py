@@ -85,7 +85,6 @@ class Attend(torch.autograd.Function):
 
 
 def scale_of(q: torch.Tensor) -> float:
-    """What scores are multiplied by: 1 / sqrt(d)."""
     return q.shape[-1] ** -0.5
 
 
@@ -103,10 +102,9 @@ def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class KeysValues:
-    """What the rows of a batch attend to: all tokens' k^0, v^0, and each row's own later ones."""
+    """What a batch's rows attend to: k^0 (rotated), v^0 [T,G,d], and each row's own later ones."""
 
     def __init__(self, backend: Backend, batch: Batch, k0: torch.Tensor, v0: torch.Tensor):
-        """k0 (rotated) and v0 [T,G,d]."""
         self.backend, self.documents, self.rows = backend, batch.documents, batch.rows
         self.k0, self.v0 = k0, v0
         self.later: list[torch.Tensor] = []
@@ -114,9 +112,7 @@ class KeysValues:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
     ) -> torch.Tensor:
-        """Attention [N,H,d] of the first N rows: q [N,H,d], and their k, v [N,G,d] of this step,
-        None at step 0, whose keys are k0.
-        """
+        """Attention [N,H,d] of the first N rows: q [N,H,d]; k, v [N,G,d], None at step 0."""
         if k is not None:
             self.later += [k, v]
         rows = self.rows[: len(q)]

@@ -3,6 +3,8 @@
 Shapes as in `draft/attention.py`: T packed tokens, N query rows, H query heads of size d.
 """
 
+from itertools import accumulate, pairwise, starmap
+
 import torch
 
 from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
@@ -19,39 +21,33 @@ def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tens
 
 
 class FlashCPU:
-    """The flash kernel that torch ships for CPUs (fp32, fp64, bf16), one call a document."""
-
-    # It takes no lengths and aligns its causal mask top left, so queries begin with the document.
+    """The flash kernel that torch ships for CPUs (fp32, fp64, bf16), one call a document: it takes
+    no lengths and aligns its causal mask top left, so queries begin with the document.
+    """
 
     @staticmethod
     def forward(q, rows, k, v, documents):
         q = scatter(q, rows, len(k))
         out, lse = empty_outputs(q)
-        start = 0
-        for length in documents.lengths:
-            span = slice(start, start + length)
+        for span in starmap(slice, pairwise(accumulate(documents.lengths, initial=0))):
             heads = [x[span].transpose(0, 1)[None] for x in (q, k, v)]  # [1,heads,length,d]
             part_out, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *heads, 0.0, True, scale=scale_of(q)
             )
             out[span], lse[span] = part_out[0].transpose(0, 1), part_lse[0].transpose(0, 1)
-            start += length
         return out[rows], lse[rows]
 
     @staticmethod
     def backward(grad_out, q, rows, k, v, out, lse, documents):
         grad_out, q, out, lse = (scatter(x, rows, len(k)) for x in (grad_out, q, out, lse))
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        start = 0
-        for length in documents.lengths:
-            span = slice(start, start + length)
+        for span in starmap(slice, pairwise(accumulate(documents.lengths, initial=0))):
             heads = [x[span].transpose(0, 1)[None] for x in (grad_out, q, k, v, out, lse)]
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *heads, 0.0, True, scale=scale_of(q)
             )
             for grad, part in zip(grads, parts, strict=True):
                 grad[span] = part[0].transpose(0, 1)
-            start += length
         return grads[0][rows], grads[1], grads[2]
 
 
@@ -61,13 +57,11 @@ class Varlen:
     The kernel aligns its causal mask bottom right: the last query of a document sees all its keys.
     A document whose queries begin at token `first` (a segment of a shared batch) therefore needs no
     zero queries before that, and q is scattered to the tokens from `first` on alone.
-
-    `kernel` and `kernel_backward` take `spans`: cu_seqlens of queries and keys, and the longest of
-    each.
     """
 
     @staticmethod
     def spans(documents):
+        """cu_seqlens of queries and keys, and the longest of each."""
         cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
         cu_seqlens_q = (cu_seqlens - documents.first).clamp(min=0)
         return cu_seqlens_q, cu_seqlens, longest - documents.first, longest
@@ -83,10 +77,9 @@ class Varlen:
     def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
         rows, length = rows - documents.first, len(k) - documents.first
         grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
-        lse_HS = lse.transpose(0, 1).contiguous()
-        spans = cls.spans(documents)
-        grads = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
-        return grads[0][rows], grads[1], grads[2]
+        lse_HS, spans = lse.transpose(0, 1).contiguous(), cls.spans(documents)
+        grad_q, grad_k, grad_v = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
+        return grad_q[rows], grad_k, grad_v
 
 
 class FlashCUDA(Varlen):
@@ -94,10 +87,8 @@ class FlashCUDA(Varlen):
 
     @staticmethod
     def kernel(q, k, v, spans):
-        results = torch.ops.aten._flash_attention_forward(
-            q, k, v, *spans, 0.0, True, False, scale=scale_of(q)
-        )
-        return results[:2]
+        forward = torch.ops.aten._flash_attention_forward
+        return forward(q, k, v, *spans, 0.0, True, False, scale=scale_of(q))[:2]
 
     @staticmethod
     def kernel_backward(grad_out, q, k, v, out, lse, spans):

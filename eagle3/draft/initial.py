@@ -1,16 +1,13 @@
 """The draft before its first update: its shape, and the weights that it starts with."""
 
 import json
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig
 
 from eagle3.config import DraftSection
-from eagle3.draft.attention import Backend
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
 
@@ -23,13 +20,11 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
     rope = getattr(target, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
     heads = target.num_attention_heads
-    # A mixture without a dense MLP gets one as large as its active experts together.
-    intermediate_size = getattr(target, "intermediate_size", None)
-    if not intermediate_size:
-        intermediate_size = target.moe_intermediate_size * target.num_experts_per_tok
     return DraftConfig(
         hidden_size=target.hidden_size,
-        intermediate_size=intermediate_size,
+        # A mixture without a dense MLP gets one as large as its active experts together.
+        intermediate_size=getattr(target, "intermediate_size", None)
+        or target.moe_intermediate_size * target.num_experts_per_tok,
         num_attention_heads=heads,
         num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
@@ -48,7 +43,7 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
     Maximum positions and RoPE theta are always the target's: the guides' files carry the training
     length. Raises ConfigError.
     """
-    names = [f.name for f in fields(DraftConfig)]
+    names = {f.name for f in fields(DraftConfig)} - {"max_position_embeddings", "rope_theta"}
     try:
         values = json.loads(Path(path).read_text())
         shape = {name: values[name] for name in names if values.get(name) is not None}
@@ -60,8 +55,6 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
         value, needed = shape.get(name), getattr(derived, name)
         if value is not None and value != needed:
             raise ConfigError(f"draft.config={path}: {name}={value}, but it must be {needed} here")
-    shape["max_position_embeddings"] = derived.max_position_embeddings
-    shape["rope_theta"] = derived.rope_theta
     return replace(derived, **shape)
 
 
@@ -71,8 +64,7 @@ def draft_config(section: DraftSection, target: PretrainedConfig) -> DraftConfig
     return derived if section.config is None else read_config(section.config, derived)
 
 
-# An option of `draft/initial` changes a new draft, given the target's embedding and head [V,D].
-Initial = Callable[[Draft, torch.Tensor, torch.Tensor], None]
+# The options of `draft/initial` change a new draft, given the target's embedding and head [V,D].
 
 
 def random(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
@@ -134,24 +126,3 @@ def induction(
         for h in range(g * groups, (g + 1) * groups):
             attention.q_proj.weight[h * head_dim + slow, :size] = projection
             attention.o_proj.weight[:, h * head_dim : (h + 1) * head_dim] = out[:, shared] / groups
-
-
-class TargetEnds(Protocol):
-    """A target, or its weights read from disk."""
-
-    embedding: torch.Tensor
-    head: torch.Tensor
-
-
-def new_draft(
-    config: DraftConfig,
-    attention: Backend,
-    initial: Initial,
-    weights: TargetEnds,
-    t2d: torch.Tensor,
-    d2t: torch.Tensor,
-) -> Draft:
-    """A draft with the weights that `initial` gives; `t2d` and `d2t` as in `Draft`."""
-    draft = Draft(config, attention, t2d, d2t)
-    initial(draft, weights.embedding, weights.head)
-    return draft

@@ -52,13 +52,9 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class GatedDown(torch.autograd.Function):
@@ -90,9 +86,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return GatedDown.apply(
-            self.gate_proj(x), self.up_proj(x), self.down_proj.weight.to(x.dtype)
-        )
+        down = self.down_proj.weight.to(x.dtype)
+        return GatedDown.apply(self.gate_proj(x), self.up_proj(x), down)
 
 
 class SelfAttention(nn.Module):

@@ -15,20 +15,16 @@ class Rope(torch.nn.Module):
         # A plain attribute: a buffer would follow .to(bfloat16) and appear in the state dict.
         self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def grow(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, fp32 [>= length, head_dim / 2], on `device`."""
-        if self.tables is None or len(self.tables[0]) < length or self.tables[0].device != device:
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-            positions = torch.arange(max(length, 2048), dtype=torch.float64)
-            angles = positions[:, None] * self.theta**-exponents
-            self.tables = (angles.cos().float().to(device), angles.sin().float().to(device))
-        return self.tables
-
     def forward(self, positions: torch.Tensor, bound: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, fp32 [n, 1, head_dim / 2], of `positions` [n], all of them below `bound`,
         which is passed because reading it off the device would make the host wait.
         """
-        cos, sin = self.grow(bound, positions.device)
+        device = positions.device
+        if self.tables is None or len(self.tables[0]) < bound or self.tables[0].device != device:
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+            angles = torch.arange(max(bound, 2048))[:, None] * self.theta**-exponents
+            self.tables = (angles.cos().float().to(device), angles.sin().float().to(device))
+        cos, sin = self.tables
         return cos[positions][:, None], sin[positions][:, None]
 
 

@@ -26,11 +26,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import (
-    ChildFailedError,
-    ProcessFailure,
-    record,
-)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -57,10 +53,6 @@ def is_torchrun() -> bool:
 def spawns_ranks(config: RunConfig) -> bool:
     """Whether stages that need ranks compute in other processes than this one."""
     return config.launch.nproc_per_node * config.launch.nnodes > 1 and not is_torchrun()
-
-
-def local_processes(config: RunConfig) -> int:
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_torchrun() else config.launch.nproc_per_node
 
 
 def launch(
@@ -102,7 +94,8 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
     endpoint = "127.0.0.1:0"
     if config.launch.nnodes > 1:
         host = config.launch.rdzv_endpoint.rpartition(":")[0]
-        endpoint = f"{host}:{find_free_port()}"
+        with socket.create_server(("", 0)) as server:  # finds a free port
+            endpoint = f"{host}:{server.getsockname()[1]}"
         post_task(meet_nodes(config.launch.rdzv_endpoint)[0], (endpoint, call))
     return spawn_ranks(endpoint, 0, *call)
 
@@ -134,7 +127,7 @@ def spawn_ranks(
     except (SignalException, ChildFailedError) as ended:
         resume = command_to_resume(run_dir, read_overrides(run_dir))
         if isinstance(ended, ChildFailedError):
-            raise explain_failure(*ended.get_first_failure(), resume) from ended
+            raise explain_failure(ended, resume) from ended
         print(f"stopped; go on with: {resume}", file=sys.stderr)
         raise SystemExit(128 + ended.sigval) from None
     except (RendezvousError, DistError) as error:
@@ -172,7 +165,7 @@ def run_task(
     store: dist.Store | None, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
 ) -> Any:
     """A task as one of several ranks; those beside the first write to logs/."""
-    set_up_process(config, local_processes(config))
+    set_up_process(config, int(os.environ["LOCAL_WORLD_SIZE"]))
     ranks = init_ranks(collective_timeout(config.launch.timeout), store)
     log = redirect_output(run_dir, ranks.rank)
     try:
@@ -185,8 +178,9 @@ def run_task(
         raise
 
 
-def explain_failure(rank: int, failure: ProcessFailure, resume: str) -> Exception:
+def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     """What the first process that failed has to say, as one of our errors."""
+    rank, failure = ended.get_first_failure()
     message = failure.message
     text = message["message"] if isinstance(message, dict) else str(message)
     kind, _, sentence = text.partition(": ")
@@ -273,11 +267,6 @@ def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
             f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port "
             "that is free there"
         ) from error
-
-
-def find_free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def read_torchrun(config: RunConfig) -> None:

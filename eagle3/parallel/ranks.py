@@ -8,6 +8,7 @@ them.
 import ctypes
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -114,13 +115,10 @@ def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if store is None:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            meeting = dist.PrefixStore("ranks", store)
-            dist.init_process_group(
-                backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
-            )
+        meeting = None if store is None else dist.PrefixStore("ranks", store)
+        dist.init_process_group(
+            backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
+        )
     host_group = dist.new_group(timeout=timeout, backend="gloo")
     return Ranks(rank, world_size, int(os.environ["LOCAL_RANK"]), host_group)
 
@@ -130,9 +128,7 @@ def load_target(target: TargetHandle, ranks: Ranks) -> None:
     if target.in_process:
         target.load()
         return
-    running = None
-    if ranks.local_rank == 0:
-        running = socket.gethostname(), target.load().url
+    running = (socket.gethostname(), target.load().url) if ranks.local_rank == 0 else None
     everywhere = ranks.all_gather(running)
     if ranks.local_rank > 0:
         target.running = everywhere[ranks.rank - ranks.local_rank]
@@ -163,10 +159,8 @@ def set_up_process(config: RunConfig, processes: int = 1) -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks: returning them costs a sixth of a CPU step."""
-    try:
+    with suppress(OSError, AttributeError):  # another C library, another allocator
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return  # another C library, another allocator
-    limits = ((M_TRIM_THRESHOLD, 1 << 30), (M_TOP_PAD, 1 << 26), (M_MMAP_THRESHOLD, 1 << 25))
-    for option, value in limits:
-        mallopt(option, value)
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(M_TOP_PAD, 1 << 26)
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)

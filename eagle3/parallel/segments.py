@@ -63,13 +63,12 @@ class Segmented:
         wide = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for queries, keys, own_rows, documents in segments.parts:
-            grads = self.backend.backward(
+            grad_q[queries], own_k, own_v = self.backend.backward(
                 grad_out[queries], q[queries], own_rows, k[keys], v[keys], out[queries],
                 lse[queries], documents,
             )  # fmt: skip
-            grad_q[queries] = grads[0]
-            grad_k[keys] += grads[1]
-            grad_v[keys] += grads[2]
+            grad_k[keys] += own_k
+            grad_v[keys] += own_v
         return grad_q[rows], grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 

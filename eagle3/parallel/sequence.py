@@ -9,7 +9,8 @@ same layout for whole models, where k and v go round in every layer).
 T packed tokens, of which a rank owns O; N rows; H query and G key/value heads of size d; u ulysses,
 P = u x ring ranks. Index vectors are named x_of_y: they give an x for every y, where token is a
 place in the packed batch, own a place among a rank's own tokens, input a place in its `input_ids`,
-row a place in `batch.rows`, and arrival a place in what an all-to-all brings, rank by rank.
+row a place in `batch.rows`, and arrival a place in what an all-to-all brings, rank by rank. The
+argsort of a permutation is its inverse, y_of_x.
 
 An example: ring 2, K = 1, a document of 8 tokens, its first and last two on rank 0:
 
@@ -47,13 +48,6 @@ def all_to_all(x: Tensor, received: list[int], sent: list[int], group) -> Tensor
     return wait_tensor(all_to_all_single_autograd(x.contiguous(), received, sent, group))
 
 
-def inverse(permutation: Tensor) -> Tensor:
-    """The permutation that undoes an int64 [n] one: inverse(p)[p] = 0, 1, 2, ..."""
-    undone = torch.empty_like(permutation)
-    undone[permutation] = torch.arange(len(permutation), device=permutation.device)
-    return undone
-
-
 class Exchange(NamedTuple):
     """What the attention of a dealt batch moves between ranks; planned on the host.
 
@@ -75,20 +69,14 @@ class Exchange(NamedTuple):
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
 
     def __call__(self, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
-        """`KeysValues` for `ttt.unroll`."""
-        return SharedKeysValues(self, backend, *self.gather_keys_values(k0, v0))
-
-    def gather_keys_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k and v of the own tokens [O,G,d] -> of all tokens, for this rank's heads [T,G/u,d]."""
-        sequence, num_own = self.sequence, len(k)
-        heads = (sequence.ulysses, -1)
-        shares = torch.cat([k.unflatten(1, heads), v.unflatten(1, heads)], dim=2)  # [O,u,2G/u,d]
-        shares = shares.transpose(0, 1)  # [u,O,2G/u,d]
+        """Send k0, v0 [O,G,d] of the own tokens; `KeysValues` of all, for this rank's heads."""
+        sequence, heads = self.sequence, (self.sequence.ulysses, -1)
+        shares = torch.cat([k0.unflatten(1, heads), v0.unflatten(1, heads)], dim=2)  # [O,u,2G/u,d]
         # Rank p works on the head share p % u, so the shares repeat from ring place to ring place.
-        sent = shares.repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
-        arrived = all_to_all(sent, self.tokens_of_rank, [num_own] * sequence.size, sequence.group)
+        sent = shares.transpose(0, 1).repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
+        arrived = all_to_all(sent, self.tokens_of_rank, [len(k0)] * sequence.size, sequence.group)
         k, v = arrived.index_select(0, self.arrival_of_token).chunk(2, dim=1)  # [T,G/u,d] each
-        return k.contiguous(), v.contiguous()
+        return SharedKeysValues(self, backend, k.contiguous(), v.contiguous())
 
     def rows_to_heads(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         """This rank's rows with all heads, each [n,H,d] -> the group's, in the order of `rows`,
@@ -99,10 +87,9 @@ class Exchange(NamedTuple):
             return tensors
         shares = torch.cat([x.unflatten(1, (ulysses, -1)) for x in tensors], dim=2)  # [n,u,*,d]
         sent = shares.transpose(0, 1).flatten(0, 1)  # [u*n,*,d]
-        received = [counts[step] for counts in self.row_counts]
-        splits = [len(shares)] * ulysses
+        received, splits = [counts[step] for counts in self.row_counts], [len(shares)] * ulysses
         arrived = all_to_all(sent, received, splits, self.sequence.heads_group)  # [N_k,*,d]
-        grouped = arrived.index_select(0, inverse(self.row_of_arrival[step]))
+        grouped = arrived.index_select(0, self.row_of_arrival[step].argsort())
         parts = grouped.split([x.shape[1] // ulysses for x in tensors], dim=1)
         return [part.contiguous() for part in parts]
 
@@ -115,8 +102,7 @@ class Exchange(NamedTuple):
         num_own = sent[self.sequence.rank % ulysses]
         by_rank = x.index_select(0, self.row_of_arrival[step])  # [N_k,H/u,d]
         arrived = all_to_all(by_rank, [num_own] * ulysses, sent, self.sequence.heads_group)
-        shares = arrived.unflatten(0, (ulysses, num_own))  # [u,n,H/u,d]
-        return shares.transpose(0, 1).flatten(1, 2)  # [n,H,d]
+        return arrived.unflatten(0, (ulysses, num_own)).transpose(0, 1).flatten(1, 2)  # [n,H,d]
 
 
 class SharedKeysValues:
@@ -124,17 +110,15 @@ class SharedKeysValues:
 
     def __init__(self, exchange: Exchange, backend: Backend, k0: Tensor, v0: Tensor):
         self.exchange, self.backend, self.k0, self.v0 = exchange, Segmented(backend), k0, v0
-        self.step = 0
         self.later: list[Tensor] = []
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        exchange, step = self.exchange, self.step
+        exchange, step = self.exchange, len(self.later) // 2 + (k is not None)
         # At step 0 the keys are k0; later q, k and v travel in one message.
         q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
         self.later += later
         rows = exchange.rows[: len(q)]
         out = Attend.apply(self.backend, exchange.segments, rows, q, self.k0, self.v0, *self.later)
-        self.step += 1
         return exchange.heads_to_rows(out, step)
 
 
@@ -161,9 +145,8 @@ class Sequence:
     def __init__(
         self, ulysses: int, ring: int, rank: int, config: DraftConfig, timeout: timedelta | None
     ):
-        """`rank` is that of the run, whose ranks must all make their Sequence.
-
-        `timeout` is that of its collectives; without one it deals batches and cannot send.
+        """`rank` is that of the run, whose ranks must all make their Sequence; without the
+        `timeout` of its collectives it deals batches and cannot send.
         """
         self.ulysses, self.ring, self.size = ulysses, ring, ulysses * ring
         self.rank, self.config = rank % self.size, config
@@ -273,17 +256,16 @@ class Sequence:
         # Together the group's rows must again be nested: order them by need once more.
         token_of_row = torch.cat(rows_of_member)
         by_need = torch.argsort(depth_of_token[token_of_row], descending=True, stable=True)
-        places_of_member = inverse(by_need).split([len(rows) for rows in rows_of_member])
-        row_of_arrival = []
-        for step in steps:
-            needed = zip(places_of_member, row_counts, strict=True)
-            row_of_arrival.append(torch.cat([places[: counts[step]] for places, counts in needed]))
-        in_group = (rank_of_token >= first) & (rank_of_token < first + self.ulysses)
-        group_tokens = in_group.nonzero()[:, 0]
+        places_of_member = by_need.argsort().split([len(rows) for rows in rows_of_member])
+        members_rows = list(zip(places_of_member, row_counts, strict=True))
+        row_of_arrival = [
+            torch.cat([places[: counts[step]] for places, counts in members_rows]) for step in steps
+        ]
+        group_tokens = (rank_of_token // self.ulysses == first // self.ulysses).nonzero()[:, 0]
         return Exchange(
             sequence=self,
             tokens_of_rank=torch.bincount(rank_of_token, minlength=self.size).tolist(),
-            arrival_of_token=inverse(torch.argsort(rank_of_token, stable=True)),
+            arrival_of_token=torch.argsort(rank_of_token, stable=True).argsort(),
             segments=segments_of(group_tokens, batch),
             rows=torch.searchsorted(group_tokens, token_of_row[by_need]),
             row_counts=row_counts,
@@ -306,9 +288,8 @@ class Sequence:
         tokens = [(rank_of_token == rank).nonzero()[:, 0] for rank in ranks]
         teachers = [batch.pair_teacher[inside & (rank_of_pair == rank)].unique() for rank in ranks]
         own_documents = (source_of_document == self.rank).nonzero()[:, 0].tolist()
-        prefilled = None
-        if own_documents:
-            loaded = [batch.loaded[number] for number in own_documents]
+        loaded, prefilled = [batch.loaded[number] for number in own_documents], None
+        if loaded:
             # Only tokens and teacher rows matter to a target, whatever the draft vocabulary.
             any_token = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
             prefilled = replace(pack(loaded, any_token, 1, serving), loaded=loaded)
@@ -375,5 +356,5 @@ def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
         picked=(has.cumsum(0) - 1)[torch.cat(sent)],  # a rank has its places in order
         sent=[len(places) for places in sent],
         received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
-        arrival_of_wanted=inverse(torch.argsort(source_of_wanted, stable=True)),
+        arrival_of_wanted=torch.argsort(source_of_wanted, stable=True).argsort(),
     )
