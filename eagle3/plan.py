@@ -253,18 +253,13 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
 
 
 def disk_of(
-    config: RunConfig,
-    hidden_size: int,
-    documents: Prepared,
-    stored: np.ndarray,
-    trained: int,
-    run_dir: Path,
+    config: RunConfig, size: int, documents: Prepared, stored: np.ndarray, trained: int, run: Path
 ) -> dict[str, tuple[int, int]]:
     """(bytes, room there) by what is written; at KEPT the room that hidden states may use."""
     section, disk = config.hidden_states, {}
     free = free_bytes(section.path or config.cache_dir)
     for name in ("fp32", "bf16", "int8"):
-        each = document_bytes(documents.lengths, documents.teachers, hidden_size, name)
+        each = document_bytes(documents.lengths, documents.teachers, size, name)
         disk[f"hidden states, {name}"] = int(each @ stored), free
     # 4 bytes an id, 1 of the mask, and a record of the index
     prepared = int(5 * documents.lengths @ stored) + INDEX.itemsize * len(documents)
@@ -275,7 +270,7 @@ def disk_of(
     room = max(0, min(limit, free - prepared - checkpoints))
     disk[KEPT] = min(room, disk[f"hidden states, {section.dtype}"][0]), room
     disk["prepared data"] = prepared, free_bytes(config.cache_dir)
-    disk["checkpoints"] = checkpoints, free_bytes(run_dir)
+    disk["checkpoints"] = checkpoints, free_bytes(run)
     return disk
 
 
@@ -328,7 +323,7 @@ def recommend(
 
 
 def show(made: Plan, console: Console) -> None:
-    """The tables, what they assume and the recommendation, in 80 columns."""
+    """In 80 columns."""
 
     def table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
         for label, values in ({f"\n{title}": headings} | rows).items():

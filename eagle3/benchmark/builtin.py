@@ -64,11 +64,9 @@ class Builtin(Request):
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
         columns = {}
+        turns = [turn for trial in baseline for turn in zip(trial.prompts, trial.ids, strict=True)]
         for name, draft in self.costless.items():
-            emitted: list[int] = []
-            for trial in baseline:
-                for prompt, ids in zip(trial.prompts, trial.ids, strict=True):
-                    emitted += acceptance_of(draft, prompt, ids, steps)
+            emitted = [count for turn in turns for count in acceptance_of(draft, *turn, steps)]
             columns[name] = ratio(sum(emitted), len(emitted))
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 

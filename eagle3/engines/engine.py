@@ -36,18 +36,14 @@ class Launch:
 
 @dataclass
 class Answer:
-    """The new tokens `ids` [n] of one prompt, all but the first committed by `rounds` of drafting.
-
-    `accepted_at[k-1]` counts the rounds in which the draft at position k was accepted. `seconds` is
-    this request's decoding. `emitted` has the tokens of every round, where that is reported.
-    """
+    """The new tokens of one prompt, all but the first committed by `rounds` of drafting."""
 
     ids: list[int]
     rounds: int
-    accepted_at: list[int]
-    seconds: float
+    accepted_at: list[int]  # [k-1]: rounds in which the draft at position k was accepted
+    seconds: float  # of this request's decoding
     text: str
-    emitted: list[int] | None = None
+    emitted: list[int] | None = None  # the tokens of every round, where that is reported
 
 
 def answer_of_rounds(
@@ -68,17 +64,13 @@ def answer_of_rounds(
 
 
 class Engine:
-    """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows the methods it needs.
-
-    `packages` are its names for pip, `launch_flags` those for the model, the number of GPUs and the
-    share of their memory.
-    """
+    """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows what it needs."""
 
     name: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]  # for pip
     versions: ClassVar[str]
     module: ClassVar[str]
-    launch_flags: ClassVar[tuple[str, str, str]]
+    launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
