@@ -329,9 +329,7 @@ def show(made: Plan, console: Console) -> None:
         for label, values in ({f"\n{title}": headings} | rows).items():
             console.print(f"{label:<32}" + "".join(f"{value:>16}" for value in values))
 
-    data = {}
-    for name, value in made.data.items():
-        data[name] = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
+    data = {k: [f"{n:,}" if isinstance(n, int) else f"{n:.3g}"] for k, n in made.data.items()}
     disk = {name: map(size_text, row) for name, row in made.disk.items()}
     memory = {name: map(size_text, row) for name, row in made.memory.items()}
     table("Data and models", ["counted" if made.exact else "estimated"], data)

@@ -27,7 +27,6 @@ class Builtin(Request):
     in_process: ClassVar[bool] = True
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
-        """Load the draft, then the target."""
         # The decoder attends to caches of its own, so the draft needs none of the backends.
         draft = read_draft(subject.draft_folder, None, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
@@ -127,12 +126,10 @@ def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torc
 
 def bigram(successors: list[int], text: list[int], draft_length: int) -> list[int]:
     """A chain of most frequent successors, ended by a token that has none."""
-    drafted = []
-    token = successors[text[-1]]
-    while token >= 0 and len(drafted) < draft_length:
-        drafted.append(token)
-        token = successors[token]
-    return drafted
+    drafted = text[-1:]
+    while len(drafted) <= draft_length and successors[drafted[-1]] >= 0:
+        drafted.append(successors[drafted[-1]])
+    return drafted[1:]
 
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:

@@ -44,7 +44,6 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
 
 
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
-    """A suite of benchmark.suites with its questions. Raises ConfigError and RunError."""
     name, count = parse_suite(suite)
     trained_with, path = subject.data.system_prompt, request.paths.get(name)
     setup = setup_of(request.protocol, name, request.system_prompt, trained_with)

@@ -9,8 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 from eagle3.errors import ConfigError
 
-Drafting = tuple[int, int, int]
-"""(steps, topk, verify_tokens); (0, 0, 0) is the target alone."""
+Drafting = tuple[int, int, int]  # steps, topk, verify_tokens; (0, 0, 0) is the target alone
 # Nothing but the temperature shapes the distribution, whatever generation_config.json recommends.
 UNSHAPED = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Runs in the engine's own interpreter.
@@ -96,9 +95,8 @@ class Engine:
         values = model.path, launch.tp_size, launch.mem_fraction_static
         flags = dict(zip(self.launch_flags, values, strict=True))
         flags |= {"--revision": model.revision, "--dtype": model.dtype}
-        flags["--trust-remote-code"] = model.trust_remote_code
-        flags |= {"--host": "127.0.0.1", "--port": launch.port}
-        words = command_line(flags | options)
+        flags |= {"--trust-remote-code": model.trust_remote_code, "--host": "127.0.0.1"}
+        words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
 

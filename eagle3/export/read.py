@@ -1,5 +1,4 @@
-"""A draft on disk or on the hub, read under the portable names (those of this project, SpecForge
-and the official release), also from the form of speculators and vLLM or from names `model.*`."""
+"""A draft on disk or on the hub, in any known form, read under the portable names; unjudged."""
 
 import json
 import pickle

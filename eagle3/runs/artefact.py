@@ -27,8 +27,9 @@ def describe_file(path: str | Path) -> dict[str, Any]:
 def artefact(
     cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
-    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`,
-    which finds what an interrupted call left and returns facts to keep; None: not listed, RunError.
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`.
+
+    `write(folder)` finds what an interrupted call left; without it the folder must be there.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():

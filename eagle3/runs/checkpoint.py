@@ -125,7 +125,6 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
     return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
 
 

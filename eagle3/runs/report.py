@@ -114,6 +114,12 @@ def curve(trained: list[dict], key: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
+def templates() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
@@ -124,10 +130,7 @@ def write_report(run_dir: Path) -> Path:
     values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
     values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
-    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    # Names of runs and suites, and data rows quoted in reasons, are anybody's text: autoescape.
-    pages = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = pages.get_template("page.html")
+    page = templates().get_template("page.html")
     path = run_dir / "report.html"
     path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path

@@ -31,7 +31,6 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
-    """What the user types after a run was stopped."""
     given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
     return f"python run.py {given}"
 
