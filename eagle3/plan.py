@@ -1,8 +1,4 @@
-"""`plan=true`: tokens, disk, memory and hours of a run, before anything runs.
-
-Nothing is loaded or written. A training step's cost is found by running the real one on tensors
-without data; the target's prefill is a formula, because a mixture's routing depends on data.
-"""
+"""`plan=true`: tokens, disk, memory and hours of a run, before anything is loaded or written."""
 
 import weakref
 from dataclasses import dataclass
@@ -243,6 +239,7 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
     chosen = getattr(shape, "num_experts_per_tok", None) or experts
     total = sum(sizes.values())
     active = total - routed + routed * chosen // experts
+    # A formula, not a run without data as in training: a mixture's routing depends on data.
     # 2 FLOPs a parameter (Kaplan et al., arXiv 2001.08361), but an embedding's that is no head too.
     # Attention: two products of 2 FLOPs and the hidden size for each of n^2 / 2 pairs of tokens.
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size

@@ -1,8 +1,4 @@
-"""Resumable state: written while training goes on under a temporary name, synced, then renamed.
-
-torch.distributed.checkpoint writes and reads the tensors as safetensors, so that nothing in a
-checkpoint can run code. Every rank writes its part of them; a run with other ranks reads them all.
-"""
+"""Resumable state: every rank writes its part; as safetensors, so that nothing can run code."""
 
 import json
 import os
