@@ -50,12 +50,14 @@ class Request:
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Returns facts for benchmark.json; logs go to `run_dir`. Raises ConfigError, RunError."""
+        raise NotImplementedError
 
     def open(self, config: list[int]) -> None:
         """Get ready for questions under `config`; steps 0 is the target alone."""
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
+        raise NotImplementedError
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """More values of a row of benchmark.json."""
