@@ -1,8 +1,4 @@
-"""`plan=true`: tokens, disk, memory and hours of a run, before anything runs.
-
-Nothing is loaded or written. A training step's cost is found by running the real one on tensors
-without data; the target's prefill is a formula, because a mixture's routing depends on data.
-"""
+"""`plan=true`: tokens, disk, memory and hours of a run, before anything is loaded or written."""
 
 import weakref
 from dataclasses import dataclass
@@ -243,6 +239,7 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
     chosen = getattr(shape, "num_experts_per_tok", None) or experts
     total = sum(sizes.values())
     active = total - routed + routed * chosen // experts
+    # A formula, not a run without data as in training: a mixture's routing depends on data.
     # 2 FLOPs a parameter (Kaplan et al., arXiv 2001.08361), but an embedding's that is no head too.
     # Attention: two products of 2 FLOPs and the hidden size for each of n^2 / 2 pairs of tokens.
     embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size
@@ -253,18 +250,13 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
 
 
 def disk_of(
-    config: RunConfig,
-    hidden_size: int,
-    documents: Prepared,
-    stored: np.ndarray,
-    trained: int,
-    run_dir: Path,
+    config: RunConfig, size: int, documents: Prepared, stored: np.ndarray, trained: int, run: Path
 ) -> dict[str, tuple[int, int]]:
     """(bytes, room there) by what is written; at KEPT the room that hidden states may use."""
     section, disk = config.hidden_states, {}
     free = free_bytes(section.path or config.cache_dir)
     for name in ("fp32", "bf16", "int8"):
-        each = document_bytes(documents.lengths, documents.teachers, hidden_size, name)
+        each = document_bytes(documents.lengths, documents.teachers, size, name)
         disk[f"hidden states, {name}"] = int(each @ stored), free
     # 4 bytes an id, 1 of the mask, and a record of the index
     prepared = int(5 * documents.lengths @ stored) + INDEX.itemsize * len(documents)
@@ -275,7 +267,7 @@ def disk_of(
     room = max(0, min(limit, free - prepared - checkpoints))
     disk[KEPT] = min(room, disk[f"hidden states, {section.dtype}"][0]), room
     disk["prepared data"] = prepared, free_bytes(config.cache_dir)
-    disk["checkpoints"] = checkpoints, free_bytes(run_dir)
+    disk["checkpoints"] = checkpoints, free_bytes(run)
     return disk
 
 
@@ -328,15 +320,13 @@ def recommend(
 
 
 def show(made: Plan, console: Console) -> None:
-    """The tables, what they assume and the recommendation, in 80 columns."""
+    """In 80 columns."""
 
     def table(title: str, headings: list[str], rows: dict[str, list[str]]) -> None:
         for label, values in ({f"\n{title}": headings} | rows).items():
             console.print(f"{label:<32}" + "".join(f"{value:>16}" for value in values))
 
-    data = {}
-    for name, value in made.data.items():
-        data[name] = [f"{value:,}" if isinstance(value, int) else f"{value:.3g}"]
+    data = {k: [f"{n:,}" if isinstance(n, int) else f"{n:.3g}"] for k, n in made.data.items()}
     disk = {name: map(size_text, row) for name, row in made.disk.items()}
     memory = {name: map(size_text, row) for name, row in made.memory.items()}
     table("Data and models", ["counted" if made.exact else "estimated"], data)

@@ -27,7 +27,6 @@ class Builtin(Request):
     in_process: ClassVar[bool] = True
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
-        """Load the draft, then the target."""
         # The decoder attends to caches of its own, so the draft needs none of the backends.
         draft = read_draft(subject.draft_folder, None, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
@@ -64,11 +63,9 @@ class Builtin(Request):
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
         columns = {}
+        turns = [turn for trial in baseline for turn in zip(trial.prompts, trial.ids, strict=True)]
         for name, draft in self.costless.items():
-            emitted: list[int] = []
-            for trial in baseline:
-                for prompt, ids in zip(trial.prompts, trial.ids, strict=True):
-                    emitted += acceptance_of(draft, prompt, ids, steps)
+            emitted = [count for turn in turns for count in acceptance_of(draft, *turn, steps)]
             columns[name] = ratio(sum(emitted), len(emitted))
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
@@ -129,12 +126,10 @@ def bigram_table(conversations: Iterable[torch.Tensor], vocab_size: int) -> torc
 
 def bigram(successors: list[int], text: list[int], draft_length: int) -> list[int]:
     """A chain of most frequent successors, ended by a token that has none."""
-    drafted = []
-    token = successors[text[-1]]
-    while token >= 0 and len(drafted) < draft_length:
-        drafted.append(token)
-        token = successors[token]
-    return drafted
+    drafted = text[-1:]
+    while len(drafted) <= draft_length and successors[drafted[-1]] >= 0:
+        drafted.append(successors[drafted[-1]])
+    return drafted[1:]
 
 
 def prompt_lookup(text: list[int], draft_length: int) -> list[int]:

@@ -46,10 +46,7 @@ def check(
     draft_length: int,
     run_dir: Path,
 ) -> None:
-    """Print and write (check.json) what is found about `draft_path`, or else this run's own draft.
-
-    No prompt is decoded where `chat` is None. Raises RunError with a line for each thing wrong.
-    """
+    """Print and write (check.json) what is found about a draft. RunError has all that is wrong."""
     folder = locate(draft_path) if draft_path else run_dir / "draft"
     if not folder.exists():
         raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
@@ -126,12 +123,8 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     count = target.config.num_hidden_layers
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
-    different: list[list[int]] = []
-    for ids in (named, *read.values(), meant_by("vllm", named)):
-        valid = len(set(ids)) == 3 and 0 <= min(ids) <= max(ids) < count
-        if valid and ids not in different:
-            different.append(ids)
-    return different
+    different = dict.fromkeys(map(tuple, (named, *read.values(), meant_by("vllm", named))))
+    return [[*ids] for ids in different if len(set(ids)) == 3 and {*ids} <= {*range(count)}]
 
 
 def decode(
@@ -142,10 +135,7 @@ def decode(
     draft_length: int,
     max_new_tokens: int,
 ) -> dict[str, float]:
-    """The acceptance length of greedy chains by the layers fed, such as `1,15,28`.
-
-    Where it is low, the other candidates are tried too. Raises ConfigError or RunError.
-    """
+    """Acceptance of greedy chains by the layers fed (`1,15,28`), all candidates if it is low."""
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.

@@ -44,7 +44,6 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
 
 
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
-    """A suite of benchmark.suites with its questions. Raises ConfigError and RunError."""
     name, count = parse_suite(suite)
     trained_with, path = subject.data.system_prompt, request.paths.get(name)
     setup = setup_of(request.protocol, name, request.system_prompt, trained_with)
@@ -90,20 +89,17 @@ def in_order(configs: list[list[int]], side_by_side: bool) -> list[list[list[int
 
 def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat: Chat) -> Trials:
     """The trials of every suite under configs of one batch, with all of them open at once."""
-    batch = size = configs[0][0]
-    if len(configs) == 1 and batch > 1:
-        size = max(len(task.questions) for task in tasks)  # all at once keeps a server busy
-    first = tasks[0]
+    batch, first, groups = configs[0][0], tasks[0], []
     prompts = [first.prompt_ids(question, [], chat) for question in first.questions[:batch]]
     warm_up = replace(first.setup, max_new_tokens=8, stop=())
     for config in configs:
         request.open(config)
         request.answer(config, prompts, warm_up)
-    groups = [
-        (task, task.questions[start : start + size])
-        for task in tasks
-        for start in range(0, len(task.questions), size)
-    ]
+    for task in tasks:
+        # All at once keeps a server busy.
+        size = len(task.questions) if len(configs) == 1 and batch > 1 else batch
+        starts = range(0, len(task.questions), size)
+        groups += [(task, task.questions[start : start + size]) for start in starts]
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
     turns = list(configs)
     for task, questions in track(groups, description=f"benchmark {turns[-1]}", transient=True):

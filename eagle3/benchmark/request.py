@@ -91,7 +91,6 @@ def check_request(section: dict[str, Any]) -> None:
 
 
 def can_run(config: list[int]) -> bool:
-    """Whether a config is the target alone, a chain or a tree."""
     if len(config) != 4 or not all(isinstance(number, int) for number in config):
         return False
     batch, steps, topk, verify_tokens = config

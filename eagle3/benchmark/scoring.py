@@ -1,7 +1,4 @@
-"""Whether an answer is right: one function a suite, of the answer's text and the row's reference.
-
-They show whether drafting loses something, and are not the graders behind published scores.
-"""
+"""Whether an answer is right, by suite; not the graders behind published scores."""
 
 import os
 import re
@@ -100,10 +97,7 @@ def humaneval(answer: str, reference: dict[str, str]) -> bool:
 
 
 def passes(source: str) -> bool:
-    """Whether `source` runs through in a Python of its own, limited and in an empty folder.
-
-    It has no network where the kernel can take it away. This is no prison: it can read our files.
-    """
+    """Whether `source` runs through in a limited Python; no prison: it can read our files."""
     with TemporaryDirectory() as folder:
         path = f"{folder}/answer.py"
         Path(path).write_text(source, encoding="utf-8", errors="replace")

@@ -24,10 +24,7 @@ DEATH_SECONDS = 5.0  # a process ends a while after its connections, and then it
 
 @dataclass(kw_only=True)
 class Served(Request):
-    """The fields are the keys of conf/benchmark/sglang.yaml.
-
-    Where `url` or `alone_url` is None, servers are started, and kept while only the batch changes.
-    """
+    """The keys of conf/benchmark/sglang.yaml; where `url` or `alone_url` is None, servers start."""
 
     engine: Engine
     url: str | None
@@ -58,9 +55,8 @@ class Served(Request):
 
     def find_engine(self) -> str | None:
         """Its version; None where no server is started. Raises ConfigError where it is missing."""
-        if self.url and self.alone_url:
-            return None
-        return self.engine.find(self.python, "benchmark.python")
+        given = self.url and self.alone_url
+        return None if given else self.engine.find(self.python, "benchmark.python")
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""

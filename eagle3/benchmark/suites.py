@@ -100,10 +100,7 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
 
 
 def load_questions(name: str, count: int | None, path: str | None, cache: str) -> list[Question]:
-    """The first `count` questions, or all, of `path`, else of the hub or the file `name`.
-
-    Raises RunError for a row that is none and for a suite without questions.
-    """
+    """The first `count` questions, or all, of `path`, else the hub or file `name`; or RunError."""
     # A file of one's own is read as the held-out prompts are.
     suite = SUITES.get(name, SUITES["heldout"])
     source = Source(path or name) if path or suite.source is None else suite.source

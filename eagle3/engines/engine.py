@@ -9,8 +9,7 @@ from packaging.specifiers import SpecifierSet
 
 from eagle3.errors import ConfigError
 
-Drafting = tuple[int, int, int]
-"""(steps, topk, verify_tokens); (0, 0, 0) is the target alone."""
+Drafting = tuple[int, int, int]  # steps, topk, verify_tokens; (0, 0, 0) is the target alone
 # Nothing but the temperature shapes the distribution, whatever generation_config.json recommends.
 UNSHAPED = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 # Runs in the engine's own interpreter.
@@ -36,18 +35,14 @@ class Launch:
 
 @dataclass
 class Answer:
-    """The new tokens `ids` [n] of one prompt, all but the first committed by `rounds` of drafting.
-
-    `accepted_at[k-1]` counts the rounds in which the draft at position k was accepted. `seconds` is
-    this request's decoding. `emitted` has the tokens of every round, where that is reported.
-    """
+    """The new tokens of one prompt, all but the first committed by `rounds` of drafting."""
 
     ids: list[int]
     rounds: int
-    accepted_at: list[int]
-    seconds: float
+    accepted_at: list[int]  # [k-1]: rounds in which the draft at position k was accepted
+    seconds: float  # of this request's decoding
     text: str
-    emitted: list[int] | None = None
+    emitted: list[int] | None = None  # the tokens of every round, where that is reported
 
 
 def answer_of_rounds(
@@ -68,17 +63,13 @@ def answer_of_rounds(
 
 
 class Engine:
-    """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows the methods it needs.
-
-    `packages` are its names for pip, `launch_flags` those for the model, the number of GPUs and the
-    share of their memory.
-    """
+    """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows what it needs."""
 
     name: ClassVar[str]
-    packages: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]]  # for pip
     versions: ClassVar[str]
     module: ClassVar[str]
-    launch_flags: ClassVar[tuple[str, str, str]]
+    launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
@@ -104,9 +95,8 @@ class Engine:
         values = model.path, launch.tp_size, launch.mem_fraction_static
         flags = dict(zip(self.launch_flags, values, strict=True))
         flags |= {"--revision": model.revision, "--dtype": model.dtype}
-        flags["--trust-remote-code"] = model.trust_remote_code
-        flags |= {"--host": "127.0.0.1", "--port": launch.port}
-        words = command_line(flags | options)
+        flags |= {"--trust-remote-code": model.trust_remote_code, "--host": "127.0.0.1"}
+        words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
 

@@ -43,18 +43,14 @@ KNOWN_CAUSES = {
 
 @dataclass
 class Server:
-    """`command` serves HTTP at `url`; ready when GET `health_path` is 200, within `ready_seconds`.
-
-    `environment` is added to this process's own; the output goes to `log`. Leaving the context ends
-    the server with all that it started; so does the end of this process. Raises RunError.
-    """
+    """Ended, with all it started, where the context or this process ends. Raises RunError."""
 
     command: list[str]
     url: str
-    environment: dict[str, str]
+    environment: dict[str, str]  # added to this process's own
     log: Path
     ready_seconds: float
-    health_path: str
+    health_path: str  # ready when GET gives 200
     name: str = "the engine"
     process: subprocess.Popen | None = field(default=None, init=False)
 

@@ -12,23 +12,20 @@ from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
-CAPTURE_CONFLICTS = ("--enable-dp-attention", "--enable-mixed-chunk")
-CAPTURE_CONFLICTS += ("--pp-size", "--pipeline-parallel-size")
+CAPTURE_CONFLICTS = (
+    "--enable-dp-attention", "--enable-mixed-chunk", "--pp-size", "--pipeline-parallel-size"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Capture:
-    """What a server that leaves hidden states to a forward hook is asked for.
+    """What a server that leaves hidden states to a forward hook is asked for."""
 
-    `hook_factory` is the hook's `module:name`, `hook_config` its argument; `layer_ids` None are
-    the ones SGLang captures by default. At most `batch_tokens` tokens go through it at once.
-    """
-
-    hook_factory: str
-    hook_config: dict[str, Any]
-    layer_ids: list[int] | None
+    hook_factory: str  # module:name
+    hook_config: dict[str, Any]  # its argument
+    layer_ids: list[int] | None  # None: the ones SGLang captures by default
     device: str
-    batch_tokens: int
+    batch_tokens: int  # that go through it at once
     dp_size: int = 1
     ep_size: int = 1
     quantization: str | None = None

@@ -47,8 +47,7 @@ def main(parent: int, grace: float, command: list[str]) -> int:
 
 
 def children() -> list[int]:
-    """Pids of this process's children, the adopted ones too."""
-    mine = []
+    mine = []  # the adopted ones too
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = path.read_text().rpartition(")")[2].split()[1]  # a name may hold spaces

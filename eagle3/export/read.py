@@ -1,8 +1,4 @@
-"""A draft on disk or on the hub, in any known form, read under the portable names; unjudged.
-
-Known are the portable form (this project, SpecForge, the official release), that of speculators and
-vLLM (`layers.0.*`, a nested config), and names that begin with `model.`.
-"""
+"""A draft on disk or on the hub, in any known form, read under the portable names; unjudged."""
 
 import json
 import pickle
@@ -32,7 +28,6 @@ SIZES = {field.name for field in fields(DraftConfig) if field.type is int} | {"n
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path`, which is no folder here, has the form owner/name."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)) and not Path(path).exists()
 
 

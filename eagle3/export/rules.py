@@ -41,7 +41,6 @@ class Finding:
 
 
 def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
-    """Every finding, in the order of the rules."""
     form = speculators if files.is_speculators else architecture
     rules = [form, shape, layers, rope, variants, tensors, vocabulary]
     return [finding for rule in rules for finding in rule(files, target)]

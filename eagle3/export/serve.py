@@ -21,12 +21,7 @@ ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
 
 
 def serve_text(
-    engine: str,
-    draft: str,
-    target: str | None,
-    draft_length: int | None,
-    port: int | None,
-    more: list[str],
+    engine: str, draft: str, target: str | None, length: int | None, port: int | None, more: list
 ) -> str:
     """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError."""
     config = read_config(locate(draft, "DRAFT"))
@@ -38,7 +33,7 @@ def serve_text(
         raise RunError(f"draft at {draft} does not name its target; set MODEL=<folder or hub id>")
     if named.startswith(("/", ".", "~")) and not Path(named).expanduser().is_dir():
         raise RunError(f"target {named} of draft {draft} is not there; set MODEL=<folder or id>")
-    length = draft_length or made_for.get("draft_length") or LENGTH
+    length = length or made_for.get("draft_length") or LENGTH
     # Absolute, so that the printed command can be used anywhere.
     model, folder = absolute(named), absolute(draft)
     if engine != "trtllm":
@@ -59,7 +54,6 @@ def serve_text(
 
 
 def join(groups: list[list[str]]) -> str:
-    """Shell text, an option and its value to a line."""
     return " \\\n  ".join(shlex.join(group) for group in groups if group)
 
 

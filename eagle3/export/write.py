@@ -26,6 +26,7 @@ OUTER = (
     "architectures", "draft_vocab_size", "target_hidden_size", "bos_token_id", "eos_token_id",
     "pad_token_id", "num_aux_hidden_states", "eagle_config", LAYER_IDS, "made_for",
 )  # fmt: skip
+TOKENS = ("bos", "eos", "pad")
 COPIED = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "torch_dtype", LAYER_IDS)
 
 
@@ -86,9 +87,7 @@ def portable_config(
         "mlp_bias": False,
         "rope_scaling": None,  # written, because the official code stops at llama3's
         "tie_word_embeddings": False,
-        "bos_token_id": target.config.bos_token_id,
-        "eos_token_id": target.config.eos_token_id,
-        "pad_token_id": target.config.pad_token_id,
+        **{f"{name}_token_id": getattr(target.config, f"{name}_token_id") for name in TOKENS},
         "num_aux_hidden_states": 3,
         # Each engine reads the key of its own, in its own numbers.
         "eagle_config": {LAYER_IDS: numbered_by("sglang", layer_ids), "use_aux_hidden_state": True},

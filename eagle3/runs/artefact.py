@@ -19,7 +19,6 @@ def fingerprint(inputs: dict[str, Any]) -> str:
 
 
 def describe_file(path: str | Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file's content."""
     with open(path, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": Path(path).stat().st_size, "sha256": digest}
@@ -30,8 +29,7 @@ def artefact(
 ) -> Path:
     """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`.
 
-    `write(folder)` finds what an interrupted call left, and returns facts to keep. Without it,
-    because `stage` is not listed, the folder must be there already. Raises RunError.
+    `write(folder)` finds what an interrupted call left; without it the folder must be there.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
     if (path / "artefact.json").is_file():

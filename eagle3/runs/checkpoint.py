@@ -1,8 +1,4 @@
-"""Resumable state: written while training goes on under a temporary name, synced, then renamed.
-
-torch.distributed.checkpoint writes and reads the tensors as safetensors, so that nothing in a
-checkpoint can run code. Every rank writes its part of them; a run with other ranks reads them all.
-"""
+"""Resumable state: every rank writes its part; as safetensors, so that nothing can run code."""
 
 import json
 import os
@@ -23,8 +19,6 @@ from eagle3.errors import RunError
 from eagle3.runs.disk import sync, write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
-
-
 Tensors = dict[str, torch.Tensor]
 
 
@@ -79,7 +73,10 @@ class CheckpointWriter:
             if best:
                 replace_link(self.folder / "best", path.name)
             replace_link(self.folder / "last", path.name)
-            prune(self.folder, self.keep_last)
+            linked = {link.resolve() for link in (self.folder / "last", self.folder / "best")}
+            for old in step_folders(self.folder)[: -self.keep_last]:
+                if old.resolve() not in linked:
+                    shutil.rmtree(old)
         except (OSError, CheckpointException) as error:
             reason = f"{first_cause(error)}; make room and go on from the one before"
             raise RunError(f"{path} cannot be written: {reason}") from error
@@ -124,16 +121,7 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
     return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
-
-
-def prune(folder: Path, keep_last: int) -> None:
-    """Keep the newest checkpoints, and those that the links name."""
-    linked = {link.resolve() for link in (folder / "last", folder / "best")}
-    for path in step_folders(folder)[:-keep_last]:
-        if path.resolve() not in linked:
-            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
@@ -141,10 +129,9 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     try:
         plain = json.loads((path / "state.json").read_text())
         reader = hf_storage.HuggingFaceStorageReader(str(path))
-        tensors = {}
-        for name, meta in reader.read_metadata().state_dict_metadata.items():
-            if name.startswith(prefix):
-                tensors[name] = torch.empty(meta.size, dtype=meta.properties.dtype)
+        found = reader.read_metadata().state_dict_metadata
+        wanted = {name: meta for name, meta in found.items() if name.startswith(prefix)}
+        tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
         real, remedy = path.resolve(), "start a new run"

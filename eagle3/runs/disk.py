@@ -25,7 +25,6 @@ def free_bytes(folder: str | Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Have a file or folder on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -136,7 +136,6 @@ class Wandb(NoTracker):
         self.run.log({path.stem: self.wandb.Html(path.read_text(), inject=False)})
 
     def finish(self, exit_code: int = 0) -> None:
-        """Upload what is left and end the background service, if a run was started."""
         if self.run is not None:
             self.run.finish(exit_code=exit_code)
             self.wandb.teardown(exit_code=exit_code)

@@ -43,7 +43,6 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forget the sums and set the clock anew."""
         self.device_sums.zero_()
         # K counts of pairs, then normaliser, tokens, flops
         self.host_sums = torch.zeros(self.ttt_steps + 3, dtype=torch.float64)
@@ -95,8 +94,7 @@ class Meter:
         metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in accuracies}
         # `seconds` is summed too: divided by the processes it is the window's length.
         metrics["tokens_per_second"] = tokens * processes / seconds
-        metrics["supervised_tokens"] = int(counts[0])
-        metrics["data_wait_fraction"] = waited / seconds
+        metrics |= {"supervised_tokens": int(counts[0]), "data_wait_fraction": waited / seconds}
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
         peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))
         if peak:

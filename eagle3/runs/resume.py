@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, flatten
 from eagle3.errors import ConfigError
+from eagle3.runs.disk import read_json
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
 FREE = {
@@ -26,12 +27,10 @@ def is_run(path: str | Path) -> bool:
 
 def read_overrides(run_dir: Path) -> list[str]:
     """The command line that a run was started with; [] before it has written run.json."""
-    path = run_dir / "run.json"
-    return json.loads(path.read_text())["overrides"] if path.exists() else []
+    return read_json(run_dir / "run.json").get("overrides", [])
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
-    """What the user types after a run was stopped."""
     given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
     return f"python run.py {given}"
 
@@ -65,7 +64,13 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
         return OmegaConf.to_object(composed)
     recorded = json.loads((run_dir / "run.json").read_text())["config"]
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), recorded)
-    resumed = overridden(saved, composed, overrides) if named else composed
+    resumed, keys = OmegaConf.merge(saved) if named else composed, flatten(composed)
+    for override in overrides if named else ():
+        # +key, ~key and group/name@package=option: what they set lies under the bare name.
+        key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
+        if any(k == key or k.startswith(f"{key}.") for k in keys):
+            value = OmegaConf.select(composed, key)
+            OmegaConf.update(resumed, key, value, merge=False, force_add=True)
     before, now = flatten(saved), flatten(resumed)
     for key in before | now:
         free = key in FREE or key.split(".")[0] in FREE
@@ -73,15 +78,3 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
             differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
             raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
     return OmegaConf.to_object(resumed)
-
-
-def overridden(saved: DictConfig, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """`saved` with the keys and sections that the command line names taken from `composed`."""
-    resumed, keys = OmegaConf.merge(saved), flatten(composed)
-    for override in overrides:
-        # +key, ~key and group/name@package=option: what they set lies under the bare name.
-        key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
-        if any(k == key or k.startswith(f"{key}.") for k in keys):
-            value = OmegaConf.select(composed, key)
-            OmegaConf.update(resumed, key, value, merge=False, force_add=True)
-    return resumed

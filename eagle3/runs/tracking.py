@@ -116,8 +116,7 @@ def device_name(device: torch.device) -> str:
 
 def git_commit() -> str | None:
     """The commit of the code, with `+` when files differ from it; None outside a repository."""
-    by_no_tag = ["--abbrev=40", "--exclude=*", "--dirty=+"]
-    command = ["git", "describe", "--always", *by_no_tag]
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
@@ -132,6 +131,5 @@ def read_acceptance(run_dir: Path) -> float | None:
     if rows:
         # With no drafted token a row is the target alone.
         return next((row["acceptance_length"] for row in rows if row["config"][1] > 0), None)
-    if evaluation:
-        return evaluation["acceptance_length"][str(evaluation["draft_length"])]
-    return None
+    length = str(evaluation.get("draft_length"))
+    return evaluation["acceptance_length"][length] if evaluation else None
