@@ -141,12 +141,12 @@ class Journal:
 def finish(folder: Path, journal: Journal) -> dict[str, Any]:
     """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
     counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
-    rejected: Counter[str] = Counter()
+    rejected = Counter()
     names = "conversations.jsonl", "rejects.jsonl"
     with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
         # Rows end in any order; read in their own, an interrupted call gives the same bytes.
-        for _, offset in sorted(journal.offsets.items()):
-            journal.stream.seek(offset)
+        for number in sorted(journal.offsets):
+            journal.stream.seek(journal.offsets[number])
             entry = json.loads(journal.stream.readline())
             counts.update(rows=1, retries=entry["retries"], answer_tokens=entry["answer_tokens"])
             if entry.get("reason") is not None:
