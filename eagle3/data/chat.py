@@ -113,16 +113,14 @@ def load_chat(model: Model, data: Data) -> "Chat":
     if name != "auto":
         tokenizer.chat_template = templates.read(name)
     if tokenizer.chat_template is None:
-        names = ", ".join(templates.names())
-        words = f"has no chat template; add one, or set data.chat_template to one of {names}"
-        raise ConfigError(f"the tokenizer of model.path={path} {words}")
+        words = f"add one, or set data.chat_template to one of {', '.join(templates.names())}"
+        raise ConfigError(f"the tokenizer of model.path={path} has no chat template; {words}")
     chat = Chat(tokenizer, data.chat_template_kwargs)
     if name != "auto":  # its framing may be by tokens that there are not
         words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        framing = SPECIAL_LOOK.findall(chat.render(words)[0])
-        missing = [token for token in framing if token not in tokenizer.get_vocab()]
-        if missing:
-            raise ConfigError(f"data.chat_template={name} needs {missing[0]}, no token here")
+        for token in SPECIAL_LOOK.findall(chat.render(words)[0]):
+            if tokenizer.backend_tokenizer.token_to_id(token) is None:
+                raise ConfigError(f"data.chat_template={name} needs {token}, no token here")
     return chat
 
 
@@ -162,9 +160,7 @@ class Chat:
     def turns(self) -> Turns:
         """What the template puts around a conversation of known words. Raises ConfigError."""
         roles = ("user", "assistant") * 2
-        messages = [
-            {"role": role, "content": word} for role, word in zip(roles, WORDS, strict=True)
-        ]
+        messages = [{"role": r, "content": w} for r, w in zip(roles, WORDS, strict=True)]
         try:
             text, asked = self.render(messages)[0], self.render(messages[:1])[0]
             prompted = self.render(messages[:1], prompt=True)[0]
@@ -187,7 +183,7 @@ class Chat:
             raise ConfigError(f"the chat template has no text in front of assistant turns: {words}")
         last = last.strip()
         found = first_special(self.tokenizer, last)
-        closings = [last[: found[1]] if found else last] if last else []
+        closings = [last[: found[1] if found else None]] if last else []
         # Templates may close the last turn otherwise than those before it (gpt-oss).
         found = first_special(self.tokenizer, middle)
         if found and not middle.lstrip().startswith(tuple(closings)):
@@ -239,9 +235,7 @@ class Chat:
             raise RowError("bad UTF-8") from error
         turns = spans[-1:] if only_last_turn else spans
         stops = [stop for _, stop in encoding.offsets]
-        token_spans = [
-            (bisect_right(stops, start), bisect_right(stops, stop)) for start, stop in turns
-        ]
+        token_spans = [(bisect_right(stops, a), bisect_right(stops, b)) for a, b in turns]
         return Encoded(text, encoding.ids, [span for span in token_spans if span[0] < span[1]])
 
     def encode_prompt(self, messages: Messages, tools=None) -> list[int]:

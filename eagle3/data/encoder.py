@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
@@ -21,13 +22,11 @@ from eagle3.errors import RunError
 # What a worker gets at once: enough that handing over costs nothing, and few bytes under way.
 CHUNK_ROWS = 64
 LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
-RECORD = np.dtype(
-    [
-        ("source", "i2"), ("file", "i4"), ("line", "i8"), ("outcome", "i4"), ("repaired", "i4"),
-        ("cut", "?"), ("tokens", "i4"), ("supervised", "i4"), ("teachers", "i4"),
-        ("content", "u8"), ("opening", "u8"),
-    ]
-)  # fmt: skip
+RECORD = np.dtype([
+    ("source", "i2"), ("file", "i4"), ("line", "i8"), ("outcome", "i4"), ("repaired", "i4"),
+    ("cut", "?"), ("tokens", "i4"), ("supervised", "i4"), ("teachers", "i4"),
+    ("content", "u8"), ("opening", "u8"),
+])  # fmt: skip
 # (source, file, line, raw); raw is None where the source's weight leaves the row out
 RawRow = tuple[int, int, int, Any]
 
@@ -35,8 +34,8 @@ RawRow = tuple[int, int, int, Any]
 @dataclass
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
-    for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`), prompts that may
-    be held out; in `not_found` rows no turn was found, `example` is a rendering of one.
+    for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`, which count from
+    1), prompts that may be held out; `example` renders one of the `not_found` rows without turns.
     """
 
     ids: np.ndarray
@@ -54,11 +53,6 @@ def hash_of(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def number_of(reason: str, reasons: dict[str, int]) -> int:
-    """Reasons are numbered from 1 as they come."""
-    return reasons.setdefault(reason, len(reasons) + 1)
-
-
 @dataclass
 class Encoder:
     """Rows to token ids: all that a worker does."""
@@ -70,7 +64,7 @@ class Encoder:
         """What becomes of some rows; prompts only where the opening hashes below a number."""
         rows, held_below = asked
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
-        records, reasons, candidates = np.zeros(len(rows), RECORD), {}, []
+        records, reasons, prompts = np.zeros(len(rows), RECORD), {}, []
         not_found, example = 0, None
         for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
@@ -84,7 +78,7 @@ class Encoder:
                 opening = self.hash_opening(conversation)
                 prompt = self.prompt(conversation) if opening < held_below else None
             except RowError as error:
-                record["outcome"] = number_of(str(error), reasons)
+                record["outcome"] = reasons.setdefault(str(error), len(reasons) + 1)
                 if str(error) == NOT_FOUND:
                     not_found += 1
                     example = example or self.example(conversation)
@@ -99,12 +93,11 @@ class Encoder:
             record["teachers"] = mask.sum() + (mask[:-1] & ~mask[1:]).sum()
             record["content"], record["opening"] = hash_of(encoded.text), opening
             if conversation.repaired:
-                record["repaired"] = number_of(conversation.repaired, reasons)
+                record["repaired"] = reasons.setdefault(conversation.repaired, len(reasons) + 1)
             if prompt:
-                place = {"file": file, "line": line}
-                candidates.append({"hash": opening, "input_ids": prompt, **place})
+                prompts.append({"hash": opening, "input_ids": prompt, "file": file, "line": line})
         ids, mask = np.concatenate(ids), np.concatenate(masks)
-        return Chunk(ids, mask, records, reasons, candidates, not_found, example)
+        return Chunk(ids, mask, records, reasons, prompts, not_found, example)
 
     def hash_opening(self, conversation: Conversation) -> int:
         """Equal where the first question is, whatever system message, spaces or answer it has."""
@@ -128,12 +121,10 @@ class Encoder:
 
     def prompt(self, conversation: Conversation) -> list[int]:
         """The prompt of the last answer; none where the row ends otherwise or it is too long."""
-        if conversation.messages and conversation.messages[-1]["role"] != "assistant":
-            return []
-        try:
-            ids = self.chat.prompt_of(conversation)
-        except RowError:
-            return []
+        ids = []
+        if conversation.text or conversation.messages[-1]["role"] == "assistant":
+            with suppress(RowError):
+                ids = self.chat.prompt_of(conversation)
         return ids if len(ids) <= self.data.max_length else []
 
     def example(self, conversation: Conversation) -> str:

@@ -21,7 +21,7 @@ from xxhash import xxh3_128
 from eagle3.batch import Document
 from eagle3.config import Data, Source
 from eagle3.data.chat import Chat, with_system
-from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order, number_of
+from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order
 from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
 from eagle3.data.vocab import choose_vocab
@@ -86,15 +86,11 @@ class Prepared:
 
 
 def load_prepared(path: Path) -> Prepared:
-    return Prepared(
-        np.memmap(path / "input_ids.bin", np.int32, "r"),
-        np.memmap(path / "loss_mask.bin", bool, "r"),
-        np.load(path / "index.npy", mmap_mode="r"),
-        np.load(path / "vocab.npy"),
-        [json.loads(line) for line in (path / "heldout.jsonl").read_text().splitlines()],
-        path,
-        read_facts(path),
-    )
+    ids = np.memmap(path / "input_ids.bin", np.int32, "r")
+    mask = np.memmap(path / "loss_mask.bin", bool, "r")
+    index, vocab = np.load(path / "index.npy", mmap_mode="r"), np.load(path / "vocab.npy")
+    heldout = [json.loads(line) for line in (path / "heldout.jsonl").read_text().splitlines()]
+    return Prepared(ids, mask, index, vocab, heldout, path, read_facts(path))
 
 
 def prepare(
@@ -148,9 +144,7 @@ class Writer:
         self.names = [file.name for _, files in sources for file in files]
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
         self.rows = self.tokens = self.not_found = 0
-        self.reasons: dict[str, int] = {}
-        self.candidates: list[dict] = []
-        self.example: str | None = None
+        self.reasons, self.candidates, self.example = {}, [], None
         if (folder / STATE).exists():
             vars(self).update(json.loads((folder / STATE).read_text()))
         self.files = []
@@ -176,7 +170,8 @@ class Writer:
             words = f"the tokenizer gives id {chunk.ids.max()} of {self.vocab_size}"
             raise RunError(f"{words}: it does not belong to this target")
         # A worker numbers the reasons of its chunk; here they are numbered through all chunks.
-        numbers = [number_of(reason, self.reasons) for reason in chunk.reasons]
+        known = self.reasons
+        numbers = [known.setdefault(reason, len(known) + 1) for reason in chunk.reasons]
         for name in ("outcome", "repaired"):  # LEFT_OUT, -1, takes what stands last
             chunk.records[name] = np.array([0, *numbers, LEFT_OUT])[chunk.records[name]]
         for stream, values in zip(self.files, (chunk.ids, chunk.mask, chunk.records), strict=True):
@@ -204,11 +199,8 @@ class Writer:
     def rejects(self, records: np.ndarray) -> list[dict]:
         """{"file", "line", "reason"} of the rows that are rejected."""
         words = {number: reason for reason, number in self.reasons.items()}
-        rejected = records[records["outcome"] > 0][["file", "line", "outcome"]]
-        return [
-            {"file": self.names[file], "line": line, "reason": words[number]}
-            for file, line, number in rejected.tolist()
-        ]
+        rows = records[records["outcome"] > 0][["file", "line", "outcome"]].tolist()
+        return [{"file": self.names[f], "line": i, "reason": words[n]} for f, i, n in rows]
 
 
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
@@ -286,7 +278,7 @@ def finish(
     again = np.ones(len(usable), bool)
     again[np.unique(rows["content"][usable], return_index=True)[1]] = False
     if again.any():
-        rows["outcome"][usable[again]] = number_of("duplicate row", reasons)
+        rows["outcome"][usable[again]] = reasons.setdefault("duplicate row", len(reasons) + 1)
     rejects = writer.rejects(rows)
     rejected = Counter(reject["reason"] for reject in rejects)
     if not len(usable):
@@ -294,11 +286,21 @@ def finish(
         raise RunError(f"data.path={data_path}: none of {len(rows)} rows can be trained on ({why})")
     check_rejects(rejects, encoder.data)
     heldout, unasked = given
-    heldout = heldout or hold_out(rows, writer)
+    if not heldout:  # those of the lowest opening hashes, met while rows came by
+        openings, heldout = len(np.unique(rows["opening"][rows["outcome"] == 0])), writer.candidates
+        if openings <= writer.num_heldout or not heldout:
+            words = f"has {openings} different prompts, too few to hold out"
+            settings = f"eval.num_prompts={writer.num_heldout}; give data.eval_path"
+            raise RunError(f"data.path={data_path} {words} {settings}")
+        for prompt in heldout:
+            prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
     # Another answer to a held-out question would teach what is measured.
     held = np.isin(rows["opening"], np.array([p["hash"] for p in heldout], np.uint64))
     held &= rows["outcome"] == 0
-    passes = count_passes(rows, sources) * ~held
+    # Content decides over the fraction, so that the same rows come twice in every run.
+    weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
+    drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
+    passes = np.floor(weights + drawn).astype(np.int64) * (rows["outcome"] == 0) * ~held
     if not passes.any():
         raise RunError(f"data.path={data_path}: every conversation is held out, none trains")
     index = np.empty(len(rows), INDEX)
@@ -306,7 +308,6 @@ def finish(
     index[["length", "supervised", "teachers"]] = rows[["tokens", "supervised", "teachers"]]
     np.save(folder / "index.npy", np.repeat(index, passes))
     # by the weight and not by the passes, which for a fraction are drawn
-    weights = np.maximum(1.0, [source.weight for source, _ in sources])[rows["source"]]
     counts, ends = count_vocab(folder, rows, weights * (passes > 0), writer.vocab_size)
     special = {n for n, t in encoder.chat.tokenizer.added_tokens_decoder.items() if t.special}
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
@@ -317,8 +318,7 @@ def finish(
         with (folder / name).open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        (folder / f"{name}.jsonl").write_text(text)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     repaired = Counter(rows["repaired"].tolist())
     facts = {
         "rows": len(rows),
@@ -340,25 +340,6 @@ def finish(
     (folder / STATE).unlink()
     (folder / "rows.bin").unlink()
     return facts
-
-
-def hold_out(rows: np.ndarray, writer: Writer) -> list[dict]:
-    """The prompts with the lowest opening hashes, met while rows came by. Raises RunError."""
-    openings = len(np.unique(rows["opening"][rows["outcome"] == 0]))
-    if openings <= writer.num_heldout or not writer.candidates:
-        words = f"too few to hold out eval.num_prompts={writer.num_heldout}; give data.eval_path"
-        raise RunError(f"data.path={writer.names[0]} has {openings} different prompts, {words}")
-    for prompt in writer.candidates:
-        prompt["id"] = f"{Path(writer.names[prompt.pop('file')]).name}:{prompt.pop('line')}"
-    return writer.candidates
-
-
-def count_passes(rows: np.ndarray, sources: SourceFiles) -> np.ndarray:
-    """int64 [rows]: how often an epoch passes over each row."""
-    # Content decides over the fraction, so that the same rows come twice in every run.
-    weights = np.array([source.weight for source, _ in sources])[rows["source"]]
-    drawn = (rows["content"] >> np.uint64(11)) / 2.0**53  # uniform in [0, 1)
-    return np.floor(np.maximum(weights, 1) + drawn).astype(np.int64) * (rows["outcome"] == 0)
 
 
 def count_vocab(

@@ -41,9 +41,7 @@ def regenerate(
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
-            **{
-                name: getattr(data, name) for name in ("num_samples", "system_prompt", "max_length")
-            },
+            **{k: getattr(data, k) for k in ("num_samples", "system_prompt", "max_length")},
             "files": [file.identity for file in files],
             "share": share,
             "chat": chat.identity,
@@ -60,9 +58,8 @@ def regenerate(
                 return finish(folder, journal)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
-        (path / "journal.jsonl").unlink(
-            missing_ok=True
-        )  # a call killed before here still needed it
+        # only now, as a call killed before here still needs it
+        (path / "journal.jsonl").unlink(missing_ok=True)
         answers = Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
         again.append((answers, find_files(answers, cache_dir)))
         paths.append(path)
@@ -73,10 +70,8 @@ class Dialogue:
     """A row that is answered turn by turn with the answers so far; `reason` says why not."""
 
     def __init__(self, row: Row, system_prompt: str | None):
-        self.messages: list[Message] = []
-        self.pending: list[Message] = []
+        self.messages, self.pending, self.reason = [], [], row.reason
         self.counts = {"retries": 0, "answer_tokens": 0}
-        self.reason = row.reason
         if row.conversation is None:
             return
         messages = with_system(row.conversation.messages, system_prompt)
@@ -146,12 +141,12 @@ class Journal:
 def finish(folder: Path, journal: Journal) -> dict[str, Any]:
     """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
     counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
-    rejected: Counter[str] = Counter()
+    rejected = Counter()
     names = "conversations.jsonl", "rejects.jsonl"
     with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
         # Rows end in any order; read in their own, an interrupted call gives the same bytes.
-        for _, offset in sorted(journal.offsets.items()):
-            journal.stream.seek(offset)
+        for number in sorted(journal.offsets):
+            journal.stream.seek(journal.offsets[number])
             entry = json.loads(journal.stream.readline())
             counts.update(rows=1, retries=entry["retries"], answer_tokens=entry["answer_tokens"])
             if entry.get("reason") is not None:
@@ -200,9 +195,8 @@ class BuiltIn:
                 continue
             torch.manual_seed(self.seed + first)
             dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
-            self.answer_batch(
-                dialogues, target.load(), chat, self.max_new_tokens or data.max_length
-            )
+            longest = self.max_new_tokens or data.max_length
+            self.answer_batch(dialogues, target.load(), chat, longest)
             for (number, row), dialogue in zip(batch, dialogues, strict=True):
                 journal.write(number, row, dialogue)
 
@@ -296,32 +290,34 @@ async def ask(servers: list["Server"], dialogue: Dialogue, body: dict[str, Any])
     for server in sorted(servers, key=lambda server: server.in_flight + server.failures):
         try:
             return await server.answer(dialogue, body)
-        except ServerError as error:
-            reason = str(error)
         except RowError as error:
             reason = str(error)
+        if server.failures == 0:  # it was the request's fault, and another would refuse it too
             break
     dialogue.reason = reason
 
 
 async def only_model(servers: list["Server"]) -> str:
     """The one model that the servers list, as far as they answer. Raises RunError."""
-    names, failed = set(), None
+    names, problem = set(), ""
     for server in servers:
         try:
-            names.add(await server.only_model())
-        except RunError as error:
-            failed = error
+            listed = await server.client.models.list(extra_headers=server.headers)
+        except server.openai.OpenAIError as error:
+            problem = f"{server.name} lists no model ({error}); check regenerate.urls"
+            continue
+        found = [model.id for model in listed.data]
+        if len(found) == 1:
+            names.add(found[0])
+        else:
+            words = f"lists the models {', '.join(found) or 'none'}"
+            problem = f"{server.name} {words}; name one in regenerate.model"
     if not names:
-        raise failed
+        raise RunError(problem)
     if len(names) > 1:
         models = ", ".join(sorted(names))
         raise RunError(f"regenerate.urls serve different models ({models}); name one in .model")
     return names.pop()
-
-
-class ServerError(RowError):
-    """Why a server gave no answer that another might give."""
 
 
 class Server:
@@ -363,15 +359,13 @@ class Server:
             # N for its numbers, so that rows count together
             self.error = re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])
             if status in (401, 403, 404):
-                raise RunError(
-                    f"{self.name} refuses every request (HTTP {status}: {self.error}): check "
-                    "regenerate.model, .urls, which usually end in /v1, and .api_key_env"
-                ) from error
+                words = f"{self.name} refuses every request (HTTP {status}: {self.error})"
+                check = "check regenerate.model, .urls, which usually end in /v1, and .api_key_env"
+                raise RunError(f"{words}: {check}") from error
             # What the client repeats may be the server's fault; what it does not is the request's.
             at_fault = status in (None, 408, 409, 429) or status >= 500
             self.failures = self.failures + 1 if at_fault else 0
-            kind = ServerError if at_fault else RowError
-            raise kind(f"HTTP {status}: {self.error}" if status else self.error) from error
+            raise RowError(f"HTTP {status}: {self.error}" if status else self.error) from error
         finally:
             self.in_flight -= 1
         self.failures = 0
@@ -388,16 +382,3 @@ class Server:
             dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise RowError("malformed reply") from error
-
-    async def only_model(self) -> str:
-        """The one model that the server lists. Raises RunError."""
-        try:
-            listed = await self.client.models.list(extra_headers=self.headers)
-        except self.openai.OpenAIError as error:
-            words = f"{self.name} lists no model ({error}); check regenerate.urls"
-            raise RunError(words) from error
-        names = [model.id for model in listed.data]
-        if len(names) == 1:
-            return names[0]
-        words = f"lists the models {', '.join(names) or 'none'}; name one in regenerate.model"
-        raise RunError(f"{self.name} {words}")

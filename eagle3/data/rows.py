@@ -55,7 +55,16 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
     rest = list(dropwhile(lambda m: m["role"] == "assistant", messages[first:]))
     if 0 < len(rest) < len(messages) - first:
         messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
-    check_order(messages)
+    # Users and assistants alternate; results follow the assistant that called the tools.
+    before = None
+    for message in messages[min(first, 1) :]:
+        if message["role"] == "system":
+            raise RowError("system message behind the first")
+        if before not in BEFORE[message["role"]]:
+            raise RowError("turns do not alternate between user and assistant")
+        before = message["role"]
+    if before is None:
+        raise RowError("no messages")
     return Conversation(messages, read_tools(row.get("tools")), repaired=repaired)
 
 
@@ -134,19 +143,3 @@ def parse(value: Any, reason: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(reason) from error
-
-
-def check_order(messages: list[Message]) -> None:
-    """Users and assistants alternate; results follow the assistant that called the tools."""
-    before = None
-    for place, message in enumerate(messages):
-        role = message["role"]
-        if role == "system" and place == 0:
-            continue
-        if role == "system":
-            raise RowError("system message behind the first")
-        if before not in BEFORE[role]:
-            raise RowError("turns do not alternate between user and assistant")
-        before = role
-    if before is None:
-        raise RowError("no messages")

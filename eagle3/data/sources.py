@@ -6,7 +6,7 @@ import lzma
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -69,8 +69,7 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
     if local.exists():
         found = [local]
         if local.is_dir():
-            inside = sorted(local.rglob("*"))
-            found = [path for path in inside if path.is_file() and path.name.endswith(SUFFIXES)]
+            found = sorted(p for p in local.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
         return [DataFile(str(path), str(path), describe_file(path)) for path in found]
@@ -174,13 +173,11 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
 def parquet_rows(file: DataFile) -> Iterator[tuple[int, dict, float]]:
     import pyarrow.parquet
 
-    number = 0
     with pyarrow.parquet.ParquetFile(file.path) as table:
         # Row groups may be as large as the file; batches keep memory small.
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row, number / table.metadata.num_rows
+        batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=256))
+        for number, row in enumerate(chain.from_iterable(batches), start=1):
+            yield number, row, number / table.metadata.num_rows
 
 
 def decode(raw: bytes | Any) -> dict[str, Any]:

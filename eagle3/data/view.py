@@ -113,8 +113,7 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
 def split_tokens(tokenizer: Any, input_ids: list[int], loss_mask: list[int]) -> list[Piece]:
     """The tokens with their texts, which joined are the decoded `input_ids`."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pieces: list[Piece] = []
-    before = first = 0
+    pieces, before, first = [], 0, 0
 
     def decode(stop: int) -> str:
         # from the piece before on, as some decoders drop a space in front of what comes first
