@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from eagle3.batch import Batch, Document, split_by_cost
+from eagle3.batch import Batch, Document, fill, split_by_cost
 from eagle3.config import Train
 
 
@@ -96,8 +96,7 @@ class Loader:
         features up to the end of the epoch before.
         """
         with ThreadPoolExecutor(1) as packer:
-            packed_ahead = None
-            positions = self.positions()
+            packed_ahead, positions = None, self.positions()
             position = next(positions)
             while True:
                 epoch, number, documents = position
@@ -114,31 +113,21 @@ class Loader:
 
 
 def plan_epoch(
-    lengths: np.ndarray,
-    seed: int,
-    epoch: int,
-    tokens_per_update: int,
-    documents_per_update: int | None,
+    lengths: np.ndarray, seed: int, epoch: int, tokens_per_update: int, num_documents: int | None
 ) -> list[np.ndarray]:
-    """Document numbers of each update of an epoch: a seeded shuffle, cut by the budget."""
+    """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    if documents_per_update is not None:
-        return np.split(order, range(documents_per_update, len(order), documents_per_update))
-    updates, start, used = [], 0, 0
-    for place, length in enumerate(lengths[order]):
-        if used + length > tokens_per_update and place > start:
-            updates.append(order[start:place])
-            start, used = place, 0
-        used += length
-    return [*updates, order[start:]]
+    if num_documents is not None:
+        return np.split(order, range(num_documents, len(order), num_documents))
+    updates = fill(order.tolist(), lengths[order].tolist(), tokens_per_update)
+    return list(map(np.array, updates))
 
 
 def fill_micro_steps(
     documents: np.ndarray, lengths: np.ndarray, tokens_per_step: int
 ) -> list[list[int]]:
     """First fit, longest first: few micro-steps of at most `tokens_per_step` tokens."""
-    steps: list[list[int]] = []
-    room: list[int] = []
+    steps, room = [], []
     for number in sorted(documents.tolist(), key=lambda i: (-lengths[i], i)):
         place = next((i for i, free in enumerate(room) if free >= lengths[number]), None)
         if place is None:

@@ -30,7 +30,13 @@ from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
-from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_checkpoint, load_draft
+from eagle3.runs.checkpoint import (
+    CheckpointState,
+    CheckpointWriter,
+    check_fingerprints,
+    load_checkpoint,
+    load_draft,
+)
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import note_signals, progress_bar
@@ -86,7 +92,8 @@ def train(
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
         answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
-    log = JsonLines(run_dir / "metrics.jsonl", resumed_at).log if ranks.is_main else discard
+    path = run_dir / "metrics.jsonl"
+    log = JsonLines(path, resumed_at).log if ranks.is_main else lambda metrics, step: None
     timeout = collective_timeout(config.launch.timeout)
     checkpoints = CheckpointWriter(folder, section.keep_last, ranks.rank, ranks.world_size, timeout)
     updates = iter(trainer.loader)
@@ -148,10 +155,8 @@ def train(
         values = asdict(evaluation) | {"update": update}
         (run_dir / "evaluation.json").write_text(json.dumps(values))
         length = evaluation.acceptance_length[draft_length]
-        print(
-            f"train: best acceptance length {length:.2f} at draft length {draft_length}, update "
-            f"{update}"
-        )
+        found = f"{length:.2f} at draft length {draft_length}, update {update}"
+        print(f"train: best acceptance length {found}")
     elif ranks.is_main:
         print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
     damaged = ranks.all_gather(supply.store.damaged if supply.store else {})
@@ -214,9 +219,8 @@ def build_trainer(
         try:
             trainer.restore(saved)
         except KeyError as error:
-            raise RunError(
-                f"the checkpoint, of another version, has no {error}; start anew"
-            ) from error
+            missing = f"the checkpoint, of another version, has no {error}; start anew"
+            raise RunError(missing) from error
     # Other processors may round other first weights.
     ranks.broadcast_tensors(list(draft.state_dict().values()))
     return trainer
@@ -326,18 +330,6 @@ class Trainer:
             torch.set_rng_state(state.own[f"rank_{rank}/rng"])
         if self.device.type == "cuda" and f"rank_{rank}/rng_cuda" in state.own:
             torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"], self.device)
-
-
-def discard(metrics: dict[str, float], step: int) -> None:
-    """What ranks beside the first do with metrics."""
-
-
-def check_fingerprints(saved: dict[str, str], current: dict[str, str]) -> None:
-    """Raise ConfigError when data or target are not those that a checkpoint was trained on."""
-    for name, fingerprint in saved.items():
-        if current.get(name) != fingerprint:
-            now = current.get(name)
-            raise ConfigError(f"{name} is {now}, but the checkpoint has {fingerprint}; start anew")
 
 
 def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:

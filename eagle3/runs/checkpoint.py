@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
-from eagle3.errors import RunError
+from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import sync, write_atomically
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
@@ -150,3 +150,11 @@ def load_draft(path: Path) -> tuple[dict[str, Any], Tensors]:
         raise RunError(f"checkpoint {path} is of an older version; export with that, or train anew")
     weights = {name.removeprefix("draft/"): tensor for name, tensor in state.tensors.items()}
     return state.plain["draft"], weights
+
+
+def check_fingerprints(saved: dict[str, str], current: dict[str, str]) -> None:
+    """Raise ConfigError when data or target are not those that a checkpoint was trained on."""
+    for name, fingerprint in saved.items():
+        if current.get(name) != fingerprint:
+            now = current.get(name)
+            raise ConfigError(f"{name} is {now}, but the checkpoint has {fingerprint}; start anew")
