@@ -41,6 +41,7 @@ def regenerate(
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
+            "format": 2,  # of the journal
             **{k: getattr(data, k) for k in ("num_samples", "system_prompt", "max_length")},
             "files": [file.identity for file in files],
             "share": share,
