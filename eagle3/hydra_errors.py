@@ -30,6 +30,11 @@ def one_sentence(conf: Path, show_traceback: bool) -> Iterator[None]:
         message, exit_code = explain(error, conf)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_code)
+    except ValueError as error:
+        if show_traceback or "Config group override" not in str(error):
+            raise
+        print("error: a config group is null; name one of its options", file=sys.stderr)
+        sys.exit(2)
 
 
 def explain(error: BaseException, conf: Path) -> tuple[str, int]:

@@ -103,7 +103,13 @@ def test_mistakes_are_one_sentence(override, tmp_path):
 @pytest.mark.runs
 @pytest.mark.parametrize(
     "arguments",
-    [["train.epochs=0"], ["trian.epochs=3"], ["train.resume=/nowhere"], ["-m", "train.epochs=0,1"]],
+    [
+        ["train.epochs=0"],
+        ["trian.epochs=3"],
+        ["model=null"],
+        ["train.resume=/nowhere"],
+        ["-m", "train.epochs=0,1"],
+    ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, tmp_path):
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
