@@ -185,20 +185,17 @@ def test_a_killed_launcher_leaves_nobody_behind(settings, tmp_path, start):
     assert load_checkpoint(tmp_path / "checkpoints" / "last").plain["update"] >= 2
 
 
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "run.py",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_torchrun_and_a_sweep(settings, tmp_path):
     """Plain torchrun; each job of the sweep has one run dir and one .hydra."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "run.py",
-    ]
     sweep = ["optimizer.lr=1e-3,1e-4", "train.max_steps=2", f"hydra.sweep.dir={tmp_path}"]
     done = subprocess.run(
-        [*command, "-m", *settings, *FIXED, *sweep],
+        [*TORCHRUN, "-m", *settings, *FIXED, *sweep],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -220,16 +217,8 @@ def test_torchrun_and_a_sweep(settings, tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_shows_a_plan_and_ends(settings):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "run.py",
-    ]
     done = subprocess.run(
-        [*command, *settings, "plan=true"], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [*TORCHRUN, *settings, "plan=true"], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
