@@ -1,5 +1,5 @@
 # Sourced: makes .venv with the tested set (launch/constraints.txt) and leaves its interpreter in $python.
-# Usage: source launch/environment.sh [extra]
+# Usage: source launch/environment.sh <extra>; with "" for none, or bash passes the arguments of the caller.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 base=${PYTHON:-python3}

@@ -4,5 +4,5 @@
 #        [--port N] [-- ARGUMENTS OF THE ENGINE]
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-[ -x "$root/.venv/bin/python" ] || (source "$root/launch/environment.sh")
+[ -x "$root/.venv/bin/python" ] || (source "$root/launch/environment.sh" "")
 exec "$root/.venv/bin/python" -m eagle3.export.serve "$@"

@@ -12,7 +12,7 @@
 # SPEEDRUN_DIR     the run's folder           SPEEDRUN_RECIPE  what is trained; small changes go behind it
 # SPEEDRUN_ENGINE  sglang, or builtin: the benchmark without an engine (where there is no GPU)
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
+source "$(dirname "$0")/environment.sh" ""
 gpus=$(nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true)
 engine=${SPEEDRUN_ENGINE:-$([ "$gpus" -gt 0 ] && echo sglang || echo builtin)}
 run=${SPEEDRUN_DIR:-outputs/speedrun_llama3_8b}
