@@ -26,12 +26,14 @@ def job(composed: DictConfig) -> float | None:
             config = load_config(composed, run_dir, overrides)
             # torch and transformers take seconds to load, which a typo need not wait for
             from eagle3.checks import check
-            from eagle3.parallel.launch import launch, read_torchrun
+            from eagle3.parallel.launch import read_torchrun
+            from eagle3.parallel.ranks import set_up_process
             from eagle3.pipeline import run_pipeline
 
             read_torchrun(config)
             check(config)
-            return launch(run_pipeline, config, run_dir, overrides)
+            set_up_process(config)
+            return run_pipeline(config, run_dir, overrides)
     except KeyboardInterrupt:
         command = command_to_resume(run_dir, overrides)
         print(f"interrupted; go on with: {command}", file=sys.stderr)

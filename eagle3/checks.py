@@ -156,8 +156,8 @@ def check_processes(config: RunConfig) -> None:
         problem = f"is more than the {gpus} GPUs that torch sees here"
         remedy = f"set launch.nproc_per_node={gpus}, or device=cpu"
         raise ConfigError(f"launch.nproc_per_node={wanted} {problem}; {remedy}")
-    if launch.nnodes > 1 and launch.rdzv_endpoint is None and not is_torchrun():
-        needed = "launch.rdzv_endpoint=<host of the first node>:<free port>, or launch/torchrun.sh"
+    if launch.nnodes > 1 and not is_torchrun():
+        needed = "launch/torchrun.sh on every node, or launch/slurm.sbatch"
         raise ConfigError(f"launch.nnodes={launch.nnodes} needs {needed}")
 
 

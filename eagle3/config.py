@@ -168,7 +168,6 @@ class Launch:
     nproc_per_node: Annotated[int, Within(1)]
     nnodes: Annotated[int, Within(1)]
     threads: Annotated[Optional[int], Within(1)]
-    rdzv_endpoint: Optional[str]
     timeout: Annotated[float, Within(1)]
     shutdown_timeout: Annotated[int, Within(1)]
 
@@ -212,7 +211,6 @@ def choice(group: str, *, _root_: DictConfig) -> str:
 ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("choice", choice, replace=True)
 # All nodes of a Slurm job compute the same port, and two jobs on a node hardly ever share one.
-OmegaConf.register_new_resolver("port", lambda job_id: 20000 + int(job_id) % 20000, replace=True)
 OmegaConf.register_new_resolver("package", lambda p: str(Path(__file__).parent / p), replace=True)
 
 

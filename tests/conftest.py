@@ -30,7 +30,7 @@ from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.loss import SoftTargetLoss, kl
-from eagle3.parallel.launch import launch
+from eagle3.parallel.ranks import set_up_process
 from eagle3.pipeline import run_pipeline
 from eagle3.runs.resume import load_config
 from eagle3.target.spec import TargetSpec, read_spec
@@ -189,7 +189,8 @@ def run(overrides, run_dir):
     """A run in this process; returns its acceptance length."""
     config = make_config(overrides, run_dir)
     check(config)
-    return launch(run_pipeline, config, run_dir, overrides)
+    set_up_process(config)
+    return run_pipeline(config, run_dir, overrides)
 
 
 def run_command(*overrides, **options):

@@ -1,10 +1,9 @@
 """Where a run's stages compute: the launcher, and the ranks that it has started for some of them.
 
-Three ways lead to the same ranks: our own launcher spawns `launch.nproc_per_node` processes for
-each stage that needs them; torchrun started all processes, of which the first runs the pipeline and
-the others wait in `serve_tasks`; with `launch.nnodes` launchers, the first does, and the others
-wait there too and spawn their own processes. Whoever waits does so on a store, not in a collective,
-so that it may take as long as it takes while collectives keep a timeout.
+Two ways lead to the same ranks: our own launcher spawns `launch.nproc_per_node` processes of this
+machine for each stage that needs them; or torchrun started all processes, on any number of nodes,
+of which the first runs the pipeline and the others wait in `serve_tasks`: on a store, not in a
+collective, so that it may take as long as it takes while collectives keep a timeout.
 """
 
 import ctypes
@@ -12,7 +11,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -24,10 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from eagle3.config import RunConfig
@@ -55,31 +51,6 @@ def spawns_ranks(config: RunConfig) -> bool:
     return config.launch.nproc_per_node * config.launch.nnodes > 1 and not is_torchrun()
 
 
-def launch(
-    pipeline: Callable[..., float | None], config: RunConfig, run_dir: Path, overrides: list[str]
-) -> float | None:
-    """Run the pipeline in this process; on further nodes, serve its tasks."""
-    set_up_process(config)
-    if config.launch.nnodes == 1 or is_torchrun() or config.plan:
-        return pipeline(config, run_dir, overrides)
-    store, node = meet_nodes(config.launch.rdzv_endpoint)
-    if node > 0:
-        try:
-            serve_node_tasks(store, node)
-        except DistError as error:
-            raise RunError("the first node's launcher has ended: see its output") from error
-        return None
-    try:
-        return pipeline(config, run_dir, overrides)
-    finally:
-        post_task(store, None)
-        # The store ends with this process, and the others are still to read this from it.
-        ends, give_up = store.add("ends", 1), time.monotonic() + 60
-        others = ends * (config.launch.nnodes - 1)
-        while store.add("ended", 0) < others and time.monotonic() < give_up:
-            time.sleep(0.1)
-
-
 def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) -> Any:
     """`task(ranks, config, run_dir, *arguments)` on every rank; returns what the first rank's did.
 
@@ -91,30 +62,19 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
     if is_torchrun():
         post_task(torchrun_store(), call)
         return run_task(torchrun_store(), *call)
-    endpoint = "127.0.0.1:0"
-    if config.launch.nnodes > 1:
-        host = config.launch.rdzv_endpoint.rpartition(":")[0]
-        with socket.create_server(("", 0)) as server:  # finds a free port
-            endpoint = f"{host}:{server.getsockname()[1]}"
-        post_task(meet_nodes(config.launch.rdzv_endpoint)[0], (endpoint, call))
-    return spawn_ranks(endpoint, 0, *call)
+    return spawn_ranks(*call)
 
 
-def spawn_ranks(
-    endpoint: str, node: int, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
-) -> Any:
-    """This node's processes for one task; returns what the first rank did, elsewhere None."""
-    nnodes = config.launch.nnodes
+def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+    """This machine's processes for one task; returns what the first rank did."""
     settings = LaunchConfig(
-        min_nodes=nnodes,
-        max_nodes=nnodes,
+        min_nodes=1,
+        max_nodes=1,
         nproc_per_node=config.launch.nproc_per_node,
         run_id="eagle3",
-        rdzv_backend="c10d" if nnodes == 1 else "static",
-        rdzv_endpoint=endpoint,
-        rdzv_configs={} if nnodes == 1 else {"rank": node},
-        # a machine's name need not be known to itself
-        local_addr="127.0.0.1" if nnodes == 1 else None,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",  # a machine's name need not be known to itself
         max_restarts=0,
         start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
@@ -130,14 +90,11 @@ def spawn_ranks(
             raise explain_failure(ended, resume) from ended
         print(f"stopped; go on with: {resume}", file=sys.stderr)
         raise SystemExit(128 + ended.sigval) from None
-    except (RendezvousError, DistError) as error:
-        why = str(error).splitlines()[0]
-        raise RunError(f"the processes cannot meet at {endpoint}: {why}; start again") from error
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return results.get(0)
+    return results[0]
 
 
 @record
@@ -236,37 +193,6 @@ def end_tasks() -> None:
         post_task(torchrun_store(), None)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def serve_node_tasks(store: dist.Store, node: int) -> None:
-    """On further nodes: spawn processes for the first node's tasks, until it has no more."""
-    # Counted on the store, because a sweep comes here again.
-    while (posted := read_task(store, store.add(f"served/{node}", 1))) is not None:
-        endpoint, call = posted
-        spawn_ranks(endpoint, node, *call)
-    store.add("ended", 1)
-
-
-@cache
-def meet_nodes(endpoint: str) -> tuple[dist.Store, int]:
-    """The store at host:port that the launchers of all nodes share, and this node's number.
-
-    Raises RunError where the launchers cannot meet there.
-    """
-    host, _, port = endpoint.rpartition(":")
-    try:
-        # A socket can be bound to the host's address on that machine alone, and by one launcher.
-        with suppress(OSError, DistError):
-            socket.create_server((host, int(port))).close()
-            return dist.TCPStore(host, int(port), is_master=True, wait_for_workers=False), 0
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(minutes=15))
-        return store, store.add("nodes", 1)
-    except (DistError, ValueError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise RunError(
-            f"the processes cannot meet at launch.rdzv_endpoint={endpoint}: {why}; name a port "
-            "that is free there"
-        ) from error
 
 
 def read_torchrun(config: RunConfig) -> None:
