@@ -6,6 +6,7 @@ import runpy
 from typing import Annotated
 
 import pytest
+import torch
 from conftest import ROOT, compose_config, run_command, spec_of
 
 from eagle3.checks import check, check_value, fits
@@ -79,6 +80,7 @@ SENTENCES = {
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "parallel=usp": "parallel.ulysses has no value; set parallel.ulysses=...",
+    "parallel=usp parallel.ulysses=8 launch.nproc_per_node=8": "parallel.ulysses=8 must divide the",
     "launch.nnodes=2": "launch.nnodes=2 needs launch.rdzv_endpoint=<host of the first node>",
     "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of",
     "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9, low to high",
@@ -93,7 +95,7 @@ TINY_LEAVES = (
 @pytest.mark.parametrize("override", SENTENCES)
 def test_mistakes_are_one_sentence(override, tmp_path):
     with pytest.raises(Exception) as raised:
-        check(load_config(compose_config(override), tmp_path, [override]))
+        check(load_config(compose_config(*override.split()), tmp_path, override.split()))
     message, exit_code = explain(raised.value, CONF)
     assert SENTENCES[override] in message
     assert exit_code == 2 and "\n" not in message
@@ -253,6 +255,15 @@ def test_draft_config_files(target_folder, tmp_path):
         (tmp_path / "draft.json").write_text(json.dumps({name: value}))
         with pytest.raises(ConfigError, match=f"{name}={value}, but it must be"):
             read_config(str(tmp_path / "draft.json"), derived)
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ConfigError, match=r"nproc_per_node=4 is more than the 2 GPUs that torch se"
+    ):
+        checked("launch.nproc_per_node=4")
 
 
 def test_target_without_a_tokenizer(target_folder, tmp_path):
