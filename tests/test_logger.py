@@ -192,8 +192,10 @@ for _ in range(6000):
     if children():
         time.sleep(0.1)
 after = children()
-again = Wandb("proj", mode="offline").start(run_dir / "again", "my run", config, run_id)
-print(run_id, before, after, again)
+again = Wandb("proj", mode="offline")
+again_id = again.start(run_dir / "again", "my run", config, run_id)
+again.finish()
+print(run_id, before, after, again_id)
 """
 
 
