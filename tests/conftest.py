@@ -39,26 +39,12 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
 TRAIN_ONLY = "stages=[prepare,generate,train]"
 SMALL = [
-    "model=hf",
-    "model.dtype=float32",
-    "data=jsonl",
-    "data.max_length=96",
-    "draft.vocab_size=300",
-    "draft.ttt_steps=3",
-    "eval.num_prompts=3",
-    "eval.max_new_tokens=12",
-    "eval.draft_length=3",
-    "train.tokens_per_step=192",
-    "train.max_steps=6",
-    "train.epochs=9",
-    "train.log_every=1",
-    "train.eval_every=2",
-    "train.save_every=2",
-    "optimizer.lr=1e-3",
-    "benchmark.suites=[heldout:2]",
-    "benchmark.configs=[[1,3,1,4]]",
-    "benchmark.max_new_tokens=8",
-]
+    "model=hf", "model.dtype=float32", "data=jsonl", "data.max_length=96", "draft.vocab_size=300",
+    "draft.ttt_steps=3", "eval.num_prompts=3", "eval.max_new_tokens=12", "eval.draft_length=3",
+    "train.tokens_per_step=192", "train.max_steps=6", "train.epochs=9", "train.log_every=1",
+    "train.eval_every=2", "train.save_every=2", "optimizer.lr=1e-3", "benchmark.max_new_tokens=8",
+    "benchmark.suites=[heldout:2]", "benchmark.configs=[[1,3,1,4]]",
+]  # fmt: skip
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -66,12 +52,13 @@ torch.set_num_threads(1)  # of small tensors a second thread makes nothing faste
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="only what starts no run and no process")
-    parser.addoption("--slow", action="store_true", help="also the tests that take minutes")
-    parser.addoption("--gpu", action="store_true", help="also the tests that need a CUDA device")
-    parser.addoption(
-        "--engines", action="store_true", help="also the tests that serve with SGLang and vLLM"
-    )
+    for option, what in (
+        ("--fast", "only what starts no run and no process"),
+        ("--slow", "also the tests that take minutes"),
+        ("--gpu", "also the tests that need a CUDA device"),
+        ("--engines", "also the tests that serve with SGLang and vLLM"),
+    ):
+        parser.addoption(option, action="store_true", help=what)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -124,17 +111,11 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
     """An untrained Llama of 8 layers x 64 with the tiny tokenizer, saved as a user's would be."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
         initializer_range=0.1,
-    )
+    )  # fmt: skip
     folder = tmp_path_factory.mktemp("target")
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -153,12 +134,8 @@ def settings(target_folder, tmp_path_factory):
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         lines.append(json.dumps({"conversations": turns}) + "\n")
     (folder / "chat.jsonl").write_text("".join(lines))
-    return [
-        *SMALL,
-        f"model.path={target_folder}",
-        f"data.path={folder / 'chat.jsonl'}",
-        f"cache_dir={folder / 'cache'}",
-    ]
+    data = [f"data.path={folder / 'chat.jsonl'}", f"cache_dir={folder / 'cache'}"]
+    return [*SMALL, f"model.path={target_folder}", *data]
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -196,14 +173,45 @@ def run(overrides, run_dir):
 def run_command(*overrides, **options):
     """A run as a command, to its end."""
     command = [sys.executable, str(ROOT / "run.py"), *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    given = {"cwd": ROOT, "capture_output": True, "text": True} | options
+    return subprocess.run(command, **given)
 
 
-def start_command(overrides, run_dir):
+# run.py, whose ranks wait before the update after `{0}` until a signal comes: however slow those
+# who send it are, the run is not over before.
+PAUSED = """
+import time
+from contextlib import contextmanager
+from eagle3 import train
+
+note_signals, train_update = train.note_signals, train.Trainer.train_update
+
+@contextmanager
+def noted(*given):
+    with note_signals(*given) as noted.received:
+        yield noted.received
+
+def paused(self, *given, **named):
+    while self.update >= {0} and not noted.received["signal"]:
+        time.sleep(0.02)
+    return train_update(self, *given, **named)
+
+train.note_signals, train.Trainer.train_update = noted, paused
+if __name__ == "__main__":
+    exec(compile(open("run.py").read(), "run.py", "exec"))
+"""
+
+
+def start_command(overrides, run_dir, pause_at=None):
     """A run in the background, whose processes are a group of their own."""
-    command = [sys.executable, str(ROOT / "run.py"), *overrides, f"hydra.run.dir={run_dir}"]
+    script = ROOT / "run.py"
+    if pause_at is not None:
+        script = run_dir.parent / f"{run_dir.name}_paused.py"
+        script.write_text(PAUSED.format(pause_at))
+    command = [sys.executable, str(script), *overrides, f"hydra.run.dir={run_dir}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, env=environment, **pipes)
 
 
 def wait_for(condition, process, seconds=400):

@@ -27,9 +27,7 @@ from eagle3.ttt import unroll
 
 @dataclass
 class DenseOutput:
-    """`loss` and `step_loss` [K] are divided by the normaliser, `step_loss` is not weighted;
-    `correct` bool [B,L,K].
-    """
+    """Losses divided by the normaliser, those of steps [K] not weighted; `correct` bool [B,L,K]."""
 
     loss: torch.Tensor
     step_loss: torch.Tensor
@@ -52,12 +50,8 @@ def ahead(values: torch.Tensor, distance: int) -> torch.Tensor:
     return torch.cat([values[:, distance:], torch.zeros_like(values[:, :distance])], dim=1)
 
 
-def supervised_pairs(
-    loss_mask, in_vocab, ttt_steps: int, mask: str
-) -> tuple[list[torch.Tensor], int]:
-    """The gates [B,L] of the K steps, without the condition on the teacher's argmax, and the
-    normaliser.
-    """
+def supervised_pairs(loss_mask, in_vocab, ttt_steps: int, mask: str):
+    """The gates [B,L] of the K steps, all but that on the teacher's argmax, and the normaliser."""
     gates = []
     for k in range(ttt_steps):
         if mask == "shifted":
@@ -72,7 +66,7 @@ def supervised_pairs(
     return gates, loss_mask.numel() if mask == "shifted" else int(gates[0].sum())
 
 
-def rope_tables(head_dim: int, theta: float, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_tables(head_dim: int, theta: float, length: int):
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies.repeat(2))
     return angles.cos().float(), angles.sin().float()
@@ -83,9 +77,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-x[..., half:], x[..., :half]], dim=-1)
 
 
-def pair_losses(
-    logits: torch.Tensor, teacher: torch.Tensor, pointwise: str, eta: float = 3.0
-) -> torch.Tensor:
+def pair_losses(logits, teacher, pointwise: str, eta: float = 3.0):
     """[B,L] losses of logits [B,L,S] against probabilities [B,L,S]."""
     log_student = logits.log_softmax(-1)
     cross_entropy = -(teacher * log_student).sum(-1)
@@ -98,21 +90,10 @@ def pair_losses(
 
 
 def dense_loss(
-    draft,
-    embedding: torch.Tensor,
-    aux: torch.Tensor,
-    teacher: torch.Tensor,
-    argmax: torch.Tensor,
-    input_ids: torch.Tensor,
-    loss_mask: torch.Tensor,
-    gamma: float,
-    ttt_steps: int,
-    mask: str = "serving",
-    pointwise: str = "kl",
-) -> DenseOutput:
-    """`teacher` [B,L,S] and `argmax` [B,L] are those of `dense_teacher`; every row goes through
-    every step.
-    """
+    draft, embedding, aux, teacher, argmax, input_ids, loss_mask,
+    gamma: float, ttt_steps: int, mask="serving", pointwise="kl",
+) -> DenseOutput:  # fmt: skip
+    """`teacher`, `argmax` are those of `dense_teacher`; every row goes through every step."""
     config, t2d, weights = draft.config, draft.t2d, dict(draft.named_parameters())
     batch, length = input_ids.shape
 
@@ -139,9 +120,8 @@ def dense_loss(
         both = torch.cat([embedded, rms(hidden, "midlayer.hidden_norm")], dim=-1)
         q, key, value = (heads(linear(both, f"midlayer.self_attn.{name}_proj")) for name in "qkv")
         here = slice(k, k + length)
-        q, key = (
-            x * cos[here].to(x.dtype) + rotate_half(x) * sin[here].to(x.dtype) for x in (q, key)
-        )
+        turn, across = cos[here].to(q.dtype), sin[here].to(q.dtype)
+        q, key = (x * turn + rotate_half(x) * across for x in (q, key))
         keys.append(key.repeat_interleave(groups, dim=1))
         values.append(value.repeat_interleave(groups, dim=1))
 
@@ -154,10 +134,8 @@ def dense_loss(
         hidden = hidden + linear(attended.transpose(1, 2).flatten(2), "midlayer.self_attn.o_proj")
 
         normed = rms(hidden, "midlayer.post_attention_layernorm")
-        gated = F.silu(linear(normed, "midlayer.mlp.gate_proj")) * linear(
-            normed, "midlayer.mlp.up_proj"
-        )
-        hidden = hidden + linear(gated, "midlayer.mlp.down_proj")
+        gate, up = (linear(normed, f"midlayer.mlp.{name}_proj") for name in ("gate", "up"))
+        hidden = hidden + linear(F.silu(gate) * up, "midlayer.mlp.down_proj")
         logits = linear(rms(hidden, "norm"), "lm_head")
 
         losses = pair_losses(logits, teacher[:, k + 1 : k + 1 + length], pointwise)
@@ -166,9 +144,8 @@ def dense_loss(
         loss = loss + gamma**k * step_loss[-1]
         correct.append((t2d.nonzero()[:, 0][logits.argmax(-1)] == truth) & gates[k])
         step_accuracy.append(correct[-1].sum() / gates[k].sum())
-    return DenseOutput(
-        loss, torch.stack(step_loss).detach(), torch.stack(step_accuracy), torch.stack(correct, -1)
-    )
+    step_loss, step_accuracy = torch.stack(step_loss).detach(), torch.stack(step_accuracy)
+    return DenseOutput(loss, step_loss, step_accuracy, torch.stack(correct, -1))
 
 
 @dataclass
@@ -185,11 +162,9 @@ class Case:
     last_hidden: torch.Tensor
 
     def documents(self, order=None) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        chosen = range(len(self.lengths)) if order is None else order
-        return [
-            (i, self.input_ids[i, : self.lengths[i]], self.loss_mask[i, : self.lengths[i]])
-            for i in chosen
-        ]
+        pairs = zip(self.input_ids, self.loss_mask, self.lengths, strict=True)
+        documents = [(i, ids[:n], mask[:n]) for i, (ids, mask, n) in enumerate(pairs)]
+        return documents if order is None else [documents[i] for i in order]
 
     def to(self, dtype: torch.dtype) -> "Case":
         """A copy in another dtype."""
@@ -218,14 +193,12 @@ class Case:
     ):
         """The trainer's loss (not yet divided) and its batch."""
         documents = [Document(*d) for d in self.documents(order)]
-        batch = pack(documents, self.draft.t2d, ttt_steps, getattr(supervision, mask))
+        supervised = getattr(supervision, mask)
+        batch = pack(documents, self.draft.t2d, ttt_steps, supervised)
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
-        functions = {"kl": trainer_loss.kl, "lk": partial(trainer_loss.lk, eta=3.0)}
-        supervised = getattr(supervision, mask)
-        soft_target = trainer_loss.SoftTargetLoss(
-            functions[pointwise], gamma, chunk_rows, supervised
-        )
+        function = partial(trainer_loss.lk, eta=3.0) if pointwise == "lk" else trainer_loss.kl
+        soft_target = trainer_loss.SoftTargetLoss(function, gamma, chunk_rows, supervised)
         return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -246,15 +219,10 @@ def random_turns(lengths: list[int], generator: torch.Generator) -> torch.Tensor
 
 
 def random_case(
-    attention,
-    lengths=(23, 1, 9, 40, 2, 3, 17),
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    vocab_size: int = 50,
-    draft_vocab_size: int = 30,
+    attention, lengths=(23, 1, 9, 40, 2, 3, 17), seed=0, dtype=torch.float64, draft_vocab_size=30
 ) -> Case:
     """Noise, but most tokens lie in the draft vocabulary; the third document has no answer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, vocab_size = torch.Generator().manual_seed(seed), 50
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
@@ -283,9 +251,8 @@ def random_case(
     aux, last_hidden = (normal(*within.shape, size) * within[..., None] for size in (3 * 24, 24))
     head = normal(vocab_size, 24)
     head[target_ids] *= 1.3
-    case = Case(
-        draft, normal(vocab_size, 32), head, lengths, input_ids, loss_mask, aux, last_hidden
-    )
+    embedding = normal(vocab_size, 32)
+    case = Case(draft, embedding, head, lengths, input_ids, loss_mask, aux, last_hidden)
     return case.to(dtype)
 
 

@@ -18,9 +18,8 @@ TTT_STEPS, GAMMA = 7, 0.8
 
 def bf16(planes: np.ndarray) -> torch.Tensor:
     """High and low bytes uint8 [2, ...] of bf16 numbers -> fp32 [...]."""
-    return torch.from_numpy(
-        ((planes[0].astype(np.int32) << 24) | (planes[1].astype(np.int32) << 16)).view(np.float32)
-    )
+    high, low = planes.astype(np.int32)
+    return torch.from_numpy(((high << 24) | (low << 16)).view(np.float32))
 
 
 class Fixture:
@@ -36,30 +35,24 @@ class Fixture:
         weights = {key[6:]: bf16(arrays[key]) for key in arrays.files if key.startswith("draft.")}
         self.draft.load_state_dict(weights | {"t2d": t2d, "d2t": d2t})
         self.embedding = torch.zeros(4096, 256)
-        self.embedding[torch.from_numpy(arrays["used_ids"]).long()] = bf16(
-            arrays["used_embeddings"]
-        )
+        used = torch.from_numpy(arrays["used_ids"]).long()
+        self.embedding[used] = bf16(arrays["used_embeddings"])
         self.draft_head = bf16(arrays["draft_head"])
 
         def packed(rows: torch.Tensor) -> torch.Tensor:
             return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
-        ids, mask = (
-            torch.from_numpy(arrays["input_ids"]),
-            torch.from_numpy(arrays[f"{name}.loss_mask"]),
-        )
-        documents = [(i, ids[i, :length], mask[i, :length]) for i, length in enumerate(lengths)]
-        self.batch = pack([Document(*d) for d in documents], t2d, TTT_STEPS, shifted)
+        ids, mask = (torch.from_numpy(arrays[key]) for key in ("input_ids", f"{name}.loss_mask"))
+        documents = [Document(i, ids[i, :n], mask[i, :n]) for i, n in enumerate(lengths)]
+        self.batch = pack(documents, t2d, TTT_STEPS, shifted)
         prenorm = packed(bf16(arrays["last_hidden_prenorm"]))[self.batch.teacher_rows]
         last = torch.nn.functional.rms_norm(prenorm, (256,), bf16(arrays["target_norm"]), 1e-5)
         argmax = packed(torch.from_numpy(arrays["argmax"]).long())[self.batch.teacher_rows]
-        self.features = Features(
-            packed(bf16(arrays["aux_hidden_states"])), last, argmax, torch.zeros(len(argmax))
-        )
+        aux = packed(bf16(arrays["aux_hidden_states"]))
+        self.features = Features(aux, last, argmax, torch.zeros(len(argmax)))
 
     def __call__(self):
         hidden = unroll(self.draft, self.embedding, self.features.aux_hidden_states, self.batch)
-        out = soft_target_loss(kl, GAMMA)(
-            self.draft, hidden, self.features, self.batch, self.draft_head
-        )
+        given = hidden, self.features, self.batch, self.draft_head
+        out = soft_target_loss(kl, GAMMA)(self.draft, *given)
         return out, out.loss / self.batch.normaliser

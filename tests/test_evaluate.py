@@ -16,33 +16,27 @@ from eagle3.evaluate import evaluate, generate, load_answers, pack_answers, walk
 from eagle3.loss import FrozenWeights
 from eagle3.runs.artefact import read_facts
 from eagle3.target.handle import TargetHandle
-from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
 STEPS = 6
-CPU = torch.device("cpu")
 HF = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
 
 
 @pytest.fixture(scope="module")
 def handle(target_folder):
-    handle = TargetHandle(spec_of(target_folder), HF, CPU)
-    handle.loaded = HFTarget(handle.spec, CPU)
-    return handle
+    return TargetHandle(spec_of(target_folder), HF, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def target(handle):
-    return handle.loaded
+    return handle.load()
 
 
 @pytest.fixture(scope="module")
 def answers(handle, tmp_path_factory):
     torch.manual_seed(3)
-    prompts = [
-        {"id": str(i), "input_ids": torch.randint(9, 2048, (n,)).tolist()}
-        for i, n in enumerate([5, 17, 1, 30])
-    ]
+    ids = [torch.randint(9, 2048, (n,)).tolist() for n in (5, 17, 1, 30)]
+    prompts = [{"id": str(i), "input_ids": row} for i, row in enumerate(ids)]
     section = SimpleNamespace(max_new_tokens=24, batch_size=3)
     folder = generate(section, prompts, handle, str(tmp_path_factory.mktemp("answers")), True)
     loaded = load_answers(folder)

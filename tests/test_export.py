@@ -25,25 +25,15 @@ from eagle3.export.read import locate, read_any
 from eagle3.export.rules import ALL, find_all, read_draft
 from eagle3.export.write import export_draft, portable_config, write_draft
 
-LAYERS = [1, 3, 4]
-EVERY = set(ALL)
-NAMES = {
-    "fc.weight": [64, 192],
-    "midlayer.input_layernorm.weight": [64],
-    "midlayer.hidden_norm.weight": [64],
-    "midlayer.post_attention_layernorm.weight": [64],
-    "midlayer.self_attn.q_proj.weight": [64, 128],
-    "midlayer.self_attn.k_proj.weight": [32, 128],
-    "midlayer.self_attn.v_proj.weight": [32, 128],
-    "midlayer.self_attn.o_proj.weight": [64, 64],
-    "midlayer.mlp.gate_proj.weight": [128, 64],
-    "midlayer.mlp.up_proj.weight": [128, 64],
-    "midlayer.mlp.down_proj.weight": [64, 128],
-    "norm.weight": [64],
-    "lm_head.weight": [300, 64],
-    "d2t": [300],
-    "t2d": [2048],
-}
+LAYERS, EVERY = [1, 3, 4], set(ALL)
+SHAPES = {
+    "fc": [64, 192], "midlayer.self_attn.q_proj": [64, 128], "midlayer.self_attn.k_proj": [32, 128],
+    "midlayer.self_attn.v_proj": [32, 128], "midlayer.self_attn.o_proj": [64, 64],
+    "midlayer.mlp.gate_proj": [128, 64], "midlayer.mlp.up_proj": [128, 64],
+    "midlayer.mlp.down_proj": [64, 128], "midlayer.input_layernorm": [64],
+    "midlayer.hidden_norm": [64], "midlayer.post_attention_layernorm": [64], "norm": [64],
+    "lm_head": [300, 64],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +47,10 @@ def folder(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "drafts")
 
 
-@pytest.fixture
-def draft(target):
+def make_draft(target, ids):
     torch.manual_seed(1)
-    t2d, d2t = vocab_tensors(torch.randperm(2048)[:300].sort().values.numpy(), 2048)
-    return Draft(derive_config(target.config, 300), Auto, t2d, d2t)
-
-
-def write_portable(draft, target, folder):
-    write_draft(draft, folder, portable_config(draft.config, target, "a/target", 3))
+    maps = vocab_tensors(ids.numpy(), 2048)
+    return Draft(derive_config(target.config, len(ids)), Auto, *maps)
 
 
 def found(draft, target, severity=None):
@@ -73,73 +58,64 @@ def found(draft, target, severity=None):
     return [f for f in findings if severity is None or f.severity == severity]
 
 
-def test_portable_form(exported):
+def test_both_forms(exported, target_folder):
+    """The speculators form has what vLLM's reader needs, and the same tensors, one renamed."""
     tensors = load_file(exported / "portable" / "model.safetensors")
-    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == NAMES
+    expected = {f"{name}.weight": shape for name, shape in SHAPES.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == expected | {"d2t": [300], "t2d": [2048]}
     kinds = {"d2t": torch.int64, "t2d": torch.bool}
     assert all(tensor.dtype == kinds.get(name, torch.bfloat16) for name, tensor in tensors.items())
     assert torch.equal(tensors["t2d"].nonzero()[:, 0], tensors["d2t"] + torch.arange(300))
     config = json.loads((exported / "portable" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert config["num_hidden_layers"] == 1 and config["rope_scaling"] is None
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == LAYERS
-    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
-    assert (config["vocab_size"], config["draft_vocab_size"]) == (2048, 300)
-    assert config["max_position_embeddings"] == 512 and "target_hidden_size" not in config
+    values = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+    values |= {"rope_scaling": None, "vocab_size": 2048, "draft_vocab_size": 300}
+    values |= {IDS: [2, 4, 5], "max_position_embeddings": 512}
+    assert values.items() <= config.items() and "target_hidden_size" not in config
+    assert config["eagle_config"][IDS] == LAYERS
     assert LlamaConfig.from_pretrained(exported / "portable").made_for["draft_length"] == 3
-
-
-def test_speculators_form(exported, target_folder):
-    """What vLLM's reader of that form needs, and the portable tensors with the layer's name
-    changed.
-    """
-    config = json.loads((exported / "speculators" / "config.json").read_text())
-    assert config["speculators_model_type"] == "eagle3" and config["norm_before_residual"] is False
-    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
-    assert config["draft_vocab_size"] == 300
-    section = config["speculators_config"]
+    other = json.loads((exported / "speculators" / "config.json").read_text())
+    values = {"speculators_model_type": "eagle3", "norm_before_residual": False}
+    assert (values | {IDS: [2, 4, 5], "draft_vocab_size": 300}).items() <= other.items()
+    section, layer = other["speculators_config"], other["transformer_layer_config"]
     assert section["algorithm"] == "eagle3"
     assert section["proposal_methods"][0]["speculative_tokens"] == 3
-    architectures = ["LlamaForCausalLM"]
-    named = {"name_or_path": str(target_folder), "architectures": architectures}
-    assert section["verifier"] == named
-    portable = json.loads((exported / "portable" / "config.json").read_text())
-    layer = config["transformer_layer_config"]
+    verifier = {"name_or_path": str(target_folder), "architectures": ["LlamaForCausalLM"]}
+    assert section["verifier"] == verifier
     assert layer["model_type"] == "llama" and layer["num_hidden_layers"] == 1
-    assert {name: portable[name] for name in layer} == layer
-    tensors = load_file(exported / "speculators" / "model.safetensors")
-    ours = load_file(exported / "portable" / "model.safetensors")
-    assert len(tensors) == len(ours)
-    for name, tensor in ours.items():
-        assert torch.equal(tensors[name.replace("midlayer.", "layers.0.")], tensor)
+    assert layer.items() <= config.items()
+    theirs = load_file(exported / "speculators" / "model.safetensors")
+    assert len(theirs) == len(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(theirs[name.replace("midlayer.", "layers.0.")], tensor)
 
 
-def test_round_trip(draft, target, tmp_path):
-    write_portable(draft, target, tmp_path / "draft")
-    loaded = read_draft(tmp_path / "draft", Auto, target)
-    for name, parameter in draft.named_parameters():
-        assert torch.equal(loaded.state_dict()[name], parameter.bfloat16().float())
-    assert torch.equal(loaded.target_ids, draft.target_ids) and loaded.config == draft.config
-    edit_draft(tmp_path / "draft", tensors=lambda t: t.pop("t2d") is None)
-    assert torch.equal(read_draft(tmp_path / "draft", Auto, target).t2d, draft.t2d)
+def test_what_is_written_is_read(target, tmp_path, exported):
+    """With and without t2d; the whole vocabulary ships no maps; both forms are the same draft."""
+    for ids in (torch.randperm(2048)[:300].sort().values, torch.arange(2048)):
+        draft, path = make_draft(target, ids), tmp_path / f"{len(ids)}"
+        write_draft(draft, path, portable_config(draft.config, target, "a/target", 3))
+        maps = {"t2d", "d2t"} & load_file(path / "model.safetensors").keys()
+        assert maps == (set() if len(ids) == 2048 else {"t2d", "d2t"})
+        if maps:
+            edit_draft(path, tensors=lambda t: t.pop("t2d") is None)
+        loaded = read_draft(path, Auto, target)
+        for name, parameter in draft.named_parameters():
+            assert torch.equal(loaded.state_dict()[name], parameter.bfloat16().float())
+        assert torch.equal(loaded.target_ids, ids) and loaded.config == draft.config
+        assert torch.equal(loaded.t2d, draft.t2d)
+    forms = [read_draft(exported / name, Auto, target) for name in ("portable", "speculators")]
+    assert forms[0].config == forms[1].config
+    for name, tensor in forms[0].state_dict().items():
+        assert torch.equal(tensor, forms[1].state_dict()[name])
 
 
-def test_whole_vocabulary_ships_no_maps(target, tmp_path):
-    maps = vocab_tensors(torch.arange(2048).numpy(), 2048)
-    draft = Draft(derive_config(target.config, 2048), Auto, *maps)
-    write_portable(draft, target, tmp_path / "draft")
-    assert not {"t2d", "d2t"} & load_file(tmp_path / "draft" / "model.safetensors").keys()
-    loaded = read_draft(tmp_path / "draft", Auto, target)
-    assert torch.equal(loaded.target_ids, torch.arange(2048)) and loaded.t2d.all()
-
-
-def test_the_stage(draft, target, target_folder, tmp_path, monkeypatch, capsys):
-    asked = (Export(True, None), target, 4, tmp_path)
+def test_the_stage(target, target_folder, tmp_path, monkeypatch):
+    draft, asked = make_draft(target, torch.arange(300)), (Export(True, None), target, 4, tmp_path)
     with pytest.raises(RunError, match="put train before export in stages"):
         export_draft(tmp_path / "nothing", *asked)
-    monkeypatch.setattr(
-        write, "load_draft", lambda path: (asdict(draft.config), draft.state_dict())
-    )
+    checkpoint = asdict(draft.config), draft.state_dict()
+    monkeypatch.setattr(write, "load_draft", lambda path: checkpoint)
     export_draft(tmp_path, *asked)
     assert read_draft(tmp_path / "draft", Auto, target).config == draft.config
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
@@ -150,14 +126,6 @@ def test_the_stage(draft, target, target_folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(RunError, match=r"fc\.weight is not finite"):
         export_draft(tmp_path, *asked)
     assert not (tmp_path / "draft").exists()
-
-
-def test_every_form_reads_as_the_same_draft(folder, target):
-    portable = read_draft(folder / "portable", Auto, target)
-    other = read_draft(folder / "speculators", Auto, target)
-    assert other.config == portable.config
-    for name, tensor in portable.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name])
 
 
 def test_sharded_weights_and_a_pickle_that_is_read_without_running_it(folder, target):
@@ -211,96 +179,82 @@ def test_what_is_no_config_is_refused(folder, config, words):
         read_any(folder)
 
 
-def test_a_sound_draft_gives_no_finding(exported, target):
-    assert found(exported / "portable", target) == []
-    (note,) = found(exported / "speculators", target)
-    assert note.severity == "note" and "vllm" not in note.engines
-
-
 def drop(name):
     return lambda t: t.pop(name) is None
 
 
 def put(name, value):
-    return lambda t: t.update({name: value(t)})
+    """A value, or what makes one of the tensor that is there."""
+    return lambda t: t.update({name: value(t[name]) if callable(value) else value})
 
 
 def rename(old, new):
     return lambda t: {name.replace(old, new, 1): tensor for name, tensor in t.items()}
 
 
-def absolute(t):
-    return t["d2t"] + torch.arange(300)
+def absolute(d2t):
+    return d2t + torch.arange(300)
 
 
-IDS = "eagle_aux_hidden_state_layer_ids"
+def ids(ours, theirs):
+    return {"eagle_config": {IDS: ours}, IDS: theirs}
+
+
+IDS, ONES = "eagle_aux_hidden_state_layer_ids", torch.ones(64)
 LOADERS, SERVING = {"sglang", "vllm", "trtllm"}, EVERY - {"ours"}
-DEFECTS = {
-    "missing": ({}, drop("norm.weight"), EVERY, "norm.weight is missing"),
-    "missing head": ({}, drop("lm_head.weight"), EVERY, "lm_head.weight is missing"),
-    "unknown": ({}, put("x.weight", lambda t: torch.zeros(2)), EVERY, "x.weight is no tensor"),
-    "misshapen": ({}, put("fc.weight", lambda t: torch.ones(6, 4)), EVERY, r"has shape \[6, 4\]"),
-    "nan": ({}, put("norm.weight", lambda t: t["norm.weight"] * float("nan")), EVERY, "finite"),
-    "zeros": ({}, put("fc.weight", lambda t: torch.zeros(64, 192)), SERVING, "all zeros"),
-    "embedding": ({}, put("embed_tokens.weight", lambda t: torch.ones(2, 2)), {"ours"}, "target's"),
-    "prefix": ({}, rename("", "model."), {"vllm", "trtllm", "official"}, "begin with model"),
-    "layers.0": ({}, rename("midlayer", "layers.0"), {"official"}, r"begin with layers\.0"),
-    "absolute": ({}, put("d2t", absolute), EVERY, "d2t holds the target's ids themselves"),
-    "absolute, no t2d": (
-        {}, lambda t: t.update(d2t=absolute(t)) or t.pop("t2d") is None, EVERY, "ids themselves"
-    ),
-    "d2t out of range": ({}, put("d2t", lambda t: t["d2t"] + 1000), EVERY, "ids outside 0..2047"),
-    "d2t twice": ({}, put("d2t", lambda t: -torch.arange(300)), EVERY, "299 ids twice"),
-    "d2t of floats": ({}, put("d2t", lambda t: t["d2t"].float()), EVERY, "d2t is torch.float32"),
-    "d2t too short": ({}, put("d2t", lambda t: t["d2t"][:9]), EVERY, r"d2t is torch.int64 \[9\]"),
-    "no d2t": ({}, drop("d2t"), EVERY, "d2t is missing"),
-    "t2d of another": ({}, put("t2d", lambda t: t["t2d"].roll(1)), EVERY, "t2d marks other tokens"),
-    "no need of d2t": ({"draft_vocab_size": 2048}, None, {"vllm"}, "the vocabularies are the same"),
-    "too large": ({"draft_vocab_size": 4096}, None, EVERY, "draft_vocab_size=4096 is more"),
-    "no draft vocabulary": ({"draft_vocab_size": None}, None, EVERY - {"vllm"}, "draft_vocab_size"),
-    "vocabulary": ({"vocab_size": 999}, None, EVERY, "vocab_size is 999, the target's 2048"),
-    "another target": ({"target_hidden_size": 32}, None, EVERY, "hidden states of 32 numbers"),
-    "own size": ({"hidden_size": 32, "target_hidden_size": 64}, None, {"ours"}, "not the target's"),
-    "null": ({"target_hidden_size": "null"}, None, LOADERS, "target_hidden_size is null"),
-    "head_dim": ({"head_dim": 32}, None, {"official"}, "head_dim is 32"),
-    "more layers": ({"num_hidden_layers": 2}, None, {"official", "ours"}, "know one layer"),
-    "activation": ({"hidden_act": "gelu"}, None, LOADERS | {"ours"}, "hidden_act is gelu"),
-    "no architecture": ({"architectures": None}, None, LOADERS, r"architectures is \[None\]"),
-    "llama": ({"architectures": ["LlamaForCausalLM"]}, None, {"sglang"}, "architectures is"),
-    "model_type": ({"model_type": "qwen3"}, None, LOADERS, "model_type is not llama"),
-    "SGLang's ids only": ({IDS: None}, None, {"vllm"}, r"gets \[0, 2, 3\]"),
-    "vLLM's ids only": (
-        {"eagle_config": None, IDS: [1, 4, 6]}, None, {"sglang"},
-        r"outputs of layers \[0, 3, 5\], it gets \[1, 3, 4\]: SGLang",
-    ),
-    "for neither": ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"vllm"}, r"gets \[1, 3, 4\]: vLLM"),
-    "built-in ids": (
-        {"eagle_config": {IDS: [0, 3, 5]}, IDS: [1, 4, 6]}, None, {"official"}, "built in"
-    ),
-    "not the target's ids": (
-        {"eagle_config": {IDS: [0, 3, 5]}, IDS: [1, 4, 6]}, None, {"ours"}, "set model.aux_layer_id"
-    ),
-    "too few ids": ({"eagle_config": {IDS: [3]}}, None, EVERY, "must be three of 0..7"),
-    "too high ids": ({"eagle_config": {IDS: [1, 3, 8]}}, None, EVERY, "must be three of 0..7"),
-    "positions": ({"max_position_embeddings": 256}, None, {"sglang"}, "_embeddings is 256"),
-    "scaled": ({"rope_scaling": {"rope_type": "llama3"}}, None, {"ours"}, "rope_scaling="),
-    "residual": ({"norm_before_residual": True}, None, EVERY - {"vllm"}, "_residual is true"),
-    "fc_norm flag": ({"fc_norm": True}, None, LOADERS, "fc_norm.0.weight is missing"),
-    "fc_norm tensor": (
-        {}, put("fc_norm.0.weight", lambda t: torch.ones(64)), EVERY, "does not say fc_norm"
-    ),
-    "fc_norm": (
-        {"fc_norm": True}, put("fc_norm.0.weight", lambda t: torch.ones(64)),
-        {"official", "ours"}, "not compute",
-    ),
-    "norm_output": ({"norm_output": True}, None, {"official", "ours"}, "norm_output is true"),
-    "tied": ({"tie_word_embeddings": True}, None, {"sglang"}, "tie_word_embeddings is true"),
-}  # fmt: skip
+DEFECTS = [
+    ({}, drop("norm.weight"), EVERY, "norm.weight is missing"),
+    ({}, drop("lm_head.weight"), EVERY, "lm_head.weight is missing"),
+    ({}, put("x.weight", ONES), EVERY, "x.weight is no tensor"),
+    ({}, put("fc.weight", torch.ones(6, 4)), EVERY, r"has shape \[6, 4\]"),
+    ({}, put("norm.weight", lambda x: x * float("nan")), EVERY, "finite"),
+    ({}, put("fc.weight", torch.zeros(64, 192)), SERVING, "all zeros"),
+    ({}, put("embed_tokens.weight", torch.ones(2, 2)), {"ours"}, "target's"),
+    ({}, rename("", "model."), {"vllm", "trtllm", "official"}, "begin with model"),
+    ({}, rename("midlayer", "layers.0"), {"official"}, r"begin with layers\.0"),
+    ({}, put("d2t", absolute), EVERY, "d2t holds the target's ids themselves"),
+    ({}, lambda t: t.update(d2t=absolute(t["d2t"])) or t.pop("t2d") is None, EVERY, "ids themselv"),
+    ({}, put("d2t", lambda d2t: d2t + 1000), EVERY, "ids outside 0..2047"),
+    ({}, put("d2t", -torch.arange(300)), EVERY, "299 ids twice"),
+    ({}, put("d2t", torch.Tensor.float), EVERY, "d2t is torch.float32"),
+    ({}, put("d2t", lambda d2t: d2t[:9]), EVERY, r"d2t is torch.int64 \[9\]"),
+    ({}, drop("d2t"), EVERY, "d2t is missing"),
+    ({}, put("t2d", lambda t2d: t2d.roll(1)), EVERY, "t2d marks other tokens"),
+    ({"draft_vocab_size": 2048}, None, {"vllm"}, "the vocabularies are the same"),
+    ({"draft_vocab_size": 4096}, None, EVERY, "draft_vocab_size=4096 is more"),
+    ({"draft_vocab_size": None}, None, EVERY - {"vllm"}, "draft_vocab_size"),
+    ({"vocab_size": 999}, None, EVERY, "vocab_size is 999, the target's 2048"),
+    ({"target_hidden_size": 32}, None, EVERY, "hidden states of 32 numbers"),
+    ({"hidden_size": 32, "target_hidden_size": 64}, None, {"ours"}, "not the target's"),
+    ({"target_hidden_size": "null"}, None, LOADERS, "target_hidden_size is null"),
+    ({"head_dim": 32}, None, {"official"}, "head_dim is 32"),
+    ({"num_hidden_layers": 2}, None, {"official", "ours"}, "know one layer"),
+    ({"hidden_act": "gelu"}, None, LOADERS | {"ours"}, "hidden_act is gelu"),
+    ({"architectures": None}, None, LOADERS, r"architectures is \[None\]"),
+    ({"architectures": ["LlamaForCausalLM"]}, None, {"sglang"}, "architectures is"),
+    ({"model_type": "qwen3"}, None, LOADERS, "model_type is not llama"),
+    ({IDS: None}, None, {"vllm"}, r"gets \[0, 2, 3\]"),
+    ({"eagle_config": None, IDS: [1, 4, 6]}, None, {"sglang"}, r"gets \[1, 3, 4\]: SGLang"),
+    ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"vllm"}, r"gets \[1, 3, 4\]: vLLM"),
+    (ids([0, 3, 5], [1, 4, 6]), None, {"official"}, "built in"),
+    (ids([0, 3, 5], [1, 4, 6]), None, {"ours"}, "set model.aux_layer_id"),
+    ({"eagle_config": {IDS: [3]}}, None, EVERY, "must be three of 0..7"),
+    ({"eagle_config": {IDS: [1, 3, 8]}}, None, EVERY, "must be three of 0..7"),
+    ({"max_position_embeddings": 256}, None, {"sglang"}, "_embeddings is 256"),
+    ({"rope_scaling": {"rope_type": "llama3"}}, None, {"ours"}, "rope_scaling="),
+    ({"norm_before_residual": True}, None, EVERY - {"vllm"}, "_residual is true"),
+    ({"fc_norm": True}, None, LOADERS, "fc_norm.0.weight is missing"),
+    ({}, put("fc_norm.0.weight", ONES), EVERY, "does not say fc_norm"),
+    ({"fc_norm": True}, put("fc_norm.0.weight", ONES), {"official", "ours"}, "not compute"),
+    ({"norm_output": True}, None, {"official", "ours"}, "norm_output is true"),
+    ({"tie_word_embeddings": True}, None, {"sglang"}, "tie_word_embeddings is true"),
+]
 
 
-@pytest.mark.parametrize("name", DEFECTS)
-def test_every_defect_is_found_and_refused_where_it_is_ours(folder, target, name):
-    config, tensors, engines, words = DEFECTS[name]
+@pytest.mark.parametrize(("config", "tensors", "engines", "words"), DEFECTS)
+def test_every_defect_is_found_and_refused_where_it_is_ours(
+    folder, target, config, tensors, engines, words
+):
     edit_draft(folder / "portable", config, tensors)
     named = [f for f in found(folder / "portable", target, "wrong") if re.search(words, f.sentence)]
     assert named and set(named[0].engines) == engines
@@ -310,43 +264,41 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(folder, target, name
 
 
 @pytest.mark.parametrize(
-    ("config", "tensors", "severity", "words"),
+    ("form", "config", "severity", "words"),
     [
-        ({"rope_theta": 5e5}, None, "warning", "rope_theta is 500000, the target's 10000"),
-        ({"target_hidden_size": 64}, None, "warning", "target_hidden_size must be left out"),
-        ({"eagle_config": None, IDS: None}, None, "note", r"their default, \[1, 3, 4\]"),
+        ("portable", {}, None, None),
+        ("portable", {"rope_theta": 5e5}, "warning", "rope_theta is 500000, the target's 10000"),
+        ("portable", {"target_hidden_size": 64}, "warning", "target_hidden_size must be left out"),
+        ("portable", {"eagle_config": None, IDS: None}, "note", r"their default, \[1, 3, 4\]"),
+        ("speculators", {}, "note", ""),
+        ("speculators", {"norm_before_residual": True}, "wrong", "which they do not compute"),
+        ("speculators", {"norm_before_residual": None}, "warning", "vLLM takes for true"),
+        ("speculators", {"norm_before_residual": None}, "wrong", "vLLM takes for true"),
+        ("speculators", {"speculators_config": None}, "wrong", "names no draft_length"),
+        ("speculators", {"draft_vocab_size": None}, "wrong", "lacks draft_vocab_size"),
+        ("speculators", {"speculators_model_type": "eagle"}, "wrong", "is no EAGLE3"),
+        ("speculators", {IDS: LAYERS}, "wrong", r"outputs of layers \[0, 2, 3\]"),
     ],
 )
-def test_what_is_only_worth_a_word(folder, target, config, tensors, severity, words):
-    edit_draft(folder / "portable", config, tensors)
-    (finding,) = found(folder / "portable", target)
-    assert finding.severity == severity and re.search(words, finding.sentence)
-    read_draft(folder / "portable", Auto, target)
-
-
-@pytest.mark.parametrize(
-    ("config", "severity", "words"),
-    [
-        ({"norm_before_residual": True}, "wrong", "which they do not compute"),
-        ({"norm_before_residual": None}, "warning", "vLLM takes for true"),
-        ({"norm_before_residual": None}, "wrong", "vLLM takes for true"),
-        ({"speculators_config": None}, "wrong", "speculators_config names no draft_length"),
-        ({"draft_vocab_size": None}, "wrong", "lacks draft_vocab_size"),
-        ({"speculators_model_type": "eagle"}, "wrong", "is no EAGLE3"),
-        ({IDS: LAYERS}, "wrong", r"outputs of layers \[0, 2, 3\]"),
-    ],
-)
-def test_defects_of_the_speculators_form(folder, target, config, severity, words):
-    edit_draft(folder / "speculators", config)
-    named = found(folder / "speculators", target, severity)
-    assert any(re.search(words, finding.sentence) for finding in named)
+def test_what_else_is_said_of_a_draft(folder, target, form, config, severity, words):
+    edit_draft(folder / form, config)
+    findings = found(folder / form, target)
+    named = [f for f in findings if f.severity == severity and re.search(words, f.sentence)]
+    assert bool(named) == (severity is not None)
+    if form == "portable":
+        assert len(findings) == len(named)
+        read_draft(folder / form, Auto, target)
+    if not config:
+        assert len(findings) == len(named) and all("vllm" not in f.engines for f in findings)
 
 
 def test_another_target_and_no_draft(exported, target, tmp_path):
-    with pytest.raises(RunError, match=r"model\.aux_layer_ids="):
-        read_draft(exported / "portable", Auto, target.with_layers([0, 3, 4]))
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
-    with pytest.raises(RunError, match="vocab_size is 2048, the target's 99"):
-        read_draft(exported / "portable", Auto, SimpleNamespace(config=other, aux_layer_ids=LAYERS))
-    with pytest.raises(RunError, match="cannot be read"):
-        read_draft(tmp_path / "nothing", Auto, target)
+    other = SimpleNamespace(config=other, aux_layer_ids=LAYERS)
+    for path, given, words in (
+        (exported / "portable", target.with_layers([0, 3, 4]), r"model\.aux_layer_ids="),
+        (exported / "portable", other, "vocab_size is 2048, the target's 99"),
+        (tmp_path / "nothing", target, "cannot be read"),
+    ):
+        with pytest.raises(RunError, match=words):
+            read_draft(path, Auto, given)

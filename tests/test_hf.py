@@ -25,14 +25,9 @@ from eagle3.target.hf import HFTarget
 from eagle3.target.spec import default_aux_layer_ids
 
 SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 MOE = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
@@ -43,108 +38,78 @@ FAMILIES = {
     "mistral-window": MistralConfig(**SHAPE, sliding_window=8),
     "gemma3-window": Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=8),
 }
+CPU, CLOSE = torch.device("cpu"), {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request, tmp_path):
+def save(config, folder):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES[request.param]).save_pretrained(tmp_path)
-    return tmp_path
+    model = AutoModelForCausalLM.from_config(config)
+    if isinstance(config, PhiConfig):
+        model.lm_head.bias.data.normal_()
+    model.save_pretrained(folder)
+    return model
 
 
-def documents(lengths, vocab_size=96):
+def packed(lengths, vocab_size=96):
     torch.manual_seed(1)
-    return [
-        Document(i, torch.randint(0, vocab_size, (n,)), torch.arange(n) >= n // 2)
-        for i, n in enumerate(lengths)
-    ]
+    ids = [torch.randint(0, vocab_size, (n,)) for n in lengths]
+    documents = [Document(i, x, torch.arange(len(x)) >= len(x) // 2) for i, x in enumerate(ids)]
+    return ids, pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
 
 
-def pack_all(documents, vocab_size=96):
-    return pack(documents, torch.ones(vocab_size, dtype=torch.bool), 7, serving)
-
-
-def test_packed_features_equal_each_document_alone(family):
-    target = HFTarget(spec_of(family), torch.device("cpu"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_features_equal_each_document_alone_and_go_on_from_a_cache(family, tmp_path):
+    save(FAMILIES[family], tmp_path)
+    target = HFTarget(spec_of(tmp_path), CPU)
     assert target.aux_layer_ids == [1, 3, 4]
-    docs = documents([13, 1, 30, 7])
-    batch = pack_all(docs)
+    documents, batch = packed([13, 1, 30, 7])
     features = target(batch)
-    plain = AutoModelForCausalLM.from_pretrained(
-        family, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    eager = {"attn_implementation": "eager", "dtype": torch.float32}
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, **eager).eval()
     aux, last, logits = [], [], []
-    for document in docs:
+    for ids in documents:
         with torch.no_grad():
-            output = plain(input_ids=document.input_ids[None], output_hidden_states=True)
+            output = plain(input_ids=ids[None], output_hidden_states=True)
         aux.append(torch.cat([output.hidden_states[i][0] for i in (2, 4, 5)], dim=-1))
         last.append(output.hidden_states[-1][0])
         logits.append(output.logits[0])
     logits = torch.cat(logits)[batch.teacher_rows]
-    assert_close(features.aux_hidden_states, torch.cat(aux), rtol=1e-4, atol=1e-5)
-    assert_close(
-        features.last_hidden_states, torch.cat(last)[batch.teacher_rows], rtol=1e-4, atol=1e-5
-    )
+    assert_close(features.aux_hidden_states, torch.cat(aux), **CLOSE)
+    assert_close(features.last_hidden_states, torch.cat(last)[batch.teacher_rows], **CLOSE)
     assert torch.equal(features.argmax, logits.argmax(-1))
     assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
-
-def test_states_continue_a_cache(family):
-    target = HFTarget(spec_of(family), torch.device("cpu"))
-    ids, places = documents([30])[0].input_ids, torch.arange(30)
-    whole_aux, whole_last = target.states(ids, places)
+    ids, places = documents[2], torch.arange(30)
     cache = DynamicCache(config=target.config)
     target.states(ids[:20], places[:20], cache)
-    aux, last = target.states(ids[20:], places[20:], cache)
-    assert_close(aux, whole_aux[20:], rtol=1e-4, atol=1e-5)
-    assert_close(last, whole_last[20:], rtol=1e-4, atol=1e-5)
+    found = target.states(ids[20:], places[20:], cache)
+    whole = target.states(ids, places)
+    assert_close(found, tuple(states[20:] for states in whole), **CLOSE)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_draft_shape_is_derived(family):
-    config = spec_of(family).config
+    config = FAMILIES[family]
     draft = derive_config(config, 32)
     assert draft.hidden_size == draft.target_hidden_size == 64
     assert draft.head_dim == (getattr(config, "head_dim", None) or 16)
     assert (draft.num_attention_heads, draft.num_key_value_heads) == (4, 2)
     assert draft.max_position_embeddings == 256
     assert (draft.vocab_size, draft.draft_vocab_size) == (96, 32)
+    if family in ("llama", "qwen3"):
+        assert draft.rope_theta == config.rope_parameters["rope_theta"]
 
 
-def test_rope_theta_is_derived():
-    assert derive_config(FAMILIES["llama"], 8).rope_theta == 5e5
-    assert (
-        derive_config(FAMILIES["qwen3"], 8).rope_theta
-        == FAMILIES["qwen3"].rope_parameters["rope_theta"]
-    )
-
-
-def test_aux_layers_of_shallow_and_deep_targets():
-    assert default_aux_layer_ids(32) == [1, 15, 28]
-    assert default_aux_layer_ids(7) == [1, 2, 3]
-    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
-        default_aux_layer_ids(6)
-
-
-def test_logit_changes_are_refused(tmp_path):
-    config = FAMILIES["gemma3-window"].__class__(**SHAPE, final_logit_softcapping=30.0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        HFTarget(spec_of(tmp_path, dtype="auto"), torch.device("cpu"))
-
-
-def test_a_head_that_is_not_a_product_is_refused(tmp_path):
-    config = PhiConfig(**{**SHAPE, "num_key_value_heads": 4})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    model.lm_head.bias.data.normal_()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="changes its logits behind the head"):
-        HFTarget(spec_of(tmp_path), torch.device("cpu"))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_transformers_own_attention_agrees(target_folder, attention):
+    _, batch = packed([13, 1, 30], 2048)
+    ours = HFTarget(spec_of(target_folder), CPU)(batch)
+    theirs = HFTarget(spec_of(target_folder), CPU, attention=attention)(batch)
+    assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, **CLOSE)
 
 
 def test_a_target_is_described_by_its_weights(tmp_path):
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
-    model.save_pretrained(tmp_path)
+    model = save(FAMILIES["llama"], tmp_path)
     before = spec_of(tmp_path).identity
     assert spec_of(tmp_path).identity == before
     model.lm_head.weight.data[3, 3] += 1
@@ -152,17 +117,19 @@ def test_a_target_is_described_by_its_weights(tmp_path):
     assert spec_of(tmp_path).identity != before
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_transformers_own_attention_agrees(target_folder, attention):
-    batch = pack_all(documents([13, 1, 30], 2048), 2048)
-    ours = HFTarget(spec_of(target_folder), torch.device("cpu"))(batch)
-    theirs = HFTarget(spec_of(target_folder), torch.device("cpu"), attention=attention)(batch)
-    assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, rtol=1e-4, atol=1e-5)
-
-
 def test_what_is_refused(target_folder, tmp_path):
+    assert default_aux_layer_ids(32) == [1, 15, 28] and default_aux_layer_ids(7) == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
+        default_aux_layer_ids(6)
     with pytest.raises(ConfigError, match=r"model\.path"):
         spec_of(tmp_path)
     HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
     with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):
         HFTarget.check_settings({"tp_size": 8}, spec_of(target_folder))
+    for config, words in (
+        (Gemma3TextConfig(**SHAPE, final_logit_softcapping=30.0), "final_logit_softcapping"),
+        (PhiConfig(**SHAPE | {"num_key_value_heads": 4}), "changes its logits behind the head"),
+    ):
+        save(config, tmp_path)
+        with pytest.raises(ConfigError, match=words):
+            HFTarget(spec_of(tmp_path), CPU)

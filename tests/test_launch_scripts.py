@@ -6,74 +6,62 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, kill_group, wait_for
 
 pytestmark = pytest.mark.runs
 
-TASKS = 'trap "exit $AFTER_SIGNAL" {signals}\ntouch "$LOG.begun"\n[ -z "$LAST" ] || exit "$LAST"\n'
-TASKS += "for _ in $(seq 100); do sleep 0.1; done\n"
+TASKS = 'trap "exit $AFTER_SIGNAL" {}\ntouch "$LOG.begun"\n[ -z "$LAST" ] || exit "$LAST"\n'
+TASKS += "for _ in $(seq 3000); do sleep 0.1; done\n"
+SRUN = 'echo "node $NNODES $HEAD" >> "$LOG"\necho $$ > "$LOG.pid"\n' + TASKS.format("USR2")
+COMMANDS = {
+    "python": TASKS.format("TERM"), "srun": SRUN, "scancel": 'kill -USR2 "$(cat "$LOG.pid")"\n',
+    "scontrol": '[ "$1" = show ] && printf "first\\nsecond\\n"\ntrue\n',
+}  # fmt: skip
 
 
 @pytest.fixture
-def stand_ins(tmp_path):
-    """A folder of commands that write their names and arguments to `log`, and what scripts need to
-    know.
+def script(tmp_path):
+    """Exit code and calls of a script, whose commands are stand-ins that write their names and
+    arguments to a log; it gets the signal `send` once its processes began.
     """
     log = tmp_path / "log"
-    commands = {
-        "python": TASKS.format(signals="TERM"),
-        "srun": 'echo "node $NNODES $HEAD" >> "$LOG"\necho $$ > "$LOG.pid"\n'
-        + TASKS.format(signals="USR2"),
-        "scontrol": '[ "$1" = show ] && printf "first\\nsecond\\n"\ntrue\n',
-        "scancel": 'kill -USR2 "$(cat "$LOG.pid")"\n',
-    }
-    for name, body in commands.items():
-        path = tmp_path / name
-        path.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> "$LOG"\n{body}')
-        path.chmod(0o755)
-    known = {
+    for name, body in COMMANDS.items():
+        text = f'#!/usr/bin/env bash\nprintf "%s\\n" "{name} $*" >> "$LOG"\n{body}'
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    always = {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
         "LOG": str(log), "LAST": "", "AFTER_SIGNAL": "143", "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "96",
         "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "eagle3", "SLURM_JOB_ID": "4711",
     }  # fmt: skip
-    return log, known
+
+    def run(name, *overrides, send=None, **known):
+        environment = {k: v for k, v in os.environ.items() if k != "RUN_DIR"} | always | known
+        command = ["bash", str(ROOT / "launch" / name), *overrides]
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            if send is not None:
+                wait_for(log.with_suffix(".begun").exists, process)
+                process.send_signal(send)
+            return process.wait(timeout=300), log.read_text().splitlines()
+        finally:
+            kill_group(process)
+
+    return run
 
 
-def run(script, stand_ins, *overrides, send=None, **known):
-    """Exit code and calls of a script that gets the signal `send` once its processes began."""
-    log, always = stand_ins
-    environment = {k: v for k, v in os.environ.items() if k != "RUN_DIR"} | always | known
-    process = subprocess.Popen(["bash", str(ROOT / "launch" / script), *overrides], env=environment)
-    if send is not None:
-        deadline = time.monotonic() + 20
-        while not log.with_suffix(".begun").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(send)
-    return process.wait(timeout=20), log.read_text().splitlines()
-
-
-def test_torchrun_on_one_node(stand_ins):
-    code, calls = run("torchrun.sh", stand_ins, "2", "-m", "seed=0,1", "data.path=a b", LAST="0")
-    assert code == 0
-    assert calls == [
-        "python -m eagle3.parallel.torchrun --standalone --nproc-per-node=2 --shutdown-timeout=600 "
-        "run.py -m seed=0,1 data.path=a b"
-    ]
-
-
-def test_torchrun_on_several_nodes(stand_ins):
-    code, calls = run(
-        "torchrun.sh", stand_ins, "8", LAST="1", NNODES="2", NODE_RANK="1", HEAD="node7:2345"
-    )
-    assert code == 1
-    assert (
-        "--nnodes=2 --node-rank=1 --master-addr=node7 --master-port=2345 --nproc-per-node=8"
-        in calls[0]
-    )
+def test_torchrun_on_one_node_and_on_several(script):
+    torchrun = "python -m eagle3.parallel.torchrun "
+    code, calls = script("torchrun.sh", "2", "-m", "seed=0,1", "data.path=a b", LAST="0")
+    options = "--standalone --nproc-per-node=2 --shutdown-timeout=600 run.py -m seed=0,1 "
+    assert (code, calls) == (0, [f"{torchrun}{options}data.path=a b"])
+    several = {"NNODES": "2", "NODE_RANK": "1", "HEAD": "node7:2345"}
+    code, calls = script("torchrun.sh", "8", LAST="1", **several)
+    master = "--master-addr=node7 --master-port=2345"
+    assert code == 1 and f"--nnodes=2 --node-rank=1 {master} --nproc-per-node=8" in calls[-1]
 
 
 @pytest.mark.parametrize(
@@ -81,25 +69,20 @@ def test_torchrun_on_several_nodes(stand_ins):
     [
         ("sys.exit(2)", 2, ""),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "error: process 0 was killed by SIGKILL\n"),
-        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(20)", 143, ""),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(600)", 143, ""),
     ],
 )
 def test_torchrun_ends_as_its_processes_do(tmp_path, script, code, said):
     """torchrun itself would leave with 1."""
     (tmp_path / "run.py").write_text(f"import os, signal, sys, time\n{script}\n")
-    command = [
-        sys.executable,
-        "eagle3/parallel/torchrun.py",
-        "--standalone",
-        "--shutdown-timeout=5",
-        str(tmp_path / "run.py"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    options = ["--standalone", "--shutdown-timeout=5", str(tmp_path / "run.py")]
+    command = [sys.executable, "eagle3/parallel/torchrun.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (code, said)
 
 
-def test_a_job_starts_one_torchrun_a_node(stand_ins):
-    code, calls = run("slurm.sbatch", stand_ins, "seed=1", "data.path=a b", LAST="0")
+def test_a_job_starts_one_torchrun_a_node(script):
+    code, calls = script("slurm.sbatch", "seed=1", "data.path=a b", LAST="0")
     assert code == 0
     assert calls == [
         "scontrol show hostnames node[1-2]",
@@ -110,27 +93,19 @@ def test_a_job_starts_one_torchrun_a_node(stand_ins):
     ]
 
 
-@pytest.mark.parametrize(
-    ("ends_with", "comes_back"),
-    [
-        ("143", True),
-        ("0", False),
-        ("1", False),
-    ],  # a checkpoint; over before it heard; no room for the checkpoint
-)
-def test_a_job_comes_back_from_its_limit(stand_ins, ends_with, comes_back):
-    code, calls = run("slurm.sbatch", stand_ins, send=signal.SIGUSR1, AFTER_SIGNAL=ends_with)
-    assert code == int(ends_with)
-    assert "scancel --signal=TERM 4711" in calls
+# With a checkpoint; over before it heard; no room for the checkpoint.
+@pytest.mark.parametrize(("code", "comes_back"), [(143, True), (0, False), (1, False)])
+def test_a_job_comes_back_from_its_limit(script, code, comes_back):
+    left, calls = script("slurm.sbatch", send=signal.SIGUSR1, AFTER_SIGNAL=str(code))
+    assert left == code and "scancel --signal=TERM 4711" in calls
     assert ("scontrol requeue 4711" in calls) == comes_back
 
 
-@pytest.mark.parametrize(
-    "ends_with", ["2", "143"]
-)  # an error; cancelled, which Slurm tells the tasks itself
-def test_other_jobs_stay_away(stand_ins, ends_with):
-    code, calls = run("slurm.sbatch", stand_ins, LAST=ends_with, RUN_DIR="runs/mine")
-    assert code == int(ends_with) and "hydra.run.dir=runs/mine" in calls[1]
+# An error; cancelled, which Slurm tells the tasks itself.
+@pytest.mark.parametrize("code", [2, 143])
+def test_other_jobs_stay_away(script, code):
+    left, calls = script("slurm.sbatch", LAST=str(code), RUN_DIR="runs/mine")
+    assert left == code and "hydra.run.dir=runs/mine" in calls[1]
     assert not any("requeue" in call for call in calls)
 
 
@@ -150,7 +125,5 @@ def test_a_sweep_through_submitit(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.parent.name for path in tmp_path.glob("*/.hydra")) == ["0", "1"]
-    for job in "01":
-        assert (tmp_path / job / "checkpoints" / "last").exists() and (
-            tmp_path / job / "logs/rank_1.log"
-        ).exists()
+    for job in (tmp_path / "0", tmp_path / "1"):
+        assert (job / "checkpoints" / "last").exists() and (job / "logs/rank_1.log").exists()

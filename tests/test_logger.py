@@ -26,42 +26,31 @@ ORDINARY_KEYS = """
 """
 
 
-def test_each_line_is_on_disk_when_log_returns(tmp_path):
-    lines = JsonLines(tmp_path / "metrics.jsonl")
-    lines.log({"loss": 2.5, "eval/accepted": [0.5, math.nan]}, 1)
-    lines.log({"loss": math.nan, "grad_norm": math.inf}, 2)
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == [
-        {"step": 1, "loss": 2.5, "eval/accepted": [0.5, None]},
-        {"step": 2, "loss": None, "grad_norm": None},
-    ]
-
-
-def test_resume_drops_later_lines_and_a_cut_one(tmp_path):
+def test_each_line_is_on_disk_and_a_resume_drops_later_ones_and_a_cut_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = JsonLines(path)
-    for step in range(1, 6):
+    lines.log({"loss": 2.5, "eval/accepted": [0.5, math.nan]}, 1)
+    lines.log({"loss": math.nan, "grad_norm": math.inf}, 2)
+    first = {"step": 1, "loss": 2.5, "eval/accepted": [0.5, None]}
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert written == [first, {"step": 2, "loss": None, "grad_norm": None}]
+    for step in (3, 4):
         lines.log({"loss": float(step)}, step)
     lines.log({"eval/acceptance_length": 2.0}, 3)
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
-    resumed = JsonLines(path, resume_step=3)
-    resumed.log({"loss": 40.0}, 4)
-    assert [(row["step"], row.get("loss")) for row in read_metrics(path)] == [
-        (1, 1.0), (2, 2.0), (3, 3.0), (3, None), (4, 40.0),
-    ]  # fmt: skip
-    assert path.read_text().count("\n") == 5
-    assert list(tmp_path.iterdir()) == [path]
+    JsonLines(path, resume_step=3).log({"loss": 40.0}, 4)
+    rows = [(row["step"], row.get("loss")) for row in read_metrics(path)]
+    assert rows == [(1, 2.5), (2, None), (3, 3.0), (3, None), (4, 40.0)]
+    assert path.read_text().count("\n") == 5 and list(tmp_path.iterdir()) == [path]
     JsonLines(path)  # a new run starts the file anew
     assert read_metrics(path) == []
 
 
 def test_what_counts_as_a_secret():
-    secret, ordinary = SECRET_KEYS.split(), ORDINARY_KEYS.split()
-    assert redact(dict.fromkeys(secret, "x")) == dict.fromkeys(secret, REDACTED)
-    assert redact([f"{key}=a b" for key in secret]) == [f"{key}={REDACTED}" for key in secret]
-    assert redact(dict.fromkeys(ordinary, "x")) == dict.fromkeys(ordinary, "x")
-    assert redact([f"{key}=x" for key in ordinary]) == [f"{key}=x" for key in ordinary]
+    for keys, value in ((SECRET_KEYS.split(), REDACTED), (ORDINARY_KEYS.split(), "x")):
+        assert redact(dict.fromkeys(keys, "x")) == dict.fromkeys(keys, value)
+        assert redact([f"{key}=x" for key in keys]) == [f"{key}={value}" for key in keys]
 
 
 def test_redact_keeps_everything_but_secrets():
@@ -75,26 +64,25 @@ def test_redact_keeps_everything_but_secrets():
     assert given["model"]["hf_token"] == "abc" and redact(redacted) == redacted
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("+model.hf_token=abc", f"+model.hf_token={REDACTED}"),
-        ("--api-key=abc", f"--api-key={REDACTED}"),
-        ("hub={user: me, token: abc}", f'hub={{"user": "me", "token": "{REDACTED}"}}'),
-        ("hub={'token': 'a b'}", f'hub={{"token": "{REDACTED}"}}'),
-        ("hub=[{token: abc}]", f'hub=[{{"token": "{REDACTED}"}}]'),
-        ("model={eos_token_ids: [1,2], pad: x}", "model={eos_token_ids: [1,2], pad: x}"),
-        ("hub={token: [", "hub={token: ["),
-        ("a={day: 2026-99-99}", "a={day: 2026-99-99}"),
-        ("a={day: 2026-01-01, token: b}", f'a={{"day": "2026-01-01", "token": "{REDACTED}"}}'),
-        ("https://me:pw@host/x", f"https://{REDACTED}@host/x"),
-        ("urls=[http://me:pw@host/v1]", f"urls=[http://{REDACTED}@host/v1]"),
-        ("the token: you know", "the token: you know"),
-        ("data.path=/home/secret/x.jsonl", "data.path=/home/secret/x.jsonl"),
-    ],
-)
-def test_redact_inside_strings(text, expected):
-    assert redact([text]) == [expected]
+UNCHANGED = (
+    "model={eos_token_ids: [1,2], pad: x}", "hub={token: [", "a={day: 2026-99-99}",
+    "the token: you know", "data.path=/home/secret/x.jsonl",
+)  # fmt: skip
+REDACTIONS = dict(zip(UNCHANGED, UNCHANGED)) | {
+    "+model.hf_token=abc": f"+model.hf_token={REDACTED}",
+    "--api-key=abc": f"--api-key={REDACTED}",
+    "hub={user: me, token: abc}": f'hub={{"user": "me", "token": "{REDACTED}"}}',
+    "hub={'token': 'a b'}": f'hub={{"token": "{REDACTED}"}}',
+    "hub=[{token: abc}]": f'hub=[{{"token": "{REDACTED}"}}]',
+    "a={day: 2026-01-01, token: b}": f'a={{"day": "2026-01-01", "token": "{REDACTED}"}}',
+    "https://me:pw@host/x": f"https://{REDACTED}@host/x",
+    "urls=[http://me:pw@host/v1]": f"urls=[http://{REDACTED}@host/v1]",
+}
+
+
+@pytest.mark.parametrize("text", REDACTIONS)
+def test_redact_inside_strings(text):
+    assert redact([text]) == [REDACTIONS[text]]
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +135,9 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path):
                 resumed.log({"eval/loss": 1.0}, step)
     steps = [(step, *metrics) for step, metrics in tracker.rows]
     assert steps == [(2, "loss"), (3, "loss"), (3, "eval/loss"), (4, "loss")]
-
-
-def test_a_run_that_starts_anew_is_sent_whole(tmp_path):
-    path, tracker = tmp_path / "metrics.jsonl", Recorder()
-    JsonLines(path).log({"loss": 9.0}, 5)
-    with follow_metrics(path, tracker):
+    (state.parent / "state.json").unlink()
+    tracker.rows.clear()
+    with follow_metrics(path, tracker):  # a run that starts anew is sent whole
         JsonLines(path).log({"loss": 4.0}, 1)
     assert tracker.rows == [(1, {"loss": 4.0})]
 
@@ -178,12 +163,9 @@ def run_python(code, *arguments, **environment):
 
 @pytest.mark.runs
 def test_wandb_without_a_login_is_one_sentence(tmp_path):
-    code = """
-import sys
-from eagle3.runs.logger import Wandb
-Wandb("p", mode="online").start(sys.argv[1], "n", {})
-"""
-    ended = run_python(code, tmp_path, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online")
+    code = "from eagle3.runs.logger import Wandb\n"
+    code += f"Wandb('p', mode='online').start({str(tmp_path)!r}, 'n', {{}})\n"
+    ended = run_python(code, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online")
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
     assert "logger.mode=offline" in last
@@ -196,20 +178,24 @@ from eagle3.runs.logger import Wandb
 def children():
     task = Path("/proc/self/task") / str(Path("/proc/self").readlink())
     return len((task / "children").read_text().split())
-run_dir, run_id = sys.argv[1], sys.argv[2] or None
+run_dir = Path(sys.argv[1])
 tracker = Wandb("proj", group="grp", mode="offline", tags=["a"])
 config = {"optimizer": {"lr": 1e-4}, "hub": {"token": "SESAME"}}
 config["overrides"] = ["hub.token=SESAME", "seed=3"]
-print(tracker.start(run_dir, "my run", config, run_id))
+run_id = tracker.start(run_dir, "my run", config, None)
 for step in range(1, 4):
     tracker.log({"loss": 3.0 / step, "accuracy/step_0": 0.1 * step}, step)
-tracker.page(Path(run_dir) / "report.html")
+tracker.page(run_dir / "report.html")
 before = children()
 tracker.finish()
-for _ in range(600):
+for _ in range(6000):
     if children():
         time.sleep(0.1)
-print(before, children())
+after = children()
+again = Wandb("proj", mode="offline")
+again_id = again.start(run_dir / "again", "my run", config, run_id)
+again.finish()
+print(run_id, before, after, again_id)
 """
 
 
@@ -237,10 +223,12 @@ def offline_records(path):
 def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
     """In its own process, whose command line holds the secret too; then gone on with."""
     (tmp_path / "report.html").write_text("<!doctype html><title>the report</title>")
-    ended = run_python(OFFLINE_RUN, tmp_path, "", "hub.token=SESAME")
+    (tmp_path / "again").mkdir()
+    ended = run_python(OFFLINE_RUN, tmp_path, "hub.token=SESAME")
     assert ended.returncode == 0, ended.stderr
-    run_id, before, after = ended.stdout.split()
+    run_id, before, after, again = ended.stdout.split()
     assert int(before) > 0 and int(after) == 0, "finish ends the background service"
+    assert again == run_id
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
     records = offline_records(path)
@@ -262,8 +250,3 @@ def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
     assert page.read_text() == "<!doctype html><title>the report</title>"
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert files and not [path for path in files if b"SESAME" in path.read_bytes()]
-
-    (tmp_path / "again").mkdir()
-    (tmp_path / "again" / "report.html").write_text("<!doctype html>")
-    again = run_python(OFFLINE_RUN, tmp_path / "again", run_id)
-    assert again.stdout.split()[0] == run_id, again.stderr

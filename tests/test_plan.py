@@ -78,20 +78,18 @@ def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps):
     is what autograd keeps of a real step, and what the loss works on.
     """
     config = DraftConfig(96, 320, 6, 2, 16, 300, 200, 96, 512)
-    in_vocab = torch.arange(300) < 200
-    documents = [
-        Document(0, torch.zeros(n, dtype=torch.long), torch.arange(n) >= n * (1 - supervised))
-        for n in (150, 60, 200)
-    ]
+    in_vocab, ids = torch.arange(300) < 200, torch.zeros(200, dtype=torch.long)
+    masks = [torch.arange(n) >= n * (1 - supervised) for n in (150, 60, 200)]
+    documents = [Document(0, ids[: len(mask)], mask) for mask in masks]
     batch, loss = pack(documents, in_vocab, ttt_steps, serving), soft_target_loss()
     hollow = planning.draft_without_data(config)
     flops, peak = planning.measure_step(hollow, batch, loss, dtype)
     assert flops == pytest.approx(training_flops(config, batch), rel=0.1)
-    draft = Draft(config, Auto, in_vocab, torch.zeros(200, dtype=torch.long))
+    draft = Draft(config, Auto, in_vocab, ids)
     length, teachers = len(batch.input_ids), len(batch.teacher_rows)
     embedding = torch.randn(300, 96).to(dtype)
     aux, last = torch.randn(length, 288).to(dtype), torch.randn(teachers, 96).to(dtype)
-    features = Features(aux, last, torch.zeros(teachers, dtype=torch.long), torch.zeros(teachers))
+    features = Features(aux, last, torch.zeros(teachers).long(), torch.zeros(teachers))
     kept = {}
 
     def keep(tensor):

@@ -23,10 +23,11 @@ EVIL = "<script>alert(1)</script>"
 class Page(HTMLParser):
     """Tags with their attributes, visible text by tag, table rows."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
         self.tags, self.open, self.text, self.rows = [], [], {}, []
-        self.feed(text)
+        self.feed(path.read_text())
+        self.headline = " ".join("".join(self.text["p"]).split())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
@@ -48,34 +49,34 @@ class Page(HTMLParser):
             if self.open[-1] in ("td", "th"):
                 self.rows[-1][-1] += data
 
-    @property
-    def headline(self):
-        return " ".join("".join(self.text["p"]).split())
-
     def named(self, tag):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def result(acceptance_length, speedup, lossless, **more):
+def result(length, speedup, lossless, **more):
     """A row as the built-in benchmark writes it."""
-    interval = [acceptance_length - 0.1, acceptance_length + 0.1]
-    row = {"config": [1, 3, 1, 4], "num_prompts": 80, "lossless": lossless}
-    row |= {"acceptance_length": acceptance_length, "interval95": interval, "first_round": 1.75}
-    row |= {"acceptance_length_loop_free": 2.22, "loops": 3, "bigram": 1.18, "prompt_lookup": 1.31}
-    row |= {"accepted_by_position": [0.7, 0.6, 0.5], "speedup": speedup}
-    row |= {"speedup_interval95": [speedup - 0.2, speedup + 0.2]}
-    row |= {"tokens_per_second": 100 * speedup, "baseline_tokens_per_second": 100.0}
+    row = {
+        "config": [1, 3, 1, 4], "num_prompts": 80, "lossless": lossless, "first_round": 1.75,
+        "acceptance_length": length, "interval95": [length - 0.1, length + 0.1],
+        "acceptance_length_loop_free": 2.22, "loops": 3, "bigram": 1.18, "prompt_lookup": 1.31,
+        "accepted_by_position": [0.7, 0.6, 0.5], "speedup": speedup,
+        "speedup_interval95": [speedup - 0.2, speedup + 0.2],
+        "tokens_per_second": 100 * speedup, "baseline_tokens_per_second": 100.0,
+    }  # fmt: skip
     return row | more
 
 
 def write(run_dir, **files):
     """A run folder; run.json is always there."""
-    run_dir.mkdir(exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in files.pop("metrics", []))
     (run_dir / "metrics.jsonl").write_text(lines)
     for name, content in {"run": RUN, **files}.items():
         (run_dir / f"{name}.json").write_text(json.dumps(content))
     return run_dir
+
+
+def page_of(run_dir, **files):
+    return Page(write_report(write(run_dir, **files)))
 
 
 def training(updates):
@@ -92,23 +93,19 @@ METRICS = [*training(40)]
 METRICS += [{"step": step, "eval/acceptance_length": value} for step, value in EVALUATED.items()]
 RUN = {
     "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hf_token": "SESAME"},
-    "overrides": [f"name={EVIL}", "hub.token=SESAME"],
-    "git": "abcdef+",
-    "versions": {"torch": "2.13.0"},
-    "hardware": {"device": "cuda", "name": "H200 & co"},
+    "overrides": [f"name={EVIL}", "hub.token=SESAME"], "git": "abcdef+",
+    "versions": {"torch": "2.13.0"}, "hardware": {"device": "cuda", "name": "H200 & co"},
     "inputs": {"prepared": {"vocab_coverage": 0.9734, "documents": 12}},
-}
-BENCHMARK = {
-    "suites": {
-        f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)],
-        "$x_1$": [result(2.0, 1.2, True)],
-    },
-    "protocol": {"temperature": 0.0, "system_prompt": EVIL, "max_new_tokens": 20000},
-}
+}  # fmt: skip
+SUITES = {f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)]}
+SUITES["$x_1$"] = [result(2.0, 1.2, True)]
+PROTOCOL = {"temperature": 0.0, "system_prompt": EVIL, "max_new_tokens": 20000}
 EVALUATION = {
     "draft_length": 2, "acceptance_length": {"1": 1.6, "2": 2.1, "10": 3.7}, "first_round": 1.95,
     "accepted_at": [0.6, 0.5], "loop_free": 2.05, "loops": 5, "answers": 64, "update": 20,
 }  # fmt: skip
+FULL = {"metrics": METRICS, "benchmark": {"suites": SUITES, "protocol": PROTOCOL}}
+FULL["evaluation"] = EVALUATION
 
 
 def printed(run_dir):
@@ -117,73 +114,45 @@ def printed(run_dir):
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("report") / "run"
-    write(run_dir, metrics=METRICS, benchmark=BENCHMARK, evaluation=EVALUATION)
-    return write_report(run_dir).read_text()
-
-
-def test_nothing_runs_and_nothing_is_loaded(page):
-    parsed = Page(page)
-    for tag in ("script", "link", "img", "iframe"):
-        assert not parsed.named(tag)
+def test_the_page(tmp_path):
+    """Nothing runs or is loaded, hostile names are text, secrets are gone; what is said where."""
+    parsed, text = page_of(tmp_path, **FULL), (tmp_path / "report.html").read_text()
     for tag, attributes in parsed.tags:
+        assert tag not in ("script", "link", "img", "iframe")
         assert not any(name.startswith("on") for name in attributes), tag
         assert not attributes.keys() & {"src", "href", "xlink:href", "action"}, tag
-    assert not re.findall(r"https?://|@import|url\(", page)
+    assert not re.findall(r"https?://|@import|url\(", text)
     (policy,) = [meta for meta in parsed.named("meta") if "http-equiv" in meta]
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-
-
-def test_hostile_names_are_shown_as_text_and_secrets_not_at_all(page):
-    parsed = Page(page)
     assert parsed.text["h1"] == parsed.text["title"] == [f"run {EVIL}"]
-    assert [row[0] for row in parsed.rows if len(row) > 5][1:] == [f"mt {EVIL}"] * 2 + ["$x_1$"]
     assert {f"mt {EVIL}", "$x_1$"} <= set(parsed.text["li"])
     folded = " ".join(parsed.text["pre"])
     assert EVIL in folded and "tokens_per_step: 4096" in folded
-    assert "SESAME" not in page and REDACTED in folded
+    assert "SESAME" not in text and REDACTED in folded
 
-
-def test_headline_and_tiles(page):
-    parsed = Page(page)
-    assert parsed.headline.startswith(
-        "Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed"
-    )
-    assert "but for ties" in parsed.headline
-    tiles = [text for text in parsed.text["b"] if text.strip()]
+    said = "Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed"
+    assert parsed.headline.startswith(said) and "but for ties" in parsed.headline
+    tiles = [words for words in parsed.text["b"] if words.strip()]
     assert tiles == ["2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "2.10", "97.3%"]
-
-
-def test_benchmark_table(page):
-    header, first, second, _ = [row for row in Page(page).rows if len(row) > 5]
+    header, first, second, third = [row for row in parsed.rows if len(row) > 5]
     assert len(header) == len(first) == 16
-    shown = dict(zip(header, first, strict=True))
-    assert shown["suite"] == f"mt {EVIL}" and shown["batch, steps, top-k, verify"] == "1, 3, 1, 4"
-    assert shown["acceptance length"] == "2.41" and shown["95 % interval"] == "2.31 – 2.51"
-    assert shown["tokens/s with draft"] == "152" and shown["speedup"] == "1.52×"
-    assert shown["lossless"] == "yes" and shown["widest tie"] == "–"
+    assert [row[0] for row in (first, second, third)] == [f"mt {EVIL}", f"mt {EVIL}", "$x_1$"]
+    expected = {"batch, steps, top-k, verify": "1, 3, 1, 4", "acceptance length": "2.41"}
+    expected |= {"95 % interval": "2.31 – 2.51", "tokens/s with draft": "152"}
+    expected |= {"speedup": "1.52×", "lossless": "yes", "widest tie": "–"}
+    assert expected.items() <= dict(zip(header, first, strict=True)).items()
     assert second[9:11] == ["tie", "0.00123"]
-
-
-def test_facts(page):
-    facts = {row[0]: row[1] for row in Page(page).rows if len(row) == 2}
+    facts = {row[0]: row[1] for row in parsed.rows if len(row) == 2}
     expected = {"loop free": "2.05", "answers": "64", "temperature": "0.00", "step": "40"}
     expected |= {"system prompt": EVIL, "max new tokens": "20,000", "tokens per second": "1,040"}
-    assert {key: facts.get(key) for key in expected} == expected
-    assert "acceptance length" not in facts
-
-
-def test_figures(page):
-    parsed = Page(page)
+    assert expected.items() <= facts.items() and "acceptance length" not in facts
     assert [svg["aria-label"] for svg in parsed.named("svg")] == [
         "Acceptance length by draft length", "Accepted by position",
         "Acceptance length while training", "Loss", "Loss by step", "Accuracy by step",
     ]  # fmt: skip
     assert {"best 2.25 at update 20", "1.60", "2.10", "3.70"} <= set(parsed.text["text"])
     assert parsed.text["li"].count("step 6") == 2
-    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
 def test_points_lie_inside_a_drawing_in_their_order():
@@ -203,38 +172,30 @@ def test_any_numbers_can_be_drawn(values):
     assert all(plot.top <= plot.y(value) <= plot.bottom for value in values)
 
 
-def test_training_without_a_benchmark(tmp_path):
-    parsed = Page(write_report(write(tmp_path, evaluation=EVALUATION)).read_text())
-    assert "2.10 on held-out prompts with 2 drafted tokens" in parsed.headline
-    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["li"]
+LOSSLESS = [
+    ([True, True], "is lossless"), ([True, False], "is NOT lossless"), ([True, "tie"], "ties"),
+    ([None], "at temperature 0 only"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("lossless", "said"),
-    [
-        ([True, True], "is lossless"),
-        ([True, False], "is NOT lossless"),
-        ([True, "tie"], "ties"),
-        ([None], "at temperature 0 only"),
-    ],
-)
+@pytest.mark.parametrize(("lossless", "said"), LOSSLESS)
 def test_losslessness_is_that_of_the_worst_row(tmp_path, lossless, said):
     rows = [result(2.0, 1.5, value) for value in lossless]
-    write(tmp_path, benchmark={"suites": {"mtbench": rows}})
-    headline = Page(write_report(tmp_path).read_text()).headline
+    headline = page_of(tmp_path, benchmark={"suites": {"mtbench": rows}}).headline
     assert headline.startswith("Acceptance length 2.00 on mtbench, 1.50 times") and said in headline
 
 
-def test_a_run_that_measured_nothing(tmp_path):
-    parsed = Page(write_report(write(tmp_path)).read_text())
+def test_runs_that_measured_little(tmp_path):
+    """Nothing; training alone; then values that are missing: the target alone has no rounds, a step
+    without a pair no accuracy, and updates may be logged after others.
+    """
+    parsed = page_of(tmp_path)
     assert parsed.headline == "No acceptance length was measured." and not parsed.named("figure")
     assert printed(tmp_path) == []
-
-
-def test_values_that_could_not_be_measured(tmp_path):
-    """The target alone has no rounds, a step without a pair no accuracy, and updates may be logged
-    after others.
-    """
+    parsed = page_of(tmp_path, evaluation=EVALUATION)
+    assert "2.10 on held-out prompts with 2 drafted tokens" in parsed.headline
+    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["li"]
+    (tmp_path / "evaluation.json").unlink()
     rows = [{"step": 1, "eval/acceptance_length": 1.5}, *training(2)]
     rows[1] |= {"loss": None, "accuracy/step_0": None}
     rows[2] |= {"accuracy/step_0": None}
@@ -242,25 +203,24 @@ def test_values_that_could_not_be_measured(tmp_path):
     alone = result(1.0, 1.0, True) | dict.fromkeys(missing)
     alone |= {"config": [1, 0, 0, 0], "accepted_by_position": []}
     suites = {"a": [alone, result(2.0, 1.5, True)]}
-    write(tmp_path, metrics=rows, benchmark={"suites": suites, "protocol": {}})
-    parsed = Page(write_report(tmp_path).read_text())
+    parsed = page_of(tmp_path, metrics=rows, benchmark={"suites": suites, "protocol": {}})
     assert parsed.headline.startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
     assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["li"]
     assert "–" in " ".join(printed(tmp_path))
+    (tmp_path / "benchmark.json").write_text('{"a": NaN, "b": -Infinity}')
+    assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
     metrics = list(training(5000))
     metrics += [{"step": s, "eval/acceptance_length": 2 + (s == 777)} for s in range(1, 2000, 2)]
     path = write_report(write(tmp_path, metrics=metrics))
-    assert path.stat().st_size < 200_000
-    assert "best 3.00 at update 777" in path.read_text()
+    assert path.stat().st_size < 200_000 and "best 3.00 at update 777" in path.read_text()
 
 
 def test_summary_in_a_narrow_terminal(tmp_path):
     suites = {f"mt[bold]_with_a_name_{n}": [result(1.41 + n, 1.52, "tie")] for n in range(6)}
-    write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION)
-    lines = printed(tmp_path)
+    lines = printed(write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION))
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
     found = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines if "drafted" in line)
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]
@@ -271,12 +231,11 @@ def test_summary_in_a_narrow_terminal(tmp_path):
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
     """An engine's rows have no baselines without a model; what was not measured takes no column."""
     scores = {"score": 0.75, "baseline_score": 0.8, "num_scored": 80, "equal_answers": 0.5}
-    row = result(1.0, 0.9, False) | scores | {"warning": "too bad", "first_round": None}
+    more = scores | {"warning": "too bad", "first_round": None, "config": [4, 7, 10, 60]}
+    row = result(1.0, 0.9, False, **more)
     del row["bigram"], row["prompt_lookup"]
-    row["config"] = [4, 7, 10, 60]
-    write(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
+    parsed = page_of(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
     assert "score" in (text := " ".join(printed(tmp_path))) and "0.75" in text
-    parsed = Page(write_report(tmp_path).read_text())
     assert parsed.headline.endswith("gsm8k [4, 7, 10, 60]: too bad.")
     heads = parsed.rows[0]
     assert "answers equal to the target's own" in heads and "acceptance, bigram" not in heads
@@ -284,10 +243,5 @@ def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
 
 def test_the_readme_picture_is_well_formed(tmp_path):
     draw = runpy.run_path(str(ROOT / "dev/readme_picture.py"))["draw"]
-    picture = draw(write(tmp_path, metrics=METRICS, evaluation=EVALUATION, benchmark=BENCHMARK))
+    picture = draw(write(tmp_path, **FULL))
     assert len(list(ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}g"))) == 13
-
-
-def test_nan_in_a_file_reads_as_none(tmp_path):
-    (tmp_path / "benchmark.json").write_text('{"a": NaN, "b": -Infinity}')
-    assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}

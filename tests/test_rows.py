@@ -25,7 +25,6 @@ def said(*roles):
     "row",
     [
         {"messages": chat("a", "b")},
-        {"conversations": chat("a", "b")},
         {"conversations": said("human", "gpt")},
         {"messages": None, "conversations": said("user", "bing")},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
@@ -40,12 +39,14 @@ def test_shapes_that_say_the_same(row):
 
 
 def test_system_and_input_are_kept():
-    row = {"system": "be kind", "instruction": "sum", "input": "1 2", "output": "3"}
-    assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "sum\n\n1 2", "3"]
-    row = {"system": "be kind", "conversations": [{"from": "human", "value": "a"}]}
-    assert [m["content"] for m in read_conversation(row).messages] == ["be kind", "a"]
-    row = {"conversations": said("system", "human")}
-    assert [m["role"] for m in read_conversation(row).messages] == ["system", "user"]
+    for row, expected in (
+        ({"instruction": "sum", "input": "1 2", "output": "3"}, ["be kind", "sum\n\n1 2", "3"]),
+        ({"conversations": said("human")}, ["be kind", "a"]),
+    ):
+        messages = read_conversation({"system": "be kind", **row}).messages
+        assert [message["content"] for message in messages] == expected
+    messages = read_conversation({"conversations": said("system", "human")}).messages
+    assert [message["role"] for message in messages] == ["system", "user"]
 
 
 def test_tools_and_reasoning():
@@ -70,19 +71,14 @@ def test_tools_and_reasoning():
         {"from": "gpt", "value": "two"},
     ]
     read = read_conversation({"conversations": sharegpt})
-    assert read.messages[1]["tool_calls"] == [CALL] and [m["role"] for m in read.messages][2:] == [
-        "tool",
-        "assistant",
-    ]
+    assert read.messages[1]["tool_calls"] == [CALL]
+    assert [message["role"] for message in read.messages[2:]] == ["tool", "assistant"]
 
 
-def test_a_conversation_that_starts_with_an_answer_loses_it_and_says_so():
+def test_a_leading_answer_is_dropped_and_preformatted_text_kept():
     read = read_conversation({"conversations": [{"from": "gpt", "value": "cut"}, *chat("a", "b")]})
     assert read.messages == [ASKED, ANSWERED] and read.repaired == "leading assistant turn dropped"
     assert read_conversation({"messages": [ASKED, ANSWERED]}).repaired is None
-
-
-def test_preformatted_text():
     assert read_conversation({"text": "<u>a<a>b"}, preformatted=True).text == "<u>a<a>b"
     with pytest.raises(RowError, match="no text"):
         read_conversation({"messages": chat("a", "b")}, preformatted=True)

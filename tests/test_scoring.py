@@ -1,3 +1,5 @@
+"""What counts as a right answer, and code that runs shut in."""
+
 import json
 import socket
 
@@ -6,12 +8,8 @@ from conftest import ROOT
 
 from eagle3.benchmark.scoring import ceval, gsm8k, humaneval, math500, passes
 
-ROWS = [
-    json.loads(line)
-    for line in (ROOT / "tests/data/suites/humaneval.jsonl").read_text().splitlines()
-]
-
-
+LINES = (ROOT / "tests/data/suites/humaneval.jsonl").read_text().splitlines()
+ROWS = [json.loads(line) for line in LINES]
 ANSWERS = [
     (gsm8k, "4*12=48, 48-30=18\n#### 18", "He bakes 48.\n#### 18", True),
     (gsm8k, "#### 18\nBut 17 was wrong.", "#### 17", True),  # the last number behind the marks
@@ -20,9 +18,7 @@ ANSWERS = [
     (gsm8k, "minus -3", "#### -3", True),
     (gsm8k, "about 1365.5", "#### 1365", False),
     (gsm8k, "no number here", "#### 18", False),
-    pytest.param(
-        gsm8k, "9" * 5000, "#### 18", False, id="a loop of digits, more than Python reads"
-    ),
+    pytest.param(gsm8k, "9" * 5000, "#### 18", False, id="more digits than Python reads"),
     (gsm8k, "", "#### 18", False),
     (math500, r"so $\boxed{\frac{7}{8}}$", r"\frac{7}{8}", True),
     (math500, r"$\boxed{1}$, no: $\boxed{\dfrac78}$.", r"\frac{7}{8}", True),
@@ -84,34 +80,25 @@ def test_humaneval_keeps_what_stands_before_the_function(monkeypatch):
     [
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
-        "raise SystemExit",
         "assert False",
         "not python",
         "x = bytearray(2 << 30)",
         "open('big', 'wb').write(bytes(4 << 20))",
         "import os; os.environ['HOME']",
+        "import time\nwhile True: time.sleep(1)",
     ],
 )
-def test_what_does_not_pass(source):
+def test_what_does_not_pass(source, monkeypatch):
+    if "while" in source:
+        monkeypatch.setattr("eagle3.benchmark.scoring.SECONDS", 1)
     assert not passes(source)
 
 
 @pytest.mark.runs
-def test_what_passes():
+def test_what_passes_and_has_no_network_where_the_kernel_allows_it():
     assert passes("import re, math, typing\nassert math.gcd(4, 6) == 2\nopen('a', 'w').write('b')")
-
-
-@pytest.mark.runs
-def test_an_endless_answer_is_ended(monkeypatch):
-    monkeypatch.setattr("eagle3.benchmark.scoring.SECONDS", 1)
-    assert not passes("import time\nwhile True: time.sleep(1)")
-
-
-@pytest.mark.runs
-def test_no_network_where_the_kernel_allows_it():
-    opened = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)"
     with socket.create_server(("127.0.0.1", 0)) as server:
-        code = opened.replace("PORT", str(server.getsockname()[1]))
-        reachable = passes(code)
+        code = "import socket\nsocket.create_connection(('127.0.0.1', PORT), 2)"
+        reachable = passes(code.replace("PORT", str(server.getsockname()[1])))
     if reachable:
         pytest.skip("this kernel gives no network namespaces to users")

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from multiprocessing import set_forkserver_preload
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,21 +30,16 @@ from eagle3.parallel.sequence import Sequence
 from eagle3.runs.metrics import Meter
 from eagle3.train import Trainer, deal_packed
 
+set_forkserver_preload(["torch", "transformers", "hydra", "eagle3.pipeline"])  # imported once
 VOCAB, STEPS, UPDATES = 60, 4, 5
 # The first is longer than any rank's share of an update.
 LENGTHS = [150, 7, 31, 64, 5, 90, 18, 3, 40, 77, 12, 55]
 SHAPE = DraftConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
-    vocab_size=VOCAB,
-    draft_vocab_size=40,
-    target_hidden_size=12,
-    max_position_embeddings=256,
+    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+    vocab_size=VOCAB, draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256,
     initializer_range=0.3,
-)
+)  # fmt: skip
+CHOSEN = torch.arange(VOCAB) % 3 < 2
 # (ulysses, ring) by number of processes; the rest of the processes train on other documents
 LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (1, 4)]}
 
@@ -63,14 +59,11 @@ class Conversations:
         pass
 
     def load(self, numbers, epoch=0):
-        return [Document(n, self.ids[n], self.masks[n], self.features(n)) for n in numbers]
-
-    def features(self, number):
+        documents = [Document(n, self.ids[n], self.masks[n]) for n in numbers]
         if not self.stored:
-            return None
-        everything = torch.ones(VOCAB, dtype=torch.bool)
-        document = Document(number, self.ids[number], self.masks[number])
-        return imagine(pack([document], everything, STEPS, serving))
+            return documents
+        alone = [pack([document], CHOSEN, STEPS, serving) for document in documents]
+        return [replace(d, features=imagine(b)) for d, b in zip(documents, alone, strict=True)]
 
 
 def imagine(batch):
@@ -82,26 +75,20 @@ def imagine(batch):
     return Features(states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, logsumexp)
 
 
-def trainer_of(
-    ranks: Ranks, ulysses: int, ring: int, stored: bool, reduce_dtype=torch.float64
-) -> Trainer:
+def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     torch.manual_seed(0)
-    chosen = torch.arange(VOCAB) % 3 < 2
-    ids = chosen.nonzero()[:, 0]
-    draft = Draft(SHAPE, FlashCPU, chosen, ids - torch.arange(len(ids))).double()
+    d2t = CHOSEN.nonzero()[:, 0] - torch.arange(40)
+    draft = Draft(SHAPE, FlashCPU, CHOSEN, d2t).double()
     embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
     frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
-    features = imagine
-    pack_documents = partial(pack, in_draft_vocab=chosen, ttt_steps=STEPS, mask=serving)
-    group = ulysses * ring
+    features, group = imagine, ulysses * ring
+    pack_documents = partial(pack, in_draft_vocab=CHOSEN, ttt_steps=STEPS, mask=serving)
     if group > 1:
-        timeout = timedelta(minutes=5)
-        shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timeout)
+        shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timedelta(minutes=30))
         features = shared.share_features(imagine, embedding.dtype)
         pack_documents = partial(deal_packed, shared, pack_documents)
-    section = SimpleNamespace(
-        epochs=9, max_steps=UPDATES, tokens_per_step=160, documents_per_update=None
-    )
+    section = {"max_steps": UPDATES, "tokens_per_step": 160, "documents_per_update": None}
+    section = SimpleNamespace(epochs=9, **section)
     replica, replicas = ranks.rank // group, ranks.world_size // group
     loader = Loader(Conversations(stored), section, pack_documents, 320, 3, replica, replicas)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
@@ -113,34 +100,32 @@ def trainer_of(
     return Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
 
 
-def train(trainer: Trainer) -> dict:
+def train(trainer):
     """Losses, accuracies and gradient norms of each update, the weights behind the last."""
-    seen = []
-    updates = iter(trainer.loader)
+    seen, updates = [], iter(trainer.loader)
     for _ in range(UPDATES):
-        norm = trainer.train_update(next(updates), 0.0)
-        metrics = trainer.meter.read(trainer.ranks.all_reduce_tensor)
-        kept = {
-            k: v for k, v in metrics.items() if k.startswith(("loss", "accuracy", "supervised"))
-        }
-        seen.append(kept | {"norm": float(norm)})
+        norm = float(trainer.train_update(next(updates), 0.0))
+        metrics = trainer.meter.read(trainer.ranks.all_reduce_tensor).items()
+        kept = {k: v for k, v in metrics if k.startswith(("loss", "accuracy", "supervised"))}
+        seen.append(kept | {"norm": norm})
     weights = {n: p.detach().clone() for n, p in trainer.draft.named_parameters()}
     return {"seen": seen, "weights": weights}
 
 
-def in_process(rank: int, world_size: int, port: int, out: str) -> None:
+def in_process(rank, world_size, port, out):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     ranks = init_ranks(timedelta(minutes=30))
     results, sent = {}, []
+    exchange = sequence.all_to_all_single_autograd
 
     def counted(x, received, split, group):
         here = dist.get_rank(group)
         sent.append(x[0].numel() * (sum(split) - split[here]) if len(x) else 0)
         return exchange(x, received, split, group)
 
-    exchange, sequence.all_to_all_single_autograd = sequence.all_to_all_single_autograd, counted
+    sequence.all_to_all_single_autograd = counted
     for ulysses, ring in LAYOUTS[world_size]:
         for stored in (True, False):
             sent.clear()
@@ -154,7 +139,7 @@ def in_process(rank: int, world_size: int, port: int, out: str) -> None:
     dist.destroy_process_group()
 
 
-def expected_sent(trainer: Trainer) -> list[int]:
+def expected_sent(trainer):
     """Elements that one rank sends in each exchange of the forward pass; the backward pass returns
     as many.
 
@@ -187,7 +172,8 @@ def alone():
 @pytest.mark.runs
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_every_layout_equals_one_process(alone, world_size, tmp_path):
-    mp.spawn(in_process, (world_size, free_port(), str(tmp_path)), nprocs=world_size)
+    arguments = world_size, free_port(), str(tmp_path)
+    mp.start_processes(in_process, arguments, nprocs=world_size, start_method="forkserver")
     for rank in (0, world_size - 1):
         results = torch.load(tmp_path / f"{rank}.pt")
         if world_size == 2:  # gradients rounded to 8 bits: near, and not the same
@@ -208,24 +194,17 @@ def test_every_layout_equals_one_process(alone, world_size, tmp_path):
 
 
 def whole_batch(mask=serving):
-    conversations = Conversations(True)
-    loaded = conversations.load(range(len(LENGTHS)))
-    chosen = torch.arange(VOCAB) % 3 < 2
-    batch = pack(loaded, chosen, STEPS, mask)
+    loaded = Conversations(True).load(range(len(LENGTHS)))
+    batch = pack(loaded, CHOSEN, STEPS, mask)
     return replace(batch, features=imagine(batch), loaded=loaded)
-
-
-def sequence_of(rank: int, ulysses: int, ring: int) -> Sequence:
-    """As on a rank of a group, without processes."""
-    return Sequence(ulysses, ring, rank, SHAPE, None)
 
 
 @pytest.mark.parametrize("mask", [serving, shifted])
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2), (1, 8)])
 def test_dealt_batches_are_the_whole(mask, shape):
     """Every token, row and pair is some rank's, once."""
-    batch = whole_batch(mask)
-    parts = [sequence_of(rank, *shape).deal(batch) for rank in range(shape[0] * shape[1])]
+    batch, size = whole_batch(mask), shape[0] * shape[1]
+    parts = [Sequence(*shape, rank, SHAPE, None).deal(batch) for rank in range(size)]
     assert sum(part.tokens for part in parts) == len(batch.input_ids)
     for k in range(STEPS):
         assert sum(part.row_counts[k] for part in parts) == batch.row_counts[k]
@@ -246,7 +225,7 @@ def test_a_group_deals_work_evenly():
     """
     ids, mask = torch.zeros(4096, dtype=torch.long), torch.ones(4096, dtype=torch.bool)
     batch = pack([Document(0, ids, mask)], torch.ones(VOCAB, dtype=torch.bool), STEPS, serving)
-    owner, depth = sequence_of(0, 1, 8).assign_tokens(batch)
+    owner, depth = Sequence(1, 8, 0, SHAPE, None).assign_tokens(batch)
     work = torch.zeros(8).index_add_(0, owner, (depth * (batch.position_ids + 1)).float())
     rows = torch.zeros(8).index_add_(0, owner, depth.float())
     assert work.max() < 1.03 * work.mean() and rows.max() < 1.15 * rows.mean()
@@ -264,6 +243,5 @@ def test_other_backends_take_segments():
     for backend in (Dense, FlashCPU):
         ours = Segmented(backend).forward(q, rows, k, v, segments)
         torch.testing.assert_close(ours, (out, lse))
-        torch.testing.assert_close(
-            Segmented(backend).backward(q, q, rows, k, v, out, lse, segments), grads
-        )
+        ours = Segmented(backend).backward(q, q, rows, k, v, out, lse, segments)
+        torch.testing.assert_close(ours, grads)

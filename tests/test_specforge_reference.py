@@ -14,34 +14,26 @@ import torch
 from reference import relative_error
 from specforge_case import FOLDER, Fixture
 
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 
-def fold(gradient: torch.Tensor) -> torch.Tensor:
+
+def fold(gradient):
     """fp32 [256]: sums of the entries under random signs, which keep the norm of an error on
     average.
     """
     signs = np.random.RandomState(0).randint(0, 2, gradient.numel()) * 2 - 1
-    return (
-        (gradient.detach().double().flatten() * torch.from_numpy(signs))
-        .view(-1, 256)
-        .sum(0)
-        .float()
-    )
-
-
-@pytest.fixture(scope="module")
-def expected():
-    return json.loads((FOLDER / "expected.json").read_text())
+    signed = gradient.detach().double().flatten() * torch.from_numpy(signs)
+    return signed.view(-1, 256).sum(0).float()
 
 
 @pytest.mark.parametrize("name", ["full", "padded"])
-def test_losses_and_gradients(expected, name):
-    case = expected[name]
+def test_losses_and_gradients(name):
+    case = EXPECTED[name]
     fixture = Fixture(name, case["lengths"])
     out, loss = fixture()
     loss.backward()
-    assert (out.step_loss / fixture.batch.normaliser).tolist() == pytest.approx(
-        case["step_loss"], rel=1e-5
-    )
+    step_loss = (out.step_loss / fixture.batch.normaliser).tolist()
+    assert step_loss == pytest.approx(case["step_loss"], rel=1e-5)
     assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
     assert out.step_correct.tolist() == case["correct"]
     assert fixture.batch.pair_counts == case["supervised"]
@@ -50,16 +42,13 @@ def test_losses_and_gradients(expected, name):
         assert relative_error(fold(weight.grad), folded) < 1e-4, parameter
 
 
-def test_ten_updates_of_adamw(expected):
+def test_ten_updates_of_adamw():
     fixture = Fixture("full", [256, 256])
-    optimizer = torch.optim.AdamW(
-        fixture.draft.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )
-    for losses in expected["adamw_trajectory"]:
+    optimizer = torch.optim.AdamW(fixture.draft.parameters(), lr=1e-3, weight_decay=0.0)
+    for losses in EXPECTED["adamw_trajectory"]:
         out, loss = fixture()
-        assert [*(out.step_loss / fixture.batch.normaliser).tolist(), loss.item()] == pytest.approx(
-            losses, rel=1e-4
-        )
+        step_loss = (out.step_loss / fixture.batch.normaliser).tolist()
+        assert [*step_loss, loss.item()] == pytest.approx(losses, rel=1e-4)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,53 +38,43 @@ def arguments(run_dir, overrides=()):
     return config, run_dir, list(overrides)
 
 
-def track(run_dir, overrides) -> Tracking:
+def track(run_dir, overrides):
     console = Console(file=io.StringIO(), markup=False, soft_wrap=True)
     return Tracking(*arguments(run_dir, overrides), Recorder(), console)
 
 
-def test_a_resumed_run_keeps_how_it_was_started(tmp_path):
+def test_a_resumed_run_keeps_how_it_was_started_and_a_listed_stage_prints(tmp_path):
     first = track(tmp_path, ["seed=3", "hub.token=SESAME"])
-    first.note("prepare", (Path("made"), FACTS))
+    first.note("prepare", (Path("some_folder"), FACTS))
+    first.note("generate", (tmp_path, {"answers": 3}))
+    lines = [line.split() for line in first.console.file.getvalue().splitlines()]
+    counts = {" ".join(words[:-1]): words[-1] for words in lines[:-2] if len(words) > 1}
+    assert counts == {"rows": "9,006", "documents": "9,000", "vocab coverage": "0.8765"}
+    rejected = ["prepare:", "rejected", "6", "x", "[no]", "turn"]
+    assert lines[-2:] == [["prepare:", "some_folder"], rejected]
     resumed = track(tmp_path, ["train.resume=x"])
     assert resumed.tracker.given[3] == "id", "the run at the tracker goes on too"
-    resumed.note("generate", (tmp_path, {"answers": 3}))
+    resumed.note("generate", (tmp_path, {"answers": 4}))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["overrides"] == ["seed=3", f"hub.token={REDACTED}"]
     assert content["resumed_with"] == ["train.resume=x"] and content["tracker_id"] == "id"
     assert content["config"]["regenerate"]["extra_body"] == {"api_key": REDACTED}
     assert content["seeds"] == {"seed": 3}
-    assert content["inputs"]["prepared"] == FACTS | {"path": "made"}
-    assert content["inputs"]["generated"] == {"answers": 3, "path": str(tmp_path)}
+    assert content["inputs"]["prepared"] == FACTS | {"path": "some_folder"}
+    assert content["inputs"]["generated"] == {"answers": 4, "path": str(tmp_path)}
     assert {"torch", "python"} <= content["versions"].keys()
-
-
-def test_a_listed_stage_prints_what_it_made(tmp_path):
-    tracked = track(tmp_path, [])
-    tracked.note("prepare", (Path("some_folder"), FACTS))
-    tracked.note("generate", (tmp_path, {"answers": 3}))
-    lines = [line.split() for line in tracked.console.file.getvalue().splitlines()]
-    counts = {" ".join(words[:-1]): words[-1] for words in lines[:-2] if len(words) > 1}
-    assert counts == {"rows": "9,006", "documents": "9,000", "vocab coverage": "0.8765"}
-    assert lines[-2:] == [
-        ["prepare:", "some_folder"],
-        ["prepare:", "rejected", "6", "x", "[no]", "turn"],
-    ]
 
 
 @pytest.mark.parametrize("fails", [True, False])
 def test_the_tracker_ends_with_the_run(tmp_path, monkeypatch, fails):
-    tracker = Recorder()
+    tracker, console = Recorder(), Console(file=io.StringIO())
     monkeypatch.setattr(tracking, "instantiate", lambda node: tracker)
-    try:
-        with track_run(*arguments(tmp_path), torch.device("cpu"), Console(file=io.StringIO())):
-            content = json.loads((tmp_path / "run.json").read_text())
-            assert content["hardware"]["device"] == "cpu"
-            if fails:
-                raise KeyError
-    except KeyError:
-        pass
+    with suppress(KeyError), track_run(*arguments(tmp_path), torch.device("cpu"), console):
+        content = json.loads((tmp_path / "run.json").read_text())
+        assert content["hardware"]["device"] == "cpu"
+        if fails:
+            raise KeyError
     assert tracker.ended == [int(fails)] and (tmp_path / "report.html").exists() != fails
 
 
@@ -98,15 +89,18 @@ def test_the_acceptance_of_a_run_is_the_drafts_own(tmp_path):
 
 
 def test_the_commit_says_whether_files_differ_from_it(tmp_path, monkeypatch):
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    def git(*arguments):
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True)
+
     file = tmp_path / "record.py"
     monkeypatch.setattr(tracking, "__file__", str(file))
     assert git_commit() is None
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    git("init", "-q")
     file.write_text("1")
-    subprocess.run([*git, "add", "-A"], check=True)
-    subprocess.run([*git, "commit", "-qm", "one"], check=True)
-    subprocess.run([*git, "tag", "v1"], check=True)
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    git("tag", "v1")
     commit = git_commit()
     assert len(commit) == 40
     file.write_text("2")

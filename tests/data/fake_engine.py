@@ -11,47 +11,19 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 parser = argparse.ArgumentParser(allow_abbrev=False)
-for flag in (
-    "--host",
-    "--dtype",
-    "--model-path",
-    "--random-seed",
-    "--max-running-requests",
-    "--mem-fraction-static",
-):
-    parser.add_argument(flag)
-for flag in (
-    "--model",
-    "--seed",
-    "--max-num-seqs",
-    "--per-request-spec-decode-metrics",
-    "--gpu-memory-utilization",
-):
-    parser.add_argument(flag)
-for flag in (
-    "--speculative-algorithm",
-    "--speculative-draft-model-path",
-    "--tensor-parallel-size",
-    "--tp-size",
-):
-    parser.add_argument(flag)
-for flag in (
-    "--speculative-num-steps",
-    "--speculative-eagle-topk",
-    "--speculative-num-draft-tokens",
-    "--port",
-):
-    parser.add_argument(flag, type=int)
-for flag in (
-    "--enable-metrics",
-    "--enable-per-request-metrics",
-    "--die-at-start",
-    "--die-at-request",
-    "--refuse",
-):
-    parser.add_argument(flag, action="store_true")
-for flag in ("--disable-radix-cache", "--no-enable-prefix-caching"):
-    parser.add_argument(flag, action="store_true")
+FLAGS = {
+    str: "host dtype model-path random-seed max-running-requests mem-fraction-static model seed "
+    "max-num-seqs per-request-spec-decode-metrics gpu-memory-utilization speculative-algorithm "
+    "speculative-draft-model-path tensor-parallel-size tp-size",
+    int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port",
+}
+SWITCHES = "enable-metrics enable-per-request-metrics die-at-start die-at-request refuse "
+SWITCHES += "disable-radix-cache no-enable-prefix-caching"
+for kind, names in FLAGS.items():
+    for name in names.split():
+        parser.add_argument(f"--{name}", type=kind)
+for name in SWITCHES.split():
+    parser.add_argument(f"--{name}", action="store_true")
 parser.add_argument("--speculative-config", type=json.loads, default={})
 
 under_way, most = 0, 0
@@ -79,20 +51,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         steps = options.speculative_config.get("num_speculative_tokens", 0)
         names = ("algorithm", "num_steps", "eagle_topk", "num_draft_tokens")
-        counter = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
-        lines = "".join(
-            f'{counter}{{engine="0",position="{position}"}} 0.0\n' for position in range(steps)
+        count = (
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{}"}} 0.0\n'
         )
-        self.reply(
-            {
-                "/health": "",
-                "/most": [most],
-                "/server_info": {
-                    f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names
-                },
-                "/metrics": "vllm:num_requests_running 0.0\n" + lines,
-            }[self.path]
-        )
+        replies = {"/health": "", "/most": [most]}
+        replies["/server_info"] = {
+            f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names
+        }
+        lines = "".join(count.format(position) for position in range(steps))
+        replies["/metrics"] = "vllm:num_requests_running 0.0\n" + lines
+        self.reply(replies[self.path])
 
     def do_POST(self):
         global under_way, most
@@ -126,10 +94,8 @@ def vllm(body):
     ids, accepted = answer(body["prompt"], body["max_tokens"], steps)
     metrics = {"generation_time_ms": 1000 * (len(ids) - 1) / (100 * (1 + steps))}
     if options.per_request_spec_decode_metrics == "detailed":
-        metrics["speculative_decoding"] = {
-            "num_spec_steps": len(accepted),
-            "per_step_accepted": accepted,
-        }
+        rounds = {"num_spec_steps": len(accepted), "per_step_accepted": accepted}
+        metrics["speculative_decoding"] = rounds
     return {"choices": [{"text": " ".join(map(str, ids)), "token_ids": ids}], "metrics": metrics}
 
 

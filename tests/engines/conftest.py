@@ -1,22 +1,14 @@
 """Servers of SGLang and vLLM on this CPU in fp32, the targets they serve and a trained draft."""
 
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
-from conftest import ROOT, TINY
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from conftest import ROOT, run_command
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from eagle3.engines.server import Server, choose_port
 
@@ -28,13 +20,9 @@ SGLANG_ON_CPU = [
 ]  # fmt: skip
 VLLM_ON_CPU = ["--max-model-len", "2048", "--enforce-eager"]
 CPU_ENVIRONMENT = {
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": str(ROOT),
-}
+    "SGLANG_USE_CPU_ENGINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+}  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -44,59 +32,43 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.runs)
 
 
-def interpreter(engine: str) -> str:
+def interpreter(engine):
     python = Path(os.environ.get("ENGINES_DIR", ROOT)) / f".venv-{engine}" / "bin" / "python"
     if not python.exists():
-        pytest.fail(
-            f"{python} does not exist: make it with launch/engines.sh {engine}, or set ENGINES_DIR"
-        )
+        how = f"make it with launch/engines.sh {engine}, or set ENGINES_DIR"
+        pytest.fail(f"{python} does not exist: {how}")
     return str(python)
 
 
 @pytest.fixture(scope="session")
-def sglang_python() -> str:
+def sglang_python():
     return interpreter("sglang")
 
 
 @pytest.fixture(scope="session")
-def vllm_python() -> str:
-    return interpreter("vllm")
-
-
-@pytest.fixture(scope="session")
-def serve_sglang(sglang_python, tmp_path_factory):
-    """serve_sglang(model, *options): a context with the running server, which has a `url`."""
+def serve(tmp_path_factory):
+    """serve(engine, model, *options): a context with the running server, which has a `url`."""
 
     @contextmanager
-    def serve(model: Path, *options: str):
-        port = str(choose_port(None, "port"))
-        command = [sglang_python, "-m", "sglang.launch_server", "--model-path", str(model)]
-        command += ["--dtype", "float32"]
-        command += [*SGLANG_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
-        log = tmp_path_factory.mktemp("sglang") / "server.log"
+    def serve(engine, model, *options):
+        port, log = str(choose_port(None, "port")), tmp_path_factory.mktemp(engine) / "server.log"
+        command = [interpreter(engine), "-m"]
+        if engine == "sglang":
+            command += ["sglang.launch_server", "--model-path", str(model), *SGLANG_ON_CPU]
+        else:
+            command += ["vllm.entrypoints.openai.api_server", "--model", str(model), *VLLM_ON_CPU]
+        command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", port, *options]
         url = f"http://127.0.0.1:{port}"
-        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", "SGLang") as server:
+        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", engine) as server:
             yield server
 
     return serve
 
 
-@pytest.fixture(scope="session")
-def serve_vllm(vllm_python, tmp_path_factory):
-    """serve_vllm(model, *options): a context with the running server, which has a `url`."""
-
-    @contextmanager
-    def serve(model: Path, *options: str):
-        port = str(choose_port(None, "port"))
-        command = [vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--dtype", "float32"]
-        command += [*VLLM_ON_CPU, "--host", "127.0.0.1", "--port", port, *options]
-        log = tmp_path_factory.mktemp("vllm") / "server.log"
-        url = f"http://127.0.0.1:{port}"
-        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", "vLLM") as server:
-            yield server
-
-    return serve
+def ask(server, path, body):
+    response = httpx.post(server.url + path, json=body, timeout=120, trust_env=False)
+    assert response.status_code == 200, response.text
+    return response.json()
 
 
 SHAPE = {
@@ -105,47 +77,30 @@ SHAPE = {
     "initializer_range": 0.1,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-CONFIGS: dict[str, type[PretrainedConfig]] = {
-    "llama": LlamaConfig,
-    "qwen3": Qwen3Config,
-    "qwen3_moe": Qwen3MoeConfig,
-}
+CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 
 
 @pytest.fixture(scope="session", params=CONFIGS)
-def random_target(request, tokenizer, tmp_path_factory) -> Path:
+def random_target(request, tokenizer, tmp_path_factory):
     """An untrained target of each family, 8 layers x 64 in fp32: fewer than 7 would give two
     auxiliary layers.
     """
     torch.manual_seed(0)
-    experts = EXPERTS if request.param == "qwen3_moe" else {}
-    ids = {
-        "vocab_size": len(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": None,
-    }
+    shape = SHAPE | (EXPERTS if request.param == "qwen3_moe" else {})
+    shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CONFIGS[request.param](**shape, bos_token_id=None)
     folder = tmp_path_factory.mktemp(request.param)
-    AutoModelForCausalLM.from_config(
-        CONFIGS[request.param](**SHAPE, **experts, **ids)
-    ).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained_draft(tmp_path_factory) -> Path:
+def trained_draft(tmp_path_factory):
     """A draft of 60 updates on the embedded target, which the induction start makes useful."""
     folder = tmp_path_factory.mktemp("trained")
-    command = [
-        sys.executable, "run.py", "stages=[prepare,train,export]", "train.max_steps=60",
-        "train.eval_every=60", "eval.num_prompts=2", f"cache_dir={folder / 'cache'}",
-        f"hydra.run.dir={folder / 'run'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    few = ["train.max_steps=60", "train.eval_every=60", "eval.num_prompts=2"]
+    folders = [f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'run'}"]
+    done = run_command("stages=[prepare,train,export]", *few, *folders, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "run" / "draft"
-
-
-@pytest.fixture(scope="session")
-def tiny_config() -> PretrainedConfig:
-    return AutoConfig.from_pretrained(TINY / "target")

@@ -2,36 +2,23 @@
 stand-in serves.
 """
 
-import httpx
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-NEW_TOKENS = 24
+from engines.conftest import ask
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def test_greedy_answers_equal_transformers(random_target, serve):
     """Lengths differ, so that requests of one batch are told apart."""
     generator = torch.Generator().manual_seed(1)
-    return [
-        torch.randint(6, 2048, (length,), generator=generator).tolist() for length in (5, 17, 40)
-    ]
-
-
-@torch.inference_mode()
-def test_greedy_answers_equal_transformers(random_target, serve_sglang, prompts):
+    prompts = [torch.randint(6, 2048, (1, n), generator=generator) for n in (5, 17, 40)]
     model = AutoModelForCausalLM.from_pretrained(random_target, dtype="float32")
-    expected = [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
-        )
-        for prompt in prompts
-    ]
-    sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    with serve_sglang(random_target) as server:
-        body = {"input_ids": prompts, "sampling_params": sampling}
-        response = httpx.post(f"{server.url}/generate", json=body, timeout=120, trust_env=False)
-    answers = [answer["output_ids"] for answer in response.json()]
-    assert answers == [ids[0, len(prompt) :].tolist() for ids, prompt in zip(expected, prompts)]
+    greedy = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    whole = [model.generate(prompt, **greedy)[0] for prompt in prompts]
+    expected = [ids[prompt.shape[1] :].tolist() for ids, prompt in zip(whole, prompts)]
+    sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    body = {"input_ids": [prompt[0].tolist() for prompt in prompts], "sampling_params": sampling}
+    with serve("sglang", random_target) as server:
+        answers = [answer["output_ids"] for answer in ask(server, "/generate", body)]
+    assert answers == expected
     assert len({tuple(ids) for ids in answers}) == len(prompts), "equal answers would show nothing"
