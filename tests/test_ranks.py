@@ -11,16 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    TRAIN_ONLY,
-    kill_group,
-    losses,
-    run,
-    run_command,
-    start_command,
-    wait_for,
-)
+from conftest import ROOT, TRAIN_ONLY, kill_group, losses, run, run_command, start_command, wait_for
 
 from eagle3.runs.checkpoint import load_checkpoint
 
