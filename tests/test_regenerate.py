@@ -218,7 +218,7 @@ def drop(handler):
 
 FAULTS = {
     "HTTP 500: out of order": lambda fake: fake.send(500, {"error": {"message": "out of order"}}),
-    "HTTP 429: Error code: N - {}": lambda handler: handler.send(429, {}, Retry_After="0.01"),
+    "HTTP 429: Error code: N": lambda handler: handler.send(429, {}, Retry_After="0.01"),
     "Connection error.": drop,
     "Request timed out.": lambda handler: time.sleep(1.2),
 }
@@ -470,8 +470,8 @@ def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
     for name in ("conversations.jsonl", "rejects.jsonl"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
     if temperature == 0:
-        answer(tmp_path / "alone", rows, **options | {"batch_size": 1})
-        assert written(tmp_path / "alone") == written(whole)
+        answer(tmp_path / "alone", rows[:4], **options | {"batch_size": 1})
+        assert written(tmp_path / "alone") == written(whole)[:4]
     too_long = "the prompt is longer than the target's context"
     assert facts["rejected"]["broken JSON"] == facts["rejected"][too_long] == 1
     messages = [[m for m in e["messages"] if m["role"] == "assistant"] for e in written(whole)]
