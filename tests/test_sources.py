@@ -42,6 +42,7 @@ FORMS = {
     "a.json": json.dumps(ROWS).encode(),
     "indented.jsonl": json.dumps(ROWS, indent=2).encode(),
     "bom.jsonl": b"\xef\xbb\xbf" + lines(9),
+    "bom.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
     "a.parquet": None,
 }
 

@@ -323,7 +323,7 @@ def test_damaged_shards_and_documents_are_added_again(tmp_path):
     assert set(again.load(list(range(30)))) == set(range(30))
 
 
-@pytest.mark.parametrize("budget", [300, 50_000, 400_001])
+@pytest.mark.parametrize("budget", [300, 400, 50_000, 400_001])
 def test_the_budget_is_never_exceeded(tmp_path, budget):
     def used():
         return sum(path.stat().st_size for path in tmp_path.iterdir())
