@@ -296,3 +296,20 @@ def in_another_process(function, *arguments) -> multiprocessing.Process:
 
 def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fail"):
     return HiddenStates(path and str(path), dtype, max_disk, on_damage)
+
+
+def turns(*contents):
+    """What a user and an assistant say in turn."""
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": text} for role, text in zip(roles, contents)]
+
+
+def write_jsonl(path, *rows) -> Path:
+    """Rows, or lines as they are."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def read_jsonl(path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]

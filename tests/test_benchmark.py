@@ -1,3 +1,5 @@
+"""Configs and suites through any engine, the built-in decoder, and the statistics."""
+
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -6,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
@@ -65,13 +67,6 @@ def no_process(monkeypatch):
     monkeypatch.setattr(measure, "device_name", str)
 
 
-def make_draft(target):
-    vocab_size, hidden = target.embedding.shape
-    config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
-    whole = torch.ones(vocab_size, dtype=torch.bool)
-    return Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
-
-
 def subject_of(folder, target=None, eval_path=None, heldout=None, prepared=None):
     data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared", chat_template="auto")
     spec = SimpleNamespace(config=None, aux_layer_ids=[1, 2, 3])
@@ -89,6 +84,8 @@ class Echo(Request):
     seconds: float = 0.01
     broken: bool = False
     in_process: bool = False
+    dies_at: int = -1
+    error: type = RunError
 
     def start(self, subject, run_dir):
         return {"runner": "echo"}
@@ -101,6 +98,8 @@ class Echo(Request):
         return [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
 
     def one(self, steps, ids):
+        if steps == self.dies_at:
+            raise self.error("the engine died")
         ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
         accepted = [min(steps, self.accepted)] * len(ids)
         answer = answer_of_rounds(ids, "".join(map(chr, ids)), accepted, steps, 0)
@@ -111,28 +110,30 @@ class Echo(Request):
         self.log.append(("close",))
 
 
-def rows_file(folder, *rows):
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def questions(folder, count=1):
+    return str(write_jsonl(folder / "mine.jsonl", *({"prompt": f"ask {i}"} for i in range(count))))
 
 
-def measured(folder, configs, suites, log=None, kind=Echo, **changed):
+def measured(folder, configs, suites, log=None, **changed):
+    """benchmark.json by the Echo."""
     section = {key: value for key, value in SECTION.items() if not key.startswith("_")}
     section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
-    benchmark(kind(log=[] if log is None else log, **section), subject_of(folder), folder)
+    benchmark(Echo(log=[] if log is None else log, **section), subject_of(folder), folder)
     return json.loads((folder / "benchmark.json").read_text())
 
 
-def decoded(folder, target, heldout, prepared=None, **changed):
-    """benchmark=builtin on the prompts of `heldout`."""
-    path = folder / "heldout.jsonl"
-    lines = [json.dumps({"id": f"h{i}", "input_ids": ids}) for i, ids in enumerate(heldout)]
-    path.write_text("\n".join(lines))
-    subject = subject_of(folder, target, heldout=path, prepared=prepared)
+def decoded(folder, target, prompts=(), subject=None, **changed):
+    """benchmark.json by the built-in decoder with a random draft, on held-out `prompts`."""
+    lines = ({"id": f"h{i}", "input_ids": ids} for i, ids in enumerate(prompts))
+    path = write_jsonl(folder / "heldout.jsonl", *lines)
+    subject = subject_of(folder, target, **{"heldout": path} | (subject or {}))
     changed = {"suites": ["heldout"], "max_new_tokens": 6} | changed
+    vocab_size, hidden = target.embedding.shape
+    config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
+    whole = torch.ones(vocab_size, dtype=torch.bool)
+    draft = Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(target))
+        patch.setattr(builtin, "read_draft", lambda *arguments: draft)
         benchmark(instantiate(SECTION | changed), subject, folder)
     return json.loads((folder / "benchmark.json").read_text())
 
@@ -146,17 +147,17 @@ def test_bigram_table_takes_the_most_frequent_successor():
     assert bigram([1, 0], [0], 3) == [1, 0, 1]
 
 
-@pytest.mark.parametrize(
-    "text, drafted",
-    [
-        ([1, 2, 3, 9, 1, 2, 3], [9, 1]),
-        ([1, 2, 3, 9, 7, 2, 3, 8, 1, 2, 3], [9, 7]),  # the longest, not the latest
-        ([2, 3, 9, 0, 2, 3, 8, 1, 2, 3], [8, 1]),  # of equal ones the latest
-        ([3, 3], [3]),
-        ([1, 2, 3], []),
-        ([1], []),
-    ],
-)
+LOOKUPS = [
+    ([1, 2, 3, 9, 1, 2, 3], [9, 1]),
+    ([1, 2, 3, 9, 7, 2, 3, 8, 1, 2, 3], [9, 7]),  # the longest, not the latest
+    ([2, 3, 9, 0, 2, 3, 8, 1, 2, 3], [8, 1]),  # of equal ones the latest
+    ([3, 3], [3]),
+    ([1, 2, 3], []),
+    ([1], []),
+]
+
+
+@pytest.mark.parametrize("text, drafted", LOOKUPS)
 def test_prompt_lookup(text, drafted):
     assert prompt_lookup(text, 2) == drafted
 
@@ -172,7 +173,6 @@ def test_acceptance_of_counts_rounds_as_decoding_does():
 
     assert acceptance_of(perfect, [0, 0], answer, 2) == [3, 2]
     assert acceptance_of(perfect, [0, 0], answer, 8) == [5]
-    assert acceptance_of(lambda text, length: [], [0, 0], answer, 2) == [1] * 5
     assert acceptance_of(wrong_first, [0, 0], answer, 2) == [1] * 5
     assert acceptance_of(perfect, [0, 0], [5], 2) == []
     assert acceptance_of(prompt_lookup, [3, 5, 6, 7, 3], [5, 6, 7, 3, 2], 3) == [4]
@@ -188,7 +188,6 @@ MISTAKES = [
     ({"suites": []}, r"^benchmark\.suites or .* is empty"),
     ({"suites": ["heldout:2", "heldout:3"]}, "names a suite twice"),
     ({"protocol": "eagle", "system_prompt": "x"}, r"system_prompt=x does not go with .*eagle"),
-    ({"protocol": "specforge", "system_prompt": "x"}, r"system_prompt=x does not go with "),
     ({"paths": {"gsm9k": "."}}, r"benchmark\.paths\.gsm9k is no suite"),
     ({"paths": {"gsm8k": "nowhere"}}, r"benchmark\.paths\.gsm8k=nowhere does not exist"),
 ]
@@ -202,135 +201,118 @@ def test_mistakes_before_anything_loads(changed, words):
 
 def test_what_can_run():
     check_node(SECTION, "benchmark")
-    check_request(SECTION)
     configs = [[1, 5, 1, 6], [1, 1, 1, 2], [1, 0, 0, 0], [8, 0, 0, 0], [4, 7, 10, 60]]
     check_request(SECTION | {"configs": configs})
 
 
 def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
-    suite = rows_file(tmp_path, *({"prompt": f"question {i}"} for i in range(5)))
-    configs, log = [[1, 3, 1, 4], [2, 0, 0, 0], [2, 3, 4, 8]], []
+    suite, log = questions(tmp_path, 5), []
+    configs = [[1, 3, 1, 4], [2, 0, 0, 0], [2, 3, 4, 8]]
     result = measured(tmp_path, configs, [f"{suite}:4"], log)
-    opened = [entry[1] for entry in log if entry[0] == "open"]
-    assert opened == [[1, 0, 0, 0], [2, 0, 0, 0], [1, 3, 1, 4], [2, 3, 4, 8]], (
-        "a server serves any batch"
-    )
-    one_by_one, at_once = ["open", *["answer"] * 5], ["open", "answer", "answer"]
-    expected = [*[*one_by_one, *at_once] * 2, "close"]
+    opened = [[1, 0, 0, 0], [2, 0, 0, 0], [1, 3, 1, 4], [2, 3, 4, 8]]
+    assert [entry[1] for entry in log if entry[0] == "open"] == opened, "a server serves any batch"
+    expected = [*["open", *["answer"] * 5, "open", "answer", "answer"] * 2, "close"]
     assert [kind for kind, *_ in log] == expected, "one config at a time"
     asked = [entry[2] for entry in log if entry[0] == "answer"]
     assert asked == [1, 1, 1, 1, 1, 2, 4] * 2, "a warm-up, then all; a batch is kept full"
     chain, alone, tree = result["suites"][suite]
     assert [row["config"] for row in (chain, alone, tree)] == configs
-    assert chain["num_prompts"] == 4
-    assert chain["acceptance_length"] == 29 / 15 and alone["acceptance_length"] == 1
+    assert chain["num_prompts"] == 4 and chain["equal_answers"] == 1 and chain["lossless"] is True
+    assert chain["acceptance_length"] == 24 / 12 and alone["acceptance_length"] == 1
     assert chain["accepted_by_position"] == [1, 0, 0] and alone["accepted_by_position"] == []
-    assert chain["speedup"] == pytest.approx(29 / 15) and alone["speedup"] == 1
-    assert chain["lossless"] is True and chain["equal_answers"] == 1
+    assert chain["speedup"] == pytest.approx(24 / 12) and alone["speedup"] == 1
     assert "warning" not in chain and "warning" not in alone
     protocol = result["protocol"]
-    assert protocol["runner"] == "echo" and protocol["drafting"] == "chain and tree"
-    assert protocol["max_new_tokens"] == 40 and protocol["system_prompt"] == "as prepared"
-    assert protocol["protocol"] == "chat" and protocol["template"].startswith("auto, sha256 ")
+    wanted = {"runner": "echo", "drafting": "chain and tree", "max_new_tokens": 40}
+    wanted |= {"system_prompt": "as prepared", "protocol": "chat"}
+    assert wanted.items() <= protocol.items() and protocol["template"].startswith("auto, sha256 ")
 
 
-def test_larger_batches_are_timed_by_the_clock(tmp_path, monkeypatch):
+@pytest.mark.parametrize("batch, seconds", [(10, 3), (1, 10 * 12 * 60)])
+def test_larger_batches_are_timed_by_the_clock(tmp_path, monkeypatch, batch, seconds):
     """Ten overlapping requests that each report a minute took as long as the clock says."""
-    suite = rows_file(tmp_path, *({"prompt": f"question {i}"} for i in range(10)))
-    now = iter(range(0, 1000, 3))
+    suite, now = questions(tmp_path, 10), iter(range(0, 1000, 3))
     monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(now)))
-    for batch, tokens_per_second in ((10, 290 / 3), (1, 290 / (10 * 15 * 60))):
-        result = measured(tmp_path, [[batch, 3, 1, 4]], [suite], seconds=60.0)
-        (row,) = result["suites"][suite]
-        assert row["tokens_per_second"] == pytest.approx(tokens_per_second)
+    result = measured(tmp_path, [[batch, 3, 1, 4]], [suite], seconds=60.0)
+    (row,) = result["suites"][suite]
+    assert row["tokens_per_second"] == pytest.approx(240 / seconds)
 
 
-@pytest.mark.parametrize("error", [RunError, ConfigError, KeyboardInterrupt])
-def test_what_was_measured_before_an_error_is_written(tmp_path, error):
-    suite, log = rows_file(tmp_path, {"prompt": "question"}), []
-
-    class Dying(Echo):
-        def one(self, steps, ids):
-            if steps == dies_at:
-                raise error("the engine died")
-            return super().one(steps, ids)
-
-    configs = [[1, 5, 1, 6], [1, 3, 1, 4]]
-    for dies_at, written in ((0, None), (5, [[1, 3, 1, 4]])):
-        with pytest.raises(error):
-            measured(tmp_path, configs, [suite], log, Dying)
-        assert log[-2][1][1] == dies_at and log[-1] == ("close",)
-        path = tmp_path / "benchmark.json"
-        rows = json.loads(path.read_text())["suites"][suite] if path.exists() else None
-        assert rows is written is None or [row["config"] for row in rows] == written
+@pytest.mark.parametrize("error", [RunError, KeyboardInterrupt])
+@pytest.mark.parametrize("dies_at, written", [(0, None), (5, [[1, 3, 1, 4]])])
+def test_what_was_measured_before_an_error_is_written(tmp_path, error, dies_at, written):
+    suite, log, path = questions(tmp_path), [], tmp_path / "benchmark.json"
+    with pytest.raises(error):
+        configs = [[1, 5, 1, 6], [1, 3, 1, 4]]
+        measured(tmp_path, configs, [suite], log, dies_at=dies_at, error=error)
+    assert log[-2][1][1] == dies_at and log[-1] == ("close",)
+    rows = json.loads(path.read_text())["suites"][suite] if path.exists() else None
+    assert rows is written is None or [row["config"] for row in rows] == written
 
 
 def test_configs_of_a_batch_take_turns(tmp_path):
-    suite, log = rows_file(tmp_path, *({"prompt": f"{i}"} for i in range(3))), []
-    measured(tmp_path, [[2, 5, 1, 6], [2, 3, 1, 4]], [suite], log, in_process=True)
+    log, configs = [], [[2, 5, 1, 6], [2, 3, 1, 4]]
+    measured(tmp_path, configs, [questions(tmp_path, 3)], log, in_process=True)
     answers = [(entry[1][1], entry[2]) for entry in log if entry[0] == "answer"]
-    warm_up, two, one = [(0, 2), (5, 2), (3, 2)], [(0, 2), (5, 2), (3, 2)], [(3, 1), (5, 1), (0, 1)]
-    assert answers == warm_up + two + one, "the second group in the other order"
+    two, one = [(0, 2), (5, 2), (3, 2)], [(3, 1), (5, 1), (0, 1)]
+    assert answers == two + two + one, "a warm-up; then the second group in the other order"
 
 
 def test_the_second_question_follows_the_own_first_answer(tmp_path):
-    path, log = rows_file(tmp_path, {"turns": ["one", "two"]}, {"turns": ["three"]}), []
+    rows = {"turns": ["one", "two"]}, {"turns": ["three"]}
+    path, log = str(write_jsonl(tmp_path / "mine.jsonl", *rows)), []
     result = measured(tmp_path, [[2, 0, 0, 0]], [path], log, max_new_tokens=19)
     prompts = [list(map(Words().decode, entry[3])) for entry in log if entry[0] == "answer"]
     assert prompts[1] == ["<s>as prepared<u>one<a>", "<s>as prepared<u>three<a>"]
     assert prompts[2] == ["<s>as prepared<u>one<a><s>as prepared<u>on<u>two<a>"]
-    (row,) = result["suites"][path]
-    assert row["num_prompts"] == 2, "a question with its turns counts once"
+    assert result["suites"][path][0]["num_prompts"] == 2, "a question with its turns counts once"
 
 
-def test_sampling_and_losslessness(tmp_path):
-    suite = rows_file(tmp_path, {"prompt": "question"})
-    for temperature, equal in ((1.0, None), (0.0, False)):
-        changed = {"temperature": temperature, "broken": True}
-        (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], **changed)["suites"][suite]
-        assert row["lossless"] is equal and row.get("equal_answers") == (None, 0)[equal is False]
+def test_losslessness_and_nothing_accepted(tmp_path, capsys):
+    suite = questions(tmp_path)
 
+    def row(**changed):
+        return measured(tmp_path, [[1, 2, 1, 3]], [suite], **changed)["suites"][suite][0]
 
-def test_nothing_accepted_is_a_warning(tmp_path, capsys):
-    suite = rows_file(tmp_path, {"prompt": "question"})
-    (row,) = measured(tmp_path, [[1, 2, 1, 3]], [suite], accepted=0)["suites"][suite]
-    assert row["acceptance_length"] == 1 and "EAGLE, not EAGLE3" in row["warning"]
-    assert row["warning"] in capsys.readouterr().out
+    for temperature, lossless, equal in ((1.0, None, None), (0.0, False, 0)):
+        broken = row(temperature=temperature, broken=True)
+        assert broken["lossless"] is lossless and broken.get("equal_answers") == equal
+    none = row(accepted=0)
+    assert none["acceptance_length"] == 1 and "EAGLE, not EAGLE3" in none["warning"]
+    assert none["warning"] in capsys.readouterr().out
 
 
 def test_answers_are_scored(tmp_path):
     """The echo of the last number of the prompt is right where the question holds the answer."""
-    rows = [{"question": f"What is {i}?", "answer": f"It is\n#### {i % 2}"} for i in range(4)]
-    paths = {"gsm8k": rows_file(tmp_path, *rows)}
+    rows = ({"question": f"What is {i}?", "answer": f"It is\n#### {i % 2}"} for i in range(4))
+    paths = {"gsm8k": str(write_jsonl(tmp_path / "g.jsonl", *rows))}
     changed = {"paths": paths, "max_new_tokens": 60}
     (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], **changed)["suites"]["gsm8k"]
     assert (row["score"], row["baseline_score"], row["num_scored"]) == (0.5, 0.5, 4)
 
 
-def test_code_runs_only_where_that_was_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("execute_code, times", [(False, 0), (True, 3)])
+def test_code_runs_only_where_that_was_asked_for(tmp_path, monkeypatch, execute_code, times):
     paths, ran = {"humaneval": str(ROOT / "tests/data/suites/humaneval.jsonl")}, []
     score = "eagle3.benchmark.scoring.passes"
     monkeypatch.setattr(score, lambda source: ran.append(source) or True)
-    for execute_code, times in ((False, 0), (True, 3)):
-        changed = {"paths": paths, "max_new_tokens": 90, "execute_code": execute_code}
-        (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["humaneval"], **changed)["suites"]["humaneval"]
-        assert len(ran) == times and ("score" in row) is execute_code
+    changed = {"paths": paths, "max_new_tokens": 90, "execute_code": execute_code}
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["humaneval"], **changed)["suites"]["humaneval"]
+    assert len(ran) == times and ("score" in row) is execute_code
 
 
 def test_builtin_reports_every_suite_and_config(tmp_path):
     prompts, configs = [[0, 3], [1, 3], [2, 3]], [[1, 2, 1, 3], [1, 0, 0, 0]]
-    texts = [torch.arange(10), torch.tensor([3, 5])]
-    changed = {"configs": configs, "suites": ["heldout:2"]}
-    result = decoded(tmp_path, Cycle(), prompts, prepared=texts, **changed)
+    texts = {"prepared": [torch.arange(10), torch.tensor([3, 5])]}
+    result = decoded(tmp_path, Cycle(), prompts, texts, configs=configs, suites=["heldout:2"])
     row, alone = result["suites"]["heldout"]
     assert row["num_prompts"] == 2 and row["config"] == configs[0] and row["lossless"] is True
     assert row["bigram"] == 5 / 2 and row["prompt_lookup"] == 1
     assert len(row["accepted_by_position"]) == 2
     assert alone["acceptance_length"] == alone["bigram"] == 1
-    protocol = result["protocol"]
-    assert protocol["suites"] == ["heldout:2"] and protocol["system_prompt"] == "as prepared"
-    assert protocol["drafting"] == "chain" and protocol["dtype"] == "float32"
-    assert protocol["runner"] == "builtin" and protocol["threads"] == torch.get_num_threads()
+    protocol = {"suites": ["heldout:2"], "system_prompt": "as prepared", "drafting": "chain"}
+    protocol |= {"dtype": "float32", "runner": "builtin", "threads": torch.get_num_threads()}
+    assert protocol.items() <= result["protocol"].items()
 
 
 def test_builtin_runs_trees_and_batches(tmp_path):
@@ -343,59 +325,46 @@ def test_builtin_runs_trees_and_batches(tmp_path):
     assert tree["acceptance_length"] >= batch["acceptance_length"] == chain["acceptance_length"]
 
 
-def decoder_of(target, config, temperature=0.0):
-    request = instantiate(SECTION | {"temperature": temperature})
-    request.target, request.chat, request.seed, request.rules = target, Words(), 0, {}
-    request.open(config)
-    return partial(request.answer, config)
-
-
 def test_builtin_answers_in_order_and_without_common_luck():
-    answers = decoder_of(Cycle(), [2, 0, 0, 0])([[0, 3], [1, 9, 5], [7]], Setup(4))
-    assert [a.ids for a in answers] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
-    assert answers[0].rounds == 3
-    one, other = decoder_of(Cycle(), [1, 0, 0, 0], 50.0)([[0, 3], [0, 3]], Setup(8))
+    def answers(config, prompts, count, temperature=0.0):
+        request = instantiate(SECTION | {"temperature": temperature})
+        request.target, request.chat, request.seed, request.rules = Cycle(), Words(), 0, {}
+        request.open(config)
+        return request.answer(config, prompts, Setup(count))
+
+    found = answers([2, 0, 0, 0], [[0, 3], [1, 9, 5], [7]], 4)
+    assert [a.ids for a in found] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
+    assert found[0].rounds == 3
+    one, other = answers([1, 0, 0, 0], [[0, 3], [0, 3]], 8, 50.0)
     assert one.ids != other.ids
 
 
 def test_heldout_behind_another_system_prompt_needs_conversations(tmp_path):
-    path = rows_file(tmp_path, {"messages": [{"role": "user", "content": "q"}]})
-    section = SECTION | {"configs": [[1, 0, 0, 0]], "suites": ["heldout"], "max_new_tokens": 3}
-    request = instantiate(section | {"system_prompt": "be kind"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtin, "read_draft", lambda *arguments: make_draft(Cycle(256)))
-        benchmark(request, subject_of(tmp_path, Cycle(256), path), tmp_path)
-    result = json.loads((tmp_path / "benchmark.json").read_text())
-    assert result["protocol"]["system_prompt"] == "be kind"
+    row = {"messages": [{"role": "user", "content": "q"}]}
+    path, ask = str(write_jsonl(tmp_path / "m.jsonl", row)), partial(decoded, tmp_path, Cycle(256))
+    changed = {"configs": [[1, 0, 0, 0]], "system_prompt": "be kind"}
+    assert ask(subject={"eval_path": path}, **changed)["protocol"]["system_prompt"] == "be kind"
     with pytest.raises(ConfigError, match=r"set data\.eval_path"):
-        benchmark(request, subject_of(tmp_path), tmp_path)
+        ask(**changed)
 
 
 def trial(*answers, prompt=(0,), seconds=1.0):
     """A question answered by (ids, emitted, accepted) in turn."""
-    generations = [
-        Generation(list(ids), list(emitted), list(accepted), 0.5, seconds)
-        for ids, emitted, accepted in answers
-    ]
+    generations = [Generation(*map(list, answer), 0.5, seconds) for answer in answers]
     given = [read(generation, 3, (), Words()) for generation in generations]
     return Trial(Question(), [list(prompt)] * len(answers), given, seconds * len(answers))
 
 
 def test_acceptance_figures():
-    trials = [
-        trial((range(8), [4, 2, 1], [3, 1, 0])),
-        trial(([3] * 40, [4] * 9 + [3], [3] * 10)),
-        trial(([9], [], [])),
-    ]
+    loop, short = ([3] * 40, [4] * 9 + [3], [3] * 10), ([9], [], [])
+    trials = [trial((range(8), [4, 2, 1], [3, 1, 0])), trial(loop), trial(short)]
     row = acceptance(trials, 3, seed=0)
-    assert row["acceptance_length"] == 46 / 13
-    assert row["loops"] == 1 and row["acceptance_length_loop_free"] == 7 / 3
-    assert row["first_round"] == 4
-    assert row["accepted_by_position"] == [12 / 13, 11 / 13, 11 / 13]
-    low, high = row["interval95"]
+    low, high = row.pop("interval95")
     assert low == pytest.approx(7 / 3) and high == pytest.approx(3.9)
-    assert acceptance(trials, 3, seed=0) == row
-    empty = acceptance([trial(([9], [], []))], 1, seed=0)
+    expected = {"acceptance_length": 46 / 13, "loops": 1, "acceptance_length_loop_free": 7 / 3}
+    expected |= {"first_round": 4, "accepted_by_position": [12 / 13, 11 / 13, 11 / 13]}
+    assert expected.items() <= row.items()
+    empty = acceptance([trial(short)], 1, seed=0)
     assert empty["acceptance_length"] is empty["interval95"] is None
 
 
@@ -409,12 +378,12 @@ def test_turns_of_a_question_are_resampled_together():
 
 def test_interval_covers_the_mean_as_often_as_it_says():
     random, covered = torch.Generator().manual_seed(0), 0
-    for seed in range(100):
+    for seed in range(60):
         rounds = torch.randint(1, 5, (40, 6), generator=random).tolist()
         trials = [trial((range(1 + sum(n)), n, [e - 1 for e in n])) for n in rounds]
         low, high = acceptance(trials, 3, seed)["interval95"]
         covered += low <= 2.5 <= high
-    assert 88 <= covered <= 100
+    assert 52 <= covered < 60
 
 
 def test_speed_counts_decoding_alone():
@@ -424,50 +393,43 @@ def test_speed_counts_decoding_alone():
     assert row["speedup"] == 5 and row["speedup_interval95"] == pytest.approx([5, 5])
 
 
-@pytest.mark.parametrize(
-    "gap, second, expected",
-    [(1e-6, 1, "tie"), (0.1, 1, False), (1e-6, 2, False), (1e-6, None, True)],
-)
-def test_lossless_or_tie(gap, second, expected):
-    """Behind the second answer token the target likes tokens 0 and 1, `gap` apart, and not 2."""
-    logits = torch.tensor([[2.0, 2.0 - 2 * gap, -1.0]])
-    texts = []
+TIES = [(1e-6, [1, 8], "tie"), (0.1, [1, 8], False), (1e-6, [2, 8], False), (1e-6, [0, 7], True),
+        (1e-6, [], None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("gap, end, expected", TIES)
+def test_lossless_or_tie(gap, end, expected):
+    """Behind the second answer token the target likes tokens 0 and 1, `gap` apart, and not 2; an
+    answer that stops early has no such place.
+    """
+    logits, texts = torch.tensor([[2.0, 2.0 - 2 * gap, -1.0]]), []
 
     def states(input_ids, position_ids):
         texts.append(input_ids.tolist())
         return None, torch.zeros(len(input_ids), 3)
 
-    target = SimpleNamespace(
-        embedding=torch.zeros(3, 3), states=states, lm_head=lambda last: logits
-    )
-    answers = [5, 6, 0, 7], [5, 6, 0, 7] if second is None else [5, 6, second, 8]
+    head = {"embedding": torch.zeros(3, 3), "lm_head": lambda last: logits}
+    target, answers = SimpleNamespace(states=states, **head), ([5, 6, 0, 7], [5, 6, *end])
     baseline, drafted = (trial((ids, [1] * 3, [0] * 3), prompt=(9, 9)) for ids in answers)
     pair = [drafted, drafted], [baseline, baseline]
     row = equality(*pair) | ties(target, *pair)
-    assert row["lossless"] == expected
-    if expected is True:
-        assert row == {"lossless": True, "equal_answers": 1} and texts == []
+    assert row["lossless"] == (expected or False) and ("tie_gap" in row) == bool(texts)
+    if not texts:
+        assert row["equal_answers"] == (expected is True) and expected is not False
     else:
         assert texts[0] == [9, 9, 5, 6]
-        assert row["tie_gap"] == pytest.approx(1.5 if second == 2 else gap, rel=0.2)
+        assert row["tie_gap"] == pytest.approx(1.5 if end[0] == 2 else gap, rel=0.2)
 
 
-def test_an_answer_that_stops_early_is_not_lossless():
-    target = SimpleNamespace(embedding=torch.zeros(3, 3))
-    pair = [trial(([5, 6, 0], [1, 1], [0, 0]))], [trial(([5, 6], [1], [0]))]
-    row = equality(*pair) | ties(target, *pair)
-    assert row["lossless"] is False and "tie_gap" not in row
+CUTS = [
+    ("e", 5, [3, 1], [2, 1]),
+    ("a", 1, [], []),
+    ("cd", 4, [3], [2]),
+    ("x", 8, [3, 3, 1], [2, 2, 0]),
+]
 
 
-@pytest.mark.parametrize(
-    "stop, length, emitted, accepted",
-    [
-        ("e", 5, [3, 1], [2, 1]),
-        ("a", 1, [], []),
-        ("cd", 4, [3], [2]),
-        ("x", 8, [3, 3, 1], [2, 2, 0]),
-    ],
-)
+@pytest.mark.parametrize("stop, length, emitted, accepted", CUTS)
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
     whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
     answer = read(whole, 2, (stop,), Words())

@@ -11,6 +11,7 @@ import torch
 from conftest import hidden_states_section, in_another_process, spec_of
 from rich.console import Console
 
+from eagle3.batch import fill
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states import capture as capturing
@@ -37,7 +38,7 @@ def documents(lengths, seed=0, repeated=0):
 
 def handle_of(folder, batch_tokens=128, layers=None):
     section = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
-    section["batch_tokens"] = batch_tokens
+    section |= {"batch_tokens": batch_tokens}
     return TargetHandle(spec_of(folder, layers), section, torch.device("cpu"))
 
 
@@ -57,7 +58,7 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(capturing, "POLL_SECONDS", 0.05)
 
 
-def fill(folder, prepared, target, **section) -> Store:
+def store_in(folder, prepared, target, **section) -> Store:
     section = hidden_states_section(folder, **section)
     capture(section, prepared, target, "unused", Console(quiet=True))
     return open_store(section, *locate_store(section, prepared, target, "unused"))
@@ -73,7 +74,7 @@ def whole(tmp_path_factory, prepared, target):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capturing, "SHARD_BYTES", 100_000)
-        return fill(folder, prepared, target)
+        return store_in(folder, prepared, target)
 
 
 def test_plans_hold_every_document_once(prepared):
@@ -83,6 +84,8 @@ def test_plans_hold_every_document_once(prepared):
     assert all(prepared.lengths[batch].sum() <= 128 for shard in shards for batch in shard)
     lengths = [prepared.lengths[n] for n in flat]
     assert len(shards) > 3 and lengths == sorted(lengths, reverse=True)
+    lengths = [40, 20, 30, 90, 5, 6]
+    assert fill(lengths, lengths, 64) == [[40, 20], [30], [90], [5, 6]]
     two = documents([500, 3])
     assert plan_shards(two, two.lengths * 400, 128) == [[[0]], [[1]]]
 
@@ -94,14 +97,14 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
     assert whole.supervised.tolist() == prepared.supervised.tolist()
     assert whole.vocab(9).tolist() == list(range(300))
     shards = plan_shards(prepared, prepared.lengths, 128)
-    for batch in [batch for shard in shards for batch in shard]:
+    for batch in (batch for shard in shards for batch in shard):
         found = whole.load(batch)
         for wanted in compute_features(target.load(), prepared.load(batch)):
             got = found[wanted.key]
+            for name in ("input_ids", "loss_mask"):
+                assert torch.equal(getattr(got, name), getattr(wanted, name)), name
             for name, value in vars(wanted.features).items():
                 assert torch.equal(getattr(got.features, name), value), name
-            assert torch.equal(got.input_ids, wanted.input_ids)
-            assert torch.equal(got.loss_mask, wanted.loss_mask)
 
 
 def test_a_complete_store_is_found_without_a_target(whole, prepared, target_folder, monkeypatch):
@@ -121,14 +124,12 @@ def test_what_does_not_fit_is_refused(whole, prepared, target, target_folder, tm
         open_store(section, folder, inputs)
     layers = handle_of(target_folder, layers=[0, 2, 4])
     with pytest.raises(RunError, match=r"model.aux_layer_ids=\[1, 3, 4\], .*=\[0, 2, 4\]"):
-        fill(whole.folder, prepared, layers)
+        store_in(whole.folder, prepared, layers)
     with pytest.raises(RunError, match=r'documents="digest 0", this run has documents="digest 1"'):
-        fill(whole.folder, documents([20] * 5, seed=1), target)
+        store_in(whole.folder, documents([20] * 5, seed=1), target)
 
 
-def test_a_full_disk_ends_it_and_the_next_call_goes_on(
-    tmp_path, whole, prepared, target, monkeypatch
-):
+def test_a_full_disk_ends_it_and_the_next_goes_on(tmp_path, whole, prepared, target, monkeypatch):
     written, write = [], Store.write
 
     def limited(self, number, computed):
@@ -139,30 +140,26 @@ def test_a_full_disk_ends_it_and_the_next_call_goes_on(
 
     monkeypatch.setattr(Store, "write", limited)
     with pytest.raises(RunError, match=r"No space left .* the same command goes on"):
-        fill(tmp_path, prepared, target)
+        store_in(tmp_path, prepared, target)
     with pytest.raises(RunError, match="batch_tokens=128, this run has batch_tokens=64"):
-        fill(tmp_path, prepared, handle_of(target.spec.path, 64))
+        store_in(tmp_path, prepared, handle_of(target.spec.path, 64))
     written[:] = []
     monkeypatch.setattr(Store, "write", lambda *a: written.append(a[1]) or write(*a))
-    fill(tmp_path, prepared, target)
+    store_in(tmp_path, prepared, target)
     assert len(written) == whole.facts["shards"] - 2
     assert contents(tmp_path) == contents(whole.folder)
-
-
-def test_a_deleted_shard_is_captured_again(tmp_path, whole, prepared, target):
-    shutil.copytree(whole.folder, tmp_path / "copy")
-    next((tmp_path / "copy").glob("shard_*")).unlink()
-    fill(tmp_path / "copy", prepared, target)
-    assert contents(tmp_path / "copy") == contents(whole.folder)
+    next(tmp_path.glob("shard_*")).unlink()  # and is captured again
+    store_in(tmp_path, prepared, target)
+    assert contents(tmp_path) == contents(whole.folder)
 
 
 def test_a_disk_that_cannot_hold_it_is_refused_before(tmp_path, prepared, target, monkeypatch):
     with pytest.raises(RunError, match=r"hidden_states\.max_disk leaves"):
-        fill(tmp_path / "b", prepared, target, max_disk="100KB")
+        store_in(tmp_path / "b", prepared, target, max_disk="100KB")
     usage = shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RunError, match=r"hidden_states\.dtype=int8"):
-        fill(tmp_path / "a", prepared, target)
+        store_in(tmp_path / "a", prepared, target)
     assert not list(tmp_path.glob("*/shard*"))
 
 
@@ -175,7 +172,7 @@ def test_states_that_are_not_finite_are_named(tmp_path, prepared, target, monkey
     call = HFTarget.__call__
     monkeypatch.setattr(HFTarget, "__call__", broken)
     with pytest.raises(RunError, match=r"^document \d+: .*not finite"):
-        fill(tmp_path, prepared, target)
+        store_in(tmp_path, prepared, target)
 
 
 def capture_and_report(folder, prepared, target, written, stop_after=99):
@@ -188,7 +185,7 @@ def capture_and_report(folder, prepared, target, written, stop_after=99):
         time.sleep(1000 if stop_after == 1 + number else 0.05)
 
     Store.write = reporting
-    fill(folder, prepared, target)
+    store_in(folder, prepared, target)
 
 
 def next_of(queue, process):
@@ -200,9 +197,7 @@ def next_of(queue, process):
 
 @pytest.mark.runs
 def test_killed_and_gone_on_with_by_two(tmp_path, whole, prepared, target):
-    """SIGKILL in the middle, then two processes at once: each shard is written once, and the store
-    is the same.
-    """
+    """SIGKILL in the middle, then two at once: each shard is written once, the store the same."""
     written = [multiprocessing.SimpleQueue() for _ in range(3)]
     given = tmp_path, prepared, target
     first = in_another_process(capture_and_report, *given, written[0], 2)

@@ -1,13 +1,10 @@
-"""The assistant mask, token by token: what templates mark, what is found without marks, tokens that
-cross borders.
-"""
+"""The assistant mask, token by token: marked by templates, found without marks, across borders."""
 
 import random
 import re
-from pathlib import Path
 
 import pytest
-from conftest import TINY, section
+from conftest import TINY, section, turns
 from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -16,13 +13,19 @@ from eagle3.data.chat import SYSTEM_PROMPTS, Chat, RowError, load_chat, with_sys
 from eagle3.data.rows import Conversation
 from eagle3.errors import ConfigError
 
+HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
+PROMPT = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + "
-    "'<|end_header_id|>\n\n' "
-    "+ m.content | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% "
-    "endif %}"
+    f"{{{{ bos_token }}}}{{% for m in messages %}}{{{{ {HEADER} + m.content | trim + '<|eot_id|>' "
+    f"}}}}{{% endfor %}}{{% if add_generation_prompt %}}{PROMPT}{{% endif %}}"
 )
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": "<|im_end|"}}}
+CALLING = [
+    *turns("add"),
+    {"role": "assistant", "content": "Let me check.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "two"},
+]
 SPECIAL = re.compile(r"<[|｜][^<>]*?[|｜]>|</s>|<(?:start|end)_of_turn>|</longcat_s>")
 
 
@@ -35,12 +38,6 @@ def chat_with(template, special=(), options=None):
 
 def load(folder, template="auto"):
     return load_chat(section("model", path=str(folder)), section("data", chat_template=template))
-
-
-def turns(*contents):
-    return [
-        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)
-    ]
 
 
 def supervised(chat, messages, **options):
@@ -62,14 +59,15 @@ def without_marks(template):
 def test_answers_and_their_ends_are_supervised(tokenizer, marked):
     chat = Chat(tokenizer) if marked else chat_with(LLAMA3)
     assert chat.marked == marked
-    messages = with_system(
-        turns("first question", "the first answer ", "second", "the second\nanswer"), "be brief"
-    )
+    said = turns("first question", "the first answer ", "second", "the second\nanswer")
+    messages = with_system(said, "be brief")
     answers = ["the first answer<|eot_id|>", "the second\nanswer<|eot_id|>"]
     assert supervised(chat, messages) == answers
     assert supervised(chat, messages, only_last_turn=True) == answers[1:]
     prompt = chat.encode_prompt(messages)
     assert prompt == chat.encode(Conversation(messages)).input_ids[: len(prompt)]
+    cut = [*messages[:-1], messages[-1] | {"truncated": True}]
+    assert supervised(chat, cut) == [answers[0], "the second\nanswer"], "which has no end"
 
 
 @pytest.mark.parametrize("name", templates.names())
@@ -78,27 +76,20 @@ def test_turns_are_found_where_a_template_does_not_mark_them(name):
     character by character.
     """
     template = templates.read(name)
-    marked, bare = (
-        chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template))
-    )
+    both = (chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template)))
+    marked, bare = both
     assert marked.marked and not bare.marked
     hostile = ["user", "a", "say assistant, then a", "assistant", "<think>", "think"]
     ordinary = ["What is 2 + 2?", "It is 4.\n\nBecause", "again ", "4 \n"]
     for messages in (turns(*hostile[:4]), turns(*ordinary), turns(*ordinary[:2]), turns(*hostile)):
         if name == "deepseek-r1-distill" or "think" in messages[-1]["content"]:
             messages = messages[:4]
-        expected, found = marked.encode(Conversation(messages)), bare.encode(Conversation(messages))
+        expected, found = (chat.encode(Conversation(messages)) for chat in (marked, bare))
         assert expected.text == found.text
-        if name in (
-            "deepseek-v32",
-            "kimi-k2-thinking",
-        ):  # these mark answers without the closed block before them
-            pairs = zip(supervised(marked, messages), supervised(bare, messages), strict=True)
-            assert all(
-                f.removeprefix("<think>").removeprefix("</think>")
-                == e.removeprefix("<think>").removeprefix("</think>")
-                for e, f in pairs
-            )
+        if name in ("deepseek-v32", "kimi-k2-thinking"):  # they mark no closed block before answers
+            texts = (supervised(chat, messages) for chat in (marked, bare))
+            bare_texts = ([re.sub("^(<think>)?(</think>)?", "", x) for x in each] for each in texts)
+            assert next(bare_texts) == next(bare_texts)
         else:
             assert expected.spans == found.spans
 
@@ -121,12 +112,9 @@ def test_templates_that_add_an_empty_thinking_block():
     chat = chat_with(QWEN3, CHATML)
     added = ["first<|im_end|>", "<think>\n\n</think>\n\nthink<|im_end|>"]
     assert supervised(chat, turns("a", "first", "c", "think")) == added
-    prompted = LLAMA3.replace(
-        "m.content | trim", "('<think></think>' if loop.last else '') + m.content | trim"
-    )
-    prompted = prompted.replace(
-        "assistant<|end_header_id|>\n\n' }}", "assistant<|end_header_id|>\n\n<think></think>' }}"
-    )
+    last = "('<think></think>' if loop.last else '') + m.content | trim"
+    prompted = LLAMA3.replace("m.content | trim", last)
+    prompted = prompted.replace(PROMPT, PROMPT.replace("' }}", "<think></think>' }}"))
     found = supervised(chat_with(prompted), turns("a", "first", "c", "second"))
     assert found == ["first<|eot_id|>", "second<|eot_id|>"]
 
@@ -140,38 +128,21 @@ def test_options_reach_the_template():
 def test_quoted_openings_are_no_turns():
     opening = "<|start_header_id|>assistant<|end_header_id|>\n\n"
     chat = chat_with(LLAMA3)
-    messages = turns(
-        f"What does {opening}yes<|eot_id|> mean?", f"It opens: {opening}.", "ok", "<|eot_id|>"
-    )
-    assert supervised(chat, messages) == [f"It opens: {opening}.<|eot_id|>", "<|eot_id|><|eot_id|>"]
-
-
-def test_truncated_answers_have_no_end(tokenizer):
-    for chat in (Chat(tokenizer), chat_with(LLAMA3)):
-        messages = turns("a", "first", "c", "cut he")
-        messages[-1]["truncated"] = True
-        assert supervised(chat, messages) == ["first<|eot_id|>", "cut he"]
+    question, answer = f"What does {opening}yes<|eot_id|> mean?", f"It opens: {opening}."
+    found = supervised(chat, turns(question, answer, "ok", "<|eot_id|>"))
+    assert found == [f"{answer}<|eot_id|>", "<|eot_id|><|eot_id|>"]
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama3"])
 def test_tool_calls(name):
     template = templates.read(name)
-    chat, bare = (
-        chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template))
-    )
-    schema = {
-        "type": "function",
-        "function": {"name": "add", "description": "", "parameters": {"properties": {}}},
-    }
-    call = {"type": "function", "function": {"name": "add", "arguments": {"x": "<|im_end|"}}}
-    messages = [
-        *turns("add"),
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "two"},
-    ]
-    found = supervised(bare, messages, tools=[schema])
-    assert found == supervised(chat, messages, tools=[schema])
+    both = (chat_with(t, SPECIAL.findall(template)) for t in (template, without_marks(template)))
+    chat, bare = both
+    schema = {"name": "add", "description": "", "parameters": {"properties": {}}}
+    tools = [{"type": "function", "function": schema}]
+    messages = [*CALLING[:1], CALLING[1] | {"content": ""}, *CALLING[2:]]
+    found = supervised(bare, messages, tools=tools)
+    assert found == supervised(chat, messages, tools=tools)
     assert len(found) == 2 and '"add"' in found[0] and "two" in found[1]
     assert found[0].endswith(chat.turns.closings[0])
 
@@ -179,104 +150,73 @@ def test_tool_calls(name):
 def test_preformatted_text_is_supervised_alike():
     chat = chat_with(LLAMA3)
     rendered = chat.encode(Conversation(turns("a", "first", "c", "second")))
-    found = chat.encode(Conversation([], text=rendered.text))
+    again = Conversation([], text=rendered.text)
+    found = chat.encode(again)
     assert (found.input_ids, found.spans) == (rendered.input_ids, rendered.spans)
-    assert chat.prompt_of(Conversation([], text=rendered.text)) == chat.encode_prompt(
-        turns("a", "first", "c")
-    )
+    assert chat.prompt_of(again) == chat.encode_prompt(turns("a", "first", "c"))
     with pytest.raises(RowError, match="not found"):
         chat.encode(Conversation([], text="no turns at all"))
 
 
-def test_rows_that_a_template_does_not_show_are_refused():
-    chat = chat_with(LLAMA3.replace("m.content | trim", "m.content | upper"))
-    with pytest.raises(ConfigError, match="does not render user and assistant turns in order"):
-        chat.encode(Conversation(turns("a", "b")))
-    chat = chat_with(LLAMA3.replace("m.content | trim", "m.content | replace('j', 'k')"))
-    assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
-    with pytest.raises(RowError, match="not found"):
-        chat.encode(Conversation(turns("a", "jj")))
-    chat = chat_with(
-        LLAMA3
-        + "{{ raise_exception('never with ' + messages[0].content) if messages[0].content == 'x' }}"
-    )
-    with pytest.raises(RowError, match="refused by the chat template: never with x"):
-        chat.encode(Conversation(turns("x", "b")))
-    with pytest.raises(RowError, match="no assistant turn"):
-        chat.encode(Conversation(turns("a")))
-    with pytest.raises(RowError, match="bad UTF-8"):
-        chat.encode(Conversation(turns("a\ud800", "b")))
+REFUSING = (
+    "{{ raise_exception('never with ' + messages[0].content) if messages[0].content == 'x' }}"
+)
+REFUSED = [  # by what is said instead of the content, what stands behind, and what is said
+    ("m.content | upper", "", ("a", "b"), ConfigError, "does not render user and assistant turns"),
+    ("m.content | replace('j', 'k')", "", ("a", "jj"), RowError, "not found"),
+    ("m.content", REFUSING, ("x", "b"), RowError, "refused by the chat template: never with x"),
+    ("m.content", "", ("a",), RowError, "no assistant turn"),
+    ("m.content", "", ("a\ud800", "b"), RowError, "bad UTF-8"),
+]
+
+
+@pytest.mark.parametrize("content, behind, said, error, words", REFUSED)
+def test_rows_that_a_template_does_not_show_are_refused(content, behind, said, error, words):
+    chat = chat_with(LLAMA3.replace("m.content | trim", content) + behind)
+    if error is RowError:
+        assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
+    with pytest.raises(error, match=words):
+        chat.encode(Conversation(turns(*said)))
 
 
 def test_turns_that_nothing_opens_need_another_template():
     chat = chat_with("{% for m in messages %}{{ m.content }} {% endfor %}")
-    with pytest.raises(
-        ConfigError, match=r"no text in front of assistant turns.*data\.chat_template"
-    ):
+    words = r"no text in front of assistant turns.*data\.chat_template"
+    with pytest.raises(ConfigError, match=words):
         chat.encode(Conversation(turns("a", "b")))
 
 
 def test_a_token_belongs_to_the_turn_it_ends_in():
-    """A tokenizer that merges over every border: tokens are given to turns by their last character
-    alone.
-    """
+    """A tokenizer that merges over every border: tokens go to turns by their last character."""
     template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + ';' }}{% endfor %}"
     template += "{% if add_generation_prompt %}a:{% endif %}"
     texts = ["u:no;a:yes;u:no;a:yes;", "u:oh;a:ya;u:no;a:na;"]
     backend = Tokenizer(models.BPE(unk_token="?"))
     backend.train_from_iterator(texts * 9, trainers.BpeTrainer(vocab_size=60, special_tokens=["?"]))
-    chat = Chat(
-        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?", chat_template=template)
-    )
-    crossing = 0
-    for messages in (
-        turns("no", "yes", "no", "yes"),
-        turns("oh", "ya", "no", "na"),
-        turns("no", "na"),
-    ):
-        encoded = chat.encode(Conversation(messages))
-        characters, cursor = [], 0
-        for message in messages:
-            start = cursor + 2
-            cursor = start + len(message["content"]) + 1
-            characters += [(start, cursor)] if message["role"] == "assistant" else []
-        offsets = chat.tokenizer(
-            encoded.text, add_special_tokens=False, return_offsets_mapping=True
-        )["offset_mapping"]
-        expected = [
-            int(any(start < end <= stop for start, stop in characters)) for _, end in offsets
-        ]
-        crossing += sum(
-            any(first < edge < end for span in characters for edge in span)
-            for first, end in offsets
-        )
-        assert encoded.loss_mask == expected
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    tokenizer.chat_template = template
+    chat, crossing = Chat(tokenizer), 0
+    for said in (("no", "yes", "no", "yes"), ("oh", "ya", "no", "na"), ("no", "na")):
+        encoded = chat.encode(Conversation(turns(*said)))
+        spans = [m.span(1) for m in re.finditer("a:(.*?;)", encoded.text)]
+        offsets = backend.encode(encoded.text).offsets
+        assert encoded.loss_mask == [int(any(a < end <= b for a, b in spans)) for _, end in offsets]
+        edges = [edge for span in spans for edge in span]
+        crossing += sum(first < edge < end for first, end in offsets for edge in edges)
     assert crossing > 0, "the test must have tokens that cross a border"
 
 
 def test_spans_equal_offsets_on_text_of_every_kind(tokenizer):
-    """Against a scan of all offsets, on emoji, combining marks and other letters, whose bytes are
-    several tokens.
-    """
+    """Emoji, combining marks and other letters, whose bytes are several tokens."""
     pieces = ["a", "é", "🙂", "👩‍👩‍👧", "汉字", " ", "\n\n", "the end", "🇩🇪"]
     pieces += ["\u0301", "def f(x):\n    return", "\t"]
-    randomly = random.Random(0)
-    chat = chat_with(LLAMA3)
-    for _ in range(60):
-        contents = [
-            "x" + "".join(randomly.choices(pieces, k=randomly.randint(1, 8))) + "y"
-            for _ in range(4)
-        ]
-        encoded = chat.encode(Conversation(turns(*contents)))
-        offsets = tokenizer(encoded.text, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-        spans = [
-            m.span(1)
-            for m in re.finditer(
-                r"assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)", encoded.text, re.S
-            )
-        ]
+    randomly, chat = random.Random(0), chat_with(LLAMA3)
+    answer = re.compile(r"assistant<\|end_header_id\|>\n\n(.*?<\|eot_id\|>)", re.DOTALL)
+    for _ in range(30):
+        parts = (randomly.choices(pieces, k=randomly.randint(1, 8)) for _ in range(4))
+        encoded = chat.encode(Conversation(turns(*("x" + "".join(part) + "y" for part in parts))))
+        offsets = tokenizer.backend_tokenizer.encode(encoded.text, add_special_tokens=False).offsets
+        spans = [m.span(1) for m in answer.finditer(encoded.text)]
         assert encoded.loss_mask == [int(any(a < end <= b for a, b in spans)) for _, end in offsets]
 
 
@@ -284,17 +224,13 @@ def test_tokenizers_without_a_template_are_told_the_names(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    assert not Path(tmp_path / "chat_template.jinja").exists()
-    with pytest.raises(
-        ConfigError, match=r"no chat template; .*set data\.chat_template to one of .*llama3"
-    ):
+    words = r"no chat template; .*set data\.chat_template to one of .*llama3"
+    with pytest.raises(ConfigError, match=words):
         load(tmp_path)
     chat = load(tmp_path, "llama3")
     assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
     assert chat.identity != load(tmp_path, "longcat").identity
-    with pytest.raises(
-        ConfigError, match=r"data\.chat_template=chatml needs <\|im_start\|>, no token"
-    ):
+    with pytest.raises(ConfigError, match=r"chat_template=chatml needs <\|im_start\|>, no token"):
         load(tmp_path, "chatml")
 
 
@@ -307,15 +243,12 @@ def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokeniz
 
 
 def test_marks_around_header_and_newline_are_trimmed():
-    template = LLAMA3.replace(
-        "{{ '<|start_header_id|>' + m.role", "{% generation %}{{ '<|start_header_id|>' + m.role"
+    shown = f"{HEADER} + m.content + '<|eot_id|>\n'"
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
+        f"{{{{ {shown} }}}}{{% endgeneration %}}{{% endif %}}{{% endfor %}}"
     )
-    template = template.replace("'<|eot_id|>' }}", "'<|eot_id|>\n' }}{% endgeneration %}")
-    only_answers = template.replace(
-        "{% generation %}", "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
-    )
-    only_answers = only_answers.replace("{% endgeneration %}", "{% endgeneration %}{% endif %}")
-    found = supervised(chat_with(only_answers), turns("a", "b", "c", "d"))
+    found = supervised(chat_with(template), turns("a", "b", "c", "d"))
     assert found == ["b<|eot_id|>", "d<|eot_id|>"]
 
 
@@ -325,17 +258,8 @@ def test_templates_that_leave_the_last_turn_open():
 
 
 def test_templates_that_drop_the_text_beside_a_call():
-    template = LLAMA3.replace(
-        "m.content | trim", "(m.tool_calls[0].function | tojson if m.tool_calls else m.content)"
-    )
-    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
-    messages = [
-        *turns("add"),
-        {"role": "assistant", "content": "Let me check.", "tool_calls": [call]},
-        {"role": "tool", "content": "2"},
-        {"role": "assistant", "content": "two"},
-    ]
-    called, said = supervised(chat_with(template), messages)
+    either = "(m.tool_calls[0].function | tojson if m.tool_calls else m.content)"
+    called, said = supervised(chat_with(LLAMA3.replace("m.content | trim", either)), CALLING)
     assert "add" in called and called.endswith("<|eot_id|>") and said == "two<|eot_id|>"
 
 

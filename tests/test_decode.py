@@ -1,21 +1,15 @@
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from conftest import soft_target_loss, spec_of
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
 from eagle3.batch import Document, pack, serving
 from eagle3.decode.drafter import Drafter
-from eagle3.decode.speculate import Accepted, Sampling, accept_matching, generate, speculate
+from eagle3.decode.speculate import Sampling, accept_matching, generate, speculate
 from eagle3.decode.tree import Candidates, Tree
 from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
@@ -26,11 +20,6 @@ from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
 CPU = torch.device("cpu")
-CONFIGS = {
-    LlamaForCausalLM: LlamaConfig,
-    Qwen3ForCausalLM: Qwen3Config,
-    MistralForCausalLM: MistralConfig,
-}
 
 
 def make_target(folder, model_class=LlamaForCausalLM, layers=4, attention="auto", **special):
@@ -38,7 +27,8 @@ def make_target(folder, model_class=LlamaForCausalLM, layers=4, attention="auto"
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     tokens = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": None}
-    config = CONFIGS[model_class](initializer_range=0.15, **shape, **heads, **tokens, **special)
+    more = shape | heads | tokens | special
+    config = model_class.config_class(initializer_range=0.15, **more)
     model_class(config).double().save_pretrained(folder)
     spec = spec_of(folder, [0, layers // 2, layers - 1], dtype="float64")
     return HFTarget(spec, CPU, attention=attention)
@@ -84,14 +74,10 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def trained(target, prompts):
-    """A draft over three quarters of the vocabulary, fitted to what the target answers to
-    `prompts`.
-    """
+    """A draft of three quarters of the vocabulary, fitted to the answers to `prompts`."""
     draft = make_draft(target, 48)
-    texts = [
-        torch.cat([p, torch.tensor(answer.ids)])
-        for p, answer in zip(prompts, generate(target, prompts, 48), strict=True)
-    ]
+    pairs = zip(prompts, generate(target, prompts, 48), strict=True)
+    texts = [torch.cat([prompt, torch.tensor(answer.ids)]) for prompt, answer in pairs]
     batch = batch_of(texts, 6, draft, 4)
     features = target(batch)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
@@ -105,52 +91,11 @@ def trained(target, prompts):
     return draft
 
 
-class Forced(Sampling):
-    """Drafts the tokens of a text, whatever the scores."""
-
-    def __init__(self, draft_ids):
-        super().__init__()
-        self.draft_ids = iter(draft_ids)
-
-    def draw(self, logits):
-        return next(self.draft_ids)[None]
-
-
 def teacher_forced(draft, embedding, aux, batch, ttt_steps):
     """Logits of `unroll` by (row, step)."""
     outputs = draft.logits(unroll(draft, embedding, aux, batch)).split(batch.row_counts)
-    return {
-        (int(row), k): x
-        for k in range(ttt_steps)
-        for row, x in zip(batch.rows, outputs[k], strict=False)
-    }
-
-
-def test_chain_equals_unroll(target):
-    """Every round of every row, over rows read in uneven pieces and slots soiled by drafts."""
-    draft, length, steps = make_draft(target, 48), 40, 6
-    draft_ids = torch.randint(48, (length,), generator=torch.Generator().manual_seed(1))
-    text = draft.target_ids[draft_ids]
-    random = torch.Generator().manual_seed(2)
-    aux = torch.randn(length, 3 * 64, dtype=torch.float64, generator=random)
-    batch = batch_of([text], 0, draft, steps)
-    expected = teacher_forced(draft, target.embedding, aux, batch, steps)
-
-    with torch.inference_mode():
-        drafter, compared = Drafter(draft, target.embedding, 1, length, steps, 1, steps + 1), 0
-        for size in (1, 5, 2, 1, 7, 4, 3, 8):
-            before = drafter.lengths[0]
-            after = before + size
-            drafter.append(aux[None, before:after], text[None, before + 1 : after + 1], [size])
-            row = after - 1
-            tree = drafter.propose(text[row + 1 : row + 2], Forced(draft_ids[row + 2 :]))
-            assert tree.ids.tolist() == [text[row + 1 : row + 2 + steps].tolist()]
-            for step in range(steps):
-                if (row, step) in expected:
-                    logits = tree.logits[step][0]
-                    torch.testing.assert_close(logits, expected[row, step], rtol=1e-10, atol=1e-10)
-                    compared += 1
-    assert compared > 40
+    rows = batch.rows.tolist()
+    return {(rows[i], k): x for k in range(ttt_steps) for i, x in enumerate(outputs[k])}
 
 
 def test_emitted_equals_anchor_walk(target, trained, prompts):
@@ -178,35 +123,19 @@ def test_emitted_equals_anchor_walk(target, trained, prompts):
     assert rounds < 0.6 * 39 * len(prompts), "the draft should be good enough for long runs"
 
 
-@pytest.mark.parametrize("model_class", [LlamaForCausalLM, Qwen3ForCausalLM])
-@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("model_class, layers", [(LlamaForCausalLM, 2), (Qwen3ForCausalLM, 8)])
 def test_greedy_is_lossless_with_a_random_draft(tmp_path, model_class, layers):
     target = make_target(tmp_path, model_class, layers)
     prompt = torch.randint(64, (9,), generator=torch.Generator().manual_seed(layers))
-    expected = alone(target, prompt, 30)
+    expected = alone(target, prompt, 20)
     ids = expected.ids
     for length in range(len(ids) - 1):  # the cache adds nothing to what the model says without one
         text = torch.cat([prompt, torch.tensor(ids[:length], dtype=torch.long)])
         _, last = target.states(text, torch.arange(9 + length))
         assert int(target.lm_head(last[-1:]).argmax()) == ids[length]
-    generation = chain(target, make_draft(target, 40), prompt, 3, 30)
+    generation = chain(target, make_draft(target, 40), prompt, 3, 20)
     assert generation.ids == ids and sum(generation.emitted) == len(ids) - 1
-    assert expected.emitted == [1] * 29
-
-
-@pytest.mark.parametrize("draft_length", [1, 2, 4, 8])
-def test_greedy_is_lossless_with_a_trained_draft(target, trained, prompts, draft_length):
-    """Whatever the draft length and wherever `max_new_tokens` cuts, also inside an accepted run."""
-    answer = alone(target, prompts[0], 32).ids
-    whole = chain(target, trained, prompts[0], draft_length, 32)
-    cut_inside = 0
-    for max_new_tokens in (1, 2, 7, 11, 16, 32):
-        generation = chain(target, trained, prompts[0], draft_length, max_new_tokens)
-        assert generation.ids == answer[:max_new_tokens]
-        assert sum(generation.emitted) == max_new_tokens - 1
-        cut_inside += generation.emitted != whole.emitted[: len(generation.emitted)]
-    assert 2 <= max(whole.emitted) <= draft_length + 1
-    assert cut_inside > 0 or draft_length == 1
+    assert expected.emitted == [1] * 19
 
 
 def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts):
@@ -220,35 +149,8 @@ def test_draft_in_another_dtype_and_training_afterwards(target, trained, prompts
     unroll(draft, target.embedding, aux, batch).sum().backward()
 
 
-class AlwaysAccept(Sampling):
-    def verify(self, tree, logits, target_ids):
-        ids = torch.cat([tree.ids[:, 1:], self.draw(logits[:, -1])[:, None]], dim=1)
-        return Accepted(ids, tree.depths.expand_as(ids), [ids.shape[1]] * len(ids))
-
-
-class NoResidual(Sampling):
-    """Rejects as it should, then draws from p instead of max(p - q, 0)."""
-
-    def verify(self, tree, logits, target_ids):
-        accepted = super().verify(tree, logits, target_ids)
-        last = (torch.arange(len(logits)), torch.tensor(accepted.counts) - 1)
-        accepted.ids[last] = self.draw(logits[last])
-        return accepted
-
-
-class Likeliest(Sampling):
-    """Takes the child that the draft finds likeliest, whether or not the target draws it."""
-
-    def verify(self, tree, logits, target_ids):
-        drawn = self.draw(logits)
-        drawn[:, 0] = tree.ids[:, 1]
-        return accept_matching(tree, drawn)
-
-
 class Markov:
-    """A target whose next token depends on the newest one alone, so that distributions can be
-    written down.
-    """
+    """A target whose next token depends on the newest alone: its distribution is known."""
 
     def __init__(self, vocab_size, hidden):
         random = torch.Generator().manual_seed(0)
@@ -264,51 +166,25 @@ class Markov:
         return last @ self.head.T
 
 
-@pytest.fixture(scope="module")
-def small():
-    """A target of 24 tokens, a draft of 16 of them, and the distribution [24, 24] of answer tokens
-    1 and 2.
-    """
+@pytest.mark.parametrize("topk, verify_tokens", [(1, 3), (3, 9)])
+def test_samples_are_distributed_as_the_target(topk, verify_tokens):
+    """Answer tokens 1 and 2 of 4000 sampled answers, of 24 x 24 (the draft knows 16 of these)."""
     target, prompt = Markov(24, 16), torch.tensor([3, 11, 5])
     following = (target.lm_head(target.embedding) / 0.7).softmax(-1)
-    probabilities = (following[prompt[-1]] @ following)[:, None] * following
-    return target, make_draft(target, 16), prompt, probabilities
-
-
-def chi_square(counts, probabilities):
-    """p-value of flat counts under probabilities; cells that expect less than 5 are merged."""
-    expected = probabilities * counts.sum()
-    rare = expected < 5
-    merge = [torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.double(), expected)]
-    statistic = ((merge[0] - merge[1]) ** 2 / merge[1]).sum()
-    freedom = torch.tensor((len(merge[0]) - 1) / 2).double()
-    return float(torch.special.gammaincc(freedom, statistic / 2))
-
-
-def p_value(small, runs, topk, verify_tokens, rule=Sampling):
-    """Of answer tokens 1 and 2 over `runs` sampled answers."""
-    target, draft, prompt, probabilities = small
-    sampling = rule(0.7, torch.Generator().manual_seed(0))
-    counts = torch.zeros(24, 24)
-    for answer in speculate(target, draft, [prompt] * runs, 2, topk, verify_tokens, 3, sampling):
+    expected = 4000 * ((following[prompt[-1]] @ following)[:, None] * following).flatten()
+    counts = torch.zeros(24, 24, dtype=torch.float64)
+    draft, sampling = make_draft(target, 16), Sampling(0.7, torch.Generator().manual_seed(0))
+    for answer in speculate(target, draft, [prompt] * 4000, 2, topk, verify_tokens, 3, sampling):
         counts[answer.ids[1], answer.ids[2]] += 1
-    return chi_square(counts.flatten(), probabilities.flatten())
-
-
-@pytest.mark.parametrize("topk, verify_tokens", [(1, 3), (3, 9), (16, 40)])
-def test_samples_are_distributed_as_the_target(small, topk, verify_tokens):
-    assert p_value(small, 4000, topk, verify_tokens) > 0.01
-
-
-@pytest.mark.parametrize("broken, topk", [(AlwaysAccept, 1), (NoResidual, 1), (Likeliest, 3)])
-def test_chi_square_notices_a_broken_rule(small, broken, topk):
-    assert p_value(small, 1200, topk, 3, broken) < 1e-6
+    rare = expected < 5  # such cells are merged
+    seen, said = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.flatten(), expected))
+    chi_square = ((seen - said) ** 2 / said).sum()
+    freedom = torch.tensor((len(said) - 1) / 2).double()
+    assert torch.special.gammaincc(freedom, chi_square / 2) > 0.01
 
 
 def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
-    """All that the target can say behind 6 nodes of a tree over 3 tokens, each with its
-    probability.
-    """
+    """All that the target can say behind 6 nodes of a tree over 3 tokens, by probability."""
     paths = ([0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [0, 2, 5])
     tree = Tree(
         ids=torch.tensor([[0, 1, 2, 1, 0, 2]]),
@@ -325,7 +201,7 @@ def test_a_tree_followed_by_samples_gives_exactly_the_targets_distribution():
     assert set(accepted.counts) == {1, 2, 3}
     joint = torch.zeros(3, 3, 3, dtype=torch.float64)
     for ids, path, count, probability in zip(
-        accepted.ids, accepted.path, accepted.counts, probabilities, strict=True
+        accepted.ids, accepted.path, accepted.counts, probabilities
     ):
         assert tree.depths[0, path[:count]].tolist() == list(range(count))
         assert tree.ids[0, path[1:count]].tolist() == ids[: count - 1].tolist()
@@ -353,9 +229,7 @@ def test_sampling_is_reproducible_and_survives_equal_distributions(target, train
 
 
 def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
-    """Paths of the tree behind the last token of `text` [n + 1], given features [n,A]: an `unroll`
-    for each node.
-    """
+    """Paths of the tree behind `text` [n + 1] with features [n,A]: an `unroll` for each node."""
 
     def children(path):
         # Rows at the end of a document have no later steps.
@@ -379,7 +253,7 @@ def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
 
 
 @pytest.mark.parametrize(
-    "steps, topk, verify_tokens", [(3, 3, 10), (4, 2, 7), (2, 5, 31), (3, 4, 2)]
+    "steps, topk, verify_tokens", [(3, 3, 10), (2, 5, 31), (3, 4, 2), (5, 1, 6)]
 )
 def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
     """Of a batch of texts of uneven lengths, over two rounds, so that slots are soiled."""
@@ -393,19 +267,20 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
             spans = [slice(b, e) for b, e in zip(before, ends, strict=True)]
             new_aux = [x[span] for x, span in zip(aux, spans, strict=True)]
             new_ids = [text[1:][span] for text, span in zip(texts, spans, strict=True)]
-            padded = [
-                pad_sequence(x, batch_first=True, padding_value=7) for x in (new_aux, new_ids)
-            ]
-            drafter.append(*padded, counts)
+            padded = partial(pad_sequence, batch_first=True, padding_value=7)
+            drafter.append(padded(new_aux), padded(new_ids), counts)
             newest = torch.stack([text[end] for text, end in zip(texts, ends, strict=True)])
             tree = drafter.propose(newest, Sampling())
+            masks, depths, parent = (
+                x.expand(3, *x.shape[1:]) for x in (tree.mask, tree.depths, tree.parents)
+            )
             for i, end in enumerate(ends):
                 read = aux[i][:end], texts[i][: end + 1]
                 expected = slow_tree(draft, target.embedding, *read, steps, topk, verify_tokens)
-                seen = [tree.ids[i, mask][1:].tolist() for mask in tree.mask[i]]
+                seen = [tree.ids[i, mask][1:].tolist() for mask in masks[i]]
                 assert {tuple(path) for path in seen[1:]} == expected and seen[0] == []
-                assert tree.depths[i].tolist() == [len(path) for path in seen]
-                parents = [seen[p] for p in tree.parents[i][1:].tolist()]
+                assert depths[i].tolist() == [len(path) for path in seen]
+                parents = [seen[p] for p in parent[i][1:].tolist()]
                 assert parents == [path[:-1] for path in seen[1:]]
                 assert tree.ids[i, 0] == newest[i]
 
@@ -424,13 +299,9 @@ class Counted:
         return self.target.states(*args, **options)
 
 
-@pytest.mark.parametrize(
-    "steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (4, 4, 16), (3, 48, 100), (7, 10, 60)]
-)
+@pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (3, 48, 100)])
 def test_greedy_trees_and_batches_are_lossless(target, trained, steps, topk, verify_tokens):
-    """Prompts of uneven lengths: each is answered as alone, in as many rounds, each with one pass
-    of the target.
-    """
+    """Prompts of uneven lengths: answers and rounds of each alone, a pass of the target each."""
     random, counted = torch.Generator().manual_seed(5), Counted(target)
     prompts = [torch.randint(64, (n,), generator=random) for n in (6, 1, 11)]
     batch = speculate(counted, trained, prompts, steps, topk, verify_tokens, 20)
@@ -453,9 +324,7 @@ def test_a_tree_accepts_more_than_a_chain(target, trained, prompts):
 
 
 def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, monkeypatch):
-    """Each at its own end of sequence, one with its first token, and inside what a tree has
-    accepted.
-    """
+    """Each at its own end of sequence, one with its first token, and inside an accepted run."""
     whole = generate(target, prompts, 40)
     first, later = whole[1].ids[:9], whole[1].ids[9:]
     ends = [whole[0].ids[0], next(token for token in later if token not in first)]
@@ -467,9 +336,10 @@ def test_answers_of_a_batch_end_where_they_end_alone(target, trained, prompts, m
         assert [answer.ids for answer in answers] == expected
         assert [sum(answer.emitted) for answer in answers] == [len(ids) - 1 for ids in expected]
         assert answers[0].emitted == [] and answers[0].decode_seconds < answers[1].decode_seconds
-    for max_new_tokens in range(1, 12):
-        answers = speculate(target, trained, prompts, 4, 4, 16, max_new_tokens)
-        assert [answer.ids for answer in answers] == [ids[:max_new_tokens] for ids in expected]
+    for count, tree in product(range(1, 12), [(4, 1, 5), (4, 4, 16)]):
+        answers = speculate(target, trained, prompts, *tree, count)
+        assert [answer.ids for answer in answers] == [ids[:count] for ids in expected]
+        assert [sum(a.emitted) + 1 for a in answers] == [len(ids[:count]) for ids in expected]
 
 
 @pytest.mark.parametrize("attention", ["auto", "eager"])
@@ -487,21 +357,19 @@ def test_trees_and_batches_with_sliding_windows(tmp_path, model_class, attention
     assert target.lm_head(last)[11:].argmax(-1).tolist() == expected[0]
 
 
-@pytest.mark.parametrize(
-    "steps, topk, verify_tokens, message",
-    [
-        (3, 49, 60, "topk in 1..48"),
-        (0, 4, 5, "steps must be at least 1"),
-        (2, 3, 14, r"verify_tokens must be in 2\.\.13"),
-        (2, 3, 1, r"verify_tokens must be in 2\.\.13"),
-        (3, 1, 3, "set verify_tokens=4"),
-    ],
-)
-def test_trees_that_cannot_be_are_refused(
-    target, trained, prompts, steps, topk, verify_tokens, message
-):
+IMPOSSIBLE = [
+    ((3, 49, 60), "topk in 1..48"),
+    ((0, 4, 5), "steps must be at least 1"),
+    ((2, 3, 14), r"verify_tokens must be in 2\.\.13"),
+    ((2, 3, 1), r"verify_tokens must be in 2\.\.13"),
+    ((3, 1, 3), "set verify_tokens=4"),
+]
+
+
+@pytest.mark.parametrize("tree, message", IMPOSSIBLE)
+def test_trees_that_cannot_be_are_refused(target, trained, prompts, tree, message):
     with pytest.raises(ConfigError, match=message):
-        speculate(target, trained, prompts, steps, topk, verify_tokens, 8)
+        speculate(target, trained, prompts, *tree, 8)
 
 
 def test_certain_drafts_keep_the_tree_closed():

@@ -1,3 +1,5 @@
+"""Servers of engines: started, ready, watched, ended with all they started, and found."""
+
 import os
 import signal
 import socket
@@ -72,10 +74,8 @@ def test_ready_and_ended_with_all_that_it_started(serve, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(engine, "GRACE", 0.5)
     names = "os.environ.get('OF_THE_TEST'), os.environ.get('WORLD_SIZE')"
-    first = (
-        f"import os, signal; print({names}, flush=True)\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    )
+    first = f"import os, signal; print({names}, flush=True)\n"
+    first += "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
     with serve(first + CHILDREN, delay=0.5) as server:
         server.check()
         pids = pids_in(server.log)
@@ -84,39 +84,39 @@ def test_ready_and_ended_with_all_that_it_started(serve, monkeypatch):
     assert not any(map(alive, pids)), "killed, as it ignores SIGTERM"
 
 
+DEATHS = [
+    ("import sgl_kernel_of_nobody", "package sgl_kernel_of_nobody is missing"),
+    ("import os; os.kill(os.getpid(), 9)", "exit code 137: it was killed"),
+    ("print('last words'); sys.exit(3)", r"exit code 3: see its log; .*log:\nlast words$"),
+]
+
+
 @runs
-@pytest.mark.parametrize(
-    "dying, words",
-    [
-        ("import sgl_kernel_of_nobody", "package sgl_kernel_of_nobody is missing"),
-        ("import os; os.kill(os.getpid(), 9)", "exit code 137: it was killed"),
-        ("print('last words'); sys.exit(3)", r"exit code 3: see its log; .*log:\nlast words$"),
-    ],
-)
+@pytest.mark.parametrize("dying, words", DEATHS)
 def test_death_at_the_start_has_its_cause(serve, dying, words):
     with pytest.raises(RunError, match=words), serve(dying):
         pass
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", "out of memory"),
-        ("RuntimeError: Not enough memory. Please try to", "change mem_fraction_static"),
-        ("Free memory (3/139 GiB) on startup is less than desired GPU memory", "out of memory"),
-        ("RuntimeError: The memory capacity is unbalanced. Some GPUs may be", "out of memory"),
-        ("[Errno 98] error while attempting to bind: address already in use", "port is taken"),
-        (
-            "Error while finding module specification for 'sglang.launch_server' "
-            "(ModuleNotFoundError: No module named 'sglang')",
-            "package sglang is missing",
-        ),
-        ("WARNING: No module named 'flash_attn', using another backend", "it was killed"),
-        ("(EngineCore pid=3) ERROR ValueError: no EAGLE here", "ValueError: no EAGLE here"),
-        ("Model architectures ['FooForCausalLM'] are not supported.", "model's architecture"),
-        ("model type `foo` but it does not recognize this architecture.", "architecture"),
-    ],
-)
+NO_SGLANG = "(ModuleNotFoundError: No module named 'sglang')"
+CAUSES = [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", "out of memory"),
+    ("RuntimeError: Not enough memory. Please try to", "change mem_fraction_static"),
+    ("Free memory (3/139 GiB) on startup is less than desired GPU memory", "out of memory"),
+    ("RuntimeError: The memory capacity is unbalanced. Some GPUs may be", "out of memory"),
+    ("[Errno 98] error while attempting to bind: address already in use", "port is taken"),
+    (
+        f"Error while finding module specification for 'a.b' {NO_SGLANG}",
+        "package sglang is missing",
+    ),
+    ("WARNING: No module named 'flash_attn', using another backend", "it was killed"),
+    ("(EngineCore pid=3) ERROR ValueError: no EAGLE here", "ValueError: no EAGLE here"),
+    ("Model architectures ['FooForCausalLM'] are not supported.", "model's architecture"),
+    ("model type `foo` but it does not recognize this architecture.", "architecture"),
+]
+
+
+@pytest.mark.parametrize("line, words", CAUSES)
 def test_known_causes(tmp_path, line, words):
     server = Server([], "", {}, tmp_path / "log", 1, "/h")
     last = "RuntimeError: Engine core initialization failed. See root cause above."
@@ -187,24 +187,24 @@ def test_a_taken_port_is_named():
     assert choose_port(0, "benchmark.port") > 0
 
 
-@runs
-@pytest.mark.parametrize(
-    "python, name, versions, words",
-    [
-        (sys.executable, "no-such-engine", ">=1", "not installed .* benchmark.python="),
-        (sys.executable, "pytest", "<1", r"is not one we know \(<1\)"),
-        ("/nobody", "pytest", "<1", "not installed for /nobody: .* benchmark.python="),
-    ],
-)
-def test_an_engine_that_is_not_there(python, name, versions, words):
-    with pytest.raises(ConfigError, match=words):
-        described(name, versions=versions).find(python, "benchmark.python")
-
-
 def described(*packages, versions=">=1"):
     engine = Engine()
     engine.name, engine.packages, engine.versions = "X", packages, versions
     return engine
+
+
+ABSENT = [
+    (sys.executable, "no-such-engine", ">=1", "not installed .* benchmark.python="),
+    (sys.executable, "pytest", "<1", r"is not one we know \(<1\)"),
+    ("/nobody", "pytest", "<1", "not installed for /nobody: .* benchmark.python="),
+]
+
+
+@runs
+@pytest.mark.parametrize("python, name, versions, words", ABSENT)
+def test_an_engine_that_is_not_there(python, name, versions, words):
+    with pytest.raises(ConfigError, match=words):
+        described(name, versions=versions).find(python, "benchmark.python")
 
 
 @runs

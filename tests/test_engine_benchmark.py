@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config
+from conftest import ROOT, compose_config, write_jsonl
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -55,17 +55,15 @@ def python(tmp_path_factory):
 @pytest.fixture
 def subject(tmp_path):
     config = LlamaConfig(vocab_size=40, hidden_size=16, num_attention_heads=2)
-    spec = SimpleNamespace(
-        path="target", config=config, dtype="float32", revision=None, trust_remote_code=False
-    )
+    facts = {"path": "target", "dtype": "float32", "revision": None, "trust_remote_code": False}
+    spec = SimpleNamespace(config=config, **facts)
     target = SimpleNamespace(spec=spec, device=torch.device("cpu"), close=lambda: None)
     draft = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft/config.json").write_text(json.dumps(draft | SHAPE))
     save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
-    prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
-    heldout = tmp_path / "heldout.jsonl"
-    heldout.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    prompts = ({"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1))
+    heldout = write_jsonl(tmp_path / "heldout.jsonl", *prompts)
     data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto")
     chat = SimpleNamespace(template="", tokenizer=None)
     return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, heldout)
@@ -183,36 +181,32 @@ def test_running_servers(name, run, address):
     assert result["suites"]["heldout"][0]["acceptance_length"] == 50 / (10 + 5 + 4 + 4 + 5)
     protocol = result["protocol"]
     assert protocol["url"] == f"{url}/v1" and protocol["version"] is protocol["device"] is None
-    for configs, drafts, words in [
+    for configs, drafts, words in (
         ([(1, 3, 1, 4)], url, r"= \[2, 1, 3\]; set benchmark.configs"),
         ([(1, 2, 1, 3)], alone, r"= \[0, 0, 0\]"),
-    ]:
+    ):
         with pytest.raises(ConfigError, match=words):
             run(name, None, configs, url=drafts, alone_url=alone)
 
 
+UNFIT = [
+    ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
+    ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
+    ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
+    ("sglang", None, r"no server answers at http://127\.0\.0\.1:9 "),
+]
+
+
 @runs
-@pytest.mark.parametrize(
-    "name, flags, words",
-    [
-        ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
-        ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
-        ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
-        ("sglang", None, r"no server answers at http://127\.0\.0\.1:9 "),
-    ],
-)
+@pytest.mark.parametrize("name, flags, words", UNFIT)
 def test_running_servers_that_do_not_fit(name, flags, words, run, address):
     url = address(name, *flags) if flags else "http://127.0.0.1:9"
-    alone = address(name, RUNNING[name][0])
     with pytest.raises(RunError, match=words):
-        run(name, None, [(1, 2, 1, 3)], url=url, alone_url=alone)
+        run(name, None, [(1, 2, 1, 3)], url=url, alone_url=address(name, RUNNING[name][0]))
 
 
-SPECULATORS = {
-    "architectures": None,
-    "speculators_model_type": "eagle3",
-    "transformer_layer_config": SHAPE,
-}
+SPECULATORS = {"architectures": None, "speculators_model_type": "eagle3"}
+SPECULATORS |= {"transformer_layer_config": SHAPE}
 WRONG_DRAFTS = [
     ({"vocab_size": 41}, "vocab_size"),
     ({"target_hidden_size": 32}, "hidden"),

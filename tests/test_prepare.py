@@ -1,8 +1,6 @@
-"""The prepared artefact: every row accounted for, nothing held out trained on, the same for any way
-of making it.
-"""
+"""The prepared artefact: every row accounted for, nothing held out trained on, always the same."""
 
-import json
+import copy
 import multiprocessing
 import os
 import subprocess
@@ -12,8 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, section
-from transformers import AutoTokenizer
+from conftest import read_jsonl, section, turns, write_jsonl
 
 from eagle3.data import encoder, prepare
 from eagle3.data.chat import Chat
@@ -22,21 +19,13 @@ from eagle3.data.vocab import choose_vocab, vocab_tensors
 from eagle3.errors import RunError
 
 
-def chat_turns(*turns):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+def said(*words):
+    return {"messages": turns(*words)}
 
 
 def rows_of(n, start=0):
-    return [
-        {"messages": chat_turns(f"What is {i}?", f"It is the number {i}, and no other.")}
-        for i in range(start, start + n)
-    ]
-
-
-def write_jsonl(path, rows):
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
+    numbers = range(start, start + n)
+    return [said(f"What is {i}?", f"It is the number {i}, and no other.") for i in numbers]
 
 
 @pytest.fixture
@@ -48,15 +37,12 @@ def prepared_from(tmp_path, tokenizer):
         folder = tmp_path / str(next(made))
         folder.mkdir()
         sources = []
-        for rows in given:
-            source = rows
-            if isinstance(rows, list):
-                source = Source(str(write_jsonl(folder / "a.jsonl", rows)))
+        for source in given:
+            if isinstance(source, list):
+                source = Source(str(write_jsonl(folder / "a.jsonl", *source)))
             sources.append((source, find_files(source, "")))
-        chosen = tokenizer
-        if template is not None:
-            chosen = AutoTokenizer.from_pretrained(TINY / "target")
-            chosen.chat_template = template
+        chosen = copy.copy(tokenizer)
+        chosen.chat_template = template or tokenizer.chat_template
         data = section("data", **{"max_length": 128, "num_proc": 1, **changes})
         asked = (data, num_heldout, vocab_size, draft, sources, Chat(chosen), str(folder))
         assert prepare.find_prepared(*asked) is None
@@ -65,8 +51,7 @@ def prepared_from(tmp_path, tokenizer):
         facts = prepared.facts
         gone = facts["held_out_rows"] + facts["left_out_by_weight"]
         assert facts["rows"] == facts["documents"] + gone + sum(facts["rejected"].values())
-        rejects = (prepared.path / "rejects.jsonl").read_text().splitlines()
-        return prepared, [json.loads(line) for line in rejects]
+        return prepared, read_jsonl(prepared.path / "rejects.jsonl")
 
     return make
 
@@ -83,29 +68,26 @@ def test_vocab_order_and_filling():
     t2d, d2t = vocab_tensors(np.array([1, 2, 7]), 8)
     assert t2d.nonzero()[:, 0].tolist() == [1, 2, 7] and d2t.tolist() == [1, 1, 5]
 
-
-@pytest.mark.parametrize("vocab", [[1, 2, 8], [2, 1], [1, 1], [-1, 2]])
-def test_a_vocabulary_of_another_target_is_refused(vocab):
-    with pytest.raises(RunError, match="does not belong to this target"):
-        vocab_tensors(np.array(vocab), 8)
+    for vocab in ([1, 2, 8], [2, 1], [1, 1], [-1, 2]):
+        with pytest.raises(RunError, match="does not belong to this target"):
+            vocab_tensors(np.array(vocab), 8)
 
 
 def test_every_row_is_accounted_for(prepared_from, tokenizer):
     bad = [
         "{broken",
-        {"messages": chat_turns("only a question")},
-        {"messages": chat_turns("long answers 2", "word " * 300)},
-        {"messages": chat_turns("long question " * 100, "short")},
+        said("only a question"),
+        said("long answers 2", "word " * 300),
+        said("long question " * 100, "short"),
         rows_of(1)[0],
         {"conversations": [{"from": "gpt", "value": "cut"}, *rows_of(1, 90)[0]["messages"]]},
     ]
     prepared, rejects = prepared_from(rows_of(10) + bad)
     facts = prepared.facts
     assert facts["rows"] == 16
-    assert {(r["line"], r["reason"]) for r in rejects} == {
-        (11, "broken JSON"), (12, "no assistant turn"), (15, "duplicate row"),
-        (14, "no assistant token within data.max_length"),
-    }  # fmt: skip
+    reasons = {11: "broken JSON", 12: "no assistant turn", 15: "duplicate row"}
+    reasons[14] = "no assistant token within data.max_length"
+    assert {r["line"]: r["reason"] for r in rejects} == reasons
     assert facts["rejected"] == Counter(r["reason"] for r in rejects)
     assert facts["repaired"] == {"leading assistant turn dropped": 1}
     assert facts["cut_to_max_length"] == 1 and max(prepared.lengths) == 128
@@ -120,7 +102,7 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
 
 def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     """Neither duplicates nor held-out rows."""
-    zebra = {"messages": chat_turns("What is 3?", "Zebra zebra zebra zebra.")}
+    zebra = said("What is 3?", "Zebra zebra zebra zebra.")
     prepared, _ = prepared_from([*rows_of(10), *rows_of(5), zebra], draft=24, num_heldout=6)
     counts = np.zeros(2048, np.int64)
     for i in range(len(prepared)):
@@ -143,26 +125,27 @@ def test_held_out_prompts_are_never_trained_on(prepared_from, tmp_path, tokenize
     """Whatever opens with a held-out question is left out: other answers, longer conversations."""
     rows = rows_of(6)
     asked = [row["messages"][0]["content"] for row in rows]
-    siblings = [{"messages": chat_turns(question, "Something else.")} for question in asked]
-    longer = [{"messages": row["messages"] + chat_turns("Sure?", "Yes, sure.")} for row in rows]
+    siblings = [said(question, "Something else.") for question in asked]
+    longer = [{"messages": row["messages"] + turns("Sure?", "Yes, sure.")} for row in rows]
     prepared, _ = prepared_from(rows + siblings + longer)
     facts = prepared.facts
     assert (facts["heldout_prompts"], facts["held_out_rows"], facts["documents"]) == (2, 6, 12)
     for prompt in prepared.heldout:
         text = tokenizer.decode(prompt["input_ids"])
         assert not any(trained.startswith(text) for trained in texts(prepared, tokenizer))
-    # spaces and system messages make no other question
-    spaced = [{"messages": chat_turns(f" {question}\n", "Again.")} for question in asked]
+    # spaces, system messages and another order make no other question
+    spaced = [said(f" {question}\n", "Again.") for question in asked]
     system = {"role": "system", "content": "Be brief."}
     instructed = [{"messages": [system, *row["messages"]]} for row in rows]
-    facts = prepared_from(rows + spaced + instructed)[0].facts
-    assert facts["held_out_rows"] == 6 and facts["documents"] == 12
+    again, _ = prepared_from((rows + spaced + instructed)[::-1])
+    assert again.facts["held_out_rows"] == 6 and again.facts["documents"] == 12
+    assert {p["hash"] for p in again.heldout} == {p["hash"] for p in prepared.heldout}
 
 
 def test_held_out_prompts_of_a_file(prepared_from, tmp_path):
     rows = rows_of(6)
-    given = ["{broken", {"messages": chat_turns("w " * 200)}, *rows]
-    path = str(write_jsonl(tmp_path / "e.jsonl", given))
+    given = ["{broken", said("w " * 200), *rows]
+    path = str(write_jsonl(tmp_path / "e.jsonl", *given))
     prepared, rejects = prepared_from(rows_of(9), eval_path=path, num_heldout=1)
     too_long = "held-out prompt longer than data.max_length"
     assert prepared.facts["heldout_rejected"] == {"broken JSON": 1, too_long: 1}
@@ -172,15 +155,9 @@ def test_held_out_prompts_of_a_file(prepared_from, tmp_path):
         prepared_from(rows, eval_path=path, num_heldout=9)
 
 
-def test_held_out_prompts_depend_on_the_conversations_alone(prepared_from):
-    rows = rows_of(20)
-    first, second = prepared_from(rows, num_heldout=5), prepared_from(rows[::-1], num_heldout=5)
-    assert {p["hash"] for p in first[0].heldout} == {p["hash"] for p in second[0].heldout}
-
-
 def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
-    one = str(write_jsonl(tmp_path / "one.jsonl", rows_of(60)))
-    two = str(write_jsonl(tmp_path / "two.jsonl", rows_of(70, 50)))
+    one = str(write_jsonl(tmp_path / "one.jsonl", *rows_of(60)))
+    two = str(write_jsonl(tmp_path / "two.jsonl", *rows_of(70, 50)))
     prepared, _ = prepared_from(Source(one, weight=0.5), Source(two, weight=2.0))
     facts, counts = prepared.facts, Counter(texts(prepared, tokenizer))
     seconds = sum(count == 2 for count in counts.values())
@@ -192,28 +169,28 @@ def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     assert limited.facts["rows"] == 24
 
 
-@pytest.mark.parametrize(
-    ("rows", "changes", "sentence"),
-    [
-        ([*rows_of(4), "{broken"], {"on_reject": "fail"},
-         r"line 5: broken JSON \(data\.on_reject=skip"),
-        ([*rows_of(4), rows_of(1)[0]], {"on_reject": "fail"}, "line 5: duplicate row"),
-        ([{"messages": chat_turns(f"q{i}")} for i in range(4)], {},
-         r"none of 4 rows can be trained on \(4 x no assistant turn\)"),
-        ([], {}, "none of 0 rows"),
-        (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
-        (rows_of(4), {"vocab_size": 300}, "does not belong to this target"),
-    ],
-)  # fmt: skip
+ENDS = [
+    (
+        [*rows_of(4), "{broken"],
+        {"on_reject": "fail"},
+        r"line 5: broken JSON \(data\.on_reject=skip",
+    ),
+    ([*rows_of(4), rows_of(1)[0]], {"on_reject": "fail"}, "line 5: duplicate row"),
+    ([said("q")], {}, r"none of 1 rows can be trained on \(1 x no assistant turn\)"),
+    ([], {}, "none of 0 rows"),
+    (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
+    (rows_of(4), {"vocab_size": 300}, "does not belong to this target"),
+]
+
+
+@pytest.mark.parametrize("rows, changes, sentence", ENDS)
 def test_what_ends_the_stage(prepared_from, rows, changes, sentence):
     with pytest.raises(RunError, match=sentence):
         prepared_from(rows, **changes)
 
 
 def test_rows_that_only_refuse_a_prompt_are_trained_on(prepared_from):
-    """Whether a row is asked for its prompt depends on how far the workers are; what is kept must
-    not.
-    """
+    """Which rows are asked for their prompts depends on the workers; what is kept must not."""
     template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
         "<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
@@ -229,7 +206,7 @@ def test_a_template_that_does_not_fit_ends_with_an_example(prepared_from):
         "{% for m in messages %}<{{ m.role }}>{{ m.content | replace('It', 'THAT') }}<|eot_id|>"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    ok = [{"messages": chat_turns(f"q{i}", f"some answer {i}")} for i in range(150)]
+    ok = [said(f"q{i}", f"some answer {i}") for i in range(150)]
     sentence = r"not found in 2 of 152 rows.*data\.chat_template(.|\n)*THAT is the number"
     with pytest.raises(RunError, match=sentence):
         prepared_from(ok + rows_of(2), template=template)
@@ -250,11 +227,9 @@ def test_preformatted_rows(prepared_from, tokenizer):
 
 @pytest.mark.runs
 def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
-    """SIGKILL in the middle, then again: the artefact is that of a call nobody interrupted, and no
-    process stays.
-    """
+    """SIGKILL in the middle, then again: the artefact is that of a call nobody interrupted."""
     rows = [row if i % 9 else "{broken" for i, row in enumerate(rows_of(90) + rows_of(20))]
-    source = Source(str(write_jsonl(tmp_path / "a.jsonl", rows)))
+    source = Source(str(write_jsonl(tmp_path / "a.jsonl", *rows)))
     asked = (2, 2048, 256, [(source, find_files(source, ""))], Chat(tokenizer))
     monkeypatch.setattr(encoder, "CHUNK_ROWS", 4)
     monkeypatch.setattr(prepare, "PART_CHUNKS", 2)
@@ -296,10 +271,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, tokenizer, monkeypatch):
     assert len(read) <= 110 - 56, "finished parts are not tokenised again"
     whole = prepare.prepare(one, *asked, str(tmp_path / "whole"), True)
     assert resumed.facts == whole.facts
-    names = sorted(file.name for file in whole.path.iterdir())
-    assert names == sorted(file.name for file in resumed.path.iterdir()) and len(names) == 7
-    for name in names:
-        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+    kept, wanted = ({p.name: p.read_bytes() for p in x.path.iterdir()} for x in (resumed, whole))
+    assert kept == wanted and len(wanted) == 7
 
 
 def children_of(pid):

@@ -1,6 +1,4 @@
-"""target=sglang against a stand-in for the engine that calls our hook: order, parts, faults,
-lifetime, memory.
-"""
+"""target=sglang against a stand-in for the engine that calls our hook."""
 
 import copy
 import os
@@ -15,10 +13,10 @@ import httpx
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, losses, run_command, spec_of
+from conftest import ROOT, TRAIN_ONLY, losses, run_command, spec_of
 from transformers import OPTConfig
 
-from eagle3.batch import Document, Features, fill, pack, serving
+from eagle3.batch import Document, Features, pack, serving
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget, head_statistics
@@ -80,10 +78,8 @@ def random_prompts(target, lengths):
 
 
 def batch_of(target, lengths):
-    documents = [
-        Document(i, ids, torch.arange(len(ids)) >= len(ids) // 2)
-        for i, ids in enumerate(random_prompts(target, lengths))
-    ]
+    prompts = enumerate(random_prompts(target, lengths))
+    documents = [Document(i, ids, torch.arange(len(ids)) >= len(ids) // 2) for i, ids in prompts]
     return pack(documents, torch.ones(target.config.vocab_size, dtype=torch.bool), 7, serving)
 
 
@@ -102,25 +98,20 @@ def test_features_equal_those_of_transformers(target, reference, behave, chunk):
     assert not list(target.blocks.folder.glob("*.safetensors")), "what was read is deleted"
 
 
-def test_at_most_batch_tokens_are_in_flight():
-    lengths = [40, 20, 30, 90, 5, 6]
-    assert fill(lengths, lengths, 64) == [[40, 20], [30], [90], [5, 6]]
-
-
 def test_generation_equals_transformers(target, reference):
     prompts = [ids.tolist() for ids in random_prompts(target, [5, 12, 9])]
     assert target.generate(prompts, 10) == reference.generate(prompts, 10)
     assert target.eos_token_ids == reference.eos_token_ids
 
 
-@pytest.mark.parametrize(
-    ("how", "sentence"),
-    [
-        ({"silent": True}, r"no hidden states came .* forward hook does not fire"),
-        ({"skip": 3}, r"computed tokens 3 to .* prefix cache is on"),
-        ({}, r"HTTP 400.*out of the vocabulary"),
-    ],
-)
+FAULTS = [
+    ({"silent": True}, r"no hidden states came .* forward hook does not fire"),
+    ({"skip": 3}, r"computed tokens 3 to .* prefix cache is on"),
+    ({}, r"HTTP 400.*out of the vocabulary"),
+]
+
+
+@pytest.mark.parametrize("how, sentence", FAULTS)
 def test_faults_of_the_server(target, behave, monkeypatch, how, sentence):
     behave(**how)
     monkeypatch.setattr(blocks_module, "SILENT_SECONDS", 0.3)
@@ -159,29 +150,25 @@ def test_a_server_started_by_hand(target_folder, reference):
     log_path(httpx.URL(url).port).unlink()
 
 
-def test_another_head_is_found(target, monkeypatch):
+def test_another_head_or_layer_is_found(target, target_folder, monkeypatch):
     def negated(*args):
         weights = load_weights(*args)
         weights.head = -weights.head
         return weights
 
-    monkeypatch.setattr(target_module, "load_weights", negated)
-    with pytest.raises(RunError, match="are not its logits"):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="are not its logits"):
+        patch.setattr(target_module, "load_weights", negated)
         target.verify()
-
-
-def test_another_layer_is_found(target, target_folder, monkeypatch):
     monkeypatch.setattr(target, "spec", spec_of(target_folder, [2, 3, 4]))
     monkeypatch.setattr(target_module, "verify_server", lambda *_: None)
-    sentence = "captured the output of layer 1 where layer 2 was asked for"
-    with pytest.raises(RunError, match=sentence):
+    with pytest.raises(RunError, match="captured the output of layer 1 where layer 2 was asked"):
         target.verify()
 
 
-@pytest.mark.parametrize(
-    ("tp_size", "given", "processes", "copies"),
-    [(2, 3, 8, 3), (2, None, 8, 4), (2, None, 1, 1), (1, None, 4, 4), (16, None, 8, 1)],
-)
+COPIES = [(2, 3, 8, 3), (2, None, 8, 4), (2, None, 1, 1), (1, None, 4, 4), (16, None, 8, 1)]
+
+
+@pytest.mark.parametrize("tp_size, given, processes, copies", COPIES)
 def test_copies_of_the_model(target, monkeypatch, tp_size, given, processes, copies):
     """As many as the GPUs of the processes hold, where the config does not say."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -191,20 +178,16 @@ def test_copies_of_the_model(target, monkeypatch, tp_size, given, processes, cop
     assert handle.section["dp_size"] == copies
 
 
-def head_shard(head, first, size, padding):
-    """A tensor parallel head's rows [first, first + size), padded with rows that are no tokens."""
-    weight = torch.cat([head[first : first + size], head.new_full((padding, head.shape[1]), 9.0)])
-    shard = SimpleNamespace(org_vocab_start_index=first, num_org_elements=size)
-    return SimpleNamespace(weight=weight, tp_size=2, shard_indices=shard)
-
-
 def reduce_on(rank, folder, shards):
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     last, head = torch.load(folder / "inputs.pt")
-    found = statistics(last, head_shard(head, *shards[rank]), dist.group.WORLD)
-    torch.save(found, folder / f"{rank}.pt")
+    first, size, padding = shards[rank]  # a tensor parallel head, padded with rows of no token
+    weight = torch.cat([head[first : first + size], head.new_full((padding, 8), 9.0)])
+    indices = SimpleNamespace(org_vocab_start_index=first, num_org_elements=size)
+    split = SimpleNamespace(weight=weight, tp_size=2, shard_indices=indices)
+    torch.save(statistics(last, split, dist.group.WORLD), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -214,10 +197,8 @@ def test_statistics_of_a_split_head(tmp_path):
     head, last = torch.randn(100, 8), torch.randn(17, 8)
     head[70] = head[5] = 3 * last[0]
     torch.save((last, head), tmp_path / "inputs.pt")
-    shards = [(0, 64, 0), (64, 36, 28)]
-    torch.multiprocessing.start_processes(
-        reduce_on, (tmp_path, shards), nprocs=2, start_method="fork"
-    )
+    arguments = tmp_path, [(0, 64, 0), (64, 36, 28)]
+    torch.multiprocessing.start_processes(reduce_on, arguments, nprocs=2, start_method="fork")
     argmax, logsumexp = head_statistics(last, head)
     assert argmax[0] == 5
     for rank in range(2):
@@ -227,13 +208,9 @@ def test_statistics_of_a_split_head(tmp_path):
 
 
 def forward_batch(rids, lengths):
-    mode = SimpleNamespace(is_extend=lambda: True)
-    return SimpleNamespace(
-        forward_mode=mode,
-        rids=rids,
-        extend_seq_lens_cpu=lengths,
-        extend_prefix_lens_cpu=[0] * len(lengths),
-    )
+    mode, before = SimpleNamespace(is_extend=lambda: True), [0] * len(lengths)
+    lengths = {"extend_seq_lens_cpu": lengths, "extend_prefix_lens_cpu": before}
+    return SimpleNamespace(forward_mode=mode, rids=rids, **lengths)
 
 
 def test_the_hook_never_raises_and_reports():
@@ -267,9 +244,7 @@ def test_a_block_that_cannot_be_written_is_reported(monkeypatch):
 
 
 def test_one_pass_may_serve_two_clients():
-    """Neither sees the other's rows, nor those of requests that are nobody's; bf16 arrives bit for
-    bit.
-    """
+    """Neither sees rows of the other, or of nobody's requests; bf16 arrives bit for bit."""
     first, second = Blocks(), Blocks()
     rids = [first.request_id(0), second.request_id(0), "other", first.request_id(1)]
     torch.manual_seed(0)
@@ -282,12 +257,9 @@ def test_one_pass_may_serve_two_clients():
         (first, {1: range(0, 4), 0: range(4, 6)}, [6, 7, 8, 9, 0, 1]),
         (second, {0: range(0, 3)}, [2, 3, 4]),
     ):
-        features = Features(
-            torch.empty(len(rows), 12).bfloat16(),
-            torch.empty(len(rows), 4).bfloat16(),
-            torch.empty(len(rows), dtype=torch.int64),
-            torch.empty(len(rows)),
-        )
+        sizes = (torch.empty(len(rows), n, dtype=last.dtype) for n in (12, 4))
+        argmaxes, sums = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+        features = Features(*sizes, argmaxes, sums)
         blocks.receive(prompts, features, answered())
         assert torch.equal(features.aux_hidden_states, torch.cat(aux, 1)[rows])
         assert torch.equal(features.last_hidden_states, last[rows])
@@ -304,10 +276,8 @@ def test_layers_in_every_convention():
     assert len(set(engines_default(6))) == 2, "such targets must be asked explicitly"
 
 
-@pytest.mark.parametrize(("layers", "flagged"), [([1, 3, 4], []), ([0, 3, 4], ["0", "3", "4"])])
-def test_explicit_layers_only_where_the_default_is_not_meant(
-    target, target_folder, tmp_path, layers, flagged
-):
+@pytest.mark.parametrize("layers, flagged", [([1, 3, 4], []), ([0, 3, 4], ["0", "3", "4"])])
+def test_explicit_layers_only_where_the_default_is_not_meant(target, tmp_path, layers, flagged):
     asked = copy.copy(target)
     asked.aux_layer_ids, asked.blocks = layers, SimpleNamespace(folder=tmp_path)
     command = " ".join(asked.describe_server().command)
@@ -316,20 +286,19 @@ def test_explicit_layers_only_where_the_default_is_not_meant(
 
 
 def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_path, monkeypatch):
-    spec = spec_of(target_folder)
-    with pytest.raises(ConfigError, match="server_args: --pp-size=2"):
-        SGLangTarget(spec, CPU, server_args=["--pp-size=2"])
+    spec, check = spec_of(target_folder), SGLangTarget.check_settings
     OPTConfig(architectures=["OPTForCausalLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="hides the hidden states of OPTForCausalLM"):
-        SGLangTarget.check_settings({}, spec_of(tmp_path))
-    with pytest.raises(ConfigError, match="choose layers below 7"):
-        SGLangTarget.check_settings({}, spec_of(target_folder, [0, 1, 7]))
-    with pytest.raises(ConfigError, match=r"batch_tokens=.* GB of /dev/shm"):
-        SGLangTarget(spec, CPU, batch_tokens=10**12)
-    monkeypatch.delenv("PYTHONPATH")
-    with pytest.raises(ConfigError, match=r"target\.python"):
-        SGLangTarget.check_settings({}, spec)
-    SGLangTarget.check_settings({"url": "http://127.0.0.1:1"}, spec)
+    layers = spec_of(target_folder, [0, 1, 7])
+    for words, refused in {
+        "server_args: --pp-size=2": lambda: SGLangTarget(spec, CPU, server_args=["--pp-size=2"]),
+        r"batch_tokens=.* GB of /dev/shm": lambda: SGLangTarget(spec, CPU, batch_tokens=10**12),
+        "hides the hidden states of OPTForCausalLM": lambda: check({}, spec_of(tmp_path)),
+        "choose layers below 7": lambda: check({}, layers),
+        r"target\.python": lambda: monkeypatch.delenv("PYTHONPATH") or check({}, spec),
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            refused()
+    check({"url": "http://127.0.0.1:1"}, spec)
 
 
 def test_folders_of_the_dead_are_deleted_and_those_of_the_living_kept(tmp_path):
@@ -349,10 +318,8 @@ def test_two_processes_train_as_with_transformers(settings, tmp_path):
     fewer = ["train.max_steps=2", "hidden_states.dtype=fp32", "train.documents_per_update=4"]
     engine = ["target=sglang", "mode=offline", "launch.nproc_per_node=2"]
     before = set(SHARED.iterdir())
-    for name, own in (
-        ("hf", ["stages=[prepare,generate,train]"]),
-        ("sglang", [*engine, "stages=[prepare,generate,capture,train]"]),
-    ):
+    capturing = [*engine, "stages=[prepare,generate,capture,train]"]
+    for name, own in (("hf", [TRAIN_ONLY]), ("sglang", capturing)):
         folders = [f"cache_dir={tmp_path / name}.cache", f"hydra.run.dir={tmp_path / name}"]
         done = run_command(*settings, *fewer, *own, *folders)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -361,9 +328,7 @@ def test_two_processes_train_as_with_transformers(settings, tmp_path):
 
 
 def test_a_server_that_dies_is_noticed(target, target_folder, monkeypatch):
-    """The last one here, for it ends the server that all use: by who started it, with the cause,
-    and by another client.
-    """
+    """The last one here, as it ends the server: told with the cause, and by another client."""
     monkeypatch.setattr(target_module, "DYING_SECONDS", 60)
     other = SGLangTarget(spec_of(target_folder), CPU, url=target.url)
     pid = target.server.process.pid

@@ -1,10 +1,9 @@
 """Suites and protocols: what the target is asked, on small files with the schema of the hub's."""
 
-import json
 from itertools import product
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, turns, write_jsonl
 
 from eagle3.benchmark import suites
 from eagle3.benchmark.suites import SUITES, Task, load_questions, parse_suite, setup_of
@@ -25,30 +24,15 @@ def sample(name, count=None):
     return load_questions(name, count, str(SAMPLES / f"{name}.jsonl"), ".cache")
 
 
-def written(folder, *rows):
-    path = folder / "mine.jsonl"
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(f"{line}\n" for line in lines))
-    return str(path)
-
-
 def prompt(chat, question, protocol="chat", name="mine", answers=(), trained=None, examples=()):
     """What the target reads for a question under a protocol."""
     task = Task(name, setup_of(protocol, name, None, trained), [question], list(examples))
     return task.prompt_ids(question, list(answers), chat)
 
 
-@pytest.mark.parametrize(
-    "spec, parsed",
-    [
-        ("heldout:48", ("heldout", 48)),
-        ("heldout", ("heldout", None)),
-        (f"{SAMPLES}/ceval.jsonl:2", (f"{SAMPLES}/ceval.jsonl", 2)),
-        (f"{SAMPLES}/ceval.jsonl", (f"{SAMPLES}/ceval.jsonl", None)),
-    ],
-)
-def test_a_suite_as_it_is_written(spec, parsed):
-    assert parse_suite(spec) == parsed
+@pytest.mark.parametrize("name", ["heldout", f"{SAMPLES}/ceval.jsonl"])
+def test_a_suite_as_it_is_written(name):
+    assert parse_suite(name) == (name, None) and parse_suite(f"{name}:48") == (name, 48)
 
 
 WRONG = ["heldut:3", "heldout:0", "heldout:x", "heldout:", "", ":", "no.jsonl:3", "run.py:3"]
@@ -70,19 +54,12 @@ def test_every_suite_reads_its_rows(name):
     assert all(bool(q.reference) == (name != "mtbench") for q in questions)
 
 
-@pytest.mark.parametrize(
-    "name, answer",
-    [
-        ("gsm8k", "18"),
-        ("math500", r"\boxed{7/8}"),
-        ("ceval", "答案：C"),
-        pytest.param(
-            "humaneval",
-            "    return max((abs(a - b) for a, b in zip(numbers, numbers[1:])), default=0)",
-            marks=pytest.mark.runs,
-        ),
-    ],
-)
+MAX = "    return max((abs(a - b) for a, b in zip(numbers, numbers[1:])), default=0)"
+RIGHT = [("gsm8k", "18"), ("math500", r"\boxed{7/8}"), ("ceval", "答案：C")]
+RIGHT += [pytest.param("humaneval", MAX, marks=pytest.mark.runs)]
+
+
+@pytest.mark.parametrize("name, answer", RIGHT)
 def test_right_answers_to_the_samples_score(name, answer):
     first, second, *_ = sample(name)
     score = SUITES[name].score
@@ -95,37 +72,33 @@ def test_the_multiple_choice_shows_its_options():
 
 
 BROKEN = ["{", "[]", "{}", '{"question": 3}', '{"prompt": [1, 2]}']
-BROKEN_OWN = ['{"messages": []}', '{"input_ids": [1]}', "3"]
+ROWS = list(product([*SIZES, "heldout"], BROKEN))
+ROWS += product(["heldout"], ['{"messages": []}', '{"input_ids": [1]}', "3"])
 
 
-@pytest.mark.parametrize(
-    "name, row", [*product(SIZES, BROKEN), *product(["heldout"], BROKEN + BROKEN_OWN)]
-)
+@pytest.mark.parametrize("name, row", ROWS)
 def test_a_row_of_something_else_is_named(name, row, tmp_path):
     first = (SAMPLES / f"{'mtbench' if name == 'heldout' else name}.jsonl").read_text()
-    path = written(tmp_path, first.splitlines()[0], row)
+    path = str(write_jsonl(tmp_path / "mine.jsonl", first.splitlines()[0], row))
     with pytest.raises(RunError, match=rf"mine\.jsonl, line 2: .* suite {name} \([^\n]+\)$"):
         load_questions(name, None, path, ".cache")
 
 
 def test_rows_of_ones_own(tmp_path, chat):
-    user, assistant, last = (
-        {"role": role, "content": text}
-        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
-    )
-    path = written(
-        tmp_path,
+    user, assistant, _ = messages = turns("a", "b", "c")
+    rows = (
         {"prompt": "one"},
         {"turns": ["one", "two"]},
         {"prompt": ["one", "two"]},
-        {"messages": [user, assistant, last]},
+        {"messages": messages},
         {"messages": [user, assistant], "prompt": "not this"},
         {"instruction": "one", "output": "1"},
         {"id": "mine", "input_ids": [4, 5]},
     )
+    path = str(write_jsonl(tmp_path / "mine.jsonl", *rows))
     questions = load_questions(path, None, None, ".cache")
     assert [q.later for q in questions[:3]] == [[], ["two"], ["two"]]
-    assert questions[3].messages == [user, assistant, last]
+    assert questions[3].messages == messages
     assert questions[5].messages[0]["content"] == "one"
     assert [questions[i].id for i in (6, 0)] == ["mine", "mine.jsonl:1"]
     assert prompt(chat, questions[4]) == chat.encode_prompt([user]), "its answer is not shown"
@@ -134,7 +107,7 @@ def test_rows_of_ones_own(tmp_path, chat):
 
 def test_an_empty_suite(tmp_path):
     with pytest.raises(RunError, match=r"names gsm8k, but .*mine\.jsonl holds no question"):
-        load_questions("gsm8k", 3, written(tmp_path), ".cache")
+        load_questions("gsm8k", 3, str(write_jsonl(tmp_path / "mine.jsonl")), ".cache")
 
 
 @pytest.mark.parametrize("name, source", [("gsm8k", "openai/gsm8k"), ("ceval", "ceval/ceval-exam")])
@@ -185,17 +158,13 @@ def test_specforge_completes_a_raw_text_behind_five_solved_questions(chat):
     assert "assistant" not in chat.tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    "protocol, name, tokens, system",
-    [
-        ("specforge", "mtbench", 2048, True),
-        ("specforge", "humaneval", 1024, False),
-        ("specforge", "math500", 2048, False),
-        *(("eagle", name, 1024, True) for name in SIZES),
-    ],
-)
-def test_protocols_that_ask_through_the_template(chat, protocol, name, tokens, system):
-    question = sample(name)[0]
+THROUGH = [("specforge", "mtbench", 2048), ("specforge", "humaneval", 1024)]
+THROUGH += [("specforge", "math500", 2048), *(("eagle", name, 1024) for name in SIZES)]
+
+
+@pytest.mark.parametrize("protocol, name, tokens", THROUGH)
+def test_protocols_that_ask_through_the_template(chat, protocol, name, tokens):
+    question, system = sample(name)[0], protocol == "eagle" or name == "mtbench"
     first = [{"role": "system", "content": SYSTEM_PROMPTS["llama2"]}] if system else []
     expected = chat.encode_prompt([*first, *question.messages])
     assert prompt(chat, question, protocol, name, trained="ignored") == expected

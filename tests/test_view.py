@@ -1,18 +1,16 @@
-"""What `view` shows: token texts that join to the whole, colours and brackets, escaped HTML,
-rejected rows.
-"""
+"""What `view` shows: token texts that join to the whole, brackets, escaped HTML, rejected rows."""
 
+import copy
 import io
-import json
 import re
-from html.parser import HTMLParser
+from html import unescape
 from itertools import pairwise
 
 import pytest
-from conftest import TINY, section
+from conftest import TINY, section, turns, write_jsonl
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from eagle3.data import view
 from eagle3.data.chat import NOT_FOUND, Chat
@@ -34,30 +32,32 @@ TEXTS = {
 }
 
 
-def row(answer: str, question: str = "Hi", line: int = 1, file: str = "a.jsonl") -> Row:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Row(file, line, Conversation(messages))
+def row(answer, question="Hi", line=1, file="a.jsonl"):
+    return Row(file, line, Conversation(turns(question, answer)))
 
 
-def collect(tokenizer, *rows: Row, num_samples: int = 5, **options) -> view.Collected:
+def collect(tokenizer, *rows, num_samples=5, **options):
     return view.collect(iter(rows), Chat(tokenizer), section("data", **options), num_samples)
 
 
-def printed(collected: view.Collected, **options) -> str:
+def printed(collected, **options):
     console = Console(file=io.StringIO(), markup=False, width=80, **options)
     view.show(collected, console)
     return console.file.getvalue()
 
 
-def decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def split(tokenizer, ids, supervised=0):
+    """The pieces, which join to the decoded text and hold all ids."""
+    pieces = view.split_tokens(tokenizer, ids, [supervised] * len(ids))
+    whole = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert "".join(piece.text for piece in pieces) == whole
+    assert [i for piece in pieces for i in piece.ids] == ids
+    return pieces
 
 
 @pytest.fixture(scope="module")
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2's: words begin with a ▁ that the first token loses, unknown characters are one
-    token a byte.
-    """
+    """As Llama 2's: words begin with a ▁, which the first loses; unknown characters are bytes."""
     words = ["<s>", "</s>", "<unk>", "▁", "▁Hello", "▁world", "ha", "▁ha"]
     words += [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = {word: i for i, word in enumerate(words)}
@@ -73,10 +73,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_pieces_join_to_the_decoded_text(tokenizer, text):
-    ids = [0, *tokenizer.encode(text, add_special_tokens=False), 4]
-    pieces = view.split_tokens(tokenizer, ids, [1] * len(ids))
-    assert "".join(piece.text for piece in pieces) == decode(tokenizer, ids)
-    assert [i for piece in pieces for i in piece.ids] == ids
+    pieces = split(tokenizer, [0, *tokenizer.encode(text, add_special_tokens=False), 4], 1)
     ends = [piece.position + len(piece.ids) for piece in pieces]
     assert [piece.position for piece in pieces] == [0, *ends[:-1]]
     assert [piece.special for piece in pieces] == [True, *[False] * (len(pieces) - 2), True]
@@ -86,25 +83,16 @@ def test_pieces_join_to_the_decoded_text(tokenizer, text):
     assert sum(piece.text.count("\ufffd") for piece in pieces) == text.count("\ufffd")
 
 
-def test_pieces_of_cut_bytes_join_too(tokenizer):
+def test_pieces_of_cut_bytes_and_of_a_decoder_that_drops_the_first_space(tokenizer, byte_fallback):
     ids = tokenizer.encode("a😀b", add_special_tokens=False)
-    for cut in ([*ids[:2]], [*ids[:3], 4, *ids[4:]], ids[2:]):
-        pieces = view.split_tokens(tokenizer, cut, [0] * len(cut))
-        assert "".join(piece.text for piece in pieces) == decode(tokenizer, cut)
-        assert [i for piece in pieces for i in piece.ids] == cut
-
-
-def test_pieces_of_a_decoder_that_drops_the_first_space(byte_fallback):
+    for cut in (ids[:2], [*ids[:3], 4, *ids[4:]], ids[2:]):
+        split(tokenizer, cut)
     words = ["<s>", "▁Hello", "▁world", "<0xE4>", "<0xBD>", "<0xA0>"]
     words += ["▁ha", "ha", "</s>", "▁", "▁Hello"]
-    for first in (0, 1, 9):
-        ids = byte_fallback.convert_tokens_to_ids(words[first:])
-        pieces = view.split_tokens(byte_fallback, ids, [0] * len(ids))
-        assert "".join(piece.text for piece in pieces) == decode(byte_fallback, ids)
-    assert [piece.text for piece in view.split_tokens(byte_fallback, ids, [1, 1])] == [" Hello"]
     ids = byte_fallback.convert_tokens_to_ids(words)
-    texts = [piece.text for piece in view.split_tokens(byte_fallback, ids, [0] * len(ids))]
-    assert texts[2:6] == [" world", "你", " ha", "ha"]
+    from_0, _, from_9 = ([p.text for p in split(byte_fallback, ids[k:])] for k in (0, 1, 9))
+    assert from_0[2:6] == [" world", "你", " ha", "ha"]
+    assert from_9 == [" Hello"]
 
 
 def test_samples_are_what_preparation_keeps(tokenizer):
@@ -123,16 +111,10 @@ def test_samples_are_what_preparation_keeps(tokenizer):
 
 
 def test_options_of_data_are_followed(tokenizer):
-    roles = ["user", "assistant"] * 2
-    messages = [{"role": role, "content": word} for role, word in zip(roles, "abcd", strict=True)]
-
-    def supervised(**options) -> str:
-        given = Row("a.jsonl", 1, Conversation(list(messages)))
-        (sample,) = collect(tokenizer, given, **options).samples
-        return "".join(piece.text for piece in sample.pieces if piece.supervised)
-
-    assert supervised() == "b<|eot_id|>d<|eot_id|>"
-    assert supervised(train_only_last_turn=True) == "d<|eot_id|>"
+    given = Row("a.jsonl", 1, Conversation(turns(*"abcd")))
+    for only_last, expected in ((False, "b<|eot_id|>d<|eot_id|>"), (True, "d<|eot_id|>")):
+        (sample,) = collect(tokenizer, given, train_only_last_turn=only_last).samples
+        assert "".join(piece.text for piece in sample.pieces if piece.supervised) == expected
     assert "Be brief." in printed(collect(tokenizer, row("b"), system_prompt="Be brief."))
 
 
@@ -145,13 +127,12 @@ def test_rows_are_read_no_further_than_needed(tokenizer):
 def test_the_stage_reads_all_sources_and_writes_the_page(tokenizer, tmp_path):
     sources, console = [], Console(file=io.StringIO(), width=400)
     for name in ("one", "two"):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text(json.dumps({"messages": row(name).conversation.messages}))
+        path = write_jsonl(tmp_path / f"{name}.jsonl", {"messages": turns("Hi", name)})
         sources.append((Source(str(path)), find_files(Source(str(path)), "")))
     view.view(section("data"), 5, sources, Chat(tokenizer), tmp_path, console)
     shown = console.file.getvalue()
     assert "one.jsonl, line 1" in shown and "two.jsonl, line 1" in shown and "view.html" in shown
-    assert Page((tmp_path / "view.html").read_text()).tags.count("section") == 2
+    assert (tmp_path / "view.html").read_text().count("<section") == 2
 
 
 def test_rejected_rows_are_shown_and_not_counted(tokenizer):
@@ -166,9 +147,9 @@ def test_rejected_rows_are_shown_and_not_counted(tokenizer):
 
 
 @pytest.fixture
-def unfound() -> Chat:
+def unfound(tokenizer):
     """A chat whose template changes the answers that ask for it."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = (
         "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
         "{{ m.content | upper if 'hide' in m.content else m.content }}<|eot_id|>{% endfor %}"
@@ -203,9 +184,8 @@ def test_terminal_without_colours_has_brackets(tokenizer):
     (supervised,) = re.findall("⟦(<.*?)⟧", text, re.DOTALL)
     assert supervised.startswith("<script>alert(1)</script>") and supervised.endswith("b<|eot_id|>")
     assert r"[bold]x[/bold] :smile: \x1b[31m\u202e⇥   tab\r↵" in supervised and "你好" in supervised
-    assert "⟦" in printed(
-        collect(tokenizer, row("fine")), force_terminal=True, color_system="256", no_color=True
-    )
+    colourless = {"force_terminal": True, "color_system": "256", "no_color": True}
+    assert "⟦" in printed(collect(tokenizer, row("fine")), **colourless)
 
 
 def test_terminal_with_colours_alternates_shades(tokenizer):
@@ -216,54 +196,31 @@ def test_terminal_with_colours_alternates_shades(tokenizer):
     assert re.search(r"\x1b\[[\d;]*m😀", text)
 
 
-class Page(HTMLParser):
-    """The tags that a browser would see, the titles, and the text of the samples without marks."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.titles, self.attributes = [], [], []
-        self.text, self.mark, self.inside = "", False, False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.inside |= tag == "section"
-        self.mark = tag == "i"
-        if tag == "span" and "title" in dict(attrs):
-            self.titles.append(dict(attrs)["title"])
-
-    def handle_endtag(self, tag):
-        self.mark &= tag != "i"
-
-    def handle_data(self, data):
-        self.text += data if self.inside and not self.mark else ""
+def tags_of(html):
+    return re.findall(r"<\w[^>]*>", html)
 
 
 def test_page_escapes_everything_and_loads_nothing(tokenizer):
-    collected = collect(
-        tokenizer,
-        row(NASTY, NASTY, file="<img src=x>\udcff.jsonl"),
-        Row("a.jsonl", 2, None, "refused: <script>\x1b"),
-        row("</div></span><style>*{}</style>"),
-    )
-    html = view.page(collected)
-    page = Page(html)
+    strange = row(NASTY, NASTY, file="<img src=x>\udcff.jsonl")
+    refused = Row("a.jsonl", 2, None, "refused: <script>\x1b")
+    closing = row("</div></span><style>*{}</style>")
+    html = view.page(collect(tokenizer, strange, refused, closing))
+    tags = [re.findall(r"\w+", tag)[0] for tag in tags_of(html)]
     allowed = "html head meta title style body main h1 h2 p section div span i ul li"
-    assert set(page.tags) <= {*allowed.split()}
-    assert page.tags.count("style") == 1
-    assert not {name for name, _ in page.attributes} & {"src", "href", "onload", "onclick", "style"}
-    assert (
-        "default-src 'none'" in html and "prefers-color-scheme: dark" in html and "url(" not in html
-    )
+    assert set(tags) <= {*allowed.split()} and tags.count("style") == 1
+    attributes = {name for tag in tags_of(html) for name in re.findall(r'\s([\w-]+)="', tag)}
+    assert not attributes & {"src", "href", "onload", "onclick", "style"}
+    assert "default-src 'none'" in html and "color-scheme: dark" in html and "url(" not in html
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202a-\u202e\u200b-\u200f]", html)
-    assert "<script>alert(1)</script> \"'&<!-- [bold]x[/bold]" in page.text and "你好" in page.text
+    text = unescape(re.sub("<i>.*?</i>|<[^>]*>", "", html.partition("<section")[2]))
+    assert "<script>alert(1)</script> \"'&<!-- [bold]x[/bold]" in text and "你好" in text
 
 
 def test_page_names_every_token(tokenizer):
     collected = collect(tokenizer, row("it's 😀\n"))
     (sample,) = collected.samples
-    titles = Page(view.page(collected)).titles
+    titles = re.findall('<span[^>]* title="(.*?)"', view.page(collected))
+    titles = [unescape(title) for title in titles]
     assert titles == [piece.hint for piece in sample.pieces]
     assert titles[0] == "id 0, position 0, '<|begin_of_text|>'"
     several = next(piece for piece in sample.pieces if piece.text == "😀")
