@@ -68,8 +68,13 @@ class Loader:
         self.state = {"epoch": 0, "update": 0}
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
-        per_update = self.section.documents_per_update
-        return plan_epoch(self.lengths, self.seed, epoch, self.tokens_per_update, per_update)
+        """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        count = self.section.documents_per_update
+        if count is not None:
+            return np.split(order, range(count, len(order), count))
+        updates = fill(order.tolist(), self.lengths[order].tolist(), self.tokens_per_update)
+        return list(map(np.array, updates))
 
     def pack_update(self, epoch: int, documents: np.ndarray) -> Update:
         mine = split_by_cost(documents, self.costs, self.replicas)[self.replica]
@@ -80,47 +85,26 @@ class Loader:
                 batches.append(self.pack_documents(loaded))
         return Update(batches, sum(batch.normaliser for batch in batches))
 
-    def positions(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, number within it, documents) of every update from `state` on, endlessly."""
-        epoch, first = self.state["epoch"], self.state["update"]
-        while True:
-            plan = self.plan_epoch(epoch)
-            for number in range(first, len(plan)):
-                yield epoch, number, plan[number]
-            epoch, first = epoch + 1, 0
-
     def __iter__(self) -> Iterator[Update]:
         """Endless; `state` already points behind the update that was handed out.
 
         The first update of an epoch is packed only when it is asked for, since hybrid keeps
         features up to the end of the epoch before.
         """
+        epoch, number = self.state["epoch"], self.state["update"]
         with ThreadPoolExecutor(1) as packer:
-            packed_ahead, positions = None, self.positions()
-            position = next(positions)
             while True:
-                epoch, number, documents = position
-                if packed_ahead is None:
+                plan = self.plan_epoch(epoch)
+                if number < len(plan):
                     self.documents.begin(epoch)
-                    packed_ahead = packer.submit(self.pack_update, epoch, documents)
-                update = packed_ahead.result()
-                self.state = {"epoch": epoch, "update": number + 1}
-                position = next(positions)
-                packed_ahead = None
-                if position[1] > 0:
-                    packed_ahead = packer.submit(self.pack_update, position[0], position[2])
-                yield update
-
-
-def plan_epoch(
-    lengths: np.ndarray, seed: int, epoch: int, tokens_per_update: int, num_documents: int | None
-) -> list[np.ndarray]:
-    """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    if num_documents is not None:
-        return np.split(order, range(num_documents, len(order), num_documents))
-    updates = fill(order.tolist(), lengths[order].tolist(), tokens_per_update)
-    return list(map(np.array, updates))
+                    packed_ahead = packer.submit(self.pack_update, epoch, plan[number])
+                while number < len(plan):
+                    update, number = packed_ahead.result(), number + 1
+                    self.state = {"epoch": epoch, "update": number}
+                    if number < len(plan):
+                        packed_ahead = packer.submit(self.pack_update, epoch, plan[number])
+                    yield update
+                epoch, number = epoch + 1, 0
 
 
 def fill_micro_steps(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle3.batch import Document, pack, serving, split_by_cost
-from eagle3.loader import Loader, fill_micro_steps, plan_epoch
+from eagle3.loader import Loader, fill_micro_steps
 
 
 class Documents:
@@ -51,14 +51,14 @@ def keys(update):
 
 
 def test_plans_depend_on_the_seed_alone(documents):
-    lengths = documents.lengths
-    plan = plan_epoch(lengths, 0, 0, 300, None)
-    assert sorted(np.concatenate(plan).tolist()) == list(range(57))
-    assert all(lengths[update].sum() <= 300 for update in plan)
-    assert [u.tolist() for u in plan] == [u.tolist() for u in plan_epoch(lengths, 0, 0, 300, None)]
-    other = plan_epoch(lengths, 0, 1, 300, None)
-    assert np.concatenate(plan).tolist() != np.concatenate(other).tolist()
-    assert [len(u) for u in plan_epoch(lengths, 0, 0, 300, 8)] == [8] * 7 + [1]
+    plans = [loader(documents, tokens_per_update=300).plan_epoch(0) for _ in range(2)]
+    assert sorted(np.concatenate(plans[0]).tolist()) == list(range(57))
+    assert all(documents.lengths[update].sum() <= 300 for update in plans[0])
+    assert [u.tolist() for u in plans[0]] == [u.tolist() for u in plans[1]]
+    other = loader(documents, tokens_per_update=300).plan_epoch(1)
+    assert np.concatenate(plans[0]).tolist() != np.concatenate(other).tolist()
+    counted = loader(documents, documents_per_update=8).plan_epoch(0)
+    assert [len(update) for update in counted] == [8] * 7 + [1]
 
 
 def test_micro_steps_hold_every_document_once(documents):
