@@ -18,9 +18,8 @@ from eagle3.config import Train
 class DocumentSource(Protocol):
     """What a loader packs: `lengths` and `supervised` int64 [documents] count tokens of each.
 
-    `load` leaves out documents that are damaged and may be skipped. In epoch 0 there is nothing yet
-    that `mode=hybrid` could have kept. `begin` is called by all ranks alike when an epoch begins,
-    or is taken up again.
+    `load` leaves out documents that are damaged and may be skipped. `begin` is called by all ranks
+    alike when an epoch begins, or is taken up again.
     """
 
     lengths: np.ndarray
@@ -28,7 +27,7 @@ class DocumentSource(Protocol):
 
     def begin(self, epoch: int) -> None: ...
 
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]: ...
+    def load(self, numbers: list[int]) -> list[Document]: ...
 
 
 @dataclass
@@ -76,11 +75,11 @@ class Loader:
         updates = fill(order.tolist(), self.lengths[order].tolist(), self.tokens_per_update)
         return list(map(np.array, updates))
 
-    def pack_update(self, epoch: int, documents: np.ndarray) -> Update:
+    def pack_update(self, documents: np.ndarray) -> Update:
         mine = split_by_cost(documents, self.costs, self.replicas)[self.replica]
         batches = []
         for numbers in fill_micro_steps(mine, self.lengths, self.section.tokens_per_step):
-            loaded = self.documents.load(numbers, epoch)
+            loaded = self.documents.load(numbers)
             if loaded:
                 batches.append(self.pack_documents(loaded))
         return Update(batches, sum(batch.normaliser for batch in batches))
@@ -97,12 +96,12 @@ class Loader:
                 plan = self.plan_epoch(epoch)
                 if number < len(plan):
                     self.documents.begin(epoch)
-                    packed_ahead = packer.submit(self.pack_update, epoch, plan[number])
+                    packed_ahead = packer.submit(self.pack_update, plan[number])
                 while number < len(plan):
                     update, number = packed_ahead.result(), number + 1
                     self.state = {"epoch": epoch, "update": number}
                     if number < len(plan):
-                        packed_ahead = packer.submit(self.pack_update, epoch, plan[number])
+                        packed_ahead = packer.submit(self.pack_update, plan[number])
                     yield update
                 epoch, number = epoch + 1, 0
 

@@ -24,7 +24,7 @@ class Documents:
     def begin(self, epoch):
         pass
 
-    def load(self, numbers, epoch=0):
+    def load(self, numbers):
         return [Document(number, self.ids[number], self.masks[number]) for number in numbers]
 
 

@@ -62,7 +62,7 @@ class Conversations:
     def begin(self, epoch):
         pass
 
-    def load(self, numbers, epoch=0):
+    def load(self, numbers):
         return [Document(n, self.ids[n], self.masks[n], self.features(n)) for n in numbers]
 
     def features(self, number):

@@ -77,10 +77,7 @@ class Prepared:
         ids, mask = self.input_ids[span].copy(), self.loss_mask[span].copy()
         return number, torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def begin(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch."""
-
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+    def load(self, numbers: list[int]) -> list[Document]:
         """Documents without features: those are still to be computed."""
         return [Document(*self.document(number), features=None) for number in numbers]
 
