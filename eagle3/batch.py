@@ -25,6 +25,9 @@ class DocumentSpans(NamedTuple):
     lengths: list[int]
     first: int = 0
 
+    def to(self, device: torch.device) -> "DocumentSpans":
+        return self._replace(cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
+
 
 @dataclass
 class Features:
@@ -41,9 +44,15 @@ class Features:
     logsumexp: torch.Tensor
 
     def to(self, device: torch.device) -> "Features":
-        return Features(
-            *(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
-        )
+        moved = Features(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        if self.argmax.is_cuda and device.type == "cpu":  # which may be read at once
+            torch.cuda.current_stream().synchronize()
+        return moved
+
+    def select(self, tokens: Any, teachers: Any) -> "Features":
+        """Those of some tokens and of some teacher rows, by indices or slices."""
+        rows = (x[teachers] for x in (self.last_hidden_states, self.argmax, self.logsumexp))
+        return Features(self.aux_hidden_states[tokens], *rows)
 
 
 @dataclass
@@ -103,17 +112,12 @@ class Batch:
     routes: Any = None
 
     def to(self, device: torch.device) -> "Batch":
-        ahead = device.type == "cuda"  # what goes to the host may be read at once
-        moved = {
-            name: value.to(device, non_blocking=ahead)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        cu_seqlens = self.documents.cu_seqlens.to(device, non_blocking=ahead)
-        moved["documents"] = self.documents._replace(cu_seqlens=cu_seqlens)
-        for name in ("features", "exchange"):
-            if getattr(self, name) is not None:
-                moved[name] = getattr(self, name).to(device)
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif hasattr(value, "to"):  # the documents, and features and exchange if it has them
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
     @property
@@ -243,8 +247,6 @@ def ahead(values: torch.Tensor, ends: torch.Tensor, distance: int) -> torch.Tens
 def split_features(batch: Batch, features: Features) -> Iterator[Features]:
     """A batch's features, document by document, on the host."""
     host = features.to(torch.device("cpu"))
-    if features.argmax.is_cuda:
-        torch.cuda.current_stream().synchronize()
     ends = batch.documents.cu_seqlens[1:].cpu()
     document = torch.bucketize(batch.teacher_rows.cpu(), ends, right=True)
     teachers = torch.bincount(document, minlength=len(ends)).tolist()

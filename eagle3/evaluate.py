@@ -8,24 +8,26 @@ t + emitted, gives the acceptance length of every draft length at once.
 n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
 """
 
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from eagle3.batch import Batch, Document, Features, pack, serving
+from eagle3.batch import Batch, Document, Features, fill, pack, serving
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
+from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
+from eagle3.runs.disk import write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 
-TEACHER_COLUMNS = ("last_hidden_states", "argmax", "logsumexp")  # of `Features`, in its order
+FORMAT = 2  # of the files, part of their fingerprint
 
 
 @dataclass
@@ -46,7 +48,7 @@ def generate(
     Without `write` they must be there. Raises RunError.
     """
     settings = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
-    inputs = target.identity | {"prompts": prompts} | settings
+    inputs = target.identity | {"prompts": prompts, "format": FORMAT} | settings
 
     def write_folder(folder: Path) -> dict[str, int]:
         return write_answers(folder, target.load(), prompts, **settings)
@@ -57,94 +59,73 @@ def generate(
 def write_answers(
     folder: Path, target: Any, prompts: list[dict], max_new_tokens: int, batch_size: int
 ) -> dict[str, int]:
-    """Answer prompts, shortest first, a file for each batch, so that a killed call goes on.
+    """Answer prompts, shortest first, a file for each, so that a killed call goes on.
 
-    A file holds flat tensors of its documents, in order. Returns the facts.
+    Returns the facts.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     shortened = answered = 0
-    for number, indices in enumerate(track(batches, description="generate", transient=True)):
-        path = folder / f"part_{number:05d}.safetensors"
-        if not path.exists():
-            ids = [prompts[i]["input_ids"] for i in indices]
-            tensors = answer_batch(target, ids, max_new_tokens)
-            tensors["index"] = torch.tensor(indices)
-            save_file(tensors, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
-        tensors = load_file(path)
-        shortened += int(tensors["shortened"].sum())
-        answered += int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
+    for indices in track(batches, description="generate", transient=True):
+        ids = [prompts[i]["input_ids"] for i in indices]
+        paths = [answer_path(folder, i) for i in indices]
+        if not all(path.exists() for path in paths):
+            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens), strict=True):
+                write_atomically(path, [save(tensors)])
+        for path, prompt in zip(paths, ids, strict=True):
+            tensors = load_file(path)
+            shortened += int(tensors["shortened"])
+            answered += len(tensors["input_ids"]) - len(prompt)
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
+
+
+def answer_path(folder: Path, number: int) -> Path:
+    return folder / f"answer_{number:05d}.safetensors"
 
 
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
-) -> dict[str, torch.Tensor]:
-    """Flat tensors of one part; answers end before a token that isn't the packed pass's argmax.
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of each answer, which ends before a token that isn't the packed pass's argmax.
 
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
     """
-    answers = target.generate(prompts, max_new_tokens)
-    any_token = torch.ones(target.config.vocab_size, dtype=torch.bool)
-    parts = {name: [] for name in ("input_ids", "aux_hidden_states", *TEACHER_COLUMNS)}
-    lengths, shortened = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, target.generate(prompts, max_new_tokens), strict=True):
         ids, start = torch.tensor(prompt + answer), len(prompt)
         document = Document(0, ids, torch.arange(len(ids)) >= start)
-        batch = pack([document], any_token, 1, serving).to(target.device)
-        features = target(batch).to(torch.device("cpu"))
-        # Teacher rows begin at the prompt's last token, whose argmax is the answer's first.
-        wrong = (features.argmax[:-1] != ids[start + 1 :]).nonzero()
+        (document,) = compute_features(target, [document])
+        # Teacher rows begin at the answer's first token, whose argmax is its second.
+        wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
         keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
-        parts["input_ids"].append(ids[:keep])
-        parts["aux_hidden_states"].append(features.aux_hidden_states[:keep])
-        for name in TEACHER_COLUMNS:
-            parts[name].append(getattr(features, name)[: keep - start])
-        lengths.append(keep)
-        shortened.append(keep < len(ids))
-    flat = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-    flat["lengths"] = torch.tensor(lengths)
-    flat["prompt_lengths"] = torch.tensor([len(prompt) for prompt in prompts])
-    flat["shortened"] = torch.tensor(shortened)
-    return flat
+        features = document.features.select(slice(keep), slice(keep - start))
+        kept = {name: states.contiguous() for name, states in vars(features).items()}
+        yield kept | {"input_ids": ids[:keep], "shortened": torch.tensor(keep < len(ids))}
 
 
 def load_answers(folder: Path) -> list[Answer]:
     """The answers of the artefact, in order of their prompts."""
-    prompts = read_inputs(folder)["prompts"]
-    answers: dict[int, Answer] = {}
-    for path in sorted(folder.glob("part_*.safetensors")):
-        tensors = load_file(path)
-        lengths, prompt_lengths = tensors["lengths"].tolist(), tensors["prompt_lengths"].tolist()
-        teachers = [n - p for n, p in zip(lengths, prompt_lengths, strict=True)]
-        columns = [tensors[name].split(lengths) for name in ("input_ids", "aux_hidden_states")]
-        columns += [tensors[name].split(teachers) for name in TEACHER_COLUMNS]
-        each = zip(tensors["index"].tolist(), prompt_lengths, *columns, strict=True)
-        for index, length, ids, *features in each:
-            answers[index] = Answer(prompts[index]["id"], ids, length, Features(*features))
-    assert sorted(answers) == list(range(len(prompts))), "an artefact must answer every prompt"
-    return [answers[index] for index in sorted(answers)]
+    answers = []
+    for number, prompt in enumerate(read_inputs(folder)["prompts"]):
+        tensors = load_file(answer_path(folder, number))
+        features = Features(*(tensors[field.name] for field in fields(Features)))
+        length = len(prompt["input_ids"])
+        answers.append(Answer(prompt["id"], tensors["input_ids"], length, features))
+    return answers
 
 
 def pack_answers(
     answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int
 ) -> list[tuple[Batch, list[Answer]]]:
     """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer)."""
-    groups, documents, used = [[]], [[]], 0
-    for answer in answers:
-        length = len(answer.input_ids)
-        if used + length > tokens_per_step and groups[-1]:
-            groups.append([])
-            documents.append([])
-            used = 0
-        mask = torch.arange(length) >= answer.prompt_length
-        documents[-1].append(Document(len(groups[-1]), answer.input_ids, mask, answer.features))
-        groups[-1].append(answer)
-        used += length
-    batches = [pack(group, t2d.cpu(), steps, serving) for group in documents]
-    return list(zip(batches, groups, strict=True))
+    packed = []
+    for group in fill(answers, [len(answer.input_ids) for answer in answers], tokens_per_step):
+        documents = []
+        for key, answer in enumerate(group):
+            mask = torch.arange(len(answer.input_ids)) >= answer.prompt_length
+            documents.append(Document(key, answer.input_ids, mask, answer.features))
+        packed.append((pack(documents, t2d.cpu(), steps, serving), group))
+    return packed
 
 
 @dataclass

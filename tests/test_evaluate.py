@@ -113,9 +113,9 @@ def test_walk_by_hand():
 def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):
     prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(4)]
     module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    whole = (tmp_path / "part_00001.safetensors").read_bytes()
-    (tmp_path / "part_00001.safetensors").unlink()
+    whole = (tmp_path / "answer_00002.safetensors").read_bytes()
+    (tmp_path / "answer_00002.safetensors").unlink()
     calls, original = [], module.answer_batch
     monkeypatch.setattr(module, "answer_batch", lambda *a: calls.append(a) or original(*a))
     module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    assert len(calls) == 1 and (tmp_path / "part_00001.safetensors").read_bytes() == whole
+    assert len(calls) == 1 and (tmp_path / "answer_00002.safetensors").read_bytes() == whole

@@ -211,12 +211,7 @@ class Sequence:
         if features is None:
             routes = self.plan_routes(batch, rank_of_token, rank_of_token[batch.rows][row_of_pair])
         else:
-            features = Features(
-                features.aux_hidden_states[token_of_own],
-                features.last_hidden_states[teachers],
-                features.argmax[teachers],
-                features.logsumexp[teachers],
-            )
+            features = features.select(token_of_own, teachers)
         exchange = self.plan_exchange(batch, rank_of_token, depth_of_token)
         return replace(
             batch,

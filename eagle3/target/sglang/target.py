@@ -163,9 +163,7 @@ class SGLangTarget:
     def __call__(self, batch: Batch) -> Features:
         prompts = [ids.tolist() for ids in batch.input_ids.cpu().split(batch.documents.lengths)]
         features, _ = self.prefill(prompts, max_new_tokens=0)
-        rows = batch.teacher_rows.to(self.device)
-        last, argmax, logsumexp = features.last_hidden_states, features.argmax, features.logsumexp
-        return Features(features.aux_hidden_states, last[rows], argmax[rows], logsumexp[rows])
+        return features.select(slice(None), batch.teacher_rows.to(self.device))
 
     def prefill(self, prompts: list, max_new_tokens: int) -> tuple[Features, list[dict]]:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
