@@ -253,26 +253,24 @@ def build_draft(
     return draft
 
 
+@dataclass
 class Trainer:
-    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds."""
+    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds.
 
-    def __init__(
-        self,
-        draft: Draft,
-        frozen: FrozenWeights,
-        loss: SoftTargetLoss,
-        features: Callable[[Batch], Features],
-        loader: Loader,
-        optim: GuardedOptimizer,
-        meter: Meter,
-        ranks: Ranks,
-    ):
-        """`features` is asked for batches whose documents came without."""
-        self.draft, self.frozen, self.loss = draft, frozen, loss
-        self.features, self.loader = features, loader
-        self.optim, self.meter, self.ranks = optim, meter, ranks
-        self.device = frozen.embedding.device
-        self.update, self.best, self.best_update = 0, -math.inf, 0
+    `features` is asked for batches whose documents came without.
+    """
+
+    draft: Draft
+    frozen: FrozenWeights
+    loss: SoftTargetLoss
+    features: Callable[[Batch], Features]
+    loader: Loader
+    optim: GuardedOptimizer
+    meter: Meter
+    ranks: Ranks
+    update: int = 0
+    best: float = -math.inf
+    best_update: int = 0
 
     def train_update(self, update: Update, waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
@@ -285,7 +283,7 @@ class Trainer:
             self.optim.scheduler.step()
             return torch.zeros(())
         for batch in update.batches:
-            batch = batch.to(self.device)
+            batch = batch.to(frozen.embedding.device)
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
@@ -302,8 +300,8 @@ class Trainer:
         moments, counts = self.optim.state(names)
         draft = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
         own = {f"rank_{rank}/rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.frozen.embedding.is_cuda:
+            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
         plain = counts | {
             "draft": asdict(self.draft.config),
             "update": self.update,
@@ -328,8 +326,8 @@ class Trainer:
         # A rank that was not there before begins with the state that its process has.
         if f"rank_{rank}/rng" in state.own:
             torch.set_rng_state(state.own[f"rank_{rank}/rng"])
-        if self.device.type == "cuda" and f"rank_{rank}/rng_cuda" in state.own:
-            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"], self.device)
+        if self.frozen.embedding.is_cuda and f"rank_{rank}/rng_cuda" in state.own:
+            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"])
 
 
 def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:
