@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
         return task(Ranks(), config, run_dir, *arguments)
     call = (task, config, run_dir, arguments)
     if is_torchrun():
-        post_task(torchrun_store(), call)
+        post_task(call)
         return run_task(torchrun_store(), *call)
     return spawn_ranks(*call)
 
@@ -76,7 +77,6 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",  # a machine's name need not be known to itself
         max_restarts=0,
-        start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
     )
     # torch's launcher takes the handlers of signals and does not give them back.
@@ -155,17 +155,10 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     )
 
 
-# Tasks are posted on a store under their number; None is posted when there are no more.
-
-
-def post_task(store: dist.Store, call: Any) -> None:
+def post_task(call: Any) -> None:
+    """Under torchrun: give the other processes a task, None where there are no more."""
+    store = torchrun_store()
     store.set(f"task/{store.add('tasks', 1)}", pickle.dumps(call))
-
-
-def read_task(store: dist.Store, number: int) -> Any:
-    """The task with that number, from 1; waits until it has been posted."""
-    store.set_timeout(BETWEEN_TASKS)
-    return pickle.loads(store.get(f"task/{number}"))
 
 
 @cache
@@ -178,11 +171,14 @@ def torchrun_store() -> dist.Store:
 @record
 def serve_tasks() -> None:
     """Under torchrun, beside the first process: take part in its tasks, until it has no more."""
-    number = 1
-    while (call := read_task(torchrun_store(), number)) is not None:
-        run_task(torchrun_store(), *call)
+    store = torchrun_store()
+    store.set_timeout(BETWEEN_TASKS)
+    for number in count(1):
+        call = pickle.loads(store.get(f"task/{number}"))  # waits until it has been posted
+        if call is None:
+            break
+        run_task(store, *call)
         close_targets(call[-1])
-        number += 1
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -190,7 +186,7 @@ def serve_tasks() -> None:
 def end_tasks() -> None:
     """Under torchrun, in the first process: there are no more jobs."""
     if is_torchrun():
-        post_task(torchrun_store(), None)
+        post_task(None)
         if dist.is_initialized():
             dist.destroy_process_group()
 
