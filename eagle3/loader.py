@@ -38,32 +38,29 @@ class Update:
     normaliser: int
 
 
+@dataclass
 class Loader:
     """Iterates over updates from where `state` says; packs one update ahead in a thread.
 
     State is (epoch, update within the epoch): taking it up again reads nothing that was consumed.
+    `tokens_per_update` is of all replicas; void where `section` counts documents.
     """
 
-    def __init__(
-        self,
-        documents: DocumentSource,
-        section: Train,
-        pack_documents: Callable[[list[Document]], Batch],
-        tokens_per_update: int,
-        seed: int,
-        replica: int = 0,
-        replicas: int = 1,
-    ):
-        """`tokens_per_update` is of all replicas; void where `section` counts documents."""
-        self.documents, self.section, self.pack_documents = documents, section, pack_documents
-        self.tokens_per_update, self.seed = tokens_per_update, seed
-        self.replica, self.replicas = replica, replicas
-        self.lengths = documents.lengths
+    documents: DocumentSource
+    section: Train
+    pack_documents: Callable[[list[Document]], Batch]
+    tokens_per_update: int
+    seed: int
+    replica: int = 0
+    replicas: int = 1
+
+    def __post_init__(self):
+        self.lengths = self.documents.lengths
         # The target passes over every token, the unroll over the supervised ones, at about the same
         # cost each.
-        self.costs = self.lengths + documents.supervised
-        planned = sum(len(self.plan_epoch(epoch)) for epoch in range(section.epochs))
-        self.total_updates = min(planned, section.max_steps or planned)
+        self.costs = self.lengths + self.documents.supervised
+        planned = sum(len(self.plan_epoch(epoch)) for epoch in range(self.section.epochs))
+        self.total_updates = min(planned, self.section.max_steps or planned)
         self.state = {"epoch": 0, "update": 0}
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
