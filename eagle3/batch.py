@@ -167,20 +167,11 @@ def pack(
 
     teacher_place = torch.full((len(input_ids) + 1,), -1)
     teacher_place[teacher_rows] = torch.arange(len(teacher_rows))
-    index, step, teacher = [], [], []
-    offset = 0
-    for k, count in enumerate(row_counts):
-        here = supervised_KT[k, rows[:count]].nonzero()[:, 0]
-        row = rows[here] + k + 1
-        inside = row < ends[rows[here]]
-        index.append(here + offset)
-        step.append(torch.full_like(here, k))
-        teacher.append(torch.where(inside, teacher_place[row], len(teacher_rows)))
-        offset += count
-    index, step, teacher = torch.cat(index), torch.cat(step), torch.cat(teacher)
-    assert (teacher >= 0).all(), (
-        "a supervised pair needs a teacher row that Features does not carry"
-    )
+    step, row_place = supervised_KT[:, rows].nonzero(as_tuple=True)
+    row = rows[row_place]
+    inside = row + step + 1 < ends[row]
+    teacher = torch.where(inside, teacher_place[row + step + 1], len(teacher_rows))
+    assert (teacher >= 0).all(), "a pair needs a teacher row that Features does not carry"
     by_teacher = torch.argsort(teacher, stable=True)
     known = [document.features for document in documents if document.features is not None]
     complete = len(known) == len(documents)
@@ -196,7 +187,7 @@ def pack(
         rows=rows,
         row_counts=row_counts,
         num_steps=sum(count > 0 for count in row_counts),
-        pair_index=index[by_teacher],
+        pair_index=(row_place + starts_of(row_counts)[step])[by_teacher],
         pair_step=step[by_teacher],
         pair_teacher=teacher[by_teacher],
         pairs_before=count_before(teacher, len(teacher_rows)),
@@ -205,6 +196,12 @@ def pack(
         features=concatenate_features(known) if complete else None,
         loaded=[] if complete else documents,
     )
+
+
+def starts_of(counts: list[int]) -> torch.Tensor:
+    """Where each part begins when parts of these lengths lie one behind the other."""
+    counts = torch.tensor(counts)
+    return counts.cumsum(0) - counts
 
 
 def count_before(pair_teacher: torch.Tensor, num_teachers: int) -> list[int]:
@@ -250,13 +247,9 @@ def split_features(batch: Batch, features: Features) -> Iterator[Features]:
     ends = batch.documents.cu_seqlens[1:].cpu()
     document = torch.bucketize(batch.teacher_rows.cpu(), ends, right=True)
     teachers = torch.bincount(document, minlength=len(ends)).tolist()
-    yield from map(
-        Features,
-        host.aux_hidden_states.split(batch.documents.lengths),
-        host.last_hidden_states.split(teachers),
-        host.argmax.split(teachers),
-        host.logsumexp.split(teachers),
-    )
+    aux, *rows = vars(host).values()
+    columns = [aux.split(batch.documents.lengths), *(x.split(teachers) for x in rows)]
+    yield from map(Features, *columns)
 
 
 def concatenate_features(parts: list[Features]) -> Features:

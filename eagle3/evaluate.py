@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save
 
-from eagle3.batch import Batch, Document, Features, fill, pack, serving
+from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
 from eagle3.hidden_states.capture import compute_features
@@ -176,10 +176,9 @@ def evaluate(
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     """bool [T,K]: whether the token drafted at (row, step) is the target's; False without one."""
-    counts = torch.tensor(batch.row_counts, device=correct_M.device)
-    offsets = counts.cumsum(0) - counts
-    rows = batch.rows[batch.pair_index - offsets[batch.pair_step]]
-    accepted = correct_M.new_zeros(len(batch.input_ids), len(counts))  # bool
+    starts = starts_of(batch.row_counts).to(correct_M.device)
+    rows = batch.rows[batch.pair_index - starts[batch.pair_step]]
+    accepted = correct_M.new_zeros(len(batch.input_ids), len(starts))  # bool
     accepted[rows, batch.pair_step] = correct_M
     return accepted
 

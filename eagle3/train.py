@@ -47,10 +47,6 @@ from eagle3.ttt import training_flops, unroll
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM, after the checkpoint: exits with 130 or 143."""
-
-
 @dataclass
 class TrainingData:
     """What the stages before left for training, as folders that every rank opens for itself.
@@ -144,7 +140,7 @@ def train(
                 if ranks.is_main:
                     command = f"python run.py train.resume={run_dir}"
                     print(f"\nstopped after update {trainer.update}; go on with: {command}")
-                raise Interrupted(128 + stopping)
+                raise SystemExit(128 + stopping)
             trainer.meter.leave_out(time.perf_counter() - began)
         checkpoints.wait()
         ranks.barrier()

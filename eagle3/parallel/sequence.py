@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.utils._pytree import tree_map_only
 
-from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost
+from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost, starts_of
 from eagle3.draft.attention import Attend, Backend
 from eagle3.draft.model import DraftConfig
-from eagle3.parallel.segments import Segmented, Segments, segments_of
+from eagle3.parallel.segments import Segment, Segmented, segments_of
 
 BLOCKS_PER_RANK = 8  # more of them balance better, fewer share more teacher rows
 SMALLEST_BLOCK = 16
@@ -60,7 +60,7 @@ class Exchange(NamedTuple):
     sequence: "Sequence"
     tokens_of_rank: list[int]
     arrival_of_token: Tensor
-    segments: Segments
+    segments: list[Segment]
     rows: Tensor
     row_counts: list[list[int]]
     row_of_arrival: list[Tensor]
@@ -189,8 +189,6 @@ class Sequence:
         token_of_input = with_tokens_ahead(token_is_own, batch.document_ends, num_steps)
         input_of_own = token_is_own[token_of_input].nonzero()[:, 0]
         token_of_own = token_of_input[input_of_own]
-        own_of_token = torch.full((len(rank_of_token),), -1)
-        own_of_token[token_of_own] = torch.arange(len(token_of_own))
 
         # Own rows keep the order of all rows, so those needed longest still come first.
         row_is_own = token_is_own[batch.rows]
@@ -221,7 +219,7 @@ class Sequence:
             document_ends=torch.searchsorted(token_of_input, batch.document_ends[token_of_input]),
             teacher_rows=batch.teacher_rows[teachers],
             own=input_of_own,
-            rows=own_of_token[batch.rows[row_is_own]],
+            rows=torch.searchsorted(token_of_own, batch.rows[row_is_own]),
             row_counts=row_counts,
             pair_index=own_row_of_pair + starts_of(row_counts)[pair_step],
             pair_step=pair_step,
@@ -325,12 +323,6 @@ def assign(costs: np.ndarray, num_ranks: int) -> Tensor:
     for rank, items in enumerate(split_by_cost(np.arange(len(costs)), costs, num_ranks)):
         rank_of_item[torch.from_numpy(items)] = rank
     return rank_of_item
-
-
-def starts_of(counts: list[int]) -> Tensor:
-    """Where each part begins when parts of these lengths lie one behind the other."""
-    counts = torch.tensor(counts)
-    return counts.cumsum(0) - counts
 
 
 def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -> Tensor:
