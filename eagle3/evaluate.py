@@ -154,12 +154,9 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    draft: Draft,
-    frozen: FrozenWeights,
-    loss: SoftTargetLoss,
-    packed: list[tuple[Batch, list[Answer]]],
-    draft_length: int,
-) -> Evaluation:
+    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss,
+    packed: list[tuple[Batch, list[Answer]]], draft_length: int,
+) -> Evaluation:  # fmt: skip
     """Unroll over the held-out answers and walk each of them."""
     total_loss, num_rows = 0.0, 0
     answers, accepted_nK = [], []

@@ -175,12 +175,9 @@ def open_supply(
 
 
 def build_trainer(
-    config: RunConfig,
-    target: TargetHandle,
-    supply: Supply,
-    saved: CheckpointState | None,
+    config: RunConfig, target: TargetHandle, supply: Supply, saved: CheckpointState | None,
     ranks: Ranks,
-) -> "Trainer":
+) -> "Trainer":  # fmt: skip
     """The draft with all that trains it, as `saved` left it."""
     section, shape, weights = config.train, config.parallel, target.load_weights()
     torch.manual_seed(config.seed)
@@ -239,10 +236,8 @@ def build_draft(
     # An imported store comes without prepared data, and counts its own tokens.
     vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
     if len(vocab) != section.vocab_size:
-        raise ConfigError(
-            f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
-            f"{len(vocab)} tokens; set draft.vocab_size={len(vocab)}"
-        )
+        problem = f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
+        raise ConfigError(f"{problem}{len(vocab)} tokens; set draft.vocab_size={len(vocab)}")
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
     draft = Draft(draft_config(section, spec.config), attention, t2d, d2t)
     instantiate(section.initial)(draft, weights.embedding, weights.head)
@@ -333,7 +328,6 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
     torch.save([batch.input_ids for batch in update.batches], path)
-    raise RunError(
-        f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr, or "
-        f"look at the last batch, saved in {path}"
-    )
+    problem = f"the gradients of the last {in_a_row} updates were not finite"
+    remedy = f"lower optimizer.lr, or look at the last batch, saved in {path}"
+    raise RunError(f"{problem}; {remedy}")

@@ -91,15 +91,9 @@ def load_prepared(path: Path) -> Prepared:
 
 
 def prepare(
-    data: Data,
-    num_heldout: int,
-    vocab_size: int,
-    draft_vocab_size: int,
-    sources: SourceFiles,
-    chat: Chat,
-    cache_dir: str,
-    write: bool,
-) -> Prepared:
+    data: Data, num_heldout: int, vocab_size: int, draft_vocab_size: int, sources: SourceFiles,
+    chat: Chat, cache_dir: str, write: bool,
+) -> Prepared:  # fmt: skip
     """The prepared data; without `write` it must be there already. Raises ConfigError, RunError."""
     eval_files = find_files(Source(data.eval_path), cache_dir) if data.eval_path else []
     inputs = {

@@ -118,10 +118,8 @@ def close_targets(arguments: tuple) -> None:
             argument.close()
 
 
-def run_task(
-    store: dist.Store | None, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
-) -> Any:
-    """A task as one of several ranks; those beside the first write to logs/."""
+def run_task(store, task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+    """A task as one of several ranks, met at `store`; those beside the first write to logs/."""
     set_up_process(config, int(os.environ["LOCAL_WORLD_SIZE"]))
     ranks = init_ranks(collective_timeout(config.launch.timeout), store)
     log = redirect_output(run_dir, ranks.rank)
@@ -144,15 +142,13 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     if kind == "ConfigError":
         return ConfigError(sentence)
     if failure.exitcode < 0:
-        return RunError(
-            f"process {rank} was killed by {failure.signal_name()} (the system does that when "
-            f"memory runs out); go on with: {resume}"
-        )
+        killed = f"process {rank} was killed by {failure.signal_name()}"
+        reason = "the system does that when memory runs out"
+        return RunError(f"{killed} ({reason}); go on with: {resume}")
     if kind == "RunError":
         return RunError(sentence)
-    return RunError(
-        f"process {rank} failed: {text.splitlines()[0]}; more in logs/rank_{rank}.log of the run"
-    )
+    log = f"logs/rank_{rank}.log of the run"
+    return RunError(f"process {rank} failed: {text.splitlines()[0]}; more in {log}")
 
 
 def post_task(call: Any) -> None:
@@ -198,8 +194,6 @@ def read_torchrun(config: RunConfig) -> None:
     given = config.launch.nproc_per_node * config.launch.nnodes
     world_size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if given not in (1, world_size):
-        raise ConfigError(
-            f"launch.nproc_per_node x launch.nnodes = {given}, but torchrun started {world_size}; "
-            "leave them out"
-        )
+        asked = f"launch.nproc_per_node x launch.nnodes = {given}"
+        raise ConfigError(f"{asked}, but torchrun started {world_size}; leave them out")
     config.launch.nproc_per_node, config.launch.nnodes = local, world_size // local

@@ -139,9 +139,8 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the CUDA device where there is one. Raises ConfigError."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError(
-            "device=cuda, but torch sees no CUDA device; use device=auto or device=cpu"
-        )
+        remedy = "use device=auto or device=cpu"
+        raise ConfigError(f"device=cuda, but torch sees no CUDA device; {remedy}")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 

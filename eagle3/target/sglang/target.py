@@ -108,10 +108,9 @@ class SGLangTarget:
         needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
         free = shutil.disk_usage(SHARED).free / 1e9
         if free < needed:
-            raise ConfigError(
-                f"target.batch_tokens={self.batch_tokens} needs {needed:.2f} GB of {SHARED}, which "
-                f"has {free:.2f} GB; lower it, or raise --shm-size"
-            )
+            room = f"{needed:.2f} GB of {SHARED}, which has {free:.2f} GB"
+            problem = f"target.batch_tokens={self.batch_tokens} needs {room}"
+            raise ConfigError(f"{problem}; lower it, or raise --shm-size")
 
     def describe_server(self) -> Server:
         """Not yet started. Raises ConfigError where options would spoil the capture."""
@@ -195,10 +194,9 @@ class SGLangTarget:
             while self.server is not None and time.monotonic() < until:
                 self.server.check()  # it knows the cause
                 time.sleep(0.1)
-            raise RunError(
-                f"the SGLang server at {self.url} does not answer any more ({error}); where a run "
-                f"started it, its log is {log_path(httpx.URL(self.url).port)}"
-            ) from error
+            problem = f"the SGLang server at {self.url} does not answer any more ({error})"
+            log = f"where a run started it, its log is {log_path(httpx.URL(self.url).port)}"
+            raise RunError(f"{problem}; {log}") from error
         if response.status_code != 200:
             reason = response.text[:500]
             raise RunError(f"SGLang refuses a request (HTTP {response.status_code}): {reason}")
