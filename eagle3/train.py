@@ -80,8 +80,7 @@ def train(
     draft, total, resumed_at = trainer.draft, trainer.loader.total_updates, None
     if saved:
         resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
-        if ranks.is_main:
-            print(f"train: resumed after update {resumed_at} of {total}")
+        print(f"train: resumed after update {resumed_at} of {total}")
 
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
@@ -137,9 +136,8 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                if ranks.is_main:
-                    command = f"python run.py train.resume={run_dir}"
-                    print(f"\nstopped after update {trainer.update}; go on with: {command}")
+                command = f"python run.py train.resume={run_dir}"
+                print(f"\nstopped after update {trainer.update}; go on with: {command}")
                 raise SystemExit(128 + stopping)
             trainer.meter.leave_out(time.perf_counter() - began)
         checkpoints.wait()
