@@ -30,16 +30,6 @@ from eagle3.ttt import unroll
 FORMAT = 2  # of the files, part of their fingerprint
 
 
-@dataclass
-class Answer:
-    """A prompt and the target's greedy answer, `input_ids` [n]; `prompt_length` are the prompt."""
-
-    id: str
-    input_ids: torch.Tensor
-    prompt_length: int
-    features: Features
-
-
 def generate(
     section: Eval, prompts: list[dict[str, Any]], target: TargetHandle, cache_dir: str, write: bool
 ) -> Path:
@@ -103,29 +93,27 @@ def answer_batch(
         yield kept | {"input_ids": ids[:keep], "shortened": torch.tensor(keep < len(ids))}
 
 
-def load_answers(folder: Path) -> list[Answer]:
-    """The answers of the artefact, in order of their prompts."""
+def load_answers(folder: Path) -> list[Document]:
+    """Prompts with their answers, which the loss mask has, in order of the prompts."""
     answers = []
     for number, prompt in enumerate(read_inputs(folder)["prompts"]):
         tensors = load_file(answer_path(folder, number))
         features = Features(*(tensors[field.name] for field in fields(Features)))
-        length = len(prompt["input_ids"])
-        answers.append(Answer(prompt["id"], tensors["input_ids"], length, features))
+        ids = tensors["input_ids"]
+        mask = torch.arange(len(ids)) >= len(prompt["input_ids"])
+        answers.append(Document(number, ids, mask, features))
     return answers
 
 
+Packed = list[tuple[Batch, list[Document]]]  # and the answers in each batch
+
+
 def pack_answers(
-    answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int
-) -> list[tuple[Batch, list[Answer]]]:
+    answers: list[Document], t2d: torch.Tensor, steps: int, tokens_per_step: int
+) -> Packed:
     """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer)."""
-    packed = []
-    for group in fill(answers, [len(answer.input_ids) for answer in answers], tokens_per_step):
-        documents = []
-        for key, answer in enumerate(group):
-            mask = torch.arange(len(answer.input_ids)) >= answer.prompt_length
-            documents.append(Document(key, answer.input_ids, mask, answer.features))
-        packed.append((pack(documents, t2d.cpu(), steps, serving), group))
-    return packed
+    groups = fill(answers, [len(answer.input_ids) for answer in answers], tokens_per_step)
+    return [(pack(group, t2d.cpu(), steps, serving), group) for group in groups]
 
 
 @dataclass
@@ -154,9 +142,8 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss,
-    packed: list[tuple[Batch, list[Answer]]], draft_length: int,
-) -> Evaluation:  # fmt: skip
+    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: Packed, draft_length: int
+) -> Evaluation:
     """Unroll over the held-out answers and walk each of them."""
     total_loss, num_rows = 0.0, 0
     answers, accepted_nK = [], []
@@ -196,16 +183,16 @@ def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> li
 
 
 def summarise(
-    answers: list[Answer], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
+    answers: list[Document], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
 ) -> Evaluation:
     """The walks of all answers at every draft length, as means over their rounds."""
-    prompts = [answer.prompt_length for answer in answers]
+    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
     walks = {
         length: [walk(*each, length) for each in zip(accepted_nK, prompts, strict=True)]
         for length in range(1, accepted_nK[0].shape[1] + 1)
     }
     chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.prompt_length :].tolist()) for answer in answers]
+    loops = [is_loop(answer.input_ids[answer.loss_mask].tolist()) for answer in answers]
     free = [rounds for rounds, loop in zip(chosen, loops, strict=True) if not loop]
     rounds = [one for each in chosen for one in each]
     firsts = [each[0][0] for each in chosen if each]

@@ -31,18 +31,11 @@ class DocumentSource(Protocol):
 
 
 @dataclass
-class Update:
-    """This replica's micro-batches of one optimiser step; `normaliser` is theirs together."""
-
-    batches: list[Batch]
-    normaliser: int
-
-
-@dataclass
 class Loader:
-    """Iterates over updates from where `state` says; packs one update ahead in a thread.
+    """Iterates over updates, this replica's micro-batches of each, from where `state` says.
 
     State is (epoch, update within the epoch): taking it up again reads nothing that was consumed.
+    One update is packed ahead in a thread.
     `tokens_per_update` is of all replicas; void where `section` counts documents.
     """
 
@@ -72,16 +65,16 @@ class Loader:
         updates = fill(order.tolist(), self.lengths[order].tolist(), self.tokens_per_update)
         return list(map(np.array, updates))
 
-    def pack_update(self, documents: np.ndarray) -> Update:
+    def pack_update(self, documents: np.ndarray) -> list[Batch]:
         mine = split_by_cost(documents, self.costs, self.replicas)[self.replica]
         batches = []
         for numbers in fill_micro_steps(mine, self.lengths, self.section.tokens_per_step):
             loaded = self.documents.load(numbers)
             if loaded:
                 batches.append(self.pack_documents(loaded))
-        return Update(batches, sum(batch.normaliser for batch in batches))
+        return batches
 
-    def __iter__(self) -> Iterator[Update]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         """Endless; `state` already points behind the update that was handed out.
 
         The first update of an epoch is packed only when it is asked for, since hybrid keeps

@@ -78,10 +78,6 @@ class GuardedOptimizer:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
 
-    @property
-    def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
-
     def step(self) -> torch.Tensor:
         """One step on the gradients that have accumulated; returns their norm, on the device."""
         norm, skipped = step_if_finite(self.optimizer, self.parameters, self.max_grad_norm)

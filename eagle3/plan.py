@@ -78,7 +78,7 @@ def plan(
     loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:
-        batches += loader.pack_update(update).batches
+        batches += loader.pack_update(update)
     # An update's longest documents are in its first micro-steps, so they are taken evenly.
     batches = batches[:: -(-len(batches) // MEASURED_STEPS)]
     steps = [measure_step(draft, batch, loss, dtype) for batch in batches]

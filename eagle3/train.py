@@ -24,7 +24,7 @@ from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
-from eagle3.loader import Loader, Update
+from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
@@ -100,16 +100,16 @@ def train(
     ):
         while trainer.update < total:
             began = time.perf_counter()
-            update = next(updates)  # packed meanwhile, unless the data is what is slow
-            lr = trainer.optim.lr
-            norm = trainer.train_update(update, waited=time.perf_counter() - began)
+            batches = next(updates)  # packed meanwhile, unless the data is what is slow
+            lr = trainer.optim.scheduler.get_last_lr()[0]
+            norm = trainer.train_update(batches, waited=time.perf_counter() - began)
             is_last = trainer.update == total
             # All ranks stop behind the same update, whichever of them heard the signal.
             stopping = ranks.all_reduce(received["signal"], "max")
 
             if trainer.update % section.log_every == 0 or is_last:
                 # Only here the host waits for the device.
-                refuse_endless_skipping(trainer, update, run_dir)
+                refuse_endless_skipping(trainer, batches, run_dir)
                 metrics = trainer.meter.read(ranks.all_reduce_tensor)
                 metrics |= {"lr": lr, "grad_norm": float(norm)}
                 metrics["skipped_updates"] = int(trainer.optim.skipped)
@@ -261,17 +261,17 @@ class Trainer:
     best: float = -math.inf
     best_update: int = 0
 
-    def train_update(self, update: Update, waited: float) -> torch.Tensor:
+    def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
         frozen = self.frozen
         # Divided by the count of all ranks, gradients are those of one large batch, however it is
         # cut into micro-batches and dealt.
-        normaliser = self.ranks.all_reduce(update.normaliser)
+        normaliser = self.ranks.all_reduce(sum(batch.normaliser for batch in batches))
         if not normaliser:  # all of its documents are damaged: it changes nothing and counts
             self.optim.scheduler.step()
             return torch.zeros(())
-        for batch in update.batches:
+        for batch in batches:
             batch = batch.to(frozen.embedding.device)
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
@@ -319,13 +319,13 @@ class Trainer:
             torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"])
 
 
-def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:
+def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Path) -> None:
     """End the run, with the batch saved, when the last updates were all skipped as not finite."""
     in_a_row, rank = int(trainer.optim.skipped_in_a_row), trainer.ranks.rank
     if in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
-    torch.save([batch.input_ids for batch in update.batches], path)
+    torch.save([batch.input_ids for batch in batches], path)
     problem = f"the gradients of the last {in_a_row} updates were not finite"
     remedy = f"lower optimizer.lr, or look at the last batch, saved in {path}"
     raise RunError(f"{problem}; {remedy}")

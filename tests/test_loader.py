@@ -47,7 +47,7 @@ def take(source, count):
 
 
 def keys(update):
-    return sorted(key for batch in update.batches for key in batch.document_keys)
+    return sorted(key for batch in update for key in batch.document_keys)
 
 
 def test_plans_depend_on_the_seed_alone(documents):
@@ -88,7 +88,8 @@ def test_updates_do_not_depend_on_the_number_of_replicas(documents, budget):
     for number, update in enumerate(take(whole, whole.total_updates)):
         together = [share[number] for share in shares]
         assert keys(update) == sorted(key for part in together for key in keys(part))
-        assert update.normaliser == sum(part.normaliser for part in together)
+        batches = [batch for part in together for batch in part]
+        assert sum(b.normaliser for b in update) == sum(b.normaliser for b in batches)
 
 
 def test_loader_goes_on_where_it_was(documents):
@@ -100,6 +101,6 @@ def test_loader_goes_on_where_it_was(documents):
         take(first, consumed)
         second.state = dict(first.state)
         for got, want in zip(take(second, 20 - consumed), expected[consumed:], strict=True):
-            assert [b.document_keys for b in got.batches] == [b.document_keys for b in want.batches]
-            for one, other in zip(got.batches, want.batches, strict=True):
+            assert [b.document_keys for b in got] == [b.document_keys for b in want]
+            for one, other in zip(got, want, strict=True):
                 assert torch.equal(one.input_ids, other.input_ids)

@@ -164,7 +164,7 @@ def expected_sent(trainer: Trainer) -> list[int]:
     """
     trainer.loader.state, elements = {"epoch": 0, "update": 0}, []
     updates = iter(trainer.loader)
-    for batch in [batch for _ in range(UPDATES) for batch in next(updates).batches]:
+    for batch in [batch for _ in range(UPDATES) for batch in next(updates)]:
         if batch.exchange is None:
             continue
         group = batch.exchange.sequence

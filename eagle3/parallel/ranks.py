@@ -150,16 +150,12 @@ def set_up_process(config: RunConfig, processes: int = 1) -> None:
     if threads is not None or processes > 1:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
     if choose_device(config.device).type == "cpu":
-        keep_freed_memory()
+        # glibc keeps large freed blocks then: returning them costs a sixth of a CPU step.
+        with suppress(OSError, AttributeError):  # another C library, another allocator
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(M_TRIM_THRESHOLD, 1 << 30)
+            mallopt(M_TOP_PAD, 1 << 26)
+            mallopt(M_MMAP_THRESHOLD, 1 << 25)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: returning them costs a sixth of a CPU step."""
-    with suppress(OSError, AttributeError):  # another C library, another allocator
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_TOP_PAD, 1 << 26)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)
