@@ -187,13 +187,15 @@ def build_trainer(
     group = shape.ulysses * shape.ring
     replica, replicas = ranks.rank // group, ranks.world_size // group
     in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
-    pack_documents = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
-    features = supply.features
+    packed = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
+    features, pack_documents = supply.features, packed
     if group > 1:
         timeout = collective_timeout(config.launch.timeout)
         sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, draft.config, timeout)
-        features = sequence.share_features(features, weights.embedding.dtype)
-        pack_documents = partial(deal_packed, sequence, pack_documents)
+        features = partial(sequence.features, supply.features, weights.embedding.dtype)
+
+        def pack_documents(documents: list[Document]) -> Batch:
+            return sequence.deal(packed(documents))
 
     tokens_per_update = section.tokens_per_step * section.grad_accum * replicas
     if saved:  # as the run began, however many ranks there are now
@@ -215,13 +217,6 @@ def build_trainer(
     # Other processors may round other first weights.
     ranks.broadcast_tensors(list(draft.state_dict().values()))
     return trainer
-
-
-def deal_packed(
-    sequence: Sequence, pack_documents: Callable[[list[Document]], Batch], documents: list[Document]
-) -> Batch:
-    """A packed batch's part that is this rank's."""
-    return sequence.deal(pack_documents(documents))
 
 
 def build_draft(

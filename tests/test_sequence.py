@@ -27,7 +27,7 @@ from eagle3.parallel.ranks import Ranks, init_ranks
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.parallel.sequence import Sequence
 from eagle3.runs.metrics import Meter
-from eagle3.train import Trainer, deal_packed
+from eagle3.train import Trainer
 
 VOCAB, STEPS, UPDATES = 60, 4, 5
 # The first is longer than any rank's share of an update.
@@ -92,13 +92,17 @@ def trainer_of(
     embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
     frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
     features = imagine
-    pack_documents = partial(pack, in_draft_vocab=chosen, ttt_steps=STEPS, mask=serving)
+    packed = partial(pack, in_draft_vocab=chosen, ttt_steps=STEPS, mask=serving)
+    pack_documents = packed
     group = ulysses * ring
     if group > 1:
         timeout = timedelta(minutes=5)
         shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timeout)
-        features = shared.share_features(imagine, embedding.dtype)
-        pack_documents = partial(deal_packed, shared, pack_documents)
+        features = partial(shared.features, imagine, embedding.dtype)
+
+        def pack_documents(documents):
+            return shared.deal(packed(documents))
+
     section = SimpleNamespace(
         epochs=9, max_steps=UPDATES, tokens_per_step=160, documents_per_update=None
     )

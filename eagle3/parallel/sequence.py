@@ -122,18 +122,24 @@ class SharedKeysValues:
         return exchange.heads_to_rows(out, step)
 
 
-class Route(NamedTuple):
-    """An all-to-all of vectors: what this rank sends (`picked` int64, places among those it has,
-    rank by rank), counts sent and received [P], and the order of what it wanted.
-    """
+class Route:
+    """An all-to-all of vectors, each to the ranks that want it."""
 
-    picked: Tensor
-    sent: list[int]
-    received: list[int]
-    arrival_of_wanted: Tensor
+    def __init__(self, wanted: list[Tensor], source: Tensor, rank: int):
+        """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
+        has = source == rank
+        sent = [places[has[places]] for places in wanted]
+        source_of_wanted = source[wanted[rank]]
+        self.picked = (has.cumsum(0) - 1)[torch.cat(sent)]  # a rank has its places in order
+        self.sent = [len(places) for places in sent]
+        self.received = torch.bincount(source_of_wanted, minlength=len(wanted)).tolist()
+        self.arrival_of_wanted = torch.argsort(source_of_wanted, stable=True).argsort()
 
     def send(self, x: Tensor, group) -> Tensor:
-        arrived = all_to_all(x[self.picked.to(x.device)], self.received, self.sent, group)
+        """`x` of the places that this rank has -> of those it wants."""
+        arrived = x.new_empty(sum(self.received), *x.shape[1:])
+        picked = x[self.picked.to(x.device)]
+        dist.all_to_all_single(arrived, picked, self.received, self.sent, group)
         return arrived[self.arrival_of_wanted.to(x.device)]
 
 
@@ -284,35 +290,31 @@ class Sequence:
             # Only tokens and teacher rows matter to a target, whatever the draft vocabulary.
             any_token = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
             prefilled = replace(pack(loaded, any_token, 1, serving), loaded=loaded)
-        token_route = plan_route(tokens, source_of_token, self.rank)
+        token_route = Route(tokens, source_of_token, self.rank)
         teacher_sources = source_of_token[batch.teacher_rows]
-        return prefilled, token_route, plan_route(teachers, teacher_sources, self.rank)
+        return prefilled, token_route, Route(teachers, teacher_sources, self.rank)
 
-    def share_features(
-        self, features_of: Callable[[Batch], Features], dtype: torch.dtype
-    ) -> Callable[[Batch], Features]:
-        """Wrap a function that computes features of whole documents into one for dealt batches.
+    def features(
+        self, features_of: Callable[[Batch], Features], dtype: torch.dtype, batch: Batch
+    ) -> Features:
+        """Features of a dealt batch, by a function that computes those of whole documents.
 
         Every rank prefills some of a batch's documents; hidden states are sent as `dtype`.
         """
-
-        def features_of_dealt(batch: Batch) -> Features:
-            device = batch.input_ids.device
-            prefilled, tokens, teachers = batch.routes
-            if prefilled is None:  # nothing to send, but the collectives want every rank
-                size = self.config.target_hidden_size
-                none = torch.empty(0, 3 * size, dtype=dtype, device=device)
-                features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
-            else:
-                features = features_of(prefilled.to(device))
-            return Features(
-                tokens.send(features.aux_hidden_states.to(dtype), self.group),
-                teachers.send(features.last_hidden_states.to(dtype), self.group),
-                teachers.send(features.argmax, self.group),
-                teachers.send(features.logsumexp.float(), self.group),
-            )
-
-        return features_of_dealt
+        device = batch.input_ids.device
+        prefilled, tokens, teachers = batch.routes
+        if prefilled is None:  # nothing to send, but the collectives want every rank
+            size = self.config.target_hidden_size
+            none = torch.empty(0, 3 * size, dtype=dtype, device=device)
+            features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
+        else:
+            features = features_of(prefilled.to(device))
+        return Features(
+            tokens.send(features.aux_hidden_states.to(dtype), self.group),
+            teachers.send(features.last_hidden_states.to(dtype), self.group),
+            teachers.send(features.argmax, self.group),
+            teachers.send(features.logsumexp.float(), self.group),
+        )
 
 
 def assign(costs: np.ndarray, num_ranks: int) -> Tensor:
@@ -330,16 +332,3 @@ def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -
         ahead = own + distance
         needed[ahead[ahead < document_ends[own]]] = True
     return needed.nonzero()[:, 0]
-
-
-def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
-    """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
-    has = source == rank
-    sent = [places[has[places]] for places in wanted]
-    source_of_wanted = source[wanted[rank]]
-    return Route(
-        picked=(has.cumsum(0) - 1)[torch.cat(sent)],  # a rank has its places in order
-        sent=[len(places) for places in sent],
-        received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
-        arrival_of_wanted=torch.argsort(source_of_wanted, stable=True).argsort(),
-    )
