@@ -374,7 +374,7 @@ def test_heldout_behind_another_system_prompt_needs_conversations(tmp_path):
 def trial(*answers, prompt=(0,), seconds=1.0):
     """A question answered by (ids, emitted, accepted) in turn."""
     generations = [
-        Generation(list(ids), list(emitted), list(accepted), 0.5, seconds)
+        Generation(list(ids), list(emitted), list(accepted), seconds)
         for ids, emitted, accepted in answers
     ]
     given = [read(generation, 3, (), Words()) for generation in generations]
@@ -469,7 +469,7 @@ def test_an_answer_that_stops_early_is_not_lossless():
     ],
 )
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
-    whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
+    whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 3.0)
     answer = read(whole, 2, (stop,), Words())
     assert answer.ids == whole.ids[:length] and answer.emitted == emitted
     assert answer.accepted_at == [sum(count >= k for count in accepted) for k in (1, 2)]
