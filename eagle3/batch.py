@@ -6,7 +6,7 @@ pairs (row t, step k), V vocabulary. This module imports nothing else of the pac
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -255,14 +255,12 @@ def split_features(batch: Batch, features: Features) -> Iterator[Features]:
 def concatenate_features(parts: list[Features]) -> Features:
     """Features of packed documents, in order."""
     joined = []
-    for name in (f.name for f in fields(Features)):
-        tensors = [getattr(part, name) for part in parts]
+    for tensors in zip(*(vars(part).values() for part in parts), strict=True):
+        out = None
         if tensors[0].is_cpu:
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
             out = empty_on_host(sum(map(len, tensors)), tensors[0].shape[1:], dtype)
-            joined.append(torch.cat(tensors, out=out))
-        else:
-            joined.append(torch.cat(tensors))
+        joined.append(torch.cat(tensors, out=out))
     return Features(*joined)
 
 

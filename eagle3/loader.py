@@ -102,11 +102,11 @@ def fill_micro_steps(
     """First fit, longest first: few micro-steps of at most `tokens_per_step` tokens."""
     steps, room = [], []
     for number in sorted(documents.tolist(), key=lambda i: (-lengths[i], i)):
-        place = next((i for i, free in enumerate(room) if free >= lengths[number]), None)
-        if place is None:
+        fitting = (i for i, free in enumerate(room) if free >= lengths[number])
+        place = next(fitting, len(room))
+        if place == len(room):
             steps.append([])
             room.append(tokens_per_step)
-            place = len(room) - 1
         steps[place].append(number)
         room[place] -= lengths[number]
     return steps

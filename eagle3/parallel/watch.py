@@ -53,13 +53,12 @@ class Watch(threading.Thread):
         self.folder, self.ranks, self.timeout = run_dir / "logs", ranks, timeout
         self.watched, self.over = threading.get_ident(), threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> None:
         if self.ranks.world_size > 1:
             self.write_state()
             # What an earlier run left in the folder is overwritten before anyone looks.
             self.ranks.barrier()
             self.start()
-        return self
 
     def __exit__(self, *unused) -> None:
         self.over.set()

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
@@ -190,10 +189,8 @@ class SGLangTarget:
         try:
             response = self.client.post(ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
-            until = time.monotonic() + DYING_SECONDS
-            while self.server is not None and time.monotonic() < until:
-                self.server.check()  # it knows the cause
-                time.sleep(0.1)
+            if self.server is not None:
+                self.server.check(DYING_SECONDS)  # it knows the cause
             problem = f"the SGLang server at {self.url} does not answer any more ({error})"
             log = f"where a run started it, its log is {log_path(httpx.URL(self.url).port)}"
             raise RunError(f"{problem}; {log}") from error
