@@ -85,8 +85,7 @@ class Batch:
     Ranks that share a batch (parallel/sequence.py) each have some of its tokens: `own` int64 [O]
     are the places in `input_ids` of the tokens whose features this rank has, and `rows` counts in
     those; `input_ids` then also has the tokens read ahead of them. `num_steps` is how many steps
-    any of the ranks has rows for, `exchange` makes their keys and values, `routes` brings features
-    to them.
+    any of the ranks has rows for, `exchange` makes their keys and values, `routes` their features.
     """
 
     input_ids: torch.Tensor

@@ -1,5 +1,4 @@
-"""The target's own answers to held-out prompts, and exact greedy acceptance on them without
-decoding.
+"""The target's own answers to held-out prompts, and exact greedy acceptance without decoding.
 
 On text that the target generated greedily, the draft at anchor t proposes exactly what chain
 drafting would propose when served there. So one teacher-forced unroll, and a walk over anchors t ->
@@ -49,10 +48,7 @@ def generate(
 def write_answers(
     folder: Path, target: Any, prompts: list[dict], max_new_tokens: int, batch_size: int
 ) -> dict[str, int]:
-    """Answer prompts, shortest first, a file for each, so that a killed call goes on.
-
-    Returns the facts.
-    """
+    """Answer prompts, shortest first, a file each: a killed call goes on. Returns the facts."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     shortened = answered = 0

@@ -66,8 +66,7 @@ def train(
     """Train on every rank; leaves checkpoints/, metrics.jsonl and evaluation.json in `run_dir`.
 
     Keeps `last` and `best` (by `eval/acceptance_length`) checkpoints; without held-out answers the
-    last is the best. Returns why documents of a store were left out, by key. Raises ConfigError and
-    RunError.
+    last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
     """
     section, folder = config.train, run_dir / "checkpoints"
     last, best = folder / "last", folder / "best"

@@ -1,8 +1,7 @@
 """The ranks of a run and their collectives; the process that a rank computes in.
 
-Ranks are born for the stages that need them (`capture`, `train`) and are equal there: each knows
-its number and takes part in the same collectives in the same order. `parallel/launch.py` starts
-them.
+`parallel/launch.py` starts ranks for the stages that need them (`capture`, `train`). They are equal
+there: each knows its number and takes part in the same collectives in the same order.
 """
 
 import ctypes

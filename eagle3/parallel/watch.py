@@ -38,14 +38,12 @@ def redirect_output(run_dir: Path, rank: int) -> TextIO:
 
 
 class Watch(threading.Thread):
-    """A thread in every rank that ends it, with one sentence, when it hangs or waits for one that
-    does.
+    """A thread in every rank that ends it, with one sentence, when it or one it waits for hangs.
 
     Each shows in logs/rank_N.json how many collectives it has begun. When that has not changed for
     `timeout` seconds, those who have begun the fewest are the ones that hang: such a rank writes
-    its stack to its log and ends; where it can't (it was stopped), the others name it. A thread
-    does this because the main thread of a rank that waits is inside a collective and can't look at
-    the clock.
+    its stack to its log and ends; where it can't (it was stopped), the others name it. It is a
+    thread because a rank that waits is inside a collective and can't look at the clock.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, timeout: float):

@@ -44,8 +44,7 @@ class SGLangTarget:
 
     The model is split over `tp_size` GPUs and copied `dp_size` times, its experts are spread over
     `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared memory. `python`
-    is the interpreter of SGLang's environment, `server_args` more of its options. Raises
-    ConfigError and RunError.
+    is SGLang's interpreter, `server_args` more of its options. Raises ConfigError and RunError.
     """
 
     spec: TargetSpec
