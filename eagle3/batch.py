@@ -6,7 +6,7 @@ pairs (row t, step k), V vocabulary. This module imports nothing else of the pac
 
 import heapq
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ class DocumentSpans(NamedTuple):
     lengths: list[int]
     first: int = 0
 
+    def to(self, device: torch.device) -> "DocumentSpans":
+        return self._replace(cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
+
 
 @dataclass
 class Features:
@@ -41,9 +44,15 @@ class Features:
     logsumexp: torch.Tensor
 
     def to(self, device: torch.device) -> "Features":
-        return Features(
-            *(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
-        )
+        moved = Features(*(x.to(device, non_blocking=True) for x in vars(self).values()))
+        if self.argmax.is_cuda and device.type == "cpu":  # which may be read at once
+            torch.cuda.current_stream().synchronize()
+        return moved
+
+    def select(self, tokens: Any, teachers: Any) -> "Features":
+        """Those of some tokens and of some teacher rows, by indices or slices."""
+        rows = (x[teachers] for x in (self.last_hidden_states, self.argmax, self.logsumexp))
+        return Features(self.aux_hidden_states[tokens], *rows)
 
 
 @dataclass
@@ -76,8 +85,7 @@ class Batch:
     Ranks that share a batch (parallel/sequence.py) each have some of its tokens: `own` int64 [O]
     are the places in `input_ids` of the tokens whose features this rank has, and `rows` counts in
     those; `input_ids` then also has the tokens read ahead of them. `num_steps` is how many steps
-    any of the ranks has rows for, `exchange` makes their keys and values, `routes` brings features
-    to them.
+    any of the ranks has rows for, `exchange` makes their keys and values, `routes` their features.
     """
 
     input_ids: torch.Tensor
@@ -103,17 +111,12 @@ class Batch:
     routes: Any = None
 
     def to(self, device: torch.device) -> "Batch":
-        ahead = device.type == "cuda"  # what goes to the host may be read at once
-        moved = {
-            name: value.to(device, non_blocking=ahead)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
-        }
-        cu_seqlens = self.documents.cu_seqlens.to(device, non_blocking=ahead)
-        moved["documents"] = self.documents._replace(cu_seqlens=cu_seqlens)
-        for name in ("features", "exchange"):
-            if getattr(self, name) is not None:
-                moved[name] = getattr(self, name).to(device)
+        moved = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+            elif hasattr(value, "to"):  # the documents, and features and exchange if it has them
+                moved[name] = value.to(device)
         return replace(self, **moved)
 
     @property
@@ -163,20 +166,11 @@ def pack(
 
     teacher_place = torch.full((len(input_ids) + 1,), -1)
     teacher_place[teacher_rows] = torch.arange(len(teacher_rows))
-    index, step, teacher = [], [], []
-    offset = 0
-    for k, count in enumerate(row_counts):
-        here = supervised_KT[k, rows[:count]].nonzero()[:, 0]
-        row = rows[here] + k + 1
-        inside = row < ends[rows[here]]
-        index.append(here + offset)
-        step.append(torch.full_like(here, k))
-        teacher.append(torch.where(inside, teacher_place[row], len(teacher_rows)))
-        offset += count
-    index, step, teacher = torch.cat(index), torch.cat(step), torch.cat(teacher)
-    assert (teacher >= 0).all(), (
-        "a supervised pair needs a teacher row that Features does not carry"
-    )
+    step, row_place = supervised_KT[:, rows].nonzero(as_tuple=True)
+    row = rows[row_place]
+    inside = row + step + 1 < ends[row]
+    teacher = torch.where(inside, teacher_place[row + step + 1], len(teacher_rows))
+    assert (teacher >= 0).all(), "a pair needs a teacher row that Features does not carry"
     by_teacher = torch.argsort(teacher, stable=True)
     known = [document.features for document in documents if document.features is not None]
     complete = len(known) == len(documents)
@@ -192,7 +186,7 @@ def pack(
         rows=rows,
         row_counts=row_counts,
         num_steps=sum(count > 0 for count in row_counts),
-        pair_index=index[by_teacher],
+        pair_index=(row_place + starts_of(row_counts)[step])[by_teacher],
         pair_step=step[by_teacher],
         pair_teacher=teacher[by_teacher],
         pairs_before=count_before(teacher, len(teacher_rows)),
@@ -201,6 +195,12 @@ def pack(
         features=concatenate_features(known) if complete else None,
         loaded=[] if complete else documents,
     )
+
+
+def starts_of(counts: list[int]) -> torch.Tensor:
+    """Where each part begins when parts of these lengths lie one behind the other."""
+    counts = torch.tensor(counts)
+    return counts.cumsum(0) - counts
 
 
 def count_before(pair_teacher: torch.Tensor, num_teachers: int) -> list[int]:
@@ -243,31 +243,23 @@ def ahead(values: torch.Tensor, ends: torch.Tensor, distance: int) -> torch.Tens
 def split_features(batch: Batch, features: Features) -> Iterator[Features]:
     """A batch's features, document by document, on the host."""
     host = features.to(torch.device("cpu"))
-    if features.argmax.is_cuda:
-        torch.cuda.current_stream().synchronize()
     ends = batch.documents.cu_seqlens[1:].cpu()
     document = torch.bucketize(batch.teacher_rows.cpu(), ends, right=True)
     teachers = torch.bincount(document, minlength=len(ends)).tolist()
-    yield from map(
-        Features,
-        host.aux_hidden_states.split(batch.documents.lengths),
-        host.last_hidden_states.split(teachers),
-        host.argmax.split(teachers),
-        host.logsumexp.split(teachers),
-    )
+    aux, *rows = vars(host).values()
+    columns = [aux.split(batch.documents.lengths), *(x.split(teachers) for x in rows)]
+    yield from map(Features, *columns)
 
 
 def concatenate_features(parts: list[Features]) -> Features:
     """Features of packed documents, in order."""
     joined = []
-    for name in (f.name for f in fields(Features)):
-        tensors = [getattr(part, name) for part in parts]
+    for tensors in zip(*(vars(part).values() for part in parts), strict=True):
+        out = None
         if tensors[0].is_cpu:
             dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
             out = empty_on_host(sum(map(len, tensors)), tensors[0].shape[1:], dtype)
-            joined.append(torch.cat(tensors, out=out))
-        else:
-            joined.append(torch.cat(tensors))
+        joined.append(torch.cat(tensors, out=out))
     return Features(*joined)
 
 

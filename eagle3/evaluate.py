@@ -1,5 +1,4 @@
-"""The target's own answers to held-out prompts, and exact greedy acceptance on them without
-decoding.
+"""The target's own answers to held-out prompts, and exact greedy acceptance without decoding.
 
 On text that the target generated greedily, the draft at anchor t proposes exactly what chain
 drafting would propose when served there. So one teacher-forced unroll, and a walk over anchors t ->
@@ -8,34 +7,26 @@ t + emitted, gives the acceptance length of every draft length at once.
 n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
 """
 
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from eagle3.batch import Batch, Document, Features, pack, serving
+from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
+from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
+from eagle3.runs.disk import write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 
-TEACHER_COLUMNS = ("last_hidden_states", "argmax", "logsumexp")  # of `Features`, in its order
-
-
-@dataclass
-class Answer:
-    """A prompt and the target's greedy answer, `input_ids` [n]; `prompt_length` are the prompt."""
-
-    id: str
-    input_ids: torch.Tensor
-    prompt_length: int
-    features: Features
+FORMAT = 2  # of the files, part of their fingerprint
 
 
 def generate(
@@ -46,7 +37,7 @@ def generate(
     Without `write` they must be there. Raises RunError.
     """
     settings = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
-    inputs = target.identity | {"prompts": prompts} | settings
+    inputs = target.identity | {"prompts": prompts, "format": FORMAT} | settings
 
     def write_folder(folder: Path) -> dict[str, int]:
         return write_answers(folder, target.load(), prompts, **settings)
@@ -57,94 +48,68 @@ def generate(
 def write_answers(
     folder: Path, target: Any, prompts: list[dict], max_new_tokens: int, batch_size: int
 ) -> dict[str, int]:
-    """Answer prompts, shortest first, a file for each batch, so that a killed call goes on.
-
-    A file holds flat tensors of its documents, in order. Returns the facts.
-    """
+    """Answer prompts, shortest first, a file each: a killed call goes on. Returns the facts."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     shortened = answered = 0
-    for number, indices in enumerate(track(batches, description="generate", transient=True)):
-        path = folder / f"part_{number:05d}.safetensors"
-        if not path.exists():
-            ids = [prompts[i]["input_ids"] for i in indices]
-            tensors = answer_batch(target, ids, max_new_tokens)
-            tensors["index"] = torch.tensor(indices)
-            save_file(tensors, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
-        tensors = load_file(path)
-        shortened += int(tensors["shortened"].sum())
-        answered += int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
+    for indices in track(batches, description="generate", transient=True):
+        ids = [prompts[i]["input_ids"] for i in indices]
+        paths = [answer_path(folder, i) for i in indices]
+        if not all(path.exists() for path in paths):
+            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens), strict=True):
+                write_atomically(path, [save(tensors)])
+        for path, prompt in zip(paths, ids, strict=True):
+            tensors = load_file(path)
+            shortened += int(tensors["shortened"])
+            answered += len(tensors["input_ids"]) - len(prompt)
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
+
+
+def answer_path(folder: Path, number: int) -> Path:
+    return folder / f"answer_{number:05d}.safetensors"
 
 
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
-) -> dict[str, torch.Tensor]:
-    """Flat tensors of one part; answers end before a token that isn't the packed pass's argmax.
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of each answer, which ends before a token that isn't the packed pass's argmax.
 
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
     """
-    answers = target.generate(prompts, max_new_tokens)
-    any_token = torch.ones(target.config.vocab_size, dtype=torch.bool)
-    parts = {name: [] for name in ("input_ids", "aux_hidden_states", *TEACHER_COLUMNS)}
-    lengths, shortened = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(prompts, target.generate(prompts, max_new_tokens), strict=True):
         ids, start = torch.tensor(prompt + answer), len(prompt)
         document = Document(0, ids, torch.arange(len(ids)) >= start)
-        batch = pack([document], any_token, 1, serving).to(target.device)
-        features = target(batch).to(torch.device("cpu"))
-        # Teacher rows begin at the prompt's last token, whose argmax is the answer's first.
-        wrong = (features.argmax[:-1] != ids[start + 1 :]).nonzero()
+        (document,) = compute_features(target, [document])
+        # Teacher rows begin at the answer's first token, whose argmax is its second.
+        wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
         keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
-        parts["input_ids"].append(ids[:keep])
-        parts["aux_hidden_states"].append(features.aux_hidden_states[:keep])
-        for name in TEACHER_COLUMNS:
-            parts[name].append(getattr(features, name)[: keep - start])
-        lengths.append(keep)
-        shortened.append(keep < len(ids))
-    flat = {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
-    flat["lengths"] = torch.tensor(lengths)
-    flat["prompt_lengths"] = torch.tensor([len(prompt) for prompt in prompts])
-    flat["shortened"] = torch.tensor(shortened)
-    return flat
+        features = document.features.select(slice(keep), slice(keep - start))
+        kept = {name: states.contiguous() for name, states in vars(features).items()}
+        yield kept | {"input_ids": ids[:keep], "shortened": torch.tensor(keep < len(ids))}
 
 
-def load_answers(folder: Path) -> list[Answer]:
-    """The answers of the artefact, in order of their prompts."""
-    prompts = read_inputs(folder)["prompts"]
-    answers: dict[int, Answer] = {}
-    for path in sorted(folder.glob("part_*.safetensors")):
-        tensors = load_file(path)
-        lengths, prompt_lengths = tensors["lengths"].tolist(), tensors["prompt_lengths"].tolist()
-        teachers = [n - p for n, p in zip(lengths, prompt_lengths, strict=True)]
-        columns = [tensors[name].split(lengths) for name in ("input_ids", "aux_hidden_states")]
-        columns += [tensors[name].split(teachers) for name in TEACHER_COLUMNS]
-        each = zip(tensors["index"].tolist(), prompt_lengths, *columns, strict=True)
-        for index, length, ids, *features in each:
-            answers[index] = Answer(prompts[index]["id"], ids, length, Features(*features))
-    assert sorted(answers) == list(range(len(prompts))), "an artefact must answer every prompt"
-    return [answers[index] for index in sorted(answers)]
+def load_answers(folder: Path) -> list[Document]:
+    """Prompts with their answers, which the loss mask has, in order of the prompts."""
+    answers = []
+    for number, prompt in enumerate(read_inputs(folder)["prompts"]):
+        tensors = load_file(answer_path(folder, number))
+        features = Features(*(tensors[field.name] for field in fields(Features)))
+        ids = tensors["input_ids"]
+        mask = torch.arange(len(ids)) >= len(prompt["input_ids"])
+        answers.append(Document(number, ids, mask, features))
+    return answers
+
+
+Packed = list[tuple[Batch, list[Document]]]  # and the answers in each batch
 
 
 def pack_answers(
-    answers: list[Answer], t2d: torch.Tensor, steps: int, tokens_per_step: int
-) -> list[tuple[Batch, list[Answer]]]:
+    answers: list[Document], t2d: torch.Tensor, steps: int, tokens_per_step: int
+) -> Packed:
     """Pack answers, in order, into batches of at most `tokens_per_step` tokens (or one answer)."""
-    groups, documents, used = [[]], [[]], 0
-    for answer in answers:
-        length = len(answer.input_ids)
-        if used + length > tokens_per_step and groups[-1]:
-            groups.append([])
-            documents.append([])
-            used = 0
-        mask = torch.arange(length) >= answer.prompt_length
-        documents[-1].append(Document(len(groups[-1]), answer.input_ids, mask, answer.features))
-        groups[-1].append(answer)
-        used += length
-    batches = [pack(group, t2d.cpu(), steps, serving) for group in documents]
-    return list(zip(batches, groups, strict=True))
+    groups = fill(answers, [len(answer.input_ids) for answer in answers], tokens_per_step)
+    return [(pack(group, t2d.cpu(), steps, serving), group) for group in groups]
 
 
 @dataclass
@@ -173,11 +138,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    draft: Draft,
-    frozen: FrozenWeights,
-    loss: SoftTargetLoss,
-    packed: list[tuple[Batch, list[Answer]]],
-    draft_length: int,
+    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: Packed, draft_length: int
 ) -> Evaluation:
     """Unroll over the held-out answers and walk each of them."""
     total_loss, num_rows = 0.0, 0
@@ -195,10 +156,9 @@ def evaluate(
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     """bool [T,K]: whether the token drafted at (row, step) is the target's; False without one."""
-    counts = torch.tensor(batch.row_counts, device=correct_M.device)
-    offsets = counts.cumsum(0) - counts
-    rows = batch.rows[batch.pair_index - offsets[batch.pair_step]]
-    accepted = correct_M.new_zeros(len(batch.input_ids), len(counts))  # bool
+    starts = starts_of(batch.row_counts).to(correct_M.device)
+    rows = batch.rows[batch.pair_index - starts[batch.pair_step]]
+    accepted = correct_M.new_zeros(len(batch.input_ids), len(starts))  # bool
     accepted[rows, batch.pair_step] = correct_M
     return accepted
 
@@ -219,16 +179,16 @@ def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> li
 
 
 def summarise(
-    answers: list[Answer], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
+    answers: list[Document], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
 ) -> Evaluation:
     """The walks of all answers at every draft length, as means over their rounds."""
-    prompts = [answer.prompt_length for answer in answers]
+    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
     walks = {
         length: [walk(*each, length) for each in zip(accepted_nK, prompts, strict=True)]
         for length in range(1, accepted_nK[0].shape[1] + 1)
     }
     chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.prompt_length :].tolist()) for answer in answers]
+    loops = [is_loop(answer.input_ids[answer.loss_mask].tolist()) for answer in answers]
     free = [rounds for rounds, loop in zip(chosen, loops, strict=True) if not loop]
     rounds = [one for each in chosen for one in each]
     firsts = [each[0][0] for each in chosen if each]

@@ -18,9 +18,8 @@ from eagle3.config import Train
 class DocumentSource(Protocol):
     """What a loader packs: `lengths` and `supervised` int64 [documents] count tokens of each.
 
-    `load` leaves out documents that are damaged and may be skipped. In epoch 0 there is nothing yet
-    that `mode=hybrid` could have kept. `begin` is called by all ranks alike when an epoch begins,
-    or is taken up again.
+    `load` leaves out documents that are damaged and may be skipped. `begin` is called by all ranks
+    alike when an epoch begins, or is taken up again.
     """
 
     lengths: np.ndarray
@@ -28,99 +27,73 @@ class DocumentSource(Protocol):
 
     def begin(self, epoch: int) -> None: ...
 
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]: ...
+    def load(self, numbers: list[int]) -> list[Document]: ...
 
 
 @dataclass
-class Update:
-    """This replica's micro-batches of one optimiser step; `normaliser` is theirs together."""
-
-    batches: list[Batch]
-    normaliser: int
-
-
 class Loader:
-    """Iterates over updates from where `state` says; packs one update ahead in a thread.
+    """Iterates over updates, this replica's micro-batches of each, from where `state` says.
 
     State is (epoch, update within the epoch): taking it up again reads nothing that was consumed.
+    One update is packed ahead in a thread.
+    `tokens_per_update` is of all replicas; void where `section` counts documents.
     """
 
-    def __init__(
-        self,
-        documents: DocumentSource,
-        section: Train,
-        pack_documents: Callable[[list[Document]], Batch],
-        tokens_per_update: int,
-        seed: int,
-        replica: int = 0,
-        replicas: int = 1,
-    ):
-        """`tokens_per_update` is of all replicas; void where `section` counts documents."""
-        self.documents, self.section, self.pack_documents = documents, section, pack_documents
-        self.tokens_per_update, self.seed = tokens_per_update, seed
-        self.replica, self.replicas = replica, replicas
-        self.lengths = documents.lengths
+    documents: DocumentSource
+    section: Train
+    pack_documents: Callable[[list[Document]], Batch]
+    tokens_per_update: int
+    seed: int
+    replica: int = 0
+    replicas: int = 1
+
+    def __post_init__(self):
+        self.lengths = self.documents.lengths
         # The target passes over every token, the unroll over the supervised ones, at about the same
         # cost each.
-        self.costs = self.lengths + documents.supervised
-        planned = sum(len(self.plan_epoch(epoch)) for epoch in range(section.epochs))
-        self.total_updates = min(planned, section.max_steps or planned)
+        self.costs = self.lengths + self.documents.supervised
+        planned = sum(len(self.plan_epoch(epoch)) for epoch in range(self.section.epochs))
+        self.total_updates = min(planned, self.section.max_steps or planned)
         self.state = {"epoch": 0, "update": 0}
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
-        per_update = self.section.documents_per_update
-        return plan_epoch(self.lengths, self.seed, epoch, self.tokens_per_update, per_update)
+        """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        count = self.section.documents_per_update
+        if count is not None:
+            return np.split(order, range(count, len(order), count))
+        updates = fill(order.tolist(), self.lengths[order].tolist(), self.tokens_per_update)
+        return list(map(np.array, updates))
 
-    def pack_update(self, epoch: int, documents: np.ndarray) -> Update:
+    def pack_update(self, documents: np.ndarray) -> list[Batch]:
         mine = split_by_cost(documents, self.costs, self.replicas)[self.replica]
         batches = []
         for numbers in fill_micro_steps(mine, self.lengths, self.section.tokens_per_step):
-            loaded = self.documents.load(numbers, epoch)
+            loaded = self.documents.load(numbers)
             if loaded:
                 batches.append(self.pack_documents(loaded))
-        return Update(batches, sum(batch.normaliser for batch in batches))
+        return batches
 
-    def positions(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, number within it, documents) of every update from `state` on, endlessly."""
-        epoch, first = self.state["epoch"], self.state["update"]
-        while True:
-            plan = self.plan_epoch(epoch)
-            for number in range(first, len(plan)):
-                yield epoch, number, plan[number]
-            epoch, first = epoch + 1, 0
-
-    def __iter__(self) -> Iterator[Update]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         """Endless; `state` already points behind the update that was handed out.
 
         The first update of an epoch is packed only when it is asked for, since hybrid keeps
         features up to the end of the epoch before.
         """
+        epoch, number = self.state["epoch"], self.state["update"]
         with ThreadPoolExecutor(1) as packer:
-            packed_ahead, positions = None, self.positions()
-            position = next(positions)
             while True:
-                epoch, number, documents = position
-                if packed_ahead is None:
+                plan = self.plan_epoch(epoch)
+                if number < len(plan):
                     self.documents.begin(epoch)
-                    packed_ahead = packer.submit(self.pack_update, epoch, documents)
-                update = packed_ahead.result()
-                self.state = {"epoch": epoch, "update": number + 1}
-                position = next(positions)
-                packed_ahead = None
-                if position[1] > 0:
-                    packed_ahead = packer.submit(self.pack_update, position[0], position[2])
-                yield update
-
-
-def plan_epoch(
-    lengths: np.ndarray, seed: int, epoch: int, tokens_per_update: int, num_documents: int | None
-) -> list[np.ndarray]:
-    """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    if num_documents is not None:
-        return np.split(order, range(num_documents, len(order), num_documents))
-    updates = fill(order.tolist(), lengths[order].tolist(), tokens_per_update)
-    return list(map(np.array, updates))
+                    packed_ahead = packer.submit(self.pack_update, plan[number])
+                while number < len(plan):
+                    update, number = packed_ahead.result(), number + 1
+                    self.state = {"epoch": epoch, "update": number}
+                    if number < len(plan):
+                        packed_ahead = packer.submit(self.pack_update, plan[number])
+                    yield update
+                epoch, number = epoch + 1, 0
 
 
 def fill_micro_steps(
@@ -129,11 +102,11 @@ def fill_micro_steps(
     """First fit, longest first: few micro-steps of at most `tokens_per_step` tokens."""
     steps, room = [], []
     for number in sorted(documents.tolist(), key=lambda i: (-lengths[i], i)):
-        place = next((i for i, free in enumerate(room) if free >= lengths[number]), None)
-        if place is None:
+        fitting = (i for i, free in enumerate(room) if free >= lengths[number])
+        place = next(fitting, len(room))
+        if place == len(room):
             steps.append([])
             room.append(tokens_per_step)
-            place = len(room) - 1
         steps[place].append(number)
         room[place] -= lengths[number]
     return steps

@@ -13,13 +13,9 @@ Share = Annotated[float, Within(0, 1)]
 
 
 def adamw(
-    parameters,
-    lr: Annotated[float, Within(1e-12, 1e3)],
-    betas: Annotated[list[float], Within(0, 1)],
-    eps: float,
-    weight_decay: Annotated[float, Within(0, 1e3)],
-    fused: bool,
-) -> Optimizer:
+    parameters, lr: Annotated[float, Within(1e-12, 1e3)], betas: list[Share],
+    eps: float, weight_decay: Annotated[float, Within(0, 1e3)], fused: bool,
+) -> Optimizer:  # fmt: skip
     """torch's AdamW."""
     return torch.optim.AdamW(
         parameters, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, fused=fused
@@ -81,10 +77,6 @@ class GuardedOptimizer:
         device = self.parameters[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-
-    @property
-    def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
 
     def step(self) -> torch.Tensor:
         """One step on the gradients that have accumulated; returns their norm, on the device."""

@@ -22,6 +22,7 @@ from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.data.sources import DataFile, SourceFiles, raw_rows
+from eagle3.draft.attention import empty_outputs
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
@@ -53,14 +54,9 @@ class Plan:
 
 
 def plan(
-    config: RunConfig,
-    spec: TargetSpec,
-    sources: SourceFiles,
-    chat: Chat,
-    prepared: Prepared | None,
-    device: torch.device,
-    run_dir: Path,
-) -> Plan:
+    config: RunConfig, spec: TargetSpec, sources: SourceFiles, chat: Chat,
+    prepared: Prepared | None, device: torch.device, run_dir: Path,
+) -> Plan:  # fmt: skip
     """The plan of a run, from prepared data, else from some rows. Raises RunError."""
     if prepared:
         # Of a document that an epoch repeats, each time stores a part.
@@ -82,7 +78,7 @@ def plan(
     loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:
-        batches += loader.pack_update(0, update).batches
+        batches += loader.pack_update(update)
     # An update's longest documents are in its first micro-steps, so they are taken evenly.
     batches = batches[:: -(-len(batches) // MEASURED_STEPS)]
     steps = [measure_step(draft, batch, loss, dtype) for batch in batches]
@@ -173,8 +169,7 @@ class NoAttention:
 
     @staticmethod
     def forward(q, rows, k, v, documents):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide)
+        return empty_outputs(q)
 
     @staticmethod
     def backward(grad_out, q, rows, k, v, out, lse, documents):

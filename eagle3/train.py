@@ -24,7 +24,7 @@ from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
-from eagle3.loader import Loader, Update
+from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
@@ -47,10 +47,6 @@ from eagle3.ttt import training_flops, unroll
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-class Interrupted(SystemExit):
-    """Ctrl-C or SIGTERM, after the checkpoint: exits with 130 or 143."""
-
-
 @dataclass
 class TrainingData:
     """What the stages before left for training, as folders that every rank opens for itself.
@@ -70,8 +66,7 @@ def train(
     """Train on every rank; leaves checkpoints/, metrics.jsonl and evaluation.json in `run_dir`.
 
     Keeps `last` and `best` (by `eval/acceptance_length`) checkpoints; without held-out answers the
-    last is the best. Returns why documents of a store were left out, by key. Raises ConfigError and
-    RunError.
+    last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
     """
     section, folder = config.train, run_dir / "checkpoints"
     last, best = folder / "last", folder / "best"
@@ -84,8 +79,7 @@ def train(
     draft, total, resumed_at = trainer.draft, trainer.loader.total_updates, None
     if saved:
         resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
-        if ranks.is_main:
-            print(f"train: resumed after update {resumed_at} of {total}")
+        print(f"train: resumed after update {resumed_at} of {total}")
 
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
@@ -105,16 +99,16 @@ def train(
     ):
         while trainer.update < total:
             began = time.perf_counter()
-            update = next(updates)  # packed meanwhile, unless the data is what is slow
-            lr = trainer.optim.lr
-            norm = trainer.train_update(update, waited=time.perf_counter() - began)
+            batches = next(updates)  # packed meanwhile, unless the data is what is slow
+            lr = trainer.optim.scheduler.get_last_lr()[0]
+            norm = trainer.train_update(batches, waited=time.perf_counter() - began)
             is_last = trainer.update == total
             # All ranks stop behind the same update, whichever of them heard the signal.
             stopping = ranks.all_reduce(received["signal"], "max")
 
             if trainer.update % section.log_every == 0 or is_last:
                 # Only here the host waits for the device.
-                refuse_endless_skipping(trainer, update, run_dir)
+                refuse_endless_skipping(trainer, batches, run_dir)
                 metrics = trainer.meter.read(ranks.all_reduce_tensor)
                 metrics |= {"lr": lr, "grad_norm": float(norm)}
                 metrics["skipped_updates"] = int(trainer.optim.skipped)
@@ -141,10 +135,9 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                if ranks.is_main:
-                    command = f"python run.py train.resume={run_dir}"
-                    print(f"\nstopped after update {trainer.update}; go on with: {command}")
-                raise Interrupted(128 + stopping)
+                command = f"python run.py train.resume={run_dir}"
+                print(f"\nstopped after update {trainer.update}; go on with: {command}")
+                raise SystemExit(128 + stopping)
             trainer.meter.leave_out(time.perf_counter() - began)
         checkpoints.wait()
         ranks.barrier()
@@ -179,12 +172,9 @@ def open_supply(
 
 
 def build_trainer(
-    config: RunConfig,
-    target: TargetHandle,
-    supply: Supply,
-    saved: CheckpointState | None,
+    config: RunConfig, target: TargetHandle, supply: Supply, saved: CheckpointState | None,
     ranks: Ranks,
-) -> "Trainer":
+) -> "Trainer":  # fmt: skip
     """The draft with all that trains it, as `saved` left it."""
     section, shape, weights = config.train, config.parallel, target.load_weights()
     torch.manual_seed(config.seed)
@@ -196,13 +186,15 @@ def build_trainer(
     group = shape.ulysses * shape.ring
     replica, replicas = ranks.rank // group, ranks.world_size // group
     in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
-    pack_documents = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
-    features = supply.features
+    packed = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
+    features, pack_documents = supply.features, packed
     if group > 1:
         timeout = collective_timeout(config.launch.timeout)
         sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, draft.config, timeout)
-        features = sequence.share_features(features, weights.embedding.dtype)
-        pack_documents = partial(deal_packed, sequence, pack_documents)
+        features = partial(sequence.features, supply.features, weights.embedding.dtype)
+
+        def pack_documents(documents: list[Document]) -> Batch:
+            return sequence.deal(packed(documents))
 
     tokens_per_update = section.tokens_per_step * section.grad_accum * replicas
     if saved:  # as the run began, however many ranks there are now
@@ -226,13 +218,6 @@ def build_trainer(
     return trainer
 
 
-def deal_packed(
-    sequence: Sequence, pack_documents: Callable[[list[Document]], Batch], documents: list[Document]
-) -> Batch:
-    """A packed batch's part that is this rank's."""
-    return sequence.deal(pack_documents(documents))
-
-
 def build_draft(
     section: DraftSection, target: TargetHandle, weights: TargetWeights, supply: Supply
 ) -> Draft:
@@ -243,49 +228,45 @@ def build_draft(
     # An imported store comes without prepared data, and counts its own tokens.
     vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
     if len(vocab) != section.vocab_size:
-        raise ConfigError(
-            f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
-            f"{len(vocab)} tokens; set draft.vocab_size={len(vocab)}"
-        )
+        problem = f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
+        raise ConfigError(f"{problem}{len(vocab)} tokens; set draft.vocab_size={len(vocab)}")
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
     draft = Draft(draft_config(section, spec.config), attention, t2d, d2t)
     instantiate(section.initial)(draft, weights.embedding, weights.head)
     return draft
 
 
+@dataclass
 class Trainer:
-    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds."""
+    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds.
 
-    def __init__(
-        self,
-        draft: Draft,
-        frozen: FrozenWeights,
-        loss: SoftTargetLoss,
-        features: Callable[[Batch], Features],
-        loader: Loader,
-        optim: GuardedOptimizer,
-        meter: Meter,
-        ranks: Ranks,
-    ):
-        """`features` is asked for batches whose documents came without."""
-        self.draft, self.frozen, self.loss = draft, frozen, loss
-        self.features, self.loader = features, loader
-        self.optim, self.meter, self.ranks = optim, meter, ranks
-        self.device = frozen.embedding.device
-        self.update, self.best, self.best_update = 0, -math.inf, 0
+    `features` is asked for batches whose documents came without.
+    """
 
-    def train_update(self, update: Update, waited: float) -> torch.Tensor:
+    draft: Draft
+    frozen: FrozenWeights
+    loss: SoftTargetLoss
+    features: Callable[[Batch], Features]
+    loader: Loader
+    optim: GuardedOptimizer
+    meter: Meter
+    ranks: Ranks
+    update: int = 0
+    best: float = -math.inf
+    best_update: int = 0
+
+    def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
         frozen = self.frozen
         # Divided by the count of all ranks, gradients are those of one large batch, however it is
         # cut into micro-batches and dealt.
-        normaliser = self.ranks.all_reduce(update.normaliser)
+        normaliser = self.ranks.all_reduce(sum(batch.normaliser for batch in batches))
         if not normaliser:  # all of its documents are damaged: it changes nothing and counts
             self.optim.scheduler.step()
             return torch.zeros(())
-        for batch in update.batches:
-            batch = batch.to(self.device)
+        for batch in batches:
+            batch = batch.to(frozen.embedding.device)
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
@@ -302,8 +283,8 @@ class Trainer:
         moments, counts = self.optim.state(names)
         draft = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
         own = {f"rank_{rank}/rng": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.frozen.embedding.is_cuda:
+            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
         plain = counts | {
             "draft": asdict(self.draft.config),
             "update": self.update,
@@ -328,18 +309,17 @@ class Trainer:
         # A rank that was not there before begins with the state that its process has.
         if f"rank_{rank}/rng" in state.own:
             torch.set_rng_state(state.own[f"rank_{rank}/rng"])
-        if self.device.type == "cuda" and f"rank_{rank}/rng_cuda" in state.own:
-            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"], self.device)
+        if self.frozen.embedding.is_cuda and f"rank_{rank}/rng_cuda" in state.own:
+            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"])
 
 
-def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> None:
+def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Path) -> None:
     """End the run, with the batch saved, when the last updates were all skipped as not finite."""
     in_a_row, rank = int(trainer.optim.skipped_in_a_row), trainer.ranks.rank
     if in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
-    torch.save([batch.input_ids for batch in update.batches], path)
-    raise RunError(
-        f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr, or "
-        f"look at the last batch, saved in {path}"
-    )
+    torch.save([batch.input_ids for batch in batches], path)
+    problem = f"the gradients of the last {in_a_row} updates were not finite"
+    remedy = f"lower optimizer.lr, or look at the last batch, saved in {path}"
+    raise RunError(f"{problem}; {remedy}")

@@ -33,8 +33,8 @@ def unroll(
     # once and read by every step, one token further on each time.
     length, own, rows = len(batch.input_ids), batch.own, batch.rows
     input_ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])
-    embedded_tokens = draft.project_embeddings(embedding[input_ids])
-    hidden_weight = draft.qkv_weight(1)
+    embedded_weight, hidden_weight = draft.qkv_weight(0), draft.qkv_weight(1)
+    embedded_tokens = linear(draft.midlayer.input_layernorm(embedding[input_ids]), embedded_weight)
     query_size = draft.config.num_attention_heads * draft.config.head_dim
 
     def embedded(places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

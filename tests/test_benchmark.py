@@ -350,7 +350,7 @@ def test_heldout_behind_another_system_prompt_needs_conversations(tmp_path):
 
 def trial(*answers, prompt=(0,), seconds=1.0):
     """A question answered by (ids, emitted, accepted) in turn."""
-    generations = [Generation(*map(list, answer), 0.5, seconds) for answer in answers]
+    generations = [Generation(*map(list, answer), seconds) for answer in answers]
     given = [read(generation, 3, (), Words()) for generation in generations]
     return Trial(Question(), [list(prompt)] * len(answers), given, seconds * len(answers))
 
@@ -431,7 +431,7 @@ CUTS = [
 
 @pytest.mark.parametrize("stop, length, emitted, accepted", CUTS)
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
-    whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 0.5, 3.0)
+    whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 3.0)
     answer = read(whole, 2, (stop,), Words())
     assert answer.ids == whole.ids[:length] and answer.emitted == emitted
     assert answer.accepted_at == [sum(count >= k for count in accepted) for k in (1, 2)]

@@ -40,8 +40,8 @@ def answers(handle, tmp_path_factory):
     section = SimpleNamespace(max_new_tokens=24, batch_size=3)
     folder = generate(section, prompts, handle, str(tmp_path_factory.mktemp("answers")), True)
     loaded = load_answers(folder)
-    assert read_facts(folder)["answers"] == 4 and [a.id for a in loaded] == ["0", "1", "2", "3"]
-    assert [a.prompt_length for a in loaded] == [5, 17, 1, 30]
+    assert read_facts(folder)["answers"] == 4 and [a.key for a in loaded] == [0, 1, 2, 3]
+    assert [int((~a.loss_mask).sum()) for a in loaded] == [5, 17, 1, 30]
     return loaded
 
 
@@ -74,10 +74,9 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
     for length in range(1, STEPS + 1):
         decoded = []
         for answer in answers:
-            new = len(answer.input_ids) - answer.prompt_length
-            prompt = answer.input_ids[: answer.prompt_length]
+            new, prompt = int(answer.loss_mask.sum()), answer.input_ids[~answer.loss_mask]
             generation = speculate(target, draft, [prompt], length, 1, length + 1, new)[0]
-            assert generation.ids == answer.input_ids[answer.prompt_length :].tolist()
+            assert generation.ids == answer.input_ids[answer.loss_mask].tolist()
             decoded.append(generation)
         rounds = [tokens for generation in decoded for tokens in generation.emitted]
         assert evaluation.acceptance_length[length] == sum(rounds) / len(rounds)
@@ -107,9 +106,9 @@ def test_walk_by_hand():
 def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):
     prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(4)]
     module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    whole = (tmp_path / "part_00001.safetensors").read_bytes()
-    (tmp_path / "part_00001.safetensors").unlink()
+    whole = (tmp_path / "answer_00002.safetensors").read_bytes()
+    (tmp_path / "answer_00002.safetensors").unlink()
     calls, original = [], module.answer_batch
     monkeypatch.setattr(module, "answer_batch", lambda *a: calls.append(a) or original(*a))
     module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    assert len(calls) == 1 and (tmp_path / "part_00001.safetensors").read_bytes() == whole
+    assert len(calls) == 1 and (tmp_path / "answer_00002.safetensors").read_bytes() == whole

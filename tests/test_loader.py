@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eagle3.batch import Document, pack, serving, split_by_cost
-from eagle3.loader import Loader, fill_micro_steps, plan_epoch
+from eagle3.loader import Loader, fill_micro_steps
 
 
 class Documents:
@@ -24,7 +24,7 @@ class Documents:
     def begin(self, epoch):
         pass
 
-    def load(self, numbers, epoch=0):
+    def load(self, numbers):
         return [Document(number, self.ids[number], self.masks[number]) for number in numbers]
 
 
@@ -47,18 +47,18 @@ def take(source, count):
 
 
 def keys(update):
-    return [key for batch in update.batches for key in batch.document_keys]
+    return [key for batch in update for key in batch.document_keys]
 
 
 def test_plans_depend_on_the_seed_alone(documents):
-    lengths = documents.lengths
-    plan = plan_epoch(lengths, 0, 0, 300, None)
-    assert sorted(np.concatenate(plan).tolist()) == list(range(57))
-    assert all(lengths[update].sum() <= 300 for update in plan)
-    assert [u.tolist() for u in plan] == [u.tolist() for u in plan_epoch(lengths, 0, 0, 300, None)]
-    other = plan_epoch(lengths, 0, 1, 300, None)
-    assert np.concatenate(plan).tolist() != np.concatenate(other).tolist()
-    assert [len(u) for u in plan_epoch(lengths, 0, 0, 300, 8)] == [8] * 7 + [1]
+    plans = [loader(documents, tokens_per_update=300).plan_epoch(0) for _ in range(2)]
+    assert sorted(np.concatenate(plans[0]).tolist()) == list(range(57))
+    assert all(documents.lengths[update].sum() <= 300 for update in plans[0])
+    assert [u.tolist() for u in plans[0]] == [u.tolist() for u in plans[1]]
+    other = loader(documents, tokens_per_update=300).plan_epoch(1)
+    assert np.concatenate(plans[0]).tolist() != np.concatenate(other).tolist()
+    counted = loader(documents, documents_per_update=8).plan_epoch(0)
+    assert [len(update) for update in counted] == [8] * 7 + [1]
 
 
 def test_micro_steps_hold_every_document_once(documents):
@@ -88,7 +88,8 @@ def test_updates_do_not_depend_on_the_number_of_replicas(documents, budget):
     for number, update in enumerate(take(whole, whole.total_updates)):
         together = [share[number] for share in shares]
         assert sorted(keys(update)) == sorted(key for part in together for key in keys(part))
-        assert update.normaliser == sum(part.normaliser for part in together)
+        batches = [batch for part in together for batch in part]
+        assert sum(b.normaliser for b in update) == sum(b.normaliser for b in batches)
 
 
 def test_loader_goes_on_where_it_was(documents):
@@ -101,5 +102,5 @@ def test_loader_goes_on_where_it_was(documents):
         second.state = dict(first.state)
         for got, want in zip(take(second, 20 - consumed), expected[consumed:], strict=True):
             assert keys(got) == keys(want)
-            for one, other in zip(got.batches, want.batches, strict=True):
+            for one, other in zip(got, want, strict=True):
                 assert torch.equal(one.input_ids, other.input_ids)

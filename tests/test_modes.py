@@ -79,19 +79,19 @@ def test_hybrid_computes_once_and_reads_from_the_second_epoch_on(tmp_path, prepa
     supply.begin(0)
     first = {}
     for numbers in ([0, 1], [4, 2]):
-        batch = batch_of(supply.load(numbers, 0))
+        batch = batch_of(supply.load(numbers))
         first |= dict(zip(batch.document_keys, supply.features(batch).aux_hidden_states.split(5)))
     assert target.asked == [[0, 1], [0, 2]], "nothing is read in the epoch that keeps it"
     supply.begin(1)
     assert met == [1]
-    documents = supply.load([4, 3, 2], 1)
+    documents = supply.load([4, 3, 2])
     assert [document.features is None for document in documents] == [False, True, False]
     features = supply.features(batch_of(documents))
     assert target.asked[2:] == [[3]], "what is not kept is computed beside what is"
     assert features.aux_hidden_states[:, 0].tolist() == [*range(5), *range(15, 20), *range(10, 15)]
     assert torch.equal(features.aux_hidden_states[:5], first[0])
     supply.sync()
-    assert [document.features is None for document in supply.load([0, 1, 2, 3], 1)] == [False] * 4
+    assert [document.features is None for document in supply.load([0, 1, 2, 3])] == [False] * 4
     assert supply.store.facts["documents"] == 4, "a repeated document is kept once"
     supply.close()
 
@@ -100,7 +100,7 @@ def test_hybrid_goes_on_without_disk_and_after_damage(tmp_path, prepared):
     supply = hybrid(prepared, FakeTarget(), tmp_path / "full", max_disk="1KB")
     for epoch in (0, 1):
         supply.begin(epoch)
-        documents = supply.load([0, 1, 2, 3], epoch)
+        documents = supply.load([0, 1, 2, 3])
         assert supply.features(batch_of(documents)).argmax.tolist() == list(range(20))
         supply.sync()
         assert supply.store.full and all(document.features is None for document in documents)
@@ -111,11 +111,11 @@ def test_hybrid_goes_on_without_disk_and_after_damage(tmp_path, prepared):
     damage(tmp_path / "kept")
     supply = hybrid(prepared, FakeTarget(), tmp_path / "kept", on_damage="skip")
     supply.begin(1)
-    lost = [d for d in supply.load([0, 1, 2, 3], 1) if d.features is None]
+    lost = [d for d in supply.load([0, 1, 2, 3]) if d.features is None]
     assert len(lost) == 1 and list(supply.store.damaged) == [lost[0].key]
     supply.features(batch_of(lost))
     supply.sync()
-    assert supply.load([lost[0].key], 1)[0].features is not None
+    assert supply.load([lost[0].key])[0].features is not None
     supply.close()
 
 

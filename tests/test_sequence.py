@@ -28,7 +28,7 @@ from eagle3.parallel.ranks import Ranks, init_ranks
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.parallel.sequence import Sequence
 from eagle3.runs.metrics import Meter
-from eagle3.train import Trainer, deal_packed
+from eagle3.train import Trainer
 
 set_forkserver_preload(["torch", "transformers", "hydra", "eagle3.pipeline"])  # imported once
 VOCAB, STEPS, UPDATES = 60, 4, 5
@@ -58,7 +58,7 @@ class Conversations:
     def begin(self, epoch):
         pass
 
-    def load(self, numbers, epoch=0):
+    def load(self, numbers):
         documents = [Document(n, self.ids[n], self.masks[n]) for n in numbers]
         if not self.stored:
             return documents
@@ -82,11 +82,15 @@ def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
     frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
     features, group = imagine, ulysses * ring
-    pack_documents = partial(pack, in_draft_vocab=CHOSEN, ttt_steps=STEPS, mask=serving)
+    packed = partial(pack, in_draft_vocab=CHOSEN, ttt_steps=STEPS, mask=serving)
+    pack_documents = packed
     if group > 1:
         shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timedelta(minutes=30))
-        features = shared.share_features(imagine, embedding.dtype)
-        pack_documents = partial(deal_packed, shared, pack_documents)
+        features = partial(shared.features, imagine, embedding.dtype)
+
+        def pack_documents(documents):
+            return shared.deal(packed(documents))
+
     section = {"max_steps": UPDATES, "tokens_per_step": 160, "documents_per_update": None}
     section = SimpleNamespace(epochs=9, **section)
     replica, replicas = ranks.rank // group, ranks.world_size // group
@@ -149,7 +153,7 @@ def expected_sent(trainer):
     """
     trainer.loader.state, elements = {"epoch": 0, "update": 0}, []
     updates = iter(trainer.loader)
-    for batch in [batch for _ in range(UPDATES) for batch in next(updates).batches]:
+    for batch in [batch for _ in range(UPDATES) for batch in next(updates)]:
         if batch.exchange is None:
             continue
         group = batch.exchange.sequence

@@ -1,6 +1,7 @@
 """What a benchmark is asked for and measures, whatever answers."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -10,6 +11,7 @@ from eagle3.benchmark.suites import SETUPS, SUITES, Setup, parse_suite
 from eagle3.config import Data, OneOf, Within
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
+from eagle3.decode.tree import check_tree
 from eagle3.engines.engine import Answer
 from eagle3.errors import ConfigError
 from eagle3.target.handle import TargetHandle
@@ -73,7 +75,13 @@ def check_request(section: dict[str, Any]) -> None:
     if not suites or not section["configs"]:
         raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
-        if not can_run(config):
+        can_run = False
+        with suppress(ConfigError, TypeError, ValueError):  # the others: it isn't four numbers
+            batch, *tree = config
+            if tree != [0, 0, 0]:
+                check_tree(*tree)
+            can_run = batch >= 1
+        if not can_run:
             known = "[batch, 0, 0, 0], [batch, steps, 1, steps + 1] or [batch, steps, topk, nodes]"
             raise ConfigError(f"benchmark.configs={config} must be {known}")
     if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
@@ -88,17 +96,6 @@ def check_request(section: dict[str, Any]) -> None:
             raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {', '.join(SUITES)}")
         if not os.path.exists(path):
             raise ConfigError(f"benchmark.paths.{name}={path} does not exist; give a local file")
-
-
-def can_run(config: list[int]) -> bool:
-    if len(config) != 4 or not all(isinstance(number, int) for number in config):
-        return False
-    batch, steps, topk, verify_tokens = config
-    # What a round drafts: topk children of the root, then of topk nodes at each further step.
-    nodes = topk + (steps - 1) * topk * topk
-    is_chain = steps >= 1 and topk == 1 and verify_tokens == steps + 1
-    is_tree = steps >= 1 and topk > 1 and 2 <= verify_tokens <= nodes + 1
-    return batch >= 1 and (is_chain or is_tree or config[1:] == [0, 0, 0])
 
 
 def asks_heldout(section: dict[str, Any]) -> bool:

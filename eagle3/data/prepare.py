@@ -77,10 +77,7 @@ class Prepared:
         ids, mask = self.input_ids[span].copy(), self.loss_mask[span].copy()
         return number, torch.from_numpy(ids), torch.from_numpy(mask)
 
-    def begin(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch."""
-
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+    def load(self, numbers: list[int]) -> list[Document]:
         """Documents without features: those are still to be computed."""
         return [Document(*self.document(number), features=None) for number in numbers]
 
@@ -94,15 +91,9 @@ def load_prepared(path: Path) -> Prepared:
 
 
 def prepare(
-    data: Data,
-    num_heldout: int,
-    vocab_size: int,
-    draft_vocab_size: int,
-    sources: SourceFiles,
-    chat: Chat,
-    cache_dir: str,
-    write: bool,
-) -> Prepared:
+    data: Data, num_heldout: int, vocab_size: int, draft_vocab_size: int, sources: SourceFiles,
+    chat: Chat, cache_dir: str, write: bool,
+) -> Prepared:  # fmt: skip
     """The prepared data; without `write` it must be there already. Raises ConfigError, RunError."""
     eval_files = find_files(Source(data.eval_path), cache_dir) if data.eval_path else []
     inputs = {

@@ -28,7 +28,6 @@ class Generation:
     ids: list[int]  # the first of them from the prefill
     emitted: list[int] = field(default_factory=list)  # tokens that each round committed
     accepted: list[int] = field(default_factory=list)  # and how many of them were drafted
-    prefill_seconds: float = 0.0  # of the whole batch
     decode_seconds: float = 0.0  # until this sequence ended
 
 
@@ -118,7 +117,6 @@ class DecodingBatch:
         self.max_new_tokens, self.device = max_new_tokens, target.embedding.device
         self.cache, self.lengths = DynamicCache(), [len(prompt) for prompt in prompts]
         self.rows = list(range(len(prompts)))
-        started = synchronized_time(self.device)
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
         aux, last = target.states(ids, positions, self.cache)
@@ -129,9 +127,8 @@ class DecodingBatch:
             following = ids.roll(-1, dims=1)
             following[ends] = self.newest
             drafter.append(aux, following, self.lengths)
-        tokens, self.prefilled = self.newest.tolist(), synchronized_time(self.device)
-        seconds = self.prefilled - started
-        self.generations = [Generation([token], prefill_seconds=seconds) for token in tokens]
+        self.generations = [Generation([token]) for token in self.newest.tolist()]
+        self.prefilled = synchronized_time(self.device)
 
     def advance(self) -> None:
         """A round: draft a tree, run the target over it and commit what it would have generated."""

@@ -33,8 +33,8 @@ def chain(ids: torch.Tensor, logits: list[torch.Tensor]) -> Tree:
     return Tree(ids, node[None], parents[None], (node[:, None] >= node)[None], logits)
 
 
-def check_tree(steps: int, topk: int, verify_tokens: int, draft_vocab_size: int) -> None:
-    """Raise ConfigError where such trees cannot be drafted."""
+def check_tree(steps: int, topk: int, verify_tokens: int, draft_vocab_size: int = 1 << 62) -> None:
+    """Raise ConfigError where such trees cannot be drafted, by a draft of that vocabulary."""
     most = 1 + topk + (steps - 1) * topk**2
     if steps < 1 or not 1 <= topk <= draft_vocab_size:
         problem = f"steps must be at least 1, topk in 1..{draft_vocab_size} (the draft vocabulary)"

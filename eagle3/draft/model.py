@@ -144,13 +144,6 @@ class Draft(nn.Module):
         """int64 [Vd]: the target's id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def project_embeddings(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """The embedding half of q, k, v before rotation: [n,D] -> [n,(H+2G)d].
-
-        It depends on the token alone, so one call serves every step that reads the token.
-        """
-        return linear(self.midlayer.input_layernorm(embeddings), self.qkv_weight(0))
-
     def qkv_weight(self, half: int) -> torch.Tensor:
         """[(H+2G)d,D]: the columns of q, k, v for the embedding (half 0) or state (half 1)."""
         attention, size = self.midlayer.self_attn, self.config.hidden_size

@@ -12,13 +12,6 @@ from eagle3.errors import ConfigError
 Drafting = tuple[int, int, int]  # steps, topk, verify_tokens; (0, 0, 0) is the target alone
 # Nothing but the temperature shapes the distribution, whatever generation_config.json recommends.
 UNSHAPED = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-# Runs in the engine's own interpreter.
-FIND = """
-import importlib.metadata as metadata, sys
-for name in sys.argv[1:]:
-    try: sys.exit(print(metadata.version(name)))
-    except metadata.PackageNotFoundError: pass
-"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +70,12 @@ class Engine:
 
     def find(self, python: str, key: str) -> str:
         """Its version in `python`, which `key` chooses. Raises ConfigError but for `versions`."""
-        command, found, name = [python, "-c", FIND, *self.packages], "", self.packages[0]
-        with suppress(OSError, subprocess.TimeoutExpired):
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
-            found = answer.stdout.strip()
+        name, found = self.packages[0], ""
+        for package in self.packages:
+            code = f"from importlib.metadata import version; print(version({package!r}))"
+            with suppress(OSError, subprocess.TimeoutExpired):
+                answer = subprocess.run([python, "-c", code], capture_output=True, timeout=60)
+                found = found or answer.stdout.decode().strip()
         if not found:
             remedy = f"run launch/engines.sh and set {key}=<environment>/bin/python"
             raise ConfigError(f"{name} is not installed for {python}: {remedy}")

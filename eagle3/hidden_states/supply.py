@@ -30,7 +30,7 @@ class Supply:
     def begin(self, epoch: int) -> None:
         """Nothing changes from epoch to epoch."""
 
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+    def load(self, numbers: list[int]) -> list[Document]:
         return self.prepared.load(numbers)
 
     def features(self, batch: Batch) -> Features:
@@ -56,7 +56,7 @@ class Offline(Supply):
     captures = True
     needs_target = False
 
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+    def load(self, numbers: list[int]) -> list[Document]:
         keys = self.store.order[numbers].tolist()
         found = self.store.load(keys)
         missing = [key for key in keys if key not in found]
@@ -69,23 +69,25 @@ class Hybrid(Supply):
     """`mode=hybrid`: what the first epoch computes is kept, as far as it fits, and read later."""
 
     keeps = True
+    epoch = 0
 
     @cached_property
     def keys(self) -> np.ndarray:
         return document_keys(self.prepared)
 
     def begin(self, epoch: int) -> None:
+        self.epoch = epoch
         if epoch > 0:
             # Each rank kept what it trained on, and any may be given it in this epoch.
             self.store.sync()
             self.barrier()
             self.store.scan()
 
-    def load(self, numbers: list[int], epoch: int = 0) -> list[Document]:
+    def load(self, numbers: list[int]) -> list[Document]:
         loaded = [replace(d, key=int(self.keys[d.key])) for d in self.prepared.load(numbers)]
         # The first epoch reads nothing of what it keeps, so that losses depend neither on how fast
         # the disk is, nor on where a run was stopped.
-        found = self.store.load([document.key for document in loaded]) if epoch > 0 else {}
+        found = self.store.load([document.key for document in loaded]) if self.epoch else {}
         return [found.get(document.key, document) for document in loaded]
 
     def features(self, batch: Batch) -> Features:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
         return task(Ranks(), config, run_dir, *arguments)
     call = (task, config, run_dir, arguments)
     if is_torchrun():
-        post_task(torchrun_store(), call)
+        post_task(call)
         return run_task(torchrun_store(), *call)
     return spawn_ranks(*call)
 
@@ -76,7 +77,6 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
         rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",  # a machine's name need not be known to itself
         max_restarts=0,
-        start_method="spawn",
         shutdown_timeout=config.launch.shutdown_timeout,
     )
     # torch's launcher takes the handlers of signals and does not give them back.
@@ -118,10 +118,8 @@ def close_targets(arguments: tuple) -> None:
             argument.close()
 
 
-def run_task(
-    store: dist.Store | None, task: Task, config: RunConfig, run_dir: Path, arguments: tuple
-) -> Any:
-    """A task as one of several ranks; those beside the first write to logs/."""
+def run_task(store, task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+    """A task as one of several ranks, met at `store`; those beside the first write to logs/."""
     set_up_process(config, int(os.environ["LOCAL_WORLD_SIZE"]))
     ranks = init_ranks(collective_timeout(config.launch.timeout), store)
     log = redirect_output(run_dir, ranks.rank)
@@ -144,28 +142,19 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     if kind == "ConfigError":
         return ConfigError(sentence)
     if failure.exitcode < 0:
-        return RunError(
-            f"process {rank} was killed by {failure.signal_name()} (the system does that when "
-            f"memory runs out); go on with: {resume}"
-        )
+        killed = f"process {rank} was killed by {failure.signal_name()}"
+        reason = "the system does that when memory runs out"
+        return RunError(f"{killed} ({reason}); go on with: {resume}")
     if kind == "RunError":
         return RunError(sentence)
-    return RunError(
-        f"process {rank} failed: {text.splitlines()[0]}; more in logs/rank_{rank}.log of the run"
-    )
+    log = f"logs/rank_{rank}.log of the run"
+    return RunError(f"process {rank} failed: {text.splitlines()[0]}; more in {log}")
 
 
-# Tasks are posted on a store under their number; None is posted when there are no more.
-
-
-def post_task(store: dist.Store, call: Any) -> None:
+def post_task(call: Any) -> None:
+    """Under torchrun: give the other processes a task, None where there are no more."""
+    store = torchrun_store()
     store.set(f"task/{store.add('tasks', 1)}", pickle.dumps(call))
-
-
-def read_task(store: dist.Store, number: int) -> Any:
-    """The task with that number, from 1; waits until it has been posted."""
-    store.set_timeout(BETWEEN_TASKS)
-    return pickle.loads(store.get(f"task/{number}"))
 
 
 @cache
@@ -178,11 +167,14 @@ def torchrun_store() -> dist.Store:
 @record
 def serve_tasks() -> None:
     """Under torchrun, beside the first process: take part in its tasks, until it has no more."""
-    number = 1
-    while (call := read_task(torchrun_store(), number)) is not None:
-        run_task(torchrun_store(), *call)
+    store = torchrun_store()
+    store.set_timeout(BETWEEN_TASKS)
+    for number in count(1):
+        call = pickle.loads(store.get(f"task/{number}"))  # waits until it has been posted
+        if call is None:
+            break
+        run_task(store, *call)
         close_targets(call[-1])
-        number += 1
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -190,7 +182,7 @@ def serve_tasks() -> None:
 def end_tasks() -> None:
     """Under torchrun, in the first process: there are no more jobs."""
     if is_torchrun():
-        post_task(torchrun_store(), None)
+        post_task(None)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -202,8 +194,6 @@ def read_torchrun(config: RunConfig) -> None:
     given = config.launch.nproc_per_node * config.launch.nnodes
     world_size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if given not in (1, world_size):
-        raise ConfigError(
-            f"launch.nproc_per_node x launch.nnodes = {given}, but torchrun started {world_size}; "
-            "leave them out"
-        )
+        asked = f"launch.nproc_per_node x launch.nnodes = {given}"
+        raise ConfigError(f"{asked}, but torchrun started {world_size}; leave them out")
     config.launch.nproc_per_node, config.launch.nnodes = local, world_size // local

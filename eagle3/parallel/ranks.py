@@ -1,8 +1,7 @@
 """The ranks of a run and their collectives; the process that a rank computes in.
 
-Ranks are born for the stages that need them (`capture`, `train`) and are equal there: each knows
-its number and takes part in the same collectives in the same order. `parallel/launch.py` starts
-them.
+`parallel/launch.py` starts ranks for the stages that need them (`capture`, `train`). They are equal
+there: each knows its number and takes part in the same collectives in the same order.
 """
 
 import ctypes
@@ -139,9 +138,8 @@ def choose_device(name: str) -> torch.device:
     """`auto` is the CUDA device where there is one. Raises ConfigError."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise ConfigError(
-            "device=cuda, but torch sees no CUDA device; use device=auto or device=cpu"
-        )
+        remedy = "use device=auto or device=cpu"
+        raise ConfigError(f"device=cuda, but torch sees no CUDA device; {remedy}")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
@@ -151,16 +149,12 @@ def set_up_process(config: RunConfig, processes: int = 1) -> None:
     if threads is not None or processes > 1:
         torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // processes))
     if choose_device(config.device).type == "cpu":
-        keep_freed_memory()
+        # glibc keeps large freed blocks then: returning them costs a sixth of a CPU step.
+        with suppress(OSError, AttributeError):  # another C library, another allocator
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(M_TRIM_THRESHOLD, 1 << 30)
+            mallopt(M_TOP_PAD, 1 << 26)
+            mallopt(M_MMAP_THRESHOLD, 1 << 25)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: returning them costs a sixth of a CPU step."""
-    with suppress(OSError, AttributeError):  # another C library, another allocator
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        mallopt(M_TOP_PAD, 1 << 26)
-        mallopt(M_MMAP_THRESHOLD, 1 << 25)

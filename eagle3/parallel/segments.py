@@ -33,36 +33,30 @@ class Segment(NamedTuple):
     documents: DocumentSpans
 
 
-class Segments(NamedTuple):
-    """The segments of `length` = S tokens."""
-
-    parts: list[Segment]
-    length: int
-
-
 @dataclass
 class Segmented:
     """A backend (see `draft/attention.py`) that takes segments in the place of documents."""
 
     backend: Backend
 
-    def forward(self, q, rows, k, v, segments: Segments):
+    def forward(self, q, rows, k, v, segments: list[Segment]):
         """q [N,H,d] of `rows` [N] among the S tokens, k and v [T,G,d]; returns out and lse."""
-        q_SHd = scatter(q, rows, segments.length)
+        q_SHd = scatter(q, rows, sum(len(segment.rows) for segment in segments))
         out, lse = empty_outputs(q_SHd)
-        for queries, keys, own_rows, documents in segments.parts:
+        for queries, keys, own_rows, documents in segments:
             out[queries], lse[queries] = self.backend.forward(
                 q_SHd[queries], own_rows, k[keys], v[keys], documents
             )
         return out[rows], lse[rows]
 
-    def backward(self, grad_out, q, rows, k, v, out, lse, segments: Segments):
-        grad_out, q, out, lse = (scatter(x, rows, segments.length) for x in (grad_out, q, out, lse))
+    def backward(self, grad_out, q, rows, k, v, out, lse, segments: list[Segment]):
+        length = sum(len(segment.rows) for segment in segments)
+        grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
         grad_q = torch.empty_like(q)
         # A key is seen by every later segment of its document: bf16 would round at each addition.
         wide = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
-        for queries, keys, own_rows, documents in segments.parts:
+        for queries, keys, own_rows, documents in segments:
             grad_q[queries], own_k, own_v = self.backend.backward(
                 grad_out[queries], q[queries], own_rows, k[keys], v[keys], out[queries],
                 lse[queries], documents,
@@ -72,18 +66,18 @@ class Segmented:
         return grad_q[rows], grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def segments_of(tokens: torch.Tensor, batch: Batch) -> Segments:
+def segments_of(tokens: torch.Tensor, batch: Batch) -> list[Segment]:
     """Cut sorted packed places `tokens` [S] into runs of neighbours within one document."""
     document_starts = tokens - batch.position_ids[tokens]
     begins = torch.ones(len(tokens), dtype=torch.bool)
     gap = tokens[1:] != tokens[:-1] + 1
     begins[1:] = gap | (document_starts[1:] != document_starts[:-1])
-    parts = []
+    segments = []
     for first, last in pairwise([*begins.nonzero()[:, 0].tolist(), len(tokens)]):
         start, end = int(document_starts[first]), int(tokens[last - 1]) + 1
         length = end - start
         before = length - (last - first)
         documents = DocumentSpans(torch.tensor([0, length], dtype=torch.int32), [length], before)
         rows = torch.arange(before, length)
-        parts.append(Segment(slice(first, last), slice(start, end), rows, documents))
-    return Segments(parts, len(tokens))
+        segments.append(Segment(slice(first, last), slice(start, end), rows, documents))
+    return segments

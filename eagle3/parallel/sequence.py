@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.utils._pytree import tree_map_only
 
-from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost
+from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost, starts_of
 from eagle3.draft.attention import Attend, Backend
 from eagle3.draft.model import DraftConfig
-from eagle3.parallel.segments import Segmented, Segments, segments_of
+from eagle3.parallel.segments import Segment, Segmented, segments_of
 
 BLOCKS_PER_RANK = 8  # more of them balance better, fewer share more teacher rows
 SMALLEST_BLOCK = 16
@@ -60,7 +60,7 @@ class Exchange(NamedTuple):
     sequence: "Sequence"
     tokens_of_rank: list[int]
     arrival_of_token: Tensor
-    segments: Segments
+    segments: list[Segment]
     rows: Tensor
     row_counts: list[list[int]]
     row_of_arrival: list[Tensor]
@@ -122,17 +122,21 @@ class SharedKeysValues:
         return exchange.heads_to_rows(out, step)
 
 
-class Route(NamedTuple):
-    """An all-to-all of vectors: what this rank sends (`picked` int64, places among those it has,
-    rank by rank), counts sent and received [P], and the order of what it wanted.
-    """
+class Route:
+    """An all-to-all of vectors, each to the ranks that want it."""
 
-    picked: Tensor
-    sent: list[int]
-    received: list[int]
-    arrival_of_wanted: Tensor
+    def __init__(self, wanted: list[Tensor], source: Tensor, rank: int):
+        """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
+        has = source == rank
+        sent = [places[has[places]] for places in wanted]
+        source_of_wanted = source[wanted[rank]]
+        self.picked = (has.cumsum(0) - 1)[torch.cat(sent)]  # a rank has its places in order
+        self.sent = [len(places) for places in sent]
+        self.received = torch.bincount(source_of_wanted, minlength=len(wanted)).tolist()
+        self.arrival_of_wanted = torch.argsort(source_of_wanted, stable=True).argsort()
 
     def send(self, x: Tensor, group) -> Tensor:
+        """`x` of the places that this rank has -> of those it wants."""
         arrived = x.new_empty(sum(self.received), *x.shape[1:])
         picked = x[self.picked.to(x.device)]
         dist.all_to_all_single(arrived, picked, self.received, self.sent, group)
@@ -189,8 +193,6 @@ class Sequence:
         token_of_input = with_tokens_ahead(token_is_own, batch.document_ends, num_steps)
         input_of_own = token_is_own[token_of_input].nonzero()[:, 0]
         token_of_own = token_of_input[input_of_own]
-        own_of_token = torch.full((len(rank_of_token),), -1)
-        own_of_token[token_of_own] = torch.arange(len(token_of_own))
 
         # Own rows keep the order of all rows, so those needed longest still come first.
         row_is_own = token_is_own[batch.rows]
@@ -211,12 +213,7 @@ class Sequence:
         if features is None:
             routes = self.plan_routes(batch, rank_of_token, rank_of_token[batch.rows][row_of_pair])
         else:
-            features = Features(
-                features.aux_hidden_states[token_of_own],
-                features.last_hidden_states[teachers],
-                features.argmax[teachers],
-                features.logsumexp[teachers],
-            )
+            features = features.select(token_of_own, teachers)
         exchange = self.plan_exchange(batch, rank_of_token, depth_of_token)
         return replace(
             batch,
@@ -226,7 +223,7 @@ class Sequence:
             document_ends=torch.searchsorted(token_of_input, batch.document_ends[token_of_input]),
             teacher_rows=batch.teacher_rows[teachers],
             own=input_of_own,
-            rows=own_of_token[batch.rows[row_is_own]],
+            rows=torch.searchsorted(token_of_own, batch.rows[row_is_own]),
             row_counts=row_counts,
             pair_index=own_row_of_pair + starts_of(row_counts)[pair_step],
             pair_step=pair_step,
@@ -293,35 +290,31 @@ class Sequence:
             # Only tokens and teacher rows matter to a target, whatever the draft vocabulary.
             any_token = torch.ones(int(batch.input_ids.max()) + 1, dtype=torch.bool)
             prefilled = replace(pack(loaded, any_token, 1, serving), loaded=loaded)
-        token_route = plan_route(tokens, source_of_token, self.rank)
+        token_route = Route(tokens, source_of_token, self.rank)
         teacher_sources = source_of_token[batch.teacher_rows]
-        return prefilled, token_route, plan_route(teachers, teacher_sources, self.rank)
+        return prefilled, token_route, Route(teachers, teacher_sources, self.rank)
 
-    def share_features(
-        self, features_of: Callable[[Batch], Features], dtype: torch.dtype
-    ) -> Callable[[Batch], Features]:
-        """Wrap a function that computes features of whole documents into one for dealt batches.
+    def features(
+        self, features_of: Callable[[Batch], Features], dtype: torch.dtype, batch: Batch
+    ) -> Features:
+        """Features of a dealt batch, by a function that computes those of whole documents.
 
         Every rank prefills some of a batch's documents; hidden states are sent as `dtype`.
         """
-
-        def features_of_dealt(batch: Batch) -> Features:
-            device = batch.input_ids.device
-            prefilled, tokens, teachers = batch.routes
-            if prefilled is None:  # nothing to send, but the collectives want every rank
-                size = self.config.target_hidden_size
-                none = torch.empty(0, 3 * size, dtype=dtype, device=device)
-                features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
-            else:
-                features = features_of(prefilled.to(device))
-            return Features(
-                tokens.send(features.aux_hidden_states.to(dtype), self.group),
-                teachers.send(features.last_hidden_states.to(dtype), self.group),
-                teachers.send(features.argmax, self.group),
-                teachers.send(features.logsumexp.float(), self.group),
-            )
-
-        return features_of_dealt
+        device = batch.input_ids.device
+        prefilled, tokens, teachers = batch.routes
+        if prefilled is None:  # nothing to send, but the collectives want every rank
+            size = self.config.target_hidden_size
+            none = torch.empty(0, 3 * size, dtype=dtype, device=device)
+            features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
+        else:
+            features = features_of(prefilled.to(device))
+        return Features(
+            tokens.send(features.aux_hidden_states.to(dtype), self.group),
+            teachers.send(features.last_hidden_states.to(dtype), self.group),
+            teachers.send(features.argmax, self.group),
+            teachers.send(features.logsumexp.float(), self.group),
+        )
 
 
 def assign(costs: np.ndarray, num_ranks: int) -> Tensor:
@@ -332,12 +325,6 @@ def assign(costs: np.ndarray, num_ranks: int) -> Tensor:
     return rank_of_item
 
 
-def starts_of(counts: list[int]) -> Tensor:
-    """Where each part begins when parts of these lengths lie one behind the other."""
-    counts = torch.tensor(counts)
-    return counts.cumsum(0) - counts
-
-
 def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -> Tensor:
     """Own tokens and up to `steps` behind each in its document: step k of row t reads t+k+1."""
     needed, own = token_is_own.clone(), token_is_own.nonzero()[:, 0]
@@ -345,16 +332,3 @@ def with_tokens_ahead(token_is_own: Tensor, document_ends: Tensor, steps: int) -
         ahead = own + distance
         needed[ahead[ahead < document_ends[own]]] = True
     return needed.nonzero()[:, 0]
-
-
-def plan_route(wanted: list[Tensor], source: Tensor, rank: int) -> Route:
-    """`wanted[p]`: the places, sorted, that rank p needs; `source`: the rank that has each."""
-    has = source == rank
-    sent = [places[has[places]] for places in wanted]
-    source_of_wanted = source[wanted[rank]]
-    return Route(
-        picked=(has.cumsum(0) - 1)[torch.cat(sent)],  # a rank has its places in order
-        sent=[len(places) for places in sent],
-        received=torch.bincount(source_of_wanted, minlength=len(wanted)).tolist(),
-        arrival_of_wanted=torch.argsort(source_of_wanted, stable=True).argsort(),
-    )

@@ -21,8 +21,6 @@ except ChildFailedError as error:
         print(f"error: process {rank} was killed by {failure.signal_name()}", file=sys.stderr)
     elif rank > 0:
         told = failure.message["message"] if isinstance(failure.message, dict) else "it failed"
-        print(
-            f"error: process {rank}: {told} (logs/rank_{rank}.log in the run's folder has more)",
-            file=sys.stderr,
-        )
+        more = f"logs/rank_{rank}.log in the run's folder has more"
+        print(f"error: process {rank}: {told} ({more})", file=sys.stderr)
     sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)

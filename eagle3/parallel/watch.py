@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from eagle3.errors import RunError
 from eagle3.parallel.ranks import Ranks
+from eagle3.runs.disk import write_atomically
 
 LOOKS = 10  # how often within `launch.timeout` a rank looks at the others and shows itself
 
@@ -36,44 +37,36 @@ def redirect_output(run_dir: Path, rank: int) -> TextIO:
     return log
 
 
-class Watch:
-    """A thread in every rank that ends it, with one sentence, when it hangs or waits for one that
-    does.
+class Watch(threading.Thread):
+    """A thread in every rank that ends it, with one sentence, when it or one it waits for hangs.
 
     Each shows in logs/rank_N.json how many collectives it has begun. When that has not changed for
     `timeout` seconds, those who have begun the fewest are the ones that hang: such a rank writes
-    its stack to its log and ends; where it can't (it was stopped), the others name it. A thread
-    does this because the main thread of a rank that waits is inside a collective and can't look at
-    the clock.
+    its stack to its log and ends; where it can't (it was stopped), the others name it. It is a
+    thread because a rank that waits is inside a collective and can't look at the clock.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, timeout: float):
+        super().__init__(daemon=True)
         self.folder, self.ranks, self.timeout = run_dir / "logs", ranks, timeout
-        self.main_thread = threading.get_ident()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.watch_ranks, daemon=True)
+        self.watched, self.over = threading.get_ident(), threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> None:
         if self.ranks.world_size > 1:
             self.write_state()
             # What an earlier run left in the folder is overwritten before anyone looks.
             self.ranks.barrier()
-            self.thread.start()
-        return self
+            self.start()
 
     def __exit__(self, *unused) -> None:
         self.over.set()
 
-    def state_path(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank}.json"
-
     def write_state(self) -> None:
         state = {"begun": self.ranks.begun, "pid": os.getpid(), "host": socket.gethostname()}
-        path = self.state_path(self.ranks.rank)
-        path.with_suffix(".partial").write_text(json.dumps(state))
-        os.replace(path.with_suffix(".partial"), path)
+        path = self.folder / f"rank_{self.ranks.rank}.json"
+        write_atomically(path, [json.dumps(state).encode()])
 
-    def watch_ranks(self) -> None:
+    def run(self) -> None:
         begun, since = -1, time.monotonic()
         while not self.over.wait(self.timeout / LOOKS):
             self.write_state()
@@ -85,20 +78,18 @@ class Watch:
 
     def name_culprit(self, begun: int, waited: float) -> None:
         """End this rank if it is the one that hangs, or if that one has not ended itself by now."""
-        ranks = range(self.ranks.world_size)
+        paths = [self.folder / f"rank_{rank}.json" for rank in range(self.ranks.world_size)]
         try:
-            states = [json.loads(self.state_path(rank).read_text()) for rank in ranks]
+            states = [json.loads(path.read_text()) for path in paths]
         except (OSError, ValueError) as error:
-            self.end(
-                f"process {self.ranks.rank} waits and cannot see the others ({error}; is the "
-                "folder shared?)"
-            )
+            reason = f"{error}; is the folder shared?"
+            self.end(f"process {self.ranks.rank} waits and cannot see the others ({reason})")
         fewest = min(state["begun"] for state in states)
         if begun == fewest:
             self.end(f"process {self.ranks.rank} hangs, {self.where()}")
         elif waited > self.timeout * (1 + 3 / LOOKS):  # it had its time to end itself
-            rank = next(rank for rank in ranks if states[rank]["begun"] == fewest)
-            pid, host = states[rank]["pid"], states[rank]["host"]
+            rank, state = next(pair for pair in enumerate(states) if pair[1]["begun"] == fewest)
+            pid, host = state["pid"], state["host"]
             if host == socket.gethostname():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR1)  # its stack goes to its log, even from a C call
@@ -108,14 +99,11 @@ class Watch:
         """The innermost lines of this package that the main thread is in."""
         with open(self.folder / f"rank_{self.ranks.rank}.log", "a") as log:
             faulthandler.dump_traceback(log)
-        frames = traceback.extract_stack(sys._current_frames()[self.main_thread])
+        frames = traceback.extract_stack(sys._current_frames()[self.watched])
         package = str(Path(__file__).parents[1])
         ours = [frame for frame in frames if frame.filename.startswith(package)] or frames
-        inner, last = ours[-1], frames[-1]
-        return (
-            f"in {inner.name} ({Path(inner.filename).name}, line {inner.lineno}), innermost "
-            f"{last.name} ({Path(last.filename).name}, line {last.lineno})"
-        )
+        places = [(f.name, Path(f.filename).name, f.lineno) for f in (ours[-1], frames[-1])]
+        return "in {} ({}, line {}), innermost {} ({}, line {})".format(*places[0], *places[1])
 
     def end(self, what: str) -> None:
         error = RunError(

@@ -60,10 +60,9 @@ class Blocks:
                 # The hook writes in a thread of its own, so the last block may come a little later.
                 answered = answered or time.monotonic()
                 if time.monotonic() > answered + SILENT_SECONDS:
-                    raise RunError(
-                        f"no hidden states came to {SHARED}: SGLang runs in another container, or "
-                        "its forward hook does not fire (use target=hf for this model)"
-                    )
+                    reason = "SGLang runs in another container, or its forward hook does not fire"
+                    remedy = "use target=hf for this model"
+                    raise RunError(f"no hidden states came to {SHARED}: {reason} ({remedy})")
             time.sleep(PAUSE)
 
     def receive(self, prompts: dict[int, range], features: Features, reply: Future) -> None:
@@ -83,10 +82,9 @@ class Blocks:
                         continue  # of a call that was given up
                     first, length = prompts[number].start, len(prompts[number])
                     if before != received[number] or before + count > length:
-                        raise RunError(
-                            f"SGLang computed tokens {before} to {before + count} after "
-                            f"{received[number]}: its prefix cache is on (--disable-radix-cache)"
-                        )
+                        problem = f"tokens {before} to {before + count} after {received[number]}"
+                        reason = "its prefix cache is on (--disable-radix-cache)"
+                        raise RunError(f"SGLang computed {problem}: {reason}")
                     rows = slice(first + before, first + before + count)
                     aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
                     aux.copy_(block.get_slice("aux_hidden_states")[:, part])

@@ -3,7 +3,6 @@
 import argparse
 import signal
 import sys
-import time
 
 import torch
 
@@ -37,8 +36,7 @@ def main() -> None:
     print(f"ready: {address} ... (log: {target.server.log})", flush=True)
     try:
         while True:
-            target.server.check()
-            time.sleep(1)
+            target.server.check(seconds=60)
     finally:
         target.close()
 

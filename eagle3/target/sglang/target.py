@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
@@ -45,8 +44,7 @@ class SGLangTarget:
 
     The model is split over `tp_size` GPUs and copied `dp_size` times, its experts are spread over
     `ep_size`. At most `batch_tokens` tokens are in flight, which bounds the shared memory. `python`
-    is the interpreter of SGLang's environment, `server_args` more of its options. Raises
-    ConfigError and RunError.
+    is SGLang's interpreter, `server_args` more of its options. Raises ConfigError and RunError.
     """
 
     spec: TargetSpec
@@ -108,10 +106,9 @@ class SGLangTarget:
         needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
         free = shutil.disk_usage(SHARED).free / 1e9
         if free < needed:
-            raise ConfigError(
-                f"target.batch_tokens={self.batch_tokens} needs {needed:.2f} GB of {SHARED}, which "
-                f"has {free:.2f} GB; lower it, or raise --shm-size"
-            )
+            room = f"{needed:.2f} GB of {SHARED}, which has {free:.2f} GB"
+            problem = f"target.batch_tokens={self.batch_tokens} needs {room}"
+            raise ConfigError(f"{problem}; lower it, or raise --shm-size")
 
     def describe_server(self) -> Server:
         """Not yet started. Raises ConfigError where options would spoil the capture."""
@@ -163,9 +160,7 @@ class SGLangTarget:
     def __call__(self, batch: Batch) -> Features:
         prompts = [ids.tolist() for ids in batch.input_ids.cpu().split(batch.documents.lengths)]
         features, _ = self.prefill(prompts, max_new_tokens=0)
-        rows = batch.teacher_rows.to(self.device)
-        last, argmax, logsumexp = features.last_hidden_states, features.argmax, features.logsumexp
-        return Features(features.aux_hidden_states, last[rows], argmax[rows], logsumexp[rows])
+        return features.select(slice(None), batch.teacher_rows.to(self.device))
 
     def prefill(self, prompts: list, max_new_tokens: int) -> tuple[Features, list[dict]]:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
@@ -193,14 +188,11 @@ class SGLangTarget:
         try:
             response = self.client.post(ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
-            until = time.monotonic() + DYING_SECONDS
-            while self.server is not None and time.monotonic() < until:
-                self.server.check()  # it knows the cause
-                time.sleep(0.1)
-            raise RunError(
-                f"the SGLang server at {self.url} does not answer any more ({error}); where a run "
-                f"started it, its log is {log_path(httpx.URL(self.url).port)}"
-            ) from error
+            if self.server is not None:
+                self.server.check(DYING_SECONDS)  # it knows the cause
+            problem = f"the SGLang server at {self.url} does not answer any more ({error})"
+            log = f"where a run started it, its log is {log_path(httpx.URL(self.url).port)}"
+            raise RunError(f"{problem}; {log}") from error
         if response.status_code != 200:
             reason = response.text[:500]
             raise RunError(f"SGLang refuses a request (HTTP {response.status_code}): {reason}")

@@ -50,10 +50,9 @@ def verify_head(features: Features, head: torch.Tensor, ends: list, sampled: lis
     missed = (logits.amax(-1) - logits[torch.arange(len(ends)), sampled]).amax()
     apart = (logsumexp - features.logsumexp).abs().amax()
     if max(missed, apart) > rounding:
-        raise RunError(
-            "SGLang's last hidden states times the head are not its logits: it has another model, "
-            "or one that changes its logits behind the head; use target=hf"
-        )
+        problem = "SGLang's last hidden states times the head are not its logits"
+        reason = "it has another model, or one that changes its logits behind the head"
+        raise RunError(f"{problem}: {reason}; use target=hf")
 
 
 @torch.no_grad()
@@ -87,7 +86,5 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         logging.set_verbosity(level)
     nearest = min(apart, key=apart.get)
     if nearest != first:
-        raise RunError(
-            f"SGLang captured the output of layer {nearest} where layer {first} was asked for: use "
-            "its default model.aux_layer_ids, or target=hf"
-        )
+        problem = f"SGLang captured the output of layer {nearest} where layer {first} was asked for"
+        raise RunError(f"{problem}: use its default model.aux_layer_ids, or target=hf")
