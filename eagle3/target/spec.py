@@ -109,6 +109,7 @@ def end_token_ids(spec: TargetSpec) -> set[int]:
     except (ValueError, AttributeError) as error:
         sentence = f"generation_config.json of {spec.path} is damaged; get it again"
         raise RunError(sentence) from error
-    for config in (spec.config, whole_config(spec)):
-        eos = getattr(config, "eos_token_id", None) if eos is None else eos
+    if eos is None:
+        named = (getattr(c, "eos_token_id", None) for c in (whole_config(spec), spec.config))
+        eos = next((ids for ids in named if ids is not None), None)
     return set(eos) if isinstance(eos, list) else {eos} - {None}
