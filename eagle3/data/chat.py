@@ -237,7 +237,7 @@ class Chat:
 
     @cached_property
     def turns_behind_results(self) -> Turns:
-        """`turns`, or of an opening of their own: by what ends a tool's result (Mistral)."""
+        """`turns` of answers to a tool's result, which in some (Mistral) its end alone opens."""
         with suppress(RowError):
             before = self.tool_probe.partition("qzresult")[2].partition("qzanswer")[0]
             found = find_special(self.tokenizer, before)
@@ -304,10 +304,9 @@ def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
     for message in messages:
         content = message["content"].strip()
         if message["role"] != "assistant":
-            tool = message["role"] == "tool"
-            turns = chat.turns_behind_results if tool else chat.turns
-            # Some templates have the system message beside the last question, so that it is not
-            # stepped over where nothing asks for it.
+            called = message["role"] == "tool"
+            turns = chat.turns_behind_results if called else chat.turns
+            # A system message may stand by the last question: it is stepped over only if it quotes.
             must = turns.opening.strip() in content or turns is not chat.turns
             found = text.find(content, cursor) if must or message["role"] != "system" else -1
             if found >= 0:

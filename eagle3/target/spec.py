@@ -100,12 +100,11 @@ def end_token_ids(spec: TargetSpec) -> set[int]:
 
     Nothing else of that file enters anywhere. Raises RunError where it is damaged.
     """
-    eos = None
     try:
         path = cached_file(spec.path, "generation_config.json", revision=spec.revision)
         eos = json.loads(Path(path).read_text()).get("eos_token_id")
-    except OSError:
-        pass  # many have none
+    except OSError:  # many have none
+        eos = None
     except (ValueError, AttributeError) as error:
         sentence = f"generation_config.json of {spec.path} is damaged; get it again"
         raise RunError(sentence) from error
