@@ -150,10 +150,10 @@ class HFTarget:
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
         attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         options = {} if sampling is None else sampling | {"do_sample": True}
-        options |= {"eos_token_id": eos or None, "pad_token_id": pad}
+        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        options |= {"eos_token_id": eos or None}
         ids, mask = torch.tensor([padded, attended], device=self.device)
-        options |= {"attention_mask": mask, "max_new_tokens": max_new_tokens}
-        output = self.model.generate(ids, **options)
+        output = self.model.generate(ids, attention_mask=mask, **options)
         answers = output[:, width:].tolist()
         for answer in answers:
             ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
