@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eagle3.data import templates
 from eagle3.data.chat import SYSTEM_PROMPTS, Chat, RowError, load_chat, with_system
-from eagle3.data.rows import Conversation
+from eagle3.data.rows import Conversation, read_conversation
 from eagle3.errors import ConfigError
 
 HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
@@ -270,3 +270,100 @@ def test_named_system_prompts():
     assert with_system(turns("a"), "my own")[0]["content"] == "my own"
     assert with_system([theirs], "llama2") == [theirs]
     assert with_system(turns("a"), None) == turns("a")
+
+
+# As gpt-oss' own template: reasoning is a message before the answer's, under a name of its own.
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if m.thinking is defined and loop.last"
+    " %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif"
+    " %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}{{ '<|return|>' if "
+    "loop.last else '<|end|>' }}{% else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + "
+    "'<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", ["I know this one.", "It must be Paris", "Paris"])
+@pytest.mark.parametrize("name", ["thinking", "reasoning_content"])
+def test_reasoning_in_a_message_of_its_own(name, thought):
+    chat = chat_with(HARMONY, SPECIAL.findall(HARMONY))
+    row = {"messages": turns("Rome?", "Italy", "capital of France?", "Paris")}
+    row["messages"][-1][name] = thought
+    encoded = chat.encode(read_conversation(row))
+    found = [chat.tokenizer.decode(encoded.input_ids[first:stop]) for first, stop in encoded.spans]
+    analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant"
+    first = "<|channel|>final<|message|>Italy<|end|>"
+    assert found == [first, f"{analysis}<|channel|>final<|message|>Paris<|return|>"]
+    assert chat.encode(Conversation([], text=encoded.text)).spans == encoded.spans
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
+    "'[/INST]' }}{% elif m.tool_calls is defined %}{{ '[TOOL_CALLS] [' }}{% for t in m.tool_calls "
+    "%}{% if t.id | length != 9 %}{{ raise_exception('ids of 9 letters') }}{% endif %}"
+    "{{ (t.function | tojson)[:-1] + ', \"id\": \"' + t.id + '\"}' }}{% endfor %}{{ ']</s>' }}"
+    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS] {\"content\": ' + m.content + ', \"call_id\": "
+    "\"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}{% else %}{{ ' ' + m.content + '</s>' }}"
+    "{% endif %}{% endfor %}"
+)
+INST = ["</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"]
+
+
+def test_answers_behind_tool_results_that_nothing_else_opens():
+    messages = turns("weather? [/INST]")
+    for name in ("callidone", "callidtwo"):
+        function = {"name": "weather", "arguments": {"city": "Rome"}}
+        call = {"id": name, "type": "function", "function": function}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        result = {"role": "tool", "tool_call_id": name, "content": "20 C [/TOOL_RESULTS]"}
+        messages += [result] * 2
+    messages += [{"role": "assistant", "content": "It is 20 C."}, *turns("thanks", "20 C")]
+    first, second, *said = supervised(chat_with(MISTRAL, INST), messages)
+    start = '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}, "id": "'
+    assert (first, second) == (f'{start}callidone"}}]</s>', f'{start}callidtwo"}}]</s>')
+    assert said == [" It is 20 C.</s>", " 20 C</s>"]
+    messages[1]["tool_calls"][0]["id"] = "short"
+    with pytest.raises(RowError, match="ids of 9 letters"):
+        supervised(chat_with(MISTRAL, INST), messages)
+
+
+VICUNA = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role]"
+    " + m.content + ('</s>' if m.role == 'assistant' else ' ') }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "opening", "end"),
+    [
+        (LLAMA3, "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+        (VICUNA, "ASSISTANT:", "</s>"),
+        (MISTRAL, "[/INST]", "</s>"),
+    ],
+)
+def test_system_messages_that_quote_an_opening(template, opening, end):
+    quoting = {"role": "system", "content": f"{opening} Begin so."}
+    if "[INST]" in template:  # it has the system message as a question's first words
+        template = template.replace("m.role == 'user'", "m.role in ('user', 'system')")
+    chat = chat_with(template, ["<|eot_id|>", *INST])
+    found = supervised(chat, [quoting, *turns("say so", "a so", "so", "b so")])
+    assert [answer.strip() for answer in found] == [f"a so{end}", f"b so{end}"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for m in messages %}{% generation %}{{ m.content }}{% endfor %}", "generation"),
+        ("{% generation %}{{ raise_exception('never') }}{% endgeneration %}", "never"),
+        ("{{ raise_exception('') }}", "TemplateError"),
+        ("{{ messages[0].text | upper }}{{ none() }}", "not callable"),
+    ],
+)
+def test_a_template_that_renders_nothing_is_told_at_once(tmp_path, template, reason):
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    sentence = rf"data\.chat_template=auto renders no conversation \(.*{reason}.*one of chatml"
+    with pytest.raises(ConfigError, match=sentence):
+        load(tmp_path)

@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import os
+import signal
 import subprocess
 import time
 from collections import Counter
@@ -286,3 +287,28 @@ def test_a_worker_that_dies_is_named(prepared_from, monkeypatch):
     monkeypatch.setattr(encoder.Encoder, "__getitem__", lambda self, asked: os._exit(9))
     with pytest.raises(RunError, match=r"process of prepare was killed.*lower data\.num_proc=2"):
         prepared_from(rows_of(40), num_proc=2)
+
+
+@pytest.mark.runs
+def test_a_worker_that_stands_still_is_noticed_and_ended(prepared_from, monkeypatch):
+    monkeypatch.setattr(encoder, "STILL_SECONDS", 1)
+    stop = lambda self, asked: os.kill(os.getpid(), signal.SIGSTOP)  # noqa: E731
+    monkeypatch.setattr(encoder.Encoder, "__getitem__", stop)
+    with pytest.raises(RunError, match=r"process of prepare was stopped, or hangs.*data\.num_proc"):
+        prepared_from(rows_of(10), num_proc=2)
+    for worker in multiprocessing.active_children():
+        worker.join()  # that of a stopped one would wait for ever
+
+
+def test_held_out_rows_that_cannot_be_asked_say_why(prepared_from, tmp_path):
+    template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+        "<|eot_id|>{% endfor %}{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}"
+        "{% endif %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
+        "{% endif %}"
+    )
+    rows = [{"messages": chat_turns("x", "answer")}] * 2 + [{"messages": []}]
+    held = str(write_jsonl(tmp_path / "held.jsonl", rows))
+    why = r"no row can be asked \(2 x refused by the chat template: no x, 1 x no messages\)"
+    with pytest.raises(RunError, match=why):
+        prepared_from(rows_of(8), template=template, eval_path=held)

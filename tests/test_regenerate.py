@@ -5,12 +5,14 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -28,6 +30,7 @@ from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row, find_files
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.hf import HFTarget
+from eagle3.target.weights import load_weights
 
 platform.processor()  # the openai client asks for it, which once starts a process
 
@@ -489,3 +492,66 @@ def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypa
     answer(tmp_path, [row(1, "a")], **engine)
     message = written(tmp_path)[0]["messages"][1]
     assert message["reasoning_content"].startswith("one") and message["truncated"]
+
+
+def test_an_answer_that_never_ends_is_asked_again(tmp_path):
+    def behave(handler, body, n):
+        if n > 1:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000000")
+        handler.end_headers()
+        with suppress(OSError):  # the client goes away
+            while not handler.server.dead:
+                handler.wfile.write(b" ")
+                time.sleep(0.01)
+        return True
+
+    with Fake(behave) as fake:
+        facts = ask(tmp_path, [fake], make_rows(2), timeout=1.0)
+    assert facts["answered"] == 2 and facts["retries"] >= 2
+
+
+def test_a_server_that_asks_to_wait_longer_than_an_answer_has_failed(tmp_path):
+    def busy(handler, body, n):
+        return not handler.send(429, {}, [("Retry-After", "60")])
+
+    with Fake(busy) as fake, Fake() as good:
+        assert ask(tmp_path / "two", [fake, good], make_rows(40))["answered"] == 40
+        with pytest.raises(RunError, match=r"rows in a row .*it asks to wait longer than regen"):
+            ask(tmp_path / "one", [fake], make_rows(40))
+    assert max(fake.seen.values()) <= 2, "nothing is repeated: once in each of the two stages"
+
+
+CPU = torch.device("cpu")
+# What a generation_config.json may ask for beside the tokens that end an answer.
+RECOMMENDED = [
+    {"repetition_penalty": 1.5, "temperature": 0.6, "top_p": 0.8, "top_k": 20, "do_sample": True},
+    {"no_repeat_ngram_size": 3, "min_p": 0.5, "encoder_repetition_penalty": 2.0},
+    {"exponential_decay_length_penalty": [2, 1.5], "forced_eos_token_id": 9, "min_new_tokens": 30},
+    {"bad_words_ids": [[i] for i in range(1000)], "suppress_tokens": list(range(1000, 2000))},
+    {"stop_strings": ["e"], "num_return_sequences": 2, "return_dict_in_generate": True},
+    {"num_beams": 2, "max_length": 3, "watermarking_config": {"bias": 9.0}},
+]
+
+
+@pytest.mark.parametrize("recommended", RECOMMENDED, ids=lambda keys: next(iter(keys)))
+def test_nothing_but_the_ends_of_a_generation_config_enters(target_folder, tmp_path, recommended):
+    folder = shutil.copytree(target_folder, tmp_path / "target")
+    answers = []
+    for asked in ({}, recommended):
+        asked = {"eos_token_id": [1, 2], **asked}
+        (folder / "generation_config.json").write_text(json.dumps(asked))
+        target = HFTarget(spec_of(folder), CPU)
+        assert target.eos_token_ids == load_weights(target.spec, CPU).eos_token_ids == {1, 2}
+        for sampling in (None, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
+            torch.manual_seed(0)
+            answers.append(target.generate([[5, 9, 30], [100, 101]], 20, sampling))
+    assert answers[:2] == answers[2:]
+
+
+def test_a_damaged_generation_config_is_named(target_folder, tmp_path):
+    folder = shutil.copytree(target_folder, tmp_path / "target")
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(RunError, match=r"generation_config\.json of .* is damaged; get it again"):
+        HFTarget(spec_of(folder), CPU)

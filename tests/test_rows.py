@@ -113,3 +113,92 @@ def test_a_leading_answer_is_dropped_and_preformatted_text_kept():
 def test_bad_rows_have_a_reason(row, reason):
     with pytest.raises(RowError, match=reason):
         read_conversation(row)
+
+
+def called(*calls, **row):
+    turns = [ASKED, {"role": "assistant", "content": "b", "tool_calls": list(calls)}]
+    return {"messages": turns, **row}
+
+
+# What parquet and Arrow make of a row, and the row.
+NULL_FILLED = [
+    (
+        {"messages": [{"role": None, "from": "human", "content": None, "value": "a"}, ANSWERED]},
+        {"messages": [ASKED, ANSWERED]},
+    ),
+    (
+        {"messages": chat([{"type": "text", "text": "a", "image": None}, None], "b")},
+        {"messages": [ASKED, ANSWERED]},
+    ),
+    (
+        {"messages": chat([{"type": "text", "text": None}, {"type": "text", "text": "a"}], "b")},
+        {"messages": [ASKED, ANSWERED]},
+    ),
+    *(
+        ({"messages": [{**ASKED, "tool_calls": none}, {**ANSWERED, "tool_calls": none}]}, row)
+        for row in [{"messages": [ASKED, ANSWERED]}]
+        for none in ([], "[]", None, "null", "", [None])
+    ),
+    *(
+        ({"messages": [ASKED, ANSWERED], "tools": none}, {"messages": [ASKED, ANSWERED]})
+        for none in ([], "[]", None, "null", "", [None])
+    ),
+    (
+        called({"id": None, "function": {"name": "add", "arguments": {"x": 1, "to": None}}}),
+        called(CALL),
+    ),
+    (called({"function": {"name": "add", "arguments": '{"x": 1, "to": null}'}}), called(CALL)),
+    (
+        called({"name": "f", "arguments": {"deep": [{"a": None, "b": [1, None]}]}}),
+        called({"name": "f", "arguments": {"deep": [{"b": [1, None]}]}}),
+    ),
+    (
+        called(CALL, tools=[{"name": "f", "function": None, "parameters": {"a": None}}]),
+        called(CALL, tools=[{"name": "f", "parameters": {}}]),
+    ),
+    *(
+        (
+            {"system": "s", "messages": [{"role": "system", "content": none}, ASKED, ANSWERED]},
+            {"system": "s", "messages": [ASKED, ANSWERED]},
+        )
+        for none in ("", " ", None, [], [{"type": "text", "text": None}])
+    ),
+    (
+        {"messages": [ASKED, ANSWERED, {"role": "system", "content": None}, *chat("c", "d")]},
+        {"messages": chat("a", "b", "c", "d")},
+    ),
+]
+
+
+@pytest.mark.parametrize(("filled", "row"), NULL_FILLED)
+def test_nulls_are_what_is_not_there(filled, row):
+    read, plain = read_conversation(filled), read_conversation(row)
+    assert (read.messages, read.tools) == (plain.messages, plain.tools)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"type": "image", "text": None, "image": "a.png"}], "content is not text"),
+        ([{"type": "text", "text": {"a": 1}}], "content is not text"),
+        ([{"type": "text", "text": None}], "empty turn"),
+        (None, "empty turn"),
+    ],
+)
+def test_parts_without_text_are_never_the_word_none(content, reason):
+    with pytest.raises(RowError, match=reason):
+        read_conversation({"messages": chat(content, "b")})
+
+
+def test_rows_too_deep_to_be_read():
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(RowError, match="nested too deeply"):
+        read_conversation({"messages": chat("a", "b"), "tools": deep})
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_every_name_that_templates_read(name):
+    read = read_conversation({"messages": [ASKED, {**ANSWERED, name: "hm"}]}).messages[1]
+    assert [read[key] for key in ("reasoning_content", "reasoning", "thinking")] == ["hm"] * 3

@@ -187,10 +187,10 @@ def test_only_what_is_needed_is_downloaded_and_read(tmp_path, monkeypatch):
 
     spec, local = spec_of(tmp_path / "hub", dtype="auto"), load(tmp_path / "hub")
     config = AutoConfig.from_pretrained(tmp_path / "hub")
-    generation = GenerationConfig.from_pretrained(tmp_path / "hub")
+    generation = tmp_path / "hub" / "generation_config.json"
     monkeypatch.setattr(weights, "cached_file", download)
     monkeypatch.setattr(weights, "whole_config", lambda *_: config)
-    monkeypatch.setattr(GenerationConfig, "from_pretrained", lambda *_, **__: generation)
+    monkeypatch.setattr("eagle3.target.spec.cached_file", lambda *_, **__: generation)
     ours = weights.load_weights(replace(spec, path="some/model", revision="main"), CPU)
     assert same(ours, local) and set(fetched) == {INDEX} | needed
     assert needed < set(index.values())

@@ -3,7 +3,8 @@
 import os
 import re
 from bisect import bisect_right
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from hashlib import sha256
@@ -24,7 +25,9 @@ NOT_FOUND = "assistant turn not found in the rendering"
 WHITESPACE = re.compile(r"\s*")
 SPECIAL_LOOK = re.compile(r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>")
 WORDS = ("qzfirst", "qzsecond", "qzthird", "qzfourth")  # that no template has itself
-PROBE_CALL = {"type": "function", "function": {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}}
+PROBE_ID = "qzcallids"  # of nine letters, as Mistral's templates want them
+FUNCTION = {"name": "qzcall", "arguments": {"qzkey": "qzvalue"}}
+PROBE_CALL = {"id": PROBE_ID, "type": "function", "function": FUNCTION}
 SCHEMA = {"name": "qzcall", "description": "", "parameters": {"properties": {}}}
 PROBE_TOOL = {"type": "function", "function": SCHEMA}
 
@@ -75,17 +78,19 @@ class Turns:
         # What the prompt gives, such as an empty thinking block, is not the model's to write.
         return start + len(self.prompt_rest) * text.startswith(self.prompt_rest, start)
 
-    def closing_at(self, text: str, place: int) -> int | None:
-        """The end of the closing that stands at `place`, but for white space; None if none does."""
-        behind = WHITESPACE.match(text, place).end()
-        closing = next((c for c in self.closings if text.startswith(c, behind)), None)
-        return None if closing is None else behind + len(closing)
+    @cached_property
+    def closing(self) -> re.Pattern:
+        """What ends a turn, and white space before it."""
+        # Not where it opens again: harmony has reasoning in a message of its own before the answer.
+        ends = "|".join(map(re.escape, self.closings)) or "(?!)"
+        return re.compile(rf"\s*(?:{ends})(?!\s*{re.escape(self.opening.strip())})")
 
     def end(self, text: str, answer_end: int) -> int | None:
         """The end of the closing that follows an answer, None if none does."""
+        found = self.closing.match(text, answer_end)
         # Some templates leave the last turn open, and its end then is that of the text.
         open_ended = not self.closings or (self.open_end and not text[answer_end:].strip())
-        return self.closing_at(text, answer_end) or (answer_end if open_ended else None)
+        return found.end() if found else answer_end if open_ended else None
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
@@ -112,13 +117,19 @@ def load_chat(model: Model, data: Data) -> "Chat":
     tokenizer.backend_tokenizer.no_padding()
     if name != "auto":
         tokenizer.chat_template = templates.read(name)
+    remedy = f"set data.chat_template to one of {', '.join(templates.names())}"
     if tokenizer.chat_template is None:
-        words = f"add one, or set data.chat_template to one of {', '.join(templates.names())}"
-        raise ConfigError(f"the tokenizer of model.path={path} has no chat template; {words}")
+        words = f"has no chat template; add one, or {remedy}"
+        raise ConfigError(f"the tokenizer of model.path={path} {words}")
     chat = Chat(tokenizer, data.chat_template_kwargs)
+    words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text, _ = chat.render(with_system(words, data.system_prompt))
+    except RowError as error:
+        words = f"data.chat_template={name} renders no conversation ({error})"
+        raise ConfigError(f"{words}; mend it, or {remedy}") from error
     if name != "auto":  # its framing may be by tokens that there are not
-        words = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        for token in SPECIAL_LOOK.findall(chat.render(words)[0]):
+        for token in SPECIAL_LOOK.findall(text):
             if tokenizer.backend_tokenizer.token_to_id(token) is None:
                 raise ConfigError(f"data.chat_template={name} needs {token}, no token here")
     return chat
@@ -153,7 +164,8 @@ class Chat:
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
         except Exception as error:  # templates raise what they like: jinja's errors, KeyError
-            raise RowError(f"refused by the chat template: {str(error).splitlines()[0]}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise RowError(f"refused by the chat template: {reason}") from error
         return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
 
     @cached_property
@@ -182,23 +194,23 @@ class Chat:
             words = "set data.chat_template, or mark them with {% generation %}"
             raise ConfigError(f"the chat template has no text in front of assistant turns: {words}")
         last = last.strip()
-        found = first_special(self.tokenizer, last)
-        closings = [last[: found[1] if found else None]] if last else []
+        found = find_special(self.tokenizer, last)
+        closings = [last[: found[0][1] if found else None]] if last else []
         # Templates may close the last turn otherwise than those before it (gpt-oss).
-        found = first_special(self.tokenizer, middle)
+        found = find_special(self.tokenizer, middle)
         if found and not middle.lstrip().startswith(tuple(closings)):
-            closings.append(middle[slice(*found)])
+            closings.append(middle[slice(*found[0])])
         return Turns(opening, prompt_rest, tuple(closings), open_end=not last)
 
     def find_opening(self, heads: list[str], tail: str, prompt: str) -> str:
         """What the prompt and the texts before answers begin with, from the role's marker on."""
-        marker = first_special(self.tokenizer, prompt)
+        marker = find_special(self.tokenizer, prompt)
         begins = [prompt] if prompt else []
         # The text before an answer may begin with what ends the question, which others (a tool's
         # result, say) do not end with: the opening is what the marker of the role begins.
         for head in heads:
             head = head.removeprefix(tail)
-            place = head.rfind(prompt[slice(*marker)]) if marker else -1
+            place = head.rfind(prompt[slice(*marker[0])]) if marker else -1
             begins.append(head[max(0, place) :])
         prefix = os.path.commonprefix(begins)  # noqa: RUF071 (by character is meant)
         # Half a tag, such as <think>, would not open a turn that goes on otherwise.
@@ -206,16 +218,32 @@ class Chat:
         return prefix[:tag] if tag >= 0 and ">" not in prefix[tag:] else prefix
 
     @cached_property
-    def call_closing(self) -> str:
-        """The special token that ends a turn which calls a tool. Raises RowError."""
+    def tool_probe(self) -> str:
+        """The rendering of a call, its result and an answer. Raises RowError."""
         asked = {"role": "user", "content": "qzasked"}
         call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
-        result = {"role": "tool", "content": "qzresult", "name": "qzcall"}
-        after = self.render([asked, call, result], [PROBE_TOOL])[0].partition("qzvalue")[2]
-        found = first_special(self.tokenizer, after)
-        if found is None:
+        result = {"role": "tool", "content": "qzresult", "name": "qzcall", "tool_call_id": PROBE_ID}
+        answer = {"role": "assistant", "content": "qzanswer"}
+        return self.render([asked, call, result, answer], [PROBE_TOOL])[0]
+
+    @cached_property
+    def call_closing(self) -> str:
+        """The special token that ends a turn which calls a tool. Raises RowError."""
+        after = self.tool_probe.partition("qzvalue")[2]
+        found = find_special(self.tokenizer, after)
+        if not found:
             raise RowError("the chat template does not show where a tool call ends")
-        return after[slice(*found)]
+        return after[slice(*found[0])]
+
+    @cached_property
+    def turns_behind_results(self) -> Turns:
+        """`turns` of answers to a tool's result, which in some (Mistral) its end alone opens."""
+        with suppress(RowError):
+            before = self.tool_probe.partition("qzresult")[2].partition("qzanswer")[0]
+            found = find_special(self.tokenizer, before)
+            if found and self.turns.opening not in before:
+                return replace(self.turns, opening=before[slice(*found[-1])], prompt_rest="")
+        return self.turns
 
     def encode(self, conversation: Conversation, only_last_turn: bool = False) -> Encoded:
         """Render and tokenise once; a token belongs to a turn if it ends in it. Raises RowError."""
@@ -259,12 +287,12 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def first_special(tokenizer: PreTrainedTokenizerBase, text: str) -> Span | None:
-    """Where the first special token stands in `text`."""
+def find_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[Span]:
+    """Where special tokens stand in `text`."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     longest_first = sorted(special, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, longest_first)), text) if special else None
-    return found.span() if found else None
+    pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
+    return [found.span() for found in re.finditer(pattern, text)]
 
 
 def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
@@ -276,10 +304,14 @@ def locate(chat: Chat, messages: Messages, text: str) -> list[Span]:
     for message in messages:
         content = message["content"].strip()
         if message["role"] != "assistant":
-            found = text.find(content, cursor) if message["role"] != "system" else -1
+            called = message["role"] == "tool"
+            turns = chat.turns_behind_results if called else chat.turns
+            # A system message may stand by the last question: it is stepped over only if it quotes.
+            must = turns.opening.strip() in content or turns is not chat.turns
+            found = text.find(content, cursor) if must or message["role"] != "system" else -1
             if found >= 0:
                 cursor = found + len(content)
-            elif turns.opening in content:
+            elif must:
                 raise RowError(NOT_FOUND)
             continue
         start = turns.start(text, cursor)
@@ -323,10 +355,11 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
     for start, stop in marked:
         if text.startswith(turns.opening, start):
             start += len(turns.opening)
-        behind = turns.closing_at(text, stop)
+        behind = WHITESPACE.match(text, stop).end()
+        following = [behind + len(c) for c in turns.closings if text.startswith(c, behind)]
         inside = [text.rfind(closing, start, stop) for closing in turns.closings]
         ends = [p + len(c) for p, c in zip(inside, turns.closings, strict=True) if p >= 0]
-        spans.append((start, behind or max(ends, default=stop)))
+        spans.append((start, max(following or ends, default=stop)))
     # Nothing follows an answer that was cut, so only the last one can be.
     if any(m.get("truncated") for m in messages):
         start, stop = spans[-1]
@@ -338,9 +371,8 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
 def find_spans(turns: Turns, text: str) -> list[Span]:
     """Assistant turns of a text that was rendered elsewhere. Raises RowError without any."""
     spans, start = [], turns.start(text, 0)
-    closing = re.compile("|".join(map(re.escape, turns.closings)) or "(?!)")
     while start >= 0:
-        found = closing.search(text, start)
+        found = turns.closing.search(text, start)
         spans.append((start, found.end() if found else len(text)))
         start = turns.start(text, spans[-1][1])
     if not spans:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from eagle3.errors import RunError
 
 # What a worker gets at once: enough that handing over costs nothing, and few bytes under way.
 CHUNK_ROWS = 64
+STILL_SECONDS = 600  # after which a worker without a chunk counts as stopped
 LEFT_OUT = -1  # the outcome of a row that its source's weight does not select
 RECORD = np.dtype([
     ("source", "i2"), ("file", "i4"), ("line", "i8"), ("outcome", "i4"), ("repaired", "i4"),
@@ -148,6 +151,7 @@ def encode_in_order(
         collate_fn=lambda chunk: chunk,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,
+        timeout=STILL_SECONDS if workers else 0,
         generator=torch.Generator(),  # so that it takes nothing from the seeded one
         # the processes are the parallelism; threads of each would fight for the same cores
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
@@ -155,7 +159,11 @@ def encode_in_order(
     try:
         yield from loader
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader" not in str(error):
             raise
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGCONT)  # one that is stopped would not end either
+        still = f"was stopped, or hangs, for {STILL_SECONDS} seconds"
+        what = still if "timed out" in str(error) else "was killed, perhaps for memory"
         words = f"lower data.num_proc={num_proc}; the same command goes on from there"
-        raise RunError(f"a process of prepare was killed, perhaps for memory: {words}") from error
+        raise RunError(f"a process of prepare {what}: {words}") from error

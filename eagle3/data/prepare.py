@@ -32,7 +32,7 @@ STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
 PART_CHUNKS = 128  # about 8,000 rows, the most that a killed call does again
 COUNTED_ROWS = 1024
-FORMAT = 3  # part of the fingerprint, raised when the same rows come to be encoded differently
+FORMAT = 4  # part of the fingerprint, raised when the same rows come to be encoded differently
 EXAMPLE_LETTERS = 2000
 INDEX = np.dtype([("start", "i8"), ("length", "i4"), ("supervised", "i4"), ("teachers", "i4")])
 # What of `data` the prepared data depends on, beside its files and template.
@@ -249,7 +249,9 @@ def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> t
         if len(prompts) == num_heldout:
             break
     if not prompts:
-        raise RunError(f"data.eval_path={files[0].name} has no prompt within data.max_length")
+        reasons = Counter(reject["reason"] for reject in rejects)
+        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
+        raise RunError(f"data.eval_path={files[0].name}: no row can be asked ({why})")
     return prompts, rejects
 
 

@@ -6,12 +6,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
+import httpx
 import torch
 from hydra.utils import instantiate
 
@@ -335,14 +336,34 @@ class Server:
         self.free = asyncio.Semaphore(options.concurrency)
         self.key = os.environ.get(options.api_key_env)
         self.headers = {} if self.key else {"Authorization": openai.Omit()}
+        self.timeout = options.timeout
+        # proxies of the environment are for other machines than this one
+        client = openai.DefaultAsyncHttpxClient(trust_env=not LOCAL.search(url + "/"))
+        self.send_request, client.send = client.send, self.send
         self.client = openai.AsyncOpenAI(
             base_url=url.rstrip("/"),
             api_key=self.key or "none",
             max_retries=options.retries,
             timeout=openai.Timeout(options.timeout, connect=min(30.0, options.timeout)),
-            # proxies of the environment are for other machines than this one
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=not LOCAL.search(url + "/")),
+            http_client=client,
         )
+
+    async def send(self, request: Any, **options) -> Any:
+        """The response, read to its end in time: httpx limits the time between bytes alone."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await self.send_request(request, **options)
+        except TimeoutError as error:
+            raise httpx.ReadTimeout("") from error  # which the client repeats
+        if self.asks_to_wait(response):
+            response.headers["x-should-retry"] = "false"  # as the client understands
+        return response
+
+    def asks_to_wait(self, response: Any) -> bool:
+        """Whether it asks to wait longer than an answer may take."""
+        with suppress(ValueError):  # a date
+            return float(response.headers.get("Retry-After", 0)) > self.timeout
+        return False
 
     async def answer(self, dialogue: Dialogue, body: dict[str, Any]) -> None:
         """Ask and add the answer. Raises RowError for none, RunError where there never would be."""
@@ -356,6 +377,8 @@ class Server:
             status = getattr(error, "status_code", None)
             fields = error.body if isinstance(error.body, dict) else {}
             words = str(fields.get("message", error.message))
+            if status and self.asks_to_wait(error.response):
+                words = "it asks to wait longer than regenerate.timeout"
             words = words.replace(self.key, "<key>") if self.key else words
             # N for its numbers, so that rows count together
             self.error = re.sub("[0-9]+", "N", words.strip().partition("\n")[0][:120])

@@ -16,6 +16,8 @@ ROLES = {
 }  # fmt: skip
 # What may stand before a role; None: nothing but the system message.
 BEFORE = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+# Datasets have reasoning under one of these names, and templates read it under another.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
 
@@ -42,10 +44,16 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise RowError("no text")
         return Conversation([], text=row["text"])
+    try:
+        row = without_nulls(row)
+    except RecursionError as error:
+        raise RowError("nested too deeply") from error
     turns = row.get("messages") or row.get("conversations") or from_columns(row)
     if not isinstance(turns, list):
         raise RowError("no messages")
-    messages = [read_message(turn) for turn in turns]
+    messages = [
+        m for m in map(read_message, turns) if m["content"].strip() or m["role"] != "system"
+    ]
     # Alpaca-like rows have the system message beside the turns.
     system, repaired = row.get("system"), None
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":
@@ -85,25 +93,23 @@ def read_message(turn: Any) -> Message:
     name = turn.get("role") or turn.get("from")
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise RowError("unknown role")
-    role, content = ROLES[name.lower()], turn.get("content", turn.get("value"))
-    # Multimodal form: parts of text are joined, any other part is refused.
-    parts = content if isinstance(content, list) else [None]
-    if all(isinstance(part, dict) and "text" in part for part in parts):
-        content = "".join(str(part["text"]) for part in parts)
-    message: Message = {"role": role, "content": content}
-    # ShareGPT writes a call as a turn of its own, whose value is the call.
+    role, content = ROLES[name.lower()], turn.get("content", turn.get("value", ""))
     calls = turn.get("tool_calls")
+    # ShareGPT writes a call as a turn of its own, whose value is the call.
     if name.lower() == "function_call":
-        calls, message["content"] = content, ""
-    if calls:
-        message["tool_calls"] = read_calls(calls)
-        message["content"] = message["content"] or ""
-    if not isinstance(message["content"], str):
+        calls, content = content, ""
+    # Multimodal form: parts of text are joined, any other part is refused.
+    if isinstance(content, list) and all(map(is_text, content)):
+        content = "".join(part.get("text", "") for part in content)
+    if not isinstance(content, str):
         raise RowError("content is not text")
-    reasoning = turn.get("reasoning_content") or turn.get("reasoning") or turn.get("thinking")
+    message: Message = {"role": role, "content": content}
+    if calls := read_calls(calls):
+        message["tool_calls"] = calls
+    reasoning = next(filter(None, map(turn.get, REASONING)), None)
     if isinstance(reasoning, str) and reasoning.strip():
-        message["reasoning_content"] = reasoning
-    if not message["content"].strip() and not calls:
+        message |= dict.fromkeys(REASONING, reasoning)
+    if not content.strip() and not calls and role != "system":
         raise RowError("empty turn")
     for key in ("name", "tool_call_id", "truncated"):
         if turn.get(key):
@@ -111,15 +117,20 @@ def read_message(turn: Any) -> Message:
     return message
 
 
+def is_text(part: Any) -> bool:
+    known = isinstance(part, dict) and ("text" in part or part.get("type") == "text")
+    return known and isinstance(part.get("text", ""), str)
+
+
 def read_calls(calls: Any) -> list[dict]:
     """Tool calls, also as a JSON text; arguments become objects, as chat templates take them."""
-    calls = parse(calls, "tool calls are not JSON")
+    calls = parse(calls, "tool calls are not JSON") or []
     read = []
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError("tool call without a name")
-        arguments = parse(function.get("arguments") or {}, "tool call arguments are not JSON")
+        arguments = parse(function.get("arguments"), "tool call arguments are not JSON") or {}
         named = {"id": call["id"]} if call.get("id") else {}
         function = {"name": function["name"], "arguments": arguments}
         read.append({**named, "type": "function", "function": function})
@@ -128,9 +139,7 @@ def read_calls(calls: Any) -> list[dict]:
 
 def read_tools(tools: Any) -> list[dict] | None:
     """Schemas as a list or a JSON text; bare functions get the wrapper that templates expect."""
-    if not tools:
-        return None
-    tools = parse(tools, "tools are not JSON")
+    tools = parse(tools, "tools are not JSON") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools are not a list of objects")
     return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
@@ -140,6 +149,17 @@ def parse(value: Any, reason: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return without_nulls(json.loads(value.strip() or "null"))
     except (ValueError, RecursionError) as error:
         raise RowError(reason) from error
+
+
+def without_nulls(value: Any) -> Any:
+    """Tables fill with null what a row does not have: a null is what is not there, however deep."""
+    if isinstance(value, dict):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    if isinstance(value, list):
+        items = [without_nulls(item) for item in value if item is not None]
+        # Among plain values, such as the allowed ones of a schema, it is one of them.
+        return items if all(isinstance(item, dict | list) for item in items) else value
+    return value

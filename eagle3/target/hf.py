@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
 from eagle3.batch import Batch, Features
@@ -40,6 +40,8 @@ class HFTarget:
             attention = None if other or self.config.model_type == "gpt_oss" else "packed"
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         options |= {"dtype": spec.dtype, "attn_implementation": attention}
+        # Penalties, banned words or top_p of its own would bend what the draft learns.
+        options |= {"generation_config": GenerationConfig()}
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError) as error:
@@ -49,7 +51,7 @@ class HFTarget:
         self.decoder = self.model.get_decoder()
         self.embedding = self.model.get_input_embeddings().weight
         self.head = self.model.get_output_embeddings().weight
-        self.eos_token_ids = end_token_ids(self.model.generation_config.eos_token_id, self.config)
+        self.eos_token_ids = end_token_ids(spec)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
         # Models call their list of layers `layers`, `h`, `blocks`.
@@ -147,10 +149,9 @@ class HFTarget:
         pad = eos[0] if eos else 0
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
         attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        options = greedy if sampling is None else sampling | {"do_sample": True}
-        options |= {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
-        options |= {"eos_token_id": eos or None, "pad_token_id": pad}
+        options = {} if sampling is None else sampling | {"do_sample": True}
+        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
+        options |= {"eos_token_id": eos or None}
         ids, mask = torch.tensor([padded, attended], device=self.device)
         output = self.model.generate(ids, attention_mask=mask, **options)
         answers = output[:, width:].tolist()

@@ -1,15 +1,17 @@
 """Which model is the target: where it lies, what it computes in, which of its layers are read."""
 
 import hashlib
+import json
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
 
 from eagle3.config import Model
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, RunError
 from eagle3.target.layers import engines_default
 
 SAMPLED_BLOCKS = 64  # of each weight file, a mebibyte each
@@ -93,7 +95,20 @@ def check_supported(config: PretrainedConfig) -> None:
             raise ConfigError(f"the target's {name}={value} changes its logits: not supported")
 
 
-def end_token_ids(generation: int | list[int] | None, config: PretrainedConfig) -> set[int]:
-    """Tokens that end an answer: those the generation config names, if any, else the config's."""
-    eos = getattr(config, "eos_token_id", None) if generation is None else generation
+def end_token_ids(spec: TargetSpec) -> set[int]:
+    """Tokens that end an answer: those of generation_config.json, if any, else of the config.
+
+    Nothing else of that file enters anywhere. Raises RunError where it is damaged.
+    """
+    try:
+        path = cached_file(spec.path, "generation_config.json", revision=spec.revision)
+        eos = json.loads(Path(path).read_text()).get("eos_token_id")
+    except OSError:  # many have none
+        eos = None
+    except (ValueError, AttributeError) as error:
+        sentence = f"generation_config.json of {spec.path} is damaged; get it again"
+        raise RunError(sentence) from error
+    if eos is None:
+        named = (getattr(c, "eos_token_id", None) for c in (whole_config(spec), spec.config))
+        eos = next((ids for ids in named if ids is not None), None)
     return set(eos) if isinstance(eos, list) else {eos} - {None}

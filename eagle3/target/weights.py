@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from eagle3.errors import ConfigError, RunError
@@ -124,9 +124,5 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     decoder = embedding_name.rpartition(".")[0].rpartition(".")[0]
     norms = [f"{decoder}.{name}".lstrip(".") for name in NORMS]
     norm = next((name for name in norms if name in checkpoint.files), None)
-    try:
-        eos = GenerationConfig.from_pretrained(path, revision=spec.revision).eos_token_id
-    except OSError:
-        eos = None
     scale = checkpoint.read(norm, [config.hidden_size], device, dtype) if norm else None
-    return TargetWeights(config, embedding, head, scale, end_token_ids(eos, config))
+    return TargetWeights(config, embedding, head, scale, end_token_ids(spec))

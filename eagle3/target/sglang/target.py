@@ -19,7 +19,7 @@ import torch
 
 from eagle3.batch import Batch, Features, fill
 from eagle3.config import Within
-from eagle3.engines.engine import Launch
+from eagle3.engines.engine import UNSHAPED, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.engines.sglang import Capture, SGLang
 from eagle3.errors import ConfigError, RunError
@@ -169,7 +169,7 @@ class SGLangTarget:
         states = empty(tokens, 3 * size, dtype=dtype), empty(tokens, size, dtype=dtype)
         argmax, logsumexp = empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)
         features = Features(*states, argmax, logsumexp)
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0}
+        sampling = UNSHAPED | {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         replies, first = [], 0
         # What was sent and is not read yet fills shared memory, so only so much is sent at a time.
         for group in fill(prompts, list(map(len, prompts)), self.batch_tokens):
@@ -200,7 +200,7 @@ class SGLangTarget:
 
     def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
         """As `HFTarget.generate`."""
-        chosen = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "repetition_penalty": 1.0}
+        chosen = UNSHAPED | {"max_new_tokens": max_new_tokens, "temperature": 0.0}
         chosen["stop_token_ids"] = sorted(self.eos_token_ids)
         if sampling is not None:
             chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
