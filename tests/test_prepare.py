@@ -307,8 +307,8 @@ def test_held_out_rows_that_cannot_be_asked_say_why(prepared_from, tmp_path):
         "{% endif %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
         "{% endif %}"
     )
-    rows = [{"messages": chat_turns("x", "answer")}] * 2 + [{"messages": []}]
-    held = str(write_jsonl(tmp_path / "held.jsonl", rows))
+    rows = [{"messages": turns("x", "answer")}] * 2 + [{"messages": []}]
+    held = str(write_jsonl(tmp_path / "held.jsonl", *rows))
     why = r"no row can be asked \(2 x refused by the chat template: no x, 1 x no messages\)"
     with pytest.raises(RunError, match=why):
         prepared_from(rows_of(8), template=template, eval_path=held)

@@ -514,7 +514,7 @@ def test_an_answer_that_never_ends_is_asked_again(tmp_path):
 
 def test_a_server_that_asks_to_wait_longer_than_an_answer_has_failed(tmp_path):
     def busy(handler, body, n):
-        return not handler.send(429, {}, [("Retry-After", "60")])
+        return not handler.send(429, {}, Retry_After="60")
 
     with Fake(busy) as fake, Fake() as good:
         assert ask(tmp_path / "two", [fake, good], make_rows(40))["answered"] == 40

@@ -351,9 +351,9 @@ class Server:
     async def send(self, request: Any, **options) -> Any:
         """The response, read to its end in time: httpx limits the time between bytes alone."""
         try:
-            async with asyncio.timeout(self.timeout):
-                response = await self.send_request(request, **options)
-        except TimeoutError as error:
+            answer = self.send_request(request, **options)
+            response = await asyncio.wait_for(answer, self.timeout)
+        except asyncio.TimeoutError as error:
             raise httpx.ReadTimeout("") from error  # which the client repeats
         if self.asks_to_wait(response):
             response.headers["x-should-retry"] = "false"  # as the client understands
