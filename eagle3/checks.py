@@ -14,6 +14,7 @@ import torch
 from hydra.utils import get_object
 
 from eagle3.benchmark.request import asks_heldout, check_request
+from eagle3.benchmark.scoring import namespaces
 from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote
@@ -151,6 +152,10 @@ def check_benchmark_section(config: RunConfig) -> None:
     check_request(section)
     if "benchmark" not in config.stages or config.plan:
         return
+    if section["execute_code"] and not section["execute_code_unconfined"] and not namespaces():
+        problem = "this system gives a program no namespaces of its own (unshare of util-linux)"
+        remedy = "set benchmark.execute_code_unconfined=true to run the model's code as you do"
+        raise ConfigError(f"benchmark.execute_code=true: {problem}; {remedy}")
     engine = get_object(section["_target_"])
     engine.check_settings(section)
     if engine.in_process and not get_object(config.target["_target_"]).in_process:

@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
 
-
 CONF = Path(__file__).parents[1] / "conf"
 
 

@@ -25,7 +25,7 @@ SECRET_KEY = re.compile(
     r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
     r"|^override_dirname$"  # of hydra.job: all overrides in one string
 )
-SECRET_VARIABLE = re.compile(r"(?i)(token|secret|password|passwd|(api|access|private|secret)_?key)$")
+SECRET_VARIABLE = re.compile(r"(?i)(token|secret|passw(or)?d|(api|access|private|secret)_?key)$")
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
 

@@ -58,7 +58,8 @@ class Tracking:
         }
 
     def write(self) -> None:
-        write_atomically(self.path, [json.dumps(redact(self.content), indent=1, default=str).encode()])
+        text = json.dumps(redact(self.content), indent=1, default=str)
+        write_atomically(self.path, [text.encode()])
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
