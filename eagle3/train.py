@@ -339,7 +339,16 @@ def refuse_endless_skipping(trainer: Trainer, update: Update, run_dir: Path) -> 
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
     torch.save([batch.input_ids for batch in update.batches], path)
+    finite = True
+    for batch in update.batches:
+        features = batch.features or trainer.features(batch.to(trainer.device))
+        states = features.aux_hidden_states, features.last_hidden_states
+        finite = finite and all(bool(each.isfinite().all()) for each in states)
+    whose, remedy = "the gradients", "lower optimizer.lr"
+    if trainer.ranks.all_reduce(int(not finite), "max"):
+        whose = "the target's hidden states, and so the gradients"
+        remedy = "set model.dtype=float32, or see whether model.path is whole"
     raise RunError(
-        f"the gradients of the last {in_a_row} updates were not finite; lower optimizer.lr, or "
-        f"look at the last batch, saved in {path}"
+        f"{whose} of the last {in_a_row} updates were not finite; {remedy}, or look at the last "
+        f"batch, saved in {path}"
     )
