@@ -1,8 +1,12 @@
 """From chat data to a measured EAGLE3 draft: `python run.py model=... data=...` (see --help)."""
 
+# ruff: noqa: E402
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last shows no traceback
+
 import math
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -43,12 +47,11 @@ def job(composed: DictConfig) -> float | None:
             set_up_process(config)
             return run_pipeline(config, run_dir, overrides)
     except KeyboardInterrupt as stopped:
-        number = next(iter(stopped.args), signal.SIGINT)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, end_at_once)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end_at_once)
         command = command_to_resume(run_dir, overrides)
         print(f"interrupted; go on with: {command}", file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(128 + (*stopped.args, signal.SIGINT)[0])
     except (SystemExit, Exception) as error:
         code = getattr(error, "code", 1)
         # Elsewhere than in this process a launcher hands on what was raised.
@@ -72,6 +75,8 @@ def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path
 
 
 def interrupt(number: int, frame) -> None:
+    if os.getpid() != MAIN:  # a worker that this process has forked
+        end_at_once(number, frame)
     raise KeyboardInterrupt(number)
 
 
@@ -86,12 +91,16 @@ def main() -> None:
             from eagle3.parallel.launch import serve_tasks
 
             return serve_tasks()
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
         try:
             job()
         except SystemExit as ended:  # so hydra leaves where it only shows something
             if ended.code:
                 raise
+        except KeyboardInterrupt as stopped:
+            print("interrupted before the run began", file=sys.stderr)
+            sys.exit(128 + (*stopped.args, signal.SIGINT)[0])
         if "RANK" in os.environ:
             from eagle3.parallel.launch import end_tasks
 
