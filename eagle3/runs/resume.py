@@ -152,7 +152,8 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
         again = not any(key == name or key.startswith(f"{name}.") for name in given)
         if overrides is not None and again and key in RUNS_CODE and now.get(key):
             problem = f"{key}={now[key]} of the run in {run_dir} lets it run code"
-            raise ConfigError(f"{problem}; give '++{key}={now[key]}' again where you trust it")
+            argument = shlex.quote(f"++{key}={json.dumps(now[key])}")
+            raise ConfigError(f"{problem}; where you trust it, give it again: {argument}")
         if REDACTED in str(now.get(key)):
             raise ConfigError(f"{key} of the run in {run_dir} holds a login; give {key}=... again")
     return resumed
