@@ -69,7 +69,7 @@ def test_the_run_json_of_a_stranger_calls_nothing(tmp_path):
     made = tmp_path / "made"
     command = {"_target_": "torch.utils.collect_env.run", "command": f"touch {made}"}
     as_sent(tmp_path, **{"logger": command})
-    with pytest.raises(ConfigError, match="logger._target_=torch.* is not offered"):
+    with pytest.raises(ConfigError, match=r"logger\._target_=torch.* is not offered"):
         resumed(tmp_path)
     assert not made.exists()
 
@@ -255,6 +255,6 @@ def test_only_its_end_passes_a_program(early, confined):
 def test_code_is_refused_where_nothing_confines_it(monkeypatch, tmp_path):
     monkeypatch.setattr("eagle3.checks.namespaces", lambda: ())
     asked = ["benchmark.execute_code=true"]
-    with pytest.raises(ConfigError, match="set benchmark.execute_code_unc.* to run"):
+    with pytest.raises(ConfigError, match=r"set benchmark\.execute_code_unc.* to run"):
         check(make_config(asked, tmp_path))
     check(make_config([*asked, "benchmark.execute_code_unconfined=true"], tmp_path))
