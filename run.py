@@ -3,7 +3,8 @@
 # ruff: noqa: E402
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports last shows no traceback
+if __name__ == "__main__":  # Ctrl-C while the imports last shows no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import math
 import os
