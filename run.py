@@ -1,6 +1,5 @@
 """From chat data to a measured EAGLE3 draft: `python run.py model=... data=...` (see --help)."""
 
-# ruff: noqa: E402
 import signal
 
 if __name__ == "__main__":  # Ctrl-C while the imports last shows no traceback

@@ -9,17 +9,19 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_")  # of a node that is called
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,20 @@ def check_targets(key: str, value: Any) -> None:
                 f"{key}._target_={inner} is not offered: allowed is what a file of conf/ names, "
                 f"and {', '.join(OFFERED)}{near}"
             )
+
+
+def instantiate(node: Any) -> Any:
+    """Call what a node's `_target_` names with its other keys, in which nodes are called first."""
+    # hydra's own would resolve what a run.json says once more.
+    if isinstance(node, list):
+        return [instantiate(element) for element in node]
+    if not isinstance(node, dict):
+        return node
+    values = {name: instantiate(value) for name, value in node.items() if name not in HYDRA_KEYS}
+    if "_target_" not in node:
+        return values
+    called = get_object(node["_target_"])
+    return partial(called, **values) if node.get("_partial_") else called(**values)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 
 from eagle3.batch import Batch, Document, Features, pack
-from eagle3.config import DraftSection, RunConfig
+from eagle3.config import DraftSection, RunConfig, instantiate
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.initial import draft_config

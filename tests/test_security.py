@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from eagle3.benchmark import scoring
 from eagle3.checks import check
+from eagle3.config import instantiate
 from eagle3.errors import ConfigError
 from eagle3.runs.logger import REDACTED, NoTracker, redact
 from eagle3.runs.resume import RUNS_CODE, claim, literal, load_config, run_folder
@@ -88,6 +89,8 @@ def test_a_run_json_is_not_resolved_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_LOGIN", "SESAME")
     as_sent(tmp_path, **{"data.system_prompt": "${oc.env:SOME_LOGIN}"})
     assert resumed(tmp_path).data.system_prompt == "${oc.env:SOME_LOGIN}"
+    called = instantiate({"_target_": "builtins.dict", "text": ["${oc.env:SOME_LOGIN}"]})
+    assert called == {"text": ["${oc.env:SOME_LOGIN}"]}
     for text in ("${a}", r"\${a}", r"\\${a", r"a\b${", "$", r"\\", "{}", r"${a}\${b}\\\${c}\\"):
         config = OmegaConf.create(literal({"key": [text]}))
         assert OmegaConf.to_container(config, resolve=True) == {"key": [text]}

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, instantiate
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import benchmark_rows, summary, write_report
