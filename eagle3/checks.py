@@ -4,7 +4,6 @@ A mistake is one ConfigError sentence with the key, what is allowed, and the nea
 """
 
 import inspect
-import pydoc
 import types
 import typing
 from dataclasses import is_dataclass
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from hydra.utils import get_object
 
 from eagle3.benchmark.request import asks_heldout, check_request
-from eagle3.config import Data, OneOf, RunConfig, Within, nearest, parse_size
+from eagle3.benchmark.scoring import namespaces
+from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest, parse_size
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
@@ -25,8 +26,6 @@ from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
 from eagle3.target.spec import check_supported, read_spec
 
-TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")  # what a config may name runs as code
-HYDRA_KEYS = ("_target_", "_partial_", "_convert_")
 READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
 
 
@@ -71,7 +70,7 @@ def bounds(hint: Any) -> list[Within | OneOf]:
 def check_node(node: dict[str, Any], key: str) -> None:
     """Bind a node with `_target_` to the signature of what it names, recursively."""
     name = node["_target_"]
-    called = find_target(node, key)
+    called = get_object(name)
     parameters = inspect.signature(called).parameters
     function = called.__init__ if inspect.isclass(called) else called
     hints = typing.get_type_hints(function, include_extras=True)
@@ -88,21 +87,6 @@ def check_node(node: dict[str, Any], key: str) -> None:
             wanted = getattr(bare, "__name__", str(bare))
             raise ConfigError(f"{key}.{parameter}={value} is a {given}, but {name} takes {wanted}")
         check_value(f"{key}.{parameter}", value, hint)
-
-
-def find_target(node: dict[str, Any], key: str) -> Any:
-    """The class or function that `_target_` names."""
-    name = node["_target_"]
-    if not name.startswith(TARGET_PREFIXES):
-        allowed = ", ".join(TARGET_PREFIXES)
-        raise ConfigError(f"{key}._target_={name} must start with one of {allowed}")
-    try:  # hydra's own would log a line of its own
-        found, reason = pydoc.locate(name), "there is no such name"
-    except pydoc.ErrorDuringImport as error:
-        found, reason = None, str(error)
-    if found is None:
-        raise ConfigError(f"{key}._target_={name} cannot be imported: {reason}")
-    return found
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -167,15 +151,19 @@ def check_benchmark_section(config: RunConfig) -> None:
     check_request(section)
     if "benchmark" not in config.stages or config.plan:
         return
-    engine = find_target(section, "benchmark")
+    if section["execute_code"] and not section["execute_code_unconfined"] and not namespaces():
+        problem = "this system gives a program no namespaces of its own (unshare of util-linux)"
+        remedy = "set benchmark.execute_code_unconfined=true to run the model's code as you do"
+        raise ConfigError(f"benchmark.execute_code=true: {problem}; {remedy}")
+    engine = get_object(section["_target_"])
     engine.check_settings(section)
-    if engine.in_process and not find_target(config.target, "target").in_process:
+    if engine.in_process and not get_object(config.target["_target_"]).in_process:
         raise ConfigError("benchmark=builtin needs target=hf; or set benchmark=sglang")
 
 
 def reads_stored(config: RunConfig) -> bool:
     """Whether training reads hidden states that the user's own folder holds."""
-    mode = find_target(config.mode, "mode")
+    mode = get_object(config.mode["_target_"])
     return mode.captures and config.hidden_states.path is not None
 
 
@@ -240,8 +228,8 @@ def check_against_target(config: RunConfig) -> None:
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"
         raise ConfigError(f"parallel.ulysses={ulysses} must divide the draft's {heads}")
-    training = {"train"} if find_target(config.mode, "mode").needs_target else set()
+    training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()
     asking = {"generate", "capture", "regenerate"} | training
     # The engine itself may be missing where a plan is made.
     if asking & set(config.stages) and not config.plan:
-        find_target(config.target, "target").check_settings(config.target, spec)
+        get_object(config.target["_target_"]).check_settings(config.target, spec)

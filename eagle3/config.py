@@ -9,14 +9,19 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, SCMode
 
 from eagle3.errors import ConfigError
+
+CONF = Path(__file__).parents[1] / "conf"
+HYDRA_KEYS = ("_target_", "_partial_", "_convert_")  # of a node that is called
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,51 @@ def parse_size(text: str) -> int:
     if not found:
         raise ConfigError(f"hidden_states.max_disk={text} is no size; write it as 500GB or 1.5TB")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
+
+
+OFFERED = (
+    *(f"torch.optim.{name}" for name in ("Adafactor", "Adam", "AdamW", "NAdam", "RAdam", "SGD")),
+    # those that take the number of updates behind the optimiser
+    *(f"torch.optim.lr_scheduler.{name}" for name in ("CosineAnnealingLR", "PolynomialLR")),
+)
+
+
+@cache
+def offered_targets() -> tuple[str, ...]:
+    """What a `_target_` may name: OFFERED, and what the files of conf/ name themselves."""
+    # Any other name of this package is refused too: `eagle3.runs.logger.os.system` is one.
+    texts = [path.read_text() for path in sorted(CONF.rglob("*.yaml"))]
+    named = re.findall(r"^ *_target_: (\S+)", "\n".join(texts), re.MULTILINE)
+    return (*dict.fromkeys(named), *OFFERED)
+
+
+def check_targets(key: str, value: Any) -> None:
+    """Raise ConfigError for a `_target_` that is not offered, at any depth of nested values."""
+    if isinstance(value, list):
+        for element in value:
+            check_targets(key, element)
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        check_targets(f"{key}.{name}".lstrip("."), inner)
+        if name == "_target_" and inner not in offered_targets():
+            near = nearest(str(inner), offered_targets())
+            raise ConfigError(
+                f"{key}._target_={inner} is not offered: allowed is what a file of conf/ names, "
+                f"and {', '.join(OFFERED)}{near}"
+            )
+
+
+def instantiate(node: Any) -> Any:
+    """Call what a node's `_target_` names with its other keys, in which nodes are called first."""
+    # hydra's own would resolve what a run.json says once more.
+    if isinstance(node, list):
+        return [instantiate(element) for element in node]
+    if not isinstance(node, dict):
+        return node
+    values = {name: instantiate(value) for name, value in node.items() if name not in HYDRA_KEYS}
+    if "_target_" not in node:
+        return values
+    called = get_object(node["_target_"])
+    return partial(called, **values) if node.get("_partial_") else called(**values)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """What Hydra and OmegaConf raise, as one sentence that names the key and the nearest valid one."""
 
+import shlex
 import sys
 import typing
 from collections.abc import Iterator
@@ -9,13 +10,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
+# Of hydra: hydra-<name>-launcher and hydra-<name>-sweeper bring options of these names.
+PLUGINS = ("submitit", "joblib", "ray", "rq", "optuna", "ax", "nevergrad")
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
 
 
@@ -48,12 +51,29 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         allowed = ", ".join(error.options or ()) + nearest(option, error.options or ())
-        return f"{group or '--config-name'}={option} is unknown; allowed: {allowed}", 2
+        unknown, plugin = f"{group or '--config-name'}={option} is unknown", option.split("_")[0]
+        if group.startswith("hydra/") and plugin in PLUGINS:
+            package = f"hydra-{plugin}-{group.removeprefix('hydra/')}"
+            return f"{unknown}, because its package is missing: pip install {package}", 2
+        return f"{unknown}; allowed: {allowed}", 2
+    if isinstance(error, OverrideParseException):
+        return unreadable(error.override, error.message), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return wrong_key_or_value(error, conf), 2
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; name another folder or free it", 1
     return " ".join(str(error).split()), 1
+
+
+def unreadable(override: str, message: str) -> str:
+    """An argument that Hydra's grammar refuses, and how to write it where a text was meant."""
+    # The reason stands last, or above a line that only points at its place.
+    *_, reason = (line for line in message.partition("\nSee ")[0].splitlines() if line.strip(" ^"))
+    key, equals, value = override.partition("=")
+    quoted = value.replace('"', '\\"')
+    text = shlex.quote(f'{key}="{quoted}"')
+    remedy = f"quote the text, as {text}" if equals else "write key=value"
+    return f"{override} cannot be read ({reason}); {remedy}"
 
 
 def wrong_key_or_value(error: Exception, conf: Path) -> str:

@@ -7,13 +7,13 @@ made lies under the fingerprint of what it was made from, and is made once.
 
 from pathlib import Path
 
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from rich.console import Console
 
 from eagle3.benchmark.check import check
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Subject, asks_heldout
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import Chat, load_chat
 from eagle3.data.prepare import Prepared, find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate

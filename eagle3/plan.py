@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from eagle3.batch import Batch, Features, pack
-from eagle3.config import RunConfig, parse_size
+from eagle3.config import RunConfig, instantiate, parse_size
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 
 from eagle3.batch import Batch, Document, Features, pack
-from eagle3.config import DraftSection, RunConfig
+from eagle3.config import DraftSection, RunConfig, instantiate
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.initial import draft_config
@@ -320,6 +320,14 @@ def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Pat
         return
     path = run_dir / (f"non_finite_batch_{rank}.pt" if rank else "non_finite_batch.pt")
     torch.save([batch.input_ids for batch in batches], path)
-    problem = f"the gradients of the last {in_a_row} updates were not finite"
-    remedy = f"lower optimizer.lr, or look at the last batch, saved in {path}"
-    raise RunError(f"{problem}; {remedy}")
+    finite = True
+    for batch in batches:
+        features = batch.features or trainer.features(batch.to(trainer.device))
+        states = features.aux_hidden_states, features.last_hidden_states
+        finite = finite and all(bool(each.isfinite().all()) for each in states)
+    whose, remedy = "gradients", "lower optimizer.lr"
+    if trainer.ranks.all_reduce(int(not finite), "max"):
+        whose = "hidden states of the target, and so the gradients,"
+        remedy = "set model.dtype=float32, or see whether model.path is whole"
+    problem = f"the {whose} of the last {in_a_row} updates were not finite"
+    raise RunError(f"{problem}; {remedy}, or look at the last batch, saved in {path}")

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, write_jsonl
-from hydra.utils import instantiate
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
@@ -18,6 +17,7 @@ from eagle3.benchmark.request import Request, Subject, check_request
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
+from eagle3.config import instantiate
 from eagle3.decode.speculate import Generation
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig

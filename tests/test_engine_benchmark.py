@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, compose_config, write_jsonl
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
@@ -19,6 +18,7 @@ from eagle3.benchmark.request import Subject
 from eagle3.benchmark.served import Served, check_draft
 from eagle3.benchmark.suites import Setup
 from eagle3.checks import check_node
+from eagle3.config import instantiate
 from eagle3.engines.engine import Launch
 from eagle3.engines.server import Server, choose_port
 from eagle3.engines.sglang import Capture, SGLang

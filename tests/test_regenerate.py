@@ -20,10 +20,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import compose_config, read_jsonl, section, spec_of, turns, write_jsonl
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from eagle3.config import Source
+from eagle3.config import Source, instantiate
 from eagle3.data.chat import Chat
 from eagle3.data.regenerate import Journal, finish, regenerate, split_thinking
 from eagle3.data.rows import Conversation

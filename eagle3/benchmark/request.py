@@ -43,6 +43,7 @@ class Request:
     system_prompt: str | None
     paths: dict[str, str]
     execute_code: bool
+    execute_code_unconfined: bool
 
     in_process: ClassVar[bool]  # all configs can then be open side by side
 

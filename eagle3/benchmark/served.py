@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import httpx
-from hydra.utils import instantiate
 
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.suites import Setup
-from eagle3.config import Within
+from eagle3.config import Within, instantiate
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError

@@ -14,9 +14,8 @@ from typing import Annotated, Any, BinaryIO
 
 import httpx
 import torch
-from hydra.utils import instantiate
 
-from eagle3.config import Data, Source, Within
+from eagle3.config import Data, Source, Within, instantiate
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows

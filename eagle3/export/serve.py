@@ -29,7 +29,7 @@ def serve_text(
     if alone and not (engine in ENGINES and ENGINES[engine].reads_speculators):
         raise RunError(f"{engine} does not read the speculators form of {draft}; serve draft/")
     named = target or made_for.get("target")
-    if not named:
+    if not named or named.startswith("-"):  # which the engine would take for one of its options
         raise RunError(f"draft at {draft} does not name its target; set MODEL=<folder or hub id>")
     if named.startswith(("/", ".", "~")) and not Path(named).expanduser().is_dir():
         raise RunError(f"target {named} of draft {draft} is not there; set MODEL=<folder or id>")

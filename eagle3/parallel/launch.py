@@ -11,7 +11,6 @@ import logging
 import os
 import pickle
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -85,11 +84,10 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
     except (SignalException, ChildFailedError) as ended:
+        if isinstance(ended, SignalException):
+            raise KeyboardInterrupt(ended.sigval) from None
         resume = command_to_resume(run_dir, read_overrides(run_dir))
-        if isinstance(ended, ChildFailedError):
-            raise explain_failure(ended, resume) from ended
-        print(f"stopped; go on with: {resume}", file=sys.stderr)
-        raise SystemExit(128 + ended.sigval) from None
+        raise explain_failure(ended, resume) from ended
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():

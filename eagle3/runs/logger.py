@@ -23,13 +23,24 @@ REDACTED = "<redacted>"
 SECRET_KEY = re.compile(
     r"(?i)(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$|(api|access|private|secret)[_-]?key$"
     r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
+    r"|^override_dirname$"  # of hydra.job: all overrides in one string
 )
+SECRET_VARIABLE = re.compile(r"(?i)(token|secret|passw(or)?d|(api|access|private|secret)_?key)$")
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
 
 
+def secret_values() -> list[str]:
+    """What the environment holds as logins, longest first."""
+    found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)}
+    # Shorter ones are switches, such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1, and parts of many words.
+    return sorted((value for value in found if len(value) >= 8), key=len, reverse=True)
+
+
 def redact(config: Any) -> Any:
-    """A copy of nested values without what SECRET_KEY names, also in overrides, and URL logins."""
+    """A copy of nested values without logins: what SECRET_KEY names, also in overrides, the values
+    of such environment variables, and those in URLs.
+    """
     if isinstance(config, dict):
         # An empty one shows that nothing was given, which is no secret.
         secret = {key for key, value in config.items() if value and SECRET_KEY.search(str(key))}
@@ -39,6 +50,8 @@ def redact(config: Any) -> Any:
     if not isinstance(config, str):
         return config
     text = URL_LOGIN.sub(REDACTED, config)
+    for value in secret_values():
+        text = text.replace(value, REDACTED)
     key, _, value = text.partition("=")
     if value and SECRET_KEY.search(key):
         return f"{key}={REDACTED}"

@@ -1,14 +1,23 @@
-"""Going on with a run that was stopped: its folder, its config, and what may differ from it."""
+"""A run's folder: whose it is, what it shows of its config, and going on with it."""
 
 import json
+import re
 import shlex
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import yaml
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from eagle3.config import RunConfig, flatten
+from eagle3.config import RunConfig, check_targets, flatten
 from eagle3.errors import ConfigError
+from eagle3.runs.artefact import fingerprint
 from eagle3.runs.disk import read_json
+from eagle3.runs.logger import REDACTED, redact
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
 FREE = {
@@ -19,6 +28,11 @@ FREE = {
     "target.server_args", "target.tp_size", "target.url", "train.eval_every", "train.keep_last",
     "train.log_every", "train.resume", "train.save_every", "view",
 }  # fmt: skip
+# What lets a run start programs, or run code that came with a model: a folder may be a stranger's.
+RUNS_CODE = (
+    "model.trust_remote_code", "target.python", "target.server_args", "benchmark.python",
+    "benchmark.server_args", "benchmark.execute_code", "benchmark.execute_code_unconfined",
+)  # fmt: skip
 
 
 def is_run(path: str | Path) -> bool:
@@ -36,22 +50,69 @@ def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
 
 
 def run_folder(resume: str, default: str) -> str:
-    """Hydra's run dir: the run that `train.resume` names, else a new one."""
-    if resume == "auto":
-        return default
-    if not is_run(resume):
-        raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
-    return resume
+    """Hydra's run dir: the run that `train.resume` names, else a new one, made here.
+
+    Where another run has its name, as one begun in the same second, it is `default`-2, -3, ...
+    """
+    if resume != "auto":
+        if not is_run(resume):
+            raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
+        return resume
+    for number in count(1):
+        folder = Path(default if number == 1 else f"{default}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return str(folder)
 
 
-OmegaConf.register_new_resolver("run_dir", run_folder, replace=True)
-OmegaConf.register_new_resolver(
-    "hydra_folder", lambda resume: ".hydra" if resume == "auto" else ".hydra/resumed", replace=True
-)
+# Cached: hydra asks once for each job of a sweep.
+OmegaConf.register_new_resolver("run_dir", run_folder, use_cache=True, replace=True)
+
+
+def claim(run_dir: Path) -> AbstractContextManager:
+    """Makes the folder this process's until it is closed. ConfigError where it is another's."""
+    try:
+        return FileLock(run_dir / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
+
+
+def write_shown(path: Path, text: str) -> None:
+    """A YAML file as hydra writes it, but without logins."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
+
+
+def private_copy(cache_dir: str, run_dir: Path) -> Path:
+    """Where a run's config is kept whole, for its user alone, if run.json must not show it all."""
+    name = fingerprint({"run_dir": str(run_dir.resolve())})
+    return Path(cache_dir).expanduser() / "private" / f"{name}.json"
+
+
+def keep_private(settings: dict[str, Any], run_dir: Path) -> None:
+    path = private_copy(settings["cache_dir"], run_dir)
+    if redact(settings) == settings:
+        if path.exists():
+            path.unlink()
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(settings))
+
+
+def literal(value: Any) -> Any:
+    """Nested values in which OmegaConf finds no interpolation."""
+    if isinstance(value, dict):
+        return {key: literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> RunConfig:
-    """The composed config, or a resumed run's own. ConfigError if that would be another draft."""
+    """The composed config, or a resumed run's own. ConfigError if that would be another draft, or
+    if it has a `_target_` that is not offered.
+    """
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
@@ -60,21 +121,40 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
         raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, not with -m")
+    config = take_up(composed, run_dir, overrides if named else None)
+    config = OmegaConf.to_object(config)
+    check_targets("", asdict(config))
+    return config
+
+
+def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) -> DictConfig:
+    """The config of the run in a folder, with `overrides` of it (None: all) as composed."""
     if not is_run(run_dir):
-        return OmegaConf.to_object(composed)
-    recorded = json.loads((run_dir / "run.json").read_text())["config"]
-    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), recorded)
-    resumed, keys = OmegaConf.merge(saved) if named else composed, flatten(composed)
-    for override in overrides if named else ():
+        return composed
+    recorded = read_json(run_dir / "run.json")["config"]
+    whole = read_json(private_copy(recorded["cache_dir"], run_dir)) or recorded
+    saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
+    before, keys, given = flatten(saved), flatten(composed), []
+    resumed = composed if overrides is None else OmegaConf.merge(saved)
+    for override in overrides or ():
         # +key, ~key and group/name@package=option: what they set lies under the bare name.
         key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
+        given.append(key)
         if any(k == key or k.startswith(f"{key}.") for k in keys):
             value = OmegaConf.select(composed, key)
             OmegaConf.update(resumed, key, value, merge=False, force_add=True)
-    before, now = flatten(saved), flatten(resumed)
+    now = flatten(resumed)
     for key in before | now:
         free = key in FREE or key.split(".")[0] in FREE
-        if not free and before.get(key) != now.get(key):
+        # Two logins are no two drafts.
+        if not free and redact({key: before.get(key)}) != redact({key: now.get(key)}):
             differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
             raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
-    return OmegaConf.to_object(resumed)
+        again = not any(key == name or key.startswith(f"{name}.") for name in given)
+        if overrides is not None and again and key in RUNS_CODE and now.get(key):
+            problem = f"{key}={now[key]} of the run in {run_dir} lets it run code"
+            argument = shlex.quote(f"++{key}={json.dumps(now[key])}")
+            raise ConfigError(f"{problem}; where you trust it, give it again: {argument}")
+        if REDACTED in str(now.get(key)):
+            raise ConfigError(f"{key} of the run in {run_dir} holds a login; give {key}=... again")
+    return resumed

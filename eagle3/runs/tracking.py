@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eagle3.config import RunConfig
+from eagle3.config import RunConfig, instantiate
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import benchmark_rows, summary, write_report
+from eagle3.runs.resume import keep_private
 
 # Those whose versions may change a result.
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
@@ -39,15 +39,16 @@ class Tracking:
         self.path, self.stages = run_dir / "run.json", config.stages
         self.tracker, self.console = tracker, console
         before, settings = read_json(self.path), asdict(config)
+        keep_private(settings, run_dir)
         # With the command line of its first start a resumed run can be made again.
         first = before.get("overrides", overrides)
         given = settings | {"overrides": first}, before.get("tracker_id")
         versions = {name: version(name) for name in PACKAGES}
         self.inputs: dict[str, Any] = before.get("inputs", {})
         self.content = {
-            "config": redact(settings),
-            "overrides": redact(first),
-            "resumed_with": redact(overrides) if before else None,
+            "config": settings,
+            "overrides": first,
+            "resumed_with": overrides if before else None,
             "versions": versions | {"python": platform.python_version()},
             "tracker_id": tracker.start(str(run_dir), config.name, *given),
             "git": git_commit(),
@@ -56,7 +57,8 @@ class Tracking:
         }
 
     def write(self) -> None:
-        write_atomically(self.path, [json.dumps(self.content, indent=1, default=str).encode()])
+        text = json.dumps(redact(self.content), indent=1, default=str)
+        write_atomically(self.path, [text.encode()])
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""

@@ -7,8 +7,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 
+from eagle3.config import instantiate
 from eagle3.errors import RunError
 from eagle3.target.spec import TargetSpec
 from eagle3.target.weights import TargetWeights, load_weights
