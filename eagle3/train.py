@@ -322,7 +322,7 @@ def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Pat
     torch.save([batch.input_ids for batch in batches], path)
     finite = True
     for batch in batches:
-        features = batch.features or trainer.features(batch.to(trainer.device))
+        features = batch.features or trainer.features(batch.to(trainer.frozen.embedding.device))
         states = features.aux_hidden_states, features.last_hidden_states
         finite = finite and all(bool(each.isfinite().all()) for each in states)
     whose, remedy = "gradients", "lower optimizer.lr"

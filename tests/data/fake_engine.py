@@ -100,7 +100,8 @@ def vllm(body):
 
 
 if sys.argv[1] == "-c":
-    print({"sglang": "0.5.23", "vllm": "0.32.0"}[sys.argv[3]])
+    versions = {"'sglang'": "0.5.23", "'vllm'": "0.32.0"}
+    print(*[version for name, version in versions.items() if name in sys.argv[2]])
     sys.exit()
 module = sys.argv[2]
 assert module in ("sglang.launch_server", "vllm.entrypoints.openai.api_server")
