@@ -8,20 +8,18 @@ t + emitted, gives the acceptance length of every draft length at once.
 n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save_file
 
 from eagle3.batch import Batch, Document, Features, pack, serving
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
 from eagle3.loss import FrozenWeights, SoftTargetLoss
-from eagle3.runs.artefact import artefact, read_inputs
+from eagle3.runs.artefact import artefact, load_tensors, read_inputs, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 
@@ -70,9 +68,8 @@ def write_answers(
             ids = [prompts[i]["input_ids"] for i in indices]
             tensors = answer_batch(target, ids, max_new_tokens)
             tensors["index"] = torch.tensor(indices)
-            save_file(tensors, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
-        tensors = load_file(path)
+            save_tensors(path, tensors)
+        tensors = load_tensors(path)
         shortened += int(tensors["shortened"].sum())
         answered += int((tensors["lengths"] - tensors["prompt_lengths"]).sum())
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
@@ -116,7 +113,7 @@ def load_answers(folder: Path) -> list[Answer]:
     prompts = read_inputs(folder)["prompts"]
     answers: dict[int, Answer] = {}
     for path in sorted(folder.glob("part_*.safetensors")):
-        tensors = load_file(path)
+        tensors = load_tensors(path)
         lengths, prompt_lengths = tensors["lengths"].tolist(), tensors["prompt_lengths"].tolist()
         teachers = [n - p for n, p in zip(lengths, prompt_lengths, strict=True)]
         columns = [tensors[name].split(lengths) for name in ("input_ids", "aux_hidden_states")]

@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.disk import FULL, free_bytes, size_text
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
@@ -51,6 +52,10 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
         return f"{group or '--config-name'}={option} is unknown; allowed: {allowed}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return wrong_key_or_value(error, conf), 2
+    if isinstance(error, OSError) and error.strerror in FULL:
+        where = error.filename or Path.cwd()
+        free = size_text(free_bytes(where))
+        return f"{error.strerror}: {where} has {free} free; make room, or name another folder", 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; name another folder or free it", 1
     return " ".join(str(error).split()), 1

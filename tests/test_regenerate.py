@@ -491,7 +491,7 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in rows))
     files = find_files(Source(str(path)), "")
     sources = [(Source(str(path), weight=weight), files) for weight in (0.5, 2.0)]
-    target = SimpleNamespace(spec=SimpleNamespace(identity="target"))
+    target = SimpleNamespace(spec=SimpleNamespace(identity="target", dtype="bfloat16"))
     with Fake() as fake:
         asked = (section("data"), sources, Chat(tokenizer), target, str(tmp_path))
         again, paths = regenerate(asks("server") | {"urls": [fake.url]}, *asked)

@@ -191,7 +191,7 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
             f"process {rank} was killed by {failure.signal_name()} (the system does that when "
             f"memory runs out); go on with: {resume}"
         )
-    if kind == "RunError":
+    if kind in ("RunError", "DamageError"):
         return RunError(sentence)
     return RunError(
         f"process {rank} failed: {text.splitlines()[0]}; more in logs/rank_{rank}.log of the run"

@@ -1,14 +1,13 @@
 """Going on with a run that was stopped: its folder, its config, and what may differ from it."""
 
-import json
 import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, flatten
-from eagle3.errors import ConfigError
-from eagle3.runs.disk import read_json
+from eagle3.errors import ConfigError, RunError
+from eagle3.runs.disk import read_json, step_folders
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
 FREE = {
@@ -25,6 +24,18 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
 
 
+def check_checkpoints(run_dir: str | Path) -> None:
+    """Raise RunError where checkpoints are there, but not what a run is resumed by."""
+    folder = Path(run_dir) / "checkpoints"
+    last, steps = folder / "last", step_folders(folder)
+    if steps and not last.exists():
+        words = f"{last} is missing or leads nowhere, but {steps[-1].name} is there"
+        raise RunError(f"{words}; to go on from it: ln -sfn {steps[-1].name} {last}")
+    if steps and "config" not in read_json(Path(run_dir) / "run.json"):
+        remedy = "put it back, or start in another hydra.run.dir"
+        raise RunError(f"{run_dir} has checkpoints, but no config in run.json: {remedy}")
+
+
 def read_overrides(run_dir: Path) -> list[str]:
     """The command line that a run was started with; [] before it has written run.json."""
     return read_json(run_dir / "run.json").get("overrides", [])
@@ -39,6 +50,7 @@ def run_folder(resume: str, default: str) -> str:
     """Hydra's run dir: the run that `train.resume` names, else a new one."""
     if resume == "auto":
         return default
+    check_checkpoints(resume)
     if not is_run(resume):
         raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
     return resume
@@ -60,9 +72,10 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
         raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, not with -m")
+    check_checkpoints(run_dir)
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
-    recorded = json.loads((run_dir / "run.json").read_text())["config"]
+    recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), recorded)
     resumed, keys = OmegaConf.merge(saved) if named else composed, flatten(composed)
     for override in overrides if named else ():
