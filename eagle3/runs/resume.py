@@ -68,11 +68,11 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
     resume = composed.train.resume
+    check_checkpoints(run_dir)
     # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
         raise ConfigError(f"train.resume={resume} must be a run with a checkpoint, not with -m")
-    check_checkpoints(run_dir)
     if not is_run(run_dir):
         return OmegaConf.to_object(composed)
     recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
