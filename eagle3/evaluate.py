@@ -19,7 +19,8 @@ from eagle3.batch import Batch, Document, Features, pack, serving
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
 from eagle3.loss import FrozenWeights, SoftTargetLoss
-from eagle3.runs.artefact import artefact, load_tensors, read_inputs, save_tensors
+from eagle3.runs.artefact import artefact, read_inputs
+from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 

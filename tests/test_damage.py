@@ -28,9 +28,10 @@ from eagle3.data.regenerate import Journal
 from eagle3.data.sources import find_files, read_rows
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.export.read import read_any
-from eagle3.runs.artefact import artefact, load_tensors, read_manifest, save_tensors, write_manifest
+from eagle3.runs.artefact import artefact, read_manifest, write_manifest
 from eagle3.runs.checkpoint import load_checkpoint
 from eagle3.runs.disk import name_full_disk, read_json
+from eagle3.runs.tensors import load_tensors, save_tensors
 
 
 def flip(path: Path, place: float = 0.5) -> None:
@@ -106,7 +107,7 @@ LAST = "run/checkpoints/last"
 CHECKPOINT = [(f"{LAST}/*.safetensors", how, "last is damaged .*ln -sfn step_4") for how in DAMAGES]
 CHECKPOINT += [(f"{LAST}/state.json", how, "last is damaged .*ln -sfn step_4") for how in DAMAGES]
 CHECKPOINT += [
-    (LAST, "removed", "last is missing or leads nowhere, but step_6 is there; .*ln -sfn step_6"),
+    (LAST, "removed", "last is missing or leads nowhere; to go on from step_6: ln -sfn step_6"),
     ("run/run.json", "cut", r"run\.json is damaged .*put a whole copy in its place"),
     ("run/run.json", "emptied", r"run\.json is damaged"),
     ("run/run.json", "removed", r"has checkpoints, but no config in run\.json: put it back"),
@@ -138,7 +139,7 @@ def test_the_command_says_so_and_what_it_names_works(copy):
     asked = [f"train.resume={folder / 'run'}", f"cache_dir={folder / 'cache'}", TRAIN_ONLY]
     result = run_command(*asked)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    command = result.stderr.partition("to go on from it: ")[2].strip()
+    command = result.stderr.partition("to go on from step_6: ")[2].strip()
     assert command == f"ln -sfn step_6 {last}"
     os.symlink("step_6", folder / "link")
     os.replace(folder / "link", last)

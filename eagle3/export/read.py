@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError
-from eagle3.runs.artefact import load_tensors
+from eagle3.runs.tensors import load_tensors
 from eagle3.target.layers import meant_by
 
 SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"

@@ -15,8 +15,8 @@ from eagle3.draft.attention import Dense
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, SINGLE, absolute
-from eagle3.runs.artefact import save_tensors
 from eagle3.runs.checkpoint import load_draft
+from eagle3.runs.tensors import save_tensors
 from eagle3.target.layers import numbered_by
 from eagle3.target.spec import TargetSpec
 

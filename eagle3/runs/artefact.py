@@ -6,19 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from xxhash import xxh3_128
 
 from eagle3.errors import DamageError, RunError
 from eagle3.runs.disk import read_json, write_atomically
 
-MANIFEST = "artefact.json"
+MANIFEST, STATE = "artefact.json", "state.json"  # of artefacts, of checkpoints
 # Not in a manifest: hidden states, terabytes with checksums of their own, and what goes later.
 UNLISTED = ("shard_*.safetensors", "journal.jsonl", ".*")
-CHECKSUM = "eagle3_checksum"  # in the metadata of safetensors
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -47,7 +43,7 @@ def read_manifest(path: Path, whole: bool = False) -> dict[str, Any]:
     """What `write_manifest` wrote; `whole`: if all its files are as they were. DamageError."""
     if not path.is_file():
         raise DamageError(f"{path} is missing")
-    content = read_json(path, parse_constant=float)
+    content = read_json(path, parse_constant=float, remedy="")
     # One of an older version has no checksums.
     if content.pop("checksum", None) not in (None, fingerprint(content)):
         raise DamageError(f"{path} is not as it was written")
@@ -56,40 +52,6 @@ def read_manifest(path: Path, whole: bool = False) -> dict[str, Any]:
         if not file.is_file() or describe_file(file, xxh3_128) != described:
             raise DamageError(f"{file} is missing or not as it was written")
     return content
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all, with a checksum that `load_tensors` reads."""
-    content = memoryview(save(tensors, {"format": "pt"}))
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(bytes(content[8:start]))
-    # Two entries given to `save` would come in any order, and the file not twice the same.
-    header["__metadata__"][CHECKSUM] = checksum(tensors)
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # aligns what follows, as the format asks
-    write_atomically(path, [len(head).to_bytes(8, "little"), head, content[start:]])
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of any safetensors file. Raises DamageError."""
-    try:
-        with safe_open(path, "pt") as file:
-            stated = (file.metadata() or {}).get(CHECKSUM)
-        tensors = load_file(path)
-        if stated not in (None, checksum(tensors)):
-            raise ValueError("its checksum is another")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        remedy = "delete it, or put a whole copy in its place"
-        raise DamageError(f"{path} is damaged ({error}); {remedy}") from error
-    return tensors
-
-
-def checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def artefact(

@@ -14,13 +14,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
-from eagle3.errors import ConfigError, DamageError, RunError
-from eagle3.runs.artefact import read_manifest, write_manifest
-from eagle3.runs.disk import step_folders, sync
+from eagle3.errors import ConfigError, RunError
+from eagle3.runs.artefact import STATE, read_manifest, write_manifest
+from eagle3.runs.disk import instead_of, step_folders, sync
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 Tensors = dict[str, torch.Tensor]
-STATE = "state.json"
 
 
 @dataclass
@@ -121,35 +120,18 @@ def replace_link(link: Path, target: str) -> None:
     os.replace(temporary, link)
 
 
-def read_state(path: Path, whole: bool = False) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors; `whole`: if none of its files is damaged. RunError"""
-    try:
-        return read_manifest(path / STATE, whole)
-    except DamageError as damage:
-        raise refusal(path, damage) from damage
-
-
-def refusal(path: Path, error: Exception) -> RunError:
-    """For a checkpoint that cannot be read: which one to go on from instead."""
-    real, remedy = path.resolve(), "start a new run"
-    link = path if path.is_symlink() else real.parent / "last"
-    for other in step_folders(real.parent):
-        if other != real:
-            remedy = f"to go on from {other.name}: ln -sfn {other.name} {link}"
-    return RunError(f"checkpoint {path} is damaged ({first_cause(error)}); {remedy}")
-
-
 def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     """Read a checkpoint to the host, of its tensors those named `prefix`... RunError if damaged."""
-    plain = read_state(path, whole=True)
     try:
+        plain = read_manifest(path / STATE, whole=True)
         reader = hf_storage.HuggingFaceStorageReader(str(path))
         found = reader.read_metadata().state_dict_metadata
         wanted = {name: meta for name, meta in found.items() if name.startswith(prefix)}
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
-        raise refusal(path, error) from error
+        reason = f"({first_cause(error)}); {instead_of(path)}"
+        raise RunError(f"checkpoint {path} is damaged {reason}") from error
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rank_")}
     return CheckpointState(tensors, own, plain)
 

@@ -15,9 +15,12 @@ from rich.filesize import decimal as size_text
 from eagle3.errors import DamageError, RunError
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+REMEDY = "; delete it, or put a whole copy in its place"
 
 
-def read_json(path: Path, parse_constant: Callable = lambda name: None) -> dict:
+def read_json(
+    path: Path, parse_constant: Callable = lambda name: None, remedy: str = REMEDY
+) -> dict[str, Any]:
     """The object in a JSON file, its NaN as None; {} where there is none. Raises DamageError."""
     try:
         content = json.loads(path.read_text(), parse_constant=parse_constant)
@@ -26,14 +29,23 @@ def read_json(path: Path, parse_constant: Callable = lambda name: None) -> dict:
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        remedy = "delete it, or put a whole copy in its place"
-        raise DamageError(f"{path} is damaged ({error}); {remedy}") from error
+        raise DamageError(f"{path} is damaged ({error}){remedy}") from error
     return content
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted(checkpoints.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
+
+
+def instead_of(checkpoint: Path) -> str:
+    """What to do when a checkpoint, or the one that a link names, cannot be read."""
+    real, remedy = checkpoint.resolve(), "start a new run"
+    link = checkpoint if checkpoint.is_symlink() else real.parent / "last"
+    for other in step_folders(real.parent):
+        if other != real:
+            remedy = f"to go on from {other.name}: ln -sfn {other.name} {link}"
+    return remedy
 
 
 def free_bytes(folder: str | Path) -> int:

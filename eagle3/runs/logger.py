@@ -16,8 +16,7 @@ from xxhash import xxh3_128
 
 from eagle3.config import OneOf
 from eagle3.errors import ConfigError
-from eagle3.runs.checkpoint import read_state
-from eagle3.runs.disk import write_atomically
+from eagle3.runs.disk import read_json, write_atomically
 
 REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
@@ -159,8 +158,7 @@ def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
     """While the block runs, send every line that is added to a metrics.jsonl to the tracker."""
     # Lines up to the checkpoint were sent by the run that this one resumes; what was behind it, or
     # all of a run that starts anew, is computed and sent again.
-    last = path.parent / "checkpoints" / "last"
-    update = read_state(last)["update"] if last.exists() else None
+    update = read_json(path.parent / "checkpoints" / "last" / "state.json").get("update")
     JsonLines(path, update)
     sent = (-1 if update is None else update, True)
     ended = threading.Event()

@@ -6,8 +6,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, flatten
-from eagle3.errors import ConfigError, RunError
-from eagle3.runs.disk import read_json, step_folders
+from eagle3.errors import ConfigError, DamageError, RunError
+from eagle3.runs.artefact import STATE, read_manifest
+from eagle3.runs.disk import instead_of, read_json, step_folders
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
 FREE = {
@@ -28,12 +29,17 @@ def check_checkpoints(run_dir: str | Path) -> None:
     """Raise RunError where checkpoints are there, but not what a run is resumed by."""
     folder = Path(run_dir) / "checkpoints"
     last, steps = folder / "last", step_folders(folder)
-    if steps and not last.exists():
-        words = f"{last} is missing or leads nowhere, but {steps[-1].name} is there"
-        raise RunError(f"{words}; to go on from it: ln -sfn {steps[-1].name} {last}")
-    if steps and "config" not in read_json(Path(run_dir) / "run.json"):
+    if not steps:
+        return
+    if not last.exists():
+        raise RunError(f"{last} is missing or leads nowhere; {instead_of(last)}")
+    if "config" not in read_json(Path(run_dir) / "run.json"):
         remedy = "put it back, or start in another hydra.run.dir"
         raise RunError(f"{run_dir} has checkpoints, but no config in run.json: {remedy}")
+    try:
+        read_manifest(last / STATE)
+    except DamageError as damage:
+        raise RunError(f"checkpoint {last} is damaged ({damage}); {instead_of(last)}") from damage
 
 
 def read_overrides(run_dir: Path) -> list[str]:
