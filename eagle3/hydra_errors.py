@@ -53,7 +53,9 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return wrong_key_or_value(error, conf), 2
     if isinstance(error, OSError) and error.strerror in FULL:
-        where = error.filename or Path.cwd()
+        # Hydra writes before it says where.
+        given = [a for a in sys.argv if a.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+        where = error.filename or "".join(given[-1:]).partition("=")[2] or Path.cwd()
         free = size_text(free_bytes(where))
         return f"{error.strerror}: {where} has {free} free; make room, or name another folder", 1
     if isinstance(error, OSError) and error.filename is not None:

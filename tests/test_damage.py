@@ -310,7 +310,7 @@ def test_a_full_disk_anywhere(settings, tmp_path, monkeypatch, writer):
     with monkeypatch.context() as patch:
         patch.setattr(*WRITERS[writer], write)
         said = sentence(overrides, tmp_path / "run")
-    assert f"No space left on device; {tmp_path}" in said.replace("; the one before is whole", "")
+    assert f"No space left on device; {tmp_path}" in said.replace("; earlier ones are whole", "")
     command = f"train.resume={tmp_path / 'run'}" if writer in ("export", "report") else overrides[0]
     assert f" free: make room, and go on with: python run.py {command}" in said
     run(overrides, tmp_path / "run")

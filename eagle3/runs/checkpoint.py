@@ -78,7 +78,7 @@ class CheckpointWriter:
                 if old.resolve() not in linked:
                     shutil.rmtree(old)
         except (OSError, CheckpointException) as error:
-            reason = f"{first_cause(error)}; the one before is whole"
+            reason = f"{first_cause(error)}; earlier ones are whole"
             raise RunError(f"{path} cannot be written: {reason}") from error
 
     def raise_if_failed(self) -> None:
