@@ -44,10 +44,10 @@ def read_manifest(path: Path, whole: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise DamageError(f"{path} is missing")
     content = read_json(path, parse_constant=float, remedy="")
-    # One of an older version has no checksums.
-    if content.pop("checksum", None) not in (None, fingerprint(content)):
-        raise DamageError(f"{path} is not as it was written")
-    for name, described in content.pop("files", {}).items() if whole else ():
+    if content.pop("checksum", None) != fingerprint(content):
+        raise DamageError(f"{path} is damaged or of an older version")
+    files = content.pop("files")
+    for name, described in files.items() if whole else ():
         file = path.with_name(name)
         if not file.is_file() or describe_file(file, xxh3_128) != described:
             raise DamageError(f"{file} is missing or not as it was written")
