@@ -85,7 +85,7 @@ PREPARED = ("input_ids.bin", "loss_mask.bin", "index.npy", "vocab.npy", "heldout
 CACHED = [("prepared", name, "flipped") for name in (*PREPARED, "artefact.json")]
 CACHED += [("prepared", "index.npy", how) for how in ("cut", "emptied", "removed")]
 CACHED += [("prepared", "artefact.json", how) for how in ("cut", "emptied", "removed")]
-CACHED += [("generated", "part_00000.safetensors", how) for how in DAMAGES]
+CACHED += [("generated", "*_00000.safetensors", how) for how in DAMAGES]
 
 
 @pytest.mark.runs
@@ -101,6 +101,25 @@ def test_a_damaged_cache_is_one_sentence(copy, kind, name, how):
     shutil.rmtree(path.parent)
     run([*overrides, f"stages=[{stage}]"], folder / "again")
     assert path.is_file()
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    ("kind", "name", "how"),
+    [("generated", "*_00000.safetensors", "flipped"), ("prepared", "state.json", "cut")],
+)
+def test_what_an_interrupted_stage_left_is_checked_too(copy, kind, name, how):
+    folder, overrides = copy
+    whole = only(folder / "cache", f"{kind}/*/artefact.json").parent
+    partial = whole.rename(whole.with_suffix(".partial"))
+    (partial / "artefact.json").rename(partial / "state.json")  # as `prepare` notes how far it is
+    path = only(partial, name)
+    DAMAGES[how](path)
+    said = sentence([*overrides, "stages=[prepare,generate]"], folder / "again")
+    assert said.startswith(f"{path} is damaged (") and "; delete it" in said
+    path.unlink()
+    run([*overrides, "stages=[prepare,generate]"], folder / "again")
+    assert (whole / "artefact.json").is_file()
 
 
 LAST = "run/checkpoints/last"

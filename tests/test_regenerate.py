@@ -502,6 +502,9 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
     assert names == {"artefact.json", "conversations.jsonl", "rejects.jsonl"}
     # where the answers come from changes nothing, so they are found again
     assert regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked) == (again, paths)
+    target.spec.dtype = "float32"  # which decides over answers
+    with pytest.raises(RunError, match="lists no model"):
+        regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked)
 
 
 def test_the_model_must_be_clear(tmp_path, dead_url):
