@@ -11,3 +11,7 @@ class RunError(RuntimeError):
     """The run met something it cannot go on with (data, files, a model); `run.py` exits with 1."""
 
     exit_code = 1
+
+
+class DamageError(RunError):
+    """A file is missing, cut, or not as it was written."""

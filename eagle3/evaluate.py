@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors.torch import load_file, save
 
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
@@ -22,7 +21,7 @@ from eagle3.draft.model import Draft
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
-from eagle3.runs.disk import write_atomically
+from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
 
@@ -57,9 +56,9 @@ def write_answers(
         paths = [answer_path(folder, i) for i in indices]
         if not all(path.exists() for path in paths):
             for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens), strict=True):
-                write_atomically(path, [save(tensors)])
+                save_tensors(path, tensors)
         for path, prompt in zip(paths, ids, strict=True):
-            tensors = load_file(path)
+            tensors = load_tensors(path)
             shortened += int(tensors["shortened"])
             answered += len(tensors["input_ids"]) - len(prompt)
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
@@ -93,7 +92,7 @@ def load_answers(folder: Path) -> list[Document]:
     """Prompts with their answers, which the loss mask has, in order of the prompts."""
     answers = []
     for number, prompt in enumerate(read_inputs(folder)["prompts"]):
-        tensors = load_file(answer_path(folder, number))
+        tensors = load_tensors(answer_path(folder, number))
         features = Features(*(tensors[field.name] for field in fields(Features)))
         ids = tensors["input_ids"]
         mask = torch.arange(len(ids)) >= len(prompt["input_ids"])

@@ -15,6 +15,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from eagle3.config import RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.disk import FULL, free_bytes, size_text
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 # Of hydra: hydra-<name>-launcher and hydra-<name>-sweeper bring options of these names.
@@ -60,6 +61,12 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
         return unreadable(error.override, error.message), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return wrong_key_or_value(error, conf), 2
+    if isinstance(error, OSError) and error.strerror in FULL:
+        # Hydra writes before it says where.
+        given = [a for a in sys.argv if a.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+        where = error.filename or "".join(given[-1:]).partition("=")[2] or Path.cwd()
+        free = size_text(free_bytes(where))
+        return f"{error.strerror}: {where} has {free} free; make room, or name another folder", 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror}: {error.filename}; name another folder or free it", 1
     return " ".join(str(error).split()), 1

@@ -30,7 +30,9 @@ from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
 from eagle3.runs.artefact import fingerprint, read_facts
+from eagle3.runs.disk import name_full_disk
 from eagle3.runs.logger import follow_metrics
+from eagle3.runs.resume import command_to_resume
 from eagle3.runs.tracking import read_acceptance, track_run
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import read_spec
@@ -71,7 +73,12 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         return None
 
     prepared = answers = store = None
-    with target, track_run(config, run_dir, overrides, device, console) as tracking:
+    folders, resume = [run_dir, cache_dir, hidden.path or run_dir], (run_dir, overrides)
+    with (
+        name_full_disk(folders, lambda: command_to_resume(*resume)),
+        target,
+        track_run(config, run_dir, overrides, device, console) as tracking,
+    ):
         if "import" in listed or (store_alone and "train" in listed):
             path = Path(hidden.path)
             if imports:

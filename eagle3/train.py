@@ -37,6 +37,7 @@ from eagle3.runs.checkpoint import (
     load_checkpoint,
     load_draft,
 )
+from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import note_signals, progress_bar
@@ -76,9 +77,10 @@ def train(
         check_fingerprints(saved.plain["inputs"], data.fingerprints)
     supply = open_supply(config, target, data, ranks)
     trainer = build_trainer(config, target, supply, saved, ranks)
-    draft, total, resumed_at = trainer.draft, trainer.loader.total_updates, None
+    draft, total, resumed_at, history = trainer.draft, trainer.loader.total_updates, None, None
     if saved:
-        resumed_at, saved = trainer.update, None  # it holds a draft and its moments on the host
+        resumed_at, history = trainer.update, saved.plain.get("metrics")
+        saved = None  # it holds a draft and its moments on the host
         print(f"train: resumed after update {resumed_at} of {total}")
 
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
@@ -87,7 +89,8 @@ def train(
         answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
     path = run_dir / "metrics.jsonl"
-    log = JsonLines(path, resumed_at).log if ranks.is_main else lambda metrics, step: None
+    lines = JsonLines(path, resumed_at, history) if ranks.is_main else None
+    log = lines.log if lines else lambda metrics, step: None
     timeout = collective_timeout(config.launch.timeout)
     checkpoints = CheckpointWriter(folder, section.keep_last, ranks.rank, ranks.world_size, timeout)
     updates = iter(trainer.loader)
@@ -131,6 +134,7 @@ def train(
                 supply.sync()  # what a checkpoint says was trained on must be on disk by then
                 state = trainer.state()
                 state.plain["inputs"] = data.fingerprints
+                state.plain["metrics"] = lines and lines.checksum.hexdigest()
                 checkpoints.save(trainer.update, state, is_best)
             checkpoints.raise_if_failed()
             if stopping:
@@ -146,7 +150,7 @@ def train(
         draft.load_state_dict(load_draft(best)[1])
         evaluation, update = measure(), trainer.best_update
         values = asdict(evaluation) | {"update": update}
-        (run_dir / "evaluation.json").write_text(json.dumps(values))
+        write_atomically(run_dir / "evaluation.json", [json.dumps(values).encode()])
         length = evaluation.acceptance_length[draft_length]
         found = f"{length:.2f} at draft length {draft_length}, update {update}"
         print(f"train: best acceptance length {found}")

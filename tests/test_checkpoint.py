@@ -58,7 +58,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, broken)
         patch.setattr(*broken, full)
         checkpoints.save(2, state(2))
         wait([checkpoints.writing])
-        with pytest.raises(RunError, match=r"step_2 .*No space left.*; make room") as error:
+        with pytest.raises(
+            RunError, match=r"step_2 .*No space left.*; earlier ones are whole"
+        ) as error:
             checkpoints.raise_if_failed()
     assert "\n" not in str(error.value)
     assert os.readlink(tmp_path / "last") == "step_1"

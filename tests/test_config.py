@@ -85,7 +85,7 @@ SENTENCES = {
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "parallel=usp": "parallel.ulysses has no value; set parallel.ulysses=...",
-    "parallel=usp & parallel.ulysses=8 & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the",
+    "parallel=usp & parallel.ulysses=8 & launch.nproc_per_node=8": "parallel.ulysses=8 must divide",
     "launch.nnodes=2": "launch.nnodes=2 needs launch/torchrun.sh on every node",
     "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of",
     "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9, low to high",

@@ -403,7 +403,7 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
     path = str(write_jsonl(tmp_path / "a.jsonl", *rows))
     files = find_files(Source(path), "")
     sources = [(Source(path, weight=weight), files) for weight in (0.5, 2.0)]
-    target = SimpleNamespace(spec=SimpleNamespace(identity="target"))
+    target = SimpleNamespace(spec=SimpleNamespace(identity="target", dtype="bfloat16"))
     with Fake() as fake:
         asked = (section("data"), sources, Chat(tokenizer), target, str(tmp_path))
         again, paths = regenerate(asks("server") | {"urls": [fake.url]}, *asked)
@@ -414,6 +414,9 @@ def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
     assert names == {"artefact.json", "conversations.jsonl", "rejects.jsonl"}
     # where the answers come from changes nothing, so they are found again
     assert regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked) == (again, paths)
+    target.spec.dtype = "float32"  # which decides over answers
+    with pytest.raises(RunError, match="lists no model"):
+        regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked)
 
 
 def test_the_model_must_be_clear(tmp_path, dead_url):

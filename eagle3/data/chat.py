@@ -150,7 +150,9 @@ class Chat:
         whole = sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         # A template with a clock renders otherwise tomorrow.
         dated = {"date": str(date.today())} if "strftime_now" in self.template else {}
-        return {"tokenizer": whole, "template": self.template, "options": self.options, **dated}
+        rendered = {"template": self.template, "options": self.options}
+        rendered["special_tokens"] = self.tokenizer.special_tokens_map
+        return {"tokenizer": whole, **rendered, **dated}
 
     def render(self, messages: Messages, tools=None, prompt=False) -> tuple[str, list[Span]]:
         """The text, and its spans that `{% generation %}` marks. Raises RowError if refused."""

@@ -27,6 +27,7 @@ from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, 
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, read_facts
+from eagle3.runs.disk import read_json, write_atomically
 
 STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
@@ -136,8 +137,7 @@ class Writer:
         self.folder, self.vocab_size, self.num_heldout = folder, vocab_size, num_heldout
         self.rows = self.tokens = self.not_found = 0
         self.reasons, self.candidates, self.example = {}, [], None
-        if (folder / STATE).exists():
-            vars(self).update(json.loads((folder / STATE).read_text()))
+        vars(self).update(read_json(folder / STATE))
         self.files = []
         sizes = {"input_ids": 4 * self.tokens, "loss_mask": self.tokens}
         for name, size in (sizes | {"rows": RECORD.itemsize * self.rows}).items():
@@ -183,9 +183,8 @@ class Writer:
             stream.flush()
             os.fsync(stream.fileno())
         # The rows are on disk before the state speaks of them.
-        partial = self.folder / f"{STATE}.partial"
-        partial.write_text(json.dumps({name: getattr(self, name) for name in NOTED}))
-        os.replace(partial, self.folder / STATE)
+        state = {name: getattr(self, name) for name in NOTED}
+        write_atomically(self.folder / STATE, [json.dumps(state).encode()])
 
     def rejects(self, records: np.ndarray) -> list[dict]:
         """{"file", "line", "reason"} of the rows that are rejected."""

@@ -20,7 +20,7 @@ from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows
 from eagle3.errors import ConfigError, RunError
-from eagle3.runs.artefact import artefact
+from eagle3.runs.artefact import artefact, fingerprint
 from eagle3.runs.logger import redact
 from eagle3.target.handle import TargetHandle
 
@@ -41,12 +41,13 @@ def regenerate(
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
-            "format": 2,  # of the journal
+            "format": 3,  # of the journal
             **{k: getattr(data, k) for k in ("num_samples", "system_prompt", "max_length")},
             "files": [file.identity for file in files],
             "share": share,
             "chat": chat.identity,
             "target": target.spec.identity,
+            "dtype": target.spec.dtype,
             "answers": {k: v for k, v in config.items() if k not in HOW_TO_ASK},
         }
 
@@ -127,15 +128,21 @@ class Journal:
         stream.seek(0)
         end = 0
         for line in stream:
-            if line.endswith(b"\n"):  # else the last call was killed in the middle of it
-                self.offsets[json.loads(line)["row"]] = end
-                end += len(line)
-        stream.truncate(end)
+            entry = {}
+            # A line that is damaged, or in which the last call was killed, is answered again.
+            with suppress(ValueError, TypeError, RecursionError):
+                entry = dict(json.loads(line))
+            if entry.pop("checksum", None) == fingerprint(entry):
+                self.offsets[entry["row"]] = end
+            end += len(line)
+        if end and not line.endswith(b"\n"):
+            stream.write(b"\n")
 
     def write(self, number: int, row: Row, dialogue: Dialogue) -> None:
         result = {"messages": dialogue.messages, "reason": dialogue.reason, **dialogue.counts}
+        entry = {"row": number, "file": row.file, "line": row.line, **result}
         self.offsets[number] = self.stream.seek(0, os.SEEK_END)
-        self.stream.write(to_line({"row": number, "file": row.file, "line": row.line, **result}))
+        self.stream.write(to_line(entry | {"checksum": fingerprint(entry)}))
         self.stream.flush()
 
 
@@ -403,5 +410,5 @@ class Server:
             reasoning = message.get("reasoning_content") or message.get("reasoning")
             num_tokens = int(usage.get("completion_tokens") or 0)
             dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise RowError("malformed reply") from error

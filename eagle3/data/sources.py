@@ -2,9 +2,9 @@
 
 import codecs
 import json
-import lzma
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,11 +18,17 @@ from eagle3.config import Data, Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import describe_file, fingerprint
+from eagle3.runs.disk import write_atomically
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 TEXTS = (".jsonl", ".json", ".ndjson")
 SUFFIXES = (*TEXTS, *(f"{kind}{pack}" for kind in TEXTS for pack in PACKED), ".parquet")
 ALLOWED = ".jsonl, .json, .ndjson (also .gz, .bz2, .xz, .zst) or .parquet"
+# How such files begin, whatever they are called.
+BEGINS = {
+    ".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"(\xb5/\xfd",
+    ".parquet": b"PAR1",
+}  # fmt: skip
 BLOCK = 1 << 22
 LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
 
@@ -72,7 +78,8 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
             found = sorted(p for p in local.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
         if not found:
             raise ConfigError(f"{key}.path={source.path} holds no file that ends in {ALLOWED}")
-        return [DataFile(str(path), str(path), describe_file(path)) for path in found]
+        described = [describe_file(path) | {"read_as": read_as(path.name)} for path in found]
+        return [DataFile(str(path), str(path), each) for path, each in zip(found, described)]
     # Resolving a hub id asks the network even where all of its files are cached, which nodes of a
     # cluster often have not: what it resolved to is noted.
     noted = Path(cache_dir) / "sources" / f"{fingerprint(asdict(source) | {'weight': None})}.json"
@@ -81,15 +88,22 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        files = json.loads(noted.read_text()) if noted.is_file() else []
+        files = []
+        with suppress(OSError, ValueError):  # of a note that is damaged, too, nothing is known
+            files = json.loads(noted.read_text())
         if files and all(Path(file["path"]).is_file() for file in files):
             return [DataFile(**file) for file in files]
         reason = " ".join(str(error).split()) or type(error).__name__
         words = f"is no local file or folder, and cannot be fetched: {reason}"
         raise RunError(f"{key}.path={source.path} {words}") from error
     noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps([asdict(file) for file in files]))
+    write_atomically(noted, [json.dumps([asdict(file) for file in files]).encode()])
     return files
+
+
+def read_as(name: str) -> str:
+    """The end of a name that decides how a file is read, "" for lines or a list of JSON."""
+    return next((suffix for suffix in BEGINS if name.endswith(suffix)), "")
 
 
 def download(source: Source, key: str) -> list[DataFile]:
@@ -120,10 +134,16 @@ def raw_rows(file: DataFile) -> Iterator[tuple[int, bytes | Any, float]]:
     compression = infer_compression(name)
     if compression is None and name.endswith(PACKED):
         raise RunError(f"{file.name} needs a package to unpack it, such as `pip install zstandard`")
+    kind = read_as(name)
+    with open(file.path, "rb") as stream:
+        start = stream.read(8)
+    if found := [end for end, begin in BEGINS.items() if start.startswith(begin) and end != kind]:
+        raise RunError(f"{file.name} is a {found[0]} file by its content; let its name end so")
     try:
-        parquet = name.endswith(".parquet")
-        yield from parquet_rows(file) if parquet else json_rows(file, compression)
-    except (EOFError, OSError, ValueError, lzma.LZMAError) as error:
+        yield from parquet_rows(file) if kind == ".parquet" else json_rows(file, compression)
+    except RunError:
+        raise
+    except Exception as error:  # each library raises its own kinds
         raise RunError(f"{file.name} is damaged ({str(error).strip()}); fetch it again") from error
 
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.tensors import load_tensors
 from eagle3.target.layers import meant_by
 
 SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -140,13 +139,13 @@ def read_any(folder: Path) -> DraftFiles:
     single = folder / SINGLE
     shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     named, weights = {}, shards[0].name if shards else PICKLED
+    for shard in shards:
+        named |= load_tensors(shard)
     try:
-        for shard in shards:
-            named |= load_file(shard)
         if not shards:  # a pickle may name any function; weights_only calls none but torch's own
             named = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
             named = {name: tensor.detach() for name, tensor in named.items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except OSError as error:
         raise RunError(f"draft at {folder}: {weights} cannot be read: {error}") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         reason = "is damaged, no dictionary of tensors, or would run code when read; get it as"

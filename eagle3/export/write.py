@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 
 from eagle3.config import Export
 from eagle3.draft.attention import Dense
@@ -17,6 +16,7 @@ from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, SINGLE, absolute
 from eagle3.runs.checkpoint import load_draft
+from eagle3.runs.tensors import save_tensors
 from eagle3.target.layers import numbered_by
 from eagle3.target.spec import TargetSpec
 
@@ -34,7 +34,7 @@ def export_draft(
     checkpoint: Path, section: Export, target: TargetSpec, draft_length: int, run_dir: Path
 ) -> None:
     """Write `run_dir/draft` (and `draft-speculators`) from a checkpoint folder. Raises RunError."""
-    if not checkpoint.exists():
+    if not os.path.lexists(checkpoint):
         raise RunError(f"{run_dir} has no checkpoint to export; put train before export in stages")
     # As it was trained: `draft.init_from` may have brought another shape than the config's.
     shape, state = load_draft(checkpoint)
@@ -63,7 +63,7 @@ def write_draft(draft: Draft, folder: Path, config: dict[str, Any]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(tensors, partial / SINGLE, metadata={"format": "pt"})
+    save_tensors(partial / SINGLE, tensors)
     (partial / "config.json").write_text(json.dumps(config, indent=2))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

@@ -31,7 +31,7 @@ from eagle3.errors import RunError
 from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite
 from eagle3.hidden_states.store import Store, create_store, stored_bytes
 from eagle3.runs.artefact import artefact, fingerprint
-from eagle3.runs.disk import write_atomically
+from eagle3.runs.disk import read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights, load_weights
@@ -79,8 +79,7 @@ def convert(
     create_store(folder, inputs)
     store, noted = Store(folder), folder / "progress.json"
     done = {"files": 0, "shards": 0, "rejected": [], "counts": [0] * len(weights.head)}
-    if noted.exists():  # an interrupted call's, which goes on
-        done = json.loads(noted.read_text())
+    done |= read_json(noted)  # an interrupted call's, which goes on
     rejected, counts = done["rejected"], np.array(done["counts"])
     documents, size = [], 0
     for key in track(range(done["files"], len(files)), "import hidden states", transient=True):

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from eagle3.batch import Document, Features
-from eagle3.errors import RunError
+from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
 
 VERSION = 3
@@ -27,10 +27,6 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int32: "I32", torch
 NAMES[torch.bool] = "BOOL"
 COUNTS = ("key", "tokens", "teacher_rows", "supervised")
 RECORD = np.dtype([(name, "<i8") for name in COUNTS] + [("checksum", "<u8")])
-
-
-class DamageError(Exception):
-    """Why a document, or a whole shard, cannot be read."""
 
 
 class Column(NamedTuple):

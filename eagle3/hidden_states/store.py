@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from eagle3.batch import Document
 from eagle3.config import HiddenStates, parse_size
 from eagle3.data.vocab import choose_vocab
-from eagle3.errors import RunError
+from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states import shards
-from eagle3.hidden_states.shards import DamageError, Shard, shard_number, shard_path
+from eagle3.hidden_states.shards import Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
 from eagle3.runs.disk import free_bytes, write_atomically
 from eagle3.target.handle import TargetHandle
@@ -209,7 +209,7 @@ class HybridStore(Store):
             # A smaller one behind it might still fit, but what is kept would be an odd sample.
             if len(fitting) < len(documents):
                 self.full = True
-                self.refused.write_text(str(self.max_bytes))
+                write_atomically(self.refused, [str(self.max_bytes).encode()])
         except OSError as error:
             self.full = True
             why = f"({error.strerror}); set a lower hidden_states.max_disk or another path"
@@ -232,8 +232,9 @@ def owner_of(path: Path) -> int:
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
     if check_inputs(folder, inputs) is None or read_index(folder) is None:
+        missing = INDEX if (folder / INPUTS).exists() else INPUTS
         remedy = "add capture to stages, or set hidden_states.path"
-        raise RunError(f"{folder} holds no complete store: {remedy}")
+        raise RunError(f"{folder} holds no complete store (no {missing}): {remedy}")
     return Store(folder, section.on_damage)
 
 
@@ -244,8 +245,8 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
             if check_inputs(folder, inputs) is None:
                 if any(folder.glob("*.safetensors")):
-                    remedy = "which this project did not write; name an empty folder"
-                    raise RunError(f"hidden_states.path={folder} holds .safetensors, {remedy}")
+                    words = f"hidden_states.path={folder} holds .safetensors, but no {INPUTS}"
+                    raise RunError(f"{words}: put it back, or name an empty folder")
                 write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error

@@ -143,7 +143,7 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
         killed = f"process {rank} was killed by {failure.signal_name()}"
         reason = "the system does that when memory runs out"
         return RunError(f"{killed} ({reason}); go on with: {resume}")
-    if kind == "RunError":
+    if kind in ("RunError", "DamageError"):
         return RunError(sentence)
     log = f"logs/rank_{rank}.log of the run"
     return RunError(f"process {rank} failed: {text.splitlines()[0]}; more in {log}")

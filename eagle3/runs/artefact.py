@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from xxhash import xxh3_128
 
-from eagle3.errors import RunError
+from eagle3.errors import DamageError, RunError
+from eagle3.runs.disk import read_json, write_atomically
+
+MANIFEST, STATE = "artefact.json", "state.json"  # of artefacts, of checkpoints
+# Not in a manifest: hidden states, terabytes with checksums of their own, and what goes later.
+UNLISTED = ("shard_*.safetensors", "journal.jsonl", ".*")
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -18,22 +24,46 @@ def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def describe_file(path: str | Path) -> dict[str, Any]:
+def describe_file(path: str | Path, algorithm: Any = "sha256") -> dict[str, Any]:
     with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": Path(path).stat().st_size, "sha256": digest}
+        digest = hashlib.file_digest(stream, algorithm)
+    return {"bytes": Path(path).stat().st_size, digest.name.lower(): digest.hexdigest()}
+
+
+def write_manifest(path: Path, content: dict[str, Any]) -> None:
+    """Write a folder's last file: `content`, and size and checksum of all the others in it."""
+    others = [file for file in sorted(path.parent.iterdir()) if not any(map(file.match, UNLISTED))]
+    content = content | {"files": {file.name: describe_file(file, xxh3_128) for file in others}}
+    content = json.loads(json.dumps(content, default=str))
+    text = json.dumps(content | {"checksum": fingerprint(content)}, indent=1)
+    write_atomically(path, [text.encode()])
+
+
+def read_manifest(path: Path, whole: bool = False) -> dict[str, Any]:
+    """What `write_manifest` wrote; `whole`: if all its files are as they were. DamageError."""
+    if not path.is_file():
+        raise DamageError(f"{path} is missing")
+    content = read_json(path, parse_constant=float, remedy="")
+    if content.pop("checksum", None) != fingerprint(content):
+        raise DamageError(f"{path} is damaged or of an older version")
+    files = content.pop("files")
+    for name, described in files.items() if whole else ():
+        file = path.with_name(name)
+        if not file.is_file() or describe_file(file, xxh3_128) != described:
+            raise DamageError(f"{file} is missing or not as it was written")
+    return content
 
 
 def artefact(
     cache_dir: str, kind: str, inputs: dict, write: Callable[[Path], dict] | None, stage: str
 ) -> Path:
-    """The folder `<cache_dir>/<kind>/<fingerprint>`: reused when complete, else filled by `write`.
+    """The folder `<cache_dir>/<kind>/<fingerprint>`: checked where it is, else filled by `write`.
 
     `write(folder)` finds what an interrupted call left; without it the folder must be there.
     """
     path = Path(cache_dir) / kind / fingerprint(inputs)
-    if (path / "artefact.json").is_file():
-        return path
+    if path.is_dir():
+        return check_artefact(path, stage)
     if write is None:
         raise RunError(f"cache_dir={cache_dir} has no {kind}/{path.name}: add {stage} to stages")
     try:
@@ -43,22 +73,30 @@ def artefact(
         raise RunError(f"cache_dir={cache_dir} cannot be written: {error}") from error
     # Runs of a sweep want the same artefact at the same moment: one writes it, the others wait.
     with lock:
-        if (path / "artefact.json").is_file():  # another process wrote it while this one waited
-            return path
+        if path.is_dir():  # another process wrote it while this one waited
+            return check_artefact(path, stage)
         partial = path.with_suffix(".partial")
         partial.mkdir(exist_ok=True)
         facts = write(partial)
-        content = json.dumps({"inputs": inputs, "facts": facts}, indent=1, default=str)
-        (partial / "artefact.json").write_text(content)
+        write_manifest(partial / MANIFEST, {"inputs": inputs, "facts": facts})
         partial.rename(path)  # only what is complete has its name
+    return path
+
+
+def check_artefact(path: Path, stage: str) -> Path:
+    """Read all of its files once, so that whoever opens them afterwards need not doubt them."""
+    try:
+        read_manifest(path / MANIFEST, whole=True)
+    except DamageError as damage:
+        raise RunError(f"{damage}; delete {path} and add {stage} to stages") from damage
     return path
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """What `write` returned for the artefact at `path`."""
-    return json.loads((path / "artefact.json").read_text())["facts"]
+    return read_manifest(path / MANIFEST)["facts"]
 
 
 def read_inputs(path: Path) -> dict[str, Any]:
     """What the artefact at `path` was made from."""
-    return json.loads((path / "artefact.json").read_text())["inputs"]
+    return read_manifest(path / MANIFEST)["inputs"]

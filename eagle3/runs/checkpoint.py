@@ -1,6 +1,5 @@
 """Resumable state: every rank writes its part; as safetensors, so that nothing can run code."""
 
-import json
 import os
 import shutil
 import warnings
@@ -16,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
 from eagle3.errors import ConfigError, RunError
-from eagle3.runs.disk import sync, write_atomically
+from eagle3.runs.artefact import STATE, read_manifest, write_manifest
+from eagle3.runs.disk import instead_of, step_folders, sync
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 Tensors = dict[str, torch.Tensor]
@@ -63,7 +63,7 @@ class CheckpointWriter:
             dcp.save(tensors, storage_writer=storage, process_group=self.group, no_dist=alone)
             if self.rank != 0:
                 return
-            write_atomically(partial / "state.json", [json.dumps(plain, indent=1).encode()])
+            write_manifest(partial / STATE, plain)
             if path.exists():  # from before a resumed run went back to an earlier one
                 shutil.rmtree(path)
             os.replace(partial, path)
@@ -78,7 +78,7 @@ class CheckpointWriter:
                 if old.resolve() not in linked:
                     shutil.rmtree(old)
         except (OSError, CheckpointException) as error:
-            reason = f"{first_cause(error)}; make room and go on from the one before"
+            reason = f"{first_cause(error)}; earlier ones are whole"
             raise RunError(f"{path} cannot be written: {reason}") from error
 
     def raise_if_failed(self) -> None:
@@ -120,25 +120,18 @@ def replace_link(link: Path, target: str) -> None:
     os.replace(temporary, link)
 
 
-def step_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
-
-
 def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     """Read a checkpoint to the host, of its tensors those named `prefix`... RunError if damaged."""
     try:
-        plain = json.loads((path / "state.json").read_text())
+        plain = read_manifest(path / STATE, whole=True)
         reader = hf_storage.HuggingFaceStorageReader(str(path))
         found = reader.read_metadata().state_dict_metadata
         wanted = {name: meta for name, meta in found.items() if name.startswith(prefix)}
         tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in wanted.items()}
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
-        real, remedy = path.resolve(), "start a new run"
-        for other in step_folders(real.parent):
-            if other != real:
-                remedy = f"to go on from {other.name}: ln -sfn {other.name} {real.parent}/last"
-        raise RunError(f"checkpoint {path} is damaged ({first_cause(error)}); {remedy}") from error
+        reason = f"({first_cause(error)}); {instead_of(path)}"
+        raise RunError(f"checkpoint {path} is damaged {reason}") from error
     own = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rank_")}
     return CheckpointState(tensors, own, plain)
 

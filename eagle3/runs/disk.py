@@ -1,27 +1,72 @@
 """Files: whether a disk can hold them, whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal as size_text
 
-from eagle3.errors import RunError
+from eagle3.errors import DamageError, RunError
+
+FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+REMEDY = "; delete it, or put a whole copy in its place"
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, its NaN as None; {} where there is none."""
-    return json.loads(path.read_text(), parse_constant=lambda name: None) if path.exists() else {}
+def read_json(
+    path: Path, parse_constant: Callable = lambda name: None, remedy: str = REMEDY
+) -> dict[str, Any]:
+    """The object in a JSON file, its NaN as None; {} where there is none. Raises DamageError."""
+    try:
+        content = json.loads(path.read_text(), parse_constant=parse_constant)
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path} is damaged ({error}){remedy}") from error
+    return content
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(checkpoints.glob("step_*[0-9]"), key=lambda path: int(path.name.split("_")[1]))
+
+
+def instead_of(checkpoint: Path) -> str:
+    """What to do when a checkpoint, or the one that a link names, cannot be read."""
+    real, remedy = checkpoint.resolve(), "start a new run"
+    link = checkpoint if checkpoint.is_symlink() else real.parent / "last"
+    for other in step_folders(real.parent):
+        if other != real:
+            remedy = f"to go on from {other.name}: ln -sfn {other.name} {link}"
+    return remedy
 
 
 def free_bytes(folder: str | Path) -> int:
     """What may still be written to `folder`, which need not exist yet."""
     folder = Path(folder).expanduser().absolute()
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+@contextmanager
+def name_full_disk(folders: list[str | Path], command: Callable[[], str]) -> Iterator[None]:
+    """When a disk has no room, RunError says which of `folders`, what is free, how to go on."""
+    try:
+        yield
+    except Exception as error:
+        # By its words, as safetensors, torch and other processes hand on no more.
+        if not any(words in str(error) for words in FULL):
+            raise
+        folder = getattr(error, "filename", None) or min(folders, key=free_bytes)
+        what = getattr(error, "strerror", None) or error
+        free = f"{folder} has {size_text(free_bytes(folder))} free"
+        raise RunError(f"{what}; {free}: make room, and go on with: {command()}") from error
 
 
 def sync(path: Path) -> None:

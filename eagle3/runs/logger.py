@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
+from xxhash import xxh3_128
 
 from eagle3.config import OneOf
 from eagle3.errors import ConfigError
@@ -81,19 +82,29 @@ def parse_lines(lines: list[bytes]) -> list[dict]:
 class JsonLines:
     """metrics.jsonl: one JSON object a `log` call, on disk when the call returns."""
 
-    def __init__(self, path: str | Path, resume_step: int | None = None):
-        """Starts the file anew, or keeps its lines up to update `resume_step`."""
+    def __init__(
+        self, path: str | Path, resume_step: int | None = None, checksum: str | None = None
+    ):
+        """Starts the file anew, or keeps its lines up to update `resume_step`, and says where they
+        are no longer those of the `checksum` that they had then.
+        """
         self.path = Path(path)
         kept = read_metrics(path) if resume_step is not None else []
         lines = [json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step]
-        write_atomically(self.path, ["".join(lines).encode()])
+        text = "".join(lines).encode()
+        self.checksum = xxh3_128(text)
+        if checksum not in (None, self.checksum.hexdigest()):
+            print(f"train: {path} was cut or changed: {len(lines)} lines are left of its history")
+        write_atomically(self.path, [text])
 
     def log(self, metrics: dict, step: int) -> None:
         """Append `metrics` (numbers, strings, lists) as of update `step`; NaN becomes null."""
         # Python writes NaN and Infinity as words that are no JSON, and reads them again.
         finite = json.loads(json.dumps(metrics), parse_constant=lambda word: None)
+        line = json.dumps({"step": step} | finite) + "\n"
+        self.checksum.update(line.encode())
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | finite) + "\n")
+            file.write(line)
 
 
 class NoTracker:

@@ -108,7 +108,7 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
 
 def curve(trained: list[dict], key: str) -> Line:
     """(update, value) where it was measured; means of neighbours where points are too many."""
-    points = [(row["step"], row[key]) for row in trained if row[key] is not None]
+    points = [(row["step"], row[key]) for row in trained if row.get(key) is not None]
     size = max(1, math.ceil(len(points) / MAX_POINTS))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]

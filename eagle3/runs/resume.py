@@ -14,9 +14,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, check_targets, flatten
-from eagle3.errors import ConfigError
-from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import read_json
+from eagle3.errors import ConfigError, DamageError, RunError
+from eagle3.runs.artefact import STATE, fingerprint, read_manifest
+from eagle3.runs.disk import instead_of, read_json, step_folders
 from eagle3.runs.logger import REDACTED, redact
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
@@ -39,6 +39,23 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "run.json").is_file() and (Path(path) / "checkpoints" / "last").exists()
 
 
+def check_checkpoints(run_dir: str | Path) -> None:
+    """Raise RunError where checkpoints are there, but not what a run is resumed by."""
+    folder = Path(run_dir) / "checkpoints"
+    last, steps = folder / "last", step_folders(folder)
+    if not steps:
+        return
+    if not last.exists():
+        raise RunError(f"{last} is missing or leads nowhere; {instead_of(last)}")
+    if "config" not in read_json(Path(run_dir) / "run.json"):
+        remedy = "put it back, or start in another hydra.run.dir"
+        raise RunError(f"{run_dir} has checkpoints, but no config in run.json: {remedy}")
+    try:
+        read_manifest(last / STATE)
+    except DamageError as damage:
+        raise RunError(f"checkpoint {last} is damaged ({damage}); {instead_of(last)}") from damage
+
+
 def read_overrides(run_dir: Path) -> list[str]:
     """The command line that a run was started with; [] before it has written run.json."""
     return read_json(run_dir / "run.json").get("overrides", [])
@@ -55,6 +72,7 @@ def run_folder(resume: str, default: str) -> str:
     Where another run has its name, as one begun in the same second, it is `default`-2, -3, ...
     """
     if resume != "auto":
+        check_checkpoints(resume)
         if not is_run(resume):
             raise ConfigError(f"train.resume={resume} is no run folder with a checkpoint; give one")
         return resume
@@ -117,6 +135,7 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     if missing:
         raise ConfigError(f"{missing[0]} has no value; set {missing[0]}=...")
     resume = composed.train.resume
+    check_checkpoints(run_dir)
     # Named, only the overrides of this command line count; found in the run dir, all of them do.
     named = resume != "auto"
     if named and (not is_run(resume) or Path(resume).resolve() != Path(run_dir).resolve()):
@@ -131,7 +150,7 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     """The config of the run in a folder, with `overrides` of it (None: all) as composed."""
     if not is_run(run_dir):
         return composed
-    recorded = read_json(run_dir / "run.json")["config"]
+    recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
     whole = read_json(private_copy(recorded["cache_dir"], run_dir)) or recorded
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
     before, keys, given = flatten(saved), flatten(composed), []

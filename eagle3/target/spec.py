@@ -43,7 +43,9 @@ class TargetSpec:
             commit = getattr(self.config, "_commit_hash", None)
             return {"path": self.path, "revision": self.revision, "commit": commit}
         files = {}
-        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
+        code = folder.glob("*.py") if self.trust_remote_code else ()
+        for file in sorted([*weights, *folder.glob("*config.json"), *code]):
             digest, size = hashlib.sha256(), file.stat().st_size
             # Blocks spread over a file: all of a small one, and seconds for 100 GB.
             with file.open("rb") as stream:
