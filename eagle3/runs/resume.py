@@ -97,7 +97,7 @@ def claim(run_dir: Path) -> AbstractContextManager:
 
 def write_shown(path: Path, text: str) -> None:
     """A YAML file as hydra writes it, but without logins."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
 
 
