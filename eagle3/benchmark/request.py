@@ -10,7 +10,7 @@ from eagle3.benchmark.suites import SETUPS, SUITES, Setup, parse_suite
 from eagle3.config import Data, OneOf, Within
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
-from eagle3.engines.engine import Answer
+from eagle3.engines.engine import Answer, Drafting
 from eagle3.errors import ConfigError
 from eagle3.target.handle import TargetHandle
 
@@ -58,6 +58,10 @@ class Request:
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
         raise NotImplementedError
+
+    def choice_of_drafts(self, drafting: Drafting) -> str | None:
+        """How it drafts: `greedy`, the likeliest tokens, or `sampled`; None where nobody knows."""
+        return "sampled" if self.temperature > 0 and drafting[1] == 1 else "greedy"
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """More values of a row of benchmark.json."""

@@ -48,6 +48,7 @@ for flag in (
     "--die-at-start",
     "--die-at-request",
     "--refuse",
+    "--speculative-use-rejection-sampling",
 ):
     parser.add_argument(flag, action="store_true")
 for flag in ("--disable-radix-cache", "--no-enable-prefix-caching"):

@@ -90,7 +90,7 @@ def assert_same(answers: list[Answer], generations, steps: int = STEPS) -> None:
 def test_sglang_accepts_what_the_built_in_decoder_accepts(
     serve_sglang, trained_draft, prompts, chains
 ):
-    drafting = command_line(SGLang().draft_options(str(trained_draft), STEPS, 1, STEPS + 1))
+    drafting = command_line(SGLang().draft_options(str(trained_draft), (STEPS, 1, STEPS + 1)))
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
         assert_same(ask(SGLang(), server, prompts, STEPS), chains)
 
@@ -98,7 +98,7 @@ def test_sglang_accepts_what_the_built_in_decoder_accepts(
 def test_a_tree_in_sglang_accepts_what_the_built_in_tree_accepts(
     serve_sglang, trained_draft, prompts, answer, chains
 ):
-    drafting = command_line(SGLang().draft_options(str(trained_draft), *TREE))
+    drafting = command_line(SGLang().draft_options(str(trained_draft), TREE))
     with serve_sglang(TARGET, "--enable-metrics", *drafting) as server:
         trees = answer(*TREE)
         assert_same(ask(SGLang(), server, prompts, TREE[0]), trees, TREE[0])
@@ -111,7 +111,7 @@ METRICS = (
 
 
 def test_vllm_accepts_what_the_built_in_decoder_accepts(serve_vllm, trained_draft, prompts, chains):
-    drafting = ("--speculative-config", VLLM().draft_config(str(trained_draft), STEPS))
+    drafting = command_line(VLLM().draft_options(str(trained_draft), (STEPS, 1, STEPS + 1)))
     with serve_vllm(TARGET, *METRICS, *drafting) as server:
         assert_same(ask(VLLM(), server, prompts, STEPS, model=str(TARGET)), chains)
 
