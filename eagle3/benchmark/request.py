@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from eagle3.benchmark.statistics import Trial
-from eagle3.benchmark.suites import SETUPS, SUITES, Setup, parse_suite
+from eagle3.benchmark.suites import MORE_STEPS, SETUPS, SUITES, Setup, parse_suite
 from eagle3.config import Data, OneOf, Within
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
@@ -44,6 +44,9 @@ class Request:
 
     in_process: ClassVar[bool]  # all configs can then be open side by side
 
+    def __post_init__(self):
+        self.configs = [in_steps(config, self.protocol) for config in self.configs]
+
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
         """Raise ConfigError where the section `benchmark` asks for what is not installed."""
@@ -77,7 +80,7 @@ def check_request(section: dict[str, Any]) -> None:
     if not suites or not section["configs"]:
         raise ConfigError("benchmark.suites or benchmark.configs is empty; name at least one each")
     for config in section["configs"]:
-        if not can_run(config):
+        if not can_run(config, section["protocol"]):
             known = "[batch, 0, 0, 0], [batch, steps, 1, steps + 1] or [batch, steps, topk, nodes]"
             raise ConfigError(f"benchmark.configs={config} must be {known}")
     if len({parse_suite(suite)[0] for suite in suites}) < len(suites):
@@ -94,10 +97,16 @@ def check_request(section: dict[str, Any]) -> None:
             raise ConfigError(f"benchmark.paths.{name}={path} does not exist; give a local file")
 
 
-def can_run(config: list[int]) -> bool:
+def in_steps(config: list[int], protocol: str) -> list[int]:
+    """[batch, steps, topk, verify_tokens] of a config in the numbers of its protocol."""
+    batch, steps, topk, verify_tokens = config
+    return [batch, steps + MORE_STEPS.get(protocol, 0) * (topk > 1), topk, verify_tokens]
+
+
+def can_run(config: list[int], protocol: str = "chat") -> bool:
     if len(config) != 4 or not all(isinstance(number, int) for number in config):
         return False
-    batch, steps, topk, verify_tokens = config
+    batch, steps, topk, verify_tokens = in_steps(config, protocol)
     # What a round drafts: topk children of the root, then of topk nodes at each further step.
     nodes = topk + (steps - 1) * topk * topk
     is_chain = steps >= 1 and topk == 1 and verify_tokens == steps + 1

@@ -43,6 +43,7 @@ class Served(Request):
     drafting: Drafting | None = field(default=None, init=False)
 
     def __post_init__(self):
+        super().__post_init__()
         self.python = interpreter(self.engine.name.lower(), self.python)
 
     @classmethod
