@@ -274,7 +274,9 @@ DEFECTS = {
         {"eagle_config": None, IDS: [1, 4, 6]}, None, {"sglang"},
         r"outputs of layers \[0, 3, 5\], it gets \[1, 3, 4\]: SGLang",
     ),
-    "for neither": ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"vllm"}, r"gets \[1, 3, 4\]: vLLM"),
+    "keys that differ": (
+        {"eagle_config": {IDS: [2, 4, 5]}}, None, {"sglang", "vllm"}, r"those of \[1, 3, 4\]: one"
+    ),
     "built-in ids": (
         {"eagle_config": {IDS: [0, 3, 5]}, IDS: [1, 4, 6]}, None, {"official"}, "built in"
     ),

@@ -136,6 +136,11 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
+    above = meant_by("vllm", files.config.get(LAYER_IDS) or [])
+    if above and above != named:
+        sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
+        yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
+        del read["vllm"]
     # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
@@ -145,7 +150,7 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         "ours": f"set model.aux_layer_ids={named}",
     }
     for engine, reason in reasons.items():
-        if read[engine] != named:
+        if read.get(engine, named) != named:
             sentence = f"made for the outputs of layers {named}, it gets {read[engine]}: {reason}"
             yield Finding((engine,), sentence, "warning" if engine == "trtllm" else "wrong")
 
