@@ -212,18 +212,18 @@ def check_against_target(config: RunConfig) -> None:
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
     if config.stages == ["check"]:  # reads a draft, whatever would be trained
         return
+    shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     for key, value, name in (
         ("data.max_length", config.data.max_length, "max_position_embeddings"),
         ("draft.vocab_size", config.draft.vocab_size, "vocab_size"),
     ):
-        limit = getattr(target, name)
+        limit = getattr(shape, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
     # `check` says so where there is no tokenizer, and stored hidden states need none.
     without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
     if set(config.stages) - without:
         load_chat(model, config.data)
-    shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"

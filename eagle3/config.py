@@ -104,7 +104,7 @@ class View:
 @dataclass
 class HiddenStates:
     path: Optional[str]
-    dtype: Annotated[str, OneOf(("fp32", "bf16", "int8"))]
+    dtype: Annotated[Optional[str], OneOf(("fp32", "bf16", "int8"))]
     max_disk: Optional[str]
     on_damage: Annotated[str, OneOf(("fail", "skip"))]
 

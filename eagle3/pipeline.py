@@ -5,6 +5,7 @@ a stage that is listed too; else the run ends with one sentence that names the s
 made lies under the fingerprint of what it was made from, and is made once.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -24,7 +25,7 @@ from eagle3.evaluate import generate
 from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
-from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
+from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
 from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
@@ -47,7 +48,9 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     Raises ConfigError and RunError.
     """
     listed, cache_dir, data = set(config.stages), config.cache_dir, config.data
-    mode, hidden = get_class(config.mode["_target_"]), config.hidden_states
+    # run.json has what was asked for, as a resumed run asks the same.
+    asked, hidden = config, replace(config.hidden_states, dtype=choose_dtype(config.hidden_states))
+    config, mode = replace(config, hidden_states=hidden), get_class(config.mode["_target_"])
     device = choose_device(config.device)
     processes = config.launch.nproc_per_node
     target = TargetHandle(read_spec(config.model), config.target, device, processes)
@@ -77,7 +80,7 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     with (
         name_full_disk(folders, lambda: command_to_resume(*resume)),
         target,
-        track_run(config, run_dir, overrides, device, console) as tracking,
+        track_run(asked, run_dir, overrides, device, console) as tracking,
     ):
         if "import" in listed or (store_alone and "train" in listed):
             path = Path(hidden.path)

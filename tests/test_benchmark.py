@@ -13,12 +13,13 @@ from conftest import ROOT, write_jsonl
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
 from eagle3.benchmark.measure import benchmark
-from eagle3.benchmark.request import Request, Subject, check_request
+from eagle3.benchmark.request import Request, Subject, check_request, in_steps
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
 from eagle3.decode.speculate import Generation
+from eagle3.decode.tree import Candidates
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.engines.engine import answer_of_rounds
@@ -437,3 +438,64 @@ def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted
     assert answer.accepted_at == [sum(count >= k for count in accepted) for k in (1, 2)]
     assert answer.seconds == answer.rounds == len(emitted)
     assert answer.text == "abcdefgh".partition(stop)[0]
+
+
+def official_tree(likely, depth, topk, total_token):
+    """The paths of a tree as EAGLE's own code draws it, in the plainest way: one level from the
+    root, then `depth` times another from the best nodes of the last. `likely`: log-probabilities of
+    each token behind each; the root is token 0.
+    """
+
+    def level(best):
+        found = []
+        for path, score in best:
+            behind = likely[path[-1] if path else 0]
+            tokens = sorted(range(len(behind)), key=lambda token: -behind[token])[:topk]
+            found += [((*path, token), score + behind[token]) for token in tokens]
+        return sorted(found, key=lambda pair: -pair[1])
+
+    candidates = last = level([((), 0.0)])
+    for _ in range(depth):
+        last = level(last[:topk])
+        candidates = candidates + last
+    best = sorted(candidates, key=lambda pair: -pair[1])[: total_token - 1]
+    return {path for path, _ in best}
+
+
+def drafted_tree(likely, steps, topk, verify_tokens):
+    """The same by what drafts here."""
+    table, root = torch.tensor(likely), torch.zeros(1, dtype=torch.long)
+    candidates, tokens = Candidates(1, topk, table.device), root[None]
+    for _ in range(steps):
+        tokens, _ = candidates.extend(table[tokens])
+    tree = candidates.tree(root, torch.arange(len(table)), verify_tokens)
+    ids, parents, paths = tree.ids[0].tolist(), tree.parents[0].tolist(), [()]
+    for node in range(1, verify_tokens):
+        paths.append((*paths[parents[node]], ids[node]))
+    return set(paths[1:])
+
+
+def test_trees_of_eagles_protocol_are_as_deep_as_eagles():
+    """On drafts sure enough that trees are deep: those of its `depth` are one step more here."""
+    deep, same, other = 0, 0, 0
+    for seed in range(20):
+        logits = 6 * torch.randn(30, 30, generator=torch.Generator().manual_seed(seed))
+        likely = logits.double().log_softmax(-1).tolist()
+        official = official_tree(likely, 4, 3, 20)
+        _, *drafting = in_steps([1, 4, 3, 20], "eagle")
+        deep += max(map(len, official)) == 5
+        same += drafted_tree(likely, *drafting) == official
+        other += drafted_tree(likely, 4, 3, 20) == official
+    assert same == 20 and deep == 20 and other == 0
+
+
+def test_configs_of_eagles_protocol_are_its_own(tmp_path):
+    assert in_steps([4, 7, 10, 60], "chat") == in_steps([4, 7, 10, 60], "specforge")
+    suites, changed = [questions(tmp_path)], {"protocol": "eagle"}
+    configs = [[1, 2, 2, 11], [1, 3, 1, 4]]
+    check_request(SECTION | changed | {"configs": configs})
+    with pytest.raises(ConfigError, match=r"configs=\[1, 2, 2, 11\] must be"):
+        check_request(SECTION | {"configs": configs})
+    tree, chain = measured(tmp_path, configs, suites, accepted=9, **changed)["suites"][suites[0]]
+    assert (tree["config"], chain["config"]) == ([1, 3, 2, 11], [1, 3, 1, 4])
+    assert len(tree["accepted_by_position"]) == 3

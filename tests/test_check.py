@@ -5,18 +5,27 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_draft, spec_of
+from conftest import edit_draft, section, spec_of
 
-from eagle3.benchmark.check import candidates, check, judge, judge_embedding
+from eagle3.batch import Document, pack, serving
+from eagle3.benchmark.check import QUESTIONS, check, judge, judge_embedding
+from eagle3.benchmark.mistakes import NORMS, Reading, compare
 from eagle3.config import Check
-from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation
+from eagle3.data.chat import Chat, load_chat
+from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
+from eagle3.draft.initial import derive_config
+from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
+from eagle3.export.write import portable_config, write_draft
+from eagle3.hidden_states.capture import compute_features
 from eagle3.target.handle import TargetHandle
+from eagle3.target.hf import HFTarget
+from eagle3.ttt import unroll
 
 LAYERS, ENGINES = [1, 3, 4], ["sglang", "vllm", "trtllm", "official"]
+WEIGHTS = ["config.json", "generation_config.json", "model.safetensors"]
 NAMED = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -53,45 +62,30 @@ def test_it_decodes_and_ends_with_a_line_for_each_thing_wrong(folder, target, to
     assert [f["severity"] for f in content["findings"]] == ["wrong", "wrong"]
 
 
-def test_without_weights_or_tokenizer_only_the_files_are_judged(
-    folder, target, target_folder, tokenizer, tmp_path, capsys
+def test_what_cannot_be_decoded_is_the_last_line(
+    folder, target, target_folder, tokenizer, tmp_path
 ):
-    """And no draft at all is a mistake of the config."""
-    (tmp_path / "bare").mkdir()
-    shutil.copy(target_folder / "config.json", tmp_path / "bare")
-    bare = TargetHandle(spec_of(tmp_path / "bare"), target.section, target.device)
+    """Neither a target without weights nor one without a tokenizer passes for a sound draft, unless
+    the files alone are to be judged.
+    """
+    bare, tongueless = tmp_path / "bare", tmp_path / "tongueless"
+    for path, names in {bare: ["config.json"], tongueless: WEIGHTS}.items():
+        path.mkdir()
+        for name in names:
+            shutil.copy(target_folder / name, path)
     edit_draft(folder, {"max_position_embeddings": 256})
-    for given, text in ((bare, tokenizer), (target, None)):
-        content = run_check(folder, given, text, tmp_path, engines=["vllm", "official"])
-        assert content["decoded"] is None and content["findings"][0]["severity"] == "note"
-        assert "no prompt was decoded" in capsys.readouterr().out
-    content = run_check(folder, target, None, tmp_path, engines=["vllm"], decode=False)
-    assert content["findings"] == []
-    assert "nothing found that matters" in capsys.readouterr().out
+    for path, chat in ((bare, tokenizer), (tongueless, None)):
+        given = TargetHandle(spec_of(path), target.section, target.device)
+        with pytest.raises(RunError) as caught:
+            run_check(folder, given, chat, tmp_path)
+        last = str(caught.value).splitlines()[-1]
+        assert last.startswith("error: no prompt was decoded: ") and "check.decode=false" in last
+        content = json.loads((tmp_path / "check.json").read_text())
+        assert content["decoded"] is None and content["findings"][0]["severity"] == "wrong"
+        content = run_check(folder, given, None, tmp_path, engines=["vllm"], decode=False)
+        assert content["findings"] == []
     with pytest.raises(ConfigError, match="draft_path="):
         run_check(None, target, None, tmp_path)
-
-
-def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
-    folder, target, tokenizer, tmp_path, monkeypatch
-):
-    """A stand-in decoder accepts 3 tokens a round from layers 1, 3, 4, and none from those that
-    config.json names.
-    """
-
-    def stand_in(model, draft, prompts, *tree_and_length):
-        aux, _ = model.states(prompts[0], torch.arange(len(prompts[0])))
-        assert aux.shape == (len(prompts[0]), 3 * 64)
-        tokens = 3 if model.aux_layer_ids == LAYERS else 1
-        return [Generation([1], emitted=[tokens] * 4) for _ in prompts]
-
-    monkeypatch.setattr("eagle3.benchmark.check.speculate", stand_in)
-    edit_draft(folder, {"eagle_config": {NAMED: [2, 4, 5]}, NAMED: [3, 5, 6]})
-    assert candidates(read_any(folder), target.spec) == [[2, 4, 5], LAYERS]
-    with pytest.raises(RunError, match=r"fed by layers 1,3,4 it accepts 3\.00"):
-        run_check(folder, target, tokenizer, tmp_path)
-    content = json.loads((tmp_path / "check.json").read_text())
-    assert content["decoded"]["acceptance_length"] == {"2,4,5": 1.0, "1,3,4": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -99,13 +93,12 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
     [
         ({"1,3,4": 1.0, "0,2,3": 1.0}, "wrong", "exactly 1.0"),
         ({"1,3,4": 1.1}, "warning", "only 1.10"),
-        ({"2,4,5": 1.04, "1,3,4": 2.77}, "wrong", "fed by layers 1,3,4 it accepts 2.77"),
     ],
 )
 def test_what_acceptance_lengths_give_away(lengths, severity, words):
-    (finding,) = judge(lengths)
+    (finding,) = judge(lengths, {})
     assert finding.severity == severity and words in finding.sentence
-    assert not list(judge({"1,3,4": 2.7}))
+    assert not list(judge({"1,3,4": 2.7}, {}))
 
 
 def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
@@ -123,3 +116,147 @@ def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
     (own,) = judge_embedding(read_any(folder), target)
     said = {"differs": other, "in 9 of 9 rows": short, "needs its own": own}
     assert all(f.severity == "wrong" and words in f.sentence for words, f in said.items())
+
+
+@pytest.fixture(scope="module")
+def trained(target_folder, tokenizer, tmp_path_factory):
+    """A draft on disk that has learnt the target's answers to the first of QUESTIONS by heart, from
+    layers that differ much.
+    """
+    chat, spec = Chat(tokenizer), spec_of(target_folder, [0, 3, 6])
+    target = HFTarget(spec, torch.device("cpu"))
+    prompts = [chat.encode_prompt([{"role": "user", "content": text}]) for text in QUESTIONS[:2]]
+    documents = []
+    for prompt, answer in zip(prompts, target.generate(prompts, 48), strict=True):
+        ids = torch.tensor(prompt + answer)
+        documents.append(Document(0, ids, torch.arange(len(ids)) >= len(prompt)))
+    used = torch.cat([one.input_ids[one.loss_mask] for one in documents]).unique()
+    t2d, d2t = vocab_tensors(used.numpy(), 2048)
+    torch.manual_seed(0)
+    draft = Draft(derive_config(spec.config, len(used)), Auto, t2d, d2t)
+    batch = pack(compute_features(target, documents), t2d, 3, serving)
+    wanted = torch.searchsorted(draft.target_ids, batch.features.argmax[batch.pair_teacher])
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
+    for _ in range(60):
+        hidden = unroll(draft, target.embedding, batch.features.aux_hidden_states, batch)
+        logits = draft.logits(hidden[batch.pair_index])
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("trained")
+    write_draft(draft, folder / "draft", portable_config(draft.config, spec, spec.path, 3))
+    return folder / "draft"
+
+
+def exchanged(one, other):
+    return lambda t: t.update({one: t[other], other: t[one]})
+
+
+def thirds(change):
+    return lambda t: t.update({"fc.weight": torch.cat(change(t["fc.weight"].chunk(3, 1)), 1)})
+
+
+def projections(names, change):
+    names = [f"midlayer.self_attn.{name}_proj.weight" for name in names]
+    return lambda t: t.update({name: change(t[name]) for name in names})
+
+
+def side_by_side(weight):
+    """Rows of heads of 16 as code that turns neighbours has them."""
+    return weight.view(-1, 2, 8, weight.shape[1]).transpose(1, 2).reshape_as(weight)
+
+
+def one_higher(t):
+    t.update(d2t=t["d2t"] + 1, t2d=t["t2d"].roll(1))
+
+
+THIRDS, SGLANG = "the thirds of fc.weight in the order", {"eagle_config": {NAMED: [5, 6, 7]}}
+MISTAKES = {
+    "reversed": ({}, thirds(lambda parts: parts[::-1]), rf"{THIRDS} \(3, 2, 1\)"),
+    "transposed": ({}, thirds(lambda parts: [part.T for part in parts]), "third of .* transposed"),
+    "halves": ({}, projections("qkv", lambda w: w.roll(64, 1)), "halves of the columns of q, k"),
+    "rotary": ({}, projections("qk", side_by_side), "reordered from rotary pairs to halves"),
+    "norms": ({}, exchanged(*NORMS[2:]), r"layernorm\.weight and norm\.weight exchanged"),
+    "ids": ({}, one_higher, "with ids one lower it accepts"),
+    "theta": ({"rope_theta": 100.0}, None, "with rope_theta=10000 it accepts"),
+    "one key": (SGLANG, None, r"layers \[5, 6, 7\], vLLM's key those of \[0, 3, 6\]: one of them"),
+}
+
+
+def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
+    asked = Check(["sglang", "vllm"], True, num_prompts=2, max_new_tokens=48)
+    check(asked, str(trained), target, Chat(tokenizer), None, Auto, 3, tmp_path)
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["findings"] == [] and len(content["decoded"]["other_ways"]) > 20
+    assert content["decoded"]["acceptance_length"]["0,3,6"] > 3
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_wrong_draft_of_the_right_shape_is_named(trained, target, tokenizer, tmp_path, name):
+    config, tensors, words = MISTAKES[name]
+    folder = shutil.copytree(trained, tmp_path / "draft")
+    edit_draft(folder, config, tensors)
+    asked = Check(["sglang"], True, num_prompts=2, max_new_tokens=48)
+    with pytest.raises(RunError, match=words):
+        check(asked, str(folder), target, Chat(tokenizer), None, Auto, 3, tmp_path)
+
+
+def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
+    folder, target, tokenizer, tmp_path, monkeypatch
+):
+    """A stand-in finds answers likelier by layers 1, 3, 4 than by those that config.json names."""
+    right = HFTarget(spec_of(target.spec.path, LAYERS), target.device)
+
+    def stand_in(draft, embedding, documents, draft_length):
+        (document,) = documents
+        ids = document.input_ids
+        aux, _ = right.states(ids, torch.arange(len(ids)))
+        fits = torch.allclose(document.features.aux_hidden_states, aux, atol=1e-4)
+        return Reading(1.0 + 2 * fits, torch.full((20,), -4.0 + 2 * fits))
+
+    monkeypatch.setattr("eagle3.benchmark.check.read_with", stand_in)
+    edit_draft(folder, {"eagle_config": {NAMED: [2, 4, 5]}, NAMED: [3, 5, 6]})
+    with pytest.raises(
+        RunError, match=r"fed by layers 1,3,4 it accepts 3\.00 tokens .* it is 1\.00"
+    ):
+        run_check(folder, target, tokenizer, tmp_path, engines=["sglang"])
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["decoded"]["acceptance_length"] == {"2,4,5": 1.0, "1,3,4": 3.0, "3,5,6": 1.0}
+
+
+def test_what_is_clear():
+    """Many small gains and few large ones; config.json's own doubts need less."""
+    as_it_is = Reading(2.0, torch.zeros(400))
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    noise = noise - noise.mean()
+    for gain, scale, clear, with_suspicion in [
+        (0.2, 0.5, True, True),
+        (0.2, 5.0, False, False),
+        (0.02, 0.05, False, True),
+        (-0.2, 0.5, False, False),
+    ]:
+        reading = Reading(2.0, gain + scale * noise)
+        found = [compare(reading, as_it_is, suspect).is_clear for suspect in (False, True)]
+        assert found == [clear, with_suspicion]
+
+
+@pytest.mark.parametrize("kind", ["no template", "no offsets"])
+def test_targets_without_a_chat_are_decoded_on_plain_text(
+    folder, target_folder, target, tokenizer, tmp_path, capsys, kind
+):
+    """A tokenizer in Python stands in for one of SentencePiece: neither gives offsets."""
+    shutil.copytree(target_folder, tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    if kind == "no offsets":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "target" / name).unlink()
+        settings = {"tokenizer_class": "ByT5Tokenizer"}
+        (tmp_path / "target" / "tokenizer_config.json").write_text(json.dumps(settings))
+    given = TargetHandle(spec_of(tmp_path / "target"), target.section, target.device)
+    with pytest.raises(ConfigError):
+        load_chat(given.spec, section("data"))
+    with pytest.raises(RunError, match=r"exactly 1\.0"):
+        run_check(folder, given, None, tmp_path, engines=["vllm"])
+    assert "plain text was decoded" in capsys.readouterr().out
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["decoded"]["acceptance_length"]["1,3,4"] == 1.0

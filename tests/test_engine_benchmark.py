@@ -266,3 +266,42 @@ def test_a_server_that_captures(subject):
     assert "--disable-radix-cache" in line and "--trust-remote-code" not in line
     with pytest.raises(ConfigError, match="--pp-size=2 does not go with"):
         SGLang().capture_command(Launch(launch.model, "", 1, server_args=("--pp-size=2",)), capture)
+
+
+DRAWN = {"sglang": "--speculative-use-rejection-sampling", "vllm": '"probabilistic"'}
+
+
+@runs
+@pytest.mark.parametrize(
+    ("name", "temperature", "draft_vocab_size", "config", "drafts"),
+    [
+        ("sglang", 1.0, 40, (1, 3, 1, 4), "sampled"),
+        ("sglang", 0.0, 40, (1, 3, 1, 4), "greedy"),
+        ("sglang", 1.0, 30, (1, 3, 1, 4), "greedy"),  # SGLang 0.5.23 does not start with the flag
+        ("sglang", 1.0, 40, (1, 3, 2, 4), "greedy"),
+        ("vllm", 1.0, 30, (1, 3, 1, 4), "sampled"),
+        ("vllm", 0.0, 40, (1, 3, 1, 4), "greedy"),
+    ],
+)
+def test_drafts_are_drawn_as_the_target_is(
+    run, subject, python, tmp_path, name, temperature, draft_vocab_size, config, drafts
+):
+    """At a temperature a chain of the built-in decoder is; what each engine did is recorded."""
+    path = subject.draft_folder / "config.json"
+    values = json.loads(path.read_text()) | {"draft_vocab_size": draft_vocab_size}
+    path.write_text(json.dumps(values))
+    result = run(name, python, [config], temperature=temperature)
+    (log,) = (tmp_path / "run").glob(f"{name}-3-*.log")
+    assert (DRAWN[name] in log.read_text()) == (drafts == "sampled")
+    assert result["suites"]["heldout"][0]["drafts"] == drafts
+    given = instantiate(section(name, python=python, temperature=temperature, url="http://a"))
+    assert given.choice_of_drafts(config[1:]) is None
+
+
+def test_the_built_in_decoder_says_how_it_drafts():
+    given = {"suites": ["heldout"], "temperature": 1.0}
+    request = instantiate(OmegaConf.to_container(composed("builtin")) | given)
+    chain, tree = (3, 1, 4), (3, 2, 4)
+    assert [request.choice_of_drafts(each) for each in (chain, tree)] == ["sampled", "greedy"]
+    request.temperature = 0.0
+    assert request.choice_of_drafts(chain) == "greedy"

@@ -10,16 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import edit_draft, spec_of
+from conftest import edit_draft, make_config, spec_of
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
+from eagle3.checks import check
 from eagle3.config import Export
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
-from eagle3.errors import RunError
+from eagle3.errors import ConfigError, RunError
 from eagle3.export import write
 from eagle3.export.read import locate, read_any
 from eagle3.export.rules import ALL, find_all, read_draft
@@ -235,7 +236,7 @@ DEFECTS = [
     ({"model_type": "qwen3"}, None, LOADERS, "model_type is not llama"),
     ({IDS: None}, None, {"vllm"}, r"gets \[0, 2, 3\]"),
     ({"eagle_config": None, IDS: [1, 4, 6]}, None, {"sglang"}, r"gets \[1, 3, 4\]: SGLang"),
-    ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"vllm"}, r"gets \[1, 3, 4\]: vLLM"),
+    ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"sglang", "vllm"}, r"of \[1, 3, 4\]: one of them"),
     (ids([0, 3, 5], [1, 4, 6]), None, {"official"}, "built in"),
     (ids([0, 3, 5], [1, 4, 6]), None, {"ours"}, "set model.aux_layer_id"),
     ({"eagle_config": {IDS: [3]}}, None, EVERY, "must be three of 0..7"),
@@ -302,3 +303,52 @@ def test_another_target_and_no_draft(exported, target, tmp_path):
     ):
         with pytest.raises(RunError, match=words):
             read_draft(path, Auto, given)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("longest", "scaling", "reach"),
+    [
+        (256, YARN, 1024),
+        (1024, YARN, 1024),  # the number is scaled already
+        (256, {"rope_type": "linear", "factor": 4.0}, 1024),
+        (256, {"type": "dynamic", "factor": 2.0}, 512),
+        (256, LONG | {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (1024, LLAMA3, 1024),
+        (256, {"rope_type": "default"}, 256),
+    ],
+)
+def test_a_draft_reaches_as_far_as_the_scaled_rope_of_its_target(
+    target, target_folder, exported, tmp_path, longest, scaling, reach
+):
+    """Lengths up to there are trained; a draft exported so serves at them, a shorter one is named;
+    a draft that is scaled as its target is compared by its scaled length.
+    """
+    shutil.copytree(target_folder, tmp_path / "target")
+    path = tmp_path / "target" / "config.json"
+    values = json.loads(path.read_text()) | {"max_position_embeddings": longest}
+    values["rope_parameters"] = {"rope_theta": 10000.0} | scaling
+    path.write_text(json.dumps(values))
+    scaled = spec_of(path.parent)
+    asked = ["model=hf", f"model.path={path.parent}", "stages=[train]", "mode=offline"]
+    asked += ["draft.vocab_size=300", f"hidden_states.path={tmp_path}"]
+    check(make_config([*asked, f"data.max_length={reach}"], tmp_path / "run"))
+    with pytest.raises(ConfigError, match=f"at most the target's max_position_embeddings={reach}"):
+        check(make_config([*asked, f"data.max_length={reach + 1}"], tmp_path / "run"))
+    portable = portable_config(derive_config(scaled.config, 300), scaled, "x", 3)
+    assert (portable["max_position_embeddings"], portable["rope_scaling"]) == (reach, None)
+    files = read_any(exported / "portable")
+
+    def too_short(**own):
+        files.config = portable | own
+        files.shape.max_position_embeddings = files.config["max_position_embeddings"]
+        findings = find_all(files, scaled)
+        return [f.sentence for f in findings if f.sentence.startswith("max_position_embeddings")]
+
+    assert not too_short()
+    assert f"not {reach}: set" in too_short(max_position_embeddings=reach - 1)[0]
+    assert not too_short(max_position_embeddings=longest, rope_scaling=scaling)

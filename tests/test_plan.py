@@ -171,7 +171,8 @@ def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
 
     def made(free: float, *overrides: str):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(free)))
-        given = ["model=llama3-8b", "data.max_length=4096", f"cache_dir={tmp_path}", *overrides]
+        given = ["model=llama3-8b", "data.max_length=4096", "hidden_states.dtype=bf16"]
+        given += [f"cache_dir={tmp_path}", *overrides]
         config = OmegaConf.to_object(compose_config(*given))
         return planning.plan(config, spec(LLAMA), [], None, prepared, cpu, tmp_path)
 

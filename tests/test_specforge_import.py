@@ -22,8 +22,8 @@ import eagle3.hidden_states.import_specforge as specforge
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.export.write import portable_config, write_draft
-from eagle3.hidden_states.import_specforge import import_specforge, is_specforge
-from eagle3.hidden_states.store import open_store
+from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
+from eagle3.hidden_states.store import create_store, open_store
 from eagle3.runs.artefact import read_facts
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights
@@ -206,7 +206,7 @@ def test_a_run_on_its_files_gives_its_losses(tmp_path, name):
     overrides = [
         "stages=[train]", "mode=offline", "model=hf", f"model.path={tmp_path / 'T'}",
         f"hidden_states.path={tmp_path / 'S'}", f"draft.init_from={tmp_path / 'D'}",
-        "loss/mask=shifted", "hidden_states.dtype=fp32", "draft.vocab_size=1024",
+        "loss/mask=shifted", "draft.vocab_size=1024",
         "train.max_steps=1", "train.log_every=1", "train.documents_per_update=2",
         f"cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
@@ -367,3 +367,46 @@ def test_head_and_states_of_different_precision(source, weights, imported):
     logits = written[LAST][0, 6:] @ weights.head.float().T
     assert torch.equal(features.argmax, logits.argmax(-1))
     assert torch.allclose(features.logsumexp, logits.logsumexp(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "kept", "rounded"),
+    [
+        ("float32", None, "fp32", 0),
+        ("float16", None, "fp32", 0),
+        ("bfloat16", None, "bf16", 0),
+        ("float32", "bf16", "bf16", 2),
+        ("float16", "bf16", "bf16", 2),
+        ("bfloat16", "int8", "int8", 2),
+        ("bfloat16", "fp32", "fp32", 0),
+    ],
+)
+def test_precision_is_that_of_the_files_and_rounding_is_said(
+    source, weights, imported, capsys, stored, asked, kept, rounded
+):
+    given = [document(20, weights, seed) for seed in range(2)]
+    for i, content in enumerate(given):
+        for name in ("aux_hidden_state", "hidden_state"):
+            # More digits than bf16 has, as a target in fp32 gives them.
+            content[name] = (content[name].float() * 1.001).to(getattr(torch, stored))
+        save(content, source / f"data_{i}.ckpt")
+    # What is damaged says nothing about the others.
+    (source / "data_00.ckpt").write_bytes(b"PK")
+    dtype = choose_dtype(hidden_states_section(source.parent, asked))
+    assert dtype == kept
+    facts, found = imported(dtype=dtype, on_damage="skip")
+    said = " ".join(capsys.readouterr().out.split())
+    assert facts["rounded"] == rounded
+    assert ("states of 2 documents were rounded" in said) == (rounded > 0)
+    for content, one in zip(given, found.values(), strict=True):
+        states = one.features.aux_hidden_states.float()
+        assert torch.equal(content["aux_hidden_state"][0].float(), states) == (rounded == 0)
+
+
+def test_a_store_of_ones_own_is_read_as_it_is(tmp_path):
+    """And what lies nowhere yet is captured in bf16."""
+    create_store(tmp_path / "store", {"hidden_states.dtype": "int8"})
+    assert choose_dtype(hidden_states_section(tmp_path / "store", None)) == "int8"
+    assert choose_dtype(hidden_states_section(tmp_path / "store", "fp32")) == "fp32"
+    for path in (None, tmp_path / "new"):
+        assert choose_dtype(hidden_states_section(path, None)) == "bf16"

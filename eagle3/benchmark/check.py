@@ -7,17 +7,21 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from transformers import AutoTokenizer
 
+from eagle3.batch import Document
+from eagle3.benchmark.mistakes import Reading, Way, compare, mended, read_with
 from eagle3.config import Check
 from eagle3.data.chat import Chat, with_system
-from eagle3.decode.speculate import speculate
 from eagle3.draft.attention import Backend
+from eagle3.draft.initial import derive_config
+from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import DraftFiles, locate, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
+from eagle3.hidden_states.capture import compute_features
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
-from eagle3.target.layers import meant_by
 from eagle3.target.spec import TargetSpec
 
 QUESTIONS = (
@@ -30,8 +34,7 @@ QUESTIONS = (
     "Summarise how rain forms, for a ten-year-old.",
     "Translate into French: the library opens at eight and closes at noon.",
 )
-CLEARLY = 1.5  # an acceptance length that a draft fed with the wrong layers was never seen to reach
-LITTLE = 1.2
+LITTLE = 1.2  # an acceptance length that a trained draft exceeds
 CANNOT = (ConfigError, RunError, torch.OutOfMemoryError)
 console = Console(markup=False, soft_wrap=True)
 
@@ -52,22 +55,26 @@ def check(
         raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
     files = read_any(folder)
     findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
-    lengths = {}
+    lengths, ways = {}, {}
     if section.decode:
         try:
+            prompts = encode_questions(target.spec, chat, system_prompt)[: section.num_prompts]
+            limits = draft_length, section.max_new_tokens
+            lengths, ways = decode(files, target, attention, prompts, *limits)
+            findings += judge(lengths, ways)
             if chat is None:
-                raise RunError("the target has no tokenizer")
-            turns = [{"role": "user", "content": text} for text in QUESTIONS[: section.num_prompts]]
-            tokens = [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
-            lengths = decode(files, target, attention, tokens, draft_length, section.max_new_tokens)
-            findings += judge(lengths)
+                reason = "the target has no chat template, or its tokenizer no offsets"
+                findings.append(Finding((), f"{reason}: plain text was decoded", "note"))
         except CANNOT as error:
-            findings.append(Finding((), f"no prompt was decoded: {error}", "note"))
+            # Last, as nothing else that is said here was seen in decoding.
+            remedy = "set check.decode=false to judge the files alone"
+            findings.append(Finding((), f"no prompt was decoded: {error}; {remedy}"))
     asked = set(section.engines)
     findings = [found for found in findings if not found.engines or asked & {*found.engines}]
     findings.sort(key=lambda finding: ("wrong", "warning", "note").index(finding.severity))
     decoded = {"num_prompts": section.num_prompts, "max_new_tokens": section.max_new_tokens}
     decoded |= {"draft_length": draft_length, "acceptance_length": lengths}
+    decoded |= {"other_ways": {words: asdict(way) for words, way in ways.items()}}
     content = {
         "draft": draft_path or str(folder),
         "target": target.spec.path,
@@ -118,12 +125,29 @@ def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding
             yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
 
 
+def encode_questions(
+    spec: TargetSpec, chat: Chat | None, system_prompt: str | None
+) -> list[list[int]]:
+    """The ids of QUESTIONS, as plain text where there is no `chat`. Raises RunError."""
+    if chat is not None:
+        turns = [{"role": "user", "content": text} for text in QUESTIONS]
+        return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
+    where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.path, **where)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"the target has no tokenizer that loads ({reason})") from error
+    return [tokenizer(text).input_ids for text in QUESTIONS]
+
+
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     """Layers it may have been made for: first those that it names, then how else they are read."""
     count = target.config.num_hidden_layers
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
-    different = dict.fromkeys(map(tuple, (named, *read.values(), meant_by("vllm", named))))
+    off_by_one = [[layer + shift for layer in named] for shift in (-1, 1)]
+    different = dict.fromkeys(map(tuple, (named, *read.values(), *off_by_one)))
     return [[*ids] for ids in different if len(set(ids)) == 3 and {*ids} <= {*range(count)}]
 
 
@@ -134,8 +158,10 @@ def decode(
     prompts: list[list[int]],
     draft_length: int,
     max_new_tokens: int,
-) -> dict[str, float]:
-    """Acceptance of greedy chains by the layers fed (`1,15,28`), all candidates if it is low."""
+) -> tuple[dict[str, float], dict[str, Way]]:
+    """Acceptance lengths of greedy chains by the layers fed (`1,15,28`), first the named ones, and
+    by words all other ways to read the draft. Raises RunError.
+    """
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
@@ -146,26 +172,49 @@ def decode(
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    inputs = [torch.tensor(prompt, device=target.device) for prompt in prompts]
-    tree, lengths = (draft_length, 1, draft_length + 1), {}
-    for ids in choices:
-        model.aux_layer_ids = ids
-        answers = speculate(model, draft, inputs, *tree, max_new_tokens)
-        rounds = sum(len(answer.emitted) for answer in answers)
-        length = sum(sum(answer.emitted) for answer in answers) / max(rounds, 1)
-        lengths[",".join(map(str, ids))] = length
-        if length >= CLEARLY:
-            break
-    return lengths
+    documents, answers = [], model.generate(prompts, max_new_tokens)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor(prompt + answer)
+        if len(answer) > 2:
+            documents.append(Document(0, ids, torch.arange(len(ids)) >= len(prompt)))
+    if not documents:
+        raise RunError("the target ends its answers at once")
+    documents = compute_features(model, documents)
+    columns = torch.arange(len(layers) * model.config.hidden_size).view(len(layers), -1)
+
+    def read(draft: Draft, ids: list[int]) -> Reading:
+        chosen = columns[[layers.index(layer) for layer in ids]].flatten()
+        fed = [with_columns(document, chosen) for document in documents]
+        return read_with(draft, model.embedding, fed, draft_length)
+
+    named, *others = choices
+    as_it_is = read(draft, named)
+    lengths, ways = {",".join(map(str, named)): as_it_is.acceptance_length}, {}
+    for ids in others:
+        words, reading = ",".join(map(str, ids)), read(draft, ids)
+        lengths[words] = reading.acceptance_length
+        ways[f"fed by layers {words}"] = compare(reading, as_it_is)
+    theta = derive_config(target.spec.config, 1).rope_theta
+    for words, changed in mended(draft, theta):
+        suspect = draft.config.rope_theta != changed.rope.theta == theta
+        ways[f"with {words}"] = compare(read(changed, named), as_it_is, suspect)
+    return lengths, ways
 
 
-def judge(lengths: dict[str, float]) -> Iterator[Finding]:
-    """What the acceptance lengths say; the first is that of the layers which the draft names."""
-    (named, length), *others = lengths.items()
-    best, most = max(others, key=lambda pair: pair[1], default=(named, length))
-    if most > 1.1 * length and most > LITTLE:
-        sentence = f"fed by layers {best} it accepts {most:.2f} tokens a round"
-        yield Finding(ALL, f"{sentence}, by the named {named} only {length:.2f}")
+def with_columns(document: Document, columns: torch.Tensor) -> Document:
+    aux = document.features.aux_hidden_states[:, columns]
+    return replace(document, features=replace(document.features, aux_hidden_states=aux))
+
+
+def judge(lengths: dict[str, float], ways: dict[str, Way]) -> Iterator[Finding]:
+    """What decoding says; the first length is that of the layers which the draft names."""
+    length = next(iter(lengths.values()))
+    clear = {words: way for words, way in ways.items() if way.is_clear and way.length > LITTLE}
+    if clear:
+        words, way = max(clear.items(), key=lambda pair: pair[1].likelier)
+        sentence = f"{words} it accepts {way.length:.2f} tokens a round, as it is {length:.2f}"
+        likelier = f"and finds the target's tokens {way.likelier:.2f} times as likely"
+        yield Finding(ALL, f"{sentence}, {likelier}")
     elif length == 1:
         # A draft that is merely poor is right now and then: none at all is a mistake somewhere.
         sentence = "no draft was accepted (acceptance length exactly 1.0): it is untrained, or of"

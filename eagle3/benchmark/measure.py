@@ -145,6 +145,8 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
             continue
         pair = trials[key][suite], trials[alone][suite]
         row = {"config": config, "num_prompts": len(pair[0])}
+        if steps > 0:
+            row["drafts"] = request.choice_of_drafts(key[1:])
         row |= acceptance(pair[0], steps, seed) | speed(*pair, seed)
         # Sampled answers differ by chance.
         row |= equality(*pair) if request.temperature == 0 else {"lossless": None}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from eagle3.benchmark.statistics import Trial
-from eagle3.benchmark.suites import SETUPS, SUITES, Setup, parse_suite
+from eagle3.benchmark.suites import MORE_STEPS, SETUPS, SUITES, Setup, parse_suite
 from eagle3.config import Data, OneOf, Within
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
 from eagle3.decode.tree import check_tree
-from eagle3.engines.engine import Answer
+from eagle3.engines.engine import Answer, Drafting
 from eagle3.errors import ConfigError
 from eagle3.target.handle import TargetHandle
 
@@ -47,6 +47,9 @@ class Request:
 
     in_process: ClassVar[bool]  # all configs can then be open side by side
 
+    def __post_init__(self):
+        self.configs = [in_steps(config, self.protocol) for config in self.configs]
+
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
         """Raise ConfigError where the section `benchmark` asks for what is not installed."""
@@ -61,6 +64,10 @@ class Request:
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
         raise NotImplementedError
+
+    def choice_of_drafts(self, drafting: Drafting) -> str | None:
+        """How it drafts: `greedy`, the likeliest tokens, or `sampled`; None where nobody knows."""
+        return "sampled" if self.temperature > 0 and drafting[1] == 1 else "greedy"
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """More values of a row of benchmark.json."""
@@ -78,7 +85,7 @@ def check_request(section: dict[str, Any]) -> None:
     for config in section["configs"]:
         can_run = False
         with suppress(ConfigError, TypeError, ValueError):  # the others: it isn't four numbers
-            batch, *tree = config
+            batch, *tree = in_steps(config, section["protocol"])
             if tree != [0, 0, 0]:
                 check_tree(*tree)
             can_run = batch >= 1
@@ -97,6 +104,12 @@ def check_request(section: dict[str, Any]) -> None:
             raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {', '.join(SUITES)}")
         if not os.path.exists(path):
             raise ConfigError(f"benchmark.paths.{name}={path} does not exist; give a local file")
+
+
+def in_steps(config: list[int], protocol: str) -> list[int]:
+    """[batch, steps, topk, verify_tokens] of a config in the numbers of its protocol."""
+    batch, steps, topk, verify_tokens = config
+    return [batch, steps + MORE_STEPS.get(protocol, 0) * (topk > 1), topk, verify_tokens]
 
 
 def asks_heldout(section: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import httpx
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.suites import Setup
 from eagle3.config import Within, instantiate
+from eagle3.draft.model import DraftConfig
 from eagle3.engines.engine import Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
@@ -41,6 +42,7 @@ class Served(Request):
     drafting: Drafting | None = field(default=None, init=False)
 
     def __post_init__(self):
+        super().__post_init__()
         self.python = interpreter(self.engine.name.lower(), self.python)
 
     @classmethod
@@ -59,7 +61,8 @@ class Served(Request):
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        check_draft(subject.draft_folder, subject.target.spec, self.engine)
+        shape = check_draft(subject.draft_folder, subject.target.spec, self.engine)
+        self.whole_vocabulary = shape.draft_vocab_size == shape.vocab_size
         facts = {"runner": self.engine.name.lower(), "version": self.find_engine()}
         facts |= {key: getattr(self, key) for key in ("tp_size", "server_args", "url", "alone_url")}
         facts["dtype"] = subject.target.spec.dtype
@@ -89,12 +92,22 @@ class Served(Request):
         engine, subject, port = self.engine, self.subject, choose_port(self.port, "benchmark.port")
         more = self.tp_size, self.mem_fraction_static, tuple(self.server_args)
         launch = Launch(subject.target.spec, self.python, port, *more)
+        options: dict[str, Any] = {}
+        if drafting[0]:
+            sampled = self.choice_of_drafts(drafting) == "sampled"
+            options = engine.draft_options(str(subject.draft_folder), drafting, sampled)
         # Room for the largest batch, so that the server can stay for all of them.
-        batch, draft = max(config[0] for config in self.configs), str(subject.draft_folder)
-        command = engine.benchmark_command(launch, draft, drafting, batch, subject.seed)
+        batch = max(config[0] for config in self.configs)
+        command = engine.benchmark_command(launch, options, batch, subject.seed)
         log = self.run_dir / ("-".join(map(str, [engine.name.lower(), *drafting])) + ".log")
         url, waits = f"http://127.0.0.1:{port}", (self.ready_seconds, engine.health_path)
         return Server(command, url, {}, log, *waits, engine.name).__enter__()
+
+    def choice_of_drafts(self, drafting: Drafting) -> str | None:
+        if self.url:
+            return None  # whoever started it has decided
+        sampled = self.engine.samples_drafts(drafting[1], self.whole_vocabulary)
+        return "sampled" if self.temperature > 0 and sampled else "greedy"
 
     def close(self) -> None:
         if self.server is not None:
@@ -136,8 +149,8 @@ class Served(Request):
         raise RunError(f"{self.address} gave no usable answer within {limit}: {reason}")
 
 
-def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
-    """Raise RunError unless the engine reads the draft's form, and it is one of this target."""
+def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> DraftConfig:
+    """The draft's shape. RunError unless the engine reads its form, and it is of this target."""
     files = read_any(folder)
     if files.is_speculators and not engine.reads_speculators:
         raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
@@ -146,3 +159,4 @@ def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> None:
     for finding in (*rules.shape(files, target), *form):
         if finding.severity == "wrong" and engine.name.lower() in finding.engines:
             raise RunError(f"draft at {folder}: {finding.sentence}")
+    return files.shape

@@ -165,6 +165,9 @@ SETUPS: dict[str, dict[str, Setup]] = {  # by protocol and suite; "" is every ot
     # them to the decoder, which then ends at 512: benchmark.max_new_tokens=512 does what they do.
     "eagle": {"": Setup(1024, "llama2")},
 }
+# By protocol, what its trees are deeper than the number in benchmark.configs: EAGLE's `depth` does
+# not count the first level, as steps do here and in SGLang. Its chains are cut by `total_token`.
+MORE_STEPS = {"eagle": 1}
 
 
 def setup_of(protocol: str, suite: str, asked: str | None, trained_with: str | None) -> Setup:

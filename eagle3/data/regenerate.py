@@ -19,6 +19,7 @@ from eagle3.config import Data, Source, Within, instantiate
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows
+from eagle3.draft.rope import max_positions
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact, fingerprint
 from eagle3.runs.logger import redact
@@ -212,7 +213,8 @@ class BuiltIn:
         """Dialogues side by side: one turn of all that still ask, until none does."""
         top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
         sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
-        context = model.config.max_position_embeddings
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        context = max_positions(model.config.max_position_embeddings, rope)
         while True:
             asking, prompts = [], []
             for dialogue in dialogues:

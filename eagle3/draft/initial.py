@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from eagle3.config import DraftSection
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.rope import max_positions
 from eagle3.errors import ConfigError
 
 # What a file of the guides may name but not change.
@@ -17,8 +18,8 @@ FIXED = ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", 
 
 def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfig:
     """The target's own shape, as one layer; transformers 5 keeps theta in `rope_parameters`."""
-    rope = getattr(target, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    scaling = getattr(target, "rope_parameters", None) or {}
+    rope = scaling.get("full_attention", scaling)
     heads = target.num_attention_heads
     return DraftConfig(
         hidden_size=target.hidden_size,
@@ -31,7 +32,8 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,
         target_hidden_size=target.hidden_size,
-        max_position_embeddings=target.max_position_embeddings,
+        # Its own RoPE is not scaled: it is trained at the positions that it serves at.
+        max_position_embeddings=max_positions(target.max_position_embeddings, scaling),
         rope_theta=rope.get("rope_theta", 10000.0),
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
     )

@@ -1,5 +1,7 @@
 """Rotary position embedding with tables in fp32, whatever the model computes in."""
 
+from typing import Any
+
 import torch
 
 
@@ -32,3 +34,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Rotate heads `x` [n, heads, head_dim] in at least fp32; returned in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def max_positions(longest: int, rope: dict[str, Any]) -> int:
+    """Tokens that a model reads: `longest`, its max_position_embeddings, scaled as `rope` says.
+
+    Of llama3, and where layers differ in their scaling, that is the scaled number already.
+    """
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1
+    if kind in ("linear", "dynamic"):
+        return int(longest * factor)
+    if kind in ("yarn", "longrope"):  # some have scaled the number, some have not
+        return max(longest, int(factor * rope.get("original_max_position_embeddings", longest)))
+    return longest

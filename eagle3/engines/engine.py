@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from packaging.specifiers import SpecifierSet
 
+from eagle3.engines.server import program
 from eagle3.errors import ConfigError
 
 Drafting = tuple[int, int, int]  # steps, topk, verify_tokens; (0, 0, 0) is the target alone
@@ -63,6 +64,7 @@ class Engine:
     versions: ClassVar[str]
     module: ClassVar[str]
     launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
+    serve_port: ClassVar[int]  # where its users look for it
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
@@ -93,6 +95,20 @@ class Engine:
         flags |= {"--trust-remote-code": model.trust_remote_code, "--host": "127.0.0.1"}
         words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
+
+    def serve_command(
+        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
+    ) -> list[list[str]]:
+        """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
+        tree = (draft_length, 1, draft_length + 1)
+        drafting = self.draft_options(draft, tree) if draft else {}
+        return [
+            [program(self.name.lower(), "python"), "-m", self.module],
+            [self.launch_flags[0], target],
+            *([flag, str(value)] for flag, value in drafting.items()),
+            ["--host", "127.0.0.1", "--port", str(port or self.serve_port)],
+            more,
+        ]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

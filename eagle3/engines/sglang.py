@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 
 from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
-from eagle3.engines.server import program
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
@@ -39,19 +38,18 @@ class SGLang(Engine):
     versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
     module = "sglang.launch_server"
     launch_flags = ("--model-path", "--tp-size", "--mem-fraction-static")
+    serve_port = 30000
     generate_path = "/generate"
     drafts_trees = True
     reads_speculators = False
 
     def benchmark_command(
-        self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
+        self, launch: Launch, drafting: dict[str, Any], batch: int, seed: int
     ) -> list[str]:
-        """A server that reports what each request took and accepted."""
+        """A server that reports what each request took and accepted; `drafting`: `draft_options`"""
         options = {"--random-seed": seed, "--max-running-requests": batch, "--enable-metrics": True}
         options["--disable-radix-cache"] = True  # a cached prompt would cost the next batch nothing
-        if drafting[0]:
-            options |= self.draft_options(draft, *drafting)
-        return self.server_command(launch, options)
+        return self.server_command(launch, options | drafting)
 
     def capture_command(self, launch: Launch, capture: Capture) -> list[str]:
         """Raises ConfigError where the launch's `server_args` would spoil the capture."""
@@ -85,27 +83,23 @@ class SGLang(Engine):
         """What `capture_command` needs in its environment."""
         return {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
 
-    def serve_command(
-        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
-    ) -> list[list[str]]:
-        """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
-        drafting = self.draft_options(draft, draft_length, 1, draft_length + 1) if draft else {}
-        return [
-            [program("sglang", "python"), "-m", "sglang.launch_server"],
-            ["--model-path", target],
-            *([flag, str(value)] for flag, value in drafting.items()),
-            ["--host", "127.0.0.1", "--port", str(port or 30000)],
-            more,
-        ]
+    def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
+        """Whether it can draw drafts from their distribution, as it does the target's tokens."""
+        return topk == 1 and whole_vocabulary  # else 0.5.23 does not start
 
-    def draft_options(self, draft: str, steps: int, topk: int, verify_tokens: int) -> dict:
-        return {
+    def draft_options(
+        self, draft: str, drafting: Drafting, sampled: bool = False
+    ) -> dict[str, Any]:
+        """The flags of a server with a draft; `sampled`: drawn, not the likeliest, where it can."""
+        steps, topk, verify_tokens = drafting
+        options = {
             "--speculative-algorithm": "EAGLE3",
             "--speculative-draft-model-path": draft,
             "--speculative-num-steps": steps,
             "--speculative-eagle-topk": topk,
             "--speculative-num-draft-tokens": verify_tokens,
         }
+        return options | ({"--speculative-use-rejection-sampling": True} if sampled else {})
 
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 
 from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
-from eagle3.engines.server import program
 from eagle3.errors import RunError
 
 POSITION = re.compile(
@@ -23,33 +22,28 @@ class VLLM(Engine):
     versions = ">=0.32"
     module = "vllm.entrypoints.openai.api_server"
     launch_flags = ("--model", "--tensor-parallel-size", "--gpu-memory-utilization")
+    serve_port = 8000
     generate_path = "/v1/completions"
     drafts_trees = False
     reads_speculators = True
 
     def benchmark_command(
-        self, launch: Launch, draft: str, drafting: Drafting, batch: int, seed: int
+        self, launch: Launch, drafting: dict[str, Any], batch: int, seed: int
     ) -> list[str]:
         options = {"--seed": seed, "--max-num-seqs": batch}
         options |= {"--enable-per-request-metrics": True, "--no-enable-prefix-caching": True}
-        if drafting[0]:
-            options["--speculative-config"] = self.draft_config(draft, drafting[0])
-            options["--per-request-spec-decode-metrics"] = "detailed"
-        return self.server_command(launch, options)
+        options["--per-request-spec-decode-metrics"] = "detailed" if drafting else None
+        return self.server_command(launch, options | drafting)
 
-    def serve_command(
-        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
-    ) -> list[list[str]]:
-        drafting = ["--speculative-config", self.draft_config(draft, draft_length)] if draft else []
-        return [
-            [program("vllm", "vllm"), "serve", target],
-            drafting,
-            ["--host", "127.0.0.1", "--port", str(port or 8000)],
-            more,
-        ]
+    def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
+        return True
 
-    def draft_config(self, draft: str, steps: int) -> str:
-        return json.dumps({"method": "eagle3", "model": draft, "num_speculative_tokens": steps})
+    def draft_options(
+        self, draft: str, drafting: Drafting, sampled: bool = False
+    ) -> dict[str, Any]:
+        config = {"method": "eagle3", "model": draft, "num_speculative_tokens": drafting[0]}
+        config |= {"draft_sample_method": "probabilistic"} if sampled else {}
+        return {"--speculative-config": json.dumps(config)}
 
     def request_body(
         self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float

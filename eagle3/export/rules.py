@@ -15,6 +15,7 @@ import torch
 from eagle3.draft.attention import Backend, Dense
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
+from eagle3.draft.rope import max_positions
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, read_any
 from eagle3.target.layers import engines_default, meant_by
@@ -135,6 +136,11 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
+    above = meant_by("vllm", files.config.get(LAYER_IDS) or [])
+    if above and above != named:
+        sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
+        yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
+        del read["vllm"]
     # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
@@ -144,14 +150,15 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         "ours": f"set model.aux_layer_ids={named}",
     }
     for engine, reason in reasons.items():
-        if read[engine] != named:
+        if read.get(engine, named) != named:
             sentence = f"made for the outputs of layers {named}, it gets {read[engine]}: {reason}"
             yield Finding((engine,), sentence, "warning" if engine == "trtllm" else "wrong")
 
 
 def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """A draft keeps the theta it was trained with, and must reach as far as the target."""
-    wanted, theta = derive_config(target.config, 1).rope_theta, files.shape.rope_theta
+    derived, theta = derive_config(target.config, 1), files.shape.rope_theta
+    wanted, reach = derived.rope_theta, derived.max_position_embeddings
     if theta != wanted:
         sentence = f"rope_theta is {theta:g}, the target's {wanted:g}: right only if trained so"
         yield Finding(ALL, sentence, "warning")
@@ -162,7 +169,7 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         if kind not in ("linear", "dynamic"):
             yield Finding(("official",), f"rope_scaling of type {kind} stops it", "warning")
     # SGLang does not start a draft that reaches less far than its target.
-    longest, reach = files.shape.max_position_embeddings, target.config.max_position_embeddings
+    longest = max_positions(files.shape.max_position_embeddings, scaling)
     if longest < reach:
         remedy = f"not {reach}: set --context-length {longest} there, or less"
         yield Finding(("sglang",), f"max_position_embeddings is {longest}, {remedy}")

@@ -16,12 +16,14 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 
@@ -29,8 +31,8 @@ from eagle3.batch import Document, Features
 from eagle3.config import HiddenStates
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite
-from eagle3.hidden_states.store import Store, create_store, stored_bytes
-from eagle3.runs.artefact import artefact, fingerprint
+from eagle3.hidden_states.store import Store, check_inputs, create_store, stored_bytes
+from eagle3.runs.artefact import artefact, fingerprint, read_facts
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import head_statistics
@@ -38,6 +40,7 @@ from eagle3.target.weights import TargetWeights, load_weights
 
 KEYS = ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+console = Console(markup=False, soft_wrap=True)
 UNSUPERVISED = "has no supervised token"
 
 
@@ -49,9 +52,7 @@ def import_specforge(
     section: HiddenStates, target: TargetHandle, max_length: int, cache_dir: str
 ) -> Path:
     """The store of SpecForge's files in `hidden_states.path`, converted if need be. RunError."""
-    # In the order of their numbers: data_2 before data_10.
-    found = hidden_state_files(Path(section.path))
-    files = sorted(found, key=lambda path: (list(map(int, re.findall(r"\d+", str(path)))), path))
+    files = in_order(Path(section.path))
     stats = [(path.relative_to(section.path), path.stat()) for path in files]
     content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
     inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}
@@ -60,7 +61,31 @@ def import_specforge(
     fill = partial(convert, files, target, inputs, section.on_damage)
     # Not among the store's inputs, as a run may be resumed with another.
     inputs = inputs | {"on_damage": section.on_damage}
-    return artefact(cache_dir, "imported", inputs, fill, "import")
+    folder = artefact(cache_dir, "imported", inputs, fill, "import")
+    if rounded := read_facts(folder).get("rounded"):
+        reason = f"hidden_states.dtype={section.dtype} is less precise than their files are"
+        console.print(f"import: the states of {rounded} documents were rounded: {reason}")
+    return folder
+
+
+def choose_dtype(section: HiddenStates) -> str:
+    """The precision asked for, else that of the store or files in `hidden_states.path`, or bf16."""
+    if section.dtype is not None or section.path is None:
+        return section.dtype or "bf16"
+    stored = check_inputs(Path(section.path), {})
+    if stored is not None:
+        return stored["hidden_states.dtype"]
+    for file in in_order(Path(section.path)):
+        with suppress(FileError, LookupError, TypeError, AttributeError):  # read again, and judged
+            states = load(file)["aux_hidden_state"]
+            return "bf16" if states.dtype == torch.bfloat16 else "fp32"
+    return "bf16"
+
+
+def in_order(folder: Path) -> list[Path]:
+    """The files, in the order of their numbers: data_2 before data_10."""
+    found = hidden_state_files(folder)
+    return sorted(found, key=lambda path: (list(map(int, re.findall(r"\d+", str(path)))), path))
 
 
 def hidden_state_files(folder: Path) -> Iterator[Path]:
@@ -78,15 +103,16 @@ def convert(
     weights = load_weights(target.spec, target.device)
     create_store(folder, inputs)
     store, noted = Store(folder), folder / "progress.json"
-    done = {"files": 0, "shards": 0, "rejected": [], "counts": [0] * len(weights.head)}
-    done |= read_json(noted)  # an interrupted call's, which goes on
+    done = {"files": 0, "shards": 0, "rounded": 0, "rejected": []}
+    done |= {"counts": [0] * len(weights.head)} | read_json(noted)  # of an interrupted call
     rejected, counts = done["rejected"], np.array(done["counts"])
-    documents, size = [], 0
+    documents, size, dtype = [], 0, inputs["hidden_states.dtype"]
     for key in track(range(done["files"], len(files)), "import hidden states", transient=True):
         try:
             document = read_document(files[key], key, weights, inputs["max_length"])
             documents.append(document)
-            size += stored_bytes(document, inputs["hidden_states.dtype"])
+            size += stored_bytes(document, dtype)
+            done["rounded"] += is_rounded(document.features, dtype)
             counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
         except FileError as error:
             if on_damage == "fail" and str(error) != UNSUPERVISED:
@@ -109,7 +135,14 @@ def convert(
     store.complete(done["shards"], supervised=records["supervised"], counts=counts, **data)
     noted.unlink()
     reasons = Counter(each["reason"].partition(" (")[0] for each in rejected)
-    return store.facts | {"files": len(files), "rejected": dict(reasons)}
+    counted = {"files": len(files), "rejected": dict(reasons), "rounded": done["rounded"]}
+    return store.facts | counted
+
+
+def is_rounded(features: Features, dtype: str) -> bool:
+    """Whether a store of `dtype` keeps less of the states than there is."""
+    found = {features.aux_hidden_states.dtype, features.last_hidden_states.dtype}
+    return dtype == "int8" or (dtype == "bf16" and found != {torch.bfloat16})
 
 
 def read_document(path: Path, key: int, weights: TargetWeights, max_length: int) -> Document:

@@ -18,7 +18,8 @@ FLAGS = {
     int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port",
 }
 SWITCHES = "enable-metrics enable-per-request-metrics die-at-start die-at-request refuse "
-SWITCHES += "disable-radix-cache no-enable-prefix-caching"
+SWITCHES += "disable-radix-cache no-enable-prefix-caching "
+SWITCHES += "speculative-use-rejection-sampling"
 for kind, names in FLAGS.items():
     for name in names.split():
         parser.add_argument(f"--{name}", type=kind)

@@ -63,7 +63,7 @@ def assert_same(engine, server, prompts, expected, steps=STEPS, **more):
 def test_sglang_accepts_what_the_built_in_decoder_accepts(
     serve, trained_draft, prompts, generations, tree
 ):
-    drafting = command_line(SGLang().draft_options(str(trained_draft), *tree))
+    drafting = command_line(SGLang().draft_options(str(trained_draft), tree))
     with serve("sglang", TARGET, "--enable-metrics", *drafting) as server:
         assert_same(SGLang(), server, prompts, generations[tree], tree[0])
 
@@ -74,7 +74,7 @@ def test_vllm_accepts_what_the_built_in_decoder_accepts(
 ):
     """It finds the target of the speculators form by itself."""
     model = TARGET
-    drafting = ["--speculative-config", VLLM().draft_config(str(trained_draft), STEPS)]
+    drafting = command_line(VLLM().draft_options(str(trained_draft), CHAIN))
     if form == "speculators":
         model, spec, drafting = tmp_path / "form", spec_of(TARGET, LAYERS), []
         draft = read_draft(trained_draft, FlashCPU, spec)

@@ -1,0 +1,126 @@
+"""Other ways to read a draft, as it would be without a likely mistake of who wrote it, and how much
+better it drafts so; wrong drafts of the right shape load everywhere without a word.
+
+M pairs of a row and a step of the target's own answers, V the draft's vocabulary.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, permutations
+
+import torch
+
+from eagle3.batch import Document, pack, serving
+from eagle3.draft.model import Draft
+from eagle3.draft.rope import Rope
+from eagle3.evaluate import accepted_pairs, mean_emitted, walk
+from eagle3.ttt import unroll
+
+# How many times as likely another way must find the target's tokens to show a mistake, and by how
+# many standard errors; for sound drafts none came to 1.03.
+CLEARLY, ERRORS = 1.1, 4.0
+FLOOR = 1e-6  # a probability: what a token without a draft id has
+NORMS = (
+    "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight",
+    "midlayer.post_attention_layernorm.weight", "norm.weight",
+)  # fmt: skip
+
+
+@dataclass
+class Reading:
+    """How a draft, read in some way, does on the target's own answers."""
+
+    acceptance_length: float  # of greedy chains
+    likelihoods: torch.Tensor  # log-probabilities of the target's tokens, [M]
+
+
+@dataclass
+class Way:
+    """A reading against that of the draft as it is: how many times as likely it finds the target's
+    tokens, and the logarithm of that in standard errors.
+    """
+
+    length: float
+    likelier: float
+    errors: float
+    is_clear: bool
+
+
+def compare(reading: Reading, as_it_is: Reading, suspect: bool = False) -> Way:
+    """`suspect`: config.json is odd there, so that any difference of half the errors is clear."""
+    gained_M = (reading.likelihoods - as_it_is.likelihoods).double()
+    mean, error = float(gained_M.mean()), float(gained_M.std()) / len(gained_M) ** 0.5
+    likelier, errors = math.exp(mean), mean / max(error, 1e-9)
+    clear = errors > ERRORS / 2 if suspect else errors > ERRORS and likelier > CLEARLY
+    return Way(reading.acceptance_length, likelier, errors, clear)
+
+
+@torch.no_grad()
+def read_with(
+    draft: Draft, embedding: torch.Tensor, documents: list[Document], draft_length: int
+) -> Reading:
+    """Of answers with features: a walk over them accepts what decoding would."""
+    walks, likelihoods = [], []
+    any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
+    draft_ids = torch.full((len(any_token),), -1, device=embedding.device)
+    draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=embedding.device)
+    for document in documents:
+        batch = pack([document], any_token, draft_length, serving).to(embedding.device)
+        hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states, batch)
+        logits_MV = draft.logits(hidden_ND[batch.pair_index]).float()
+        wanted_M = draft_ids[batch.features.argmax[batch.pair_teacher]]
+        accepted = accepted_pairs(batch, logits_MV.argmax(-1) == wanted_M)
+        walks.append(walk(accepted, int(document.loss_mask.int().argmax()), draft_length))
+        found_M = logits_MV.softmax(-1).gather(1, wanted_M.clamp(min=0)[:, None])[:, 0]
+        likelihoods.append((found_M * (wanted_M >= 0)).clamp(min=FLOOR).log().cpu())
+    return Reading(mean_emitted(walks), torch.cat(likelihoods))
+
+
+def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
+    """The draft without each likely mistake, the same object every time, and words for what is
+    changed in it; `theta` is the target's.
+    """
+    own, config = copy.deepcopy(draft.state_dict()), draft.config
+    for words, tensors in repairs(own, config.head_dim, config.vocab_size):
+        draft.load_state_dict(own | tensors)
+        yield words, draft
+    draft.load_state_dict(own)
+    for other in sorted({theta, 10000.0} - {config.rope_theta}):
+        draft.rope = Rope(config.head_dim, other)
+        yield f"rope_theta={other:g}", draft
+
+
+def repairs(
+    own: dict[str, torch.Tensor], head_dim: int, vocab_size: int
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """What fits in shape as well as the tensors of `own` do."""
+    thirds = own["fc.weight"].chunk(3, dim=1)
+    for order in list(permutations((1, 2, 3)))[1:]:
+        joined = torch.cat([thirds[number - 1] for number in order], dim=1)
+        yield f"the thirds of fc.weight in the order {order}", {"fc.weight": joined}
+    if thirds[0].shape[0] == thirds[0].shape[1]:
+        transposed = torch.cat([third.T for third in thirds], dim=1)
+        yield "each third of fc.weight transposed", {"fc.weight": transposed}
+    names = [f"midlayer.self_attn.{name}_proj.weight" for name in "qkv"]
+    # Their columns are for the embedding, then for the hidden state.
+    halves = {name: own[name].roll(own[name].shape[1] // 2, dims=1) for name in names}
+    yield "the halves of the columns of q, k and v exchanged", halves
+    for one, other in combinations(NORMS, 2):
+        yield f"{one} and {other} exchanged", {one: own[other], other: own[one]}
+    norms = {NORMS[0]: own[NORMS[1]], NORMS[1]: own[NORMS[0]]}
+    yield "the halves of q, k and v and their norms exchanged", halves | norms
+    # The two numbers that RoPE turns lie side by side in some code, half a head apart in ours.
+    order = torch.arange(head_dim).view(-1, 2).T.flatten()
+    for words, rows in {"pairs to halves": order, "halves to pairs": order.argsort()}.items():
+        heads = {name: own[name].unflatten(0, (-1, head_dim)) for name in names[:2]}
+        turned = {name: head[:, rows].flatten(0, 1) for name, head in heads.items()}
+        yield f"the rows of q and k reordered from rotary {words}", turned
+    d2t, places = own["d2t"], torch.arange(len(own["d2t"]), device=own["d2t"].device)
+    maps = {"the numbers in d2t as ids": d2t, "ids one higher": d2t + places + 1}
+    for words, ids in (maps | {"ids one lower": d2t + places - 1}).items():
+        ids = ids % vocab_size
+        if len(ids.unique()) == len(ids):
+            t2d = torch.zeros_like(own["t2d"]).index_fill_(0, ids, True)
+            yield words, {"d2t": ids - places, "t2d": t2d}
