@@ -3,17 +3,27 @@
 T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V the vocabulary.
 """
 
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
-from eagle3.batch import Batch, Features
+from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
+
+
+SIMILAR = 0.8  # of the longest row of a padded pass
 
 
 class HFTarget:
@@ -33,36 +43,32 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
-        if attention == "auto":
-            # Ours has no chunks, soft caps or sinks; None: transformers chooses itself.
-            special = ("attention_chunk_size", "attn_logit_softcapping")
-            other = any(getattr(self.config, name, None) for name in special)
-            attention = None if other or self.config.model_type == "gpt_oss" else "packed"
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        options |= {"dtype": spec.dtype, "attn_implementation": attention}
+        options |= {"dtype": spec.dtype, "attn_implementation": None if attention == "auto" else attention}
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        self.decoder = self.model.get_decoder()
+        self.decoder, layers = find_layers(self.model, self.config.num_hidden_layers)
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+        anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        self.takes = lambda name: anything or name in parameters
         self.embedding = self.model.get_input_embeddings().weight
         self.head = self.model.get_output_embeddings().weight
         self.eos_token_ids = end_token_ids(self.model.generation_config.eos_token_id, self.config)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
-        # Models call their list of layers `layers`, `h`, `blocks`.
-        lists = [x for x in self.decoder.children() if isinstance(x, torch.nn.ModuleList)]
-        layers = next((x for x in lists if len(x) == self.config.num_hidden_layers), None)
-        if layers is None:
-            raise RunError(f"{type(self.decoder).__name__} has no list of its decoder layers")
         for layer_id in self.aux_layer_ids:
             layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
-        self.check_head()
+        self.way, self.longest_together = "alone", math.inf
+        self.check_outputs()
+        self.choose_way(attention == "auto")
 
     def capture(self, layer_id: int, module, inputs, output) -> None:
-        self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
+        self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -72,18 +78,51 @@ class HFTarget:
             raise ConfigError(f"target.tp_size={size}: {remedy}")
 
     @torch.no_grad()
-    def check_head(self) -> None:
-        """Raise ConfigError where the logits are not last hidden states times the head.
+    def check_outputs(self) -> None:
+        """Raise ConfigError where the logits are not last hidden states times the head, or what
+        decoder layers put out is not hidden states.
 
         The teacher's distribution is computed as that product. A bias or a scale that no key of the
         config names would train the draft towards another model, and no loss would show it.
         """
         ids = torch.arange(3, device=self.device)
-        logits = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
-        product = self.lm_head(self.states(ids, ids)[1]).double()
+        output = self.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
+        layers = list(self.captured.values())
+        known = [h for h in output.hidden_states or layers if h.shape == (1, 3, self.config.hidden_size)]
+        if not all(any(h.shape == k.shape and torch.allclose(h,k) for k in known) for h in layers):
+            raise ConfigError(f"{type(self.model).__name__} keeps its hidden states not between layers: it is not supported")
+        logits, product = output.logits[0].double(), self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
             reason = "changes its logits behind the head; it is not supported"
             raise ConfigError(f"{self.spec.path} {reason}")
+
+    @torch.no_grad()
+    def choose_way(self, automatic: bool) -> None:
+        """Whether documents share a pass: `packed` in one row, `padded` in rows of their own, or
+        each `alone`: the first of these that gives two documents, in both orders, the states that
+        each has alone under transformers' own attention.
+        """
+        config, generator = self.model.config, torch.Generator().manual_seed(0)
+        ids = torch.randint(len(self.embedding), (2, 24), generator=generator).to(self.device)
+        pairs = [(ids[0], ids[1, :20]), (ids[1, :20], ids[0])]
+        right, own = [self.probe(pair) for pair in pairs], config._attn_implementation
+        if not is_close(self.probe([ids[0, :20]]), right[0][:20]):
+            raise ConfigError(f"{type(self.model).__name__} sees later tokens: it is not causal")
+        for self.way in ("packed", "padded", "alone"):
+            config._attn_implementation = "packed" if automatic and self.way == "packed" else own
+            with suppress(Exception):  # some models cannot do without their own masks
+                if all(map(is_close, map(self.probe, pairs), right)):
+                    break
+        if os.environ.get("RANK", "0") == "0":
+            print(f"target: documents go {self.way} through {type(self.model).__name__}")
+
+    def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
+        lengths = torch.tensor([len(document) for document in documents])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
+        places = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        spans = DocumentSpans(cu_seqlens, lengths.tolist())
+        return torch.cat(self.document_states(torch.cat(documents), places, spans), -1).unflatten(-1, (-1, self.config.hidden_size))
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -100,9 +139,10 @@ class HFTarget:
         """
         rows = input_ids.reshape(-1, input_ids.shape[-1])
         mask = None if visible is None else self.additive_mask(visible, position_ids)
-        options = {"past_key_values": cache, "use_cache": cache is not None, "documents": documents}
-        places = position_ids.reshape(rows.shape)
-        output = self.decoder(input_ids=rows, attention_mask=mask, position_ids=places, **options)
+        options = {"attention_mask": mask, "position_ids": position_ids.reshape(rows.shape)}
+        options |= {self.cache_name: cache, "use_cache": cache is not None, "documents": documents}
+        options = {name: value for name, value in options.items() if self.takes(name)}
+        output = self.decoder(input_ids=rows, **options)
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self.captured.clear()  # or they would live until the next pass
         last = output.last_hidden_state
@@ -159,11 +199,50 @@ class HFTarget:
             del answer[next(ends, len(answer)) + 1 :]  # padding
         return answers
 
+    def document_states(self, ids, places, documents: DocumentSpans) -> tuple:
+        """`states` of packed documents, int64 [T] ids and positions."""
+        together = max(documents.lengths) <= self.longest_together
+        if self.way == "packed" and together:
+            return self.states(ids, places, documents=documents)
+        texts, found = ids.split(documents.lengths), {}
+        left = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        while left:
+            count = 1
+            if self.way == "padded" and together:
+                # What pads a row stands behind its text, so that nothing of it sees that.
+                count = sum(len(texts[i]) >= SIMILAR * len(texts[left[0]]) for i in left)
+            rows = pad_sequence([texts[i] for i in left[:count]], batch_first=True)
+            columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+            for i, *states in zip(left, *self.states(rows, columns)):
+                found[i] = [each[: len(texts[i])] for each in states]
+            left = left[count:]
+        return tuple(torch.cat([found[i][part] for i in sorted(found)]) for part in (0, 1))
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
-        aux, last = self.states(batch.input_ids, batch.position_ids, documents=batch.documents)
+        aux, last = self.document_states(batch.input_ids, batch.position_ids, batch.documents)
         last = last[batch.teacher_rows]
         return Features(aux, last, *head_statistics(last, self.head))
+
+
+def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
+    """The decoder, the innermost model that has the list of its layers, and this list."""
+    # Without the towers of other modalities, unless the name `decoder` is given to something else.
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    models += [m for m in model.get_decoder().modules() if isinstance(m, PreTrainedModel)]
+    for module in reversed(models):
+        for part in module.modules():
+            if isinstance(part, torch.nn.ModuleList) and len(part) == count:
+                return module, part
+    raise RunError(f"{type(model).__name__} has no list of its {count} decoder layers")
+
+
+def is_close(found: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether every token's states [T,L,H] differ by rounding alone."""
+    # Of what is left of bf16 after many layers; an earlier document changes the first tokens by as
+    # much as they are long.
+    tolerance = max(1e-3, 16 * torch.finfo(right.dtype).eps)
+    return bool(((found - right).norm(dim=-1) <= tolerance * right.norm(dim=-1)).all())
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:

@@ -23,7 +23,7 @@ def packed_attention(
         raise NotImplementedError("no soft caps, no sinks: set target.attention=eager")
     if documents is None or attention_mask is not None:
         out = attend(query, key, value, attention_mask, sliding_window, scaling)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         # One kernel for all documents; it exists for these devices and types only.
         from torch.nn.attention.varlen import varlen_attn
@@ -38,7 +38,7 @@ def packed_attention(
     # Document by document, the work is that of the documents and not of T x T.
     split = [x.split(documents.lengths, dim=2) for x in (query, key, value)]
     outs = [attend(*document, None, sliding_window, scaling) for document in zip(*split)]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def attend(query, key, value, mask, window: int | None, scale: float | None) -> torch.Tensor:

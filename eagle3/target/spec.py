@@ -87,8 +87,8 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
     # Between the product and the softmax these would scale or bend what the draft learns from.
-    neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-    for name, harmless in neutral.items():
+    caps = dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    for name, harmless in (caps | {"logits_scaling": 1, "logit_scale": 1}).items():
         if (value := getattr(config, name, None)) not in (harmless, None):
             raise ConfigError(f"the target's {name}={value} changes its logits: not supported")
 
