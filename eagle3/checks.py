@@ -218,7 +218,7 @@ def check_against_target(config: RunConfig) -> None:
     model, spec = config.model, read_spec(config.model)
     target, ids = spec.config, model.aux_layer_ids
     check_supported(target)
-    last = target.num_hidden_layers - 1
+    last = spec.num_layers - 1
     if ids is not None and (len(ids) != 3 or not 0 <= ids[0] < ids[1] < ids[2] <= last):
         wanted = f"three different layers of 0..{last}, low to high"
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")

@@ -9,18 +9,22 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.quantizers import AutoHfQuantizer
 
-import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
+from eagle3.target.packed_attention import applied_windows, asked_windows
+from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
+from eagle3.target.weights import Checkpoint
 
 
 SIMILAR = 0.8  # of the longest row of a padded pass
@@ -51,7 +55,7 @@ class HFTarget:
             reason = str(error).splitlines()[0]
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        self.decoder, layers = find_layers(self.model, self.config.num_hidden_layers)
+        self.decoder, layers = find_layers(self.model, spec.num_layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -76,6 +80,7 @@ class HFTarget:
         if (size := section.get("tp_size", 1)) > 1:
             remedy = "target=hf cannot split it; use target=sglang"
             raise ConfigError(f"target.tp_size={size}: {remedy}")
+        check_loadable(spec)
 
     @torch.no_grad()
     def check_outputs(self) -> None:
@@ -87,10 +92,14 @@ class HFTarget:
         """
         ids = torch.arange(3, device=self.device)
         output = self.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
-        layers = list(self.captured.values())
-        known = [h for h in output.hidden_states or layers if h.shape == (1, 3, self.config.hidden_size)]
-        if not all(any(h.shape == k.shape and torch.allclose(h,k) for k in known) for h in layers):
-            raise ConfigError(f"{type(self.model).__name__} keeps its hidden states not between layers: it is not supported")
+        for layer_id, found in self.captured.items():
+            # Of the last layer, transformers has what the final norm makes of it.
+            inner = output.hidden_states is not None and layer_id < self.spec.num_layers - 1
+            known = [h for h in output.hidden_states if h.shape == found.shape] if inner else [found]
+            same = any(torch.allclose(found, h, equal_nan=True) for h in known)
+            if found.shape != (1, 3, self.head.shape[1]) or not same:
+                reason = f"layer {layer_id} puts out something else than its hidden states"
+                raise ConfigError(f"{type(self.model).__name__} is not supported: {reason}")
         logits, product = output.logits[0].double(), self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
             reason = "changes its logits behind the head; it is not supported"
@@ -108,11 +117,16 @@ class HFTarget:
         right, own = [self.probe(pair) for pair in pairs], config._attn_implementation
         if not is_close(self.probe([ids[0, :20]]), right[0][:20]):
             raise ConfigError(f"{type(self.model).__name__} sees later tokens: it is not causal")
+        asked_windows.clear()
+        applied_windows.clear()
         for self.way in ("packed", "padded", "alone"):
             config._attn_implementation = "packed" if automatic and self.way == "packed" else own
             with suppress(Exception):  # some models cannot do without their own masks
                 if all(map(is_close, map(self.probe, pairs), right)):
                     break
+        untold = asked_windows - applied_windows - {None, 0} if self.way == "packed" else ()
+        self.longest_together = min([rope_limit(self.config), *untold])
+        self.pads_left = is_close(self.first_logits(pairs[0]), torch.cat([*map(self.first_logits, zip(pairs[0]))]))
         if os.environ.get("RANK", "0") == "0":
             print(f"target: documents go {self.way} through {type(self.model).__name__}")
 
@@ -122,7 +136,43 @@ class HFTarget:
         cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
         places = torch.cat([torch.arange(n, device=self.device) for n in lengths])
         spans = DocumentSpans(cu_seqlens, lengths.tolist())
-        return torch.cat(self.document_states(torch.cat(documents), places, spans), -1).unflatten(-1, (-1, self.config.hidden_size))
+        return self.by_layer(self.document_states(torch.cat(documents), places, spans))
+
+    def by_layer(self, states: tuple) -> torch.Tensor:
+        """What `states` returns -> [..,L+1,H]."""
+        return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
+
+    def first_logits(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [n] each -> [B,V], from the pass that `generate` begins with."""
+        rows = pad_sequence(prompts, batch_first=True, padding_side="left")
+        known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
+        options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+        return self.model.generate(rows, attention_mask=known, max_new_tokens=1, **options).logits[0]
+
+    @torch.no_grad()
+    def check_decoding(self) -> None:
+        """Raise ConfigError where a cache does not continue two texts of different lengths, or
+        cannot be cropped.
+        """
+        check_croppable(self.config)
+        ids = torch.randint(len(self.embedding), (2, 24), device=self.device)
+        known, ahead = ids.split([20, 4], dim=1)
+        starts, places = ids.new_tensor([[20], [16]]), torch.arange(24, device=self.device)
+        text = (places[:20] < starts)[:, None].expand(-1, 4, -1)
+        causal = places[:4, None] >= places[:4]
+        visible = torch.cat([text, causal.expand(2, -1, -1)], dim=-1)
+        alone = [self.probe([torch.cat([row[:n], new])])[-4:] for row, n, new in zip(known, (20, 16), ahead)]
+        cache, name = DynamicCache(), type(self.model).__name__
+        sentence = f"{name} cannot be decoded in this process; use another engine's benchmark"
+        try:
+            self.states(known, places[:20].expand(2, -1), cache)
+            for _ in range(2):
+                found = self.states(ahead, starts + places[:4], cache, visible=visible)
+                cache.crop(-4)
+                if not is_close(self.by_layer(found).flatten(0, 1), torch.cat(alone)):
+                    raise ConfigError(sentence)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise ConfigError(f"{sentence} ({error})") from error
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -149,33 +199,30 @@ class HFTarget:
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
     def additive_mask(self, visible: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; two,
-        by kind of layer, where only some have a window. Raises ConfigError where the attention
-        ignores such masks or cuts the text into chunks.
+        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; by
+        kind of layer where some have a window or chunks. Raises ConfigError where the attention
+        ignores such masks.
         """
-        # Flash kernels take no masks; chunks start at slots, and the slots of a batch differ.
         attention = self.decoder.config._attn_implementation
-        chunked = getattr(self.config, "attention_chunk_size", None)
-        if attention not in ("packed", "sdpa", "eager") or chunked:
-            raise ConfigError(
-                f"target.attention={attention} decodes only chains at batch 1; set it to eager, or "
-                "benchmark=sglang where the model has chunks"
-            )
+        if attention not in ("packed", "sdpa", "eager"):  # flash kernels take no masks
+            remedy = "decodes only chains at batch 1; set it to eager"
+            raise ConfigError(f"target.attention={attention} {remedy}")
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(seen.shape, dtype=self.embedding.dtype, device=seen.device)
             return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
 
-        window = getattr(self.config, "sliding_window", None)
-        if window is None:
-            return additive(visible)
-        # A window counts positions, not slots: the nodes of a tree share positions.
+        # Windows and chunks count positions, not slots: the nodes of a tree share positions.
         cached = torch.arange(visible.shape[2] - visible.shape[1], device=visible.device)
-        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)
-        windowed = additive(visible & (position_ids[..., None] - places[:, None] < window))
-        if getattr(self.config, "layer_types", None) is None:
-            return windowed
-        return {"full_attention": additive(visible), "sliding_attention": windowed}
+        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)[:, None]
+        positions, masks = position_ids[..., None], {"full_attention": additive(visible)}
+        if window := getattr(self.config, "sliding_window", None):
+            masks["sliding_attention"] = additive(visible & (positions - places < window))
+        if chunk := getattr(self.config, "attention_chunk_size", None):
+            same = positions // chunk == places // chunk
+            masks["chunked_attention"] = additive(visible & same)
+        by_kind = len(masks) > 1 and getattr(self.config, "layer_types", None)
+        return masks if by_kind else [*masks.values()][-1]
 
     @torch.no_grad()
     def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
@@ -183,6 +230,8 @@ class HFTarget:
 
         `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
         """
+        if not self.pads_left and len(prompts) > 1:
+            return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
         width, eos = max(map(len, prompts)), sorted(self.eos_token_ids)
         pad = eos[0] if eos else 0
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
@@ -237,12 +286,57 @@ def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, to
     raise RunError(f"{type(model).__name__} has no list of its {count} decoder layers")
 
 
+def check_loadable(spec: TargetSpec) -> None:
+    """Raise ConfigError or RunError for a target that transformers cannot load here."""
+    folder, config = Path(spec.path), whole_config(spec)
+    if any(folder.glob("*.safetensors*")):
+        checkpoint = Checkpoint(spec.path, None)
+        for name in sorted({*checkpoint.files.values()}):
+            checkpoint.open(name)
+    elif folder.is_dir() and not any(folder.glob("*.bin*")):
+        raise ConfigError(f"model.path={folder} has no weights (model.safetensors or its index)")
+    try:
+        if (quantised := getattr(config, "quantization_config", None)) is not None:
+            AutoHfQuantizer.from_config(quantised).validate_environment()
+        with torch.device("meta"):
+            code = {"trust_remote_code": spec.trust_remote_code}
+            model = AutoModelForCausalLM.from_config(config, **code)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        sentence = f"model.path={spec.path} cannot be loaded by transformers here: {reason}"
+        raise ConfigError(f"{sentence}; see target=sglang") from error
+    find_layers(model, spec.num_layers)
+
+
+def check_croppable(config: PretrainedConfig) -> None:
+    """Raise ConfigError where rejected drafts leave something in the cache."""
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except (AttributeError, KeyError):  # a cache of its own
+        kinds = {None}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise ConfigError(
+            f"a {config.model_type} target has states that forget no rejected draft: only engines "
+            "decode it; set benchmark=sglang or benchmark=vllm, or leave benchmark out of stages"
+        )
+
+
+def rope_limit(config: PretrainedConfig) -> float:
+    """The longest text whose RoPE does not change with the longest that shares its pass."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [part for part in (given, *given.values()) if isinstance(part, dict)]
+    scaled = [part for part in kinds if part.get("rope_type") in ("dynamic", "longrope")]
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    limits = [part.get(names[0]) or getattr(config, names[1]) for part in scaled]
+    return min(limits, default=math.inf)
+
+
 def is_close(found: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether every token's states [T,L,H] differ by rounding alone."""
     # Of what is left of bf16 after many layers; an earlier document changes the first tokens by as
     # much as they are long.
     tolerance = max(1e-3, 16 * torch.finfo(right.dtype).eps)
-    return bool(((found - right).norm(dim=-1) <= tolerance * right.norm(dim=-1)).all())
+    return not bool(((found - right).norm(dim=-1) > tolerance * right.norm(dim=-1)).any())
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:

@@ -33,6 +33,10 @@ class TargetSpec:
         names = [field.name for field in fields(Model)]
         return read_spec, (Model(**{name: getattr(self, name) for name in names}),)
 
+    @property
+    def num_layers(self) -> int:
+        return num_layers(self.config)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a target is, for fingerprints: a hub id with its commit, or what a folder holds."""
@@ -62,7 +66,7 @@ def read_spec(model: Model) -> TargetSpec:
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
-    layers = model.aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers)
+    layers = model.aux_layer_ids or default_aux_layer_ids(num_layers(config))
     derived = {"config": config, "dtype": dtype, "aux_layer_ids": layers}
     return TargetSpec(**vars(model) | derived)
 
@@ -75,6 +79,11 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
+
+
+def num_layers(config: PretrainedConfig) -> int:
+    """Decoder layers; those of LongCat-Flash have two attentions each, which its config counts."""
+    return getattr(config, "num_layers", None) or config.num_hidden_layers
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
