@@ -146,6 +146,7 @@ def decode(
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
+    model.check_decoding()
     inputs = [torch.tensor(prompt, device=target.device) for prompt in prompts]
     tree, lengths = (draft_length, 1, draft_length + 1), {}
     for ids in choices:

@@ -26,7 +26,6 @@ from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 from eagle3.target.weights import Checkpoint
 
-
 SIMILAR = 0.8  # of the longest row of a padded pass
 
 
@@ -48,7 +47,10 @@ class HFTarget:
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        options |= {"dtype": spec.dtype, "attn_implementation": None if attention == "auto" else attention}
+        options |= {
+            "dtype": spec.dtype,
+            "attn_implementation": None if attention == "auto" else attention,
+        }
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError) as error:
@@ -95,7 +97,9 @@ class HFTarget:
         for layer_id, found in self.captured.items():
             # Of the last layer, transformers has what the final norm makes of it.
             inner = output.hidden_states is not None and layer_id < self.spec.num_layers - 1
-            known = [h for h in output.hidden_states if h.shape == found.shape] if inner else [found]
+            known = (
+                [h for h in output.hidden_states if h.shape == found.shape] if inner else [found]
+            )
             same = any(torch.allclose(found, h, equal_nan=True) for h in known)
             if found.shape != (1, 3, self.head.shape[1]) or not same:
                 reason = f"layer {layer_id} puts out something else than its hidden states"
@@ -126,7 +130,9 @@ class HFTarget:
                     break
         untold = asked_windows - applied_windows - {None, 0} if self.way == "packed" else ()
         self.longest_together = min([rope_limit(self.config), *untold])
-        self.pads_left = is_close(self.first_logits(pairs[0]), torch.cat([*map(self.first_logits, zip(pairs[0]))]))
+        self.pads_left = is_close(
+            self.first_logits(pairs[0]), torch.cat([*map(self.first_logits, zip(pairs[0]))])
+        )
         if os.environ.get("RANK", "0") == "0":
             print(f"target: documents go {self.way} through {type(self.model).__name__}")
 
@@ -147,7 +153,9 @@ class HFTarget:
         rows = pad_sequence(prompts, batch_first=True, padding_side="left")
         known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
         options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
-        return self.model.generate(rows, attention_mask=known, max_new_tokens=1, **options).logits[0]
+        return self.model.generate(rows, attention_mask=known, max_new_tokens=1, **options).logits[
+            0
+        ]
 
     @torch.no_grad()
     def check_decoding(self) -> None:
@@ -161,7 +169,10 @@ class HFTarget:
         text = (places[:20] < starts)[:, None].expand(-1, 4, -1)
         causal = places[:4, None] >= places[:4]
         visible = torch.cat([text, causal.expand(2, -1, -1)], dim=-1)
-        alone = [self.probe([torch.cat([row[:n], new])])[-4:] for row, n, new in zip(known, (20, 16), ahead)]
+        alone = [
+            self.probe([torch.cat([row[:n], new])])[-4:]
+            for row, n, new in zip(known, (20, 16), ahead)
+        ]
         cache, name = DynamicCache(), type(self.model).__name__
         sentence = f"{name} cannot be decoded in this process; use another engine's benchmark"
         try:
@@ -316,8 +327,8 @@ def check_croppable(config: PretrainedConfig) -> None:
         kinds = {None}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ConfigError(
-            f"a {config.model_type} target has states that forget no rejected draft: only engines "
-            "decode it; set benchmark=sglang or benchmark=vllm, or leave benchmark out of stages"
+            f"what a {config.model_type} target remembers of a rejected draft cannot be taken back "
+            "in this process; set benchmark=sglang or vllm, or leave benchmark out of stages"
         )
 
 
