@@ -23,7 +23,7 @@ from eagle3.export.read import check_given
 from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
-from eagle3.target.hf import check_croppable
+from eagle3.target.loading import check_croppable
 from eagle3.target.spec import check_supported, read_spec
 
 TARGET_PREFIXES = ("eagle3.", "torch.", "transformers.")  # what a config may name runs as code
@@ -243,10 +243,10 @@ def check_against_target(config: RunConfig) -> None:
         raise ConfigError(f"parallel.ulysses={ulysses} must divide the draft's {heads}")
     training = {"train"} if find_target(config.mode, "mode").needs_target else set()
     asking = {"generate", "capture", "regenerate"} | training
-    if find_target(config.benchmark, "benchmark").in_process:
-        asking.add("benchmark")
-    # The engine itself may be missing where a plan is made.
-    if asking & set(config.stages) and not config.plan:
-        find_target(config.target, "target").check_settings(config.target, spec)
-    if asking & set(config.stages) & {"benchmark"} and not config.plan:
+    decodes = find_target(config.benchmark, "benchmark").in_process
+    asked = (asking | {"benchmark"} if decodes else asking) & set(config.stages)
+    if config.plan or not asked:  # the engine itself may be missing where a plan is made
+        return
+    find_target(config.target, "target").check_settings(config.target, spec)
+    if "benchmark" in asked:
         check_croppable(target)

@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from eagle3.batch import Document, pack, serving
 from eagle3.checks import check
 from eagle3.errors import ConfigError, RunError
-from eagle3.target.hf import HFTarget, check_croppable, check_loadable
+from eagle3.target.hf import HFTarget
+from eagle3.target.loading import check_croppable, check_loadable
 
 CPU = torch.device("cpu")
 VOCABULARY = 256
@@ -33,7 +34,7 @@ SIZES = {
     r"max_position_embeddings|n_positions|max_seq_len|n_ctx|context_length": 256,
     r"model_max_length|original_max_position_embeddings": 256,
     r"((swa_)?num_attention|n|num|(num_)?(de|en)coder_attention|attention)_heads?": 4,
-    r"(swa_)?num_key_value_heads|num_kv_heads|linear_num_key_heads|index_n_heads": 2,
+    r"(swa_)?num_key_value_heads|num_kv_heads|linear_num_key_heads": 2,
     r"(\w+_)?head_dim|attention_head_size|kv_channels|d_head|dim_head|rotary_dim": 16,
     r"(kv|q|o)_lora_rank": 32,
     r"(n_routed|num|num_local|moe_num|zero)_experts?(_num)?|linear_num_value_heads": 4,
@@ -62,7 +63,10 @@ EXTRA = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 4},
     "longcat_flash": {"qk_head_dim": 32},
     "mamba2": {"num_heads": 8},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 4},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 4,
+        "index_n_heads": 2,
+    },
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -243,6 +247,11 @@ def test_what_does_not_load_is_said_before_anything_runs(damage, sentence, tmp_p
     damage(tmp_path)
     with pytest.raises((ConfigError, RunError), match=sentence):
         HFTarget.check_settings({}, spec_of(tmp_path))
+
+
+def test_a_small_leak_is_seen_in_bf16(tmp_path):
+    build("falcon_h1", tmp_path)
+    assert HFTarget(spec_of(tmp_path, dtype="bfloat16"), CPU).way == "padded"
 
 
 def test_rope_that_changes_with_the_longest_text_limits_what_is_packed(tmp_path):
