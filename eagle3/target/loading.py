@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import get_hf_quantizer
 
 from eagle3.errors import ConfigError
 from eagle3.target.spec import TargetSpec, whole_config
@@ -23,8 +23,8 @@ def check_loadable(spec: TargetSpec) -> None:
     elif folder.is_dir() and not any(folder.glob("*.bin*")):
         raise ConfigError(f"model.path={folder} has no weights (model.safetensors or its index)")
     try:
-        if (quantised := getattr(config, "quantization_config", None)) is not None:
-            AutoHfQuantizer.from_config(quantised).validate_environment()
+        # Whether the library of a quantised checkpoint is there, as `from_pretrained` asks it.
+        get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
         with torch.device("meta"):
             code = {"trust_remote_code": spec.trust_remote_code}
             model = AutoModelForCausalLM.from_config(config, **code)
