@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,6 +346,6 @@ def test_another_target_and_no_draft(exported, target, tmp_path):
         read_draft(exported / "portable", Auto, target.with_layers([0, 3, 4]))
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
     with pytest.raises(RunError, match="vocab_size is 2048, the target's 99"):
-        read_draft(exported / "portable", Auto, SimpleNamespace(config=other, aux_layer_ids=LAYERS))
+        read_draft(exported / "portable", Auto, replace(target, config=other))
     with pytest.raises(RunError, match="cannot be read"):
         read_draft(tmp_path / "nothing", Auto, target)

@@ -56,6 +56,10 @@ SIZES = {
 # What must fit together beyond that, or would otherwise leave out what a family is known for.
 EXTRA = {
     "bamba": {"attn_layer_indices": [1, 5]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 4]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 4},
@@ -68,6 +72,9 @@ EXTRA = {
         "index_n_heads": 2,
     },
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp"] * 2},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_budget": 8},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 LENGTHS = (13, 2, 30, 7, 29)
@@ -172,6 +179,7 @@ def test_what_cannot_be_right_is_refused(family, sentence, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.runs  # one family compiles something
 def test_every_family_is_right_or_refused(tmp_path, capsys):
     logging.set_verbosity_error()
     table = {}
