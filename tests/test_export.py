@@ -5,7 +5,7 @@ read; every defect is found and its engines named; a sound draft has none.
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch

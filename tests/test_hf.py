@@ -89,6 +89,7 @@ def test_packed_features_equal_each_document_alone(family):
     assert_close(features.logsumexp, logits.logsumexp(-1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of versions that renamed the cache
 def test_states_continue_a_cache(family):
     target = HFTarget(spec_of(family), torch.device("cpu"))
     ids, places = documents([30])[0].input_ids, torch.arange(30)
