@@ -225,6 +225,10 @@ def check_against_target(config: RunConfig) -> None:
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
     if config.stages == ["check"]:  # reads a draft, whatever would be trained
         return
+    for name in ("max_position_embeddings", "num_attention_heads"):
+        if getattr(target, name, None) is None:
+            reason = f"its config has no {name}, which a draft's is made from"
+            raise ConfigError(f"a {target.model_type} target is not supported: {reason}")
     for key, value, name in (
         ("data.max_length", config.data.max_length, "max_position_embeddings"),
         ("draft.vocab_size", config.draft.vocab_size, "vocab_size"),

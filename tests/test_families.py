@@ -204,17 +204,25 @@ def test_layers_are_found(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["mamba2", "qwen3_5_text", "lfm2", "deepseek_v32", "minimax"])
 def test_what_cannot_be_taken_back_needs_an_engine(family):
-    with pytest.raises(ConfigError, match=f"{family} target .* set benchmark=sglang or vllm"):
+    with pytest.raises(ConfigError, match=f"{family} target.*only engines decode it"):
         check_croppable(config_of(family))
 
 
-def test_a_benchmark_that_cannot_decode_is_refused_before_the_run(tmp_path, tokenizer, settings):
-    build("qwen3_5_text", tmp_path / "target", vocab_size=len(tokenizer))
+@pytest.mark.parametrize(
+    ("family", "without", "sentence"),
+    [
+        ("qwen3_5_text", "stages=[prepare,generate,train]", "only engines decode it"),
+        ("bloom", None, "bloom target .* its config has no max_position_embeddings"),
+    ],
+)
+def test_it_is_refused_before_the_run(family, without, sentence, tmp_path, tokenizer, settings):
+    build(family, tmp_path / "target", vocab_size=len(tokenizer))
     tokenizer.save_pretrained(tmp_path / "target")
-    asked = [*settings, f"model.path={tmp_path / 'target'}", "data.max_length=96"]
-    check(make_config([*asked, "stages=[prepare,generate,train]"], tmp_path / "trained"))
-    with pytest.raises(ConfigError, match="set benchmark=sglang or vllm"):
-        check(make_config(asked, tmp_path / "benchmarked"))
+    asked = [*settings, f"model.path={tmp_path / 'target'}"]
+    with pytest.raises(ConfigError, match=sentence):
+        check(make_config(asked, tmp_path / "refused"))
+    if without is not None:
+        check(make_config([*asked, without], tmp_path / "allowed"))
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt_neo"])

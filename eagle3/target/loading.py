@@ -42,10 +42,11 @@ def check_croppable(config: PretrainedConfig) -> None:
     except (AttributeError, KeyError):  # a cache of its own
         kinds = {None}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise ConfigError(
-            f"what a {config.model_type} target remembers of a rejected draft cannot be taken back "
-            "in this process; set benchmark=sglang or vllm, or leave benchmark out of stages"
+        remedy = "only engines decode it (benchmark=sglang or vllm, or stages without benchmark)"
+        sentence = (
+            f"a rejected draft cannot be taken back from a {config.model_type} target's cache"
         )
+        raise ConfigError(f"{sentence}: {remedy}")
 
 
 def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
