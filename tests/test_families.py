@@ -278,3 +278,8 @@ def test_rope_that_changes_with_the_longest_text_limits_what_is_packed(tmp_path)
     assert target.way == "packed" and error_of(tmp_path, target) < 1e-3
     target.longest_together = 1000
     assert error_of(tmp_path, target) > 0.01
+
+
+def test_chunks_that_attention_is_not_told_of_keep_transformers_masks(tmp_path):
+    build("llama4_text", tmp_path, attention_chunk_size=128)
+    assert HFTarget(spec_of(tmp_path), CPU).way == "padded"

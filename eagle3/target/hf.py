@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
@@ -25,7 +25,6 @@ from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
 SIMILAR = 0.8  # of the longest row of a padded pass
 TAKE_MASKS = ("packed", "sdpa", "eager")  # flash kernels do not
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class HFTarget:
@@ -46,8 +45,9 @@ class HFTarget:
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        own = None if attention == "auto" else attention  # None: transformers chooses
-        options |= {"dtype": spec.dtype, "attn_implementation": own}
+        ours = attention in ("auto", "packed")  # where it is proven
+        given = None if ours else attention  # None: transformers chooses
+        options |= {"dtype": spec.dtype, "attn_implementation": given}
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError, ImportError) as error:
@@ -68,7 +68,7 @@ class HFTarget:
             layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
         self.way, self.longest_together = "alone", math.inf
         self.check_outputs()
-        self.choose_way(attention == "auto")
+        self.choose_way(ours)
 
     def capture(self, layer_id: int, module, inputs, output) -> None:
         self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
@@ -128,10 +128,11 @@ class HFTarget:
         for self.way in ("packed", "padded", "alone"):
             config._attn_implementation = "packed" if automatic and self.way == "packed" else own
             with suppress(Exception):  # some models cannot do without their own masks
-                if max(map(gap, map(self.probe, pairs), right)) <= self.tolerance:
+                close = max(map(gap, map(self.probe, pairs), right)) <= self.tolerance
+                if close and not asked_windows - applied_windows - {None, 0}:
                     break
-        untold = asked_windows - applied_windows - {None, 0} if self.way == "packed" else ()
-        self.longest_together = min([rope_limit(self.config), *untold])
+            asked_windows.clear()
+        self.longest_together = rope_limit(self.config)
         self.pads_left = False
         with suppress(Exception):
             alone = torch.cat([self.first_logits([prompt]) for prompt in pairs[0]])
@@ -155,9 +156,9 @@ class HFTarget:
         """int64 [n] each -> [B,V], from the pass that `generate` begins with."""
         rows = pad_sequence(prompts, batch_first=True, padding_side="left")
         known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-        options = GREEDY | {"max_new_tokens": 1, "pad_token_id": 0, "output_logits": True}
-        options |= {"attention_mask": known, "return_dict_in_generate": True}
-        return self.model.generate(rows, **options).logits[0]
+        options = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
+        greedy = GenerationConfig(output_logits=True, **options)
+        return self.model.generate(rows, attention_mask=known, generation_config=greedy).logits[0]
 
     @torch.no_grad()
     def check_decoding(self) -> None:
@@ -248,7 +249,8 @@ class HFTarget:
         pad = eos[0] if eos else 0
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
         attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        options = GREEDY if sampling is None else sampling | {"do_sample": True}
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options = greedy if sampling is None else sampling | {"do_sample": True}
         options |= {"num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
         options |= {"eos_token_id": eos or None, "pad_token_id": pad}
         ids, mask = torch.tensor([padded, attended], device=self.device)

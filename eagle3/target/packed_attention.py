@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-# Windows (or chunks) that masks were asked for, and those that attention was told of: without its
-# mask, a layer that is told of none sees too much of a document that is longer.
+# Windows (or chunks) that masks were asked for, and those that attention was told of: a layer that
+# is told of none sees too much of what is longer, as it gets no mask.
 asked_windows: set[int | None] = set()
 applied_windows: set[int | None] = set()
 
