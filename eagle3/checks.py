@@ -24,6 +24,7 @@ from eagle3.export.read import check_given
 from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
+from eagle3.target.loading import check_croppable
 from eagle3.target.spec import check_supported, read_spec
 
 READS_DATA = {"regenerate", "view", "prepare", "generate", "capture"}
@@ -206,12 +207,16 @@ def check_against_target(config: RunConfig) -> None:
     model, spec = config.model, read_spec(config.model)
     target, ids = spec.config, model.aux_layer_ids
     check_supported(target)
-    last = target.num_hidden_layers - 1
+    last = spec.num_layers - 1
     if ids is not None and (len(ids) != 3 or not 0 <= ids[0] < ids[1] < ids[2] <= last):
         wanted = f"three different layers of 0..{last}, low to high"
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
     if config.stages == ["check"]:  # reads a draft, whatever would be trained
         return
+    for name in ("max_position_embeddings", "num_attention_heads"):
+        if getattr(target, name, None) is None:
+            reason = f"its config has no {name}, which a draft's is made from"
+            raise ConfigError(f"a {target.model_type} target is not supported: {reason}")
     shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
     for key, value, name in (
         ("data.max_length", config.data.max_length, "max_position_embeddings"),
@@ -230,6 +235,10 @@ def check_against_target(config: RunConfig) -> None:
         raise ConfigError(f"parallel.ulysses={ulysses} must divide the draft's {heads}")
     training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()
     asking = {"generate", "capture", "regenerate"} | training
-    # The engine itself may be missing where a plan is made.
-    if asking & set(config.stages) and not config.plan:
-        get_object(config.target["_target_"]).check_settings(config.target, spec)
+    decodes = get_object(config.benchmark["_target_"]).in_process
+    asked = (asking | {"benchmark"} if decodes else asking) & set(config.stages)
+    if config.plan or not asked:  # the engine itself may be missing where a plan is made
+        return
+    get_object(config.target["_target_"]).check_settings(config.target, spec)
+    if "benchmark" in asked:
+        check_croppable(target)

@@ -42,6 +42,9 @@ class Cycle:
     def lm_head(self, last):
         return last @ self.embedding.T
 
+    def check_decoding(self):
+        """It can be decoded."""
+
 
 class Words:
     """A chat of characters, with a template that marks roles."""

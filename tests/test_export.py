@@ -5,8 +5,7 @@ read; every defect is found and its engines named; a sound draft has none.
 import json
 import re
 import shutil
-from dataclasses import asdict
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -295,7 +294,7 @@ def test_what_else_is_said_of_a_draft(folder, target, form, config, severity, wo
 
 def test_another_target_and_no_draft(exported, target, tmp_path):
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
-    other = SimpleNamespace(config=other, aux_layer_ids=LAYERS)
+    other = replace(target, config=other)
     for path, given, words in (
         (exported / "portable", target.with_layers([0, 3, 4]), r"model\.aux_layer_ids="),
         (exported / "portable", other, "vocab_size is 2048, the target's 99"),

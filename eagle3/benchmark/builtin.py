@@ -31,6 +31,7 @@ class Builtin(Request):
         draft = read_draft(subject.draft_folder, None, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
         self.target = subject.target.load()
+        self.target.check_decoding()
         self.chat, self.seed, self.rules = subject.chat, subject.seed, {}
         self.costless = {"prompt_lookup": prompt_lookup}
         if subject.prepared is not None:

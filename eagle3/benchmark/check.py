@@ -81,7 +81,7 @@ def check(
         "weights": files.weights,
         "speculators_form": files.is_speculators,
         "engines": section.engines,
-        "layers": readings(files, target.spec.config.num_hidden_layers),
+        "layers": readings(files, target.spec.num_layers),
         "findings": [asdict(finding) for finding in findings],
         "decoded": decoded if lengths else None,
     }
@@ -143,7 +143,7 @@ def encode_questions(
 
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     """Layers it may have been made for: first those that it names, then how else they are read."""
-    count = target.config.num_hidden_layers
+    count = target.num_layers
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
     off_by_one = [[layer + shift for layer in named] for shift in (-1, 1)]

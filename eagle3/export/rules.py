@@ -127,7 +127,7 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Which of the target's layers each engine would feed, against those that the draft names."""
-    count, named = target.config.num_hidden_layers, named_layers(files.config)
+    count, named = target.num_layers, named_layers(files.config)
     read = readings(files, count) | {"ours": target.aux_layer_ids}
     if named is None:
         sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"

@@ -3,17 +3,28 @@
 T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V the vocabulary.
 """
 
+import inspect
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
-import eagle3.target.packed_attention  # noqa: F401  registers the attention named "packed"
-from eagle3.batch import Batch, Features
+from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError
+from eagle3.target.loading import check_croppable, check_loadable, find_layers, rope_limit
+from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
+
+SIMILAR = 0.8  # of the longest row of a padded pass
+TAKE_MASKS = ("packed", "sdpa", "eager")  # flash kernels do not
 
 
 class HFTarget:
@@ -33,38 +44,36 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
-        if attention == "auto":
-            # Ours has no chunks, soft caps or sinks; None: transformers chooses itself.
-            special = ("attention_chunk_size", "attn_logit_softcapping")
-            other = any(getattr(self.config, name, None) for name in special)
-            attention = None if other or self.config.model_type == "gpt_oss" else "packed"
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        options |= {"dtype": spec.dtype, "attn_implementation": attention}
+        ours = attention in ("auto", "packed")  # where it is proven
+        given = None if ours else attention  # None: transformers chooses
+        options |= {"dtype": spec.dtype, "attn_implementation": given}
         # Penalties, banned words or top_p of its own would bend what the draft learns.
         options |= {"generation_config": GenerationConfig()}
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        self.decoder = self.model.get_decoder()
+        self.decoder, layers = find_layers(self.model, spec.num_layers)
+        parameters = inspect.signature(self.decoder.forward).parameters
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+        anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+        self.takes = lambda name: anything or name in parameters
         self.embedding = self.model.get_input_embeddings().weight
         self.head = self.model.get_output_embeddings().weight
         self.eos_token_ids = end_token_ids(spec)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
-        # Models call their list of layers `layers`, `h`, `blocks`.
-        lists = [x for x in self.decoder.children() if isinstance(x, torch.nn.ModuleList)]
-        layers = next((x for x in lists if len(x) == self.config.num_hidden_layers), None)
-        if layers is None:
-            raise RunError(f"{type(self.decoder).__name__} has no list of its decoder layers")
         for layer_id in self.aux_layer_ids:
             layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
-        self.check_head()
+        self.way, self.longest_together = "alone", math.inf
+        self.check_outputs()
+        self.choose_way(ours)
 
     def capture(self, layer_id: int, module, inputs, output) -> None:
-        self.captured[layer_id] = output[0] if isinstance(output, tuple) else output
+        self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -72,20 +81,113 @@ class HFTarget:
         if (size := section.get("tp_size", 1)) > 1:
             remedy = "target=hf cannot split it; use target=sglang"
             raise ConfigError(f"target.tp_size={size}: {remedy}")
+        check_loadable(spec)
 
     @torch.no_grad()
-    def check_head(self) -> None:
-        """Raise ConfigError where the logits are not last hidden states times the head.
+    def check_outputs(self) -> None:
+        """Raise ConfigError where the logits are not last hidden states times the head, or what
+        decoder layers put out is not hidden states.
 
         The teacher's distribution is computed as that product. A bias or a scale that no key of the
         config names would train the draft towards another model, and no loss would show it.
         """
         ids = torch.arange(3, device=self.device)
-        logits = self.model(input_ids=ids[None], use_cache=False).logits[0].double()
-        product = self.lm_head(self.states(ids, ids)[1]).double()
+        output = self.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
+        known = output.hidden_states
+        for layer_id, found in self.captured.items():
+            same = found.shape == (1, 3, self.head.shape[1])
+            # Of the last layer, transformers has what the final norm makes of it.
+            if same and known is not None and layer_id < self.spec.num_layers - 1:
+                alike = [h for h in known if h.shape == found.shape]
+                same = any(torch.allclose(found, h, equal_nan=True) for h in alike)
+            if not same:
+                reason = f"layer {layer_id} puts out something else than its hidden states"
+                raise ConfigError(f"{type(self.model).__name__} is not supported: {reason}")
+        logits, product = output.logits[0].double(), self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
             reason = "changes its logits behind the head; it is not supported"
             raise ConfigError(f"{self.spec.path} {reason}")
+
+    @torch.no_grad()
+    def choose_way(self, automatic: bool) -> None:
+        """Whether documents share a pass: `packed` in one row, `padded` in rows of their own, or
+        each `alone`: the first of these that gives two documents, in both orders, the states that
+        each has alone under transformers' own attention.
+        """
+        config, generator = self.model.config, torch.Generator().manual_seed(0)
+        ids = torch.randint(len(self.embedding), (2, 24), generator=generator).to(self.device)
+        self.probe_ids = ids
+        pairs = [(ids[0], ids[1, :20]), (ids[1, :20], ids[0])]
+        right, own = [self.probe(pair) for pair in pairs], config._attn_implementation
+        # What other shapes of a batch make of the same text: rounding, and with it routing.
+        noise = gap(self.probe([ids[0, :20]]), right[0][:20])
+        rounding = max(1e-3, 4 * torch.finfo(right[0].dtype).eps)
+        if noise > 4 * rounding:
+            raise ConfigError(f"{type(self.model).__name__} sees later tokens: it is not causal")
+        self.tolerance = max(rounding, 4 * noise)
+        asked_windows.clear()
+        applied_windows.clear()
+        for self.way in ("packed", "padded", "alone"):
+            config._attn_implementation = "packed" if automatic and self.way == "packed" else own
+            with suppress(Exception):  # some models cannot do without their own masks
+                close = max(map(gap, map(self.probe, pairs), right)) <= self.tolerance
+                if close and not asked_windows - applied_windows - {None, 0}:
+                    break
+            asked_windows.clear()
+        self.longest_together = rope_limit(self.config)
+        self.pads_left = False
+        with suppress(Exception):
+            alone = torch.cat([self.first_logits([prompt]) for prompt in pairs[0]])
+            self.pads_left = gap(self.first_logits(pairs[0]), alone) <= self.tolerance
+        if os.environ.get("RANK", "0") == "0":
+            print(f"target: documents go {self.way} through {type(self.model).__name__}")
+
+    def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
+        lengths = torch.tensor([len(document) for document in documents])
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int().to(self.device)
+        places = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+        spans = DocumentSpans(cu_seqlens, lengths.tolist())
+        return self.by_layer(self.document_states(torch.cat(documents), places, spans))
+
+    def by_layer(self, states: tuple) -> torch.Tensor:
+        """What `states` returns -> [..,L+1,H]."""
+        return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
+
+    def first_logits(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """int64 [n] each -> [B,V], from the pass that `generate` begins with."""
+        rows = pad_sequence(prompts, batch_first=True, padding_side="left")
+        known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
+        options = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
+        greedy = GenerationConfig(output_logits=True, **options)
+        return self.model.generate(rows, attention_mask=known, generation_config=greedy).logits[0]
+
+    @torch.no_grad()
+    def check_decoding(self) -> None:
+        """Raise ConfigError where a cache does not continue two texts of different lengths, or
+        cannot be cropped.
+        """
+        check_croppable(self.config)
+        if self.decoder.config._attn_implementation not in TAKE_MASKS:
+            return  # `additive_mask` says what it can decode
+        ids = self.probe_ids
+        known, ahead = ids.split([20, 4], dim=1)
+        starts, places = ids.new_tensor([[20], [16]]), torch.arange(24, device=self.device)
+        text = (places[:20] < starts)[:, None].expand(-1, 4, -1)
+        causal = (places[:4, None] >= places[:4]).expand(2, -1, -1)
+        visible, cache = torch.cat([text, causal], dim=-1), DynamicCache()
+        whole = torch.cat([ids[0], known[1, :16], ahead[1]]).split([24, 20])
+        right = torch.stack([self.probe([each])[-4:] for each in whole])
+        sentence = f"{type(self.model).__name__} cannot be decoded in this process"
+        try:
+            self.states(known, places[:20].expand(2, -1), cache)
+            for _ in range(2):
+                found = self.states(ahead, starts + places[:4], cache, visible=visible)
+                if gap(self.by_layer(found), right) > self.tolerance:
+                    raise ValueError("it ignores what it is told of who sees whom")
+                cache.crop(-4)
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise ConfigError(f"{sentence} ({error}); set another benchmark") from error
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -102,42 +204,40 @@ class HFTarget:
         """
         rows = input_ids.reshape(-1, input_ids.shape[-1])
         mask = None if visible is None else self.additive_mask(visible, position_ids)
-        options = {"past_key_values": cache, "use_cache": cache is not None, "documents": documents}
-        places = position_ids.reshape(rows.shape)
-        output = self.decoder(input_ids=rows, attention_mask=mask, position_ids=places, **options)
+        options = {"attention_mask": mask, "position_ids": position_ids.reshape(rows.shape)}
+        options |= {self.cache_name: cache, "use_cache": cache is not None, "documents": documents}
+        options = {name: value for name, value in options.items() if self.takes(name)}
+        output = self.decoder(input_ids=rows, **options)
         aux = torch.cat([self.captured[layer_id] for layer_id in self.aux_layer_ids], dim=-1)
         self.captured.clear()  # or they would live until the next pass
         last = output.last_hidden_state
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
     def additive_mask(self, visible: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; two,
-        by kind of layer, where only some have a window. Raises ConfigError where the attention
-        ignores such masks or cuts the text into chunks.
+        """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; by
+        kind of layer where some have a window or chunks. Raises ConfigError where the attention
+        ignores such masks.
         """
-        # Flash kernels take no masks; chunks start at slots, and the slots of a batch differ.
         attention = self.decoder.config._attn_implementation
-        chunked = getattr(self.config, "attention_chunk_size", None)
-        if attention not in ("packed", "sdpa", "eager") or chunked:
-            raise ConfigError(
-                f"target.attention={attention} decodes only chains at batch 1; set it to eager, or "
-                "benchmark=sglang where the model has chunks"
-            )
+        if attention not in TAKE_MASKS:
+            remedy = "decodes only chains at batch 1; set it to eager"
+            raise ConfigError(f"target.attention={attention} {remedy}")
 
         def additive(seen: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(seen.shape, dtype=self.embedding.dtype, device=seen.device)
             return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
 
-        window = getattr(self.config, "sliding_window", None)
-        if window is None:
-            return additive(visible)
-        # A window counts positions, not slots: the nodes of a tree share positions.
+        # Windows and chunks count positions, not slots: the nodes of a tree share positions.
         cached = torch.arange(visible.shape[2] - visible.shape[1], device=visible.device)
-        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)
-        windowed = additive(visible & (position_ids[..., None] - places[:, None] < window))
-        if getattr(self.config, "layer_types", None) is None:
-            return windowed
-        return {"full_attention": additive(visible), "sliding_attention": windowed}
+        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)[:, None]
+        positions, masks = position_ids[..., None], {"full_attention": additive(visible)}
+        if window := getattr(self.config, "sliding_window", None):
+            masks["sliding_attention"] = additive(visible & (positions - places < window))
+        if chunk := getattr(self.config, "attention_chunk_size", None):
+            same = positions // chunk == places // chunk
+            masks["chunked_attention"] = additive(visible & same)
+        by_kind = len(masks) > 1 and getattr(self.config, "layer_types", None)
+        return masks if by_kind else [*masks.values()][-1]
 
     @torch.no_grad()
     def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
@@ -145,6 +245,8 @@ class HFTarget:
 
         `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
         """
+        if not self.pads_left and len(prompts) > 1:
+            return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
         width, eos = max(map(len, prompts)), sorted(self.eos_token_ids)
         pad = eos[0] if eos else 0
         padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
@@ -160,11 +262,36 @@ class HFTarget:
             del answer[next(ends, len(answer)) + 1 :]  # padding
         return answers
 
+    def document_states(self, ids, places, documents: DocumentSpans) -> tuple:
+        """`states` of packed documents, int64 [T] ids and positions."""
+        together = max(documents.lengths) <= self.longest_together
+        if self.way == "packed" and together:
+            return self.states(ids, places, documents=documents)
+        texts, found = ids.split(documents.lengths), {}
+        left = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        while left:
+            count = 1
+            if self.way == "padded" and together:
+                # What pads a row stands behind its text, so that nothing of it sees that.
+                count = sum(len(texts[i]) >= SIMILAR * len(texts[left[0]]) for i in left)
+            rows = pad_sequence([texts[i] for i in left[:count]], batch_first=True)
+            columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+            for i, *states in zip(left, *self.states(rows, columns)):
+                found[i] = [each[: len(texts[i])] for each in states]
+            left = left[count:]
+        return tuple(torch.cat([found[i][part] for i in sorted(found)]) for part in (0, 1))
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Features:
-        aux, last = self.states(batch.input_ids, batch.position_ids, documents=batch.documents)
+        aux, last = self.document_states(batch.input_ids, batch.position_ids, batch.documents)
         last = last[batch.teacher_rows]
         return Features(aux, last, *head_statistics(last, self.head))
+
+
+def gap(found: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest difference of states [..,H], each relative to what is right."""
+    found, right = found.float(), right.float()
+    return float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(0).max())
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:

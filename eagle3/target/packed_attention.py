@@ -10,6 +10,11 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+# Windows (or chunks) that masks were asked for, and those that attention was told of: a layer that
+# is told of none sees too much of what is longer, as it gets no mask.
+asked_windows: set[int | None] = set()
+applied_windows: set[int | None] = set()
+
 
 def packed_attention(
     module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
@@ -21,9 +26,12 @@ def packed_attention(
     documents = kwargs.get("documents")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("no soft caps, no sinks: set target.attention=eager")
-    if documents is None or attention_mask is not None:
+    if documents is not None and attention_mask is not None:
+        raise NotImplementedError("a mask that knows nothing of documents: set target.attention")
+    if documents is None:
         out = attend(query, key, value, attention_mask, sliding_window, scaling)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None
+    applied_windows.add(sliding_window)
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         # One kernel for all documents; it exists for these devices and types only.
         from torch.nn.attention.varlen import varlen_attn
@@ -38,7 +46,7 @@ def packed_attention(
     # Document by document, the work is that of the documents and not of T x T.
     split = [x.split(documents.lengths, dim=2) for x in (query, key, value)]
     outs = [attend(*document, None, sliding_window, scaling) for document in zip(*split)]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def attend(query, key, value, mask, window: int | None, scale: float | None) -> torch.Tensor:
@@ -55,12 +63,16 @@ def attend(query, key, value, mask, window: int | None, scale: float | None) -> 
     )
 
 
-def packed_mask(*args, q_length=None, kv_length=None, attention_mask=None, **kwargs):
+def packed_mask(
+    *args, q_length=None, kv_length=None, attention_mask=None, local_size=None, **kwargs
+):
     """No mask for a whole sequence without padding, which `attend` knows by itself (and a [T,T]
     mask of a packed batch would be gigabytes); else transformers' own.
     """
     if attention_mask is None and q_length == kv_length:
+        asked_windows.add(local_size)
         return None
+    kwargs["local_size"] = local_size
     lengths = {"q_length": q_length, "kv_length": kv_length}
     return sdpa_mask(*args, **lengths, attention_mask=attention_mask, **kwargs)
 

@@ -35,6 +35,10 @@ class TargetSpec:
         names = [field.name for field in fields(Model)]
         return read_spec, (Model(**{name: getattr(self, name) for name in names}),)
 
+    @property
+    def num_layers(self) -> int:
+        return num_layers(self.config)
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a target is, for fingerprints: a hub id with its commit, or what a folder holds."""
@@ -66,7 +70,7 @@ def read_spec(model: Model) -> TargetSpec:
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
-    layers = model.aux_layer_ids or default_aux_layer_ids(config.num_hidden_layers)
+    layers = model.aux_layer_ids or default_aux_layer_ids(num_layers(config))
     derived = {"config": config, "dtype": dtype, "aux_layer_ids": layers}
     return TargetSpec(**vars(model) | derived)
 
@@ -81,6 +85,11 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
 
 
+def num_layers(config: PretrainedConfig) -> int:
+    """Decoder layers; those of LongCat-Flash have two attentions each, which its config counts."""
+    return getattr(config, "num_layers", None) or config.num_hidden_layers
+
+
 def default_aux_layer_ids(num_layers: int) -> list[int]:
     """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
     if num_layers < 7:
@@ -91,8 +100,8 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ConfigError where softmax(lm_head(last hidden)) is not what the model samples from."""
     # Between the product and the softmax these would scale or bend what the draft learns from.
-    neutral = {"final_logit_softcapping": None, "logits_scaling": 1, "logit_scale": 1}
-    for name, harmless in neutral.items():
+    caps = dict.fromkeys(("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
+    for name, harmless in (caps | {"logits_scaling": 1, "logit_scale": 1}).items():
         if (value := getattr(config, name, None)) not in (harmless, None):
             raise ConfigError(f"the target's {name}={value} changes its logits: not supported")
 

@@ -85,7 +85,7 @@ class SGLangTarget:
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
         """Raise ConfigError for what the section `target` asks for and this class cannot do."""
-        last = spec.config.num_hidden_layers - 1
+        last = spec.num_layers - 1
         if spec.aux_layer_ids[-1] == last:  # SGLang cannot give its output
             raise ConfigError(f"model.aux_layer_ids: choose layers below {last}, or target=hf")
         for name in whole_config(spec).architectures or []:
@@ -116,7 +116,7 @@ class SGLangTarget:
         more = tuple(map(str, self.server_args or ()))
         launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
         # Not every model of SGLang takes explicit layers; all know the default ones.
-        by_default = self.aux_layer_ids == engines_default(self.config.num_hidden_layers)
+        by_default = self.aux_layer_ids == engines_default(self.spec.num_layers)
         layers = None if by_default else numbered_by("sglang", self.aux_layer_ids)
         options = self.batch_tokens, self.dp_size, self.ep_size, self.quantization
         capture = Capture(HOOK, {"root": str(SHARED)}, layers, self.device.type, *options)

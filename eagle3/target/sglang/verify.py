@@ -21,7 +21,7 @@ from eagle3.target.spec import TargetSpec, whole_config
 
 def verify_server(info: dict[str, Any], url: str, spec: TargetSpec) -> None:
     """Raise RunError where the server, by its /server_info, does not capture this target."""
-    captured = engines_default(spec.config.num_hidden_layers)
+    captured = engines_default(spec.num_layers)
     if info.get("return_aux_hidden_state_layer_ids") is not None:
         captured = meant_by("sglang", info["return_aux_hidden_state_layer_ids"])
     if not any(hook.get("hook_factory") == HOOK for hook in info.get("forward_hooks") or []):
