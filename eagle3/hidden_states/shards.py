@@ -19,7 +19,7 @@ from eagle3.batch import Document, Features
 from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
 
-VERSION = 3
+VERSION = 4
 SHARD_BYTES = 256 << 20
 HEADER_BYTES = 2048  # at most, of a shard; about 1000 in fact
 DTYPES = ("fp32", "bf16", "int8")
