@@ -7,7 +7,7 @@ from typing import Annotated
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, run_command, spec_of
+from conftest import ROOT, TINY, compose_config, run_command, spec_of
 
 from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten
@@ -161,9 +161,9 @@ def test_every_option_composes_and_binds(option):
     overrides = [option, *NEEDED.get(option, [])]
     overrides += ["data=tiny"] if option.startswith("model=") else []
     overrides += ALONE if option.startswith("experiment=") else []
-    tiny, length = compose_config(), compose_config(*overrides).data.max_length
-    small = {"max_length": min(length, 2048)}  # what the stand-in takes
-    checked(*overrides, model={"path": tiny.model.path}, draft={"vocab_size": 1000}, data=small)
+    small = {"max_length": 64}  # what the stand-in takes
+    model = {"path": str(TINY / "target")}
+    checked(*overrides, model=model, draft={"vocab_size": 1000}, data=small)
 
 
 def test_the_embedded_default_is_its_experiment():

@@ -528,12 +528,12 @@ def test_a_server_that_asks_to_wait_longer_than_an_answer_has_failed(tmp_path):
 CPU = torch.device("cpu")
 # What a generation_config.json may ask for beside the tokens that end an answer.
 RECOMMENDED = [
-    {"repetition_penalty": 1.5, "temperature": 0.6, "top_p": 0.8, "top_k": 20, "do_sample": True},
-    {"no_repeat_ngram_size": 3, "min_p": 0.5, "encoder_repetition_penalty": 2.0},
-    {"exponential_decay_length_penalty": [2, 1.5], "forced_eos_token_id": 9, "min_new_tokens": 30},
-    {"bad_words_ids": [[i] for i in range(1000)], "suppress_tokens": list(range(1000, 2000))},
-    {"stop_strings": ["e"], "num_return_sequences": 2, "return_dict_in_generate": True},
-    {"num_beams": 2, "max_length": 3, "watermarking_config": {"bias": 9.0}},
+    {"repetition_penalty": 1.5, "temperature": 0.6, "top_p": 0.8, "top_k": 20, "do_sample": True}
+    | {"no_repeat_ngram_size": 3, "min_p": 0.5, "encoder_repetition_penalty": 2.0},
+    {"exponential_decay_length_penalty": [2, 1.5], "forced_eos_token_id": 9, "min_new_tokens": 30}
+    | {"bad_words_ids": [[i] for i in range(1000)], "suppress_tokens": list(range(1000, 2000))},
+    {"stop_strings": ["e"], "num_return_sequences": 2, "return_dict_in_generate": True}
+    | {"num_beams": 2, "max_length": 3, "watermarking_config": {"bias": 9.0}},
 ]
 
 
