@@ -38,7 +38,7 @@ def read(path, content=None, **options):
 ROWS = [row(i) for i in range(9)]
 FORMS = {
     "a.jsonl": lines(9),
-    "a.jsonl.gz": gzip.compress(lines(9)),
+    "a.jsonl.gz": gzip.compress(lines(9), mtime=0),
     "a.json": json.dumps(ROWS).encode(),
     "indented.jsonl": json.dumps(ROWS, indent=2).encode(),
     "bom.jsonl": b"\xef\xbb\xbf" + lines(9),
@@ -90,7 +90,7 @@ BROKEN = [
     ("a.json", b'[{"a": 1}, {"b": ', "is not JSON"),
     ("a.json", b'[{"a": 1} {"b" 2}]', "is not JSON"),
     ("a.json", b'[{"a": 1}]\n[{"a": 2}]', "goes on behind its JSON list"),
-    ("a.jsonl.gz", gzip.compress(lines(50))[:60], "is damaged"),
+    ("a.jsonl.gz", gzip.compress(lines(50), mtime=0)[:60], "is damaged"),
     ("a.jsonl.xz", lzma.compress(lines(50))[:60], "is damaged"),
     ("a.jsonl.zst", b"(\xb5", "needs a package"),
     ("a.parquet", b"PAR1 but not really", "is damaged"),
