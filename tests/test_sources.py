@@ -72,8 +72,8 @@ BAD_ROWS = {  # reasons by line; empty files hold no rows, where one shard among
         {1: "broken JSON", 2: "broken JSON", 3: None},
     ),
     "c.json": (
-        b"[" + b", ".join([lines(1).strip(), BAD_MESSAGE, lines(1)]) + b"]",
-        {1: None, 2: "unknown role", 3: None},
+        b"[" + b", ".join([lines(1).strip(), BAD_MESSAGE, lines(1), b"null", b"{}"]) + b"]",
+        {1: None, 2: "unknown role", 3: None, 4: "row is not an object", 5: "no messages"},
     ),
     "d.jsonl": (b"", {}),
     "e.jsonl": (b" \n\n", {}),

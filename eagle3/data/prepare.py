@@ -4,7 +4,6 @@ Workers parse, render and tokenise; this process writes and counts, in order, so
 does not depend on how many there were. Memory holds a few chunks and about 150 bytes a row.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from xxhash import xxh3_128
 
 from eagle3.batch import Document
 from eagle3.config import Data, Source
@@ -26,7 +24,7 @@ from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
-from eagle3.runs.artefact import artefact, read_facts
+from eagle3.runs.artefact import artefact, describe_file, fingerprint, read_facts
 from eagle3.runs.disk import read_json, write_atomically
 
 STATE = "state.json"
@@ -305,10 +303,7 @@ def finish(
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, size, special & ends)
     np.save(folder / "vocab.npy", vocab)
-    digest = xxh3_128()
-    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
-        with (folder / name).open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
+    parts = ("index.npy", "input_ids.bin", "loss_mask.bin")
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     repaired = Counter(rows["repaired"].tolist())
@@ -326,7 +321,7 @@ def finish(
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
         "vocab_coverage": float(counts[vocab].sum() / max(1, counts.sum())),
-        "digest": digest.hexdigest(),
+        "digest": fingerprint({name: describe_file(folder / name) for name in parts}),
     }
     # What only an interrupted call needs; the state first, as it names the rows.
     (folder / STATE).unlink()
