@@ -377,7 +377,7 @@ def test_what_writing_ran_into_is_raised(tmp_path, monkeypatch):
     for act in (store.sync, store.close):
         with pytest.raises(RunError, match=r"No space left on device.*hidden_states\.max_disk"):
             act()
-    assert store.full and sorted(store.load([0, 1, 2])) == [0]
+    assert sorted(store.load([0, 1, 2])) == [0]
     assert len(list((tmp_path / "full").glob("shard_*"))) == 1
     monkeypatch.undo()
     store, broken = hybrid(tmp_path / "broken"), document(7, 20)

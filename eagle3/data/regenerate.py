@@ -309,24 +309,18 @@ async def ask(servers: list["Server"], dialogue: Dialogue, body: dict[str, Any])
 
 async def only_model(servers: list["Server"]) -> str:
     """The one model that the servers list, as far as they answer. Raises RunError."""
-    names, problem = set(), ""
+    names, problem = set(), "regenerate.urls list no model; name one in .model"
     for server in servers:
         try:
             listed = await server.client.models.list(extra_headers=server.headers)
+            names.update(model.id for model in listed.data)
         except server.openai.OpenAIError as error:
             problem = f"{server.name} lists no model ({error}); check regenerate.urls"
-            continue
-        found = [model.id for model in listed.data]
-        if len(found) == 1:
-            names.add(found[0])
-        else:
-            words = f"lists the models {', '.join(found) or 'none'}"
-            problem = f"{server.name} {words}; name one in regenerate.model"
-    if not names:
-        raise RunError(problem)
     if len(names) > 1:
         models = ", ".join(sorted(names))
-        raise RunError(f"regenerate.urls serve different models ({models}); name one in .model")
+        problem = f"regenerate.urls serve different models ({models}); name one in .model"
+    if len(names) != 1:
+        raise RunError(problem)
     return names.pop()
 
 

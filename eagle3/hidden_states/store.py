@@ -74,9 +74,14 @@ class Store:
         return {**self.totals, "bytes_per_token": per_token}
 
     def write(self, number: int, documents: list[Document]) -> None:
-        """Write a shard or nothing. RunError where a state is not finite, OSError for the disk."""
+        """Write a shard or nothing. Raises RunError for the disk, or a state that is not finite."""
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
-        write_atomically(shard_path(self.folder, number), pieces)
+        try:
+            write_atomically(shard_path(self.folder, number), pieces)
+        except OSError as error:
+            remedy = "free space, set a lower hidden_states.max_disk or another hidden_states.path"
+            why = f"({error.strerror}): {remedy}; the same command goes on"
+            raise RunError(f"{self.folder} cannot be written {why}") from error
 
     def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
         """Write the index, with `vocab` or the `counts` of supervised tokens to choose it by."""
@@ -200,20 +205,15 @@ class HybridStore(Store):
         dtype = self.inputs["hidden_states.dtype"]
         ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
         fitting = documents[: int((ends + shards.HEADER_BYTES <= self.room).sum())]
-        try:
-            if fitting:
-                self.write(self.next_number, fitting)
-                self.index_shard(self.next_number)
-                self.room -= self.open(self.next_number).bytes
-                self.next_number += 1
-            # A smaller one behind it might still fit, but what is kept would be an odd sample.
-            if len(fitting) < len(documents):
-                self.full = True
-                write_atomically(self.refused, [str(self.max_bytes).encode()])
-        except OSError as error:
+        if fitting:
+            self.write(self.next_number, fitting)
+            self.index_shard(self.next_number)
+            self.room -= self.open(self.next_number).bytes
+            self.next_number += 1
+        # A smaller one behind it might still fit, but what is kept would be an odd sample.
+        if len(fitting) < len(documents):
             self.full = True
-            why = f"({error.strerror}); set a lower hidden_states.max_disk or another path"
-            raise RunError(f"{self.folder} cannot be written {why}") from error
+            write_atomically(self.refused, [str(self.max_bytes).encode()])
 
 
 def bytes_by_owner(folder: Path) -> Counter[int]:
