@@ -355,8 +355,7 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
         return marked
     spans = []
     for start, stop in marked:
-        if text.startswith(turns.opening, start):
-            start += len(turns.opening)
+        start += len(turns.opening) * text.startswith(turns.opening, start)
         behind = WHITESPACE.match(text, stop).end()
         following = [behind + len(c) for c in turns.closings if text.startswith(c, behind)]
         inside = [text.rfind(closing, start, stop) for closing in turns.closings]

@@ -18,7 +18,7 @@ import torch
 
 from eagle3.batch import Document
 from eagle3.config import Data, Source
-from eagle3.data.chat import Chat, with_system
+from eagle3.data.chat import NOT_FOUND, Chat, with_system
 from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order
 from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
@@ -167,7 +167,7 @@ class Writer:
             stream.write(values.tobytes())
         self.rows += len(chunk.records)
         self.tokens += len(chunk.ids)
-        self.not_found += chunk.not_found
+        self.not_found += int((chunk.records["outcome"] == known.get(NOT_FOUND)).sum())
         self.example = self.example or chunk.example
         # The lowest hashes, so that what is held out depends on the conversations alone, not on
         # their order; of each opening the first one counts.

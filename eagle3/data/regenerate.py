@@ -162,12 +162,11 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
                 rejected[entry["reason"]] += 1
                 rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                 continue
-            messages = entry["messages"]
-            turns = sum(m["role"] == "assistant" for m in messages)
-            cut = sum("truncated" in m for m in messages)
-            counts.update(answered=1, turns=turns, truncated=cut)
+            answers = [m for m in entry["messages"] if m["role"] == "assistant"]
+            cut = sum("truncated" in m for m in answers)
+            counts.update(answered=1, turns=len(answers), truncated=cut)
             place = f"{entry['file']}:{entry['line']}"
-            conversations.write(to_line({"id": place, "messages": messages}))
+            conversations.write(to_line({"id": place, "messages": entry["messages"]}))
     if not counts["answered"]:
         journal.stream.truncate(0)  # servers that are put right may answer what they refused
         reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3)) or "no rows"

@@ -73,8 +73,7 @@ def choose_dtype(section: HiddenStates) -> str:
     """The precision asked for, else that of the store or files in `hidden_states.path`, or bf16."""
     if section.dtype is not None or section.path is None:
         return section.dtype or "bf16"
-    stored = check_inputs(Path(section.path), {})
-    if stored is not None:
+    if stored := check_inputs(Path(section.path), {}):
         return stored["hidden_states.dtype"]
     for file in in_order(Path(section.path)):
         with suppress(FileError, LookupError, TypeError, AttributeError):  # read again, and judged

@@ -24,7 +24,7 @@ from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import free_bytes, write_atomically
+from eagle3.runs.disk import free_bytes, read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
@@ -51,7 +51,7 @@ class Store:
 
     def __init__(self, folder: Path, on_damage: str = "fail"):
         self.folder, self.on_damage = Path(folder), on_damage
-        self.inputs, self.index = check_inputs(self.folder, {}) or {}, read_index(self.folder)
+        self.inputs, self.index = check_inputs(self.folder, {}), read_index(self.folder)
         if self.index is not None:
             self.order, self.lengths = self.index["order"], self.index["lengths"]
             self.supervised = self.index["supervised"]
@@ -231,7 +231,7 @@ def owner_of(path: Path) -> int:
 
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
-    if check_inputs(folder, inputs) is None or read_index(folder) is None:
+    if not check_inputs(folder, inputs) or read_index(folder) is None:
         missing = INDEX if (folder / INPUTS).exists() else INPUTS
         remedy = "add capture to stages, or set hidden_states.path"
         raise RunError(f"{folder} holds no complete store (no {missing}): {remedy}")
@@ -243,7 +243,7 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
-            if check_inputs(folder, inputs) is None:
+            if not check_inputs(folder, inputs):
                 if any(folder.glob("*.safetensors")):
                     words = f"hidden_states.path={folder} holds .safetensors, but no {INPUTS}"
                     raise RunError(f"{words}: put it back, or name an empty folder")
@@ -252,15 +252,9 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
 
 
-def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What the store was made from, None where there is none. Raises RunError where it differs."""
-    path = folder / INPUTS
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged; delete {folder}, to make it anew") from error
+def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the store was made from, {} where there is none. Raises RunError where it differs."""
+    stored = read_json(folder / INPUTS, remedy=f"; delete {folder}, to make it anew")
     # Only what both know: an import knows just its target's weights, and training no documents.
     for key in stored:
         if key in wanted and stored[key] != wanted[key]:
