@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -170,6 +171,11 @@ def test_hub_datasets(tmp_path, monkeypatch):
     words = r"data\.path=owner/else is no local file.*no network at all"
     with pytest.raises(RunError, match=words):
         find_files(Source("owner/else"), place)
+    (note,) = Path(place, "sources").glob("*.json")
+    for damaged in ("[", "5", "[5]", "[{}]"):
+        note.write_text(damaged)
+        with pytest.raises(RunError, match="no network at all"):
+            find_files(source, place)
 
 
 def test_a_share_of_rows_is_always_the_same(tmp_path):

@@ -257,10 +257,14 @@ def test_damaged_index(tmp_path):
         except RunError as error:
             assert "index.npz is damaged" in str(error)
         flip(path, place)
-    (tmp_path / "store.json").write_bytes(b"{")
-    for folder, words in ((tmp_path, "store.json is damaged"), ("no", "holds no complete store")):
-        with pytest.raises(RunError, match=words):
-            read(tmp_path / folder)
+    for damaged in (b"{", b"[]", b"[" * 100_000):
+        (tmp_path / "store.json").write_bytes(damaged)
+        with pytest.raises(
+            RunError, match=r"store\.json is damaged .*; delete .*, to make it anew"
+        ):
+            read(tmp_path)
+    with pytest.raises(RunError, match="holds no complete store"):
+        read(tmp_path / "no")
 
 
 def test_another_store_is_refused(tmp_path):

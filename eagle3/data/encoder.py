@@ -141,18 +141,16 @@ def encode_in_order(
     # As a dataset, the encoder has at a chunk of rows what it makes of them. Workers are forked, so
     # that they start at once with the tokenizer in shared memory; they end when this process does.
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    workers = num_proc if num_proc > 1 else 0
+    forked = {"num_workers": num_proc, "multiprocessing_context": "fork", "timeout": STILL_SECONDS}
     loader = DataLoader(
         encoder,
         sampler=((chunk, held_below()) for chunk in chunks),
         batch_size=None,
         collate_fn=lambda chunk: chunk,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        timeout=STILL_SECONDS if workers else 0,
         generator=torch.Generator(),  # so that it takes nothing from the seeded one
         # the processes are the parallelism; threads of each would fight for the same cores
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
+        **(forked if num_proc > 1 else {}),
     )
     try:
         yield from loader

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -195,13 +195,11 @@ class BuiltIn:
     ) -> None:
         # Batches are of rows that follow each other and have a seed of their own, so that a call
         # that goes on from a journal gives the same answers.
-        for first in count(0, self.batch_size):
-            batch = list(enumerate(islice(rows, self.batch_size), first))
-            if not batch:
-                return
+        numbered = enumerate(rows)
+        while batch := list(islice(numbered, self.batch_size)):
             if all(number in journal.offsets for number, _ in batch):
                 continue
-            torch.manual_seed(self.seed + first)
+            torch.manual_seed(self.seed + batch[0][0])
             dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
             longest = self.max_new_tokens or data.max_length
             self.answer_batch(dialogues, target.load(), chat, longest)

@@ -89,11 +89,10 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        files = []
-        with suppress(OSError, ValueError):  # of a note that is damaged, too, nothing is known
-            files = json.loads(noted.read_text())
-        if files and all(Path(file["path"]).is_file() for file in files):
-            return [DataFile(**file) for file in files]
+        with suppress(OSError, ValueError, TypeError):  # a damaged note is none
+            files = [DataFile(**file) for file in json.loads(noted.read_text())]
+            if files and all(Path(file.path).is_file() for file in files):
+                return files
         reason = " ".join(str(error).split()) or type(error).__name__
         words = f"is no local file or folder, and cannot be fetched: {reason}"
         raise RunError(f"{key}.path={source.path} {words}") from error
