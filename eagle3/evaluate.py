@@ -156,7 +156,7 @@ def evaluate(
         for length in range(1, accepted_nK[0].shape[1] + 1)
     }
     chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.loss_mask].tolist()) for answer in answers]
+    loops = [is_loop(answer.input_ids[answer.loss_mask]) for answer in answers]
     firsts = [rounds[0][0] for rounds in chosen if rounds]
     accepted = [count for rounds in chosen for _, count in rounds]
     at = [sum(count > k for count in accepted) for k in range(draft_length)]
@@ -204,7 +204,7 @@ def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
 
 def is_loop(ids) -> bool:
     """Whether a block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
-    ids = torch.tensor(ids)
+    ids = torch.as_tensor(ids)
     for period in range(1, 49):
         # As many tokens in a row equal the one a period before.
         needed = max(2 * period, 24 - period)

@@ -7,7 +7,7 @@ does not depend on how many there were. Memory holds a few chunks and about 150 
 import json
 import os
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -119,10 +119,8 @@ def prepare(
 
 def find_prepared(*inputs: Any) -> Prepared | None:
     """What `prepare` has left for the same inputs (but `write`), if anything."""
-    try:
+    with suppress(RunError):
         return prepare(*inputs, write=False)
-    except RunError:
-        return None
 
 
 class Writer:

@@ -350,8 +350,7 @@ class Server:
     async def send(self, request: Any, **options) -> Any:
         """The response, read to its end in time: httpx limits the time between bytes alone."""
         try:
-            answer = self.send_request(request, **options)
-            response = await asyncio.wait_for(answer, self.timeout)
+            response = await asyncio.wait_for(self.send_request(request, **options), self.timeout)
         except asyncio.TimeoutError as error:
             raise httpx.ReadTimeout("") from error  # which the client repeats
         if self.asks_to_wait(response):
