@@ -55,7 +55,7 @@ def write_answers(
         ids = [prompts[i]["input_ids"] for i in indices]
         paths = [answer_path(folder, i) for i in indices]
         if not all(path.exists() for path in paths):
-            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens), strict=True):
+            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens)):
                 save_tensors(path, tensors)
         for path, prompt in zip(paths, ids, strict=True):
             tensors = load_tensors(path)
@@ -139,7 +139,7 @@ class Evaluation:
 def evaluate(
     draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: Packed, draft_length: int
 ) -> Evaluation:
-    """Unroll over the held-out answers and walk each of them."""
+    """Unroll over the held-out answers and walk each of them at every draft length."""
     total_loss, num_rows = 0.0, 0
     answers, accepted_nK = [], []
     for batch, batch_answers in packed:
@@ -150,7 +150,26 @@ def evaluate(
         num_rows += batch.normaliser
         answers += batch_answers
         accepted_nK += accepted_pairs(batch, output.correct).cpu().split(batch.documents.lengths)
-    return summarise(answers, accepted_nK, draft_length, total_loss / max(1, num_rows))
+    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
+    walks = {
+        length: [walk(*each, length) for each in zip(accepted_nK, prompts)]
+        for length in range(1, accepted_nK[0].shape[1] + 1)
+    }
+    chosen = walks[draft_length]
+    loops = [is_loop(answer.input_ids[answer.loss_mask]) for answer in answers]
+    firsts = [rounds[0][0] for rounds in chosen if rounds]
+    accepted = [count for rounds in chosen for _, count in rounds]
+    at = [sum(count > k for count in accepted) for k in range(draft_length)]
+    return Evaluation(
+        draft_length=draft_length,
+        acceptance_length={length: mean_emitted(each) for length, each in walks.items()},
+        accepted_at=[count / max(1, len(accepted)) for count in at],
+        first_round=sum(firsts) / max(1, len(firsts)),
+        loop_free=mean_emitted([rounds for rounds, loop in zip(chosen, loops) if not loop]),
+        loops=sum(loops),
+        answers=len(answers),
+        loss=total_loss / max(1, num_rows),
+    )
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
@@ -177,33 +196,6 @@ def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> li
     return rounds
 
 
-def summarise(
-    answers: list[Document], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
-) -> Evaluation:
-    """The walks of all answers at every draft length, as means over their rounds."""
-    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
-    walks = {
-        length: [walk(*each, length) for each in zip(accepted_nK, prompts, strict=True)]
-        for length in range(1, accepted_nK[0].shape[1] + 1)
-    }
-    chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.loss_mask].tolist()) for answer in answers]
-    free = [rounds for rounds, loop in zip(chosen, loops, strict=True) if not loop]
-    rounds = [one for each in chosen for one in each]
-    firsts = [each[0][0] for each in chosen if each]
-    accepted = [sum(count > k for _, count in rounds) for k in range(draft_length)]
-    return Evaluation(
-        draft_length=draft_length,
-        acceptance_length={length: mean_emitted(each) for length, each in walks.items()},
-        accepted_at=[count / max(1, len(rounds)) for count in accepted],
-        first_round=sum(firsts) / max(1, len(firsts)),
-        loop_free=mean_emitted(free),
-        loops=sum(loops),
-        answers=len(answers),
-        loss=loss,
-    )
-
-
 def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
     """The acceptance length: tokens a round emits, over all rounds of all answers."""
     emitted = [tokens for rounds in walks for tokens, _ in rounds]
@@ -212,11 +204,11 @@ def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
 
 def is_loop(ids) -> bool:
     """Whether a block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
+    ids = torch.as_tensor(ids)
     for period in range(1, 49):
-        matching = 0  # how many tokens in a row equal the one a period before
+        # As many tokens in a row equal the one a period before.
         needed = max(2 * period, 24 - period)
-        for now, before in zip(ids[period:], ids, strict=False):
-            matching = matching + 1 if now == before else 0
-            if matching >= needed:
-                return True
+        same = ids[period:] == ids[:-period]
+        if len(same) >= needed and same.unfold(0, needed, 1).all(1).any():
+            return True
     return False

@@ -15,6 +15,7 @@ from eagle3.batch import fill
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.errors import RunError
 from eagle3.hidden_states import capture as capturing
+from eagle3.hidden_states import store
 from eagle3.hidden_states.capture import capture, compute_features, locate_store, plan_shards
 from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
 from eagle3.target.handle import TargetHandle
@@ -130,23 +131,25 @@ def test_what_does_not_fit_is_refused(whole, prepared, target, target_folder, tm
 
 
 def test_a_full_disk_ends_it_and_the_next_goes_on(tmp_path, whole, prepared, target, monkeypatch):
-    written, write = [], Store.write
+    written, write = [], store.write_atomically
 
-    def limited(self, number, computed):
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        written.append(number)
-        write(self, number, computed)
+    def limited(path, pieces):
+        if path.suffix == ".safetensors":
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(path)
+        write(path, pieces)
 
-    monkeypatch.setattr(Store, "write", limited)
+    monkeypatch.setattr(store, "write_atomically", limited)
     with pytest.raises(RunError, match=r"No space left .* the same command goes on"):
         store_in(tmp_path, prepared, target)
     with pytest.raises(RunError, match="batch_tokens=128, this run has batch_tokens=64"):
         store_in(tmp_path, prepared, handle_of(target.spec.path, 64))
-    written[:] = []
-    monkeypatch.setattr(Store, "write", lambda *a: written.append(a[1]) or write(*a))
+    left = {path: path.stat().st_mtime_ns for path in written}
+    monkeypatch.setattr(store, "write_atomically", write)
     store_in(tmp_path, prepared, target)
-    assert len(written) == whole.facts["shards"] - 2
+    assert len(left) == 2 and left == {path: path.stat().st_mtime_ns for path in left}
+    assert len(list(tmp_path.glob("shard_*"))) == whole.facts["shards"]
     assert contents(tmp_path) == contents(whole.folder)
     next(tmp_path.glob("shard_*")).unlink()  # and is captured again
     store_in(tmp_path, prepared, target)

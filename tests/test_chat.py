@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eagle3.data import templates
-from eagle3.data.chat import SYSTEM_PROMPTS, Chat, RowError, load_chat, with_system
+from eagle3.data.chat import Chat, RowError, load_chat, with_system
 from eagle3.data.rows import Conversation, read_conversation
+from eagle3.data.templates import SYSTEM_PROMPTS
 from eagle3.errors import ConfigError
 
 HEADER = "'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"

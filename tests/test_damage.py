@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from conftest import TRAIN_ONLY, run, run_command, spec_of
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from transformers import AutoTokenizer
+from xxhash import xxh3_128
 
 import eagle3.data.prepare
 import eagle3.evaluate
@@ -28,7 +30,7 @@ from eagle3.data.regenerate import Journal
 from eagle3.data.sources import find_files, read_rows
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.export.read import read_any
-from eagle3.runs.artefact import artefact, read_manifest, write_manifest
+from eagle3.runs.artefact import artefact, describe_file, read_manifest, write_manifest
 from eagle3.runs.checkpoint import load_checkpoint
 from eagle3.runs.disk import name_full_disk, read_json
 from eagle3.runs.tensors import load_tensors, save_tensors
@@ -437,3 +439,11 @@ def test_the_remedy_of_a_damaged_checkpoint_names_the_link_that_is_read(finished
     flip(only(folder / "best", "*.safetensors"))
     with pytest.raises(RunError, match=rf"best is damaged .*ln -sfn step_\d {folder / 'best'}$"):
         load_checkpoint(folder / "best", "draft/")
+
+
+def test_checksums_need_nothing_that_came_with_python_3_11(tmp_path, monkeypatch):
+    monkeypatch.delattr("hashlib.file_digest", raising=False)
+    (tmp_path / "a").write_bytes(b"abc")
+    described = describe_file(tmp_path / "a")
+    assert described == {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    assert describe_file(tmp_path / "a", xxh3_128)["bytes"] == 3

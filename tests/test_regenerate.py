@@ -423,8 +423,8 @@ def test_the_model_must_be_clear(tmp_path, dead_url):
     one, other, two, none = (Fake(models=models) for models in ("a", "b", "ab", ""))
     with one, other, two, none:
         for fakes, words in (
-            ([two], "the models a, b"),
-            ([none], "the models none"),
+            ([two], r"different models \(a, b\)"),
+            ([none], r"list no model; name one"),
             ([one, other], r"different models \(a, b\)"),
             ([dead_url], r"lists no model.*regenerate\.urls"),
         ):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from pathlib import Path
 
 import datasets
 import fsspec
@@ -72,8 +73,8 @@ BAD_ROWS = {  # reasons by line; empty files hold no rows, where one shard among
         {1: "broken JSON", 2: "broken JSON", 3: None},
     ),
     "c.json": (
-        b"[" + b", ".join([lines(1).strip(), BAD_MESSAGE, lines(1)]) + b"]",
-        {1: None, 2: "unknown role", 3: None},
+        b"[" + b", ".join([lines(1).strip(), BAD_MESSAGE, lines(1), b"null", b"{}"]) + b"]",
+        {1: None, 2: "unknown role", 3: None, 4: "row is not an object", 5: "no messages"},
     ),
     "d.jsonl": (b"", {}),
     "e.jsonl": (b" \n\n", {}),
@@ -170,6 +171,11 @@ def test_hub_datasets(tmp_path, monkeypatch):
     words = r"data\.path=owner/else is no local file.*no network at all"
     with pytest.raises(RunError, match=words):
         find_files(Source("owner/else"), place)
+    (note,) = Path(place, "sources").glob("*.json")
+    for damaged in ("[", "5", "[5]", "[{}]"):
+        note.write_text(damaged)
+        with pytest.raises(RunError, match="no network at all"):
+            find_files(source, place)
 
 
 def test_a_share_of_rows_is_always_the_same(tmp_path):

@@ -8,7 +8,8 @@ from conftest import ROOT, turns, write_jsonl
 from eagle3.benchmark import suites
 from eagle3.benchmark.suites import SUITES, Task, load_questions, parse_suite, setup_of
 from eagle3.config import Source
-from eagle3.data.chat import SYSTEM_PROMPTS, Chat
+from eagle3.data.chat import Chat
+from eagle3.data.templates import SYSTEM_PROMPTS
 from eagle3.errors import ConfigError, RunError
 
 SAMPLES = ROOT / "tests/data/suites"

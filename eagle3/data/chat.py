@@ -31,18 +31,6 @@ PROBE_CALL = {"id": PROBE_ID, "type": "function", "function": FUNCTION}
 SCHEMA = {"name": "qzcall", "description": "", "parameters": {"properties": {}}}
 PROBE_TOOL = {"type": "function", "function": SCHEMA}
 
-SYSTEM_PROMPTS = {
-    # From the Llama 2 release, with the two spaces that EAGLE's and SpecForge's copies have.
-    "llama2": (
-        "You are a helpful, respectful and honest assistant. Always answer as helpfully as "
-        "possible, while being safe.  Your answers should not include any harmful, unethical, "
-        "racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses "
-        "are socially unbiased and positive in nature.\n\nIf a question does not make any sense, "
-        "or is not factually coherent, explain why instead of answering something not correct. If "
-        "you don't know the answer to a question, please don't share false information."
-    )
-}
-
 
 @dataclass
 class Encoded:
@@ -94,10 +82,10 @@ class Turns:
 
 
 def with_system(messages: Messages, system_prompt: str | None) -> Messages:
-    """With `system_prompt` (a text, or a name of `SYSTEM_PROMPTS`) first where there is none."""
+    """With `system_prompt` (a text, or a name that has one) first where there is none."""
     if system_prompt is None or not messages or messages[0]["role"] == "system":
         return messages
-    system_prompt = SYSTEM_PROMPTS.get(system_prompt, system_prompt)
+    system_prompt = templates.SYSTEM_PROMPTS.get(system_prompt, system_prompt)
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
@@ -355,8 +343,7 @@ def trim(chat: Chat, marked: list[Span], text: str, messages: Messages) -> list[
         return marked
     spans = []
     for start, stop in marked:
-        if text.startswith(turns.opening, start):
-            start += len(turns.opening)
+        start += len(turns.opening) * text.startswith(turns.opening, start)
         behind = WHITESPACE.match(text, stop).end()
         following = [behind + len(c) for c in turns.closings if text.startswith(c, behind)]
         inside = [text.rfind(closing, start, stop) for closing in turns.closings]

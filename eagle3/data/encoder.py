@@ -38,7 +38,7 @@ RawRow = tuple[int, int, int, Any]
 class Chunk:
     """What becomes of some rows: `ids` int32 [n] and `mask` bool [n] of their documents, a record
     for each (`outcome` is 0, LEFT_OUT or, like `repaired`, a number in `reasons`, which count from
-    1), prompts that may be held out; `example` renders one of the `not_found` rows without turns.
+    1), prompts that may be held out; `example` renders one of the rows without turns.
     """
 
     ids: np.ndarray
@@ -46,7 +46,6 @@ class Chunk:
     records: np.ndarray
     reasons: dict[str, int]
     candidates: list[dict]
-    not_found: int
     example: str | None
 
 
@@ -68,7 +67,7 @@ class Encoder:
         rows, held_below = asked
         ids, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
         records, reasons, prompts = np.zeros(len(rows), RECORD), {}, []
-        not_found, example = 0, None
+        example = None
         for record, (source, file, line, raw) in zip(records, rows, strict=True):
             record["source"], record["file"], record["line"] = source, file, line
             if raw is None:
@@ -83,7 +82,6 @@ class Encoder:
             except RowError as error:
                 record["outcome"] = reasons.setdefault(str(error), len(reasons) + 1)
                 if str(error) == NOT_FOUND:
-                    not_found += 1
                     example = example or self.example(conversation)
                 continue
             kept = np.array(encoded.input_ids[: self.data.max_length], np.int32)
@@ -100,7 +98,7 @@ class Encoder:
             if prompt:
                 prompts.append({"hash": opening, "input_ids": prompt, "file": file, "line": line})
         ids, mask = np.concatenate(ids), np.concatenate(masks)
-        return Chunk(ids, mask, records, reasons, prompts, not_found, example)
+        return Chunk(ids, mask, records, reasons, prompts, example)
 
     def hash_opening(self, conversation: Conversation) -> int:
         """Equal where the first question is, whatever system message, spaces or answer it has."""
@@ -143,18 +141,16 @@ def encode_in_order(
     # As a dataset, the encoder has at a chunk of rows what it makes of them. Workers are forked, so
     # that they start at once with the tokenizer in shared memory; they end when this process does.
     chunks = iter(lambda: list(islice(rows, CHUNK_ROWS)), [])
-    workers = num_proc if num_proc > 1 else 0
+    forked = {"num_workers": num_proc, "multiprocessing_context": "fork", "timeout": STILL_SECONDS}
     loader = DataLoader(
         encoder,
         sampler=((chunk, held_below()) for chunk in chunks),
         batch_size=None,
         collate_fn=lambda chunk: chunk,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
-        timeout=STILL_SECONDS if workers else 0,
         generator=torch.Generator(),  # so that it takes nothing from the seeded one
         # the processes are the parallelism; threads of each would fight for the same cores
         worker_init_fn=lambda _: os.environ.update(TOKENIZERS_PARALLELISM="false"),
+        **(forked if num_proc > 1 else {}),
     )
     try:
         yield from loader

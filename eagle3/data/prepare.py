@@ -4,11 +4,10 @@ Workers parse, render and tokenise; this process writes and counts, in order, so
 does not depend on how many there were. Memory holds a few chunks and about 150 bytes a row.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from xxhash import xxh3_128
 
 from eagle3.batch import Document
 from eagle3.config import Data, Source
-from eagle3.data.chat import Chat, with_system
+from eagle3.data.chat import NOT_FOUND, Chat, with_system
 from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order
 from eagle3.data.rows import RowError
 from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
-from eagle3.runs.artefact import artefact, read_facts
+from eagle3.runs.artefact import artefact, describe_file, fingerprint, read_facts
 from eagle3.runs.disk import read_json, write_atomically
 
 STATE = "state.json"
@@ -121,10 +119,8 @@ def prepare(
 
 def find_prepared(*inputs: Any) -> Prepared | None:
     """What `prepare` has left for the same inputs (but `write`), if anything."""
-    try:
+    with suppress(RunError):
         return prepare(*inputs, write=False)
-    except RunError:
-        return None
 
 
 class Writer:
@@ -169,7 +165,7 @@ class Writer:
             stream.write(values.tobytes())
         self.rows += len(chunk.records)
         self.tokens += len(chunk.ids)
-        self.not_found += chunk.not_found
+        self.not_found += int((chunk.records["outcome"] == known.get(NOT_FOUND)).sum())
         self.example = self.example or chunk.example
         # The lowest hashes, so that what is held out depends on the conversations alone, not on
         # their order; of each opening the first one counts.
@@ -305,10 +301,7 @@ def finish(
     # An end of turn is drafted once an answer, too seldom to be sure of a place by its count.
     vocab = choose_vocab(counts, size, special & ends)
     np.save(folder / "vocab.npy", vocab)
-    digest = xxh3_128()
-    for name in ("index.npy", "input_ids.bin", "loss_mask.bin"):
-        with (folder / name).open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
+    parts = ("index.npy", "input_ids.bin", "loss_mask.bin")
     for name, entries in ("heldout", heldout), ("rejects", rejects + unasked):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     repaired = Counter(rows["repaired"].tolist())
@@ -326,7 +319,7 @@ def finish(
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
         "vocab_coverage": float(counts[vocab].sum() / max(1, counts.sum())),
-        "digest": digest.hexdigest(),
+        "digest": fingerprint({name: describe_file(folder / name) for name in parts}),
     }
     # What only an interrupted call needs; the state first, as it names the rows.
     (folder / STATE).unlink()

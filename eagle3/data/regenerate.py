@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -162,12 +162,11 @@ def finish(folder: Path, journal: Journal) -> dict[str, Any]:
                 rejected[entry["reason"]] += 1
                 rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
                 continue
-            messages = entry["messages"]
-            turns = sum(m["role"] == "assistant" for m in messages)
-            cut = sum("truncated" in m for m in messages)
-            counts.update(answered=1, turns=turns, truncated=cut)
+            answers = [m for m in entry["messages"] if m["role"] == "assistant"]
+            cut = sum("truncated" in m for m in answers)
+            counts.update(answered=1, turns=len(answers), truncated=cut)
             place = f"{entry['file']}:{entry['line']}"
-            conversations.write(to_line({"id": place, "messages": messages}))
+            conversations.write(to_line({"id": place, "messages": entry["messages"]}))
     if not counts["answered"]:
         journal.stream.truncate(0)  # servers that are put right may answer what they refused
         reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3)) or "no rows"
@@ -196,13 +195,11 @@ class BuiltIn:
     ) -> None:
         # Batches are of rows that follow each other and have a seed of their own, so that a call
         # that goes on from a journal gives the same answers.
-        for first in count(0, self.batch_size):
-            batch = list(enumerate(islice(rows, self.batch_size), first))
-            if not batch:
-                return
+        numbered = enumerate(rows)
+        while batch := list(islice(numbered, self.batch_size)):
             if all(number in journal.offsets for number, _ in batch):
                 continue
-            torch.manual_seed(self.seed + first)
+            torch.manual_seed(self.seed + batch[0][0])
             dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
             longest = self.max_new_tokens or data.max_length
             self.answer_batch(dialogues, target.load(), chat, longest)
@@ -309,24 +306,18 @@ async def ask(servers: list["Server"], dialogue: Dialogue, body: dict[str, Any])
 
 async def only_model(servers: list["Server"]) -> str:
     """The one model that the servers list, as far as they answer. Raises RunError."""
-    names, problem = set(), ""
+    names, problem = set(), "regenerate.urls list no model; name one in .model"
     for server in servers:
         try:
             listed = await server.client.models.list(extra_headers=server.headers)
+            names.update(model.id for model in listed.data)
         except server.openai.OpenAIError as error:
             problem = f"{server.name} lists no model ({error}); check regenerate.urls"
-            continue
-        found = [model.id for model in listed.data]
-        if len(found) == 1:
-            names.add(found[0])
-        else:
-            words = f"lists the models {', '.join(found) or 'none'}"
-            problem = f"{server.name} {words}; name one in regenerate.model"
-    if not names:
-        raise RunError(problem)
     if len(names) > 1:
         models = ", ".join(sorted(names))
-        raise RunError(f"regenerate.urls serve different models ({models}); name one in .model")
+        problem = f"regenerate.urls serve different models ({models}); name one in .model"
+    if len(names) != 1:
+        raise RunError(problem)
     return names.pop()
 
 
@@ -359,8 +350,7 @@ class Server:
     async def send(self, request: Any, **options) -> Any:
         """The response, read to its end in time: httpx limits the time between bytes alone."""
         try:
-            answer = self.send_request(request, **options)
-            response = await asyncio.wait_for(answer, self.timeout)
+            response = await asyncio.wait_for(self.send_request(request, **options), self.timeout)
         except asyncio.TimeoutError as error:
             raise httpx.ReadTimeout("") from error  # which the client repeats
         if self.asks_to_wait(response):

@@ -29,6 +29,7 @@ BEGINS = {
     ".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"(\xb5/\xfd",
     ".parquet": b"PAR1",
 }  # fmt: skip
+SEPARATORS = re.compile(r"[ \t\r\n,[]*")  # of a list's items, which are objects
 BLOCK = 1 << 22
 LONGEST_ITEM = 1 << 26  # letters after which what does not parse is broken
 
@@ -88,11 +89,10 @@ def find_files(source: Source, cache_dir: str, key: str = "data") -> list[DataFi
     except ConfigError:
         raise
     except Exception as error:  # each file system and hub client raises its own kinds
-        files = []
-        with suppress(OSError, ValueError):  # of a note that is damaged, too, nothing is known
-            files = json.loads(noted.read_text())
-        if files and all(Path(file["path"]).is_file() for file in files):
-            return [DataFile(**file) for file in files]
+        with suppress(OSError, ValueError, TypeError):  # a damaged note is none
+            files = [DataFile(**file) for file in json.loads(noted.read_text())]
+            if files and all(Path(file.path).is_file() for file in files):
+                return files
         reason = " ".join(str(error).split()) or type(error).__name__
         words = f"is no local file or folder, and cannot be fetched: {reason}"
         raise RunError(f"{key}.path={source.path} {words}") from error
@@ -155,7 +155,8 @@ def json_rows(file: DataFile, compression: str | None) -> Iterator[tuple[int, by
         stream = compr[compression](disk, mode="rb")
         if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             for number, item in enumerate(list_items(stream, file.name), start=1):
-                yield number, item, disk.tell() / size
+                # None would be a row that is left out; no object either is rejected.
+                yield number, [] if item is None else item, disk.tell() / size
             return
         for line, raw in enumerate(stream, start=1):
             if raw.strip():
@@ -171,8 +172,7 @@ def list_items(stream: BinaryIO, name: str) -> Iterator[Any]:
         block = stream.read(BLOCK)
         text, place = text[place:] + decode(block, final=not block), 0
         while True:
-            while place < len(text) and text[place] in " \t\r\n,[":  # items are objects
-                place += 1
+            place = SEPARATORS.match(text, place).end()
             if text[place : place + 1] == "]":
                 if (text[place + 1 :] + stream.read(BLOCK).decode("latin-1")).strip():
                     raise RunError(f"{name} goes on behind its JSON list; give one list, or lines")
@@ -214,12 +214,6 @@ def decode(raw: bytes | Any) -> dict[str, Any]:
     return raw
 
 
-def selects(share: float, line: int) -> bool:
-    """Whether a row is among the `share` of its file that is used."""
-    # By the hash of the line alone, so that other rows, files or processes change nothing.
-    return share >= 1 or int(fingerprint({"line": line}), 16) < share * 2**64
-
-
 def progress(stage: str, rows: Iterator[tuple[float, Any]]) -> Iterator[Any]:
     """The rows without their shares, beside a bar of how far they are read."""
     text = TextColumn(stage + " {task.fields[rows]:,} rows")
@@ -236,8 +230,10 @@ def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
         for file, line, raw, share in islice(located, num_samples):
-            chosen = raw if selects(source.weight, line) else None
-            yield (file + share) / num_files, (number, file, line, chosen)
+            # By the hash of the line alone, so that other rows, files or processes change nothing.
+            below = source.weight * 2**64
+            chosen = source.weight >= 1 or int(fingerprint({"line": line}), 16) < below
+            yield (file + share) / num_files, (number, file, line, raw if chosen else None)
         first += len(files)
 
 
@@ -245,11 +241,11 @@ def read_rows(
     files: list[DataFile], num_samples: int | None = None, preformatted=False, share: float = 1.0
 ) -> Iterator[Row]:
     """The first `num_samples` rows of files, or `share` of them, parsed in this process."""
-    located = ((i, file, *row) for i, file in enumerate(files) for row in raw_rows(file))
-    for i, file, line, raw, read in islice(located, num_samples):
-        if not selects(share, line):
+    located = locate_rows([(Source("", weight=share), files)], num_samples)
+    for read, (_, file, line, raw) in located:
+        if raw is None:
             continue
-        row = Row(file.name, line, None, share=(i + read) / len(files))
+        row = Row(files[file].name, line, None, share=read)
         try:
             row.conversation = read_conversation(decode(raw), preformatted)
         except RowError as error:

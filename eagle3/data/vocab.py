@@ -22,10 +22,8 @@ def vocab_tensors(vocab: np.ndarray, vocab_size: int) -> tuple[torch.Tensor, tor
     """
     ids = torch.from_numpy(np.array(vocab, dtype=np.int64))
     if (ids.diff() <= 0).any() or ids[0] < 0 or ids[-1] >= vocab_size:
-        problem = (
-            f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target"
-        )
-        raise RunError(f"{problem} with {vocab_size} tokens; prepare the data again for it")
+        words = f"the draft vocabulary ({ids.min()} to {ids.max()}) does not belong to this target"
+        raise RunError(f"{words} with {vocab_size} tokens; prepare the data again for it")
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[ids] = True
     return t2d, ids - torch.arange(len(ids))

@@ -40,6 +40,7 @@ from eagle3.target.weights import TargetWeights, load_weights
 
 KEYS = ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
+EXACT = {"fp32": FLOATS, "bf16": {torch.bfloat16}, "int8": set()}  # what a store keeps as it is
 console = Console(markup=False, soft_wrap=True)
 UNSUPERVISED = "has no supervised token"
 
@@ -72,8 +73,7 @@ def choose_dtype(section: HiddenStates) -> str:
     """The precision asked for, else that of the store or files in `hidden_states.path`, or bf16."""
     if section.dtype is not None or section.path is None:
         return section.dtype or "bf16"
-    stored = check_inputs(Path(section.path), {})
-    if stored is not None:
+    if stored := check_inputs(Path(section.path), {}):
         return stored["hidden_states.dtype"]
     for file in in_order(Path(section.path)):
         with suppress(FileError, LookupError, TypeError, AttributeError):  # read again, and judged
@@ -82,18 +82,18 @@ def choose_dtype(section: HiddenStates) -> str:
     return "bf16"
 
 
+def hidden_state_files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("data_*") if path.name.endswith((".ckpt", ".ckpt.gz")))
+
+
 def in_order(folder: Path) -> list[Path]:
     """The files, in the order of their numbers: data_2 before data_10."""
     found = hidden_state_files(folder)
     return sorted(found, key=lambda path: (list(map(int, re.findall(r"\d+", str(path)))), path))
 
 
-def hidden_state_files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("data_*") if path.name.endswith((".ckpt", ".ckpt.gz")))
-
-
 def is_specforge(folder: Path) -> bool:
-    return next(hidden_state_files(folder), None) is not None
+    return any(hidden_state_files(folder))
 
 
 def convert(
@@ -112,7 +112,9 @@ def convert(
             document = read_document(files[key], key, weights, inputs["max_length"])
             documents.append(document)
             size += stored_bytes(document, dtype)
-            done["rounded"] += is_rounded(document.features, dtype)
+            found = document.features
+            of_files = {found.aux_hidden_states.dtype, found.last_hidden_states.dtype}
+            done["rounded"] += not of_files <= EXACT[dtype]
             counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
         except FileError as error:
             if on_damage == "fail" and str(error) != UNSUPERVISED:
@@ -137,12 +139,6 @@ def convert(
     reasons = Counter(each["reason"].partition(" (")[0] for each in rejected)
     counted = {"files": len(files), "rejected": dict(reasons), "rounded": done["rounded"]}
     return store.facts | counted
-
-
-def is_rounded(features: Features, dtype: str) -> bool:
-    """Whether a store of `dtype` keeps less of the states than there is."""
-    found = {features.aux_hidden_states.dtype, features.last_hidden_states.dtype}
-    return dtype == "int8" or (dtype == "bf16" and found != {torch.bfloat16})
 
 
 def read_document(path: Path, key: int, weights: TargetWeights, max_length: int) -> Document:

@@ -59,13 +59,12 @@ def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
     }
 
 
-def document_bytes(length, teacher_rows, hidden_size: int, dtype: str):
-    """Bytes of documents in a shard, its header apart; int for ints, int64 array for arrays."""
+def document_bytes(length, teacher_rows, hidden_size: int, dtype: str) -> np.int64 | np.ndarray:
+    """Bytes of documents in a shard, its header apart: int64, of the shape of `length`."""
     # In int64, as a long document has more bytes than the int32 lengths of the data can count.
-    tokens, teacher_rows = np.asarray(length, np.int64), np.asarray(teacher_rows, np.int64)
-    rows, stored = {"tokens": tokens, "teacher_rows": teacher_rows}, columns(hidden_size, dtype)
-    size = RECORD.itemsize + sum(rows[each.per] * each.row_bytes for each in stored.values())
-    return size if np.ndim(size) else int(size)
+    rows = {"tokens": np.int64(length), "teacher_rows": np.int64(teacher_rows)}
+    stored = columns(hidden_size, dtype).values()
+    return RECORD.itemsize + sum(rows[each.per] * each.row_bytes for each in stored)
 
 
 def encode(document: Document, dtype: str) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import free_bytes, write_atomically
+from eagle3.runs.disk import free_bytes, read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"
@@ -51,7 +51,7 @@ class Store:
 
     def __init__(self, folder: Path, on_damage: str = "fail"):
         self.folder, self.on_damage = Path(folder), on_damage
-        self.inputs, self.index = check_inputs(self.folder, {}) or {}, read_index(self.folder)
+        self.inputs, self.index = check_inputs(self.folder, {}), read_index(self.folder)
         if self.index is not None:
             self.order, self.lengths = self.index["order"], self.index["lengths"]
             self.supervised = self.index["supervised"]
@@ -74,9 +74,14 @@ class Store:
         return {**self.totals, "bytes_per_token": per_token}
 
     def write(self, number: int, documents: list[Document]) -> None:
-        """Write a shard or nothing. RunError where a state is not finite, OSError for the disk."""
+        """Write a shard or nothing. Raises RunError for the disk, or a state that is not finite."""
         pieces = shards.serialise(documents, self.inputs["hidden_states.dtype"], self.fingerprint)
-        write_atomically(shard_path(self.folder, number), pieces)
+        try:
+            write_atomically(shard_path(self.folder, number), pieces)
+        except OSError as error:
+            remedy = "free space, set a lower hidden_states.max_disk or another hidden_states.path"
+            why = f"({error.strerror}): {remedy}; the same command goes on"
+            raise RunError(f"{self.folder} cannot be written {why}") from error
 
     def complete(self, num_shards: int, **arrays: np.ndarray) -> None:
         """Write the index, with `vocab` or the `counts` of supervised tokens to choose it by."""
@@ -200,20 +205,15 @@ class HybridStore(Store):
         dtype = self.inputs["hidden_states.dtype"]
         ends = np.cumsum([stored_bytes(document, dtype) for document in documents])
         fitting = documents[: int((ends + shards.HEADER_BYTES <= self.room).sum())]
-        try:
-            if fitting:
-                self.write(self.next_number, fitting)
-                self.index_shard(self.next_number)
-                self.room -= self.open(self.next_number).bytes
-                self.next_number += 1
-            # A smaller one behind it might still fit, but what is kept would be an odd sample.
-            if len(fitting) < len(documents):
-                self.full = True
-                write_atomically(self.refused, [str(self.max_bytes).encode()])
-        except OSError as error:
+        if fitting:
+            self.write(self.next_number, fitting)
+            self.index_shard(self.next_number)
+            self.room -= self.open(self.next_number).bytes
+            self.next_number += 1
+        # A smaller one behind it might still fit, but what is kept would be an odd sample.
+        if len(fitting) < len(documents):
             self.full = True
-            why = f"({error.strerror}); set a lower hidden_states.max_disk or another path"
-            raise RunError(f"{self.folder} cannot be written {why}") from error
+            write_atomically(self.refused, [str(self.max_bytes).encode()])
 
 
 def bytes_by_owner(folder: Path) -> Counter[int]:
@@ -231,7 +231,7 @@ def owner_of(path: Path) -> int:
 
 def open_store(section: HiddenStates, folder: Path, inputs: dict[str, Any]) -> Store:
     """The complete store in `folder`. Raises RunError where it was made from something else."""
-    if check_inputs(folder, inputs) is None or read_index(folder) is None:
+    if not check_inputs(folder, inputs) or read_index(folder) is None:
         missing = INDEX if (folder / INPUTS).exists() else INPUTS
         remedy = "add capture to stages, or set hidden_states.path"
         raise RunError(f"{folder} holds no complete store (no {missing}): {remedy}")
@@ -243,7 +243,7 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):  # or two that begin at once would both find nothing here
-            if check_inputs(folder, inputs) is None:
+            if not check_inputs(folder, inputs):
                 if any(folder.glob("*.safetensors")):
                     words = f"hidden_states.path={folder} holds .safetensors, but no {INPUTS}"
                     raise RunError(f"{words}: put it back, or name an empty folder")
@@ -252,15 +252,9 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
 
 
-def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """What the store was made from, None where there is none. Raises RunError where it differs."""
-    path = folder / INPUTS
-    try:
-        stored = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged; delete {folder}, to make it anew") from error
+def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What the store was made from, {} where there is none. Raises RunError where it differs."""
+    stored = read_json(folder / INPUTS, remedy=f"; delete {folder}, to make it anew")
     # Only what both know: an import knows just its target's weights, and training no documents.
     for key in stored:
         if key in wanted and stored[key] != wanted[key]:

@@ -24,9 +24,11 @@ def fingerprint(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def describe_file(path: str | Path, algorithm: Any = "sha256") -> dict[str, Any]:
+def describe_file(path: str | Path, algorithm: Any = hashlib.sha256) -> dict[str, Any]:
+    digest = algorithm()
     with open(path, "rb") as stream:
-        digest = hashlib.file_digest(stream, algorithm)
+        while block := stream.read(1 << 20):  # hashlib.file_digest is not in Python 3.10
+            digest.update(block)
     return {"bytes": Path(path).stat().st_size, digest.name.lower(): digest.hexdigest()}
 
 

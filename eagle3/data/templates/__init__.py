@@ -11,6 +11,8 @@ from eagle3.config import nearest
 from eagle3.errors import ConfigError
 
 FOLDER = Path(__file__).parent
+# Llama 2's is of its release, with the two spaces that EAGLE's and SpecForge's copies have.
+SYSTEM_PROMPTS = {p.stem: p.read_text("utf-8").strip() for p in FOLDER.glob("*.txt")}
 # These render alike once Qwen2.5's default system prompt is left out.
 ALIASES = {"qwen3-instruct": "qwen"}
 
