@@ -18,6 +18,7 @@ from rich.progress import track
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
+from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
@@ -141,16 +142,30 @@ def evaluate(
 ) -> Evaluation:
     """Unroll over the held-out answers and walk each of them."""
     total_loss, num_rows = 0.0, 0
-    answers, accepted_nK = [], []
-    for batch, batch_answers in packed:
+    documents, accepted_nK = [], []
+    for batch, answers in packed:
         batch = batch.to(frozen.embedding.device)
         hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
         output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
         total_loss += float(output.loss)
         num_rows += batch.normaliser
-        answers += batch_answers
+        documents += answers
         accepted_nK += accepted_pairs(batch, output.correct).cpu().split(batch.documents.lengths)
-    return summarise(answers, accepted_nK, draft_length, total_loss / max(1, num_rows))
+    walks = {
+        length: [walk(*each, length) for each in zip(documents, accepted_nK, strict=True)]
+        for length in range(1, accepted_nK[0].shape[1] + 1)
+    }
+    facts = summarise(walks[draft_length], draft_length)
+    return Evaluation(
+        draft_length=draft_length,
+        acceptance_length={length: acceptance_length(w) or 0.0 for length, w in walks.items()},
+        accepted_at=[share or 0.0 for share in facts["accepted_by_position"]],
+        first_round=facts["first_round"] or 0.0,
+        loop_free=facts["acceptance_length_loop_free"] or 0.0,
+        loops=facts["loops"],
+        answers=len(documents),
+        loss=total_loss / max(1, num_rows),
+    )
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
@@ -162,52 +177,45 @@ def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     return accepted
 
 
-def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> list[tuple[int, int]]:
-    """(tokens emitted, drafted tokens accepted) of each verification round of one answer.
+def walk(document: Document, accepted_nK: torch.Tensor, draft_length: int) -> Answer:
+    """The answer in `document` as the rounds of a decoder would commit it.
 
     The first answer token comes from the prefill. A round drafts `draft_length` tokens at its
     anchor row t, commits the accepted ones and the target's next, as far as the answer goes.
     """
     leading = accepted_nK[:, :draft_length].long().cumprod(1).sum(1).tolist()
-    anchor, last, rounds = prompt_length - 1, len(accepted_nK) - 2, []
-    while anchor < last:
-        emitted = min(leading[anchor] + 1, last - anchor)
-        rounds.append((emitted, min(leading[anchor], emitted)))
-        anchor += emitted
-    return rounds
+    ids, accepted = document.input_ids[document.loss_mask].tolist(), []
+    anchor = len(leading) - len(ids) - 1
+    while anchor < len(leading) - 2:
+        accepted.append(leading[anchor])
+        anchor += accepted[-1] + 1
+    return answer_of_rounds(ids, "", accepted, draft_length, 0.0)
 
 
-def summarise(
-    answers: list[Document], accepted_nK: list[torch.Tensor], draft_length: int, loss: float
-) -> Evaluation:
-    """The walks of all answers at every draft length, as means over their rounds."""
-    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
-    walks = {
-        length: [walk(*each, length) for each in zip(accepted_nK, prompts, strict=True)]
-        for length in range(1, accepted_nK[0].shape[1] + 1)
+def summarise(answers: list[Answer], steps: int) -> dict[str, Any]:
+    """Acceptance length in all its forms; None where no round was needed or none is reported."""
+    # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
+    free = [answer for answer in answers if not is_loop(answer.ids)]
+    first = [answer.emitted[0] for answer in answers if answer.emitted]
+    rounds = sum(answer.rounds for answer in answers)
+    accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
+    return {
+        "acceptance_length": acceptance_length(answers),
+        "acceptance_length_loop_free": acceptance_length(free),
+        "loops": len(answers) - len(free),
+        "first_round": ratio(sum(first), len(first)),
+        "accepted_by_position": [ratio(count, rounds) for count in accepted],
     }
-    chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.loss_mask].tolist()) for answer in answers]
-    free = [rounds for rounds, loop in zip(chosen, loops, strict=True) if not loop]
-    rounds = [one for each in chosen for one in each]
-    firsts = [each[0][0] for each in chosen if each]
-    accepted = [sum(count > k for _, count in rounds) for k in range(draft_length)]
-    return Evaluation(
-        draft_length=draft_length,
-        acceptance_length={length: mean_emitted(each) for length, each in walks.items()},
-        accepted_at=[count / max(1, len(rounds)) for count in accepted],
-        first_round=sum(firsts) / max(1, len(firsts)),
-        loop_free=mean_emitted(free),
-        loops=sum(loops),
-        answers=len(answers),
-        loss=loss,
-    )
 
 
-def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
-    """The acceptance length: tokens a round emits, over all rounds of all answers."""
-    emitted = [tokens for rounds in walks for tokens, _ in rounds]
-    return sum(emitted) / max(1, len(emitted))
+def acceptance_length(answers: list[Answer]) -> float | None:
+    """Tokens that a round commits, over all rounds of all answers; the first needs no round."""
+    tokens = sum(len(answer.ids) - 1 for answer in answers)
+    return ratio(tokens, sum(answer.rounds for answer in answers))
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return float(numerator / denominator) if denominator and numerator is not None else None
 
 
 def is_loop(ids) -> bool:

@@ -207,11 +207,10 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
     """A stand-in finds answers likelier by layers 1, 3, 4 than by those that config.json names."""
     right = HFTarget(spec_of(target.spec.path, LAYERS), target.device)
 
-    def stand_in(draft, embedding, documents, draft_length):
-        (document,) = documents
-        ids = document.input_ids
-        aux, _ = right.states(ids, torch.arange(len(ids)))
-        fits = torch.allclose(document.features.aux_hidden_states, aux, atol=1e-4)
+    def stand_in(draft, embedding, packed, columns, draft_length):
+        ((batch, _),) = packed
+        aux, _ = right.states(batch.input_ids, batch.position_ids)
+        fits = torch.allclose(batch.features.aux_hidden_states[:, columns], aux, atol=1e-4)
         return Reading(1.0 + 2 * fits, torch.full((20,), -4.0 + 2 * fits))
 
     monkeypatch.setattr("eagle3.benchmark.check.read_with", stand_in)

@@ -17,6 +17,7 @@ from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
+from eagle3.evaluate import pack_answers
 from eagle3.export.read import DraftFiles, locate, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
 from eagle3.hidden_states.capture import compute_features
@@ -179,13 +180,14 @@ def decode(
             documents.append(Document(0, ids, torch.arange(len(ids)) >= len(prompt)))
     if not documents:
         raise RunError("the target ends its answers at once")
-    documents = compute_features(model, documents)
+    any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
+    packed = pack_answers(compute_features(model, documents), any_token, draft_length, 1)
+    packed = [(batch.to(target.device), answers) for batch, answers in packed]
     columns = torch.arange(len(layers) * model.config.hidden_size).view(len(layers), -1)
 
     def read(draft: Draft, ids: list[int]) -> Reading:
         chosen = columns[[layers.index(layer) for layer in ids]].flatten()
-        fed = [with_columns(document, chosen) for document in documents]
-        return read_with(draft, model.embedding, fed, draft_length)
+        return read_with(draft, model.embedding, packed, chosen, draft_length)
 
     named, *others = choices
     as_it_is = read(draft, named)
@@ -199,11 +201,6 @@ def decode(
         suspect = draft.config.rope_theta != changed.rope.theta == theta
         ways[f"with {words}"] = compare(read(changed, named), as_it_is, suspect)
     return lengths, ways
-
-
-def with_columns(document: Document, columns: torch.Tensor) -> Document:
-    aux = document.features.aux_hidden_states[:, columns]
-    return replace(document, features=replace(document.features, aux_hidden_states=aux))
 
 
 def judge(lengths: dict[str, float], ways: dict[str, Way]) -> Iterator[Finding]:
