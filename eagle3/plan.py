@@ -124,12 +124,12 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     """(about the documents of an epoch, how much of each is stored), from rows of every file."""
     rows, stands_for, stored = [], [], []
     for source, files in sources:
-        remaining = config.data.num_samples
+        remaining = config.data.num_samples or 1 << 62
         for file in files:
             total, some = sample_rows(file, SCAN_BYTES / len(files), remaining, len(files))
-            remaining = None if remaining is None else remaining - total
+            remaining -= total
             rows += [(0, 0, 0, raw) for raw in some]
-            stands_for += [total / len(some) * source.weight] * len(some)
+            stands_for += [total * source.weight / max(1, len(some))] * len(some)
             stored += [1 / max(1.0, source.weight)] * len(some)
     chunk = Encoder(chat, config.data)[rows, 0]
     usable = chunk.records["outcome"] == 0
@@ -148,7 +148,7 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     return documents, np.array(stored)[usable][places]
 
 
-def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) -> tuple[int, list]:
+def sample_rows(file: DataFile, num_bytes: float, most: int, files: int) -> tuple[int, list]:
     """(rows of the file, some of them), evenly spread over its first `num_bytes`."""
     rows, read, total = [], 0.0, None
     size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // files + 1
@@ -160,7 +160,7 @@ def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) 
             break
         rows.append(raw)
         read = share
-    return min(total or len(rows), most or 1 << 62), rows[:: max(1, len(rows) // keep)]
+    return min(total or len(rows), most), rows[:: max(1, len(rows) // keep)]
 
 
 class NoAttention:
