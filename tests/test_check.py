@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import edit_draft, section, spec_of
 
 from eagle3.batch import Document, pack, serving
-from eagle3.benchmark.check import QUESTIONS, check, judge, judge_embedding
+from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_embedding
 from eagle3.benchmark.mistakes import NORMS, Reading, compare
 from eagle3.config import Check
 from eagle3.data.chat import Chat, load_chat
@@ -221,6 +222,12 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
         run_check(folder, target, tokenizer, tmp_path, engines=["sglang"])
     content = json.loads((tmp_path / "check.json").read_text())
     assert content["decoded"]["acceptance_length"] == {"2,4,5": 1.0, "1,3,4": 3.0, "3,5,6": 1.0}
+
+
+def test_layers_of_a_shallow_target(folder):
+    edit_draft(folder, {"eagle_config": None, NAMED: None})
+    files, shallow = read_any(folder), SimpleNamespace(num_layers=4, aux_layer_ids=[0, 1, 3])
+    assert candidates(files, shallow) == [[0, 1, 3]]
 
 
 def test_what_is_clear():

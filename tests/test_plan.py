@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,8 +157,9 @@ def test_a_sample_stands_for_all_rows(tmp_path, tokenizer, monkeypatch):
         assert documents.lengths.sum() == pytest.approx(weight * tokens, rel=0.1)
         assert stored == pytest.approx(min(1, weight) * tokens, rel=0.1)
     # The second file is empty, and the first has all that is asked for.
-    for name, content in {"1": Path(path).read_text(), "2": "", "3": Path(path).read_text()}.items():
-        (tmp_path / f"{name}.jsonl").write_text(content)
+    for name in ("1.jsonl", "3.jsonl"):
+        shutil.copy(path, tmp_path / name)
+    (tmp_path / "2.jsonl").touch()
     assert estimate(path=str(tmp_path))[1] == tokens
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n{broken\n')
     with pytest.raises(RunError, match="none of 2 rows read can be trained on"):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from eagle3.batch import Document
 from eagle3.benchmark.mistakes import Reading, Way, compare, mended, read_with
 from eagle3.config import Check
-from eagle3.data.chat import Chat, with_system
+from eagle3.data.chat import Chat, load_tokenizer, with_system
 from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
@@ -129,17 +128,11 @@ def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding
 def encode_questions(
     spec: TargetSpec, chat: Chat | None, system_prompt: str | None
 ) -> list[list[int]]:
-    """The ids of QUESTIONS, as plain text where there is no `chat`. Raises RunError."""
-    if chat is not None:
-        turns = [{"role": "user", "content": text} for text in QUESTIONS]
-        return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
-    where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, **where)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RunError(f"the target has no tokenizer that loads ({reason})") from error
-    return [tokenizer(text).input_ids for text in QUESTIONS]
+    """The ids of QUESTIONS, as plain text where there is no `chat`. Raises ConfigError."""
+    if chat is None:
+        return load_tokenizer(spec)(list(QUESTIONS)).input_ids
+    turns = [{"role": "user", "content": text} for text in QUESTIONS]
+    return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
 
 
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
@@ -148,7 +141,8 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
     off_by_one = [[layer + shift for layer in named] for shift in (-1, 1)]
-    different = dict.fromkeys(map(tuple, (named, *read.values(), *off_by_one)))
+    likely = named, *read.values(), *off_by_one, target.aux_layer_ids
+    different = dict.fromkeys(map(tuple, likely))
     return [[*ids] for ids in different if len(set(ids)) == 3 and {*ids} <= {*range(count)}]
 
 

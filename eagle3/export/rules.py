@@ -121,8 +121,8 @@ def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     read = dict.fromkeys(OTHERS, engines_default(num_layers))
     ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
     above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
-    given = {"sglang": ids and meant_by("sglang", ids), "vllm": above and meant_by("vllm", above)}
-    return read | {engine: numbers for engine, numbers in given.items() if numbers}
+    given = {"sglang": ids, "vllm": above}
+    return read | {engine: meant_by(engine, ids) for engine, ids in given.items() if ids}
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -136,11 +136,10 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
-    above = meant_by("vllm", files.config.get(LAYER_IDS) or [])
-    if above and above != named:
+    if files.config.get(LAYER_IDS) and read["vllm"] != named:
+        above = read.pop("vllm")
         sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
         yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
-        del read["vllm"]
     # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
