@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -163,16 +164,11 @@ def sample_rows(file: DataFile, num_bytes: float, most: int, files: int) -> tupl
     return min(total or len(rows), most), rows[:: max(1, len(rows) // keep)]
 
 
-class NoAttention:
-    """Stands for the causal part, whose kernels want data; it makes what a flash kernel makes."""
-
-    @staticmethod
-    def forward(q, rows, k, v, documents):
-        return empty_outputs(q)
-
-    @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+# Stands for the causal part, whose kernels want data; it makes what a flash kernel makes.
+NO_ATTENTION = SimpleNamespace(
+    forward=lambda q, *others: empty_outputs(q),
+    backward=lambda grad_out, q, rows, k, v, *others: [torch.empty_like(x) for x in (q, k, v)],
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -194,7 +190,7 @@ def draft_without_data(shape: DraftConfig) -> Draft:
     with torch.device("meta"):
         t2d = torch.empty(shape.vocab_size, dtype=torch.bool)
         d2t = torch.empty(shape.draft_vocab_size, dtype=torch.long)
-        return Draft(shape, NoAttention, t2d, d2t)
+        return Draft(shape, NO_ATTENTION, t2d, d2t)
 
 
 def measure_step(

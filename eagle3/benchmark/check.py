@@ -10,14 +10,15 @@ from rich.console import Console
 
 from eagle3.batch import Document
 from eagle3.benchmark.mistakes import Reading, Way, compare, mended, read_with
+from eagle3.benchmark.request import Subject
 from eagle3.config import Check
-from eagle3.data.chat import Chat, load_tokenizer, with_system
+from eagle3.data.chat import load_tokenizer, with_system
 from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import pack_answers
-from eagle3.export.read import DraftFiles, locate, named_layers, read_any
+from eagle3.export.read import DraftFiles, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
 from eagle3.hidden_states.capture import compute_features
 from eagle3.target.handle import TargetHandle
@@ -40,29 +41,18 @@ console = Console(markup=False, soft_wrap=True)
 
 
 def check(
-    section: Check,
-    draft_path: str | None,
-    target: TargetHandle,
-    chat: Chat | None,
-    system_prompt: str | None,
-    attention: Backend,
-    draft_length: int,
-    run_dir: Path,
+    section: Check, subject: Subject, attention: Backend, draft_length: int, run_dir: Path
 ) -> None:
     """Print and write (check.json) what is found about a draft. RunError has all that is wrong."""
-    folder = locate(draft_path) if draft_path else run_dir / "draft"
-    if not folder.exists():
-        raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
+    folder, target = subject.draft_folder, subject.target
     files = read_any(folder)
     findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
     lengths, ways = {}, {}
     if section.decode:
         try:
-            prompts = encode_questions(target.spec, chat, system_prompt)[: section.num_prompts]
-            limits = draft_length, section.max_new_tokens
-            lengths, ways = decode(files, target, attention, prompts, *limits)
+            lengths, ways = decode(section, files, subject, attention, draft_length)
             findings += judge(lengths, ways)
-            if chat is None:
+            if subject.chat is None:
                 reason = "the target has no chat template, or its tokenizer no offsets"
                 findings.append(Finding((), f"{reason}: plain text was decoded", "note"))
         except CANNOT as error:
@@ -76,7 +66,7 @@ def check(
     decoded |= {"draft_length": draft_length, "acceptance_length": lengths}
     decoded |= {"other_ways": {words: asdict(way) for words, way in ways.items()}}
     content = {
-        "draft": draft_path or str(folder),
+        "draft": str(folder),
         "target": target.spec.path,
         "weights": files.weights,
         "speculators_form": files.is_speculators,
@@ -125,12 +115,11 @@ def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding
             yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
 
 
-def encode_questions(
-    spec: TargetSpec, chat: Chat | None, system_prompt: str | None
-) -> list[list[int]]:
-    """The ids of QUESTIONS, as plain text where there is no `chat`. Raises ConfigError."""
+def encode_questions(subject: Subject) -> list[list[int]]:
+    """The ids of QUESTIONS, as plain text where there is no chat. Raises ConfigError."""
+    chat, system_prompt = subject.chat, subject.data.system_prompt
     if chat is None:
-        return load_tokenizer(spec)(list(QUESTIONS)).input_ids
+        return load_tokenizer(subject.target.spec)(list(QUESTIONS)).input_ids
     turns = [{"role": "user", "content": text} for text in QUESTIONS]
     return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
 
@@ -147,16 +136,12 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
 
 
 def decode(
-    files: DraftFiles,
-    target: TargetHandle,
-    attention: Backend,
-    prompts: list[list[int]],
-    draft_length: int,
-    max_new_tokens: int,
+    section: Check, files: DraftFiles, subject: Subject, attention: Backend, draft_length: int
 ) -> tuple[dict[str, float], dict[str, Way]]:
     """Acceptance lengths of greedy chains by the layers fed (`1,15,28`), first the named ones, and
-    by words all other ways to read the draft. Raises RunError.
+    by words all other ways to read the draft. Raises ConfigError and RunError.
     """
+    prompts, target = encode_questions(subject)[: section.num_prompts], subject.target
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
@@ -167,7 +152,7 @@ def decode(
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    documents, answers = [], model.generate(prompts, max_new_tokens)
+    documents, answers = [], model.generate(prompts, section.max_new_tokens)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor(prompt + answer)
         if len(answer) > 2:
