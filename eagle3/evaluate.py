@@ -56,7 +56,10 @@ def write_answers(
         ids = [prompts[i]["input_ids"] for i in indices]
         paths = [answer_path(folder, i) for i in indices]
         if not all(path.exists() for path in paths):
-            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens), strict=True):
+            documents = answer_batch(target, ids, max_new_tokens)
+            for path, (document, cut) in zip(paths, documents, strict=True):
+                tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
+                tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
                 save_tensors(path, tensors)
         for path, prompt in zip(paths, ids, strict=True):
             tensors = load_tensors(path)
@@ -71,8 +74,8 @@ def answer_path(folder: Path, number: int) -> Path:
 
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors of each answer, which ends before a token that isn't the packed pass's argmax.
+) -> Iterator[tuple[Document, bool]]:
+    """Each answer, which ends before a token that isn't the packed pass's argmax, and whether so.
 
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
@@ -85,8 +88,7 @@ def answer_batch(
         wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
         keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
         features = document.features.select(slice(keep), slice(keep - start))
-        kept = {name: states.contiguous() for name, states in vars(features).items()}
-        yield kept | {"input_ids": ids[:keep], "shortened": torch.tensor(keep < len(ids))}
+        yield Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
 
 
 def load_answers(folder: Path) -> list[Document]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from eagle3.batch import Document
 from eagle3.benchmark.mistakes import Reading, Way, compare, mended, read_with
 from eagle3.benchmark.request import Subject
 from eagle3.config import Check
@@ -17,10 +16,9 @@ from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import pack_answers
+from eagle3.evaluate import answer_batch, pack_answers
 from eagle3.export.read import DraftFiles, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
-from eagle3.hidden_states.capture import compute_features
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec
@@ -146,21 +144,18 @@ def decode(
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
     own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
-    spec = target.spec.with_layers(named_layers(files.config) or target.spec.aux_layer_ids)
-    draft = read_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
+    files, spec = replace(files, tensors=own), target.spec.with_layers(choices[0])
+    draft = read_draft(files, attention, spec).to(target.device).eval()
     target.close()  # two at once may not fit
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    documents, answers = [], model.generate(prompts, section.max_new_tokens)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor(prompt + answer)
-        if len(answer) > 2:
-            documents.append(Document(0, ids, torch.arange(len(ids)) >= len(prompt)))
+    answers = answer_batch(model, prompts, section.max_new_tokens)
+    documents = [document for document, _ in answers if document.loss_mask.sum() > 2]
     if not documents:
         raise RunError("the target ends its answers at once")
     any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
-    packed = pack_answers(compute_features(model, documents), any_token, draft_length, 1)
+    packed = pack_answers(documents, any_token, draft_length, 1)
     packed = [(batch.to(target.device), answers) for batch, answers in packed]
     columns = torch.arange(len(layers) * model.config.hidden_size).view(len(layers), -1)
 
