@@ -221,7 +221,7 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
     except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise RunError(f"plan: transformers cannot make this model: {reason}") from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
