@@ -119,10 +119,8 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
             export_draft(best, config.export, target.spec, draft_length, run_dir)
         if listed & {"check", "benchmark"}:
-            folder, heldout = (
-                find_draft(config, run_dir),
-                prepared and prepared.path / "heldout.jsonl",
-            )
+            folder = find_draft(config, run_dir)
+            heldout = prepared and prepared.path / "heldout.jsonl"
             subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
         if "check" in listed:
             attention = instantiate(config.draft.attention)
