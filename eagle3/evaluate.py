@@ -18,6 +18,7 @@ from rich.progress import track
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
+from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, read_inputs
@@ -55,7 +56,10 @@ def write_answers(
         ids = [prompts[i]["input_ids"] for i in indices]
         paths = [answer_path(folder, i) for i in indices]
         if not all(path.exists() for path in paths):
-            for path, tensors in zip(paths, answer_batch(target, ids, max_new_tokens)):
+            documents = answer_batch(target, ids, max_new_tokens)
+            for path, (document, cut) in zip(paths, documents, strict=True):
+                tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
+                tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
                 save_tensors(path, tensors)
         for path, prompt in zip(paths, ids, strict=True):
             tensors = load_tensors(path)
@@ -70,8 +74,8 @@ def answer_path(folder: Path, number: int) -> Path:
 
 def answer_batch(
     target: Any, prompts: list[list[int]], max_new_tokens: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors of each answer, which ends before a token that isn't the packed pass's argmax.
+) -> Iterator[tuple[Document, bool]]:
+    """Each answer, which ends before a token that isn't the packed pass's argmax, and whether so.
 
     Batched generation and the packed pass round differently, so a near tie may go either way;
     cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
@@ -84,8 +88,7 @@ def answer_batch(
         wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
         keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
         features = document.features.select(slice(keep), slice(keep - start))
-        kept = {name: states.contiguous() for name, states in vars(features).items()}
-        yield kept | {"input_ids": ids[:keep], "shortened": torch.tensor(keep < len(ids))}
+        yield Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
 
 
 def load_answers(folder: Path) -> list[Document]:
@@ -141,33 +144,28 @@ def evaluate(
 ) -> Evaluation:
     """Unroll over the held-out answers and walk each of them at every draft length."""
     total_loss, num_rows = 0.0, 0
-    answers, accepted_nK = [], []
-    for batch, batch_answers in packed:
+    documents, accepted_nK = [], []
+    for batch, answers in packed:
         batch = batch.to(frozen.embedding.device)
         hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
         output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
         total_loss += float(output.loss)
         num_rows += batch.normaliser
-        answers += batch_answers
+        documents += answers
         accepted_nK += accepted_pairs(batch, output.correct).cpu().split(batch.documents.lengths)
-    prompts = [int((~answer.loss_mask).sum()) for answer in answers]
     walks = {
-        length: [walk(*each, length) for each in zip(accepted_nK, prompts)]
+        length: [walk(*each, length) for each in zip(documents, accepted_nK, strict=True)]
         for length in range(1, accepted_nK[0].shape[1] + 1)
     }
-    chosen = walks[draft_length]
-    loops = [is_loop(answer.input_ids[answer.loss_mask]) for answer in answers]
-    firsts = [rounds[0][0] for rounds in chosen if rounds]
-    accepted = [count for rounds in chosen for _, count in rounds]
-    at = [sum(count > k for count in accepted) for k in range(draft_length)]
+    facts = summarise(walks[draft_length], draft_length)
     return Evaluation(
         draft_length=draft_length,
-        acceptance_length={length: mean_emitted(each) for length, each in walks.items()},
-        accepted_at=[count / max(1, len(accepted)) for count in at],
-        first_round=sum(firsts) / max(1, len(firsts)),
-        loop_free=mean_emitted([rounds for rounds, loop in zip(chosen, loops) if not loop]),
-        loops=sum(loops),
-        answers=len(answers),
+        acceptance_length={length: acceptance_length(w) or 0.0 for length, w in walks.items()},
+        accepted_at=[share or 0.0 for share in facts["accepted_by_position"]],
+        first_round=facts["first_round"] or 0.0,
+        loop_free=facts["acceptance_length_loop_free"] or 0.0,
+        loops=facts["loops"],
+        answers=len(documents),
         loss=total_loss / max(1, num_rows),
     )
 
@@ -181,25 +179,45 @@ def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
     return accepted
 
 
-def walk(accepted_nK: torch.Tensor, prompt_length: int, draft_length: int) -> list[tuple[int, int]]:
-    """(tokens emitted, drafted tokens accepted) of each verification round of one answer.
+def walk(document: Document, accepted_nK: torch.Tensor, draft_length: int) -> Answer:
+    """The answer in `document` as the rounds of a decoder would commit it.
 
     The first answer token comes from the prefill. A round drafts `draft_length` tokens at its
     anchor row t, commits the accepted ones and the target's next, as far as the answer goes.
     """
     leading = accepted_nK[:, :draft_length].long().cumprod(1).sum(1).tolist()
-    anchor, last, rounds = prompt_length - 1, len(accepted_nK) - 2, []
-    while anchor < last:
-        emitted = min(leading[anchor] + 1, last - anchor)
-        rounds.append((emitted, min(leading[anchor], emitted)))
-        anchor += emitted
-    return rounds
+    ids, accepted = document.input_ids[document.loss_mask].tolist(), []
+    anchor = len(leading) - len(ids) - 1
+    while anchor < len(leading) - 2:
+        accepted.append(leading[anchor])
+        anchor += accepted[-1] + 1
+    return answer_of_rounds(ids, "", accepted, draft_length, 0.0)
 
 
-def mean_emitted(walks: list[list[tuple[int, int]]]) -> float:
-    """The acceptance length: tokens a round emits, over all rounds of all answers."""
-    emitted = [tokens for rounds in walks for tokens, _ in rounds]
-    return sum(emitted) / max(1, len(emitted))
+def summarise(answers: list[Answer], steps: int) -> dict[str, Any]:
+    """Acceptance length in all its forms; None where no round was needed or none is reported."""
+    # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
+    free = [answer for answer in answers if not is_loop(answer.ids)]
+    first = [answer.emitted[0] for answer in answers if answer.emitted]
+    rounds = sum(answer.rounds for answer in answers)
+    accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
+    return {
+        "acceptance_length": acceptance_length(answers),
+        "acceptance_length_loop_free": acceptance_length(free),
+        "loops": len(answers) - len(free),
+        "first_round": ratio(sum(first), len(first)),
+        "accepted_by_position": [ratio(count, rounds) for count in accepted],
+    }
+
+
+def acceptance_length(answers: list[Answer]) -> float | None:
+    """Tokens that a round commits, over all rounds of all answers; the first needs no round."""
+    tokens = sum(len(answer.ids) - 1 for answer in answers)
+    return ratio(tokens, sum(answer.rounds for answer in answers))
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return float(numerator / denominator) if denominator and numerator is not None else None
 
 
 def is_loop(ids) -> bool:

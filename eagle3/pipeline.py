@@ -118,16 +118,14 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "export" in listed:
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
             export_draft(best, config.export, target.spec, draft_length, run_dir)
-        if "check" in listed:
-            attention, length = instantiate(config.draft.attention), config.eval.draft_length
-            check(
-                config.check, config.draft_path, target, chat, data.system_prompt, attention,
-                length, run_dir,
-            )  # fmt: skip
-        if "benchmark" in listed:
+        if listed & {"check", "benchmark"}:
             folder = find_draft(config, run_dir)
             heldout = prepared and prepared.path / "heldout.jsonl"
             subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
+        if "check" in listed:
+            attention = instantiate(config.draft.attention)
+            check(config.check, subject, attention, config.eval.draft_length, run_dir)
+        if "benchmark" in listed:
             benchmark(instantiate(config.benchmark), subject, run_dir)
     return read_acceptance(run_dir)
 
@@ -143,13 +141,11 @@ def load_chat_for(config: RunConfig, required: bool) -> Chat | None:
 
 
 def find_draft(config: RunConfig, run_dir: Path) -> Path:
-    """The draft to measure: the one that `draft_path` names, else this run's own."""
+    """The draft to check or measure: the one that `draft_path` names, else this run's own."""
     folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
     if not folder.exists():
-        raise ConfigError(
-            "stages=[benchmark] needs a draft: set draft_path=<folder>, or add train and export to "
-            "stages"
-        )
+        remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
+        raise ConfigError(f"no draft at {folder}; {remedy}")
     return folder
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -124,12 +125,12 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     """(about the documents of an epoch, how much of each is stored), from rows of every file."""
     rows, stands_for, stored = [], [], []
     for source, files in sources:
-        remaining = config.data.num_samples
+        remaining = config.data.num_samples or 1 << 62
         for file in files:
             total, some = sample_rows(file, SCAN_BYTES / len(files), remaining, len(files))
-            remaining = None if remaining is None else remaining - total
+            remaining -= total
             rows += [(0, 0, 0, raw) for raw in some]
-            stands_for += [total / len(some) * source.weight] * len(some)
+            stands_for += [total * source.weight / max(1, len(some))] * len(some)
             stored += [1 / max(1.0, source.weight)] * len(some)
     chunk = Encoder(chat, config.data)[rows, 0]
     usable = chunk.records["outcome"] == 0
@@ -148,7 +149,7 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     return documents, np.array(stored)[usable][places]
 
 
-def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) -> tuple[int, list]:
+def sample_rows(file: DataFile, num_bytes: float, most: int, files: int) -> tuple[int, list]:
     """(rows of the file, some of them), evenly spread over its first `num_bytes`."""
     rows, read, total = [], 0.0, None
     size, keep = Path(file.path).stat().st_size, SAMPLE_ROWS // files + 1
@@ -160,19 +161,14 @@ def sample_rows(file: DataFile, num_bytes: float, most: int | None, files: int) 
             break
         rows.append(raw)
         read = share
-    return min(total or len(rows), most or 1 << 62), rows[:: max(1, len(rows) // keep)]
+    return min(total or len(rows), most), rows[:: max(1, len(rows) // keep)]
 
 
-class NoAttention:
-    """Stands for the causal part, whose kernels want data; it makes what a flash kernel makes."""
-
-    @staticmethod
-    def forward(q, rows, k, v, documents):
-        return empty_outputs(q)
-
-    @staticmethod
-    def backward(grad_out, q, rows, k, v, out, lse, documents):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+# Stands for the causal part, whose kernels want data; it makes what a flash kernel makes.
+NO_ATTENTION = SimpleNamespace(
+    forward=lambda q, *others: empty_outputs(q),
+    backward=lambda grad_out, q, rows, k, v, *others: [torch.empty_like(x) for x in (q, k, v)],
+)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -194,7 +190,7 @@ def draft_without_data(shape: DraftConfig) -> Draft:
     with torch.device("meta"):
         t2d = torch.empty(shape.vocab_size, dtype=torch.bool)
         d2t = torch.empty(shape.draft_vocab_size, dtype=torch.long)
-        return Draft(shape, NoAttention, t2d, d2t)
+        return Draft(shape, NO_ATTENTION, t2d, d2t)
 
 
 def measure_step(
@@ -225,7 +221,7 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape, trust_remote_code=trust)
     except (ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise RunError(f"plan: transformers cannot make this model: {reason}") from error
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     routed = sum(size for name, size in sizes.items() if ".experts." in name)

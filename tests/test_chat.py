@@ -368,3 +368,14 @@ def test_a_template_that_renders_nothing_is_told_at_once(tmp_path, template, rea
     sentence = rf"data\.chat_template=auto renders no conversation \(.*{reason}.*one of chatml"
     with pytest.raises(ConfigError, match=sentence):
         load(tmp_path)
+
+
+def test_a_tokenizer_that_needs_a_package(monkeypatch):
+    """transformers begins such a message with an empty line."""
+
+    def refuse(*arguments, **options):
+        raise ImportError("\nLlamaTokenizer requires SentencePiece\nInstall it")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(ConfigError, match=r"that loads: LlamaTokenizer requires SentencePiece$"):
+        load(TINY / "target")

@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import edit_draft, section, spec_of
 
 from eagle3.batch import Document, pack, serving
-from eagle3.benchmark.check import QUESTIONS, check, judge, judge_embedding
+from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_embedding
 from eagle3.benchmark.mistakes import NORMS, Reading, compare
+from eagle3.benchmark.request import Subject
 from eagle3.config import Check
 from eagle3.data.chat import Chat, load_chat
 from eagle3.data.vocab import vocab_tensors
@@ -20,6 +22,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
 from eagle3.export.write import portable_config, write_draft
 from eagle3.hidden_states.capture import compute_features
+from eagle3.pipeline import find_draft
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
@@ -44,8 +47,9 @@ def folder(exported, tmp_path):
 def run_check(folder, target, tokenizer, tmp_path, **section):
     """The stage, and what it has left in check.json where it did not raise."""
     given = {"engines": ENGINES, "decode": True, "num_prompts": 1, "max_new_tokens": 24} | section
-    chat = tokenizer and Chat(tokenizer)
-    check(Check(**given), folder and str(folder), target, chat, None, Auto, 3, tmp_path)
+    data = SimpleNamespace(system_prompt=None)
+    subject = Subject(folder, target, tokenizer and Chat(tokenizer), data, "", 0)
+    check(Check(**given), subject, Auto, 3, tmp_path)
     return json.loads((tmp_path / "check.json").read_text())
 
 
@@ -85,7 +89,7 @@ def test_what_cannot_be_decoded_is_the_last_line(
         content = run_check(folder, given, None, tmp_path, engines=["vllm"], decode=False)
         assert content["findings"] == []
     with pytest.raises(ConfigError, match="draft_path="):
-        run_check(None, target, None, tmp_path)
+        find_draft(SimpleNamespace(draft_path=None), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -184,9 +188,8 @@ MISTAKES = {
 
 
 def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
-    asked = Check(["sglang", "vllm"], True, num_prompts=2, max_new_tokens=48)
-    check(asked, str(trained), target, Chat(tokenizer), None, Auto, 3, tmp_path)
-    content = json.loads((tmp_path / "check.json").read_text())
+    asked = {"engines": ["sglang", "vllm"], "num_prompts": 2, "max_new_tokens": 48}
+    content = run_check(trained, target, tokenizer, tmp_path, **asked)
     assert content["findings"] == [] and len(content["decoded"]["other_ways"]) > 20
     assert content["decoded"]["acceptance_length"]["0,3,6"] > 3
 
@@ -196,9 +199,9 @@ def test_a_wrong_draft_of_the_right_shape_is_named(trained, target, tokenizer, t
     config, tensors, words = MISTAKES[name]
     folder = shutil.copytree(trained, tmp_path / "draft")
     edit_draft(folder, config, tensors)
-    asked = Check(["sglang"], True, num_prompts=2, max_new_tokens=48)
+    asked = {"engines": ["sglang"], "num_prompts": 2, "max_new_tokens": 48}
     with pytest.raises(RunError, match=words):
-        check(asked, str(folder), target, Chat(tokenizer), None, Auto, 3, tmp_path)
+        run_check(folder, target, tokenizer, tmp_path, **asked)
 
 
 def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
@@ -207,11 +210,10 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
     """A stand-in finds answers likelier by layers 1, 3, 4 than by those that config.json names."""
     right = HFTarget(spec_of(target.spec.path, LAYERS), target.device)
 
-    def stand_in(draft, embedding, documents, draft_length):
-        (document,) = documents
-        ids = document.input_ids
-        aux, _ = right.states(ids, torch.arange(len(ids)))
-        fits = torch.allclose(document.features.aux_hidden_states, aux, atol=1e-4)
+    def stand_in(draft, embedding, packed, columns, draft_length):
+        ((batch, _),) = packed
+        aux, _ = right.states(batch.input_ids, batch.position_ids)
+        fits = torch.allclose(batch.features.aux_hidden_states[:, columns], aux, atol=1e-4)
         return Reading(1.0 + 2 * fits, torch.full((20,), -4.0 + 2 * fits))
 
     monkeypatch.setattr("eagle3.benchmark.check.read_with", stand_in)
@@ -222,6 +224,12 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
         run_check(folder, target, tokenizer, tmp_path, engines=["sglang"])
     content = json.loads((tmp_path / "check.json").read_text())
     assert content["decoded"]["acceptance_length"] == {"2,4,5": 1.0, "1,3,4": 3.0, "3,5,6": 1.0}
+
+
+def test_layers_of_a_shallow_target(folder):
+    edit_draft(folder, {"eagle_config": None, NAMED: None})
+    files, shallow = read_any(folder), SimpleNamespace(num_layers=4, aux_layer_ids=[0, 1, 3])
+    assert candidates(files, shallow) == [[0, 1, 3]]
 
 
 def test_what_is_clear():

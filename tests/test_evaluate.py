@@ -7,6 +7,7 @@ import torch
 from conftest import soft_target_loss, spec_of
 
 from eagle3 import evaluate as module
+from eagle3.batch import Document
 from eagle3.data.vocab import vocab_tensors
 from eagle3.decode.speculate import speculate
 from eagle3.draft.flash import FlashCPU
@@ -94,13 +95,13 @@ def test_walk_by_hand():
     accepted[5, 0] = True
     accepted[5, 2] = True  # unreachable: the draft before it missed
 
-    def emitted(accepted, draft_length):
-        return [tokens for tokens, _ in walk(accepted, 3, draft_length)]
+    def emitted(length, draft_length):
+        document = Document(0, torch.arange(length), torch.arange(length) >= 3)
+        return walk(document, accepted[:length], draft_length).emitted
 
-    assert walk(accepted, 3, 3) == [(3, 2), (2, 1)]
-    assert emitted(accepted, 1) == [2, 1, 2]
-    assert emitted(accepted[:5], 3) == [1], "the answer ends inside the accepted run"
-    assert emitted(accepted[:4], 3) == [], "one token, and that is the prefill's"
+    assert emitted(9, 3) == [3, 2] and emitted(9, 1) == [2, 1, 2]
+    assert emitted(5, 3) == [1], "the answer ends inside the accepted run"
+    assert emitted(4, 3) == [], "one token, and that is the prefill's"
 
 
 def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):

@@ -168,6 +168,9 @@ def test_hub_ids(tmp_path, monkeypatch):
         ({"num_attention_heads": 0}, "num_attention_heads=0 must be"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
         ({"eagle_aux_hidden_state_layer_ids": 3}, "layer_ids=3 must be a list"),
+        ({"eagle_config": "x"}, "eagle_config='x' must be an object"),
+        ({"rope_parameters": 3}, "rope_parameters=3 must be an object"),
+        ({"speculators_model_type": "eagle3", "speculators_config": "x"}, "cannot be read: "),
     ],
 )
 def test_what_is_no_config_is_refused(folder, config, words):
@@ -343,7 +346,7 @@ def test_a_draft_reaches_as_far_as_the_scaled_rope_of_its_target(
     files = read_any(exported / "portable")
 
     def too_short(**own):
-        files.config = portable | own
+        files.config |= portable | own
         files.shape.max_position_embeddings = files.config["max_position_embeddings"]
         findings = find_all(files, scaled)
         return [f.sentence for f in findings if f.sentence.startswith("max_position_embeddings")]

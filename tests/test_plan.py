@@ -124,9 +124,9 @@ def test_rows_of_a_file_that_is_read_in_part(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(gzip.compress(text, 1) if kind.endswith("gz") else text)
     [file] = find_files(Source(str(path)), "")
-    total, some = planning.sample_rows(file, path.stat().st_size / 4, None, 3)
+    total, some = planning.sample_rows(file, path.stat().st_size / 4, 1 << 62, 3)
     assert total == pytest.approx(16_000, rel=0.05) and 333 <= len(some) < 666
-    assert planning.sample_rows(file, 1e12, None, 3)[0] == 16_000
+    assert planning.sample_rows(file, 1e12, 1 << 62, 3)[0] == 16_000
     total, some = planning.sample_rows(file, 1e12, 100, 3)
     assert total == len(some) == 100
 
@@ -156,6 +156,11 @@ def test_a_sample_stands_for_all_rows(tmp_path, tokenizer, monkeypatch):
         documents, stored = estimate(weight)
         assert documents.lengths.sum() == pytest.approx(weight * tokens, rel=0.1)
         assert stored == pytest.approx(min(1, weight) * tokens, rel=0.1)
+    # The second file is empty, and the first has all that is asked for.
+    for name in ("1.jsonl", "3.jsonl"):
+        shutil.copy(path, tmp_path / name)
+    (tmp_path / "2.jsonl").touch()
+    assert estimate(path=str(tmp_path))[1] == tokens
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n{broken\n')
     with pytest.raises(RunError, match="none of 2 rows read can be trained on"):
         estimate(path=str(tmp_path / "a.jsonl"))

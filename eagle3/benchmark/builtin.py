@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from eagle3.benchmark.request import Request, Subject
-from eagle3.benchmark.statistics import Trial, ratio
+from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation, Sampling, generate, speculate
 from eagle3.engines.engine import Answer, answer_of_rounds
+from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
 
 BIGRAM_CONVERSATIONS = 20_000

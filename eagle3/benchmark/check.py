@@ -7,19 +7,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from eagle3.batch import Document
 from eagle3.benchmark.mistakes import Reading, Way, compare, mended, read_with
+from eagle3.benchmark.request import Subject
 from eagle3.config import Check
-from eagle3.data.chat import Chat, with_system
+from eagle3.data.chat import load_tokenizer, with_system
 from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.export.read import DraftFiles, locate, named_layers, read_any
+from eagle3.evaluate import answer_batch, pack_answers
+from eagle3.export.read import DraftFiles, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
-from eagle3.hidden_states.capture import compute_features
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec
@@ -40,29 +39,18 @@ console = Console(markup=False, soft_wrap=True)
 
 
 def check(
-    section: Check,
-    draft_path: str | None,
-    target: TargetHandle,
-    chat: Chat | None,
-    system_prompt: str | None,
-    attention: Backend,
-    draft_length: int,
-    run_dir: Path,
+    section: Check, subject: Subject, attention: Backend, draft_length: int, run_dir: Path
 ) -> None:
     """Print and write (check.json) what is found about a draft. RunError has all that is wrong."""
-    folder = locate(draft_path) if draft_path else run_dir / "draft"
-    if not folder.exists():
-        raise ConfigError(f"no draft to check at {folder}; set draft_path=<folder or hub id>")
+    folder, target = subject.draft_folder, subject.target
     files = read_any(folder)
     findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
     lengths, ways = {}, {}
     if section.decode:
         try:
-            prompts = encode_questions(target.spec, chat, system_prompt)[: section.num_prompts]
-            limits = draft_length, section.max_new_tokens
-            lengths, ways = decode(files, target, attention, prompts, *limits)
+            lengths, ways = decode(section, files, subject, attention, draft_length)
             findings += judge(lengths, ways)
-            if chat is None:
+            if subject.chat is None:
                 reason = "the target has no chat template, or its tokenizer no offsets"
                 findings.append(Finding((), f"{reason}: plain text was decoded", "note"))
         except CANNOT as error:
@@ -76,7 +64,7 @@ def check(
     decoded |= {"draft_length": draft_length, "acceptance_length": lengths}
     decoded |= {"other_ways": {words: asdict(way) for words, way in ways.items()}}
     content = {
-        "draft": draft_path or str(folder),
+        "draft": str(folder),
         "target": target.spec.path,
         "weights": files.weights,
         "speculators_form": files.is_speculators,
@@ -125,20 +113,13 @@ def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding
             yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
 
 
-def encode_questions(
-    spec: TargetSpec, chat: Chat | None, system_prompt: str | None
-) -> list[list[int]]:
-    """The ids of QUESTIONS, as plain text where there is no `chat`. Raises RunError."""
-    if chat is not None:
-        turns = [{"role": "user", "content": text} for text in QUESTIONS]
-        return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
-    where = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, **where)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise RunError(f"the target has no tokenizer that loads ({reason})") from error
-    return [tokenizer(text).input_ids for text in QUESTIONS]
+def encode_questions(subject: Subject) -> list[list[int]]:
+    """The ids of QUESTIONS, as plain text where there is no chat. Raises ConfigError."""
+    chat, system_prompt = subject.chat, subject.data.system_prompt
+    if chat is None:
+        return load_tokenizer(subject.target.spec)(list(QUESTIONS)).input_ids
+    turns = [{"role": "user", "content": text} for text in QUESTIONS]
+    return [chat.encode_prompt(with_system([turn], system_prompt)) for turn in turns]
 
 
 def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
@@ -147,45 +128,40 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     read = readings(files, count)
     named = named_layers(files.config) or read["official"]
     off_by_one = [[layer + shift for layer in named] for shift in (-1, 1)]
-    different = dict.fromkeys(map(tuple, (named, *read.values(), *off_by_one)))
+    likely = named, *read.values(), *off_by_one, target.aux_layer_ids
+    different = dict.fromkeys(map(tuple, likely))
     return [[*ids] for ids in different if len(set(ids)) == 3 and {*ids} <= {*range(count)}]
 
 
 def decode(
-    files: DraftFiles,
-    target: TargetHandle,
-    attention: Backend,
-    prompts: list[list[int]],
-    draft_length: int,
-    max_new_tokens: int,
+    section: Check, files: DraftFiles, subject: Subject, attention: Backend, draft_length: int
 ) -> tuple[dict[str, float], dict[str, Way]]:
     """Acceptance lengths of greedy chains by the layers fed (`1,15,28`), first the named ones, and
-    by words all other ways to read the draft. Raises RunError.
+    by words all other ways to read the draft. Raises ConfigError and RunError.
     """
+    prompts, target = encode_questions(subject)[: section.num_prompts], subject.target
     choices = candidates(files, target.spec)
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
     own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
-    spec = target.spec.with_layers(named_layers(files.config) or target.spec.aux_layer_ids)
-    draft = read_draft(replace(files, tensors=own), attention, spec).to(target.device).eval()
+    files, spec = replace(files, tensors=own), target.spec.with_layers(choices[0])
+    draft = read_draft(files, attention, spec).to(target.device).eval()
     target.close()  # two at once may not fit
     # One target reads the layers of all choices, so that it is loaded once.
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
-    documents, answers = [], model.generate(prompts, max_new_tokens)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor(prompt + answer)
-        if len(answer) > 2:
-            documents.append(Document(0, ids, torch.arange(len(ids)) >= len(prompt)))
+    answers = answer_batch(model, prompts, section.max_new_tokens)
+    documents = [document for document, _ in answers if document.loss_mask.sum() > 2]
     if not documents:
         raise RunError("the target ends its answers at once")
-    documents = compute_features(model, documents)
+    any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
+    packed = pack_answers(documents, any_token, draft_length, 1)
+    packed = [(batch.to(target.device), answers) for batch, answers in packed]
     columns = torch.arange(len(layers) * model.config.hidden_size).view(len(layers), -1)
 
     def read(draft: Draft, ids: list[int]) -> Reading:
         chosen = columns[[layers.index(layer) for layer in ids]].flatten()
-        fed = [with_columns(document, chosen) for document in documents]
-        return read_with(draft, model.embedding, fed, draft_length)
+        return read_with(draft, model.embedding, packed, chosen, draft_length)
 
     named, *others = choices
     as_it_is = read(draft, named)
@@ -199,11 +175,6 @@ def decode(
         suspect = draft.config.rope_theta != changed.rope.theta == theta
         ways[f"with {words}"] = compare(read(changed, named), as_it_is, suspect)
     return lengths, ways
-
-
-def with_columns(document: Document, columns: torch.Tensor) -> Document:
-    aux = document.features.aux_hidden_states[:, columns]
-    return replace(document, features=replace(document.features, aux_hidden_states=aux))
 
 
 def judge(lengths: dict[str, float], ways: dict[str, Way]) -> Iterator[Finding]:

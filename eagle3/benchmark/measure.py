@@ -15,6 +15,7 @@ from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
 from eagle3.errors import ConfigError
+from eagle3.runs.disk import write_atomically
 from eagle3.runs.tracking import device_name
 
 NOTHING_ACCEPTED = (
@@ -38,9 +39,8 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
                 result = {"suites": suites, "protocol": facts}
-                partial = run_dir / "benchmark.partial"
-                partial.write_text(json.dumps(result, indent=1, allow_nan=False))
-                partial.replace(run_dir / "benchmark.json")
+                content = json.dumps(result, indent=1, allow_nan=False).encode()
+                write_atomically(run_dir / "benchmark.json", [content])
 
 
 def prepare_task(suite: str, request: Request, subject: Subject) -> Task:

@@ -12,10 +12,9 @@ from itertools import combinations, permutations
 
 import torch
 
-from eagle3.batch import Document, pack, serving
 from eagle3.draft.model import Draft
 from eagle3.draft.rope import Rope
-from eagle3.evaluate import accepted_pairs, mean_emitted, walk
+from eagle3.evaluate import Packed, acceptance_length, accepted_pairs, walk
 from eagle3.ttt import unroll
 
 # How many times as likely another way must find the target's tokens to show a mistake, and by how
@@ -59,23 +58,21 @@ def compare(reading: Reading, as_it_is: Reading, suspect: bool = False) -> Way:
 
 @torch.no_grad()
 def read_with(
-    draft: Draft, embedding: torch.Tensor, documents: list[Document], draft_length: int
+    draft: Draft, embedding: torch.Tensor, packed: Packed, columns: torch.Tensor, draft_length: int
 ) -> Reading:
-    """Of answers with features: a walk over them accepts what decoding would."""
-    walks, likelihoods = [], []
-    any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
-    draft_ids = torch.full((len(any_token),), -1, device=embedding.device)
+    """Of answers, one in each batch, and `columns` of their auxiliary states."""
+    answers, likelihoods = [], []
+    draft_ids = torch.full((draft.config.vocab_size,), -1, device=embedding.device)
     draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=embedding.device)
-    for document in documents:
-        batch = pack([document], any_token, draft_length, serving).to(embedding.device)
-        hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states, batch)
+    for batch, (document,) in packed:
+        hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states[:, columns], batch)
         logits_MV = draft.logits(hidden_ND[batch.pair_index]).float()
         wanted_M = draft_ids[batch.features.argmax[batch.pair_teacher]]
-        accepted = accepted_pairs(batch, logits_MV.argmax(-1) == wanted_M)
-        walks.append(walk(accepted, int(document.loss_mask.int().argmax()), draft_length))
+        accepted_nK = accepted_pairs(batch, logits_MV.argmax(-1) == wanted_M)
+        answers.append(walk(document, accepted_nK, draft_length))
         found_M = logits_MV.softmax(-1).gather(1, wanted_M.clamp(min=0)[:, None])[:, 0]
         likelihoods.append((found_M * (wanted_M >= 0)).clamp(min=FLOOR).log().cpu())
-    return Reading(mean_emitted(walks), torch.cat(likelihoods))
+    return Reading(acceptance_length(answers), torch.cat(likelihoods))
 
 
 def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:

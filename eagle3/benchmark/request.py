@@ -19,11 +19,14 @@ from eagle3.target.handle import TargetHandle
 
 @dataclass
 class Subject:
-    """What is measured; `heldout` is the prompts' file in `prepared`, None where no suite asks."""
+    """A draft and its target, to be measured or checked, the latter also without a chat.
+
+    `heldout` is the prompts' file in `prepared`, None where no suite asks.
+    """
 
     draft_folder: Path
     target: TargetHandle
-    chat: Chat
+    chat: Chat | None
     data: Data
     cache_dir: str
     seed: int

@@ -7,7 +7,7 @@ import torch
 
 from eagle3.benchmark.suites import Question
 from eagle3.engines.engine import Answer
-from eagle3.evaluate import is_loop
+from eagle3.evaluate import ratio, summarise
 
 RESAMPLES = 2000
 
@@ -27,32 +27,15 @@ class Trial:
         return sum(len(answer.ids) - 1 for answer in self.answers)
 
     @property
-    def rounds(self) -> int:
-        return sum(answer.rounds for answer in self.answers)
-
-    @property
     def ids(self) -> list[list[int]]:
         return [answer.ids for answer in self.answers]
 
 
 def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     """Acceptance length in all its forms; None where no round was needed or none is reported."""
-    answers = [answer for trial in trials for answer in trial.answers]
-    # An answer that repeats itself is drafted without effort and would hide what a draft is worth.
-    free = [answer for answer in answers if not is_loop(answer.ids)]
-    first = [answer.emitted[0] for answer in answers if answer.emitted]
-    rounds = sum(answer.rounds for answer in answers)
-    accepted = [sum(answer.accepted_at[k] for answer in answers) for k in range(steps)]
-    counts = [(trial.tokens, trial.rounds) for trial in trials]
-    loop_free = Trial(Question(), answers=free)
-    return {
-        "acceptance_length": ratio(sum(trial.tokens for trial in trials), rounds),
-        "interval95": interval95(counts, torch.div, seed),
-        "acceptance_length_loop_free": ratio(loop_free.tokens, loop_free.rounds),
-        "loops": len(answers) - len(free),
-        "first_round": ratio(sum(first), len(first)),
-        "accepted_by_position": [ratio(count, rounds) for count in accepted],
-    }
+    counts = [(trial.tokens, sum(answer.rounds for answer in trial.answers)) for trial in trials]
+    facts = summarise([answer for trial in trials for answer in trial.answers], steps)
+    return facts | {"interval95": interval95(counts, torch.div, seed)}
 
 
 def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:
@@ -74,10 +57,6 @@ def equality(drafted: list[Trial], baseline: list[Trial]) -> dict:
     """`lossless`: all answers are those of the target alone, token for token; and their share."""
     same = [one.ids == other.ids for one, other in zip(drafted, baseline, strict=True)]
     return {"lossless": all(same), "equal_answers": sum(same) / len(same)}
-
-
-def ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return float(numerator / denominator) if denominator and numerator is not None else None
 
 
 def interval95(counts: list[tuple[float, ...]], statistic: Callable, seed: int) -> list | None:

@@ -17,6 +17,7 @@ from eagle3.config import Data, Model
 from eagle3.data import templates
 from eagle3.data.rows import Conversation, Message, RowError
 from eagle3.errors import ConfigError
+from eagle3.target.spec import TargetSpec
 
 Messages = list[Message]
 Span = tuple[int, int]
@@ -89,15 +90,20 @@ def with_system(messages: Messages, system_prompt: str | None) -> Messages:
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def load_chat(model: Model, data: Data) -> "Chat":
-    """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
-    path, name = model.path, data.chat_template
+def load_tokenizer(model: Model | TargetSpec) -> PreTrainedTokenizerBase:
+    """The target's tokenizer. Raises ConfigError."""
     where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.path={path} has no tokenizer that loads: {reason}") from error
+        return AutoTokenizer.from_pretrained(model.path, **where)
+    except (OSError, ValueError, ImportError) as error:  # of a package that it needs
+        reason = str(error).strip().partition("\n")[0]
+        words = f"model.path={model.path} has no tokenizer that loads: {reason}"
+        raise ConfigError(words) from error
+
+
+def load_chat(model: Model, data: Data) -> "Chat":
+    """The target's tokenizer with the named chat template, or its own. Raises ConfigError."""
+    path, name, tokenizer = model.path, data.chat_template, load_tokenizer(model)
     if not tokenizer.is_fast:
         raise ConfigError(f"model.path={path}: its tokenizer gives no offsets; add tokenizer.json")
     # A tokenizer.json may cut and pad by itself, which would spoil conversations in silence.

@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A draft's config.json as the portable form has it. Raises RunError for none, or no sizes."""
     try:
         config = flatten(dict(json.loads((folder / "config.json").read_text())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         inside = (folder / "draft" / "config.json").is_file()
         remedy = "; the draft is its folder draft/" if inside else ""
         raise RunError(f"draft at {folder} cannot be read: {error}{remedy}") from error
@@ -71,7 +71,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         # isinstance would let true pass for 1
         if value is not None and (type(value) is not int or value < 1):
             raise RunError(f"draft at {folder}: {name}={value!r} must be a whole number above 0")
-    for section in (config, config.get("eagle_config") or {}):
+    for name in ("eagle_config", "rope_scaling", "rope_parameters"):
+        config[name] = config.get(name) or {}
+        if not isinstance(config[name], dict):
+            raise RunError(f"draft at {folder}: {name}={config[name]!r} must be an object")
+    for section in (config, config["eagle_config"]):
         ids = section.get(LAYER_IDS) or []
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise RunError(f"draft at {folder}: {LAYER_IDS}={ids} must be a list of whole numbers")
@@ -93,7 +97,7 @@ def flatten(given: dict[str, Any]) -> dict[str, Any]:
 
 def named_layers(config: dict[str, Any]) -> list[int] | None:
     """The layers whose outputs a draft reads, by its config; None where that names none."""
-    ids, above = (config.get("eagle_config") or {}).get(LAYER_IDS), config.get(LAYER_IDS)
+    ids, above = config["eagle_config"].get(LAYER_IDS), config.get(LAYER_IDS)
     # Each is in the numbers of the engine that reads it: SGLang's are ours, vLLM's one more.
     return ids if ids or not above else meant_by("vllm", above)
 
@@ -113,7 +117,7 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
     }
-    values |= given | given.get("rope_parameters", {})
+    values |= given | config["rope_parameters"]
     known = {field.name for field in fields(DraftConfig)}
     return DraftConfig(**{name: value for name, value in values.items() if name in known})
 

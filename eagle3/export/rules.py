@@ -119,10 +119,10 @@ def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 def readings(files: DraftFiles, num_layers: int) -> dict[str, list[int]]:
     """The layers whose outputs each engine feeds to this draft, unless told otherwise."""
     read = dict.fromkeys(OTHERS, engines_default(num_layers))
-    ids = (files.config.get("eagle_config") or {}).get(LAYER_IDS)
+    ids = files.config["eagle_config"].get(LAYER_IDS)
     above = files.config.get(LAYER_IDS) or ids  # vLLM takes SGLang's where its own are absent
-    given = {"sglang": ids and meant_by("sglang", ids), "vllm": above and meant_by("vllm", above)}
-    return read | {engine: numbers for engine, numbers in given.items() if numbers}
+    given = {"sglang": ids, "vllm": above}
+    return read | {engine: meant_by(engine, ids) for engine, ids in given.items() if ids}
 
 
 def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -136,11 +136,10 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
         return
-    above = meant_by("vllm", files.config.get(LAYER_IDS) or [])
-    if above and above != named:
+    if files.config.get(LAYER_IDS) and read["vllm"] != named:
+        above = read.pop("vllm")
         sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
         yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
-        del read["vllm"]
     # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
@@ -162,7 +161,7 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if theta != wanted:
         sentence = f"rope_theta is {theta:g}, the target's {wanted:g}: right only if trained so"
         yield Finding(ALL, sentence, "warning")
-    scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
+    scaling = files.config["rope_scaling"] or files.config["rope_parameters"]
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
         yield Finding(("ours",), f"rope_scaling={scaling} is not computed here")
@@ -177,7 +176,7 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Other EAGLE3 graphs: which engines compute them, and whether flags and tensors agree."""
-    flags = (files.config.get("eagle_config") or {}) | files.config
+    flags = files.config["eagle_config"] | files.config
     cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
     cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
     cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
