@@ -6,8 +6,7 @@ T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V t
 import inspect
 import math
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -117,28 +116,37 @@ class HFTarget:
         config, generator = self.model.config, torch.Generator().manual_seed(0)
         ids = torch.randint(len(self.embedding), (2, 24), generator=generator).to(self.device)
         self.probe_ids = ids
-        pairs = [(ids[0], ids[1, :20]), (ids[1, :20], ids[0])]
-        right, own = [self.probe(pair) for pair in pairs], config._attn_implementation
+        pair, own = (ids[0], ids[1, :20]), config._attn_implementation
+
+        def both_orders() -> torch.Tensor:
+            return torch.cat([self.probe(pair), self.probe(pair[::-1])])
+
+        right = both_orders()
         # What other shapes of a batch make of the same text: rounding, and with it routing.
-        noise = gap(self.probe([ids[0, :20]]), right[0][:20])
-        rounding = max(1e-3, 4 * torch.finfo(right[0].dtype).eps)
+        noise = gap(self.probe([ids[0, :20]]), right[:20])
+        rounding = max(1e-3, 4 * torch.finfo(right.dtype).eps)
         if noise > 4 * rounding:
             raise ConfigError(f"{type(self.model).__name__} sees later tokens: it is not causal")
         self.tolerance = max(rounding, 4 * noise)
-        asked_windows.clear()
         applied_windows.clear()
         for self.way in ("packed", "padded", "alone"):
             config._attn_implementation = "packed" if automatic and self.way == "packed" else own
-            with suppress(Exception):  # some models cannot do without their own masks
-                close = max(map(gap, map(self.probe, pairs), right)) <= self.tolerance
-                if close and not asked_windows - applied_windows - {None, 0}:
-                    break
             asked_windows.clear()
+            close = attempt(lambda: gap(both_orders(), right)) <= self.tolerance
+            if close and not asked_windows - applied_windows - {None, 0}:
+                break
         self.longest_together = rope_limit(self.config)
-        self.pads_left = False
-        with suppress(Exception):
-            alone = torch.cat([self.first_logits([prompt]) for prompt in pairs[0]])
-            self.pads_left = gap(self.first_logits(pairs[0]), alone) <= self.tolerance
+        texts = [text.tolist() for text in pair]
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+        def first_logits(prompts: list) -> torch.Tensor:
+            return self.generate_padded(prompts, **options).logits[0]
+
+        def padding() -> float:
+            alone = [first_logits([text]) for text in texts]
+            return gap(first_logits(texts), torch.cat(alone))
+
+        self.pads_left = attempt(padding) <= self.tolerance
         if os.environ.get("RANK", "0") == "0":
             print(f"target: documents go {self.way} through {type(self.model).__name__}")
 
@@ -153,14 +161,6 @@ class HFTarget:
     def by_layer(self, states: tuple) -> torch.Tensor:
         """What `states` returns -> [..,L+1,H]."""
         return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
-
-    def first_logits(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """int64 [n] each -> [B,V], from the pass that `generate` begins with."""
-        rows = pad_sequence(prompts, batch_first=True, padding_side="left")
-        known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-        options = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
-        greedy = GenerationConfig(output_logits=True, **options)
-        return self.model.generate(rows, attention_mask=known, generation_config=greedy).logits[0]
 
     @torch.no_grad()
     def check_decoding(self) -> None:
@@ -186,6 +186,8 @@ class HFTarget:
                 if gap(self.by_layer(found), right) > self.tolerance:
                     raise ValueError("it ignores what it is told of who sees whom")
                 cache.crop(-4)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"{sentence} ({error}); set another benchmark") from error
 
@@ -247,20 +249,23 @@ class HFTarget:
         """
         if not self.pads_left and len(prompts) > 1:
             return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
-        width, eos = max(map(len, prompts)), sorted(self.eos_token_ids)
-        pad = eos[0] if eos else 0
-        padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
-        attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         options = {} if sampling is None else sampling | {"do_sample": True}
-        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-        options |= {"eos_token_id": eos or None}
-        ids, mask = torch.tensor([padded, attended], device=self.device)
-        output = self.model.generate(ids, attention_mask=mask, **options)
-        answers = output[:, width:].tolist()
+        options |= {"max_new_tokens": max_new_tokens}
+        options |= {"eos_token_id": sorted(self.eos_token_ids) or None}
+        output = self.generate_padded(prompts, **options)
+        answers = output[:, max(map(len, prompts)) :].tolist()
         for answer in answers:
             ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
             del answer[next(ends, len(answer)) + 1 :]  # padding
         return answers
+
+    def generate_padded(self, prompts: list[list[int]], **options: Any) -> Any:
+        """What `generate` of transformers returns; on the left of prompts, so that all end there."""
+        width, pad = max(map(len, prompts)), min(self.eos_token_ids, default=0)
+        padded = [[pad] * (width - len(p)) + p for p in prompts]
+        attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = torch.tensor([padded, attended], device=self.device)
+        return self.model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
 
     def document_states(self, ids, places, documents: DocumentSpans) -> tuple:
         """`states` of packed documents, int64 [T] ids and positions."""
@@ -290,8 +295,19 @@ class HFTarget:
 
 def gap(found: torch.Tensor, right: torch.Tensor) -> float:
     """The largest difference of states [..,H], each relative to what is right."""
-    found, right = found.float(), right.float()
+    found, right = (states.float().nan_to_num(torch.inf) for states in (found, right))
+    # What is right may be zero, or not finite itself: then there is nothing to compare.
     return float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(0).max())
+
+
+def attempt(compute: Callable[[], float]) -> float:
+    """A gap; infinite where the model cannot do it, such as without its own masks."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
+    except Exception:
+        return math.inf
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
