@@ -27,9 +27,7 @@ class VLLM(Engine):
     drafts_trees = False
     reads_speculators = True
 
-    def benchmark_command(
-        self, launch: Launch, drafting: dict[str, Any], batch: int, seed: int
-    ) -> list[str]:
+    def benchmark_command(self, launch: Launch, drafting: dict, batch: int, seed: int) -> list[str]:
         options = {"--seed": seed, "--max-num-seqs": batch}
         options |= {"--enable-per-request-metrics": True, "--no-enable-prefix-caching": True}
         options["--per-request-spec-decode-metrics"] = "detailed" if drafting else None
@@ -38,9 +36,7 @@ class VLLM(Engine):
     def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
         return True
 
-    def draft_options(
-        self, draft: str, drafting: Drafting, sampled: bool = False
-    ) -> dict[str, Any]:
+    def draft_options(self, draft: str, drafting: Drafting, sampled: bool = False) -> dict:
         config = {"method": "eagle3", "model": draft, "num_speculative_tokens": drafting[0]}
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}

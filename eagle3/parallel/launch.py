@@ -83,11 +83,11 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     logging.disable(logging.ERROR)  # what failed is said below, in one sentence
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
-    except (SignalException, ChildFailedError) as ended:
-        if isinstance(ended, SignalException):
-            raise KeyboardInterrupt(ended.sigval) from None
+    except SignalException as stopped:
+        raise KeyboardInterrupt(stopped.sigval) from None
+    except ChildFailedError as failed:
         resume = command_to_resume(run_dir, read_overrides(run_dir))
-        raise explain_failure(ended, resume) from ended
+        raise explain_failure(failed, resume) from failed
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():

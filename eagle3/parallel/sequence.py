@@ -35,7 +35,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.utils._pytree import tree_map_only
 
 from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost, starts_of
-from eagle3.draft.attention import Attend, Backend
+from eagle3.draft.attention import Backend, KeysValues
 from eagle3.draft.model import DraftConfig
 from eagle3.parallel.segments import Segment, Segmented, segments_of
 
@@ -76,7 +76,7 @@ class Exchange(NamedTuple):
         sent = shares.transpose(0, 1).repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
         arrived = all_to_all(sent, self.tokens_of_rank, [len(k0)] * sequence.size, sequence.group)
         k, v = arrived.index_select(0, self.arrival_of_token).chunk(2, dim=1)  # [T,G/u,d] each
-        return SharedKeysValues(self, backend, k.contiguous(), v.contiguous())
+        return SharedKeysValues(self, backend, batch, k.contiguous(), v.contiguous())
 
     def rows_to_heads(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         """This rank's rows with all heads, each [n,H,d] -> the group's, in the order of `rows`,
@@ -105,21 +105,18 @@ class Exchange(NamedTuple):
         return arrived.unflatten(0, (ulysses, num_own)).transpose(0, 1).flatten(1, 2)  # [n,H,d]
 
 
-class SharedKeysValues:
-    """`attention.KeysValues` of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
+class SharedKeysValues(KeysValues):
+    """Those of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
 
-    def __init__(self, exchange: Exchange, backend: Backend, k0: Tensor, v0: Tensor):
-        self.exchange, self.backend, self.k0, self.v0 = exchange, Segmented(backend), k0, v0
-        self.later: list[Tensor] = []
+    def __init__(self, exchange: Exchange, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
+        super().__init__(Segmented(backend), batch, k0, v0)
+        self.exchange, self.documents, self.rows = exchange, exchange.segments, exchange.rows
 
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        exchange, step = self.exchange, len(self.later) // 2 + (k is not None)
+    def attend(self, q: Tensor, *own: Tensor) -> Tensor:
+        step = (len(self.later) + len(own)) // 2
         # At step 0 the keys are k0; later q, k and v travel in one message.
-        q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
-        self.later += later
-        rows = exchange.rows[: len(q)]
-        out = Attend.apply(self.backend, exchange.segments, rows, q, self.k0, self.v0, *self.later)
-        return exchange.heads_to_rows(out, step)
+        shares = self.exchange.rows_to_heads([q, *own], step)
+        return self.exchange.heads_to_rows(super().attend(*shares), step)
 
 
 class Route:

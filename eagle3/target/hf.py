@@ -43,12 +43,11 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
-        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         ours = attention in ("auto", "packed")  # where it is proven
-        given = None if ours else attention  # None: transformers chooses
-        options |= {"dtype": spec.dtype, "attn_implementation": given}
         # Penalties, banned words or top_p of its own would bend what the draft learns.
-        options |= {"generation_config": GenerationConfig()}
+        options = {"dtype": spec.dtype, "generation_config": GenerationConfig()}
+        options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        options["attn_implementation"] = None if ours else attention  # None: transformers chooses
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError, ImportError) as error:
@@ -65,14 +64,15 @@ class HFTarget:
         self.eos_token_ids = end_token_ids(spec)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
+
+        def capture(layer_id: int, module, inputs, output) -> None:
+            self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
+
         for layer_id in self.aux_layer_ids:
-            layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
+            layers[layer_id].register_forward_hook(partial(capture, layer_id))
         self.way, self.longest_together = "alone", math.inf
         self.check_outputs()
         self.choose_way(ours)
-
-    def capture(self, layer_id: int, module, inputs, output) -> None:
-        self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -92,20 +92,19 @@ class HFTarget:
         """
         ids = torch.arange(3, device=self.device)
         output = self.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
-        known = output.hidden_states
+        shape = (1, 3, self.head.shape[1])
+        known = [states for states in output.hidden_states or () if states.shape == shape]
         for layer_id, found in self.captured.items():
-            same = found.shape == (1, 3, self.head.shape[1])
+            same = found.shape == shape
             # Of the last layer, transformers has what the final norm makes of it.
-            if same and known is not None and layer_id < self.spec.num_layers - 1:
-                alike = [h for h in known if h.shape == found.shape]
-                same = any(torch.allclose(found, h, equal_nan=True) for h in alike)
+            if same and output.hidden_states and layer_id < self.spec.num_layers - 1:
+                same = any(torch.allclose(found, states, equal_nan=True) for states in known)
             if not same:
                 reason = f"layer {layer_id} puts out something else than its hidden states"
                 raise ConfigError(f"{type(self.model).__name__} is not supported: {reason}")
         logits, product = output.logits[0].double(), self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
-            reason = "changes its logits behind the head; it is not supported"
-            raise ConfigError(f"{self.spec.path} {reason}")
+            raise ConfigError(f"{self.spec.path} changes its logits behind the head: not supported")
 
     @torch.no_grad()
     def choose_way(self, automatic: bool) -> None:
@@ -250,9 +249,8 @@ class HFTarget:
         if not self.pads_left and len(prompts) > 1:
             return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
         options = {} if sampling is None else sampling | {"do_sample": True}
-        options |= {"max_new_tokens": max_new_tokens}
-        options |= {"eos_token_id": sorted(self.eos_token_ids) or None}
-        output = self.generate_padded(prompts, **options)
+        options["eos_token_id"] = sorted(self.eos_token_ids) or None
+        output = self.generate_padded(prompts, max_new_tokens=max_new_tokens, **options)
         answers = output[:, max(map(len, prompts)) :].tolist()
         for answer in answers:
             ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
@@ -260,7 +258,7 @@ class HFTarget:
         return answers
 
     def generate_padded(self, prompts: list[list[int]], **options: Any) -> Any:
-        """What `generate` of transformers returns; on the left of prompts, so that all end there."""
+        """transformers' `generate`, of prompts that are padded on the left: all end together."""
         width, pad = max(map(len, prompts)), min(self.eos_token_ids, default=0)
         padded = [[pad] * (width - len(p)) + p for p in prompts]
         attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]

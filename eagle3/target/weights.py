@@ -66,11 +66,10 @@ class Checkpoint:
             sentence = f"{name} of {self.path} does not open ({error}); get it again"
             raise RunError(sentence) from error
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"model.path={self.path}: {reason}; give a folder or hub id with all of its "
-                "safetensors (save_pretrained of transformers converts a pytorch_model.bin)"
-            ) from error
+            reason = f"model.path={self.path}: {str(error).splitlines()[0]}"
+            remedy = "(save_pretrained of transformers converts a pytorch_model.bin)"
+            wanted = f"give a folder or hub id with all of its safetensors {remedy}"
+            raise ConfigError(f"{reason}; {wanted}") from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, without those of numbered layers."""
