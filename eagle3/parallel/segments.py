@@ -68,8 +68,7 @@ def segments_of(tokens: torch.Tensor, batch: Batch) -> list[Segment]:
     """Cut sorted packed places `tokens` [S] into runs of neighbours within one document."""
     document_starts = tokens - batch.position_ids[tokens]
     begins = torch.ones(len(tokens), dtype=torch.bool)
-    gap = tokens[1:] != tokens[:-1] + 1
-    begins[1:] = gap | (document_starts[1:] != document_starts[:-1])
+    begins[1:] = (tokens.diff() != 1) | (document_starts.diff() != 0)
     segments = []
     for first, last in pairwise([*begins.nonzero()[:, 0].tolist(), len(tokens)]):
         start, end = int(document_starts[first]), int(tokens[last - 1]) + 1

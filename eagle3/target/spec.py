@@ -112,8 +112,7 @@ def end_token_ids(spec: TargetSpec) -> set[int]:
     except OSError:  # many have none
         eos = None
     except (ValueError, AttributeError) as error:
-        damage = f"generation_config.json of {spec.path} is damaged; get it again"
-        raise RunError(damage) from error
+        raise RunError(f"generation_config.json of {spec.path} is damaged; get it again") from error
     if eos is None:
         named = (getattr(c, "eos_token_id", None) for c in (whole_config(spec), spec.config))
         eos = next((ids for ids in named if ids is not None), None)

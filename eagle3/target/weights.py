@@ -112,8 +112,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
     # A head that is stored wins over a config that ties, as in transformers; an equal one is not
     # held twice.
-    parts = (whole_config(spec), config)
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    tied = any(getattr(c, "tie_word_embeddings", False) for c in (whole_config(spec), config))
     if spec.lm_head_key is not None or not tied or checkpoint.ending(HEADS):
         head_name = checkpoint.find("lm_head_key", spec.lm_head_key, HEADS)
         head = checkpoint.read(head_name, shape, device, dtype)
