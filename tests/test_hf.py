@@ -24,7 +24,7 @@ from eagle3.batch import Document, pack, serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget, gap
-from eagle3.target.spec import default_aux_layer_ids
+from eagle3.target.layers import engines_default
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
@@ -120,10 +120,11 @@ def test_a_target_is_described_by_its_weights(tmp_path):
 
 
 def test_what_is_refused(target_folder, tmp_path):
-    assert default_aux_layer_ids(32) == [1, 15, 28] and default_aux_layer_ids(7) == [1, 2, 3]
-    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
-        default_aux_layer_ids(6)
+    assert engines_default(32) == [1, 15, 28] and engines_default(7) == [1, 2, 3]
     with pytest.raises(ConfigError, match=r"model\.path"):
+        spec_of(tmp_path)
+    save(LlamaConfig(**SHAPE | {"num_hidden_layers": 6}), tmp_path)
+    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
         spec_of(tmp_path)
     HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
     with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):

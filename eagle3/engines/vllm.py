@@ -10,9 +10,7 @@ import httpx
 from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import RunError
 
-POSITION = re.compile(
-    r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"', re.MULTILINE
-)
+POSITION = r'(?m)^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"'
 
 
 class VLLM(Engine):
@@ -46,8 +44,8 @@ class VLLM(Engine):
     ) -> dict[str, Any]:
         # 0 is all of the vocabulary here, -1 in SGLang.
         sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
-        body = {"prompt": prompt, "max_tokens": max_new_tokens, "return_token_ids": True}
-        return body | sampling
+        sampling |= {"max_tokens": max_new_tokens, "return_token_ids": True}
+        return {"prompt": prompt} | sampling
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
@@ -71,5 +69,5 @@ class VLLM(Engine):
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:
             raise RunError(f"{response.url} is no vLLM server; check benchmark.url")
-        positions = len(set(POSITION.findall(response.text)))
+        positions = len(set(re.findall(POSITION, response.text)))
         return (positions, 1, positions + 1) if positions else (0, 0, 0)

@@ -56,13 +56,12 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
 
     Raises what the first process that failed has to say, as ConfigError or RunError.
     """
-    if config.launch.nproc_per_node * config.launch.nnodes == 1:
-        return task(Ranks(), config, run_dir, *arguments)
-    call = (task, config, run_dir, arguments)
+    if spawns_ranks(config):
+        return spawn_ranks(task, config, run_dir, arguments)
     if is_torchrun():
-        post_task(call)
-        return run_task(torchrun_store(), *call)
-    return spawn_ranks(*call)
+        post_task((task, config, run_dir, arguments))
+        return run_task(torchrun_store(), task, config, run_dir, arguments)
+    return task(Ranks(), config, run_dir, *arguments)
 
 
 def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:

@@ -72,7 +72,11 @@ def read_spec(model: Model) -> TargetSpec:
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
     spec = TargetSpec(**vars(model) | {"config": config, "dtype": dtype})
-    return spec if model.aux_layer_ids else spec.with_layers(default_aux_layer_ids(spec.num_layers))
+    if spec.aux_layer_ids:
+        return spec
+    if (count := spec.num_layers) < 7:  # some of them would coincide
+        raise ConfigError(f"a target of {count} layers needs three as model.aux_layer_ids")
+    return spec.with_layers(engines_default(count))
 
 
 def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
@@ -83,13 +87,6 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
-
-
-def default_aux_layer_ids(num_layers: int) -> list[int]:
-    """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
-    if num_layers < 7:
-        raise ConfigError(f"a target of {num_layers} layers needs three as model.aux_layer_ids")
-    return engines_default(num_layers)
 
 
 def check_supported(config: PretrainedConfig) -> None:
