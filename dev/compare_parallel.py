@@ -73,7 +73,7 @@ def sent_bytes(batch: Batch, layout: Layout, config: DraftConfig, element: int) 
     own, length = batch.tokens, sum(exchange.tokens_of_rank)
     numbers = (own * (layout.group - 1) + length - own) * kv // u
     for step in range(max(1, batch.num_steps)):
-        own, everyone = batch.row_counts[step], sum(counts[step] for counts in exchange.row_counts)
+        own, everyone = batch.row_counts[step], sum(exchange.row_counts[step])
         moved = own * (u - 1) + everyone - own  # one way, and back as gradients or as rows
         numbers += moved * (2 * q + (kv if step else 0)) // u
     return numbers * element

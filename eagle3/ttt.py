@@ -60,13 +60,14 @@ def unroll(
         cos, sin = draft.rope(positions[:count] + step, batch.max_length + step)
         if step == 0:
             q = linear(normed_ND, hidden_weight[:query_size]) + ahead[:, :query_size]
-            q, k, v = q.unflatten(-1, (-1, draft.config.head_dim)), None, None
+            q, later = q.unflatten(-1, (-1, draft.config.head_dim)), ()
         else:
             hidden_ND = hidden_ND[:count]
             normed_ND = draft.midlayer.hidden_norm(hidden_ND)
             q, k, v = draft.split_heads(linear(normed_ND, hidden_weight) + ahead)
-            k, v = rotate(k, cos, sin), v.contiguous()  # a view would keep q, k and v for backward
-        attended = keys_values.attend(rotate(q, cos, sin), k, v)
+            # A view of v would keep q, k and v for backward.
+            later = rotate(k, cos, sin), v.contiguous()
+        attended = keys_values.attend(rotate(q, cos, sin), *later)
         hidden_ND = draft.finish(hidden_ND, attended)
         outputs.append(hidden_ND)
     return torch.cat(outputs)

@@ -2,6 +2,8 @@
 derived from.
 """
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import spec_of
@@ -21,8 +23,8 @@ from transformers import (
 from eagle3.batch import Document, pack, serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
-from eagle3.target.hf import HFTarget
-from eagle3.target.spec import default_aux_layer_ids
+from eagle3.target.hf import HFTarget, gap
+from eagle3.target.layers import engines_default
 
 SHAPE = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
@@ -118,10 +120,11 @@ def test_a_target_is_described_by_its_weights(tmp_path):
 
 
 def test_what_is_refused(target_folder, tmp_path):
-    assert default_aux_layer_ids(32) == [1, 15, 28] and default_aux_layer_ids(7) == [1, 2, 3]
-    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
-        default_aux_layer_ids(6)
+    assert engines_default(32) == [1, 15, 28] and engines_default(7) == [1, 2, 3]
     with pytest.raises(ConfigError, match=r"model\.path"):
+        spec_of(tmp_path)
+    save(LlamaConfig(**SHAPE | {"num_hidden_layers": 6}), tmp_path)
+    with pytest.raises(ConfigError, match=r"6 layers.*model\.aux_layer_ids"):
         spec_of(tmp_path)
     HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
     with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):
@@ -133,3 +136,30 @@ def test_what_is_refused(target_folder, tmp_path):
         save(config, tmp_path)
         with pytest.raises(ConfigError, match=words):
             HFTarget(spec_of(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("place", ["document_states", "generate_padded"])
+def test_want_of_memory_is_no_property_of_the_model(place, target_folder, monkeypatch):
+    work = getattr(HFTarget, place)
+
+    def full(self, *args, **options):
+        if self.way == "packed":
+            raise torch.OutOfMemoryError
+        return work(self, *args, **options)
+
+    monkeypatch.setattr(HFTarget, place, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        HFTarget(spec_of(target_folder), CPU)
+
+
+def test_want_of_memory_does_not_forbid_decoding(target_folder, monkeypatch):
+    target = HFTarget(spec_of(target_folder), CPU)
+    monkeypatch.setattr(DynamicCache, "crop", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        target.check_decoding()
+
+
+def test_what_is_not_finite_is_not_close():
+    ones, nan = torch.ones(3, 2), torch.full((3, 2), torch.nan)
+    assert gap(ones, ones) == gap(nan, nan) == gap(0 * ones, 0 * ones) == 0
+    assert gap(nan, ones) > 1e9 and gap(ones / 0, ones) > 1e9

@@ -27,7 +27,6 @@ from eagle3.target.sglang import target as target_module
 from eagle3.target.sglang.blocks import ALIVE, PREFIX, SHARED, Blocks
 from eagle3.target.sglang.hook import Hook, statistics
 from eagle3.target.sglang.target import SGLangTarget, log_path
-from eagle3.target.spec import default_aux_layer_ids
 from eagle3.target.weights import load_weights
 
 pytestmark = pytest.mark.runs
@@ -270,7 +269,7 @@ def test_one_pass_may_serve_two_clients():
 
 def test_layers_in_every_convention():
     """The numbers for 32 layers, as each tool writes them."""
-    ours = default_aux_layer_ids(32)
+    ours = engines_default(32)
     assert ours == numbered_by("sglang", ours) == numbered_by("tensorrt_llm", ours) == [1, 15, 28]
     assert numbered_by("vllm", ours) == numbered_by("hidden_states", ours) == [2, 16, 29]
     assert len(set(engines_default(6))) == 2, "such targets must be asked explicitly"

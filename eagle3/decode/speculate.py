@@ -43,8 +43,7 @@ class Accepted(NamedTuple):
 
 def accept_matching(tree: Tree, target_tokens: torch.Tensor) -> Accepted:
     """Go down the tree while the target's token behind a node, of [B,W], is one of its children."""
-    parents = tree.parents.expand_as(tree.ids)
-    matches = target_tokens.gather(1, parents) == tree.ids
+    matches = target_tokens.gather(1, tree.parents.expand_as(tree.ids)) == tree.ids
     matches[:, 0] = True
     accepted = (matches[:, None] | ~tree.mask).all(-1).long()  # with all of its ancestors
     # A stable sort by acceptance brings the accepted path to the front, root first.
@@ -176,11 +175,9 @@ class DecodingBatch:
 
     def drop_finished(self) -> bool:
         """Remove the texts that have ended from both caches; returns whether any goes on."""
-        answers, unfinished = [self.generations[i] for i in self.rows], []
-        for row, answer in enumerate(answers):
-            full = len(answer.ids) >= self.max_new_tokens
-            if not full and answer.ids[-1] not in self.target.eos_token_ids:
-                unfinished.append(row)
+        answers, eos = [self.generations[i] for i in self.rows], self.target.eos_token_ids
+        goes_on = [len(a.ids) < self.max_new_tokens and a.ids[-1] not in eos for a in answers]
+        unfinished = [row for row, more in enumerate(goes_on) if more]
         if len(unfinished) == len(answers):
             return True
         # Timed when one ends only, for each measurement waits for the device.

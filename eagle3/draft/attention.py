@@ -109,12 +109,9 @@ class KeysValues:
         self.k0, self.v0 = k0, v0
         self.later: list[torch.Tensor] = []
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Attention [N,H,d] of the first N rows: q [N,H,d]; k, v [N,G,d], None at step 0."""
-        if k is not None:
-            self.later += [k, v]
+    def attend(self, q: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        """Attention [N,H,d] of the first N rows: q [N,H,d]; own k, v [N,G,d], none at step 0."""
+        self.later += own
         rows = self.rows[: len(q)]
         return Attend.apply(self.backend, self.documents, rows, q, self.k0, self.v0, *self.later)
 
@@ -123,33 +120,29 @@ class Dense:
     """Plain softmax over a [T,T] mask: any device, dtype and head size; the last resort."""
 
     @staticmethod
-    def scores(q, rows, k, documents):
-        """[N,H,T], at least fp32; -inf where a row may not look."""
-        lengths = torch.tensor(documents.lengths, device=q.device)
+    def scores(q_NGRd, rows, k, documents):
+        """[N,G,R,T], at least fp32; -inf where a row may not look."""
+        lengths = torch.tensor(documents.lengths, device=k.device)
         document_of_token = torch.repeat_interleave(lengths)
-        tokens = torch.arange(len(document_of_token), device=q.device)
+        tokens = torch.arange(len(document_of_token), device=k.device)
         same_document = document_of_token[None] == document_of_token[rows][:, None]
         visible_NT = (tokens[None] <= rows[:, None]) & same_document
-        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("nhd,thd->nht", q, keys)
-        scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale_of(q)
-        return scores.masked_fill(~visible_NT[:, None], float("-inf"))
+        scores = torch.einsum("ngrd,tgd->ngrt", q_NGRd, k)
+        scores = scores.to(torch.promote_types(k.dtype, torch.float32)) * scale_of(k)
+        return scores.masked_fill(~visible_NT[:, None, None], float("-inf"))
 
     @staticmethod
     def forward(q, rows, k, v, documents):
-        scores = Dense.scores(q, rows, k, documents)
-        values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        out = torch.einsum("nht,thd->nhd", scores.softmax(-1).to(v.dtype), values)
-        return out, scores.logsumexp(-1)
+        scores = Dense.scores(q.unflatten(1, (k.shape[1], -1)), rows, k, documents)
+        out = torch.einsum("ngrt,tgd->ngrd", scores.softmax(-1).to(v.dtype), v)
+        return out.flatten(1, 2), scores.logsumexp(-1).flatten(1)
 
     @staticmethod
     def backward(grad_out, q, rows, k, v, out, lse, documents):
-        repeats = q.shape[1] // k.shape[1]
+        grad_out, q, out, lse = (x.unflatten(1, (k.shape[1], -1)) for x in (grad_out, q, out, lse))
         p = (Dense.scores(q, rows, k, documents) - lse[..., None]).exp().to(q.dtype)
-        delta = (grad_out * out).sum(-1, keepdim=True)
-        grad_p = torch.einsum("nhd,thd->nht", grad_out, v.repeat_interleave(repeats, dim=1))
-        grad_scores = p * (grad_p - delta) * scale_of(q)
-        grad_q = torch.einsum("nht,thd->nhd", grad_scores, k.repeat_interleave(repeats, dim=1))
-        grad_k = torch.einsum("nht,nhd->thd", grad_scores, q).unflatten(1, (-1, repeats)).sum(2)
-        grad_v = torch.einsum("nht,nhd->thd", p, grad_out).unflatten(1, (-1, repeats)).sum(2)
-        return grad_q, grad_k, grad_v
+        grad_p = torch.einsum("ngrd,tgd->ngrt", grad_out, v)
+        grad_scores = p * (grad_p - (grad_out * out).sum(-1, keepdim=True)) * scale_of(q)
+        grad_q = torch.einsum("ngrt,tgd->ngrd", grad_scores, k).flatten(1, 2)
+        grad_k = torch.einsum("ngrt,ngrd->tgd", grad_scores, q)
+        return grad_q, grad_k, torch.einsum("ngrt,ngrd->tgd", p, grad_out)

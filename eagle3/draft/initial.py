@@ -50,9 +50,8 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
         values = json.loads(Path(path).read_text())
         shape = {name: values[name] for name in names if values.get(name) is not None}
     except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"draft.config={path} is not a JSON object with the draft's shape: {error}"
-        ) from error
+        problem = f"draft.config={path} is not a JSON object with the draft's shape: {error}"
+        raise ConfigError(problem) from error
     for name in FIXED:
         value, needed = shape.get(name), getattr(derived, name)
         if value is not None and value != needed:

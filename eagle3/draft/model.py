@@ -11,7 +11,7 @@ draft's vocabulary (equations: `ttt.py`).
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagle3.draft.attention import Backend
@@ -37,7 +37,7 @@ class DraftConfig:
     initializer_range: float = 0.02
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T in the dtype of x; the gradient of the weight has the weight's own dtype."""
     return F.linear(x, weight.to(x.dtype))
 
@@ -48,12 +48,12 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -85,7 +85,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         down = self.down_proj.weight.to(x.dtype)
         return GatedDown.apply(self.gate_proj(x), self.up_proj(x), down)
 
@@ -122,9 +122,7 @@ class Draft(nn.Module):
     each calls the parts of a forward pass, which are the methods here.
     """
 
-    def __init__(
-        self, config: DraftConfig, attention: type[Backend], t2d: torch.Tensor, d2t: torch.Tensor
-    ):
+    def __init__(self, config: DraftConfig, attention: type[Backend], t2d: Tensor, d2t: Tensor):
         """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
         super().__init__()
         self.config, self.attention = config, attention
@@ -140,24 +138,24 @@ class Draft(nn.Module):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
     @property
-    def target_ids(self) -> torch.Tensor:
+    def target_ids(self) -> Tensor:
         """int64 [Vd]: the target's id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def qkv_weight(self, half: int) -> torch.Tensor:
+    def qkv_weight(self, half: int) -> Tensor:
         """[(H+2G)d,D]: the columns of q, k, v for the embedding (half 0) or state (half 1)."""
         attention, size = self.midlayer.self_attn, self.config.hidden_size
         columns = slice(half * size, (half + 1) * size)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         return torch.cat([p.weight[:, columns] for p in projections])
 
-    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[n,(H+2G)d] -> q [n,H,d], k [n,G,d], v [n,G,d], views of it."""
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
         return qkv.split((heads, kv_heads, kv_heads), dim=-2)
 
-    def finish(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual and MLP: hidden [n,D], attended [n,H,d] -> next hidden [n,D].
 
         It is not normalised: the next step reads the residual stream itself.
@@ -165,6 +163,6 @@ class Draft(nn.Module):
         hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
         return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[n,D] -> [n,Vd]; training calls this on no more than a chunk of rows (see `loss`)."""
         return self.lm_head(self.norm(hidden))

@@ -107,8 +107,7 @@ class Server:
         """By the log first, and only then by the code: SGLang kills itself where a part fails."""
         text = "\n".join(self.last_lines(SEARCHED_LINES))
         for pattern, meaning in KNOWN_CAUSES.items():
-            found = list(re.finditer(pattern, text))
-            if found:
+            if found := list(re.finditer(pattern, text)):
                 return meaning.format(*found[-1].groups())
         if code in (128 + signal.SIGKILL, -signal.SIGKILL):
             return "it was killed, mostly for want of main memory"

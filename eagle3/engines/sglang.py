@@ -43,9 +43,7 @@ class SGLang(Engine):
     drafts_trees = True
     reads_speculators = False
 
-    def benchmark_command(
-        self, launch: Launch, drafting: dict[str, Any], batch: int, seed: int
-    ) -> list[str]:
+    def benchmark_command(self, launch: Launch, drafting: dict, batch: int, seed: int) -> list[str]:
         """A server that reports what each request took and accepted; `drafting`: `draft_options`"""
         options = {"--random-seed": seed, "--max-running-requests": batch, "--enable-metrics": True}
         options["--disable-radix-cache"] = True  # a cached prompt would cost the next batch nothing
@@ -87,9 +85,7 @@ class SGLang(Engine):
         """Whether it can draw drafts from their distribution, as it does the target's tokens."""
         return topk == 1 and whole_vocabulary  # else 0.5.23 does not start
 
-    def draft_options(
-        self, draft: str, drafting: Drafting, sampled: bool = False
-    ) -> dict[str, Any]:
+    def draft_options(self, draft: str, drafting: Drafting, sampled: bool = False) -> dict:
         """The flags of a server with a draft; `sampled`: drawn, not the likeliest, where it can."""
         steps, topk, verify_tokens = drafting
         options = {

@@ -10,9 +10,7 @@ import httpx
 from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import RunError
 
-POSITION = re.compile(
-    r'^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"', re.MULTILINE
-)
+POSITION = r'(?m)^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"'
 
 
 class VLLM(Engine):
@@ -27,9 +25,7 @@ class VLLM(Engine):
     drafts_trees = False
     reads_speculators = True
 
-    def benchmark_command(
-        self, launch: Launch, drafting: dict[str, Any], batch: int, seed: int
-    ) -> list[str]:
+    def benchmark_command(self, launch: Launch, drafting: dict, batch: int, seed: int) -> list[str]:
         options = {"--seed": seed, "--max-num-seqs": batch}
         options |= {"--enable-per-request-metrics": True, "--no-enable-prefix-caching": True}
         options["--per-request-spec-decode-metrics"] = "detailed" if drafting else None
@@ -38,9 +34,7 @@ class VLLM(Engine):
     def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
         return True
 
-    def draft_options(
-        self, draft: str, drafting: Drafting, sampled: bool = False
-    ) -> dict[str, Any]:
+    def draft_options(self, draft: str, drafting: Drafting, sampled: bool = False) -> dict:
         config = {"method": "eagle3", "model": draft, "num_speculative_tokens": drafting[0]}
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}
@@ -50,8 +44,8 @@ class VLLM(Engine):
     ) -> dict[str, Any]:
         # 0 is all of the vocabulary here, -1 in SGLang.
         sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
-        body = {"prompt": prompt, "max_tokens": max_new_tokens, "return_token_ids": True}
-        return body | sampling
+        sampling |= {"max_tokens": max_new_tokens, "return_token_ids": True}
+        return {"prompt": prompt} | sampling
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
@@ -75,5 +69,5 @@ class VLLM(Engine):
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:
             raise RunError(f"{response.url} is no vLLM server; check benchmark.url")
-        positions = len(set(POSITION.findall(response.text)))
+        positions = len(set(re.findall(POSITION, response.text)))
         return (positions, 1, positions + 1) if positions else (0, 0, 0)

@@ -56,13 +56,12 @@ def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) 
 
     Raises what the first process that failed has to say, as ConfigError or RunError.
     """
-    if config.launch.nproc_per_node * config.launch.nnodes == 1:
-        return task(Ranks(), config, run_dir, *arguments)
-    call = (task, config, run_dir, arguments)
+    if spawns_ranks(config):
+        return spawn_ranks(task, config, run_dir, arguments)
     if is_torchrun():
-        post_task(call)
-        return run_task(torchrun_store(), *call)
-    return spawn_ranks(*call)
+        post_task((task, config, run_dir, arguments))
+        return run_task(torchrun_store(), task, config, run_dir, arguments)
+    return task(Ranks(), config, run_dir, *arguments)
 
 
 def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
@@ -83,11 +82,11 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     logging.disable(logging.ERROR)  # what failed is said below, in one sentence
     try:
         results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
-    except (SignalException, ChildFailedError) as ended:
-        if isinstance(ended, SignalException):
-            raise KeyboardInterrupt(ended.sigval) from None
+    except SignalException as stopped:
+        raise KeyboardInterrupt(stopped.sigval) from None
+    except ChildFailedError as failed:
         resume = command_to_resume(run_dir, read_overrides(run_dir))
-        raise explain_failure(ended, resume) from ended
+        raise explain_failure(failed, resume) from failed
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():

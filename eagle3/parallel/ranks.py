@@ -43,12 +43,7 @@ class Ranks:
 
     def broadcast(self, value: Any = None) -> Any:
         """A Python object of the first rank, on every rank."""
-        self.begun += 1
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
+        return self.all_gather(value)[0]
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every rank's Python object, on each of them."""

@@ -44,9 +44,8 @@ class Segmented:
         q_SHd = scatter(q, rows, sum(len(segment.rows) for segment in segments))
         out, lse = empty_outputs(q_SHd)
         for queries, keys, own_rows, documents in segments:
-            out[queries], lse[queries] = self.backend.forward(
-                q_SHd[queries], own_rows, k[keys], v[keys], documents
-            )
+            given = q_SHd[queries], own_rows, k[keys], v[keys], documents
+            out[queries], lse[queries] = self.backend.forward(*given)
         return out[rows], lse[rows]
 
     def backward(self, grad_out, q, rows, k, v, out, lse, segments: list[Segment]):
@@ -57,10 +56,9 @@ class Segmented:
         wide = torch.promote_types(k.dtype, torch.float32)
         grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for queries, keys, own_rows, documents in segments:
-            grad_q[queries], own_k, own_v = self.backend.backward(
-                grad_out[queries], q[queries], own_rows, k[keys], v[keys], out[queries],
-                lse[queries], documents,
-            )  # fmt: skip
+            inputs = grad_out[queries], q[queries], own_rows, k[keys], v[keys]
+            outputs = out[queries], lse[queries], documents
+            grad_q[queries], own_k, own_v = self.backend.backward(*inputs, *outputs)
             grad_k[keys] += own_k
             grad_v[keys] += own_v
         return grad_q[rows], grad_k.to(k.dtype), grad_v.to(v.dtype)
@@ -70,14 +68,13 @@ def segments_of(tokens: torch.Tensor, batch: Batch) -> list[Segment]:
     """Cut sorted packed places `tokens` [S] into runs of neighbours within one document."""
     document_starts = tokens - batch.position_ids[tokens]
     begins = torch.ones(len(tokens), dtype=torch.bool)
-    gap = tokens[1:] != tokens[:-1] + 1
-    begins[1:] = gap | (document_starts[1:] != document_starts[:-1])
+    begins[1:] = (tokens.diff() != 1) | (document_starts.diff() != 0)
     segments = []
     for first, last in pairwise([*begins.nonzero()[:, 0].tolist(), len(tokens)]):
         start, end = int(document_starts[first]), int(tokens[last - 1]) + 1
         length = end - start
-        before = length - (last - first)
-        documents = DocumentSpans(torch.tensor([0, length], dtype=torch.int32), [length], before)
-        rows = torch.arange(before, length)
+        rows = torch.arange(length - (last - first), length)
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        documents = DocumentSpans(cu_seqlens, [length], length - len(rows))
         segments.append(Segment(slice(first, last), slice(start, end), rows, documents))
     return segments

@@ -35,7 +35,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.utils._pytree import tree_map_only
 
 from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost, starts_of
-from eagle3.draft.attention import Attend, Backend
+from eagle3.draft.attention import Backend, KeysValues
 from eagle3.draft.model import DraftConfig
 from eagle3.parallel.segments import Segment, Segmented, segments_of
 
@@ -53,7 +53,7 @@ class Exchange(NamedTuple):
 
     `tokens_of_rank` [P] are counts, `arrival_of_token` int64 [T]. The ranks of a ulysses group swap
     rows: `segments` are their tokens together, `rows` int64 [N] all their rows, needed longest
-    first, as places among those; `row_counts` [u][K] counts each rank's, and `row_of_arrival`,
+    first, as places among those; `row_counts` [K][u] counts each rank's, and `row_of_arrival`,
     int64 [N_k] for each step k, gives places in `rows`.
     """
 
@@ -76,7 +76,7 @@ class Exchange(NamedTuple):
         sent = shares.transpose(0, 1).repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
         arrived = all_to_all(sent, self.tokens_of_rank, [len(k0)] * sequence.size, sequence.group)
         k, v = arrived.index_select(0, self.arrival_of_token).chunk(2, dim=1)  # [T,G/u,d] each
-        return SharedKeysValues(self, backend, k.contiguous(), v.contiguous())
+        return SharedKeysValues(self, backend, batch, k.contiguous(), v.contiguous())
 
     def rows_to_heads(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         """This rank's rows with all heads, each [n,H,d] -> the group's, in the order of `rows`,
@@ -87,8 +87,8 @@ class Exchange(NamedTuple):
             return tensors
         shares = torch.cat([x.unflatten(1, (ulysses, -1)) for x in tensors], dim=2)  # [n,u,*,d]
         sent = shares.transpose(0, 1).flatten(0, 1)  # [u*n,*,d]
-        received, splits = [counts[step] for counts in self.row_counts], [len(shares)] * ulysses
-        arrived = all_to_all(sent, received, splits, self.sequence.heads_group)  # [N_k,*,d]
+        splits, group = [len(shares)] * ulysses, self.sequence.heads_group
+        arrived = all_to_all(sent, self.row_counts[step], splits, group)  # [N_k,*,d]
         grouped = arrived.index_select(0, self.row_of_arrival[step].argsort())
         parts = grouped.split([x.shape[1] // ulysses for x in tensors], dim=1)
         return [part.contiguous() for part in parts]
@@ -98,28 +98,25 @@ class Exchange(NamedTuple):
         ulysses = self.sequence.ulysses
         if ulysses == 1:
             return x
-        sent = [counts[step] for counts in self.row_counts]
+        sent = self.row_counts[step]
         num_own = sent[self.sequence.rank % ulysses]
         by_rank = x.index_select(0, self.row_of_arrival[step])  # [N_k,H/u,d]
         arrived = all_to_all(by_rank, [num_own] * ulysses, sent, self.sequence.heads_group)
         return arrived.unflatten(0, (ulysses, num_own)).transpose(0, 1).flatten(1, 2)  # [n,H,d]
 
 
-class SharedKeysValues:
-    """`attention.KeysValues` of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
+class SharedKeysValues(KeysValues):
+    """Those of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
 
-    def __init__(self, exchange: Exchange, backend: Backend, k0: Tensor, v0: Tensor):
-        self.exchange, self.backend, self.k0, self.v0 = exchange, Segmented(backend), k0, v0
-        self.later: list[Tensor] = []
+    def __init__(self, exchange: Exchange, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
+        super().__init__(Segmented(backend), batch, k0, v0)
+        self.exchange, self.documents, self.rows = exchange, exchange.segments, exchange.rows
 
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        exchange, step = self.exchange, len(self.later) // 2 + (k is not None)
+    def attend(self, q: Tensor, *own: Tensor) -> Tensor:
+        step = (len(self.later) + len(own)) // 2
         # At step 0 the keys are k0; later q, k and v travel in one message.
-        q, *later = exchange.rows_to_heads([q] if k is None else [q, k, v], step)
-        self.later += later
-        rows = exchange.rows[: len(q)]
-        out = Attend.apply(self.backend, exchange.segments, rows, q, self.k0, self.v0, *self.later)
-        return exchange.heads_to_rows(out, step)
+        shares = self.exchange.rows_to_heads([q, *own], step)
+        return self.exchange.heads_to_rows(super().attend(*shares), step)
 
 
 class Route:
@@ -159,15 +156,15 @@ class Sequence:
             self.group, _ = dist.new_subgroups(self.size, timeout=timeout)
             self.heads_group, _ = dist.new_subgroups(ulysses, timeout=timeout)
 
-    def assign_tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """rank_of_token int64 [T], and depth_of_token int64 [T]: how many steps need its row.
+    def assign_tokens(self, batch: Batch) -> Tensor:
+        """rank_of_token int64 [T].
 
         Documents are cut into blocks, and these dealt by what their rows cost, so that causal
         attention, prompts and answers come out even.
         """
         config, depth_of_token = self.config, torch.zeros_like(batch.input_ids)
         for count in batch.row_counts:
-            depth_of_token[batch.rows[:count]] += 1
+            depth_of_token[batch.rows[:count]] += 1  # how many steps need its row
         # Multiplications: fc, k^0 and v^0 of every token; the rest of the layer, the head and
         # attention to the tokens before at every step that needs the row. Prompts cost least.
         queries = config.num_attention_heads * config.head_dim
@@ -181,12 +178,11 @@ class Sequence:
         block_of_token = (batch.position_ids % size == 0).cumsum(0) - 1
         cost_of_block = torch.zeros(int(block_of_token[-1]) + 1, dtype=torch.double)
         cost_of_block.index_add_(0, block_of_token, cost_of_token)
-        rank_of_block = assign(cost_of_block.long().numpy(), self.size)
-        return rank_of_block[block_of_token], depth_of_token
+        return assign(cost_of_block.long().numpy(), self.size)[block_of_token]
 
     def deal(self, batch: Batch) -> Batch:
         """Select this rank's tokens, rows, pairs and teacher rows from a packed batch."""
-        rank_of_token, depth_of_token = self.assign_tokens(batch)
+        rank_of_token = self.assign_tokens(batch)
         token_is_own = rank_of_token == self.rank
         num_steps = len(batch.row_counts)
 
@@ -214,7 +210,7 @@ class Sequence:
             routes = self.plan_routes(batch, rank_of_token, rank_of_token[batch.rows][row_of_pair])
         else:
             features = features.select(token_of_own, teachers)
-        exchange = self.plan_exchange(batch, rank_of_token, depth_of_token)
+        exchange = self.plan_exchange(batch, rank_of_token)
         return replace(
             batch,
             input_ids=batch.input_ids[token_of_input],
@@ -234,39 +230,27 @@ class Sequence:
             features=features,
             loaded=[],
             # A step runs on all ranks of a group or on none: their all-to-alls must meet.
-            num_steps=sum(any(counts) for counts in zip(*exchange.row_counts, strict=True)),
+            num_steps=sum(map(any, exchange.row_counts)),
             exchange=exchange,
             routes=routes,
         )
 
-    def plan_exchange(
-        self, batch: Batch, rank_of_token: Tensor, depth_of_token: Tensor
-    ) -> Exchange:
+    def plan_exchange(self, batch: Batch, rank_of_token: Tensor) -> Exchange:
         """Every rank plans the same from the whole batch, so that nothing has to be agreed on."""
-        first = self.rank - self.rank % self.ulysses
-        members, steps = range(first, first + self.ulysses), range(len(batch.row_counts))
-        rank_of_row = rank_of_token[batch.rows]
-        rows_of_member = [batch.rows[rank_of_row == rank] for rank in members]
-        row_counts = [
-            [int((depth_of_token[rows] > step).sum()) for step in steps] for rows in rows_of_member
-        ]
-        # Together the group's rows must again be nested: order them by need once more.
-        token_of_row = torch.cat(rows_of_member)
-        by_need = torch.argsort(depth_of_token[token_of_row], descending=True, stable=True)
-        places_of_member = by_need.argsort().split([len(rows) for rows in rows_of_member])
-        members_rows = list(zip(places_of_member, row_counts, strict=True))
-        row_of_arrival = [
-            torch.cat([places[: counts[step]] for places, counts in members_rows]) for step in steps
-        ]
+        first, rank_of_row = self.rank - self.rank % self.ulysses, rank_of_token[batch.rows]
+        in_group = rank_of_row // self.ulysses == first // self.ulysses
+        # In the order of the batch, so those needed longest still come first.
+        token_of_row, member_of_row = batch.rows[in_group], rank_of_row[in_group] - first
+        of_steps = [member_of_row[: in_group[:count].sum()] for count in batch.row_counts]
         group_tokens = (rank_of_token // self.ulysses == first // self.ulysses).nonzero()[:, 0]
         return Exchange(
             sequence=self,
             tokens_of_rank=torch.bincount(rank_of_token, minlength=self.size).tolist(),
             arrival_of_token=torch.argsort(rank_of_token, stable=True).argsort(),
             segments=segments_of(group_tokens, batch),
-            rows=torch.searchsorted(group_tokens, token_of_row[by_need]),
-            row_counts=row_counts,
-            row_of_arrival=row_of_arrival,
+            rows=torch.searchsorted(group_tokens, token_of_row),
+            row_counts=[torch.bincount(x, minlength=self.ulysses).tolist() for x in of_steps],
+            row_of_arrival=[torch.argsort(x, stable=True) for x in of_steps],
         )
 
     def plan_routes(

@@ -63,8 +63,8 @@ class Watch(threading.Thread):
 
     def write_state(self) -> None:
         state = {"begun": self.ranks.begun, "pid": os.getpid(), "host": socket.gethostname()}
-        path = self.folder / f"rank_{self.ranks.rank}.json"
-        write_atomically(path, [json.dumps(state).encode()])
+        shown = json.dumps(state).encode()
+        write_atomically(self.folder / f"rank_{self.ranks.rank}.json", [shown])
 
     def run(self) -> None:
         begun, since = -1, time.monotonic()

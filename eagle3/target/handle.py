@@ -67,8 +67,7 @@ class TargetHandle(AbstractContextManager):
 
     def load_weights(self) -> TargetWeights:
         """The embedding and the head alone; those of the loaded model, if it is here."""
-        loaded = self.loaded if self.in_process else None
-        return loaded or load_weights(self.spec, self.device)
+        return (self.in_process and self.loaded) or load_weights(self.spec, self.device)
 
     def close(self) -> None:
         """Free the target's memory, end its engine; `load` makes it anew."""

@@ -6,8 +6,7 @@ T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V t
 import inspect
 import math
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -44,12 +43,11 @@ class HFTarget:
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
         assert tp_size == 1, "check_settings says what to do instead"
         check_supported(self.config)
-        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         ours = attention in ("auto", "packed")  # where it is proven
-        given = None if ours else attention  # None: transformers chooses
-        options |= {"dtype": spec.dtype, "attn_implementation": given}
         # Penalties, banned words or top_p of its own would bend what the draft learns.
-        options |= {"generation_config": GenerationConfig()}
+        options = {"dtype": spec.dtype, "generation_config": GenerationConfig()}
+        options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        options["attn_implementation"] = None if ours else attention  # None: transformers chooses
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError, ImportError) as error:
@@ -66,14 +64,15 @@ class HFTarget:
         self.eos_token_ids = end_token_ids(spec)
         # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
+
+        def capture(layer_id: int, module, inputs, output) -> None:
+            self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
+
         for layer_id in self.aux_layer_ids:
-            layers[layer_id].register_forward_hook(partial(self.capture, layer_id))
+            layers[layer_id].register_forward_hook(partial(capture, layer_id))
         self.way, self.longest_together = "alone", math.inf
         self.check_outputs()
         self.choose_way(ours)
-
-    def capture(self, layer_id: int, module, inputs, output) -> None:
-        self.captured[layer_id] = output[0] if isinstance(output, tuple | list) else output
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -93,20 +92,19 @@ class HFTarget:
         """
         ids = torch.arange(3, device=self.device)
         output = self.model(input_ids=ids[None], use_cache=False, output_hidden_states=True)
-        known = output.hidden_states
+        shape = (1, 3, self.head.shape[1])
+        known = [states for states in output.hidden_states or () if states.shape == shape]
         for layer_id, found in self.captured.items():
-            same = found.shape == (1, 3, self.head.shape[1])
+            same = found.shape == shape
             # Of the last layer, transformers has what the final norm makes of it.
-            if same and known is not None and layer_id < self.spec.num_layers - 1:
-                alike = [h for h in known if h.shape == found.shape]
-                same = any(torch.allclose(found, h, equal_nan=True) for h in alike)
+            if same and output.hidden_states and layer_id < self.spec.num_layers - 1:
+                same = any(torch.allclose(found, states, equal_nan=True) for states in known)
             if not same:
                 reason = f"layer {layer_id} puts out something else than its hidden states"
                 raise ConfigError(f"{type(self.model).__name__} is not supported: {reason}")
         logits, product = output.logits[0].double(), self.lm_head(self.states(ids, ids)[1]).double()
         if (logits - product).norm() > 0.02 * logits.norm():  # bf16 rounds by 0.004
-            reason = "changes its logits behind the head; it is not supported"
-            raise ConfigError(f"{self.spec.path} {reason}")
+            raise ConfigError(f"{self.spec.path} changes its logits behind the head: not supported")
 
     @torch.no_grad()
     def choose_way(self, automatic: bool) -> None:
@@ -117,28 +115,37 @@ class HFTarget:
         config, generator = self.model.config, torch.Generator().manual_seed(0)
         ids = torch.randint(len(self.embedding), (2, 24), generator=generator).to(self.device)
         self.probe_ids = ids
-        pairs = [(ids[0], ids[1, :20]), (ids[1, :20], ids[0])]
-        right, own = [self.probe(pair) for pair in pairs], config._attn_implementation
+        pair, own = (ids[0], ids[1, :20]), config._attn_implementation
+
+        def both_orders() -> torch.Tensor:
+            return torch.cat([self.probe(pair), self.probe(pair[::-1])])
+
+        right = both_orders()
         # What other shapes of a batch make of the same text: rounding, and with it routing.
-        noise = gap(self.probe([ids[0, :20]]), right[0][:20])
-        rounding = max(1e-3, 4 * torch.finfo(right[0].dtype).eps)
+        noise = gap(self.probe([ids[0, :20]]), right[:20])
+        rounding = max(1e-3, 4 * torch.finfo(right.dtype).eps)
         if noise > 4 * rounding:
             raise ConfigError(f"{type(self.model).__name__} sees later tokens: it is not causal")
         self.tolerance = max(rounding, 4 * noise)
-        asked_windows.clear()
         applied_windows.clear()
         for self.way in ("packed", "padded", "alone"):
             config._attn_implementation = "packed" if automatic and self.way == "packed" else own
-            with suppress(Exception):  # some models cannot do without their own masks
-                close = max(map(gap, map(self.probe, pairs), right)) <= self.tolerance
-                if close and not asked_windows - applied_windows - {None, 0}:
-                    break
             asked_windows.clear()
+            close = attempt(lambda: gap(both_orders(), right)) <= self.tolerance
+            if close and not asked_windows - applied_windows - {None, 0}:
+                break
         self.longest_together = rope_limit(self.config)
-        self.pads_left = False
-        with suppress(Exception):
-            alone = torch.cat([self.first_logits([prompt]) for prompt in pairs[0]])
-            self.pads_left = gap(self.first_logits(pairs[0]), alone) <= self.tolerance
+        texts = [text.tolist() for text in pair]
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+        def first_logits(prompts: list) -> torch.Tensor:
+            return self.generate_padded(prompts, **options).logits[0]
+
+        def padding() -> float:
+            alone = [first_logits([text]) for text in texts]
+            return gap(first_logits(texts), torch.cat(alone))
+
+        self.pads_left = attempt(padding) <= self.tolerance
         if os.environ.get("RANK", "0") == "0":
             print(f"target: documents go {self.way} through {type(self.model).__name__}")
 
@@ -153,14 +160,6 @@ class HFTarget:
     def by_layer(self, states: tuple) -> torch.Tensor:
         """What `states` returns -> [..,L+1,H]."""
         return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
-
-    def first_logits(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """int64 [n] each -> [B,V], from the pass that `generate` begins with."""
-        rows = pad_sequence(prompts, batch_first=True, padding_side="left")
-        known = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left")
-        options = {"max_new_tokens": 1, "pad_token_id": 0, "return_dict_in_generate": True}
-        greedy = GenerationConfig(output_logits=True, **options)
-        return self.model.generate(rows, attention_mask=known, generation_config=greedy).logits[0]
 
     @torch.no_grad()
     def check_decoding(self) -> None:
@@ -186,6 +185,8 @@ class HFTarget:
                 if gap(self.by_layer(found), right) > self.tolerance:
                     raise ValueError("it ignores what it is told of who sees whom")
                 cache.crop(-4)
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"{sentence} ({error}); set another benchmark") from error
 
@@ -247,20 +248,22 @@ class HFTarget:
         """
         if not self.pads_left and len(prompts) > 1:
             return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
-        width, eos = max(map(len, prompts)), sorted(self.eos_token_ids)
-        pad = eos[0] if eos else 0
-        padded = [[pad] * (width - len(p)) + p for p in prompts]  # left, so that all end together
-        attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         options = {} if sampling is None else sampling | {"do_sample": True}
-        options |= {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-        options |= {"eos_token_id": eos or None}
-        ids, mask = torch.tensor([padded, attended], device=self.device)
-        output = self.model.generate(ids, attention_mask=mask, **options)
-        answers = output[:, width:].tolist()
+        options["eos_token_id"] = sorted(self.eos_token_ids) or None
+        output = self.generate_padded(prompts, max_new_tokens=max_new_tokens, **options)
+        answers = output[:, max(map(len, prompts)) :].tolist()
         for answer in answers:
             ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
             del answer[next(ends, len(answer)) + 1 :]  # padding
         return answers
+
+    def generate_padded(self, prompts: list[list[int]], **options: Any) -> Any:
+        """transformers' `generate`, of prompts that are padded on the left: all end together."""
+        width, pad = max(map(len, prompts)), min(self.eos_token_ids, default=0)
+        padded = [[pad] * (width - len(p)) + p for p in prompts]
+        attended = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = torch.tensor([padded, attended], device=self.device)
+        return self.model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
 
     def document_states(self, ids, places, documents: DocumentSpans) -> tuple:
         """`states` of packed documents, int64 [T] ids and positions."""
@@ -290,8 +293,19 @@ class HFTarget:
 
 def gap(found: torch.Tensor, right: torch.Tensor) -> float:
     """The largest difference of states [..,H], each relative to what is right."""
-    found, right = found.float(), right.float()
+    found, right = (states.float().nan_to_num(torch.inf) for states in (found, right))
+    # What is right may be zero, or not finite itself: then there is nothing to compare.
     return float(((found - right).norm(dim=-1) / right.norm(dim=-1)).nan_to_num(0).max())
+
+
+def attempt(compute: Callable[[], float]) -> float:
+    """A gap; infinite where the model cannot do it, such as without its own masks."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:  # says nothing of the model
+        raise
+    except Exception:
+        return math.inf
 
 
 def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:

@@ -19,5 +19,5 @@ def meant_by(tool: str, numbers: list[int]) -> list[int]:
 
 
 def engines_default(num_layers: int) -> list[int]:
-    """What every engine feeds unasked, in our numbers; below 7 layers some coincide."""
+    """What EAGLE3 and every engine feed unasked, in our numbers; below 7 layers some coincide."""
     return [1, num_layers // 2 - 1, num_layers - 4]

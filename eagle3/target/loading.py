@@ -26,8 +26,8 @@ def check_loadable(spec: TargetSpec) -> None:
         # Whether the library of a quantised checkpoint is there, as `from_pretrained` asks it.
         get_hf_quantizer(config, None, None, weights_only=True, user_agent={})
         with torch.device("meta"):
-            code = {"trust_remote_code": spec.trust_remote_code}
-            model = AutoModelForCausalLM.from_config(config, **code)
+            trust = spec.trust_remote_code
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except Exception as error:
         reason = next(iter(str(error).splitlines()), repr(error))
         sentence = f"model.path={spec.path} cannot be loaded by transformers here: {reason}"
@@ -42,11 +42,9 @@ def check_croppable(config: PretrainedConfig) -> None:
     except (AttributeError, KeyError):  # a cache of its own
         kinds = {None}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        cache = f"a {config.model_type} target's cache"
         remedy = "only engines decode it (benchmark=sglang or vllm, or stages without benchmark)"
-        sentence = (
-            f"a rejected draft cannot be taken back from a {config.model_type} target's cache"
-        )
-        raise ConfigError(f"{sentence}: {remedy}")
+        raise ConfigError(f"a rejected draft cannot be taken back from {cache}: {remedy}")
 
 
 def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, torch.nn.ModuleList]:
@@ -63,9 +61,9 @@ def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, to
 
 def rope_limit(config: PretrainedConfig) -> float:
     """The longest text whose RoPE does not change with the longest that shares its pass."""
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [part for part in (given, *given.values()) if isinstance(part, dict)]
-    scaled = [part for part in kinds if part.get("rope_type") in ("dynamic", "longrope")]
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    limits = [part.get(names[0]) or getattr(config, names[1]) for part in scaled]
-    return min(limits, default=math.inf)
+    given, limits = getattr(config, "rope_parameters", None) or {}, [math.inf]
+    for part in (given, *given.values()):
+        if isinstance(part, dict) and part.get("rope_type") in ("dynamic", "longrope"):
+            original = part.get("original_max_position_embeddings")
+            limits.append(original or config.max_position_embeddings)
+    return min(limits)

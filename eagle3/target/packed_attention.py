@@ -25,23 +25,21 @@ def packed_attention(
     """
     documents = kwargs.get("documents")
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("no soft caps, no sinks: set target.attention=eager")
-    if documents is not None and attention_mask is not None:
-        raise NotImplementedError("a mask that knows nothing of documents: set target.attention")
+        raise NotImplementedError("soft caps and sinks")
     if documents is None:
         out = attend(query, key, value, attention_mask, sliding_window, scaling)
         return out.transpose(1, 2).contiguous(), None
+    if attention_mask is not None:
+        raise NotImplementedError("a mask that knows nothing of documents")
     applied_windows.add(sliding_window)
     if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
         # One kernel for all documents; it exists for these devices and types only.
         from torch.nn.attention.varlen import varlen_attn
 
-        cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
-        windowed = sliding_window is not None and longest > sliding_window
-        window = (sliding_window - 1, 0) if windowed else (-1, 0)
+        spans = [documents.cu_seqlens] * 2 + [max(documents.lengths)] * 2
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
         packed = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]
-        packed += [cu_seqlens, cu_seqlens, longest, longest]
-        out = varlen_attn(*packed, scale=scaling, window_size=window, enable_gqa=True)
+        out = varlen_attn(*packed, *spans, scale=scaling, window_size=window, enable_gqa=True)
         return out[None], None
     # Document by document, the work is that of the documents and not of T x T.
     split = [x.split(documents.lengths, dim=2) for x in (query, key, value)]

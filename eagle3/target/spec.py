@@ -37,7 +37,8 @@ class TargetSpec:
 
     @property
     def num_layers(self) -> int:
-        return num_layers(self.config)
+        """Of its decoder; LongCat-Flash's config counts the two attentions that each has."""
+        return getattr(self.config, "num_layers", None) or self.config.num_hidden_layers
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -70,9 +71,12 @@ def read_spec(model: Model) -> TargetSpec:
     config, dtype = whole.get_text_config(), model.dtype
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
-    layers = model.aux_layer_ids or default_aux_layer_ids(num_layers(config))
-    derived = {"config": config, "dtype": dtype, "aux_layer_ids": layers}
-    return TargetSpec(**vars(model) | derived)
+    spec = TargetSpec(**vars(model) | {"config": config, "dtype": dtype})
+    if spec.aux_layer_ids:
+        return spec
+    if (count := spec.num_layers) < 7:  # some of them would coincide
+        raise ConfigError(f"a target of {count} layers needs three as model.aux_layer_ids")
+    return spec.with_layers(engines_default(count))
 
 
 def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
@@ -83,18 +87,6 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
-
-
-def num_layers(config: PretrainedConfig) -> int:
-    """Decoder layers; those of LongCat-Flash have two attentions each, which its config counts."""
-    return getattr(config, "num_layers", None) or config.num_hidden_layers
-
-
-def default_aux_layer_ids(num_layers: int) -> list[int]:
-    """Layers 1, L/2 - 1 and L - 4, zero-based, as EAGLE3 and every engine choose them."""
-    if num_layers < 7:
-        raise ConfigError(f"a target of {num_layers} layers needs three as model.aux_layer_ids")
-    return engines_default(num_layers)
 
 
 def check_supported(config: PretrainedConfig) -> None:
@@ -117,8 +109,7 @@ def end_token_ids(spec: TargetSpec) -> set[int]:
     except OSError:  # many have none
         eos = None
     except (ValueError, AttributeError) as error:
-        sentence = f"generation_config.json of {spec.path} is damaged; get it again"
-        raise RunError(sentence) from error
+        raise RunError(f"generation_config.json of {spec.path} is damaged; get it again") from error
     if eos is None:
         named = (getattr(c, "eos_token_id", None) for c in (whole_config(spec), spec.config))
         eos = next((ids for ids in named if ids is not None), None)

@@ -66,11 +66,10 @@ class Checkpoint:
             sentence = f"{name} of {self.path} does not open ({error}); get it again"
             raise RunError(sentence) from error
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"model.path={self.path}: {reason}; give a folder or hub id with all of its "
-                "safetensors (save_pretrained of transformers converts a pytorch_model.bin)"
-            ) from error
+            reason = f"model.path={self.path}: {str(error).splitlines()[0]}"
+            remedy = "(save_pretrained of transformers converts a pytorch_model.bin)"
+            wanted = f"give a folder or hub id with all of its safetensors {remedy}"
+            raise ConfigError(f"{reason}; {wanted}") from error
 
     def ending(self, endings: tuple[str, ...]) -> list[str]:
         """Names with one of `endings`, shortest first, without those of numbered layers."""
@@ -113,8 +112,7 @@ def load_weights(spec: TargetSpec, device: torch.device) -> TargetWeights:
     embedding = head = checkpoint.read(embedding_name, shape, device, dtype)
     # A head that is stored wins over a config that ties, as in transformers; an equal one is not
     # held twice.
-    parts = (whole_config(spec), config)
-    tied = any(getattr(part, "tie_word_embeddings", False) for part in parts)
+    tied = any(getattr(c, "tie_word_embeddings", False) for c in (whole_config(spec), config))
     if spec.lm_head_key is not None or not tied or checkpoint.ending(HEADS):
         head_name = checkpoint.find("lm_head_key", spec.lm_head_key, HEADS)
         head = checkpoint.read(head_name, shape, device, dtype)

@@ -94,10 +94,10 @@ class SGLangTarget:
         if section.get("url") is None:
             ENGINE.find(interpreter("sglang", section.get("python")), "target.python")
 
-    def check_alive(self) -> None:
-        """Raise RunError with the cause where the server that this process started has ended."""
+    def check_alive(self, seconds: float = 0) -> None:
+        """Raise RunError with the cause where our server has ended, or does within `seconds`."""
         if self.server is not None:
-            self.server.check()
+            self.server.check(seconds)
 
     def check_space(self) -> None:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
@@ -113,8 +113,8 @@ class SGLangTarget:
     def describe_server(self) -> Server:
         """Not yet started. Raises ConfigError where options would spoil the capture."""
         port, python = choose_port(self.port, "target.port"), interpreter("sglang", self.python)
-        more = tuple(map(str, self.server_args or ()))
-        launch = Launch(self.spec, python, port, self.tp_size, self.mem_fraction_static, more)
+        more = self.tp_size, self.mem_fraction_static, tuple(map(str, self.server_args or ()))
+        launch = Launch(self.spec, python, port, *more)
         # Not every model of SGLang takes explicit layers; all know the default ones.
         by_default = self.aux_layer_ids == engines_default(self.spec.num_layers)
         layers = None if by_default else numbered_by("sglang", self.aux_layer_ids)
@@ -126,9 +126,9 @@ class SGLangTarget:
         (packages / "eagle3").symlink_to(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type)
-        command, url = ENGINE.capture_command(launch, capture), f"http://127.0.0.1:{port}"
+        command = ENGINE.capture_command(launch, capture)
         waiting = log_path(port), self.ready_seconds, ENGINE.health_path, ENGINE.name
-        return Server(command, url, environment, *waiting)
+        return Server(command, f"http://127.0.0.1:{port}", environment, *waiting)
 
     def close(self) -> None:
         """End the server, if this process started it, and free the shared memory."""
@@ -188,8 +188,7 @@ class SGLangTarget:
         try:
             response = self.client.post(ENGINE.generate_path, json=body)
         except httpx.HTTPError as error:
-            if self.server is not None:
-                self.server.check(DYING_SECONDS)  # it knows the cause
+            self.check_alive(DYING_SECONDS)
             problem = f"the SGLang server at {self.url} does not answer any more ({error})"
             log = f"where a run started it, its log is {log_path(httpx.URL(self.url).port)}"
             raise RunError(f"{problem}; {log}") from error
