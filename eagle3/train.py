@@ -146,6 +146,9 @@ def train(
         checkpoints.wait()
         ranks.barrier()
 
+    if ranks.is_main and (skipped := int(trainer.optim.skipped)):
+        found = f"{skipped} of {trainer.update} updates were skipped"
+        print(f"train: {found}: gradients or hidden states of the target were not finite")
     if evaluates and ranks.is_main:
         draft.load_state_dict(load_draft(best)[1])
         evaluation, update = measure(), trainer.best_update

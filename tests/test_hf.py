@@ -11,9 +11,13 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    FalconConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    GPTJConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
@@ -100,6 +104,21 @@ def test_draft_shape_is_derived(family):
     assert (draft.vocab_size, draft.draft_vocab_size) == (96, 32)
     if family in ("llama", "qwen3"):
         assert draft.rope_theta == config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "head_dim"),
+    [
+        (FalconConfig(num_hidden_layers=8, hidden_size=64, num_attention_heads=4), 256, 16),
+        (GPTJConfig(n_layer=8, n_embd=64, n_head=4), 256, 16),
+        (OPTConfig(num_hidden_layers=8, hidden_size=64, num_attention_heads=4), 256, 16),
+        # Its layers of full attention have heads of another size.
+        (Gemma4TextConfig(**SHAPE, head_dim=16, global_head_dim=32), 128, 16),
+    ],
+)
+def test_a_draft_has_a_shape_where_configs_name_no_width(config, width, head_dim):
+    draft = derive_config(config, 32)
+    assert (draft.intermediate_size, draft.head_dim) == (width, head_dim)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -155,7 +155,7 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path):
     assert "Say alpha" in shown and "own answer" not in shown, "view shows what prepare reads"
 
 
-def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch):
+def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, monkeypatch, capsys):
     poisoned, count, original = {2}, [0], Online.features
 
     def features(self, batch):
@@ -169,6 +169,7 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
     run([*settings, TRAIN_ONLY, "train.max_steps=4"], tmp_path / "one")
     trained = [row for row in read_rows(tmp_path / "one") if "loss" in row]
     assert [row["skipped_updates"] for row in trained] == [0, 1, 1, 1]
+    assert "train: 1 of 4 updates were skipped: " in capsys.readouterr().out
     weights = load_draft(tmp_path / "one" / "checkpoints" / "last")[1]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     poisoned.update(range(99))

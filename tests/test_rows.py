@@ -127,6 +127,10 @@ NULL_FILLED = [
         {"messages": [ASKED, ANSWERED]},
     ),
     (
+        {"messages": [{"role": None, "content": None}, ASKED, ANSWERED, {"role": None}]},
+        {"messages": [ASKED, ANSWERED]},
+    ),
+    (
         {"messages": chat([{"type": "text", "text": "a", "image": None}, None], "b")},
         {"messages": [ASKED, ANSWERED]},
     ),

@@ -13,7 +13,15 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import compose_config, kill_group, make_config, run_command, start_command, wait_for
+from conftest import (
+    compose_config,
+    kill_group,
+    make_config,
+    run_command,
+    spec_of,
+    start_command,
+    wait_for,
+)
 from omegaconf import OmegaConf
 
 from eagle3.benchmark import scoring
@@ -72,6 +80,16 @@ def test_the_run_json_of_a_stranger_calls_nothing(tmp_path):
     as_sent(tmp_path, **{"logger": command})
     with pytest.raises(ConfigError, match=r"logger\._target_=torch.* is not offered"):
         resumed(tmp_path)
+    assert not made.exists()
+
+
+def test_a_target_that_brings_code_runs_none_of_it(tmp_path):
+    made = tmp_path / "made"
+    (tmp_path / "own.py").write_text(f"open({str(made)!r}, 'w')\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"only with model\.trust_remote_code=true$"):
+        spec_of(tmp_path)
     assert not made.exists()
 
 

@@ -51,9 +51,8 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
     turns = row.get("messages") or row.get("conversations") or from_columns(row)
     if not isinstance(turns, list):
         raise RowError("no messages")
-    messages = [
-        m for m in map(read_message, turns) if m["content"].strip() or m["role"] != "system"
-    ]
+    found = map(read_message, filter(None, turns))  # a message of nulls alone is none
+    messages = [m for m in found if m["content"].strip() or m["role"] != "system"]
     # Alpaca-like rows have the system message beside the turns.
     system, repaired = row.get("system"), None
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] != "system":

@@ -1,6 +1,7 @@
 """The draft before its first update: its shape, and the weights that it starts with."""
 
 import json
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,14 +22,22 @@ def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfi
     scaling = getattr(target, "rope_parameters", None) or {}
     rope = scaling.get("full_attention", scaling)
     heads = target.num_attention_heads
+
+    def of_all_layers(name: str) -> int:
+        with suppress(RuntimeError):  # transformers': layers differ in it, as in Gemma 4
+            return getattr(target, name, None) or 0
+        return 0
+
     return DraftConfig(
         hidden_size=target.hidden_size,
-        # A mixture without a dense MLP gets one as large as its active experts together.
-        intermediate_size=getattr(target, "intermediate_size", None)
-        or target.moe_intermediate_size * target.num_experts_per_tok,
+        # A mixture without a dense MLP gets one as large as its active experts together; families
+        # that have names of their own for it (Falcon, GPT-J, OPT) get the usual four times.
+        intermediate_size=of_all_layers("intermediate_size")
+        or of_all_layers("moe_intermediate_size") * of_all_layers("num_experts_per_tok")
+        or 4 * target.hidden_size,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(target, "num_key_value_heads", None) or heads,
-        head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+        num_key_value_heads=of_all_layers("num_key_value_heads") or heads,
+        head_dim=of_all_layers("head_dim") or target.hidden_size // heads,
         vocab_size=target.vocab_size,
         draft_vocab_size=draft_vocab_size,
         target_hidden_size=target.hidden_size,

@@ -86,6 +86,8 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model.path, **where)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
+        if "custom code" in reason:
+            reason = "its code runs only with model.trust_remote_code=true"
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error
 
 
