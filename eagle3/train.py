@@ -40,7 +40,8 @@ from eagle3.runs.checkpoint import (
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
-from eagle3.runs.progress import note_signals, progress_bar
+from eagle3.runs.progress import progress_bar
+from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
 from eagle3.ttt import training_flops, unroll

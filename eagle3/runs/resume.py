@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, check_targets, flatten
@@ -95,10 +96,18 @@ def claim(run_dir: Path) -> AbstractContextManager:
         raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
 
 
-def write_shown(path: Path, text: str) -> None:
-    """A YAML file as hydra writes it, but without logins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
+def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
+    """`.hydra` as hydra would write it, but for logins; also a sweep's multirun.yaml again."""
+    folder = run_dir / (".hydra/resumed" if is_run(run_dir) else ".hydra")
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {"config": composed, "hydra": {"hydra": settings}}
+    shown["overrides"] = settings.overrides.task
+    texts = {folder / f"{name}.yaml": OmegaConf.to_yaml(each) for name, each in shown.items()}
+    if settings.mode == RunMode.MULTIRUN:
+        sweeps = Path(settings.sweep.dir).glob("multirun.yaml")  # not every sweeper's
+        texts |= {path: path.read_text() for path in sweeps}
+    for path, text in texts.items():
+        path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
 
 
 def private_copy(cache_dir: str, run_dir: Path) -> Path:
