@@ -30,13 +30,7 @@ from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
-from eagle3.runs.checkpoint import (
-    CheckpointState,
-    CheckpointWriter,
-    check_fingerprints,
-    load_checkpoint,
-    load_draft,
-)
+from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_checkpoint, load_draft
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
@@ -74,8 +68,9 @@ def train(
     last, best = folder / "last", folder / "best"
     # The first rank decides: what another node sees of a shared disk may be old.
     saved = load_checkpoint(last) if ranks.broadcast(last.exists()) else None
-    if saved:
-        check_fingerprints(saved.plain["inputs"], data.fingerprints)
+    for name, was in saved.plain["inputs"].items() if saved else ():
+        if (now := data.fingerprints.get(name)) != was:
+            raise ConfigError(f"{name} is {now}, but the checkpoint has {was}; start anew")
     supply = open_supply(config, target, data, ranks)
     trainer = build_trainer(config, target, supply, saved, ranks)
     draft, total, resumed_at, history = trainer.draft, trainer.loader.total_updates, None, None
@@ -286,10 +281,10 @@ class Trainer:
         """Every rank makes it together with the others."""
         rank, names = self.ranks.rank, [name for name, _ in self.draft.named_parameters()]
         moments, counts = self.optim.state(names)
-        draft = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
-        own = {f"rank_{rank}/rng": torch.get_rng_state()}
+        tensors = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
+        tensors[f"rank_{rank}/rng"] = torch.get_rng_state()
         if self.frozen.embedding.is_cuda:
-            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
+            tensors[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
         plain = counts | {
             "draft": asdict(self.draft.config),
             "update": self.update,
@@ -299,7 +294,7 @@ class Trainer:
             "tokens_per_update": self.loader.tokens_per_update,
             "meters": self.ranks.all_gather(self.meter.state()),
         }
-        return CheckpointState(draft | moments, own, plain)
+        return CheckpointState(tensors | moments, plain)
 
     def restore(self, state: CheckpointState) -> None:
         """Go on from `state`, which may have been written by another number of ranks."""
@@ -312,10 +307,11 @@ class Trainer:
         self.best_update = plain["best_update"]
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
         # A rank that was not there before begins with the state that its process has.
-        if f"rank_{rank}/rng" in state.own:
-            torch.set_rng_state(state.own[f"rank_{rank}/rng"])
-        if self.frozen.embedding.is_cuda and f"rank_{rank}/rng_cuda" in state.own:
-            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"])
+        own = with_prefix(state.tensors, f"rank_{rank}/")
+        if "rng" in own:
+            torch.set_rng_state(own["rng"])
+        if self.frozen.embedding.is_cuda and "rng_cuda" in own:
+            torch.cuda.set_rng_state(own["rng_cuda"])
 
 
 def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Path) -> None:
