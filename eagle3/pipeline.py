@@ -5,6 +5,7 @@ a stage that is listed too; else the run ends with one sentence that names the s
 made lies under the fingerprint of what it was made from, and is made once.
 """
 
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from eagle3.benchmark.check import check
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig, instantiate
-from eagle3.data.chat import Chat, load_chat
+from eagle3.data.chat import load_chat
 from eagle3.data.prepare import Prepared, find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources
@@ -67,7 +68,10 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     sources = find_sources(data, cache_dir) if reads_rows else None
     chat = None
     if reads_rows or listed & {"check", "benchmark"}:
-        chat = load_chat_for(config, required=reads_rows or "benchmark" in listed)
+        required = reads_rows or "benchmark" in listed
+        # `check` alone does without where the target has no tokenizer or template.
+        with nullcontext() if required else suppress(ConfigError):
+            chat = load_chat(config.model, data)
     vocab_sizes = target.spec.config.vocab_size, config.draft.vocab_size
     if config.plan:
         given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
@@ -76,9 +80,9 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         return None
 
     prepared = answers = store = None
-    folders, resume = [run_dir, cache_dir, hidden.path or run_dir], (run_dir, overrides)
+    folders = [run_dir, cache_dir, hidden.path or run_dir]
     with (
-        name_full_disk(folders, lambda: command_to_resume(*resume)),
+        name_full_disk(folders, lambda: command_to_resume(run_dir, overrides)),
         target,
         track_run(asked, run_dir, overrides, device, console) as tracking,
     ):
@@ -125,32 +129,14 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
                 length, run_dir,
             )  # fmt: skip
         if "benchmark" in listed:
-            folder = find_draft(config, run_dir)
+            folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
+            if not folder.exists():
+                remedy = "set draft_path=<folder>, or add train and export to stages"
+                raise ConfigError(f"stages=[benchmark] needs a draft: {remedy}")
             heldout = prepared and prepared.path / "heldout.jsonl"
             subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
             benchmark(instantiate(config.benchmark), subject, run_dir)
     return read_acceptance(run_dir)
-
-
-def load_chat_for(config: RunConfig, required: bool) -> Chat | None:
-    """The target's tokenizer and template; `check` alone does without where there is none."""
-    try:
-        return load_chat(config.model, config.data)
-    except ConfigError:
-        if required:
-            raise
-        return None
-
-
-def find_draft(config: RunConfig, run_dir: Path) -> Path:
-    """The draft to measure: the one that `draft_path` names, else this run's own."""
-    folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
-    if not folder.exists():
-        raise ConfigError(
-            "stages=[benchmark] needs a draft: set draft_path=<folder>, or add train and export to "
-            "stages"
-        )
-    return folder
 
 
 def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:
