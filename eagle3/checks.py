@@ -99,11 +99,9 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
-    # To Python a bool is an int, to a user of YAML it is none.
-    if hint in (bool, str, int, type(None)):
-        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint in (bool, str, int, float, type(None)):
+        # By type: to Python a bool is an int, to a user of YAML it is none.
+        return type(value) is hint or (hint is float and type(value) is int)
     return not inspect.isclass(hint) or isinstance(value, (dict, hint))
 
 

@@ -22,6 +22,8 @@ from eagle3.runs.logger import redact
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 # Of hydra: hydra-<name>-launcher and hydra-<name>-sweeper bring options of these names.
 PLUGINS = ("submitit", "joblib", "ray", "rq", "optuna", "ax", "nevergrad")
+EXPLAINED = (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError)
+NULL_GROUP = "Config group override"  # of hydra's ValueError
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
 
 
@@ -30,17 +32,12 @@ def one_sentence(show_traceback: bool) -> Iterator[None]:
     """A mistake ends the process with a sentence and its exit code, or a traceback if asked for."""
     try:
         yield
-    except (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError) as error:
-        if show_traceback:
+    except Exception as error:
+        if show_traceback or not (isinstance(error, EXPLAINED) or NULL_GROUP in str(error)):
             raise
         message, exit_code = explain(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_code)
-    except ValueError as error:
-        if show_traceback or "Config group override" not in str(error):
-            raise
-        print("error: a config group is null; name one of its options", file=sys.stderr)
-        sys.exit(2)
 
 
 @contextmanager
@@ -67,6 +64,8 @@ def explain(error: BaseException) -> tuple[str, int]:
             return str(cause), cause.exit_code
         seen.add(cause)
         cause = cause.__cause__ or cause.__context__
+    if NULL_GROUP in str(error):
+        return "a config group is null; name one of its options", 2
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         allowed = ", ".join(error.options or ()) + nearest(option, error.options or ())

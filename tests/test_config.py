@@ -120,11 +120,11 @@ def test_a_mistake_is_explained_under_a_debugger():
     assert SENTENCES[override] in explain(raised.value)[0]
 
 
-class Refused(Exception):
+class OddError(Exception):
     code = None  # as the errors of some libraries have
 
 
-@pytest.mark.parametrize("ended", [SystemExit(2), ValueError("x"), Refused("x")])
+@pytest.mark.parametrize("ended", [SystemExit(2), ValueError("x"), OddError("x")])
 def test_a_bad_job_of_a_sweep_is_noted(ended):
     failed = []
     with note_failure(failed, 1, ["x=1", "x.api_key=SESAME"]):

@@ -28,7 +28,7 @@ def end_at_once(number: int, frame) -> None:
 
 @contextmanager
 def exit_when_interrupted(then: Callable[[], str]) -> Iterator[None]:
-    """An interrupt in the block is said in one line that ends in `then()`; exits as a shell does."""
+    """An interrupt in the block is said in a line that ends in `then()`; exits as a shell does."""
     try:
         yield
     except KeyboardInterrupt as stopped:
