@@ -15,7 +15,7 @@ from hydra.utils import get_object
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.benchmark.scoring import namespaces
-from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest, parse_size
+from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
@@ -24,6 +24,7 @@ from eagle3.export.read import check_given
 from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
+from eagle3.runs.disk import parse_size
 from eagle3.target.loading import check_croppable
 from eagle3.target.spec import check_supported, read_spec
 

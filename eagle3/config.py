@@ -231,14 +231,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500GB or 1.5TB. Raises ConfigError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B", text.strip(), re.IGNORECASE)
-    if not found:
-        raise ConfigError(f"hidden_states.max_disk={text} is no size; write it as 500GB or 1.5TB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
-
-
 OFFERED = (
     *(f"torch.optim.{name}" for name in ("Adafactor", "Adam", "AdamW", "NAdam", "RAdam", "SGD")),
     # those that take the number of updates behind the optimiser
