@@ -59,10 +59,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     """-> (sentence, exit code). Exceptions that wrap one of ours are seen through."""
     cause, seen = error, set()
     # Hydra and the launcher raise errors of their own from ours; OmegaConf's may form a circle.
-    while cause is not None and cause not in seen:
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, ConfigError | RunError):
             return str(cause), cause.exit_code
-        seen.add(cause)
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     if NULL_GROUP in str(error):
         return "a config group is null; name one of its options", 2

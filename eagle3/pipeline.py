@@ -17,7 +17,7 @@ from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import load_chat
-from eagle3.data.prepare import Prepared, find_prepared, load_prepared, prepare
+from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources
 from eagle3.data.view import view
@@ -27,7 +27,7 @@ from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
-from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
+from eagle3.hidden_states.store import is_complete, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
@@ -61,9 +61,8 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     no_data = data.path is None and not data.sources
     store_alone = mode.captures and hidden.path is not None and (imports or no_data)
     reads_answers = "generate" in listed or ("train" in listed and not store_alone)
-    reads_prepared = reads_answers or bool(listed & {"prepare", "capture"})
-    if "benchmark" in listed and asks_heldout(config.benchmark):
-        reads_prepared = True
+    measures_heldout = "benchmark" in listed and asks_heldout(config.benchmark)
+    reads_prepared = reads_answers or measures_heldout or bool(listed & {"prepare", "capture"})
     reads_rows = reads_prepared or config.plan or bool(listed & {"regenerate", "view"})
     sources = find_sources(data, cache_dir) if reads_rows else None
     chat = None
@@ -115,7 +114,12 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
             reads = store if mode.captures else None
-            made = describe_training_data(prepared, answers, reads, store_alone)
+            made_from = fingerprint(reads.inputs) if reads else prepared.path.name
+            if store_alone:
+                made = TrainingData(None, None, store.folder, {"the hidden states": made_from})
+            else:
+                prints = {"the data": made_from, "the target's answers": answers.name}
+                made = TrainingData(prepared.path, answers, reads and reads.folder, prints)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
@@ -156,15 +160,3 @@ def capture_on_rank(
     documents, hidden = load_prepared(prepared), config.hidden_states
     quiet = Console(quiet=not ranks.is_main, markup=False, soft_wrap=True)
     capture(hidden, documents, target, config.cache_dir, quiet)
-
-
-def describe_training_data(
-    prepared: Prepared | None, answers: Path | None, store: Store | None, store_alone: bool
-) -> TrainingData:
-    """What `train` reads, and the fingerprints that a checkpoint of it belongs to."""
-    if store_alone:
-        fingerprints = {"the hidden states": fingerprint(store.inputs)}
-        return TrainingData(None, None, store.folder, fingerprints)
-    name = fingerprint(store.inputs) if store else prepared.path.name
-    fingerprints = {"the data": name, "the target's answers": answers.name}
-    return TrainingData(prepared.path, answers, store and store.folder, fingerprints)

@@ -45,15 +45,12 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass
 class TrainingData:
-    """What the stages before left for training, as folders that every rank opens for itself.
-
-    `fingerprints`, by name, are those of what a checkpoint belongs to.
-    """
+    """What the stages before left for training, as folders that every rank opens for itself."""
 
     prepared: Path | None
     answers: Path | None
     store: Path | None
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str]  # by name, of what a checkpoint belongs to
 
 
 def train(
@@ -138,7 +135,7 @@ def train(
                 command = f"python run.py train.resume={run_dir}"
                 print(f"\nstopped after update {trainer.update}; go on with: {command}")
                 raise SystemExit(128 + stopping)
-            trainer.meter.leave_out(time.perf_counter() - began)
+            trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()
         ranks.barrier()
 
@@ -238,15 +235,12 @@ def build_draft(
 
 @dataclass
 class Trainer:
-    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds.
-
-    `features` is asked for batches whose documents came without.
-    """
+    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds."""
 
     draft: Draft
     frozen: FrozenWeights
     loss: SoftTargetLoss
-    features: Callable[[Batch], Features]
+    features: Callable[[Batch], Features]  # of batches whose documents came without
     loader: Loader
     optim: GuardedOptimizer
     meter: Meter
@@ -258,7 +252,6 @@ class Trainer:
     def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
-        frozen = self.frozen
         # Divided by the count of all ranks, gradients are those of one large batch, however it is
         # cut into micro-batches and dealt.
         normaliser = self.ranks.all_reduce(sum(batch.normaliser for batch in batches))
@@ -266,10 +259,10 @@ class Trainer:
             self.optim.scheduler.step()
             return torch.zeros(())
         for batch in batches:
-            batch = batch.to(frozen.embedding.device)
+            batch = batch.to(self.frozen.embedding.device)
             features = batch.features or self.features(batch)
-            hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
-            output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
+            hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
+            output = self.loss(self.draft, hidden_ND, features, batch, self.frozen.draft_head)
             (output.loss / normaliser).backward()
             flops = training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
