@@ -155,6 +155,10 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     return config
 
 
+def is_within(key: str, name: str) -> bool:
+    return f"{key}.".startswith(f"{name}.")
+
+
 def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) -> DictConfig:
     """The config of the run in a folder, with `overrides` of it (None: all) as composed."""
     if not is_run(run_dir):
@@ -162,24 +166,23 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
     whole = read_json(private_copy(recorded["cache_dir"], run_dir)) or recorded
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
-    before, keys, given = flatten(saved), flatten(composed), []
+    before, keys = flatten(saved), flatten(composed)
     resumed = composed if overrides is None else OmegaConf.merge(saved)
-    for override in overrides or ():
-        # +key, ~key and group/name@package=option: what they set lies under the bare name.
-        key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
-        given.append(key)
-        if any(k == key or k.startswith(f"{key}.") for k in keys):
-            value = OmegaConf.select(composed, key)
-            OmegaConf.update(resumed, key, value, merge=False, force_add=True)
+    # +key, ~key and group/name@package=option: what they set lies under the bare name.
+    given = [re.split("[=@]", each.lstrip("+~"))[0].replace("/", ".") for each in overrides or ()]
+    for name in given:
+        if any(is_within(key, name) for key in keys):
+            value = OmegaConf.select(composed, name)
+            OmegaConf.update(resumed, name, value, merge=False, force_add=True)
     now = flatten(resumed)
     for key in before | now:
-        free = key in FREE or key.split(".")[0] in FREE
+        free = any(is_within(key, name) for name in FREE)
         # Two logins are no two drafts.
         if not free and redact({key: before.get(key)}) != redact({key: now.get(key)}):
             differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
             raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
-        again = not any(key == name or key.startswith(f"{name}.") for name in given)
-        if overrides is not None and again and key in RUNS_CODE and now.get(key):
+        given_again = overrides is None or any(is_within(key, name) for name in given)
+        if not given_again and key in RUNS_CODE and now.get(key):
             problem = f"{key}={now[key]} of the run in {run_dir} lets it run code"
             argument = shlex.quote(f"++{key}={json.dumps(now[key])}")
             raise ConfigError(f"{problem}; where you trust it, give it again: {argument}")
