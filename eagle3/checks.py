@@ -15,7 +15,7 @@ from hydra.utils import get_object
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.benchmark.scoring import namespaces
-from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest, parse_size
+from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote
 from eagle3.draft.initial import draft_config
@@ -24,6 +24,7 @@ from eagle3.export.read import check_given
 from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
 from eagle3.parallel.ranks import choose_device
+from eagle3.runs.disk import parse_size
 from eagle3.target.loading import check_croppable
 from eagle3.target.spec import check_supported, read_spec
 
@@ -99,11 +100,9 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, argument) for argument in arguments)
     if origin in (list, tuple):
         return isinstance(value, (list, tuple)) and all(fits(v, arguments[0]) for v in value)
-    # To Python a bool is an int, to a user of YAML it is none.
-    if hint in (bool, str, int, type(None)):
-        return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint in (bool, str, int, float, type(None)):
+        # By type: to Python a bool is an int, to a user of YAML it is none.
+        return type(value) is hint or (hint is float and type(value) is int)
     return not inspect.isclass(hint) or isinstance(value, (dict, hint))
 
 

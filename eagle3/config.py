@@ -231,14 +231,6 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 500GB or 1.5TB. Raises ConfigError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B", text.strip(), re.IGNORECASE)
-    if not found:
-        raise ConfigError(f"hidden_states.max_disk={text} is no size; write it as 500GB or 1.5TB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
-
-
 OFFERED = (
     *(f"torch.optim.{name}" for name in ("Adafactor", "Adam", "AdamW", "NAdam", "RAdam", "SGD")),
     # those that take the number of updates behind the optimiser
@@ -257,17 +249,13 @@ def offered_targets() -> tuple[str, ...]:
 
 def check_targets(key: str, value: Any) -> None:
     """Raise ConfigError for a `_target_` that is not offered, at any depth of nested values."""
-    if isinstance(value, list):
-        for element in value:
-            check_targets(key, element)
-    for name, inner in value.items() if isinstance(value, dict) else ():
+    nested = dict(enumerate(value)) if isinstance(value, list) else value
+    for name, inner in nested.items() if isinstance(nested, dict) else ():
         check_targets(f"{key}.{name}".lstrip("."), inner)
         if name == "_target_" and inner not in offered_targets():
             near = nearest(str(inner), offered_targets())
-            raise ConfigError(
-                f"{key}._target_={inner} is not offered: allowed is what a file of conf/ names, "
-                f"and {', '.join(OFFERED)}{near}"
-            )
+            allowed = f"allowed is what a file of conf/ names, and {', '.join(OFFERED)}{near}"
+            raise ConfigError(f"{key}._target_={inner} is not offered: {allowed}")
 
 
 def instantiate(node: Any) -> Any:

@@ -21,7 +21,7 @@ from eagle3.draft.model import Draft
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
-from eagle3.runs.artefact import artefact, read_inputs
+from eagle3.runs.artefact import MANIFEST, artefact, read_manifest
 from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
@@ -94,7 +94,7 @@ def answer_batch(
 def load_answers(folder: Path) -> list[Document]:
     """Prompts with their answers, which the loss mask has, in order of the prompts."""
     answers = []
-    for number, prompt in enumerate(read_inputs(folder)["prompts"]):
+    for number, prompt in enumerate(read_manifest(folder / MANIFEST)["inputs"]["prompts"]):
         tensors = load_tensors(answer_path(folder, number))
         features = Features(*(tensors[field.name] for field in fields(Features)))
         ids = tensors["input_ids"]

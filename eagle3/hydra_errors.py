@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import traceback
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,42 +14,58 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from eagle3.config import RunConfig, flatten, nearest
+from eagle3.config import CONF, RunConfig, flatten, nearest
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import FULL, free_bytes, size_text
+from eagle3.runs.logger import redact
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 # Of hydra: hydra-<name>-launcher and hydra-<name>-sweeper bring options of these names.
 PLUGINS = ("submitit", "joblib", "ray", "rq", "optuna", "ax", "nevergrad")
+EXPLAINED = (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError)
+NULL_GROUP = "Config group override"  # of hydra's ValueError
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
 
 
 @contextmanager
-def one_sentence(conf: Path, show_traceback: bool) -> Iterator[None]:
+def one_sentence(show_traceback: bool) -> Iterator[None]:
     """A mistake ends the process with a sentence and its exit code, or a traceback if asked for."""
     try:
         yield
-    except (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError) as error:
-        if show_traceback:
+    except Exception as error:
+        if show_traceback or not (isinstance(error, EXPLAINED) or NULL_GROUP in str(error)):
             raise
-        message, exit_code = explain(error, conf)
+        message, exit_code = explain(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_code)
-    except ValueError as error:
-        if show_traceback or "Config group override" not in str(error):
+
+
+@contextmanager
+def note_failure(failed: list[str], number: int, overrides: list[str]) -> Iterator[None]:
+    """What ends a job of a sweep is shown and noted in `failed`; a signal ends all jobs."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+    except SystemExit as ended:
+        if ended.code > 128:
             raise
-        print("error: a config group is null; name one of its options", file=sys.stderr)
-        sys.exit(2)
+    else:
+        return
+    failed.append(f"{number} ({' '.join(redact(overrides))})")
 
 
-def explain(error: BaseException, conf: Path) -> tuple[str, int]:
+def explain(error: BaseException) -> tuple[str, int]:
     """-> (sentence, exit code). Exceptions that wrap one of ours are seen through."""
-    cause: BaseException | None = error
-    # Hydra and the launcher raise errors of their own from ours.
-    while cause is not None:
+    cause, seen = error, set()
+    # Hydra and the launcher raise errors of their own from ours; OmegaConf's may form a circle.
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, ConfigError | RunError):
             return str(cause), cause.exit_code
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
+    if NULL_GROUP in str(error):
+        return "a config group is null; name one of its options", 2
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         allowed = ", ".join(error.options or ()) + nearest(option, error.options or ())
@@ -60,7 +77,7 @@ def explain(error: BaseException, conf: Path) -> tuple[str, int]:
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, error.message), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return wrong_key_or_value(error, conf), 2
+        return wrong_key_or_value(error), 2
     if isinstance(error, OSError) and error.strerror in FULL:
         # Hydra writes before it says where.
         given = [a for a in sys.argv if a.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
@@ -83,7 +100,7 @@ def unreadable(override: str, message: str) -> str:
     return f"{override} cannot be read ({reason}); {remedy}"
 
 
-def wrong_key_or_value(error: Exception, conf: Path) -> str:
+def wrong_key_or_value(error: Exception) -> str:
     """An unknown key, or a value of the wrong type; Hydra wraps what OmegaConf raised."""
     cause = error.__cause__ or error
     key = getattr(cause, "full_key", None)
@@ -94,7 +111,7 @@ def wrong_key_or_value(error: Exception, conf: Path) -> str:
             return f"{key} is new to the config: put + before it, as +{key}=..."
         # Hydra is in the middle of the composition that failed.
         GlobalHydra.instance().clear()
-        with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             keys = list(flatten(compose("run", overrides=["name=x"])))
         sections = sorted({each.rpartition(".")[0] for each in keys} - {""})
         return f"{key} is no key of the config{nearest(key, keys + sections)}"

@@ -5,6 +5,7 @@ a stage that is listed too; else the run ends with one sentence that names the s
 made lies under the fingerprint of what it was made from, and is made once.
 """
 
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from eagle3.benchmark.check import check
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig, instantiate
-from eagle3.data.chat import Chat, load_chat
-from eagle3.data.prepare import Prepared, find_prepared, load_prepared, prepare
+from eagle3.data.chat import load_chat
+from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources
 from eagle3.data.view import view
@@ -26,7 +27,7 @@ from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
-from eagle3.hidden_states.store import Store, is_complete, open_store, store_inputs
+from eagle3.hidden_states.store import is_complete, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
@@ -60,14 +61,16 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
     no_data = data.path is None and not data.sources
     store_alone = mode.captures and hidden.path is not None and (imports or no_data)
     reads_answers = "generate" in listed or ("train" in listed and not store_alone)
-    reads_prepared = reads_answers or bool(listed & {"prepare", "capture"})
-    if "benchmark" in listed and asks_heldout(config.benchmark):
-        reads_prepared = True
+    measures_heldout = "benchmark" in listed and asks_heldout(config.benchmark)
+    reads_prepared = reads_answers or measures_heldout or bool(listed & {"prepare", "capture"})
     reads_rows = reads_prepared or config.plan or bool(listed & {"regenerate", "view"})
     sources = find_sources(data, cache_dir) if reads_rows else None
     chat = None
     if reads_rows or listed & {"check", "benchmark"}:
-        chat = load_chat_for(config, required=reads_rows or "benchmark" in listed)
+        required = reads_rows or "benchmark" in listed
+        # `check` alone does without where the target has no tokenizer or template.
+        with nullcontext() if required else suppress(ConfigError):
+            chat = load_chat(config.model, data)
     vocab_sizes = target.spec.config.vocab_size, config.draft.vocab_size
     if config.plan:
         given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
@@ -76,9 +79,9 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         return None
 
     prepared = answers = store = None
-    folders, resume = [run_dir, cache_dir, hidden.path or run_dir], (run_dir, overrides)
+    folders = [run_dir, cache_dir, hidden.path or run_dir]
     with (
-        name_full_disk(folders, lambda: command_to_resume(*resume)),
+        name_full_disk(folders, lambda: command_to_resume(run_dir, overrides)),
         target,
         track_run(asked, run_dir, overrides, device, console) as tracking,
     ):
@@ -111,7 +114,12 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
             reads = store if mode.captures else None
-            made = describe_training_data(prepared, answers, reads, store_alone)
+            made_from = fingerprint(reads.inputs) if reads else prepared.path.name
+            if store_alone:
+                made = TrainingData(None, None, store.folder, {"the hidden states": made_from})
+            else:
+                prints = {"the data": made_from, "the target's answers": answers.name}
+                made = TrainingData(prepared.path, answers, reads and reads.folder, prints)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
@@ -119,7 +127,10 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
             export_draft(best, config.export, target.spec, draft_length, run_dir)
         if listed & {"check", "benchmark"}:
-            folder = find_draft(config, run_dir)
+            folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
+            if not folder.exists():
+                remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
+                raise ConfigError(f"no draft at {folder}; {remedy}")
             heldout = prepared and prepared.path / "heldout.jsonl"
             subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
         if "check" in listed:
@@ -128,25 +139,6 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if "benchmark" in listed:
             benchmark(instantiate(config.benchmark), subject, run_dir)
     return read_acceptance(run_dir)
-
-
-def load_chat_for(config: RunConfig, required: bool) -> Chat | None:
-    """The target's tokenizer and template; `check` alone does without where there is none."""
-    try:
-        return load_chat(config.model, config.data)
-    except ConfigError:
-        if required:
-            raise
-        return None
-
-
-def find_draft(config: RunConfig, run_dir: Path) -> Path:
-    """The draft to check or measure: the one that `draft_path` names, else this run's own."""
-    folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
-    if not folder.exists():
-        remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
-        raise ConfigError(f"no draft at {folder}; {remedy}")
-    return folder
 
 
 def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:
@@ -166,15 +158,3 @@ def capture_on_rank(
     documents, hidden = load_prepared(prepared), config.hidden_states
     quiet = Console(quiet=not ranks.is_main, markup=False, soft_wrap=True)
     capture(hidden, documents, target, config.cache_dir, quiet)
-
-
-def describe_training_data(
-    prepared: Prepared | None, answers: Path | None, store: Store | None, store_alone: bool
-) -> TrainingData:
-    """What `train` reads, and the fingerprints that a checkpoint of it belongs to."""
-    if store_alone:
-        fingerprints = {"the hidden states": fingerprint(store.inputs)}
-        return TrainingData(None, None, store.folder, fingerprints)
-    name = fingerprint(store.inputs) if store else prepared.path.name
-    fingerprints = {"the data": name, "the target's answers": answers.name}
-    return TrainingData(prepared.path, answers, store and store.folder, fingerprints)

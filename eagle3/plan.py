@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from eagle3.batch import Batch, Features, pack
-from eagle3.config import RunConfig, instantiate, parse_size
+from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared
@@ -29,7 +29,7 @@ from eagle3.errors import RunError
 from eagle3.hidden_states.shards import document_bytes
 from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss
-from eagle3.runs.disk import free_bytes, size_text
+from eagle3.runs.disk import free_bytes, parse_size, size_text
 from eagle3.target.spec import TargetSpec
 from eagle3.ttt import unroll
 

@@ -30,17 +30,12 @@ from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
-from eagle3.runs.checkpoint import (
-    CheckpointState,
-    CheckpointWriter,
-    check_fingerprints,
-    load_checkpoint,
-    load_draft,
-)
+from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_checkpoint, load_draft
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
-from eagle3.runs.progress import note_signals, progress_bar
+from eagle3.runs.progress import progress_bar
+from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
 from eagle3.ttt import training_flops, unroll
@@ -50,15 +45,12 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass
 class TrainingData:
-    """What the stages before left for training, as folders that every rank opens for itself.
-
-    `fingerprints`, by name, are those of what a checkpoint belongs to.
-    """
+    """What the stages before left for training, as folders that every rank opens for itself."""
 
     prepared: Path | None
     answers: Path | None
     store: Path | None
-    fingerprints: dict[str, str]
+    fingerprints: dict[str, str]  # by name, of what a checkpoint belongs to
 
 
 def train(
@@ -73,8 +65,9 @@ def train(
     last, best = folder / "last", folder / "best"
     # The first rank decides: what another node sees of a shared disk may be old.
     saved = load_checkpoint(last) if ranks.broadcast(last.exists()) else None
-    if saved:
-        check_fingerprints(saved.plain["inputs"], data.fingerprints)
+    for name, was in saved.plain["inputs"].items() if saved else ():
+        if (now := data.fingerprints.get(name)) != was:
+            raise ConfigError(f"{name} is {now}, but the checkpoint has {was}; start anew")
     supply = open_supply(config, target, data, ranks)
     trainer = build_trainer(config, target, supply, saved, ranks)
     draft, total, resumed_at, history = trainer.draft, trainer.loader.total_updates, None, None
@@ -142,7 +135,7 @@ def train(
                 command = f"python run.py train.resume={run_dir}"
                 print(f"\nstopped after update {trainer.update}; go on with: {command}")
                 raise SystemExit(128 + stopping)
-            trainer.meter.leave_out(time.perf_counter() - began)
+            trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()
         ranks.barrier()
 
@@ -245,15 +238,12 @@ def build_draft(
 
 @dataclass
 class Trainer:
-    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds.
-
-    `features` is asked for batches whose documents came without.
-    """
+    """What a run changes while it trains; `state` and `restore` are what a checkpoint holds."""
 
     draft: Draft
     frozen: FrozenWeights
     loss: SoftTargetLoss
-    features: Callable[[Batch], Features]
+    features: Callable[[Batch], Features]  # of batches whose documents came without
     loader: Loader
     optim: GuardedOptimizer
     meter: Meter
@@ -265,7 +255,6 @@ class Trainer:
     def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
-        frozen = self.frozen
         # Divided by the count of all ranks, gradients are those of one large batch, however it is
         # cut into micro-batches and dealt.
         normaliser = self.ranks.all_reduce(sum(batch.normaliser for batch in batches))
@@ -273,10 +262,10 @@ class Trainer:
             self.optim.scheduler.step()
             return torch.zeros(())
         for batch in batches:
-            batch = batch.to(frozen.embedding.device)
+            batch = batch.to(self.frozen.embedding.device)
             features = batch.features or self.features(batch)
-            hidden_ND = unroll(self.draft, frozen.embedding, features.aux_hidden_states, batch)
-            output = self.loss(self.draft, hidden_ND, features, batch, frozen.draft_head)
+            hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
+            output = self.loss(self.draft, hidden_ND, features, batch, self.frozen.draft_head)
             (output.loss / normaliser).backward()
             flops = training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
@@ -288,10 +277,10 @@ class Trainer:
         """Every rank makes it together with the others."""
         rank, names = self.ranks.rank, [name for name, _ in self.draft.named_parameters()]
         moments, counts = self.optim.state(names)
-        draft = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
-        own = {f"rank_{rank}/rng": torch.get_rng_state()}
+        tensors = {f"draft/{name}": tensor for name, tensor in self.draft.state_dict().items()}
+        tensors[f"rank_{rank}/rng"] = torch.get_rng_state()
         if self.frozen.embedding.is_cuda:
-            own[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
+            tensors[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
         plain = counts | {
             "draft": asdict(self.draft.config),
             "update": self.update,
@@ -301,7 +290,7 @@ class Trainer:
             "tokens_per_update": self.loader.tokens_per_update,
             "meters": self.ranks.all_gather(self.meter.state()),
         }
-        return CheckpointState(draft | moments, own, plain)
+        return CheckpointState(tensors | moments, plain)
 
     def restore(self, state: CheckpointState) -> None:
         """Go on from `state`, which may have been written by another number of ranks."""
@@ -314,10 +303,11 @@ class Trainer:
         self.best_update = plain["best_update"]
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
         # A rank that was not there before begins with the state that its process has.
-        if f"rank_{rank}/rng" in state.own:
-            torch.set_rng_state(state.own[f"rank_{rank}/rng"])
-        if self.frozen.embedding.is_cuda and f"rank_{rank}/rng_cuda" in state.own:
-            torch.cuda.set_rng_state(state.own[f"rank_{rank}/rng_cuda"])
+        own = with_prefix(state.tensors, f"rank_{rank}/")
+        if "rng" in own:
+            torch.set_rng_state(own["rng"])
+        if self.frozen.embedding.is_cuda and "rng_cuda" in own:
+            torch.cuda.set_rng_state(own["rng_cuda"])
 
 
 def refuse_endless_skipping(trainer: Trainer, batches: list[Batch], run_dir: Path) -> None:

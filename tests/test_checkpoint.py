@@ -16,8 +16,9 @@ from eagle3.runs.checkpoint import load_checkpoint
 
 def state(number):
     tensors = {"draft/a": torch.full((3, 2), number), "optimizer/a/step": torch.tensor(number)}
+    tensors["rank_0/rng"] = torch.get_rng_state()
     plain = {"draft": {}, "update": int(number), "best": -float("inf")}
-    return checkpoint.CheckpointState(tensors, {"rank_0/rng": torch.get_rng_state()}, plain)
+    return checkpoint.CheckpointState(tensors, plain)
 
 
 def save(folder, *updates, keep_last=1, **options):
@@ -42,7 +43,7 @@ def test_a_state_comes_back(tmp_path):
     best = load_checkpoint(tmp_path / "best")
     assert torch.equal(best.tensors["draft/a"], torch.ones(3, 2))
     assert best.tensors["optimizer/a/step"] == 1 and best.plain["best"] == -float("inf")
-    assert torch.equal(best.own["rank_0/rng"], torch.get_rng_state())
+    assert torch.equal(best.tensors["rank_0/rng"], torch.get_rng_state())
     weights = checkpoint.load_draft(tmp_path / "last")[1]
     assert weights.keys() == {"a"} and torch.equal(weights["a"], torch.full((3, 2), 4.0))
 
@@ -93,6 +94,9 @@ def test_a_damaged_one_is_refused_with_a_remedy(tmp_path, others):
 
 def test_ranks_write_about_as_many_bytes_each():
     tensors = {f"t{i}": torch.zeros(size) for i, size in enumerate([100, 60, 50, 30, 10, 1])}
-    parts = [checkpoint.partition_tensors(tensors, rank, 3) for rank in range(3)]
-    assert sorted(name for part in parts for name in part) == sorted(tensors)
+    own = [{f"rank_{rank}/rng": torch.zeros(0)} for rank in range(3)]
+    parts = [checkpoint.partition_tensors(tensors | own[rank], rank, 3) for rank in range(3)]
+    written = sorted(name for part in parts for name in part)
+    assert written == sorted([*tensors, "rank_0/rng", "rank_1/rng", "rank_2/rng"])
+    assert all(own[rank].keys() <= parts[rank].keys() for rank in range(3))
     assert max(sum(t.nbytes for t in part.values()) for part in parts) == 100 * 4

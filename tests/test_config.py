@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import sys
 from typing import Annotated
 
 import pytest
@@ -13,7 +14,7 @@ from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError
-from eagle3.hydra_errors import explain
+from eagle3.hydra_errors import explain, note_failure
 from eagle3.runs.resume import command_to_resume, load_config, run_folder
 
 CONF = ROOT / "conf"
@@ -102,9 +103,38 @@ def test_mistakes_are_one_sentence(override, tmp_path):
     with pytest.raises(Exception) as raised:
         overrides = override.split(" & ")
         check(load_config(compose_config(*overrides), tmp_path, overrides))
-    message, exit_code = explain(raised.value, CONF)
+    message, exit_code = explain(raised.value)
     assert SENTENCES[override] in message
     assert exit_code == 2 and "\n" not in message
+
+
+def test_a_mistake_is_explained_under_a_debugger():
+    """While a trace function is set, OmegaConf's errors cause each other in a circle."""
+    before, override = sys.gettrace(), "+data.sources.a.path=a/b"
+    sys.settrace(lambda frame, event, argument: None)
+    try:
+        with pytest.raises(Exception) as raised:
+            compose_config(override)
+    finally:
+        sys.settrace(before)
+    assert SENTENCES[override] in explain(raised.value)[0]
+
+
+class OddError(Exception):
+    code = None  # as the errors of some libraries have
+
+
+@pytest.mark.parametrize("ended", [SystemExit(2), ValueError("x"), OddError("x")])
+def test_a_bad_job_of_a_sweep_is_noted(ended):
+    failed = []
+    with note_failure(failed, 1, ["x=1", "x.api_key=SESAME"]):
+        raise ended
+    assert failed == ["1 (x=1 x.api_key=<redacted>)"]
+
+
+def test_a_signal_ends_a_sweep():
+    with pytest.raises(SystemExit), note_failure([], 1, []):
+        raise SystemExit(143)
 
 
 MISTAKES = (

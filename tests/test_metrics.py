@@ -80,7 +80,7 @@ def test_rates_count_training_time_only(clock):
     meter = Meter(1, GAMMA)
     add_one(meter, tokens=300, waited=0.5)
     clock[0] += 5
-    meter.leave_out(3.0)
+    meter.excluded_seconds += 3.0
     read = meter.read()
     assert (read["tokens_per_second"], read["data_wait_fraction"]) == (150, 0.25)
     add_one(meter, tokens=300)

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from eagle3.batch import Document, fill, pack, serving, split_features
-from eagle3.config import HiddenStates, parse_size
+from eagle3.config import HiddenStates
 from eagle3.data.prepare import Prepared
 from eagle3.hidden_states.shards import SHARD_BYTES, document_bytes, shard_path
 from eagle3.hidden_states.store import Store, bytes_by_owner, create_store, store_inputs
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import check_disk
+from eagle3.runs.disk import check_disk, parse_size
 from eagle3.target.handle import TargetHandle
 
 POLL_SECONDS = 1.0

@@ -18,13 +18,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from eagle3.batch import Document
-from eagle3.config import HiddenStates, parse_size
+from eagle3.config import HiddenStates
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import Shard, shard_number, shard_path
 from eagle3.runs.artefact import fingerprint
-from eagle3.runs.disk import free_bytes, read_json, write_atomically
+from eagle3.runs.disk import free_bytes, parse_size, read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 
 INPUTS, INDEX, LOCK, SHARDS = "store.json", "index.npz", ".lock", "shard_*.safetensors"

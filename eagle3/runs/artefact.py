@@ -63,31 +63,25 @@ def artefact(
 
     `write(folder)` finds what an interrupted call left; without it the folder must be there.
     """
-    path = Path(cache_dir) / kind / fingerprint(inputs)
-    if path.is_dir():
-        return check_artefact(path, stage)
-    if write is None:
-        raise RunError(f"cache_dir={cache_dir} has no {kind}/{path.name}: add {stage} to stages")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{path}.lock").acquire()
-    except OSError as error:
-        raise RunError(f"cache_dir={cache_dir} cannot be written: {error}") from error
-    # Runs of a sweep want the same artefact at the same moment: one writes it, the others wait.
-    with lock:
-        if path.is_dir():  # another process wrote it while this one waited
-            return check_artefact(path, stage)
-        partial = path.with_suffix(".partial")
-        partial.mkdir(exist_ok=True)
-        facts = write(partial)
-        write_manifest(partial / MANIFEST, {"inputs": inputs, "facts": facts})
-        partial.rename(path)  # only what is complete has its name
-    return path
-
-
-def check_artefact(path: Path, stage: str) -> Path:
-    """Read all of its files once, so that whoever opens them afterwards need not doubt them."""
-    try:
+    name = fingerprint(inputs)
+    path = Path(cache_dir) / kind / name
+    if not path.is_dir():
+        if write is None:
+            raise RunError(f"cache_dir={cache_dir} has no {kind}/{name}: add {stage} to stages")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{path}.lock").acquire()
+        except OSError as error:
+            raise RunError(f"cache_dir={cache_dir} cannot be written: {error}") from error
+        # Runs of a sweep want the same artefact at the same moment: one writes it, others wait.
+        with lock:
+            if not path.is_dir():
+                partial = path.with_suffix(".partial")
+                partial.mkdir(exist_ok=True)
+                facts = write(partial)
+                write_manifest(partial / MANIFEST, {"inputs": inputs, "facts": facts})
+                return partial.rename(path)  # only what is complete has its name
+    try:  # all of its files once, so that whoever opens them afterwards need not doubt them
         read_manifest(path / MANIFEST, whole=True)
     except DamageError as damage:
         raise RunError(f"{damage}; delete {path} and add {stage} to stages") from damage
@@ -97,8 +91,3 @@ def check_artefact(path: Path, stage: str) -> Path:
 def read_facts(path: Path) -> dict[str, Any]:
     """What `write` returned for the artefact at `path`."""
     return read_manifest(path / MANIFEST)["facts"]
-
-
-def read_inputs(path: Path) -> dict[str, Any]:
-    """What the artefact at `path` was made from."""
-    return read_manifest(path / MANIFEST)["inputs"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
-from eagle3.errors import ConfigError, RunError
+from eagle3.errors import RunError
 from eagle3.runs.artefact import STATE, read_manifest, write_manifest
 from eagle3.runs.disk import instead_of, step_folders, sync
 
@@ -24,8 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class CheckpointState:
-    tensors: Tensors  # by name, the same on every rank
-    own: Tensors  # this rank's alone, under names that begin with `rank_N/`
+    tensors: Tensors  # the same on every rank, but `rank_N/...`, which are rank N's alone
     plain: dict[str, Any]  # what JSON can hold
 
 
@@ -50,7 +49,7 @@ class CheckpointWriter:
         """Copy the state to the host and write it in the thread; first waits for the one before."""
         self.wait()
         # Copied, because the next update changes the weights while the thread still writes.
-        mine = partition_tensors(state.tensors, self.rank, self.world_size) | state.own
+        mine = partition_tensors(state.tensors, self.rank, self.world_size)
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in mine.items()}
         self.writing = self.thread.submit(self._write, update, copied, state.plain, best)
 
@@ -101,10 +100,11 @@ def first_cause(error: Exception) -> str:
 
 
 def partition_tensors(tensors: Tensors, rank: int, world_size: int) -> Tensors:
-    """The tensors that this rank writes: all ranks write about as many bytes."""
-    loads, mine = [0] * world_size, {}
+    """The tensors that this rank writes, its own and about as many bytes as others of the rest."""
+    own = {name for name in tensors if name.startswith("rank_")}
+    loads, mine = [0] * world_size, {name: tensors[name] for name in own}
     # Largest first, names to break ties: every rank must come to the same partition by itself.
-    for name in sorted(tensors, key=lambda name: (-tensors[name].nbytes, name)):
+    for name in sorted(tensors.keys() - own, key=lambda name: (-tensors[name].nbytes, name)):
         writer = loads.index(min(loads))
         loads[writer] += tensors[name].nbytes
         if writer == rank:
@@ -132,8 +132,7 @@ def load_checkpoint(path: Path, prefix: str = "") -> CheckpointState:
     except Exception as error:  # safetensors, json and dcp raise a dozen kinds: all mean the same
         reason = f"({first_cause(error)}); {instead_of(path)}"
         raise RunError(f"checkpoint {path} is damaged {reason}") from error
-    own = {name: tensors.pop(name) for name in list(tensors) if name.startswith("rank_")}
-    return CheckpointState(tensors, own, plain)
+    return CheckpointState(tensors, plain)
 
 
 def load_draft(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -143,11 +142,3 @@ def load_draft(path: Path) -> tuple[dict[str, Any], Tensors]:
         raise RunError(f"checkpoint {path} is of an older version; export with that, or train anew")
     weights = {name.removeprefix("draft/"): tensor for name, tensor in state.tensors.items()}
     return state.plain["draft"], weights
-
-
-def check_fingerprints(saved: dict[str, str], current: dict[str, str]) -> None:
-    """Raise ConfigError when data or target are not those that a checkpoint was trained on."""
-    for name, fingerprint in saved.items():
-        if current.get(name) != fingerprint:
-            now = current.get(name)
-            raise ConfigError(f"{name} is {now}, but the checkpoint has {fingerprint}; start anew")

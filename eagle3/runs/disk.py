@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 from rich.filesize import decimal as size_text
 
-from eagle3.errors import DamageError, RunError
+from eagle3.errors import ConfigError, DamageError, RunError
 
 FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
 REMEDY = "; delete it, or put a whole copy in its place"
@@ -89,6 +90,14 @@ def write_atomically(path: Path, pieces: Iterable[Any]) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)  # or a power cut may undo the renaming
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 500GB or 1.5TB. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ConfigError(f"hidden_states.max_disk={text} is no size; write it as 500GB or 1.5TB")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
 
 
 def check_disk(needed: int, folder: str | Path, most: int | None = None) -> None:

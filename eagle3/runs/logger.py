@@ -31,13 +31,6 @@ URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
 
 
-def secret_values() -> list[str]:
-    """What the environment holds as logins, longest first."""
-    found = {value for name, value in os.environ.items() if SECRET_VARIABLE.search(name)}
-    # Shorter ones are switches, such as HF_HUB_DISABLE_IMPLICIT_TOKEN=1, and parts of many words.
-    return sorted((value for value in found if len(value) >= 8), key=len, reverse=True)
-
-
 def redact(config: Any) -> Any:
     """A copy of nested values without logins: what SECRET_KEY names, also in overrides, the values
     of such environment variables, and those in URLs.
@@ -51,8 +44,11 @@ def redact(config: Any) -> Any:
     if not isinstance(config, str):
         return config
     text = URL_LOGIN.sub(REDACTED, config)
-    for value in secret_values():
-        text = text.replace(value, REDACTED)
+    # Longest first, as one may be part of another.
+    for name, value in sorted(os.environ.items(), key=lambda item: -len(item[1])):
+        # Shorter ones are switches, as HF_HUB_DISABLE_IMPLICIT_TOKEN=1, and parts of many words.
+        if len(value) >= 8 and SECRET_VARIABLE.search(name):
+            text = text.replace(value, REDACTED)
     key, _, value = text.partition("=")
     if value and SECRET_KEY.search(key):
         return f"{key}={REDACTED}"
@@ -65,9 +61,9 @@ def redact(config: Any) -> Any:
     return text
 
 
-def read_metrics(path: str | Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; [] where there is none."""
-    return parse_lines(Path(path).read_bytes().splitlines()) if Path(path).exists() else []
+    return parse_lines(path.read_bytes().splitlines()) if path.exists() else []
 
 
 def parse_lines(lines: list[bytes]) -> list[dict]:
@@ -82,13 +78,11 @@ def parse_lines(lines: list[bytes]) -> list[dict]:
 class JsonLines:
     """metrics.jsonl: one JSON object a `log` call, on disk when the call returns."""
 
-    def __init__(
-        self, path: str | Path, resume_step: int | None = None, checksum: str | None = None
-    ):
+    def __init__(self, path: Path, resume_step: int | None = None, checksum: str | None = None):
         """Starts the file anew, or keeps its lines up to update `resume_step`, and says where they
         are no longer those of the `checksum` that they had then.
         """
-        self.path = Path(path)
+        self.path = path
         kept = read_metrics(path) if resume_step is not None else []
         lines = [json.dumps(row) + "\n" for row in kept if row["step"] <= resume_step]
         text = "".join(lines).encode()

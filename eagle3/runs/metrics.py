@@ -46,7 +46,8 @@ class Meter:
         self.device_sums.zero_()
         # K counts of pairs, then normaliser, tokens, flops
         self.host_sums = torch.zeros(self.ttt_steps + 3, dtype=torch.float64)
-        self.data_wait_seconds = self.excluded_seconds = 0.0
+        self.data_wait_seconds = 0.0
+        self.excluded_seconds = 0.0  # whoever does other things than training adds them up here
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, list]:
@@ -61,10 +62,6 @@ class Meter:
             if rank == (number if same else 0):
                 self.device_sums += self.device_sums.new_tensor(state["device"])
                 self.host_sums += self.host_sums.new_tensor(state["host"])
-
-    def leave_out(self, seconds: float) -> None:
-        """Keep time that was not training out of the rates."""
-        self.excluded_seconds += seconds
 
     def add(self, losses: Tensor, correct: Tensor, batch: Batch, waited: float, flops: float):
         """Add a micro-step whose batch took `waited` seconds to come: sums [K] over the pairs."""

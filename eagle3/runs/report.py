@@ -123,8 +123,8 @@ def templates() -> Environment:
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    trained = [row for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row]
-    last = trained[-1] if trained else {}
+    rows = reversed(read_metrics(run_dir / "metrics.jsonl"))
+    last = next((row for row in rows if "loss" in row), {})
     values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
     values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
     values |= {"training": {key: value for key, value in last.items() if "/" not in key}}

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from eagle3.config import RunConfig, check_targets, flatten
@@ -95,10 +96,18 @@ def claim(run_dir: Path) -> AbstractContextManager:
         raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
 
 
-def write_shown(path: Path, text: str) -> None:
-    """A YAML file as hydra writes it, but without logins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
+def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
+    """`.hydra` as hydra would write it, but for logins; also a sweep's multirun.yaml again."""
+    folder = run_dir / (".hydra/resumed" if is_run(run_dir) else ".hydra")
+    folder.mkdir(parents=True, exist_ok=True)
+    shown = {"config": composed, "hydra": {"hydra": settings}}
+    shown["overrides"] = settings.overrides.task
+    texts = {folder / f"{name}.yaml": OmegaConf.to_yaml(each) for name, each in shown.items()}
+    if settings.mode == RunMode.MULTIRUN:
+        sweeps = Path(settings.sweep.dir).glob("multirun.yaml")  # not every sweeper's
+        texts |= {path: path.read_text() for path in sweeps}
+    for path, text in texts.items():
+        path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
 
 
 def private_copy(cache_dir: str, run_dir: Path) -> Path:
@@ -146,6 +155,10 @@ def load_config(composed: DictConfig, run_dir: Path, overrides: list[str]) -> Ru
     return config
 
 
+def is_within(key: str, name: str) -> bool:
+    return f"{key}.".startswith(f"{name}.")
+
+
 def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) -> DictConfig:
     """The config of the run in a folder, with `overrides` of it (None: all) as composed."""
     if not is_run(run_dir):
@@ -153,24 +166,23 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
     whole = read_json(private_copy(recorded["cache_dir"], run_dir)) or recorded
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
-    before, keys, given = flatten(saved), flatten(composed), []
+    before, keys = flatten(saved), flatten(composed)
     resumed = composed if overrides is None else OmegaConf.merge(saved)
-    for override in overrides or ():
-        # +key, ~key and group/name@package=option: what they set lies under the bare name.
-        key = override.lstrip("+~").split("=")[0].split("@")[0].replace("/", ".")
-        given.append(key)
-        if any(k == key or k.startswith(f"{key}.") for k in keys):
-            value = OmegaConf.select(composed, key)
-            OmegaConf.update(resumed, key, value, merge=False, force_add=True)
+    # +key, ~key and group/name@package=option: what they set lies under the bare name.
+    given = [re.split("[=@]", each.lstrip("+~"))[0].replace("/", ".") for each in overrides or ()]
+    for name in given:
+        if any(is_within(key, name) for key in keys):
+            value = OmegaConf.select(composed, name)
+            OmegaConf.update(resumed, name, value, merge=False, force_add=True)
     now = flatten(resumed)
     for key in before | now:
-        free = key in FREE or key.split(".")[0] in FREE
+        free = any(is_within(key, name) for name in FREE)
         # Two logins are no two drafts.
         if not free and redact({key: before.get(key)}) != redact({key: now.get(key)}):
             differs = f"{key}={now.get(key)} differs from the run in {run_dir}, which has"
             raise ConfigError(f"{differs} {before.get(key)}; start a new run instead")
-        again = not any(key == name or key.startswith(f"{name}.") for name in given)
-        if overrides is not None and again and key in RUNS_CODE and now.get(key):
+        given_again = overrides is None or any(is_within(key, name) for name in given)
+        if not given_again and key in RUNS_CODE and now.get(key):
             problem = f"{key}={now[key]} of the run in {run_dir} lets it run code"
             argument = shlex.quote(f"++{key}={json.dumps(now[key])}")
             raise ConfigError(f"{problem}; where you trust it, give it again: {argument}")
