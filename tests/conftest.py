@@ -298,6 +298,17 @@ def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fai
     return HiddenStates(path and str(path), dtype, max_disk, on_damage)
 
 
+def flip(path: Path, place: float = 0.5) -> None:
+    """Change a bit of the byte that lies at this share of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, missing: int = 3) -> None:
+    path.write_bytes(path.read_bytes()[:-missing])
+
+
 def turns(*contents):
     """What a user and an assistant say in turn."""
     roles = ("user", "assistant") * len(contents)
