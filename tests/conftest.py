@@ -33,7 +33,9 @@ from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
 from eagle3.pipeline import run_pipeline
 from eagle3.runs.resume import load_config
+from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import TargetSpec, read_spec
+from eagle3.ttt import unroll
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
@@ -94,6 +96,24 @@ def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
 def soft_target_loss(pointwise=kl, gamma=0.8, chunk_rows=1024, mask=serving) -> SoftTargetLoss:
     """The loss with the values that conf/loss has."""
     return SoftTargetLoss(pointwise, gamma, chunk_rows, mask)
+
+
+def handle_of(folder, layers=None, **section) -> TargetHandle:
+    """The target in a folder by target=hf on the CPU."""
+    section |= {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
+    return TargetHandle(spec_of(folder, layers), section, torch.device("cpu"))
+
+
+def fit(draft, target, batch, updates, lr) -> None:
+    """Train a draft on a batch with features of the target."""
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=lr)
+    features, head = batch.features, target.head[draft.target_ids]
+    for _ in range(updates):
+        hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
+        output = soft_target_loss()(draft, hidden, features, batch, head)
+        (output.loss / batch.normaliser).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def free_port() -> int:
@@ -265,9 +285,9 @@ def exported(target_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def edit_draft(folder, config=None, tensors=None) -> None:
-    """Change config.json and the tensors of a draft in place; None removes a key of the config,
-    "null" makes it null; `tensors` changes a dict of them, or returns another.
+def edit_model(folder, config=None, tensors=None) -> None:
+    """Change config.json and the tensors of a draft or target in place; None removes a key of the
+    config, "null" makes it null; `tensors` changes a dict of them, or returns another.
     """
     values = json.loads((folder / "config.json").read_text())
     for name, value in (config or {}).items():
@@ -279,7 +299,7 @@ def edit_draft(folder, config=None, tensors=None) -> None:
         named = load_file(folder / "model.safetensors")
         named = tensors(named) or named
         contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
-        save_file(contiguous, folder / "model.safetensors")
+        save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
 
 
 def in_another_process(function, *arguments) -> multiprocessing.Process:
@@ -299,9 +319,9 @@ def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fai
 
 
 def flip(path: Path, place: float = 0.5) -> None:
-    """Change a bit of the byte that lies at this share of a file."""
+    """Change a bit of the byte at an offset, or at a share (a float) of a file."""
     content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 1
+    content[int(place * (len(content) - 1)) if isinstance(place, float) else place] ^= 1
     path.write_bytes(content)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import edit_draft, section, spec_of
+from conftest import edit_model, handle_of, section, spec_of
 
 from eagle3.batch import Document, pack, serving
 from eagle3.benchmark.check import QUESTIONS, check, judge, judge_embedding
@@ -21,7 +21,6 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
 from eagle3.export.write import portable_config, write_draft
 from eagle3.hidden_states.capture import compute_features
-from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
@@ -32,8 +31,7 @@ NAMED = "eagle_aux_hidden_state_layer_ids"
 
 @pytest.fixture
 def target(target_folder):
-    section = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
-    return TargetHandle(spec_of(target_folder), section, torch.device("cpu"))
+    return handle_of(target_folder)
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def run_check(folder, target, tokenizer, tmp_path, **section):
 
 def test_it_decodes_and_ends_with_a_line_for_each_thing_wrong(folder, target, tokenizer, tmp_path):
     """The draft is untrained, so its acceptance is exactly 1."""
-    edit_draft(folder, {"max_position_embeddings": 256})
+    edit_model(folder, {"max_position_embeddings": 256})
     raised, content = run_check(folder, target, tokenizer, tmp_path)
     first, second = raised.split("\nerror: ")
     assert first.startswith("SGLang: max_position_embeddings") and "exactly 1.0" in second
@@ -75,9 +73,9 @@ def test_what_cannot_be_decoded_is_the_last_line(
         path.mkdir()
         for name in names:
             shutil.copy(target_folder / name, path)
-    edit_draft(folder, {"max_position_embeddings": 256})
+    edit_model(folder, {"max_position_embeddings": 256})
     for path, chat in ((bare, tokenizer), (tongueless, None)):
-        given = TargetHandle(spec_of(path), target.section, target.device)
+        given = handle_of(path)
         raised, content = run_check(folder, given, chat, tmp_path)
         last = raised.splitlines()[-1]
         assert last.startswith("error: no prompt was decoded: ") and "check.decode=false" in last
@@ -104,7 +102,7 @@ def test_what_acceptance_lengths_give_away(lengths, severity, words):
 def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
     def ship(change):
         shipped = change(target.load_weights().embedding.bfloat16())
-        edit_draft(folder, tensors=lambda t: t.update({"embed_tokens.weight": shipped}))
+        edit_model(folder, tensors=lambda t: t.update({"embed_tokens.weight": shipped}))
         return list(judge_embedding(read_any(folder), target))
 
     assert list(judge_embedding(read_any(folder), target)) == []
@@ -112,7 +110,7 @@ def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
     (other,) = ship(lambda embedding: embedding.roll(1, 0))
     (short,) = ship(lambda embedding: embedding[:9])
     own = {"hidden_size": 32, "target_hidden_size": 64}
-    edit_draft(folder, own, lambda t: t.pop("embed_tokens.weight") is None)
+    edit_model(folder, own, lambda t: t.pop("embed_tokens.weight") is None)
     (own,) = judge_embedding(read_any(folder), target)
     said = {"differs": other, "in 9 of 9 rows": short, "needs its own": own}
     assert all(f.severity == "wrong" and words in f.sentence for words, f in said.items())
@@ -198,7 +196,7 @@ def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
 def test_a_wrong_draft_of_the_right_shape_is_named(trained, target, tokenizer, tmp_path, name):
     config, tensors, words = MISTAKES[name]
     folder = shutil.copytree(trained, tmp_path / "draft")
-    edit_draft(folder, config, tensors)
+    edit_model(folder, config, tensors)
     raised, _ = run_check(folder, target, tokenizer, tmp_path, engines=["sglang"], **ANSWERED)
     assert re.search(words, raised)
 
@@ -217,7 +215,7 @@ def test_the_layers_a_draft_was_made_for_are_found_by_decoding(
         return Reading(1.0 + 2 * fits, torch.full((20,), -4.0 + 2 * fits))
 
     monkeypatch.setattr("eagle3.benchmark.check.read_with", stand_in)
-    edit_draft(folder, {"eagle_config": {NAMED: [2, 4, 5]}, NAMED: [3, 5, 6]})
+    edit_model(folder, {"eagle_config": {NAMED: [2, 4, 5]}, NAMED: [3, 5, 6]})
     raised, content = run_check(folder, target, tokenizer, tmp_path, engines=["sglang"])
     assert re.search(r"fed by layers 1,3,4 it accepts 3\.00 tokens .* it is 1\.00", raised)
     assert content["decoded"]["acceptance_length"] == {"2,4,5": 1.0, "1,3,4": 3.0, "3,5,6": 1.0}
@@ -249,7 +247,7 @@ def test_targets_without_a_chat_are_decoded_on_plain_text(
     if kind == "no offsets":
         (path / "tokenizer.json").unlink()
         (path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    given = TargetHandle(spec_of(path), target.section, target.device)
+    given = handle_of(path)
     with pytest.raises(ConfigError):
         load_chat(given.spec, section("data"))
     raised, content = run_check(folder, given, None, tmp_path, engines=["vllm"])

@@ -175,7 +175,7 @@ def each_flipped(path: Path, read):
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole)
-        flip(path, place / (len(whole) - 1))
+        flip(path, place)
         try:
             yield read(path)
         except DamageError as damage:

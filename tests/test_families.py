@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut, edit_draft, make_config, spec_of
+from conftest import cut, edit_model, make_config, spec_of
 from transformers import AutoModelForCausalLM, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -249,7 +249,7 @@ def test_what_does_not_load_is_said_before_anything_runs(damage, config, sentenc
     build("llama", tmp_path)
     check_loadable(spec_of(tmp_path))
     damage(tmp_path / "model.safetensors")
-    edit_draft(tmp_path, config)
+    edit_model(tmp_path, config)
     with pytest.raises((ConfigError, RunError), match=sentence):
         HFTarget.check_settings({}, spec_of(tmp_path))
 

@@ -126,10 +126,6 @@ def test_what_is_refused(target_folder, tmp_path):
     HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
     with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):
         HFTarget.check_settings({"tp_size": 8}, spec_of(target_folder))
-    for config, words in (
-        (Gemma3TextConfig(**SHAPE, final_logit_softcapping=30.0), "final_logit_softcapping"),
-        (PhiConfig(**SHAPE | {"num_key_value_heads": 4}), "changes its logits behind the head"),
-    ):
-        save(config, tmp_path)
-        with pytest.raises(ConfigError, match=words):
-            HFTarget(spec_of(tmp_path), CPU)
+    save(PhiConfig(**SHAPE | {"num_key_value_heads": 4}), tmp_path)
+    with pytest.raises(ConfigError, match="changes its logits behind the head"):
+        HFTarget(spec_of(tmp_path), CPU)

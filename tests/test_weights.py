@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import spec_of
-from safetensors.torch import load_file, save_file
+from conftest import edit_model, spec_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -62,15 +61,10 @@ def save_sharded(folder):
 
 def rename(folder, names):
     """Rename or (with an empty name) drop tensors of a single-file checkpoint."""
-    tensors = load_file(folder / SINGLE)
-    named = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    named.pop("", None)
-    save_file(named, folder / SINGLE, {"format": "pt"})
-
-
-def edit_config(folder, **keys):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    dropped = {name for name, new in names.items() if not new}
+    edit_model(
+        folder, tensors=lambda t: {names.get(name, name): t[name] for name in t.keys() - dropped}
+    )
 
 
 def same(one, other):
@@ -128,11 +122,9 @@ def test_names_from_the_config(tmp_path):
 
 
 def test_a_head_that_is_stored_wins_over_a_config_that_ties(tmp_path):
-    edit_config(save(tmp_path), tie_word_embeddings=True)
+    edit_model(save(tmp_path), {"tie_word_embeddings": True})
     assert_loaded_alike(tmp_path)
-    tensors = load_file(tmp_path / SINGLE)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    edit_model(tmp_path, tensors=lambda t: t.update({WANTED[1]: t[WANTED[0]].clone()}))
     equal = load(tmp_path)
     assert equal.head is equal.embedding
 
@@ -158,7 +150,7 @@ SPOILT = [
     (lambda folder: save_sharded(folder) and (folder / INDEX).write_text("{}"), {},
      rf"{INDEX} .* names no tensors; get it again"),
     (save_phi, {}, r"changes its logits behind the head \(a bias\)"),
-    (lambda folder: edit_config(folder, final_logit_softcapping=30.0), {}, "logit_softcapping"),
+    (lambda folder: edit_model(folder, {"final_logit_softcapping": 30.0}), {}, "logit_softcapping"),
 ]  # fmt: skip
 
 
