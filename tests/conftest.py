@@ -146,16 +146,18 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
 def settings(target_folder, tmp_path_factory):
     """Overrides for a run of seconds; the cache is shared, as it is between a user's runs."""
     folder = tmp_path_factory.mktemp("settings")
+    path = write_jsonl(folder / "chat.jsonl", *sharegpt_rows(40))
+    data = [f"data.path={path}", f"cache_dir={folder / 'cache'}"]
+    return [*SMALL, f"model.path={target_folder}", *data]
+
+
+def sharegpt_rows(count):
     words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
-    lines = []
-    for i in range(40):
+    for i in range(count):
         question = f"Say {words[i % 10]} and {words[i // 4]} {i}."
         answer = " ".join(words[(i * j) % 10] for j in range(3, 25))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        lines.append(json.dumps({"conversations": turns}) + "\n")
-    (folder / "chat.jsonl").write_text("".join(lines))
-    data = [f"data.path={folder / 'chat.jsonl'}", f"cache_dir={folder / 'cache'}"]
-    return [*SMALL, f"model.path={target_folder}", *data]
+        said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"id": f"row_{i}", "conversations": said}
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -180,6 +182,16 @@ def make_config(overrides, run_dir):
     """The config of a run in `run_dir`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     return load_config(compose_config(*overrides), run_dir, overrides)
+
+
+def as_sent(run_dir, *overrides, **changes):
+    """A run folder with a checkpoint, whose run.json has other values, by dotted key."""
+    config = dataclasses.asdict(load_config(compose_config(*overrides), run_dir, []))
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    (run_dir / "checkpoints" / "last").mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"config": config}))
 
 
 def run(overrides, run_dir):

@@ -1,7 +1,6 @@
 """What is read is as it was written, or one sentence says what is damaged and what to do."""
 
 import errno
-import gzip
 import json
 import os
 import shutil
@@ -9,18 +8,14 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from conftest import TRAIN_ONLY, cut, flip, run, run_command, spec_of, turns
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from eagle3.config import Source
 from eagle3.data.chat import Chat
 from eagle3.data.regenerate import Journal
-from eagle3.data.sources import find_files, read_rows
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.export.read import read_any
 from eagle3.runs.artefact import artefact, read_manifest, write_manifest
@@ -320,40 +315,6 @@ def test_how_a_full_disk_is_said(tmp_path, error):
 def test_other_errors_are_not_of_the_disk(tmp_path):
     with pytest.raises(ValueError, match="other"), name_full_disk([tmp_path], str):
         raise ValueError("other")
-
-
-ROWS = [{"messages": turns(f"q{i}", "a")} for i in range(50)]
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-
-
-def found(path):
-    return find_files(Source(str(path)), "")
-
-
-def test_a_file_under_another_name_is_read_as_another_file(tmp_path):
-    """The name decides how a file is read: it is in the fingerprint, and must fit the content."""
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    for name, other in [("a.parquet", "b.jsonl"), ("a.jsonl.gz", "c.jsonl")]:
-        copied = found(shutil.copy(tmp_path / name, tmp_path / other))
-        assert found(tmp_path / name)[0].identity != copied[0].identity
-        with pytest.raises(RunError, match=rf"{other} is a \.\w+ file by its content; let its"):
-            list(read_rows(copied))
-    for other in ("d.jsonl", "d.json", "d.ndjson"):
-        copied = found(shutil.copy(tmp_path / "a.jsonl", tmp_path / other))
-        assert found(tmp_path / "a.jsonl")[0].identity == copied[0].identity
-
-
-DEFLATED = gzip.compress(LINES)
-
-
-@pytest.mark.parametrize("content", [LINES, DEFLATED[:40] + b"\xff" * 4 + DEFLATED[44:]])
-def test_a_damaged_stream_is_one_sentence(tmp_path, content):
-    """One that is none, and one that zlib cannot read."""
-    (tmp_path / "a.jsonl.gz").write_bytes(content)
-    with pytest.raises(RunError, match=r"a\.jsonl\.gz is damaged .*; fetch it again"):
-        list(read_rows(found(tmp_path / "a.jsonl.gz")))
 
 
 def test_a_target_is_what_is_read_of_its_folder(target_folder, tmp_path):

@@ -9,11 +9,18 @@ import signal
 import socket
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import compose_config, kill_group, make_config, run_command, start_command, wait_for
+from conftest import (
+    as_sent,
+    compose_config,
+    kill_group,
+    make_config,
+    run_command,
+    start_command,
+    wait_for,
+)
 from omegaconf import OmegaConf
 
 from eagle3.benchmark import scoring
@@ -49,16 +56,6 @@ def test_torchs_own_are_offered(name, tmp_path):
     section = "scheduler" if "." in name else "optimizer"
     overrides = [f"~{section}", f"+{section}={{_target_: torch.optim.{name}, _partial_: true}}"]
     check(load_config(compose_config(*overrides), tmp_path, overrides))
-
-
-def as_sent(run_dir, **changes):
-    """A run folder with a checkpoint, whose run.json has other values, by dotted key."""
-    config = asdict(load_config(compose_config("seed=3"), run_dir, []))
-    for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = value
-    (run_dir / "checkpoints" / "last").mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps({"config": config}))
 
 
 def resumed(run_dir, *overrides):
