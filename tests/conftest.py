@@ -47,6 +47,10 @@ SMALL = [
     "train.eval_every=2", "train.save_every=2", "optimizer.lr=1e-3", "benchmark.max_new_tokens=8",
     "benchmark.suites=[heldout:2]", "benchmark.configs=[[1,3,1,4]]",
 ]  # fmt: skip
+SHAPE = {  # of a tiny target
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start

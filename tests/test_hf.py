@@ -4,7 +4,7 @@ derived from.
 
 import pytest
 import torch
-from conftest import spec_of
+from conftest import SHAPE, spec_of
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -24,10 +24,6 @@ from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import default_aux_layer_ids
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
 MOE = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),

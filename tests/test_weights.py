@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import edit_model, spec_of
+from conftest import SHAPE, edit_model, spec_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,17 +22,13 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.target import weights
 from eagle3.target.hf import HFTarget
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "eos_token_id": 5,
-}  # fmt: skip
+ENDING = SHAPE | {"eos_token_id": 5}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
-    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **MOE),
+    "llama": LlamaConfig(**ENDING),
+    "llama-tied": LlamaConfig(**ENDING, tie_word_embeddings=True),
+    "qwen3-tied": Qwen3Config(**ENDING, head_dim=32, tie_word_embeddings=True),
+    "qwen3-moe": Qwen3MoeConfig(**ENDING, **MOE),
     "gpt2-tied": GPT2Config(vocab_size=96, n_embd=64, n_head=4, n_layer=8, eos_token_id=5),
 }
 CPU = torch.device("cpu")
@@ -130,7 +126,7 @@ def test_a_head_that_is_stored_wins_over_a_config_that_ties(tmp_path):
 
 
 def save_phi(folder):
-    config = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
+    config = PhiConfig(**ENDING | {"num_key_value_heads": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
