@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, content, **headers):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in ({"Content-Length": len(data)} | headers).items():
+        for name, value in ({"Content_Length": len(data)} | headers).items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(data)
