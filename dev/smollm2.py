@@ -42,7 +42,7 @@ def main() -> None:
     model.generation_config = rounded.generation_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    print(f"python run.py experiment=smollm2-135m model.path={target}")
+    print(f"python run.py model=hf model.path={target} data=jsonl data.path=...")
 
 
 if __name__ == "__main__":

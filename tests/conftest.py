@@ -33,7 +33,9 @@ from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
 from eagle3.pipeline import run_pipeline
 from eagle3.runs.resume import load_config
+from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import TargetSpec, read_spec
+from eagle3.ttt import unroll
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
@@ -45,6 +47,10 @@ SMALL = [
     "train.eval_every=2", "train.save_every=2", "optimizer.lr=1e-3", "benchmark.max_new_tokens=8",
     "benchmark.suites=[heldout:2]", "benchmark.configs=[[1,3,1,4]]",
 ]  # fmt: skip
+SHAPE = {  # of a tiny target
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -96,6 +102,24 @@ def soft_target_loss(pointwise=kl, gamma=0.8, chunk_rows=1024, mask=serving) -> 
     return SoftTargetLoss(pointwise, gamma, chunk_rows, mask)
 
 
+def handle_of(folder, layers=None, **section) -> TargetHandle:
+    """The target in a folder by target=hf on the CPU."""
+    section |= {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
+    return TargetHandle(spec_of(folder, layers), section, torch.device("cpu"))
+
+
+def fit(draft, target, batch, updates, lr) -> None:
+    """Train a draft on a batch with features of the target."""
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=lr)
+    features, head = batch.features, target.head[draft.target_ids]
+    for _ in range(updates):
+        hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
+        output = soft_target_loss()(draft, hidden, features, batch, head)
+        (output.loss / batch.normaliser).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -126,16 +150,18 @@ def target_folder(tmp_path_factory, tokenizer) -> Path:
 def settings(target_folder, tmp_path_factory):
     """Overrides for a run of seconds; the cache is shared, as it is between a user's runs."""
     folder = tmp_path_factory.mktemp("settings")
+    path = write_jsonl(folder / "chat.jsonl", *sharegpt_rows(40))
+    data = [f"data.path={path}", f"cache_dir={folder / 'cache'}"]
+    return [*SMALL, f"model.path={target_folder}", *data]
+
+
+def sharegpt_rows(count):
     words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
-    lines = []
-    for i in range(40):
+    for i in range(count):
         question = f"Say {words[i % 10]} and {words[i // 4]} {i}."
         answer = " ".join(words[(i * j) % 10] for j in range(3, 25))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        lines.append(json.dumps({"conversations": turns}) + "\n")
-    (folder / "chat.jsonl").write_text("".join(lines))
-    data = [f"data.path={folder / 'chat.jsonl'}", f"cache_dir={folder / 'cache'}"]
-    return [*SMALL, f"model.path={target_folder}", *data]
+        said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        yield {"id": f"row_{i}", "conversations": said}
 
 
 def compose_config(*overrides: str) -> DictConfig:
@@ -160,6 +186,16 @@ def make_config(overrides, run_dir):
     """The config of a run in `run_dir`."""
     run_dir.mkdir(parents=True, exist_ok=True)
     return load_config(compose_config(*overrides), run_dir, overrides)
+
+
+def as_sent(run_dir, *overrides, **changes):
+    """A run folder with a checkpoint, whose run.json has other values, by dotted key."""
+    config = dataclasses.asdict(load_config(compose_config(*overrides), run_dir, []))
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    (run_dir / "checkpoints" / "last").mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"config": config}))
 
 
 def run(overrides, run_dir):
@@ -265,9 +301,9 @@ def exported(target_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def edit_draft(folder, config=None, tensors=None) -> None:
-    """Change config.json and the tensors of a draft in place; None removes a key of the config,
-    "null" makes it null; `tensors` changes a dict of them, or returns another.
+def edit_model(folder, config=None, tensors=None) -> None:
+    """Change config.json and the tensors of a draft or target in place; None removes a key of the
+    config, "null" makes it null; `tensors` changes a dict of them, or returns another.
     """
     values = json.loads((folder / "config.json").read_text())
     for name, value in (config or {}).items():
@@ -279,7 +315,7 @@ def edit_draft(folder, config=None, tensors=None) -> None:
         named = load_file(folder / "model.safetensors")
         named = tensors(named) or named
         contiguous = {name: tensor.contiguous() for name, tensor in named.items()}
-        save_file(contiguous, folder / "model.safetensors")
+        save_file(contiguous, folder / "model.safetensors", {"format": "pt"})
 
 
 def in_another_process(function, *arguments) -> multiprocessing.Process:
@@ -296,6 +332,17 @@ def in_another_process(function, *arguments) -> multiprocessing.Process:
 
 def hidden_states_section(path=None, dtype="fp32", max_disk=None, on_damage="fail"):
     return HiddenStates(path and str(path), dtype, max_disk, on_damage)
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Change a bit of the byte at an offset, or at a share (a float) of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1)) if isinstance(place, float) else place] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, missing: int = 3) -> None:
+    path.write_bytes(path.read_bytes()[:-missing])
 
 
 def turns(*contents):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import hidden_states_section, in_another_process, spec_of
+from conftest import handle_of, hidden_states_section, in_another_process
 from rich.console import Console
 
 from eagle3.batch import fill
@@ -37,15 +37,9 @@ def documents(lengths, seed=0, repeated=0):
     return Prepared(ids, mask, index, np.arange(300), [], facts={"digest": f"digest {seed}"})
 
 
-def handle_of(folder, batch_tokens=128, layers=None):
-    section = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
-    section |= {"batch_tokens": batch_tokens}
-    return TargetHandle(spec_of(folder, layers), section, torch.device("cpu"))
-
-
 @pytest.fixture(scope="module")
 def target(target_folder):
-    return handle_of(target_folder)
+    return handle_of(target_folder, batch_tokens=128)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,10 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
 
 def test_a_complete_store_is_found_without_a_target(whole, prepared, target_folder, monkeypatch):
     monkeypatch.setattr(TargetHandle, "load", lambda self: pytest.fail("the target was loaded"))
-    target, section = handle_of(target_folder), hidden_states_section(whole.folder)
+    target, section = (
+        handle_of(target_folder, batch_tokens=128),
+        hidden_states_section(whole.folder),
+    )
     folder, inputs = locate_store(section, prepared, target, "unused")
     assert is_complete(folder) and open_store(section, folder, inputs).facts == whole.facts
     alone = store_inputs(target, "fp32", None)
@@ -123,7 +120,7 @@ def test_what_does_not_fit_is_refused(whole, prepared, target, target_folder, tm
     assert folder.parent == tmp_path / "hidden_states" and not is_complete(folder)
     with pytest.raises(RunError, match=f"^{folder}.*add capture to stages"):
         open_store(section, folder, inputs)
-    layers = handle_of(target_folder, layers=[0, 2, 4])
+    layers = handle_of(target_folder, [0, 2, 4], batch_tokens=128)
     with pytest.raises(RunError, match=r"model.aux_layer_ids=\[1, 3, 4\], .*=\[0, 2, 4\]"):
         store_in(whole.folder, prepared, layers)
     with pytest.raises(RunError, match=r'documents="digest 0", this run has documents="digest 1"'):
@@ -144,7 +141,7 @@ def test_a_full_disk_ends_it_and_the_next_goes_on(tmp_path, whole, prepared, tar
     with pytest.raises(RunError, match=r"No space left .* the same command goes on"):
         store_in(tmp_path, prepared, target)
     with pytest.raises(RunError, match="batch_tokens=128, this run has batch_tokens=64"):
-        store_in(tmp_path, prepared, handle_of(target.spec.path, 64))
+        store_in(tmp_path, prepared, handle_of(target.spec.path, batch_tokens=64))
     left = {path: path.stat().st_mtime_ns for path in written}
     monkeypatch.setattr(store, "write_atomically", write)
     store_in(tmp_path, prepared, target)

@@ -30,14 +30,21 @@ CALLING = [
 SPECIAL = re.compile(r"<[|｜][^<>]*?[|｜]>|</s>|<(?:start|end)_of_turn>|</longcat_s>")
 
 
-def chat_with(template, special=(), options=None):
+def tokenizer_with(template, special=()):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(special))})
     tokenizer.chat_template = template
-    return Chat(tokenizer, options)
+    return tokenizer
 
 
-def load(folder, template="auto"):
+def chat_with(template, special=(), options=None):
+    return Chat(tokenizer_with(template, special), options)
+
+
+def load(folder, tokenizer=None, template="auto"):
+    """What a run takes of a folder, in which `tokenizer` is saved before."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return load_chat(section("model", path=str(folder)), section("data", chat_template=template))
 
 
@@ -222,25 +229,21 @@ def test_spans_equal_offsets_on_text_of_every_kind(tokenizer):
 
 
 def test_tokenizers_without_a_template_are_told_the_names(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path)
     words = r"no chat template; .*set data\.chat_template to one of .*llama3"
     with pytest.raises(ConfigError, match=words):
-        load(tmp_path)
-    chat = load(tmp_path, "llama3")
+        load(tmp_path, tokenizer_with(None))
+    chat = load(tmp_path, template="llama3")
     assert supervised(chat, turns("a", "b")) == ["b<|eot_id|>"]
-    assert chat.identity != load(tmp_path, "longcat").identity
+    assert chat.identity != load(tmp_path, template="longcat").identity
     with pytest.raises(ConfigError, match=r"chat_template=chatml needs <\|im_start\|>, no token"):
-        load(tmp_path, "chatml")
+        load(tmp_path, template="chatml")
 
 
 def test_what_a_tokenizer_cuts_and_pads_itself_is_switched_off(tmp_path, tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
     tokenizer.backend_tokenizer.enable_truncation(6)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    tokenizer.save_pretrained(tmp_path)
-    assert supervised(load(tmp_path), turns("a " * 30, "b")) == ["b<|eot_id|>"]
+    assert supervised(load(tmp_path, tokenizer), turns("a " * 30, "b")) == ["b<|eot_id|>"]
 
 
 def test_marks_around_header_and_newline_are_trimmed():
@@ -288,13 +291,14 @@ HARMONY = (
 @pytest.mark.parametrize("name", ["thinking", "reasoning_content"])
 def test_reasoning_in_a_message_of_its_own(name, thought):
     chat = chat_with(HARMONY, SPECIAL.findall(HARMONY))
-    row = {"messages": turns("Rome?", "Italy", "capital of France?", "Paris")}
-    row["messages"][-1][name] = thought
-    encoded = chat.encode(read_conversation(row))
-    found = [chat.tokenizer.decode(encoded.input_ids[first:stop]) for first, stop in encoded.spans]
+    messages = turns("Rome?", "Italy", "capital of France?", "Paris")
+    messages[-1][name] = thought
+    conversation = read_conversation({"messages": messages})
     analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant"
-    first = "<|channel|>final<|message|>Italy<|end|>"
-    assert found == [first, f"{analysis}<|channel|>final<|message|>Paris<|return|>"]
+    answers = ["Italy<|end|>", "Paris<|return|>"]
+    first, last = (f"<|channel|>final<|message|>{answer}" for answer in answers)
+    assert supervised(chat, conversation.messages) == [first, analysis + last]
+    encoded = chat.encode(conversation)
     assert chat.encode(Conversation([], text=encoded.text)).spans == encoded.spans
 
 
@@ -362,12 +366,9 @@ def test_system_messages_that_quote_an_opening(template, opening, end):
     ],
 )
 def test_a_template_that_renders_nothing_is_told_at_once(tmp_path, template, reason):
-    tokenizer = AutoTokenizer.from_pretrained(TINY / "target")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(tmp_path)
     sentence = rf"data\.chat_template=auto renders no conversation \(.*{reason}.*one of chatml"
     with pytest.raises(ConfigError, match=sentence):
-        load(tmp_path)
+        load(tmp_path, tokenizer_with(template))
 
 
 def test_a_tokenizer_that_needs_a_package(monkeypatch):

@@ -1,6 +1,5 @@
 """Command lines: what they come to, and mistakes in them as one sentence with exit code 2."""
 
-import dataclasses
 import json
 import runpy
 import sys
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import pytest
 import torch
-from conftest import ROOT, TINY, compose_config, run_command, spec_of
+from conftest import ROOT, TINY, as_sent, compose_config, run_command, spec_of
 
 from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten
@@ -254,9 +253,7 @@ def test_going_on_with_a_run(tmp_path):
     """A resumed run has its own config; only what no weight depends on may differ."""
     run_dir, overrides = tmp_path / "run", ["optimizer.lr=0.5", "train.max_steps=3"]
     assert command_to_resume(run_dir, overrides) == f"python run.py {' '.join(overrides)}"
-    config = load_config(compose_config(*overrides), run_dir, overrides)
-    (run_dir / "checkpoints" / "last").mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps({"config": dataclasses.asdict(config)}))
+    as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
     assert run_folder(str(run_dir), "new") == str(run_dir)
 
@@ -267,15 +264,10 @@ def test_going_on_with_a_run(tmp_path):
     assert (named.optimizer["lr"], named.train.max_steps) == (0.5, 3)
     assert (named.train.keep_last, named.stages) == (9, ["export"])
     assert resumed(*overrides, "parallel.ring=2").parallel.ring == 2
-    for mistakes, words in (
-        (
-            [f"train.resume={run_dir}", "draft.ttt_steps=4"],
-            r"draft\.ttt_steps=4 differs from the run",
-        ),
-        (["train.max_steps=3"], r"optimizer\.lr=\S+ differs from the run in .* has 0\.5"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            resumed(*mistakes)
+    with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs from the run"):
+        resumed(f"train.resume={run_dir}", "draft.ttt_steps=4")
+    with pytest.raises(ConfigError, match=r"optimizer\.lr=\S+ differs from .* has 0\.5"):
+        resumed("train.max_steps=3")
     with pytest.raises(ConfigError, match="is no run folder with a checkpoint"):
         run_folder("conf", "new")
 
@@ -296,9 +288,7 @@ def test_draft_config_files(target_folder, tmp_path):
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(
-        ConfigError, match=r"nproc_per_node=4 is more than the 2 GPUs that torch se"
-    ):
+    with pytest.raises(ConfigError, match=r"nproc_per_node=4 is more than the 2 GPUs that torch"):
         checked("launch.nproc_per_node=4")
 
 

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import soft_target_loss, spec_of
+from conftest import fit, spec_of
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
@@ -15,7 +15,6 @@ from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError
-from eagle3.loss import kl
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
 
@@ -79,15 +78,8 @@ def trained(target, prompts):
     pairs = zip(prompts, generate(target, prompts, 48), strict=True)
     texts = [torch.cat([prompt, torch.tensor(answer.ids)]) for prompt, answer in pairs]
     batch = batch_of(texts, 6, draft, 4)
-    features = target(batch)
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
-    loss = soft_target_loss(kl)
-    for _ in range(60):
-        hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
-        output = loss(draft, hidden, features, batch, target.head[draft.t2d])
-        (output.loss / batch.normaliser).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    batch.features = target(batch)
+    fit(draft, target, batch, updates=60, lr=3e-3)
     return draft
 
 

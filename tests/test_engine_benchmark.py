@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, write_jsonl
+from conftest import ROOT, compose_config, edit_model, write_jsonl
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
@@ -205,7 +205,7 @@ def test_running_servers_that_do_not_fit(name, flags, words, run, address):
         run(name, None, [(1, 2, 1, 3)], url=url, alone_url=address(name, RUNNING[name][0]))
 
 
-SPECULATORS = {"architectures": None, "speculators_model_type": "eagle3"}
+SPECULATORS = {"architectures": "null", "speculators_model_type": "eagle3"}
 SPECULATORS |= {"transformer_layer_config": SHAPE}
 WRONG_DRAFTS = [
     ({"vocab_size": 41}, "vocab_size"),
@@ -217,8 +217,7 @@ WRONG_DRAFTS = [
 
 @pytest.mark.parametrize("change, words", WRONG_DRAFTS)
 def test_a_draft_for_something_else(run, subject, python, tmp_path, change, words):
-    path = subject.draft_folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edit_model(subject.draft_folder, change)
     with pytest.raises(RunError, match=words):
         run("sglang", python)
     assert not list((tmp_path / "run").iterdir())
@@ -287,9 +286,7 @@ def test_drafts_are_drawn_as_the_target_is(
     run, subject, python, tmp_path, name, temperature, draft_vocab_size, config, drafts
 ):
     """At a temperature a chain of the built-in decoder is; what each engine did is recorded."""
-    path = subject.draft_folder / "config.json"
-    values = json.loads(path.read_text()) | {"draft_vocab_size": draft_vocab_size}
-    path.write_text(json.dumps(values))
+    edit_model(subject.draft_folder, {"draft_vocab_size": draft_vocab_size})
     result = run(name, python, [config], temperature=temperature)
     (log,) = (tmp_path / "run").glob(f"{name}-3-*.log")
     assert (DRAWN[name] in log.read_text()) == (drafts == "sampled")

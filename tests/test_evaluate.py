@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import soft_target_loss, spec_of
+from conftest import fit, handle_of, soft_target_loss
 
 from eagle3 import evaluate as module
 from eagle3.batch import Document
@@ -16,16 +16,13 @@ from eagle3.draft.model import Draft
 from eagle3.evaluate import evaluate, generate, load_answers, pack_answers, walk
 from eagle3.loss import FrozenWeights
 from eagle3.runs.artefact import read_facts
-from eagle3.target.handle import TargetHandle
-from eagle3.ttt import unroll
 
 STEPS = 6
-HF = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
 
 
 @pytest.fixture(scope="module")
 def handle(target_folder):
-    return TargetHandle(spec_of(target_folder), HF, torch.device("cpu"))
+    return handle_of(target_folder)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +51,8 @@ def draft(target, answers):
     others = torch.arange(0, 2048, 9)
     t2d, d2t = vocab_tensors(torch.cat([seen, others]).unique().numpy(), 2048)
     draft = Draft(derive_config(target.config, len(d2t)), FlashCPU, t2d, d2t)
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     batch, _ = pack_answers(answers, t2d, 4, 4096)[0]
-    features, draft_head = batch.features, target.head[draft.target_ids]
-    for _ in range(40):
-        hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
-        output = soft_target_loss()(draft, hidden, features, batch, draft_head)
-        (output.loss / batch.normaliser).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(draft, target, batch, updates=40, lr=3e-3)
     return draft
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, losses, run
+from conftest import ROOT, compose_config, losses, run, sharegpt_rows
 from hydra.utils import get_object
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
@@ -98,14 +98,7 @@ def test_recipes_train(experiment, tokenizer, tmp_path):
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     AutoModelForCausalLM.from_config(config).save_pretrained(target)
     tokenizer.save_pretrained(target)
-    words = ("alpha", "beta", "gamma", "delta", "open", "file", "return", "value", "list", "path")
-    rows = []
-    for i in range(14):
-        answer = " ".join(words[(i * j) % 10] for j in range(3, 25))
-        turns = {"human": f"Say {words[i % 10]} and {words[i // 2]} {i}.", "gpt": answer}
-        said = [{"from": role, "value": text} for role, text in turns.items()]
-        rows.append({"id": f"row_{i}", "conversations": said})
-    (tmp_path / "sharegpt.json").write_text(json.dumps(rows))
+    (tmp_path / "sharegpt.json").write_text(json.dumps(list(sharegpt_rows(14))))
     paths = [f"model.path={target}", f"data.path={tmp_path / 'sharegpt.json'}"]
     given = [f"experiment={experiment}", *ONE_STEP, *paths, f"cache_dir={tmp_path / 'cache'}"]
     run(given, tmp_path / "run")

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import edit_draft, make_config, spec_of
+from conftest import edit_model, make_config, spec_of
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -98,7 +98,7 @@ def test_what_is_written_is_read(target, tmp_path, exported):
         maps = {"t2d", "d2t"} & load_file(path / "model.safetensors").keys()
         assert maps == (set() if len(ids) == 2048 else {"t2d", "d2t"})
         if maps:
-            edit_draft(path, tensors=lambda t: t.pop("t2d") is None)
+            edit_model(path, tensors=lambda t: t.pop("t2d") is None)
         loaded = read_draft(path, Auto, target)
         for name, parameter in draft.named_parameters():
             assert torch.equal(loaded.state_dict()[name], parameter.bfloat16().float())
@@ -174,7 +174,7 @@ def test_hub_ids(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_config_is_refused(folder, config, words):
-    edit_draft(folder / "portable", config)
+    edit_model(folder / "portable", config)
     with pytest.raises(RunError, match=re.escape(words)):
         read_any(folder / "portable")
     (folder / "portable").rename(folder / "draft")
@@ -258,7 +258,7 @@ DEFECTS = [
 def test_every_defect_is_found_and_refused_where_it_is_ours(
     folder, target, config, tensors, engines, words
 ):
-    edit_draft(folder / "portable", config, tensors)
+    edit_model(folder / "portable", config, tensors)
     named = [f for f in found(folder / "portable", target, "wrong") if re.search(words, f.sentence)]
     assert named and set(named[0].engines) == engines
     if "ours" in engines:
@@ -284,7 +284,7 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(
     ],
 )
 def test_what_else_is_said_of_a_draft(folder, target, form, config, severity, words):
-    edit_draft(folder / form, config)
+    edit_model(folder / form, config)
     findings = found(folder / form, target)
     named = [f for f in findings if f.severity == severity and re.search(words, f.sentence)]
     assert bool(named) == (severity is not None)
@@ -330,13 +330,11 @@ def test_a_draft_reaches_as_far_as_the_scaled_rope_of_its_target(
     """Lengths up to there are trained; a draft exported so serves at them, a shorter one is named;
     a draft that is scaled as its target is compared by its scaled length.
     """
-    shutil.copytree(target_folder, tmp_path / "target")
-    path = tmp_path / "target" / "config.json"
-    values = json.loads(path.read_text()) | {"max_position_embeddings": longest}
-    values["rope_parameters"] = {"rope_theta": 10000.0} | scaling
-    path.write_text(json.dumps(values))
-    scaled = spec_of(path.parent)
-    asked = ["model=hf", f"model.path={path.parent}", "stages=[train]", "mode=offline"]
+    path = shutil.copytree(target_folder, tmp_path / "target")
+    rope = {"rope_theta": 10000.0} | scaling
+    edit_model(path, {"max_position_embeddings": longest, "rope_parameters": rope})
+    scaled = spec_of(path)
+    asked = ["model=hf", f"model.path={path}", "stages=[train]", "mode=offline"]
     asked += ["draft.vocab_size=300", f"hidden_states.path={tmp_path}"]
     check(make_config([*asked, f"data.max_length={reach}"], tmp_path / "run"))
     with pytest.raises(ConfigError, match=f"at most the target's max_position_embeddings={reach}"):

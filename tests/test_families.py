@@ -5,13 +5,13 @@ documents equals what each says of a document alone, and what cannot be right is
 import contextlib
 import dataclasses
 import inspect
-import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, spec_of
+from conftest import cut, edit_model, make_config, spec_of
 from transformers import AutoModelForCausalLM, logging
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -165,17 +165,17 @@ def test_documents_do_not_see_each_other(family, way, tmp_path, capsys):
     assert f"target: documents go {way} through" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("family", "sentence"),
-    [
-        ("gemma2", "final_logit_softcapping"),
-        ("bert-generation", "not causal"),
-        ("xlm", "something else than its hidden states"),
-    ],
-)
-def test_what_cannot_be_right_is_refused(family, sentence, tmp_path):
-    what, refused = judge(family, tmp_path)
-    assert what == "refused" and sentence in refused
+REFUSED = {
+    "gemma2": "final_logit_softcapping",
+    "bert-generation": "not causal",
+    "xlm": "something else than its hidden states",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_right_is_refused(family, tmp_path):
+    what, sentence = judge(family, tmp_path)
+    assert what == "refused" and REFUSED[family] in sentence
 
 
 @pytest.mark.slow
@@ -232,42 +232,38 @@ def test_what_ignores_masks_is_not_decoded(family, tmp_path):
         HFTarget(spec_of(tmp_path), CPU).check_decoding()
 
 
-def cut(folder) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def edit_config(folder, **keys) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+AWQ = {"quantization_config": {"quant_method": "awq"}}
+T5 = {"model_type": "t5", "architectures": ["T5Model"]}
 
 
 @pytest.mark.parametrize(
-    ("damage", "sentence"),
+    ("damage", "config", "sentence"),
     [
-        (cut, "does not open .* get it again"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-        (
-            lambda folder: edit_config(folder, quantization_config={"quant_method": "awq"}),
-            "cannot be loaded by transformers here: .*install",
-        ),
-        (
-            lambda folder: edit_config(folder, model_type="t5", architectures=["T5Model"]),
-            "cannot be loaded by transformers here: Unrecognized configuration class",
-        ),
+        (cut, {}, "does not open .* get it again"),
+        (Path.unlink, {}, "has no weights"),
+        (Path.touch, AWQ, "cannot be loaded by transformers here: .*install"),
+        (Path.touch, T5, "cannot be loaded by transformers here: Unrecognized configuration class"),
     ],
 )
-def test_what_does_not_load_is_said_before_anything_runs(damage, sentence, tmp_path):
+def test_what_does_not_load_is_said_before_anything_runs(damage, config, sentence, tmp_path):
     build("llama", tmp_path)
     check_loadable(spec_of(tmp_path))
-    damage(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    edit_model(tmp_path, config)
     with pytest.raises((ConfigError, RunError), match=sentence):
         HFTarget.check_settings({}, spec_of(tmp_path))
 
 
-def test_a_small_leak_is_seen_in_bf16(tmp_path):
-    build("falcon_h1", tmp_path)
-    assert HFTarget(spec_of(tmp_path, dtype="bfloat16"), CPU).way == "padded"
+@pytest.mark.parametrize(
+    ("family", "dtype", "changes"),
+    [
+        ("falcon_h1", "bfloat16", {}),  # a small leak
+        ("llama4_text", "float32", {"attention_chunk_size": 128}),  # attention is not told of these
+    ],
+)
+def test_what_leaks_little_or_seldom_is_not_packed(family, dtype, changes, tmp_path):
+    build(family, tmp_path, **changes)
+    assert HFTarget(spec_of(tmp_path, dtype=dtype), CPU).way == "padded"
 
 
 def test_rope_that_changes_with_the_longest_text_limits_what_is_packed(tmp_path):
@@ -278,8 +274,3 @@ def test_rope_that_changes_with_the_longest_text_limits_what_is_packed(tmp_path)
     assert target.way == "packed" and error_of(tmp_path, target) < 1e-3
     target.longest_together = 1000
     assert error_of(tmp_path, target) > 0.01
-
-
-def test_chunks_that_attention_is_not_told_of_keep_transformers_masks(tmp_path):
-    build("llama4_text", tmp_path, attention_chunk_size=128)
-    assert HFTarget(spec_of(tmp_path), CPU).way == "padded"

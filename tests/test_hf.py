@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import spec_of
+from conftest import SHAPE, spec_of
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -30,10 +30,6 @@ from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget, gap
 from eagle3.target.layers import engines_default
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
 MOE = {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
     "llama": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
@@ -148,13 +144,9 @@ def test_what_is_refused(target_folder, tmp_path):
     HFTarget.check_settings({"tp_size": 1}, spec_of(target_folder))
     with pytest.raises(ConfigError, match=r"target\.tp_size=8: .* use target=sglang"):
         HFTarget.check_settings({"tp_size": 8}, spec_of(target_folder))
-    for config, words in (
-        (Gemma3TextConfig(**SHAPE, final_logit_softcapping=30.0), "final_logit_softcapping"),
-        (PhiConfig(**SHAPE | {"num_key_value_heads": 4}), "changes its logits behind the head"),
-    ):
-        save(config, tmp_path)
-        with pytest.raises(ConfigError, match=words):
-            HFTarget(spec_of(tmp_path), CPU)
+    save(PhiConfig(**SHAPE | {"num_key_value_heads": 4}), tmp_path)
+    with pytest.raises(ConfigError, match="changes its logits behind the head"):
+        HFTarget(spec_of(tmp_path), CPU)
 
 
 @pytest.mark.parametrize("place", ["document_states", "generate_padded"])

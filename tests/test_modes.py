@@ -1,13 +1,12 @@
 """Where hidden states come from: what each mode computes, stores and reads, and whole runs."""
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAIN_ONLY, hidden_states_section, losses, run, stop_after
+from conftest import TRAIN_ONLY, flip, hidden_states_section, losses, run, stop_after
 
 from eagle3.batch import Features, pack, serving
 from eagle3.data.prepare import INDEX, Prepared
@@ -121,10 +120,7 @@ def test_hybrid_goes_on_without_disk_and_after_damage(tmp_path, prepared):
 
 def damage(folder):
     """Flip a byte of the first shard's states."""
-    path = sorted(Path(folder).glob("shard_*.safetensors"))[0]
-    content = bytearray(path.read_bytes())
-    content[-len(content) // 3] ^= 0xFF
-    path.write_bytes(content)
+    flip(min(folder.glob("shard_*.safetensors")), 0.67)
 
 
 def mode(settings, name, *more):

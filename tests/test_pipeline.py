@@ -13,21 +13,22 @@ import pytest
 import torch
 from conftest import (
     TRAIN_ONLY,
+    handle_of,
     kill_group,
     losses,
+    read_jsonl,
     run,
     run_command,
-    spec_of,
     start_command,
     stop_after,
     wait_for,
+    write_jsonl,
 )
 from safetensors.torch import load_file
 
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
 from eagle3.runs.checkpoint import load_checkpoint, load_draft
-from eagle3.target.handle import TargetHandle
 
 pytestmark = pytest.mark.runs
 
@@ -45,10 +46,6 @@ def finished(given, tmp_path_factory):
     return run_dir, value
 
 
-def read_rows(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def option(settings, name):
     return next(o.removeprefix(f"{name}=") for o in settings if o.startswith(f"{name}="))
 
@@ -59,7 +56,7 @@ def test_everything_is_written(finished, given):
     assert info["config"]["optimizer"]["lr"] == 1e-3 and info["overrides"][: len(given)] == given
     assert torch.__version__.startswith(info["versions"]["torch"]) and info["seeds"] == {"seed": 0}
     assert 0 < info["inputs"]["prepared"]["vocab_coverage"] <= 1
-    rows = read_rows(run_dir)
+    rows = read_jsonl(run_dir / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [2, 4, 6]
     named = "loss loss/step_2 accuracy/step_2 lr grad_norm tokens_per_second supervised_tokens"
@@ -130,10 +127,9 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path):
     """The target itself answers both sources of a mix, and only its answers are shown and trained
     on.
     """
-    other = tmp_path / "other.jsonl"
     answer = "The dataset's own answer."
     rows = [{"instruction": f"Count to {i}.", "output": answer} for i in range(20)]
-    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = write_jsonl(tmp_path / "other.jsonl", *rows)
     one = f"one:{{path:{option(settings, 'data.path')},weight:0.5}}"
     overrides = [
         *[o for o in settings if not o.startswith("data.path=") and o != "data=jsonl"],
@@ -146,7 +142,7 @@ def test_regenerated_answers_feed_prepare(settings, tmp_path):
     one, two = inputs["regenerated"]
     assert 8 < one["rows"] < 32 and two["rows"] == 20
     paths = [Path(part["path"]) / "conversations.jsonl" for part in (one, two)]
-    said = [json.loads(line) for path in paths for line in path.open()]
+    said = [row for path in paths for row in read_jsonl(path)]
     assert len(said) == one["answered"] + two["answered"]
     assert not any("own answer" in row["messages"][-1]["content"] for row in said)
     prepared = inputs["prepared"]
@@ -167,7 +163,7 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
 
     monkeypatch.setattr(Online, "features", features)
     run([*settings, TRAIN_ONLY, "train.max_steps=4"], tmp_path / "one")
-    trained = [row for row in read_rows(tmp_path / "one") if "loss" in row]
+    trained = [row for row in read_jsonl(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
     assert [row["skipped_updates"] for row in trained] == [0, 1, 1, 1]
     assert "train: 1 of 4 updates were skipped: " in capsys.readouterr().out
     weights = load_draft(tmp_path / "one" / "checkpoints" / "last")[1]
@@ -176,6 +172,11 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
     with pytest.raises(RunError, match=r"non_finite_batch\.pt"):
         run([*settings, TRAIN_ONLY, "train.max_steps=9"], tmp_path / "many")
     assert (tmp_path / "many" / "non_finite_batch.pt").exists()
+
+
+def test_a_draft_that_is_not_there(settings, tmp_path):
+    with pytest.raises(ConfigError, match=r"no draft at .*draft; set draft_path="):
+        run([*settings, "stages=[prepare,benchmark]"], tmp_path)
 
 
 def test_folders_that_cannot_be_written(settings, tmp_path):
@@ -240,8 +241,7 @@ def test_a_benchmark_on_ones_own_suite_prepares_nothing(finished, settings, tmp_
 
 
 def test_a_closed_target_leaves_its_memory_to_an_engine(target_folder):
-    section = {"_target_": "eagle3.target.hf.HFTarget", "_partial_": True}
-    handle = TargetHandle(spec_of(target_folder), section, torch.device("cpu"))
+    handle = handle_of(target_folder)
     model = weakref.ref(handle.load().model)
     handle.close()
     assert model() is None

@@ -19,6 +19,12 @@ from eagle3.data.sources import Source, find_files
 from eagle3.data.vocab import choose_vocab, vocab_tensors
 from eagle3.errors import RunError
 
+TEMPLATE = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
+    "<|end_header_id|>{% endif %}"
+)
+
 
 def said(*words):
     return {"messages": turns(*words)}
@@ -170,13 +176,10 @@ def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     assert limited.facts["rows"] == 24
 
 
+FAIL = {"on_reject": "fail"}
 ENDS = [
-    (
-        [*rows_of(4), "{broken"],
-        {"on_reject": "fail"},
-        r"line 5: broken JSON \(data\.on_reject=skip",
-    ),
-    ([*rows_of(4), rows_of(1)[0]], {"on_reject": "fail"}, "line 5: duplicate row"),
+    ([*rows_of(4), "{broken"], FAIL, r"line 5: broken JSON \(data\.on_reject=skip"),
+    ([*rows_of(4), rows_of(1)[0]], FAIL, "line 5: duplicate row"),
     ([said("q")], {}, r"none of 1 rows can be trained on \(1 x no assistant turn\)"),
     ([], {}, "none of 0 rows"),
     (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
@@ -192,13 +195,8 @@ def test_what_ends_the_stage(prepared_from, rows, changes, sentence):
 
 def test_rows_that_only_refuse_a_prompt_are_trained_on(prepared_from):
     """Which rows are asked for their prompts depends on the workers; what is kept must not."""
-    template = (
-        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
-        "<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-        "{{ raise_exception('no') if '7' in messages[0].content }}"
-        "<|start_header_id|>assistant<|end_header_id|>{% endif %}"
-    )
-    facts = prepared_from(rows_of(30), template=template)[0].facts
+    refusing = "{{ raise_exception('no') if add_generation_prompt and '7' in messages[0].content }}"
+    facts = prepared_from(rows_of(30), template=refusing + TEMPLATE)[0].facts
     assert facts["rejected"] == {} and facts["heldout_prompts"] == 2
 
 
@@ -301,14 +299,9 @@ def test_a_worker_that_stands_still_is_noticed_and_ended(prepared_from, monkeypa
 
 
 def test_held_out_rows_that_cannot_be_asked_say_why(prepared_from, tmp_path):
-    template = (
-        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
-        "<|eot_id|>{% endfor %}{% if messages[0].content == 'x' %}{{ raise_exception('no x') }}"
-        "{% endif %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
-        "{% endif %}"
-    )
-    rows = [{"messages": turns("x", "answer")}] * 2 + [{"messages": []}]
+    refusing = "{{ raise_exception('no x') if messages[0].content == 'x' }}"
+    rows = [said("x", "answer")] * 2 + [{"messages": []}]
     held = str(write_jsonl(tmp_path / "held.jsonl", *rows))
     why = r"no row can be asked \(2 x refused by the chat template: no x, 1 x no messages\)"
     with pytest.raises(RunError, match=why):
-        prepared_from(rows_of(8), template=template, eval_path=held)
+        prepared_from(rows_of(8), template=refusing + TEMPLATE, eval_path=held)

@@ -5,7 +5,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, compose_config
+from conftest import ROOT, compose_config, turns
 from omegaconf import OmegaConf
 
 from eagle3.checks import check_data
@@ -15,12 +15,9 @@ from eagle3.data.sources import find_files, may_be_remote, read_rows
 ASKED, ANSWERED = "What is 2 + 3?", "It is 5."
 
 
-def turns(*texts, names=("user", "assistant"), keys=("role", "content"), **more):
-    return [{keys[0]: names[i % 2], keys[1]: text, **more} for i, text in enumerate(texts)]
-
-
 def sharegpt(*texts, **more):
-    return turns(*texts, names=("human", "gpt"), keys=("from", "value"), **more)
+    names = ("human", "gpt")
+    return [{"from": names[i % 2], "value": text, **more} for i, text in enumerate(texts)]
 
 
 PLAIN, THIRD = turns(ASKED, ANSWERED), ("And 3 + 4?", "7.")
@@ -102,16 +99,10 @@ def test_a_preset_names_a_hub_dataset_whose_rows_are_read(preset, tmp_path):
 def test_a_mix_grows_and_shrinks_on_the_command_line():
     data = data_of("data=mix")
     assert data.path is None and weights(data) == {"sharegpt": 1.0, "perfectblend": 0.1}
-    grown = data_of(
-        "data=mix",
-        "+data@data.sources.gsm8k=gsm8k",
-        "+data@data.sources.ultrachat=ultrachat",
-        "data.sources.ultrachat.weight=0.5",
-        "~data.sources.perfectblend",
-        "+data@data.sources.mine=jsonl",
-        "data.sources.mine.path=README.md",
-        "+data.sources={folder:{path:tests,weight:3}}",
-    )
+    changes = """data=mix +data@data.sources.gsm8k=gsm8k +data@data.sources.ultrachat=ultrachat
+        data.sources.ultrachat.weight=0.5 ~data.sources.perfectblend +data@data.sources.mine=jsonl
+        data.sources.mine.path=README.md +data.sources={folder:{path:tests,weight:3}}"""
+    grown = data_of(*changes.split())
     expected = {"sharegpt": 1, "gsm8k": 1, "ultrachat": 0.5, "mine": 1, "folder": 3}
     assert weights(grown) == expected
     for name, source in (data.sources | grown.sources).items():

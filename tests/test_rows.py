@@ -1,19 +1,19 @@
 """Every shape of row that chat datasets have, and every way in which a row can be unusable."""
 
+import functools
 import json
 
 import pytest
+from conftest import turns
 
 from eagle3.data.rows import RowError, read_conversation
 
-ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+ASKED, ANSWERED = turns("a", "b")
+PLAIN = {"messages": [ASKED, ANSWERED]}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 BROKEN = {"name": "f", "arguments": "{"}
+DEEPLY = functools.reduce(lambda inner, _: [inner], range(2000), [])
 CALL_AS_TEXT = {"function": {"name": "add", "arguments": json.dumps({"x": 1})}}
-
-
-def chat(*turns):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
 def said(*roles):
@@ -24,7 +24,7 @@ def said(*roles):
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": chat("a", "b")},
+        PLAIN,
         {"conversations": said("human", "gpt")},
         {"messages": None, "conversations": said("user", "bing")},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]},
@@ -76,12 +76,12 @@ def test_tools_and_reasoning():
 
 
 def test_a_leading_answer_is_dropped_and_preformatted_text_kept():
-    read = read_conversation({"conversations": [{"from": "gpt", "value": "cut"}, *chat("a", "b")]})
+    read = read_conversation({"conversations": [{"from": "gpt", "value": "cut"}, *turns("a", "b")]})
     assert read.messages == [ASKED, ANSWERED] and read.repaired == "leading assistant turn dropped"
-    assert read_conversation({"messages": [ASKED, ANSWERED]}).repaired is None
+    assert read_conversation(PLAIN).repaired is None
     assert read_conversation({"text": "<u>a<a>b"}, preformatted=True).text == "<u>a<a>b"
     with pytest.raises(RowError, match="no text"):
-        read_conversation({"messages": chat("a", "b")}, preformatted=True)
+        read_conversation(PLAIN, preformatted=True)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,21 @@ def test_a_leading_answer_is_dropped_and_preformatted_text_kept():
         ({"messages": [{"role": 3, "content": "x"}]}, "unknown role"),
         ({"messages": [{"role": "user", "content": 3}]}, "not text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "not text"),
-        ({"messages": chat("a", " ")}, "empty turn"),
-        ({"messages": chat("a") + chat("b")}, "alternate"),
+        ({"messages": turns([{"type": "image", "text": None, "image": "a.png"}], "b")}, "not text"),
+        ({"messages": turns([{"type": "text", "text": {"a": 1}}], "b")}, "not text"),
+        ({"messages": turns([{"type": "text", "text": None}], "b")}, "empty turn"),
+        ({"messages": turns(None, "b")}, "empty turn"),
+        ({"messages": turns("a", " ")}, "empty turn"),
+        ({"messages": turns("a") + turns("b")}, "alternate"),
         ({"messages": [ANSWERED]}, "alternate"),
         ({"messages": [ASKED, ANSWERED, ANSWERED]}, "alternate"),
         ({"messages": [ASKED, {"role": "tool", "content": "2"}]}, "alternate"),
         ({"messages": [ASKED, {"role": "system", "content": "x"}, ANSWERED]}, "behind the first"),
-        ({"messages": chat("a", "b"), "tools": "9" * 5000}, "tools are not JSON"),
-        ({"messages": chat("a", "b"), "tools": "[" * 100_000}, "tools are not JSON"),
-        ({"messages": chat("a", "b"), "tools": "{"}, "tools are not JSON"),
-        ({"messages": chat("a", "b"), "tools": ["x"]}, "tools are not a list"),
+        (PLAIN | {"tools": "9" * 5000}, "tools are not JSON"),
+        (PLAIN | {"tools": "[" * 100_000}, "tools are not JSON"),
+        (PLAIN | {"tools": DEEPLY}, "nested too deeply"),
+        (PLAIN | {"tools": "{"}, "tools are not JSON"),
+        (PLAIN | {"tools": ["x"]}, "tools are not a list"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "without a name"),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": [BROKEN]}]}, "arguments"),
     ],
@@ -116,61 +121,37 @@ def test_bad_rows_have_a_reason(row, reason):
 
 
 def called(*calls, **row):
-    turns = [ASKED, {"role": "assistant", "content": "b", "tool_calls": list(calls)}]
-    return {"messages": turns, **row}
+    return {"messages": [ASKED, ANSWERED | {"tool_calls": list(calls)}], **row}
 
 
+def text(*texts):
+    return [{"type": "text", "text": text, "image": None} for text in texts]
+
+
+UNITED = {"role": None, "from": "human", "content": None, "value": "a"}
+NONE = [[], "[]", None, "null", "", [None]]
+CALLED = [[each | {"tool_calls": none} for each in PLAIN["messages"]] for none in NONE]
+SYSTEMS = ["", " ", None, [], text(None)]
+NO_SYSTEM = [[{"role": "system", "content": none}, ASKED, ANSWERED] for none in SYSTEMS]
+CALL_WITH_NULLS = {"id": None, "function": {"name": "add", "arguments": {"x": 1, "to": None}}}
+TEXT_WITH_NULLS = {"function": {"name": "add", "arguments": '{"x": 1, "to": null}'}}
+DEEP = {"name": "f", "arguments": {"deep": [{"a": None, "b": [1, None]}]}}
+TOOL = {"name": "f", "function": None, "parameters": {"a": None}}
+BETWEEN = [ASKED, ANSWERED, {"role": "system", "content": None}, *turns("c", "d")]
 # What parquet and Arrow make of a row, and the row.
 NULL_FILLED = [
-    (
-        {"messages": [{"role": None, "from": "human", "content": None, "value": "a"}, ANSWERED]},
-        {"messages": [ASKED, ANSWERED]},
-    ),
-    (
-        {"messages": [{"role": None, "content": None}, ASKED, ANSWERED, {"role": None}]},
-        {"messages": [ASKED, ANSWERED]},
-    ),
-    (
-        {"messages": chat([{"type": "text", "text": "a", "image": None}, None], "b")},
-        {"messages": [ASKED, ANSWERED]},
-    ),
-    (
-        {"messages": chat([{"type": "text", "text": None}, {"type": "text", "text": "a"}], "b")},
-        {"messages": [ASKED, ANSWERED]},
-    ),
-    *(
-        ({"messages": [{**ASKED, "tool_calls": none}, {**ANSWERED, "tool_calls": none}]}, row)
-        for row in [{"messages": [ASKED, ANSWERED]}]
-        for none in ([], "[]", None, "null", "", [None])
-    ),
-    *(
-        ({"messages": [ASKED, ANSWERED], "tools": none}, {"messages": [ASKED, ANSWERED]})
-        for none in ([], "[]", None, "null", "", [None])
-    ),
-    (
-        called({"id": None, "function": {"name": "add", "arguments": {"x": 1, "to": None}}}),
-        called(CALL),
-    ),
-    (called({"function": {"name": "add", "arguments": '{"x": 1, "to": null}'}}), called(CALL)),
-    (
-        called({"name": "f", "arguments": {"deep": [{"a": None, "b": [1, None]}]}}),
-        called({"name": "f", "arguments": {"deep": [{"b": [1, None]}]}}),
-    ),
-    (
-        called(CALL, tools=[{"name": "f", "function": None, "parameters": {"a": None}}]),
-        called(CALL, tools=[{"name": "f", "parameters": {}}]),
-    ),
-    *(
-        (
-            {"system": "s", "messages": [{"role": "system", "content": none}, ASKED, ANSWERED]},
-            {"system": "s", "messages": [ASKED, ANSWERED]},
-        )
-        for none in ("", " ", None, [], [{"type": "text", "text": None}])
-    ),
-    (
-        {"messages": [ASKED, ANSWERED, {"role": "system", "content": None}, *chat("c", "d")]},
-        {"messages": chat("a", "b", "c", "d")},
-    ),
+    ({"messages": [UNITED, ANSWERED]}, PLAIN),
+    ({"messages": [{"role": None, "content": None}, ASKED, ANSWERED, {"role": None}]}, PLAIN),
+    ({"messages": turns([*text("a"), None], "b")}, PLAIN),
+    ({"messages": turns(text(None, "a"), "b")}, PLAIN),
+    *(({"messages": each}, PLAIN) for each in CALLED),
+    *((PLAIN | {"tools": none}, PLAIN) for none in NONE),
+    *(({"system": "s", "messages": each}, PLAIN | {"system": "s"}) for each in NO_SYSTEM),
+    ({"messages": BETWEEN}, {"messages": turns("a", "b", "c", "d")}),
+    (called(CALL_WITH_NULLS), called(CALL)),
+    (called(TEXT_WITH_NULLS), called(CALL)),
+    (called(DEEP), called({"name": "f", "arguments": {"deep": [{"b": [1, None]}]}})),
+    (called(CALL, tools=[TOOL]), called(CALL, tools=[{"name": "f", "parameters": {}}])),
 ]
 
 
@@ -178,28 +159,6 @@ NULL_FILLED = [
 def test_nulls_are_what_is_not_there(filled, row):
     read, plain = read_conversation(filled), read_conversation(row)
     assert (read.messages, read.tools) == (plain.messages, plain.tools)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ([{"type": "image", "text": None, "image": "a.png"}], "content is not text"),
-        ([{"type": "text", "text": {"a": 1}}], "content is not text"),
-        ([{"type": "text", "text": None}], "empty turn"),
-        (None, "empty turn"),
-    ],
-)
-def test_parts_without_text_are_never_the_word_none(content, reason):
-    with pytest.raises(RowError, match=reason):
-        read_conversation({"messages": chat(content, "b")})
-
-
-def test_rows_too_deep_to_be_read():
-    deep = []
-    for _ in range(2000):
-        deep = [deep]
-    with pytest.raises(RowError, match="nested too deeply"):
-        read_conversation({"messages": chat("a", "b"), "tools": deep})
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])

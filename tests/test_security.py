@@ -8,12 +8,12 @@ import shlex
 import signal
 import socket
 import stat
-import threading
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
 from conftest import (
+    as_sent,
     compose_config,
     kill_group,
     make_config,
@@ -28,7 +28,7 @@ from eagle3.benchmark import scoring
 from eagle3.checks import check
 from eagle3.config import instantiate
 from eagle3.errors import ConfigError
-from eagle3.runs.logger import REDACTED, NoTracker, redact
+from eagle3.runs.logger import NoTracker
 from eagle3.runs.resume import RUNS_CODE, claim, literal, load_config, run_folder
 from eagle3.runs.tracking import Tracking
 
@@ -57,16 +57,6 @@ def test_torchs_own_are_offered(name, tmp_path):
     section = "scheduler" if "." in name else "optimizer"
     overrides = [f"~{section}", f"+{section}={{_target_: torch.optim.{name}, _partial_: true}}"]
     check(load_config(compose_config(*overrides), tmp_path, overrides))
-
-
-def as_sent(run_dir, **changes):
-    """A run folder with a checkpoint, whose run.json has other values, by dotted key."""
-    config = asdict(load_config(compose_config("seed=3"), run_dir, []))
-    for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = value
-    (run_dir / "checkpoints" / "last").mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps({"config": config}))
 
 
 def resumed(run_dir, *overrides):
@@ -118,12 +108,12 @@ def test_a_run_json_is_not_resolved_again(tmp_path, monkeypatch):
 def test_what_a_run_needs_is_kept_apart_from_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOME_TOKEN", "open-sesame")
-    monkeypatch.setenv("NO_TOKEN", "1")  # a switch
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")  # a switch, in no text a login
     run_dir, login = tmp_path / "run", "http://me:SESAME@host/x.jsonl"
     (run_dir / "checkpoints" / "last").mkdir(parents=True)
-    path = "/models/hf_tiny-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+    path = "/models/hf_tiny-1aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
     overrides = ["model=hf", f"model.path={path}", "data=jsonl", f"data.path={login}"]
-    overrides += ["data.system_prompt=open-sesame", "train.resume=auto"]
+    overrides += ["data.system_prompt=say open-sesame", "train.resume=auto"]
 
     def start(*more):
         given = [*overrides, *more]
@@ -134,7 +124,8 @@ def test_what_a_run_needs_is_kept_apart_from_what_it_shows(tmp_path, monkeypatch
     first = start()
     shown = (run_dir / "run.json").read_text()
     assert "SESAME" not in shown and "open-sesame" not in shown
-    assert json.loads(shown)["config"]["model"]["path"] == path
+    shown = json.loads(shown)["config"]
+    assert shown["model"]["path"] == path and shown["data"]["system_prompt"] == "say <redacted>"
     (kept,) = (tmp_path / ".cache" / "private").iterdir()
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert resumed(run_dir).data == first.data and resumed(run_dir).model == first.model
@@ -145,15 +136,8 @@ def test_what_a_run_needs_is_kept_apart_from_what_it_shows(tmp_path, monkeypatch
     kept.unlink()  # the folder was sent to another machine
     with pytest.raises(ConfigError, match=r"data\.\w+ of the run in .* holds a login; give data\."):
         resumed(run_dir)
-    again = [f"data.path={login}", "data.system_prompt=open-sesame"]
+    again = [f"data.path={login}", "data.system_prompt=say open-sesame"]
     assert resumed(run_dir, *again).data == first.data
-
-
-def test_logins_are_known_by_their_variables(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
-    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
-    shown = redact({"path": "s3://x/hf_abcdefgh/1", "epochs": 1, "model": "/x/hf_tiny-1"})
-    assert shown == {"path": f"s3://x/{REDACTED}/1", "epochs": 1, "model": "/x/hf_tiny-1"}
 
 
 @pytest.mark.runs
@@ -171,15 +155,8 @@ def test_hydras_own_files_hold_no_login(tmp_path):
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
-    found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(run_folder("auto", f"{tmp_path}/now")))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        found = pool.map(run_folder, ["auto"] * 8, [f"{tmp_path}/now"] * 8)
     assert sorted(found) == [f"{tmp_path}/now", *(f"{tmp_path}/now-{n}" for n in range(2, 9))]
 
 

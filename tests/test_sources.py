@@ -87,11 +87,16 @@ def test_what_is_wrong_costs_one_row(tmp_path, name):
     assert {r.line: r.reason for r in read(tmp_path / name, content)} == reasons
 
 
+PACKED = gzip.compress(lines(50), mtime=0)
 BROKEN = [
     ("a.json", b'[{"a": 1}, {"b": ', "is not JSON"),
     ("a.json", b'[{"a": 1} {"b" 2}]', "is not JSON"),
     ("a.json", b'[{"a": 1}]\n[{"a": 2}]', "goes on behind its JSON list"),
-    ("a.jsonl.gz", gzip.compress(lines(50), mtime=0)[:60], "is damaged"),
+    ("a.jsonl.gz", PACKED[:60], "is damaged"),
+    ("a.jsonl.gz", lines(9), "is damaged .*; fetch it again"),
+    ("a.jsonl.gz", PACKED[:40] + b"\xff" * 4 + PACKED[44:], "is damaged .*; fetch it again"),
+    ("a.jsonl", PACKED, r"is a \.gz file by its content; let its name end so"),
+    ("a.jsonl", b"PAR1", r"is a \.parquet file by its content; let its name end so"),
     ("a.jsonl.xz", lzma.compress(lines(50))[:60], "is damaged"),
     ("a.jsonl.zst", b"(\xb5", "needs a package"),
     ("a.parquet", b"PAR1 but not really", "is damaged"),
@@ -185,12 +190,15 @@ def test_a_share_of_rows_is_always_the_same(tmp_path):
     assert set(some) < set(asked(read(path, share=0.6)))
 
 
-def test_identity_follows_the_content(tmp_path):
-    path, identities = tmp_path / "a.jsonl", []
-    for n in (2, 3):
-        path.write_bytes(lines(n))
-        identities += [find_files(Source(str(path)), "")[0].identity]
-    assert identities[0] != identities[1]
+def test_identity_follows_the_content_and_how_a_name_is_read(tmp_path):
+    def identity(name, content):
+        (tmp_path / name).write_bytes(content)
+        return str(find_files(Source(str(tmp_path / name)), "")[0].identity)
+
+    two, three = lines(2), lines(3)
+    assert len({identity(name, two) for name in ("a.jsonl", "a.json", "a.ndjson")}) == 1
+    others = [("a.jsonl", two), ("a.jsonl", three), ("a.jsonl.gz", two), ("a.parquet", two)]
+    assert len({identity(*other) for other in others}) == 4
 
 
 REMOTE = ["owner/name", "s3://b/a.jsonl", "Hugging4/chat_200k"]

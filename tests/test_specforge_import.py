@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import hidden_states_section, read_jsonl, run, spec_of
+from conftest import cut, flip, hidden_states_section, read_jsonl, run, spec_of
 from safetensors.torch import save_file
 from specforge_case import FOLDER, TTT_STEPS, Fixture, bf16
 from torch.nn.functional import rms_norm
@@ -228,26 +228,20 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-def flip(path, written):
+def flip_states(path, written):
     with zipfile.ZipFile(path) as archive:
-        start = max(archive.infolist(), key=lambda entry: entry.file_size).header_offset
-    data = bytearray(path.read_bytes())
-    data[start + 1000] ^= 1
-    path.write_bytes(data)
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    flip(path, largest.header_offset + 1000)
 
 
 def cut_gzip(path, written):
     path.unlink()
-    path = save(written, path.with_name("data_1.ckpt.gz"))
-    path.write_bytes(path.read_bytes()[:-100])
+    cut(save(written, path.with_name("data_1.ckpt.gz")), 100)
 
 
-def with_nan(name):
-    def damage(path, written):
-        written[name][0, 8, 3] = float("nan")
-        save(written, path)
-
-    return damage
+def with_nan(states):
+    states[0, 8, 3] = float("nan")
+    return states
 
 
 def put(name, value):
@@ -265,14 +259,14 @@ DAMAGES = {  # by what is told; each kind is one way to damage a file
     "truncated or damaged": [
         lambda path, written: path.write_bytes(b""),
         lambda path, written: path.write_bytes(b"hidden states"),
-        lambda path, written: path.write_bytes(path.read_bytes()[:-3000]),
+        lambda path, written: cut(path, 3000),
         lambda path, written: path.write_bytes(pickle.dumps({IDS: Evil(path)})),
         cut_gzip,
     ],
     "is not loaded because it may run code": [
         lambda path, written: save(written | {IDS: Evil(path)}, path)
     ],
-    "does not match its checksum": [flip],
+    "does not match its checksum": [flip_states],
     "lacks tensors": [lambda path, written: save([1], path)],
     r"lacks tensors \(aux_hidden_state\)": [put(AUX, lambda aux: None)],
     r"lacks tensors \(input_ids\)": [put(IDS, lambda ids: None)],
@@ -295,7 +289,7 @@ DAMAGES = {  # by what is told; each kind is one way to damage a file
     "not 0 and 1": [put(MASK, lambda mask: mask * 2)],
     "attention_mask": [put("attention_mask", lambda mask: torch.ones(20))],
     "final norm": [put(LAST, lambda last: 3 * last)],
-    "NaN or infinite": [with_nan(LAST), with_nan(AUX)],
+    "NaN or infinite": [put(LAST, with_nan), put(AUX, with_nan)],
 }
 CASES = [(sentence, damage) for sentence, kinds in DAMAGES.items() for damage in kinds]
 
@@ -386,7 +380,7 @@ def test_precision_is_that_of_the_files_and_rounding_is_said(
 ):
     given = [document(20, weights, seed) for seed in range(2)]
     for i, content in enumerate(given):
-        for name in ("aux_hidden_state", "hidden_state"):
+        for name in STATES:
             # More digits than bf16 has, as a target in fp32 gives them.
             content[name] = (content[name].float() * 1.001).to(getattr(torch, stored))
         save(content, source / f"data_{i}.ckpt")
@@ -400,7 +394,7 @@ def test_precision_is_that_of_the_files_and_rounding_is_said(
     assert ("states of 2 documents were rounded" in said) == (rounded > 0)
     for content, one in zip(given, found.values(), strict=True):
         states = one.features.aux_hidden_states.float()
-        assert torch.equal(content["aux_hidden_state"][0].float(), states) == (rounded == 0)
+        assert torch.equal(content[AUX][0].float(), states) == (rounded == 0)
 
 
 def test_a_store_of_ones_own_is_read_as_it_is(tmp_path):

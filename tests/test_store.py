@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import hidden_states_section, in_another_process
+from conftest import flip, hidden_states_section, in_another_process
 from safetensors.numpy import load_file
 
 from eagle3.batch import Document, Features
@@ -66,14 +66,6 @@ def length(document) -> int:
 
 def read(folder, on_damage="fail") -> Store:
     return open_store(hidden_states_section(on_damage=on_damage), folder, {})
-
-
-def flip(path, place):
-    with path.open("r+b") as stream:
-        stream.seek(place)
-        byte = stream.read(1)[0]
-        stream.seek(place)
-        stream.write(bytes([byte ^ 16]))
 
 
 def within_bound(found, wanted) -> bool:

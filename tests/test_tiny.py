@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, turns
 from transformers import AutoModelForCausalLM
 
 from dev.tiny.answers import EVAL_PROMPT_TOKENS, generate
@@ -13,13 +13,8 @@ from dev.tiny.make import read_rows
 from dev.tiny.tokenizer import encode
 from eagle3.evaluate import is_loop
 
-MESSAGES = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What does `f` return?"},
-    {"role": "assistant", "content": "It returns `x_1`."},
-    {"role": "user", "content": "And `g`?"},
-    {"role": "assistant", "content": "It returns nothing."},
-]
+SAID = ("What does `f` return?", "It returns `x_1`.", "And `g`?", "It returns nothing.")
+MESSAGES = [{"role": "system", "content": "Be brief."}, *turns(*SAID)]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +57,8 @@ def test_the_questions_are_a_fair_mix_of_held_out_modules(tokenizer, conversatio
 
 
 def test_training_answers_end_and_do_not_loop(tokenizer, conversations):
-    turns = [message for row in conversations for message in row["messages"]]
-    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    messages = [message for row in conversations for message in row["messages"]]
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     assert not any(is_loop(ids) for ids in tokenizer(answers)["input_ids"])
     assert all(row["messages"][-1]["role"] == "assistant" for row in conversations)
     assert {row["temperature"] for row in conversations} == {0.0, 0.7, 1.0}

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import spec_of
-from safetensors.torch import load_file, save_file
+from conftest import SHAPE, edit_model, spec_of
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,17 +22,13 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.target import weights
 from eagle3.target.hf import HFTarget
 
-SHAPE = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "eos_token_id": 5,
-}  # fmt: skip
+ENDING = SHAPE | {"eos_token_id": 5}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES = {
-    "llama": LlamaConfig(**SHAPE),
-    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3-tied": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True),
-    "qwen3-moe": Qwen3MoeConfig(**SHAPE, **MOE),
+    "llama": LlamaConfig(**ENDING),
+    "llama-tied": LlamaConfig(**ENDING, tie_word_embeddings=True),
+    "qwen3-tied": Qwen3Config(**ENDING, head_dim=32, tie_word_embeddings=True),
+    "qwen3-moe": Qwen3MoeConfig(**ENDING, **MOE),
     "gpt2-tied": GPT2Config(vocab_size=96, n_embd=64, n_head=4, n_layer=8, eos_token_id=5),
 }
 CPU = torch.device("cpu")
@@ -62,15 +57,10 @@ def save_sharded(folder):
 
 def rename(folder, names):
     """Rename or (with an empty name) drop tensors of a single-file checkpoint."""
-    tensors = load_file(folder / SINGLE)
-    named = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    named.pop("", None)
-    save_file(named, folder / SINGLE, {"format": "pt"})
-
-
-def edit_config(folder, **keys):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    dropped = {name for name, new in names.items() if not new}
+    edit_model(
+        folder, tensors=lambda t: {names.get(name, name): t[name] for name in t.keys() - dropped}
+    )
 
 
 def same(one, other):
@@ -128,17 +118,15 @@ def test_names_from_the_config(tmp_path):
 
 
 def test_a_head_that_is_stored_wins_over_a_config_that_ties(tmp_path):
-    edit_config(save(tmp_path), tie_word_embeddings=True)
+    edit_model(save(tmp_path), {"tie_word_embeddings": True})
     assert_loaded_alike(tmp_path)
-    tensors = load_file(tmp_path / SINGLE)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, tmp_path / SINGLE, {"format": "pt"})
+    edit_model(tmp_path, tensors=lambda t: t.update({WANTED[1]: t[WANTED[0]].clone()}))
     equal = load(tmp_path)
     assert equal.head is equal.embedding
 
 
 def save_phi(folder):
-    config = PhiConfig(**SHAPE | {"num_key_value_heads": 4})
+    config = PhiConfig(**ENDING | {"num_key_value_heads": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
@@ -158,7 +146,7 @@ SPOILT = [
     (lambda folder: save_sharded(folder) and (folder / INDEX).write_text("{}"), {},
      rf"{INDEX} .* names no tensors; get it again"),
     (save_phi, {}, r"changes its logits behind the head \(a bias\)"),
-    (lambda folder: edit_config(folder, final_logit_softcapping=30.0), {}, "logit_softcapping"),
+    (lambda folder: edit_model(folder, {"final_logit_softcapping": 30.0}), {}, "logit_softcapping"),
 ]  # fmt: skip
 
 
