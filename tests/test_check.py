@@ -185,6 +185,7 @@ MISTAKES = {
 ANSWERED = {"num_prompts": 2, "max_new_tokens": 48}  # as `trained` has learnt them
 
 
+@pytest.mark.runs
 def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
     asked = {"engines": ["sglang", "vllm"]} | ANSWERED
     raised, content = run_check(trained, target, tokenizer, tmp_path, **asked)
@@ -194,6 +195,7 @@ def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.runs
 def test_a_wrong_draft_of_the_right_shape_is_named(trained, target, tokenizer, tmp_path, name):
     config, tensors, words = MISTAKES[name]
     folder = shutil.copytree(trained, tmp_path / "draft")

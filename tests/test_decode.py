@@ -90,6 +90,7 @@ def teacher_forced(draft, embedding, aux, batch, ttt_steps):
     return {(rows[i], k): x for k in range(ttt_steps) for i, x in enumerate(outputs[k])}
 
 
+@pytest.mark.runs
 def test_emitted_equals_anchor_walk(target, trained, prompts):
     """The rounds of decoding are those that one teacher-forced unroll of the answer predicts."""
     steps, rounds = 4, 0
@@ -292,6 +293,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("steps, topk, verify_tokens", [(3, 1, 4), (1, 4, 5), (3, 48, 100)])
+@pytest.mark.runs
 def test_greedy_trees_and_batches_are_lossless(target, trained, steps, topk, verify_tokens):
     """Prompts of uneven lengths: answers and rounds of each alone, a pass of the target each."""
     random, counted = torch.Generator().manual_seed(5), Counted(target)

@@ -57,6 +57,7 @@ def draft(target, answers):
 
 
 @pytest.mark.parametrize("tokens_per_step", [32, 4096])
+@pytest.mark.runs
 def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
     packed = pack_answers(answers, draft.t2d, STEPS, tokens_per_step)
     frozen = FrozenWeights(target.embedding, target.head[draft.target_ids])

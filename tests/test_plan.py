@@ -73,6 +73,7 @@ def test_costs_of_targets():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("supervised", "ttt_steps"), [(0.3, 7), (0.6, 1), (1.0, 3)])
+@pytest.mark.runs
 def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps):
     """Its FLOPs are those of the formula, which counts gradients of the frozen inputs too; its peak
     is what autograd keeps of a real step, and what the loss works on.
@@ -166,6 +167,7 @@ def test_a_sample_stands_for_all_rows(tmp_path, tokenizer, monkeypatch):
         estimate(path=str(tmp_path / "a.jsonl"))
 
 
+@pytest.mark.runs
 def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
     """Hours, memory and updates follow the GPUs, the hybrid mode the disk, and the recommendation
     all of them; nothing is written; 80 columns.

@@ -224,6 +224,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.runs
 def test_faults_of_a_server_are_repeated(tmp_path, kind):
     """Questions 3.0 and 5.1 fail once; 2.0 always does, and its row is given up."""
 
@@ -450,6 +451,7 @@ def engine(target_folder, tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.runs
 def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
     rows = [row(i + 1, *(f"explain `f{i}`" for _ in range(1 + i % 3))) for i in range(11)]
     rows[4] = Row("data.jsonl", 5, None, "broken JSON")

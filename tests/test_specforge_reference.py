@@ -42,6 +42,7 @@ def test_losses_and_gradients(name):
         assert relative_error(fold(weight.grad), folded) < 1e-4, parameter
 
 
+@pytest.mark.runs
 def test_ten_updates_of_adamw():
     fixture = Fixture("full", [256, 256])
     optimizer = torch.optim.AdamW(fixture.draft.parameters(), lr=1e-3, weight_decay=0.0)

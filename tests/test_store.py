@@ -156,6 +156,7 @@ def damaged_by(folder) -> set[int]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.runs
 def test_a_flipped_byte_damages_one_document(tmp_path, dtype):
     documents, path = make(tmp_path, dtype)[6:12], shard_path(tmp_path, 1)
     opened = Shard(path, Store(tmp_path).fingerprint)

@@ -56,6 +56,7 @@ def test_the_questions_are_a_fair_mix_of_held_out_modules(tokenizer, conversatio
     assert max(lengths) <= EVAL_PROMPT_TOKENS
 
 
+@pytest.mark.runs
 def test_training_answers_end_and_do_not_loop(tokenizer, conversations):
     messages = [message for row in conversations for message in row["messages"]]
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
