@@ -15,3 +15,8 @@ class RunError(RuntimeError):
 
 class DamageError(RunError):
     """A file is missing, cut, or not as it was written."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library says first: some begin with an empty line, some say nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

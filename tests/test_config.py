@@ -13,7 +13,7 @@ from conftest import ROOT, TINY, as_sent, compose_config, run_command, spec_of
 from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten
 from eagle3.draft.initial import derive_config, read_config
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, first_line
 from eagle3.hydra_errors import explain, note_failure
 from eagle3.runs.resume import command_to_resume, load_config, run_folder
 
@@ -346,3 +346,8 @@ def test_the_reference_of_all_keys_is_up_to_date():
     assert made == written, "run python dev/config_reference.py"
     rows = [line for line in written.splitlines() if line.startswith("| `")]
     assert len(rows) > 100 and not [row for row in rows if row.endswith("|  |")]
+
+
+@pytest.mark.parametrize("text, said", [("\n a\nb", "a"), ("", "ValueError"), ("a", "a")])
+def test_the_first_line_of_what_a_library_says(text, said):
+    assert first_line(ValueError(text)) == said

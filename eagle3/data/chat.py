@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from eagle3.config import Data, Model
 from eagle3.data import templates
 from eagle3.data.rows import Conversation, Message, RowError
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, first_line
 from eagle3.target.spec import TargetSpec
 
 Messages = list[Message]
@@ -160,7 +160,7 @@ class Chat:
                 **{**self.tokenizer.special_tokens_map, **self.options},
             )
         except Exception as error:  # templates raise what they like: jinja's errors, KeyError
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise RowError(f"refused by the chat template: {reason}") from error
         return texts[0], [tuple(span) for span in spans[0]] if self.marked else []
 

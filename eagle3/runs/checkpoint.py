@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, hf_storage
 
-from eagle3.errors import RunError
+from eagle3.errors import RunError, first_line
 from eagle3.runs.artefact import STATE, read_manifest, write_manifest
 from eagle3.runs.disk import instead_of, step_folders, sync
 
@@ -96,7 +96,7 @@ def first_cause(error: Exception) -> str:
     """The first line of what went wrong on the first rank that failed."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
 
 
 def partition_tensors(tensors: Tensors, rank: int, world_size: int) -> Tensors:

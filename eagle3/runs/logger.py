@@ -15,7 +15,7 @@ import yaml
 from xxhash import xxh3_128
 
 from eagle3.config import OneOf
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, first_line
 from eagle3.runs.disk import read_json, write_atomically
 
 REDACTED = "<redacted>"
@@ -140,7 +140,7 @@ class Wandb(NoTracker):
         try:
             self.run = wandb.init(dir=str(run_dir), **given)
         except wandb.errors.Error as error:
-            message = str(error).splitlines()[0].rstrip(".")
+            message = first_line(error).rstrip(".")
             raise ConfigError(f"logger=wandb: {message}; or set logger.mode=offline.") from error
         # W&B's own step may only grow, and a resumed run logs some updates again: ours is an axis.
         self.run.define_metric("step")

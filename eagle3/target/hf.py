@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
-from eagle3.errors import ConfigError, RunError
+from eagle3.errors import ConfigError, RunError, first_line
 from eagle3.target.loading import check_croppable, check_loadable, find_layers, rope_limit
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
@@ -51,7 +51,7 @@ class HFTarget:
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
         self.decoder, layers = find_layers(self.model, spec.num_layers)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.quantizers.auto import get_hf_quantizer
 
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, first_line
 from eagle3.target.spec import TargetSpec, whole_config
 from eagle3.target.weights import Checkpoint
 
@@ -29,7 +29,7 @@ def check_loadable(spec: TargetSpec) -> None:
             trust = spec.trust_remote_code
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), repr(error))
+        reason = first_line(error)
         sentence = f"model.path={spec.path} cannot be loaded by transformers here: {reason}"
         raise ConfigError(f"{sentence}; see target=sglang") from error
     find_layers(model, spec.num_layers)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from eagle3.config import Model
-from eagle3.errors import ConfigError, RunError
+from eagle3.errors import ConfigError, RunError, first_line
 from eagle3.target.layers import engines_default
 
 SAMPLED_BLOCKS = 64  # of each weight file, a mebibyte each
@@ -85,7 +85,7 @@ def whole_config(model: Model | TargetSpec) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model.path, **where)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if "custom code" in reason:
             reason = "its code runs only with model.trust_remote_code=true"
         raise ConfigError(f"model.path={model.path} is no model: {reason}") from error

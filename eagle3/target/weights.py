@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
-from eagle3.errors import ConfigError, RunError
+from eagle3.errors import ConfigError, RunError, first_line
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids, whole_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +66,7 @@ class Checkpoint:
             sentence = f"{name} of {self.path} does not open ({error}); get it again"
             raise RunError(sentence) from error
         except OSError as error:
-            reason = f"model.path={self.path}: {str(error).splitlines()[0]}"
+            reason = f"model.path={self.path}: {first_line(error)}"
             remedy = "(save_pretrained of transformers converts a pytorch_model.bin)"
             wanted = f"give a folder or hub id with all of its safetensors {remedy}"
             raise ConfigError(f"{reason}; {wanted}") from error
