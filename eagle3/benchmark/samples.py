@@ -34,8 +34,8 @@ def sample(trial: Trial, chat: Chat) -> dict[str, Any]:
 
 
 def rounds(answer: Answer, chat: Chat) -> list[dict[str, Any]]:
-    """The texts of each round's `accepted` drafts, and of the `target`'s own token behind them, None
-    where the answer ends with a draft. The first round is the prefill.
+    """The texts of each round's `accepted` drafts and of the `target`'s own token behind them (None
+    where the answer ends with a draft). The first round is the prefill.
     """
     texts: list[str] = []
     for piece in split_tokens(chat.tokenizer, answer.ids, [1] * len(answer.ids)):

@@ -32,6 +32,9 @@ TITLES = {
 # As many as fit into 80 columns of a terminal.
 SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
 SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+RATES = ("tokens_per_second", "baseline_tokens_per_second")
+LOOK_UPS = {"prompt_lookup": "prompt look-up, which needs no model"}
+LOOK_UPS |= {"bigram": "a bigram, which needs no model"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -123,17 +126,49 @@ def templates() -> Environment:
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    rows = reversed(read_metrics(run_dir / "metrics.jsonl"))
-    last = next((row for row in rows if "loss" in row), {})
-    values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
-    values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
-    values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
-    values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
+    logged = reversed(read_metrics(run_dir / "metrics.jsonl"))
+    last = next((row for row in logged if "loss" in row), {})
+    training = {key: value for key, value in last.items() if "/" not in key}
+    evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
+    beaten = not_better(rows)
+    warned = [row for row in rows if row.get("warning")]
+    warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in warned]
+    facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
+    facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
+    values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten}
+    values["warnings"] = [*beaten, *warnings, *missing(run, benchmark, evaluation or training)]
+    values["rows"] = [
+        row | {"cells": cells(row), "best_look_up": best_look_up(row)} for row in rows
+    ]
+    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell}
+    values["samples"] = benchmark.get("samples", {})
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
     path = run_dir / "report.html"
     path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path
+
+
+def missing(run: dict, benchmark: dict, trained: dict) -> list[str]:
+    """A sentence for each listed stage, and each suite, that left nothing to show."""
+    suites = benchmark.get("suites", {})
+    done = {"train": bool(trained), "benchmark": any(suites.values())}
+    stages = [stage for stage in run["config"].get("stages", []) if not done.get(stage, True)]
+    left_out = [suite for suite, rows in suites.items() if not rows and done["benchmark"]]
+    return [f"{name} left no result: it failed or was stopped." for name in (*stages, *left_out)]
+
+
+def artefacts(run: dict) -> dict[str, dict[str, Any]]:
+    """The numbers of what the stages made or found, by a title; `regenerate` makes several."""
+    found = {}
+    for name, noted in run.get("inputs", {}).items():
+        several = noted if isinstance(noted, list) else [noted]
+        for number, facts in enumerate(several, start=1):
+            title = name.replace("_", " ").capitalize() + f", {number}" * (len(several) > 1)
+            found[title] = {
+                k: value for k, value in facts.items() if isinstance(value, int | float)
+            }
+    return found
 
 
 def benchmark_rows(benchmark: dict) -> list[dict]:
@@ -145,16 +180,56 @@ def benchmark_columns(rows: list[dict]) -> list[str]:
     return [key for key in TITLES if any(row.get(key) is not None for row in rows)]
 
 
+def best_look_up(row: dict) -> tuple[float, str] | None:
+    """The highest acceptance length of those without a model, and its name."""
+    known = [(row[key], name) for key, name in LOOK_UPS.items() if row.get(key) is not None]
+    return max(known, default=None)
+
+
+def not_better(rows: list[dict]) -> list[str]:
+    """A sentence for each row whose draft is accepted no further than a look-up, as shown."""
+    sentences = []
+    for row in rows:
+        accepted, best = row.get("acceptance_length"), best_look_up(row)
+        if row["config"][1] and accepted and best and round(best[0], 2) >= round(accepted, 2):
+            where = f"On {row['suite']} with {row['config'][1]} drafted tokens"
+            numbers = f"{accepted:.2f} against {best[0]:.2f} tokens a round"
+            sentences.append(f"{where} the draft is no better than {best[1]}: {numbers}.")
+    return list(dict.fromkeys(sentences))  # the same at several batch sizes is said once
+
+
+def cells(row: dict) -> dict[str, str]:
+    """A row of the benchmark as shown, its rates in as many digits as their ratio, the speedup."""
+    shown = {key: cell(key, row.get(key)) for key in TITLES}
+    rates = [row.get(key) for key in RATES]
+    if None not in (*rates, row.get("speedup")):
+
+        def ratio(digits: int) -> str:
+            fast, slow = (round(rate, digits) for rate in rates)
+            return cell("speedup", fast / slow) if slow else ""
+
+        digits = next((n for n in range(4) if ratio(n) == shown["speedup"]), 0)
+        shown |= {key: f"{row[key]:,.{digits}f}" for key in RATES}
+    return shown
+
+
 def cell(key: str, value: Any) -> str:
     """A value as a table shows it; three or so digits of a float: 2.41, 0.0123, 153, 12,400."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = [f"{name}: {cell(key, each)}" for name, each in value.items()]
     if isinstance(value, list):
-        return (" – " if key.endswith("interval95") else ", ").join(cell(key, v) for v in value)
+        joint = " – " if key.endswith("interval95") else ", "
+        return joint.join(cell(key, each) for each in value) or "–"
     if key == "speedup":
         return f"{value:.2f}×"
+    if key.endswith("interval95"):
+        return f"{value:.2f}"
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
     if isinstance(value, float) and abs(value) < 100:
         return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
     long = isinstance(value, float) or (isinstance(value, int) and value >= 10000)
@@ -178,6 +253,7 @@ def summary(run_dir: Path) -> Group:
             table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
         for row in rows:
             # Text, because a suite's name may hold what rich takes for markup.
-            table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
-        tables.append(table)
+            shown = cells(row)
+            table.add_row(*[Text(shown[key]) for key in columns])
+        tables += [table, *map(Text, not_better(rows))]
     return Group(*tables)
