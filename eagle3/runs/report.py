@@ -150,12 +150,13 @@ def write_report(run_dir: Path) -> Path:
 
 
 def missing(run: dict, benchmark: dict, trained: dict) -> list[str]:
-    """A sentence for each listed stage, and each suite, that left nothing to show."""
+    """A sentence for each stage that is listed, or suite that is asked, and left no result."""
     suites = benchmark.get("suites", {})
     done = {"train": bool(trained), "benchmark": any(suites.values())}
     stages = [stage for stage in run["config"].get("stages", []) if not done.get(stage, True)]
-    left_out = [suite for suite, rows in suites.items() if not rows and done["benchmark"]]
-    return [f"{name} left no result: it failed or was stopped." for name in (*stages, *left_out)]
+    empty = [suite for suite, rows in suites.items() if not rows and done["benchmark"]]
+    names = [f"stage {stage}" for stage in stages] + [f"suite {suite}" for suite in empty]
+    return [f"The {name} left no result: it failed or was stopped." for name in names]
 
 
 def artefacts(run: dict) -> dict[str, dict[str, Any]]:
