@@ -19,6 +19,7 @@ from eagle3.runs.logger import read_metrics, redact
 # The columns of the benchmark, in their order.
 TITLES = {
     "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
+    "truncated": "answers cut at max_new_tokens",
     "acceptance_length": "acceptance length", "interval95": "95 % interval",
     "tokens_per_second": "tokens/s with draft",
     "baseline_tokens_per_second": "tokens/s without draft",
@@ -32,9 +33,8 @@ TITLES = {
 # As many as fit into 80 columns of a terminal.
 SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
 SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
 RATES = ("tokens_per_second", "baseline_tokens_per_second")
-LOOK_UPS = {"prompt_lookup": "prompt look-up, which needs no model"}
-LOOK_UPS |= {"bigram": "a bigram, which needs no model"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -130,18 +130,16 @@ def write_report(run_dir: Path) -> Path:
     last = next((row for row in logged if "loss" in row), {})
     training = {key: value for key, value in last.items() if "/" not in key}
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
-    beaten = not_better(rows)
     warned = [row for row in rows if row.get("warning")]
     warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in warned]
     facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
-    values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten}
-    values["warnings"] = [*beaten, *warnings, *missing(run, benchmark, evaluation or training)]
-    values["rows"] = [
-        row | {"cells": cells(row), "best_look_up": best_look_up(row)} for row in rows
-    ]
+    values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
+    values["warnings"] = warnings + missing(run, benchmark, evaluation or training)
     values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell}
-    values["samples"] = benchmark.get("samples", {})
+    values |= {"rows": rows, "samples": benchmark.get("samples", {})}
+    for row in rows:
+        row |= {"cells": cells(row), "costless": best_without_draft(row)}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
     path = run_dir / "report.html"
@@ -166,9 +164,7 @@ def artefacts(run: dict) -> dict[str, dict[str, Any]]:
         several = noted if isinstance(noted, list) else [noted]
         for number, facts in enumerate(several, start=1):
             title = name.replace("_", " ").capitalize() + f", {number}" * (len(several) > 1)
-            found[title] = {
-                k: value for k, value in facts.items() if isinstance(value, int | float)
-            }
+            found[title] = {k: fact for k, fact in facts.items() if isinstance(fact, int | float)}
     return found
 
 
@@ -177,26 +173,33 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
+def best_without_draft(row: dict) -> float | None:
+    """The highest acceptance length of what drafts without a model."""
+    return max((row[key] for key in COSTLESS if row.get(key) is not None), default=None)
+
+
+def beaten(rows: list[dict]) -> str:
+    """Where the draft is worth less than what drafts without a model, in words; "" for nowhere."""
+    places = []
+    for row in rows:
+        # To the digits that are shown, so that no two equal numbers are told apart.
+        own = round(row.get("acceptance_length") or 0, 2)
+        costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
+        words = max(costless, key=costless.get)
+        if row["config"][1] > 0 and costless[words] > own:
+            places.append(f"on {row['suite']} by {words} ({costless[words]:.2f} against {own:.2f})")
+    places = list(dict.fromkeys(places))  # several batches of a suite often agree
+    return f"What needs no draft beats this one: {', '.join(places)}." if places else ""
+
+
+def truncated(rows: list[dict]) -> str:
+    cut = {row["suite"]: row["truncated"] for row in rows if row.get("truncated")}
+    counts = ", ".join(f"{count} of {suite}" for suite, count in cut.items())
+    return f"Answers cut at max_new_tokens, which are not scored: {counts}." if cut else ""
+
+
 def benchmark_columns(rows: list[dict]) -> list[str]:
     return [key for key in TITLES if any(row.get(key) is not None for row in rows)]
-
-
-def best_look_up(row: dict) -> tuple[float, str] | None:
-    """The highest acceptance length of those without a model, and its name."""
-    known = [(row[key], name) for key, name in LOOK_UPS.items() if row.get(key) is not None]
-    return max(known, default=None)
-
-
-def not_better(rows: list[dict]) -> list[str]:
-    """A sentence for each row whose draft is accepted no further than a look-up, as shown."""
-    sentences = []
-    for row in rows:
-        accepted, best = row.get("acceptance_length"), best_look_up(row)
-        if row["config"][1] and accepted and best and round(best[0], 2) >= round(accepted, 2):
-            where = f"On {row['suite']} with {row['config'][1]} drafted tokens"
-            numbers = f"{accepted:.2f} against {best[0]:.2f} tokens a round"
-            sentences.append(f"{where} the draft is no better than {best[1]}: {numbers}.")
-    return list(dict.fromkeys(sentences))  # the same at several batch sizes is said once
 
 
 def cells(row: dict) -> dict[str, str]:
@@ -256,5 +259,6 @@ def summary(run_dir: Path) -> Group:
             # Text, because a suite's name may hold what rich takes for markup.
             shown = cells(row)
             table.add_row(*[Text(shown[key]) for key in columns])
-        tables += [table, *map(Text, not_better(rows))]
-    return Group(*tables)
+        tables.append(table)
+    first, last = ([Text(words)] if words else [] for words in (beaten(rows), truncated(rows)))
+    return Group(*first, *tables, *last)
