@@ -1,7 +1,7 @@
 """Configs and suites through any engine, the built-in decoder, and the statistics."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,17 +14,20 @@ from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
 from eagle3.benchmark.measure import benchmark
 from eagle3.benchmark.request import Request, Subject, check_request, in_steps
+from eagle3.benchmark.samples import MAX_TOKENS, samples
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
+from eagle3.data.chat import Chat
 from eagle3.decode.speculate import Generation
 from eagle3.decode.tree import Candidates
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.engines.engine import answer_of_rounds
+from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
+UNREPORTED = Answer([1, 2], 1, [1], 1.0, "")  # the tokens of each round
 SECTION = yaml.safe_load((ROOT / "conf/benchmark/builtin.yaml").read_text())
 
 
@@ -50,6 +53,9 @@ class Words:
     """A chat of characters, with a template that marks roles."""
 
     template = "roles"
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={}, decode=lambda ids, **options: "".join(map(chr, ids))
+    )
 
     def encode_prompt(self, messages):
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -230,6 +236,37 @@ def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
     wanted = {"runner": "echo", "drafting": "chain and tree", "max_new_tokens": 40}
     wanted |= {"system_prompt": "as prepared", "protocol": "chat"}
     assert wanted.items() <= protocol.items() and protocol["template"].startswith("auto, sha256 ")
+
+
+def test_samples_say_which_tokens_were_drafted(tmp_path):
+    """The first two answers of a suite, under the first config that drafts."""
+    suite, configs = questions(tmp_path, 3), [[1, 0, 0, 0], [1, 3, 1, 4], [2, 3, 1, 4]]
+    found = measured(tmp_path, configs, [suite], max_new_tokens=6)["samples"]
+    rounds = [([], "<"), (["s"], ">"), (["a"], "s"), ([" "], None)]
+    named = [{"accepted": accepted, "target": target} for accepted, target in rounds]
+    expected = {"config": [1, 3, 1, 4], "num_tokens": 6, "rounds": named}
+    assert found == {suite: [{"prompt": f"ask {n}"} | expected for n in range(2)]}
+    assert measured(tmp_path, configs[:1], [suite])["samples"] == {}, "nothing was drafted"
+
+
+def test_samples_split_no_character_and_end(tokenizer):
+    """A character of several tokens stands whole at the last, wherever rounds end; long answers are
+    cut; an engine that reports no rounds has none.
+    """
+    ids, config = tokenizer.encode("a 🙂 é", add_special_tokens=False), [1, 2, 1, 3]
+    answers = [answer_of_rounds(ids, "", [1, 0, 2], 2, 1.0)]
+    answers += [answer_of_rounds(ids[:1] * 999, "", [2] * 400, 2, 1.0)]
+    trials = [Trial(Question(input_ids=ids), [ids], [answer]) for answer in answers]
+    measured = {tuple(config): {"a": trials, "b": [replace(trials[0], answers=[UNREPORTED])]}}
+    found = samples([config], measured, Chat(tokenizer))
+    short, long = (
+        [[*part["accepted"], part["target"]] for part in sample["rounds"]] for sample in found["a"]
+    )
+    texts = [text for part in short for text in part]
+    assert len(texts) == len(ids) > 6 and "".join(texts) == "a 🙂 é"
+    assert [len(part) for part in short[:4]] == [1, 2, 1, 3]
+    assert MAX_TOKENS - 3 < sum(map(len, long)) <= MAX_TOKENS
+    assert found["a"][1]["num_tokens"] == 999 and found["b"] == []
 
 
 @pytest.mark.parametrize("batch, seconds", [(10, 3), (1, 10 * 12 * 60)])

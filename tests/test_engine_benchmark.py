@@ -65,7 +65,9 @@ def subject(tmp_path):
     prompts = ({"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1))
     heldout = write_jsonl(tmp_path / "heldout.jsonl", *prompts)
     data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto")
-    chat = SimpleNamespace(template="", tokenizer=None)
+    words = {"decode": lambda ids, **options: "".join(map(chr, ids))}
+    tokenizer = SimpleNamespace(added_tokens_decoder={}, **words)
+    chat = SimpleNamespace(template="", tokenizer=tokenizer, **words)
     return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, heldout)
 
 

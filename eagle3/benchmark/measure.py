@@ -11,6 +11,7 @@ from typing import Any
 from rich.progress import track
 
 from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.samples import samples
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
@@ -38,7 +39,8 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             # Hours may have gone into what was measured before an error or Ctrl-C.
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
-                result = {"suites": suites, "protocol": facts}
+                shown = samples(request.configs, trials, subject.chat)
+                result = {"suites": suites, "protocol": facts, "samples": shown}
                 content = json.dumps(result, indent=1, allow_nan=False).encode()
                 write_atomically(run_dir / "benchmark.json", [content])
 
