@@ -12,7 +12,7 @@ from conftest import ROOT, write_jsonl
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
-from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Request, Subject, check_request, in_steps
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question, Setup
@@ -73,6 +73,7 @@ def no_process(monkeypatch):
 
 def subject_of(folder, target=None, eval_path=None, heldout=None, prepared=None):
     data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared", chat_template="auto")
+    data.path, data.sources = "conversations", {}
     spec = SimpleNamespace(config=None, aux_layer_ids=[1, 2, 3])
     handle = SimpleNamespace(spec=spec, device=torch.device("cpu"), load=lambda: target)
     texts = prepared and Prepared(prepared)
@@ -122,7 +123,8 @@ def measured(folder, configs, suites, log=None, **changed):
     """benchmark.json by the Echo."""
     section = {key: value for key, value in SECTION.items() if not key.startswith("_")}
     section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
-    benchmark(Echo(log=[] if log is None else log, **section), subject_of(folder), folder)
+    request, subject = Echo(log=[] if log is None else log, **section), subject_of(folder)
+    benchmark(request, load_tasks(request, subject), subject, folder)
     return json.loads((folder / "benchmark.json").read_text())
 
 
@@ -138,7 +140,8 @@ def decoded(folder, target, prompts=(), subject=None, **changed):
     draft = Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: draft)
-        benchmark(instantiate(SECTION | changed), subject, folder)
+        request = instantiate(SECTION | changed)
+        benchmark(request, load_tasks(request, subject), subject, folder)
     return json.loads((folder / "benchmark.json").read_text())
 
 

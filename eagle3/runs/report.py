@@ -19,6 +19,7 @@ from eagle3.runs.logger import read_metrics, redact
 # The columns of the benchmark, in their order.
 TITLES = {
     "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
+    "truncated": "answers cut at max_new_tokens",
     "acceptance_length": "acceptance length", "interval95": "95 % interval",
     "tokens_per_second": "tokens/s with draft",
     "baseline_tokens_per_second": "tokens/s without draft",
@@ -32,6 +33,7 @@ TITLES = {
 # As many as fit into 80 columns of a terminal.
 SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
 SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -128,6 +130,7 @@ def write_report(run_dir: Path) -> Path:
     values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
     values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
     values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
+    values |= {"beaten": beaten(values["rows"])}
     values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
@@ -139,6 +142,20 @@ def write_report(run_dir: Path) -> Path:
 def benchmark_rows(benchmark: dict) -> list[dict]:
     suites = benchmark.get("suites", {}).items()
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
+
+
+def beaten(rows: list[dict]) -> list[str]:
+    """Where the draft is worth less than what drafts without a model, in words."""
+    sentences = []
+    for row in rows:
+        # To the digits that are shown, so that no two equal numbers are told apart.
+        own = round(row.get("acceptance_length") or 0, 2)
+        costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
+        words = max(costless, key=costless.get)
+        if row["config"][1] > 0 and costless[words] > own:
+            longer = f"{words}, which needs no draft, reaches {costless[words]:.2f}"
+            sentences.append(f"On {row['suite']} the draft is beaten: {longer}, it {own:.2f}.")
+    return sentences
 
 
 def benchmark_columns(rows: list[dict]) -> list[str]:
@@ -180,4 +197,4 @@ def summary(run_dir: Path) -> Group:
             # Text, because a suite's name may hold what rich takes for markup.
             table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
         tables.append(table)
-    return Group(*tables)
+    return Group(*map(Text, beaten(rows)), *tables)
