@@ -14,11 +14,11 @@ import torch
 from hydra.utils import get_object
 from transformers import PretrainedConfig
 
-from eagle3.benchmark.request import asks_heldout, check_request, names_data
+from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.benchmark.scoring import namespaces
 from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest
 from eagle3.data.chat import load_chat
-from eagle3.data.sources import may_be_remote
+from eagle3.data.sources import may_be_remote, names_data
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.export.read import check_given

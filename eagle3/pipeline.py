@@ -14,12 +14,12 @@ from rich.console import Console
 
 from eagle3.benchmark.check import check
 from eagle3.benchmark.measure import benchmark, load_tasks
-from eagle3.benchmark.request import Subject, asks_heldout, names_data
+from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import load_chat
 from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
-from eagle3.data.sources import find_sources
+from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import generate
@@ -80,17 +80,14 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
 
     prepared = answers = store = None
     if listed & {"check", "benchmark"}:
-        folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
-        if not folder.exists() and "export" not in listed:
-            remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
-            raise ConfigError(f"no draft at {folder}; {remedy}")
-        subject = Subject(folder, target, chat, data, cache_dir, config.seed)
+        draft = find_draft(config, run_dir)
+        subject = Subject(draft, target, chat, data, cache_dir, config.seed)
     if "benchmark" in listed:
-        # Before the first stage, as what cannot be asked or measured would end the last one.
+        # Looked at before the first stage, for what cannot be asked would end the last one.
         request = instantiate(config.benchmark)
         tasks = load_tasks(request, subject)
         if config.draft_path and "check" not in listed:  # which says more of a bad one
-            request.check_draft(folder, target.spec)
+            request.check_draft(draft, target.spec)
         if not reads_prepared and not no_data:
             # The bigram is measured where a run has left what it is counted in.
             with suppress(ConfigError, RunError):
@@ -155,6 +152,15 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             subject.prepared = prepared
             benchmark(request, tasks, subject, run_dir)
     return read_acceptance(run_dir)
+
+
+def find_draft(config: RunConfig, run_dir: Path) -> Path:
+    """Where the draft to measure lies, or will lie. Raises ConfigError where it never will."""
+    folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
+    if not folder.exists() and "export" not in config.stages:
+        remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
+        raise ConfigError(f"no draft at {folder}; {remedy}")
+    return folder
 
 
 def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:

@@ -101,7 +101,7 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     second, third = (6, 2) if name == "vllm" else (7, 3)
     assert one["accepted_by_position"] == [17 / 27, second / 27, third / 27]
     assert one["tokens_per_second"] == pytest.approx(400) and one["speedup"] == pytest.approx(4)
-    assert one["lossless"] is True and one["num_prompts"] == 5
+    assert one["lossless"] is True and one["num_prompts"] == one["truncated"] == 5
     assert alone["acceptance_length"] == 1 and alone["speedup"] == 1
     protocol = result["protocol"]
     assert (protocol["runner"], protocol["dtype"], protocol["tp_size"]) == (name, "float32", 2)

@@ -1,12 +1,21 @@
 """Suites and protocols: what the target is asked, on small files with the schema of the hub's."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
 from conftest import ROOT, turns, write_jsonl
 
 from eagle3.benchmark import suites
-from eagle3.benchmark.suites import SUITES, Task, load_questions, parse_suite, setup_of
+from eagle3.benchmark.suites import (
+    SUITES,
+    Question,
+    Task,
+    draw,
+    load_questions,
+    parse_suite,
+    setup_of,
+)
 from eagle3.config import Source
 from eagle3.data.chat import Chat
 from eagle3.data.templates import SYSTEM_PROMPTS
@@ -104,6 +113,50 @@ def test_rows_of_ones_own(tmp_path, chat):
     assert [questions[i].id for i in (6, 0)] == ["mine", "mine.jsonl:1"]
     assert prompt(chat, questions[4]) == chat.encode_prompt([user]), "its answer is not shown"
     assert prompt(chat, questions[6], trained="be kind") == [4, 5]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_takes_the_rows_of_eagle(name, tmp_path):
+    """Code comes without the tests that would score it."""
+    row = {"question_id": 81, "category": "math", "turns": ["one", "two"]}
+    rows = row | {"reference": ["It is 1\n#### 1", "2"]}, row, {"turns": "alone"}
+    path = str(write_jsonl(tmp_path / "question.jsonl", *rows))
+    first, second, third = load_questions(name, path, ".cache")
+    assert first.messages == [{"role": "user", "content": "one"}] and first.later == ["two"]
+    assert first.reference == (None if name == "humaneval" else "It is 1\n#### 1")
+    assert second.reference is None and third.later == []
+    assert [question.category for question in (first, second, third)] == ["math", "math", ""]
+
+
+def numbered(*categories, reference="1"):
+    return [Question(id=str(i), category=c, reference=reference) for i, c in enumerate(categories)]
+
+
+def ids(questions):
+    return [int(question.id) for question in questions]
+
+
+def test_a_sample_has_as_many_of_each_category_as_can_be():
+    questions = numbered(*"a" * 10, *"b" * 10, *"c" * 2)
+    counts = {n: Counter(q.category for q in draw(questions, n, 0)) for n in (3, 6, 12)}
+    assert counts == {3: Counter("abc"), 6: Counter("aabbcc"), 12: Counter("aaaaabbbbbcc")}
+    samples = [ids(draw(questions, 6, seed)) for seed in range(9)]
+    assert (
+        all(sample == sorted(sample) for sample in samples)
+        and ids(draw(questions, 6, 0)) in samples
+    )
+    assert len({*map(tuple, samples)}) > 5, "another seed, other questions"
+    assert {*samples[0]} < {*ids(draw(questions, 9, 0))}
+    assert draw(questions, None, 0) == draw(questions, 99, 0) == questions
+
+
+def test_what_is_shown_is_not_asked():
+    task = Task("gsm8k", setup_of("specforge", "gsm8k", None, None), 4)
+    task.take(numbered(*"x" * 9), seed=0)
+    assert ids(task.examples) == [0, 1, 2, 3, 4] and ids(task.questions) == [5, 6, 7, 8]
+    for too_few in (numbered(*"x" * 5), numbered(*"x" * 9, reference=None)):
+        with pytest.raises(RunError, match="gsm8k needs 5 solved questions to show, and others"):
+            task.take(too_few, seed=0)
 
 
 def test_an_empty_suite(tmp_path):

@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.progress import track
 
-from eagle3.benchmark.request import Request, Subject, names_data
+from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
 from eagle3.data.rows import RowError
+from eagle3.data.sources import names_data
 from eagle3.errors import ConfigError
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.tracking import device_name

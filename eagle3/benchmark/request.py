@@ -11,6 +11,7 @@ from eagle3.benchmark.suites import MORE_STEPS, SETUPS, SUITES, Setup, parse_sui
 from eagle3.config import Data, OneOf, Within, nearest
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
+from eagle3.data.sources import names_data
 from eagle3.decode.tree import check_tree
 from eagle3.engines.engine import Answer, Drafting
 from eagle3.errors import ConfigError
@@ -124,7 +125,3 @@ def asks_heldout(section: dict[str, Any], data: Data) -> bool:
     """Whether the section `benchmark` asks the prompts that `prepare` holds out of `data`."""
     suites = [parse_suite(suite)[0] for suite in section["suites"]]
     return "heldout" in suites and "heldout" not in section["paths"] and names_data(data)
-
-
-def names_data(data: Data) -> bool:
-    return data.path is not None or bool(data.sources)

@@ -188,9 +188,9 @@ SETUPS: dict[str, dict[str, Setup]] = {  # by protocol and suite; "" is every ot
     # The plain question, behind the system prompt that the draft was trained with.
     "chat": {"": Setup(1024)},
     # What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes. GSM8K is a raw
-    # completion behind the first five rows of its own test split, which it asks as well, unlike
-    # us. Its acceptance length divides all
-    # tokens by the rounds; ours leaves out the first token, so it is lower by less than a percent.
+    # completion behind the first five rows of its own test split, which here are not asked too. Its
+    # acceptance length divides all tokens by the rounds; ours leaves out the first token, so it is
+    # lower by less than a percent.
     "specforge": {
         "": Setup(2048),
         "mtbench": Setup(2048, "llama2"),

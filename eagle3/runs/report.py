@@ -144,18 +144,23 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
-def beaten(rows: list[dict]) -> list[str]:
-    """Where the draft is worth less than what drafts without a model, in words."""
-    sentences = []
+def beaten(rows: list[dict]) -> str:
+    """Where the draft is worth less than what drafts without a model, in words; "" for nowhere."""
+    places = []
     for row in rows:
         # To the digits that are shown, so that no two equal numbers are told apart.
         own = round(row.get("acceptance_length") or 0, 2)
         costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
         words = max(costless, key=costless.get)
         if row["config"][1] > 0 and costless[words] > own:
-            longer = f"{words}, which needs no draft, reaches {costless[words]:.2f}"
-            sentences.append(f"On {row['suite']} the draft is beaten: {longer}, it {own:.2f}.")
-    return sentences
+            places.append(f"on {row['suite']} by {words} ({costless[words]:.2f} against {own:.2f})")
+    return f"What needs no draft beats this one: {', '.join(places)}." if places else ""
+
+
+def truncated(rows: list[dict]) -> str:
+    cut = {row["suite"]: row["truncated"] for row in rows if row.get("truncated")}
+    counts = ", ".join(f"{count} of {suite}" for suite, count in cut.items())
+    return f"Answers cut at max_new_tokens, which are not scored: {counts}." if cut else ""
 
 
 def benchmark_columns(rows: list[dict]) -> list[str]:
@@ -197,4 +202,5 @@ def summary(run_dir: Path) -> Group:
             # Text, because a suite's name may hold what rich takes for markup.
             table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
         tables.append(table)
-    return Group(*map(Text, beaten(rows)), *tables)
+    first, last = ([Text(words)] if words else [] for words in (beaten(rows), truncated(rows)))
+    return Group(*first, *tables, *last)

@@ -38,7 +38,7 @@ class Tracking:
         self, config: RunConfig, run_dir: Path, overrides: list[str], tracker: NoTracker, console
     ):
         self.path, self.stages = run_dir / "run.json", config.stages
-        # Listed stages that are not finished; all of them: nothing was made yet.
+        # The listed stages from the one at work on; all of them: nothing was made yet.
         self.left = [stage for stage in STAGES if stage in config.stages]
         self.tracker, self.console = tracker, console
         before, settings = read_json(self.path), asdict(config)
@@ -64,7 +64,7 @@ class Tracking:
         write_atomically(self.path, [text.encode()])
 
     def finish(self, stage: str) -> None:
-        self.left = [each for each in self.left if each != stage]
+        self.left = [each for each in self.left if STAGES.index(each) > STAGES.index(stage)]
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
