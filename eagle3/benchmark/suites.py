@@ -68,7 +68,8 @@ def read_question(row: dict, suite: Suite) -> Question:
     if row.get("turns") and "messages" not in row:
         # Code is scored by tests, which these files lack.
         references = [] if suite.runs_code else listed(row.get("reference") or [])
-        question = user_turns(*listed(row["turns"]), reference=next(iter(references), None))
+        reference = str(references[0]) if references else None
+        question = user_turns(*listed(row["turns"]), reference=reference)
     else:
         question = suite.read(row)
     question.category = str(row.get("category") or "")

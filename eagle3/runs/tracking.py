@@ -17,7 +17,7 @@ from rich.table import Table
 
 from eagle3.config import STAGES, RunConfig, instantiate
 from eagle3.errors import ConfigError, RunError
-from eagle3.runs.disk import read_json, write_atomically
+from eagle3.runs.disk import FULL, read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import benchmark_rows, summary, write_report
 from eagle3.runs.resume import command_to_resume, is_run, keep_private
@@ -134,10 +134,10 @@ def show_results(run_dir: Path, tracking: Tracking) -> None:
 
 def name_command(error: BaseException, command: str, console: Console) -> None:
     """Let an error that is shown as one sentence end in `command`; print it before a traceback."""
-    if isinstance(error, ConfigError | RunError):
-        if "go on with: " not in str(error):
-            error.args = (f"{error}; when that is mended, go on with: {command}",)
-    elif isinstance(error, Exception):  # an interrupt names it itself
+    named = any(words in str(error) for words in (*FULL, "go on with: "))  # here, or later
+    if isinstance(error, ConfigError | RunError) and not named:
+        error.args = (f"{error}; when that is mended, go on with: {command}",)
+    elif isinstance(error, Exception) and not named:  # an interrupt names it itself
         console.print(f"go on with: {command}")
 
 
