@@ -68,7 +68,7 @@ def load_tasks(request: Request, subject: Subject) -> list[Task]:
             if len(request.suites) == 1:
                 remedy = "set data=<preset> or data.path=..., or other suites, such as mtbench:80"
                 raise ConfigError(f"{problem}; {remedy}")
-            print(f"benchmark: {problem}: it is left out")
+            print(f"{problem}: it is left out")
             continue
         tasks.append(task)
         # Those are tokenised: behind another system prompt the rows themselves are asked.
