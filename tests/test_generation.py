@@ -57,7 +57,7 @@ def generated_alone(target, prompt, length):
 def test_greedy_answers_equal_those_without_a_cache(target):
     asked = prompts()
     expected = [generated_alone(target, prompt, 70) for prompt in asked]
-    assert 1 < len({len(answer) for answer in expected}), "some end early"
+    assert len({len(answer) for answer in expected}) > 1, "some end early"
     assert target.generate(asked, 70) == expected
     for size in (1, 3):
         waiting = iter(enumerate(asked))

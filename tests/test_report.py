@@ -320,28 +320,6 @@ def test_any_numbers_can_be_drawn(values):
     assert all(plot.top <= plot.y(value) <= plot.bottom for value in values)
 
 
-BEATEN = [(1.18, 1.31, ""), (3.1, None, "on s by a bigram (3.10 against 2.41)")]
-BEATEN += [(2.411, 2.5, "on s by prompt look-up (2.50 against 2.41)"), (2.414, 1.0, "")]
-
-
-@pytest.mark.parametrize(("bigram", "prompt_lookup", "where"), BEATEN)
-def test_a_draft_that_is_worth_nothing_is_said_first(tmp_path, bigram, prompt_lookup, where):
-    row = result(2.41, 1.5, True, bigram=bigram, prompt_lookup=prompt_lookup, truncated=7)
-    alone = result(1.0, 1.0, True, config=[1, 0, 0, 0])
-    parsed = page_of(tmp_path, benchmark={"suites": {"s": [row, alone]}})
-    said = f"What needs no draft beats this one: {where}." if where else ""
-    assert parsed.headline.startswith(f"{said} Acceptance length".strip())
-    lines = printed(tmp_path)
-    assert lines[0] == said and " ".join(lines[-1:]).endswith("scored: 7 of s.")
-
-
-def test_the_loss_says_of_which_mask_it_is(tmp_path):
-    config = RUN["config"] | {"loss": {"mask": {"_target_": "eagle3.batch.shifted"}}}
-    parsed = page_of(tmp_path, metrics=METRICS, run=RUN | {"config": config})
-    note = "of loss/mask=shifted: not comparable with losses of another mask."
-    assert any(words.endswith(note) for words in parsed.text["figcaption"])
-
-
 LOSSLESS = [
     ([True, True], "is lossless"), ([True, False], "is NOT lossless"), ([True, "tie"], "ties"),
     ([None], "at temperature 0 only"),
