@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import handle_of, hidden_states_section, in_another_process
-from rich.console import Console
 
 from eagle3.batch import fill
 from eagle3.data.prepare import INDEX, Prepared
@@ -55,7 +54,7 @@ def small_shards(monkeypatch):
 
 def store_in(folder, prepared, target, **section) -> Store:
     section = hidden_states_section(folder, **section)
-    capture(section, prepared, target, "unused", Console(quiet=True))
+    capture(section, prepared, target, "unused", shown=False)
     return open_store(section, *locate_store(section, prepared, target, "unused"))
 
 
@@ -73,7 +72,7 @@ def whole(tmp_path_factory, prepared, target):
 
 
 def test_plans_hold_every_document_once(prepared):
-    shards = plan_shards(prepared, prepared.lengths * 400, 128)
+    shards = plan_shards(prepared, prepared.lengths * 400, 128, 100_000)
     flat = [number for shard in shards for batch in shard for number in batch]
     assert sorted(flat) == list(range(40)), "the five that repeat earlier ones come once"
     assert all(prepared.lengths[batch].sum() <= 128 for shard in shards for batch in shard)
@@ -82,7 +81,7 @@ def test_plans_hold_every_document_once(prepared):
     lengths = [40, 20, 30, 90, 5, 6]
     assert fill(lengths, lengths, 64) == [[40, 20], [30], [90], [5, 6]]
     two = documents([500, 3])
-    assert plan_shards(two, two.lengths * 400, 128) == [[[0]], [[1]]]
+    assert plan_shards(two, two.lengths * 400, 128, 100_000) == [[[0]], [[1]]]
 
 
 def test_a_store_holds_what_the_target_computes(whole, prepared, target):
@@ -91,7 +90,7 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
     assert whole.lengths.tolist() == prepared.lengths.tolist()
     assert whole.supervised.tolist() == prepared.supervised.tolist()
     assert whole.vocab(9).tolist() == list(range(300))
-    shards = plan_shards(prepared, prepared.lengths, 128)
+    shards = plan_shards(prepared, prepared.lengths, 128, 100_000)
     for batch in (batch for shard in shards for batch in shard):
         found = whole.load(batch)
         for wanted in compute_features(target.load(), prepared.load(batch)):

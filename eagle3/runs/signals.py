@@ -27,14 +27,17 @@ def end_at_once(number: int, frame) -> None:
 
 
 @contextmanager
-def exit_when_interrupted(then: Callable[[], str]) -> Iterator[None]:
-    """An interrupt in the block is said in a line that ends in `then()`; exits as a shell does."""
+def exit_when_interrupted(then: Callable[[str], str]) -> Iterator[None]:
+    """An interrupt in the block is said in a line that ends in `then(what is kept)`, as far as a
+    stage's `Progress` has noted that; exits as a shell does.
+    """
     try:
         yield
     except KeyboardInterrupt as stopped:
         for number in NUMBERS:
             signal.signal(number, end_at_once)
-        print(f"interrupted{then()}", file=sys.stderr)
+        kept = getattr(stopped, "kept", "what is finished is kept")
+        print(f"interrupted{then(kept)}", file=sys.stderr)
         sys.exit(128 + (*stopped.args, signal.SIGINT)[0])
 
 
