@@ -60,7 +60,8 @@ def capture(
     def kept() -> int:
         return sum(size for n, size in enumerate(sizes) if shard_path(folder, n).exists())
 
-    with Progress("capture", sum(sizes), "documents", kept(), shown, kept) as bar:
+    tokens = sum(int(prepared.lengths[batch].sum()) for n in missing for batch in shards[n])
+    with Progress("capture", sum(sizes), "documents", kept(), shown, kept, tokens) as bar:
         write_shards(store, prepared, loaded, shards, missing, bar)
     data = {"lengths": prepared.lengths, "supervised": prepared.supervised}
     data |= {"order": document_keys(prepared), "vocab": np.asarray(prepared.vocab)}

@@ -18,25 +18,27 @@ class Progress(AbstractContextManager):
     """How many of `total` units (None: not known) are `done`, and the tokens this call took.
 
     `done` begins with what an earlier call left. `kept()` is how many survive an interruption, if
-    not all that are done. Where it is not `shown`, it only counts.
+    not all that are done; `expected`, where known, how many tokens this call will take. Where it is
+    not `shown`, it only counts.
     """
 
     def __init__(
         self, stage: str, total: int | None, units: str, done: int = 0, shown: bool = True,
-        kept: Callable[[], int] | None = None, clock: Callable[[], float] = time.monotonic,
+        kept: Callable[[], int] | None = None, expected: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
-        self.tokens, self.values, self.share = 0, {}, 0.0
+        self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
         self.kept, self.clock, self.began = kept or (lambda: self.done), clock, clock()
-        self.due = self.began + FIRST_LINE
-        columns = rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}")
-        self.bar = rich.progress.Progress(*columns, transient=True)
-        moves = shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-        self.task = self.bar.add_task(self.line(), total=1.0) if moves else None
+        self.due, self.bar = self.began + FIRST_LINE, None
+        if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            columns = rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}")
+            self.bar = rich.progress.Progress(*columns, transient=True)
+            self.task = self.bar.add_task(self.line(), total=1.0)
 
     def __enter__(self) -> "Progress":
-        if self.task is not None:
+        if self.bar:
             self.bar.start()
         return self
 
@@ -45,9 +47,9 @@ class Progress(AbstractContextManager):
         self.done += count
         self.tokens += tokens
         self.values |= values
-        if self.task is not None:
+        if self.bar:
             self.bar.update(self.task, completed=self.fraction, description=self.line())
-        elif self.shown and self.clock() >= self.due:
+        elif self.shown and self.clock() >= self.due and self.done != self.total:
             self.due = self.clock() + BETWEEN_LINES
             print(self.line(), flush=True)
 
@@ -66,15 +68,20 @@ class Progress(AbstractContextManager):
 
     @property
     def count(self) -> str:
-        of = f" of {self.total:,}" if self.total else f", {self.share:.0%}" if self.share else ""
-        return f"{self.done:,}{of} {self.units}"
+        if self.total:
+            return f"{self.done:,} of {self.total:,} {self.units}"
+        return f"{self.done:,} {self.units}" + (f" ({self.share:.0%})" if self.share else "")
 
     def line(self) -> str:
         """Such as `capture: 1,200 of 5,000 documents, 210k tokens, 3,410 tokens/s, ETA 12:31`."""
         parts, now = [self.count, *self.rates()], self.done - self.before
-        if now and self.fraction:
-            left = self.done / self.fraction - self.done
-            parts.append(f"ETA {duration(left * (self.clock() - self.began) / now)}")
+        left = 0.0  # how often what this call has done
+        if self.expected and self.tokens:
+            left = self.expected / self.tokens - 1
+        elif now and self.fraction:
+            left = (self.done / self.fraction - self.done) / now
+        if left:
+            parts.append(f"ETA {duration(left * (self.clock() - self.began))}")
         return f"{self.stage}: {', '.join(parts + self.named_values())}"
 
     def end(self) -> str:
@@ -97,7 +104,8 @@ class Progress(AbstractContextManager):
         return [f"{name} {value:.3f}" for name, value in self.values.items()]
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        self.bar.stop()
+        if self.bar:
+            self.bar.stop()
         if error is None and self.shown:
             print(self.end(), flush=True)
         if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells

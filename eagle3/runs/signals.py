@@ -16,6 +16,8 @@ def interrupt_on_signals() -> None:
     def interrupt(number: int, frame) -> None:
         if os.getpid() != main:
             end_at_once(number, frame)
+        # Ctrl-C ends workers too: torch's loader would raise here that they have ended.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         raise KeyboardInterrupt(number)
 
     for number in NUMBERS:
