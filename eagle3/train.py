@@ -135,7 +135,8 @@ def train(
             if stopping:
                 checkpoints.wait()
                 command = f"python run.py train.resume={run_dir}"
-                print(f"\nstopped after update {trainer.update}; go on with: {command}")
+                kept = f"stopped after update {trainer.update} of {total}, which is kept"
+                print(f"\n{kept}; go on with: {command}")
                 raise SystemExit(128 + stopping)
             trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()

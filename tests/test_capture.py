@@ -47,8 +47,7 @@ def prepared():
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(capturing, "SHARD_BYTES", 100_000)
+def short_waits(monkeypatch):
     monkeypatch.setattr(capturing, "POLL_SECONDS", 0.05)
 
 
@@ -66,9 +65,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, prepared, target):
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capturing, "SHARD_BYTES", 100_000)
-        return store_in(folder, prepared, target)
+    return store_in(folder, prepared, target)
 
 
 def test_plans_hold_every_document_once(prepared):
@@ -172,6 +169,33 @@ def test_states_that_are_not_finite_are_named(tmp_path, prepared, target, monkey
     monkeypatch.setattr(HFTarget, "__call__", broken)
     with pytest.raises(RunError, match=r"^document \d+: .*not finite"):
         store_in(tmp_path, prepared, target)
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_an_interruption_costs_the_batches_under_way(
+    tmp_path, whole, prepared, target, monkeypatch, at
+):
+    """All of it would fit into one shard."""
+    calls, original = [], capturing.compute_features
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(capturing, "compute_features", interrupted)
+    try:
+        store_in(tmp_path, prepared, target)
+    except KeyboardInterrupt as stopped:  # whose traceback would keep the last claim's lock
+        said = stopped.kept
+    written = list(tmp_path.glob("shard_*"))
+    assert len(written) == at - 1 < whole.facts["shards"]
+    kept = sum(len(documents) for _, documents in calls[:-1])
+    assert said == f"capture keeps {kept} of 40 documents"
+    store_in(tmp_path, prepared, target)
+    assert len(calls) - at == whole.facts["shards"] - len(written)
+    assert contents(tmp_path) == contents(whole.folder)
 
 
 def capture_and_report(folder, prepared, target, written, stop_after=99):
