@@ -26,7 +26,7 @@ from eagle3.runs.progress import Progress
 from eagle3.target.handle import TargetHandle
 
 POLL_SECONDS = 1.0
-MOST_LOST = 64  # an interruption costs at most two of so many parts, or two batches
+LEAST_SHARDS = 64  # of which a kill costs two, or two batches where these are larger
 
 
 def locate_store(
@@ -44,8 +44,8 @@ def capture(
     folder, inputs = locate_store(hidden, prepared, target, cache_dir)
     loaded, hidden_size = target.load(), target.spec.config.hidden_size
     payload = document_bytes(prepared.lengths, prepared.teachers, hidden_size, hidden.dtype)
-    # Only whole shards outlast an interruption.
-    shard_bytes = min(SHARD_BYTES, int(payload.sum()) // MOST_LOST)
+    # Only whole shards outlast a kill.
+    shard_bytes = min(SHARD_BYTES, int(payload.sum()) // LEAST_SHARDS)
     # Other batches round differently and other shards overlap, so who goes on must plan alike.
     planned = {"batch_tokens": loaded.batch_tokens, "shard_bytes": shard_bytes}
     create_store(folder, {"kind": "capture"} | inputs | planned)
