@@ -139,24 +139,29 @@ if __name__ == "__main__":
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("stage", "at", "overrides", "said"),
+    ("stage", "at", "number", "overrides", "said"),
     [
-        ("prepare", 1, ["stages=[prepare]", "data.num_proc=2"], "prepare keeps 0 rows"),
-        ("generate", 2, ["stages=[prepare,generate]", "eval.batch_size=1"],
+        ("prepare", 1, signal.SIGINT, ["stages=[prepare]", "data.num_proc=2"],
+         "prepare keeps 0 rows"),
+        ("prepare", 1, signal.SIGTERM, ["stages=[prepare]", "data.num_proc=2"],
+         "prepare keeps 0 rows"),
+        ("generate", 2, signal.SIGINT, ["stages=[prepare,generate]", "eval.batch_size=1"],
          "generate keeps 2 of 3 prompts"),
-        ("capture", 2, ["stages=[prepare,capture]", "mode=offline", "target.batch_tokens=200"],
+        ("capture", 2, signal.SIGTERM,
+         ["stages=[prepare,capture]", "mode=offline", "target.batch_tokens=200"],
          r"capture keeps [1-9]\d* of \d+ documents"),
-        ("regenerate", 1, ["stages=[regenerate]", "regenerate=builtin", "data.num_samples=4",
-                           "regenerate.batch_size=2", "regenerate.max_new_tokens=4"],
+        ("regenerate", 1, signal.SIGINT,
+         ["stages=[regenerate]", "regenerate=builtin", "data.num_samples=4",
+          "regenerate.batch_size=2", "regenerate.max_new_tokens=4"],
          r"regenerate keeps \d of 4 rows"),
-        ("train", 3, [TRAIN_ONLY], "stopped after update 2 of 6, which is kept"),
-        ("benchmark", 1, ["stages=[prepare,benchmark]"], r"benchmark .*keeps 0 of 4 questions"),
+        ("train", 3, signal.SIGTERM, [TRAIN_ONLY], "stopped after update 2 of 6, which is kept"),
+        ("benchmark", 1, signal.SIGINT, ["stages=[prepare,benchmark]"],
+         r"benchmark .*keeps 0 of 4 questions"),
     ],
 )  # fmt: skip
 def test_every_stage_ends_with_a_signal_and_says_how_to_go_on(
-    settings, exported, tmp_path, stage, at, overrides, said, number
+    settings, exported, tmp_path, stage, at, number, overrides, said
 ):
     """The signal goes to workers too, as Ctrl-C in a terminal does."""
     script = tmp_path / "signalled.py"

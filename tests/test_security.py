@@ -198,7 +198,7 @@ def test_a_signal_outside_training_is_said(settings, tmp_path, numbers):
         finally:
             kill_group(process)
     assert process.returncode in (128 + numbers[0], -numbers[0])
-    assert "interrupted; go on with: python run.py " in errors and "Traceback" not in errors
+    assert "interrupted; regenerate keeps 0 rows; go on with: python run.py " in errors and "Traceback" not in errors
 
 
 @pytest.fixture

@@ -120,6 +120,7 @@ def download(source: Source, key: str) -> list[DataFile]:
         words = f"is no split of {source.path}; it has: {', '.join(map(str, splits)) or 'none'}"
         raise ConfigError(f"{key}.split={source.split} {words}")
     urls = splits[source.split]
+    print(f"data: reads {source.path}, fetching what the cache lacks", flush=True)
     return [
         DataFile(str(url), str(path), {"url": str(url), "origin": str(urls.origin_metadata)})
         for url, path in zip(urls, DownloadManager().download(list(urls)), strict=True)
