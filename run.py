@@ -8,6 +8,7 @@ if __name__ == "__main__":  # Ctrl-C while the imports last shows no traceback
 import math
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -22,6 +23,8 @@ from eagle3.runs.signals import exit_when_interrupted, interrupt_on_signals
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and `one_sentence` says what is shown
+for library in ("HUB", "DATASETS"):  # eagle3/runs/progress.py is what shows progress
+    os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
 MAIN, FAILED = os.getpid(), []  # the jobs of a sweep that failed in this process
 
 
@@ -32,9 +35,10 @@ def job(composed: DictConfig) -> float | None:
     run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     # Elsewhere than in this process a launcher hands on what was raised.
     sweeps = settings.mode == RunMode.MULTIRUN and os.getpid() == MAIN
+    command = partial(command_to_resume, run_dir, overrides)
     with (
         note_failure(FAILED, settings.job.num, overrides) if sweeps else nullcontext(),
-        exit_when_interrupted(lambda: f"; go on with: {command_to_resume(run_dir, overrides)}"),
+        exit_when_interrupted(lambda kept: f"; {kept}; go on with: {command()}"),
         one_sentence(SHOW_TRACEBACK),
         claim(run_dir),
     ):
@@ -62,7 +66,7 @@ def main() -> None:
             return serve_tasks()
         interrupt_on_signals()
         try:
-            with exit_when_interrupted(lambda: " before the run began"):
+            with exit_when_interrupted(lambda kept: " before the run began"):
                 job()
         except SystemExit as ended:  # so hydra leaves where it only shows something
             if ended.code:

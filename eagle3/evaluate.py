@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
@@ -22,6 +21,7 @@ from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import MANIFEST, artefact, read_manifest
+from eagle3.runs.progress import Progress
 from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.ttt import unroll
@@ -52,19 +52,22 @@ def write_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     shortened = answered = 0
-    for indices in track(batches, description="generate", transient=True):
-        ids = [prompts[i]["input_ids"] for i in indices]
-        paths = [answer_path(folder, i) for i in indices]
-        if not all(path.exists() for path in paths):
-            documents = answer_batch(target, ids, max_new_tokens)
-            for path, (document, cut) in zip(paths, documents, strict=True):
-                tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
-                tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
-                save_tensors(path, tensors)
-        for path, prompt in zip(paths, ids, strict=True):
-            tensors = load_tensors(path)
-            shortened += int(tensors["shortened"])
-            answered += len(tensors["input_ids"]) - len(prompt)
+    with Progress("generate", len(prompts), "prompts") as bar:
+        for indices in batches:
+            ids = [prompts[i]["input_ids"] for i in indices]
+            paths = [answer_path(folder, i) for i in indices]
+            before = answered
+            if not all(path.exists() for path in paths):
+                documents = answer_batch(target, ids, max_new_tokens)
+                for path, (document, cut) in zip(paths, documents, strict=True):
+                    tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
+                    tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
+                    save_tensors(path, tensors)
+            for path, prompt in zip(paths, ids, strict=True):
+                tensors = load_tensors(path)
+                shortened += int(tensors["shortened"])
+                answered += len(tensors["input_ids"]) - len(prompt)
+            bar.advance(len(indices), answered - before)
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
 
 

@@ -178,5 +178,4 @@ def capture_on_rank(
     """The stage `capture` as one of several ranks, which share the store's shards."""
     load_target(target, ranks)
     documents, hidden = load_prepared(prepared), config.hidden_states
-    quiet = Console(quiet=not ranks.is_main, markup=False, soft_wrap=True)
-    capture(hidden, documents, target, config.cache_dir, quiet)
+    capture(hidden, documents, target, config.cache_dir, ranks.is_main)

@@ -34,7 +34,7 @@ from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_check
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
-from eagle3.runs.progress import progress_bar
+from eagle3.runs.progress import Progress
 from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
@@ -91,13 +91,15 @@ def train(
         contextlib.closing(supply),
         Watch(run_dir, ranks, config.launch.timeout),
         note_signals(ranks.world_size > 1) as received,
-        progress_bar(total, trainer.update, ranks.is_main) as show,
+        Progress("train", total, "updates", trainer.update, ranks.is_main) as bar,
     ):
         while trainer.update < total:
             began = time.perf_counter()
             batches = next(updates)  # packed meanwhile, unless the data is what is slow
             lr = trainer.optim.scheduler.get_last_lr()[0]
             norm = trainer.train_update(batches, waited=time.perf_counter() - began)
+            # Ranks train on about as many tokens each.
+            bar.advance(tokens=ranks.world_size * sum(batch.tokens for batch in batches))
             is_last = trainer.update == total
             # All ranks stop behind the same update, whichever of them heard the signal.
             stopping = ranks.all_reduce(received["signal"], "max")
@@ -109,7 +111,7 @@ def train(
                 metrics |= {"lr": lr, "grad_norm": float(norm)}
                 metrics["skipped_updates"] = int(trainer.optim.skipped)
                 log(metrics, trainer.update)
-                show(trainer.update, loss=metrics["loss"])
+                bar.advance(0, loss=metrics["loss"])
 
             began = time.perf_counter()
             is_best = not evaluates
@@ -117,7 +119,7 @@ def train(
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
                 log(evaluation, trainer.update)
                 acceptance = evaluation["eval/acceptance_length"]
-                show(trainer.update, acceptance=acceptance)
+                bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
                 trainer.best = max(trainer.best, acceptance)
 
@@ -133,7 +135,8 @@ def train(
             if stopping:
                 checkpoints.wait()
                 command = f"python run.py train.resume={run_dir}"
-                print(f"\nstopped after update {trainer.update}; go on with: {command}")
+                kept = f"stopped after update {trainer.update} of {total}, which is kept"
+                print(f"\n{kept}; go on with: {command}")
                 raise SystemExit(128 + stopping)
             trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()

@@ -206,10 +206,11 @@ def run(overrides, run_dir):
     return run_pipeline(config, run_dir, overrides)
 
 
-def run_command(*overrides, **options):
+def run_command(*overrides, script=ROOT / "run.py", **options):
     """A run as a command, to its end."""
-    command = [sys.executable, str(ROOT / "run.py"), *overrides]
-    given = {"cwd": ROOT, "capture_output": True, "text": True} | options
+    command = [sys.executable, str(script), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    given = {"cwd": ROOT, "capture_output": True, "text": True, "env": environment} | options
     return subprocess.run(command, **given)
 
 

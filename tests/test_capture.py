@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import handle_of, hidden_states_section, in_another_process
-from rich.console import Console
 
 from eagle3.batch import fill
 from eagle3.data.prepare import INDEX, Prepared
@@ -48,14 +47,13 @@ def prepared():
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(capturing, "SHARD_BYTES", 100_000)
+def short_waits(monkeypatch):
     monkeypatch.setattr(capturing, "POLL_SECONDS", 0.05)
 
 
 def store_in(folder, prepared, target, **section) -> Store:
     section = hidden_states_section(folder, **section)
-    capture(section, prepared, target, "unused", Console(quiet=True))
+    capture(section, prepared, target, "unused", shown=False)
     return open_store(section, *locate_store(section, prepared, target, "unused"))
 
 
@@ -67,13 +65,11 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, prepared, target):
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capturing, "SHARD_BYTES", 100_000)
-        return store_in(folder, prepared, target)
+    return store_in(folder, prepared, target)
 
 
 def test_plans_hold_every_document_once(prepared):
-    shards = plan_shards(prepared, prepared.lengths * 400, 128)
+    shards = plan_shards(prepared, prepared.lengths * 400, 128, 100_000)
     flat = [number for shard in shards for batch in shard for number in batch]
     assert sorted(flat) == list(range(40)), "the five that repeat earlier ones come once"
     assert all(prepared.lengths[batch].sum() <= 128 for shard in shards for batch in shard)
@@ -82,7 +78,7 @@ def test_plans_hold_every_document_once(prepared):
     lengths = [40, 20, 30, 90, 5, 6]
     assert fill(lengths, lengths, 64) == [[40, 20], [30], [90], [5, 6]]
     two = documents([500, 3])
-    assert plan_shards(two, two.lengths * 400, 128) == [[[0]], [[1]]]
+    assert plan_shards(two, two.lengths * 400, 128, 100_000) == [[[0]], [[1]]]
 
 
 def test_a_store_holds_what_the_target_computes(whole, prepared, target):
@@ -91,7 +87,7 @@ def test_a_store_holds_what_the_target_computes(whole, prepared, target):
     assert whole.lengths.tolist() == prepared.lengths.tolist()
     assert whole.supervised.tolist() == prepared.supervised.tolist()
     assert whole.vocab(9).tolist() == list(range(300))
-    shards = plan_shards(prepared, prepared.lengths, 128)
+    shards = plan_shards(prepared, prepared.lengths, 128, 100_000)
     for batch in (batch for shard in shards for batch in shard):
         found = whole.load(batch)
         for wanted in compute_features(target.load(), prepared.load(batch)):
@@ -173,6 +169,33 @@ def test_states_that_are_not_finite_are_named(tmp_path, prepared, target, monkey
     monkeypatch.setattr(HFTarget, "__call__", broken)
     with pytest.raises(RunError, match=r"^document \d+: .*not finite"):
         store_in(tmp_path, prepared, target)
+
+
+@pytest.mark.parametrize("at", [3, 9])
+def test_an_interruption_costs_the_batches_under_way(
+    tmp_path, whole, prepared, target, monkeypatch, at
+):
+    """All of it would fit into one shard."""
+    calls, original = [], capturing.compute_features
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(capturing, "compute_features", interrupted)
+    try:
+        store_in(tmp_path, prepared, target)
+    except KeyboardInterrupt as stopped:  # whose traceback would keep the last claim's lock
+        said = stopped.kept
+    written = list(tmp_path.glob("shard_*"))
+    assert len(written) == at - 1 < whole.facts["shards"]
+    kept = sum(len(documents) for _, documents in calls[:-1])
+    assert said == f"capture keeps {kept} of 40 documents"
+    store_in(tmp_path, prepared, target)
+    assert len(calls) - at == whole.facts["shards"] - len(written)
+    assert contents(tmp_path) == contents(whole.folder)
 
 
 def capture_and_report(folder, prepared, target, written, stop_after=99):

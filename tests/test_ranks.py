@@ -119,7 +119,8 @@ def test_stages_around_the_training_and_the_first_error(settings, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "draft" / "config.json").exists()
     assert (tmp_path / "run" / "evaluation.json").exists()
-    assert done.stdout.count("capture: ") == 1, "one process speaks"
+    for stage, unit in ("capture", "documents"), ("train", "updates"):
+        assert len(re.findall(rf"^{stage}: \d+ {unit}, ", done.stdout, re.M)) == 1, "one speaks"
     shards = list((tmp_path / "one").glob("*.safetensors"))
     assert shards
     for path in shards:

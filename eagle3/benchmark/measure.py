@@ -8,8 +8,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.samples import samples
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
@@ -19,6 +17,7 @@ from eagle3.data.rows import RowError
 from eagle3.data.sources import names_data
 from eagle3.errors import ConfigError
 from eagle3.runs.disk import write_atomically
+from eagle3.runs.progress import Progress
 from eagle3.runs.tracking import device_name
 
 NOTHING_ACCEPTED = (
@@ -132,10 +131,15 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
         groups += [(task, task.questions[start : start + size]) for start in starts]
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
     turns = list(configs)
-    for task, questions in track(groups, description=f"benchmark {turns[-1]}", transient=True):
-        for config in turns:
-            trials[tuple(config)][task.name] += ask(request, config, questions, task, chat)
-        turns.reverse()  # a machine that grows slower favours none
+    total = len(turns) * sum(len(questions) for _, questions in groups)
+    with Progress(f"benchmark {turns[-1]}", total, "questions", kept=lambda: 0) as bar:
+        for task, questions in groups:
+            for config in turns:
+                asked = ask(request, config, questions, task, chat)
+                trials[tuple(config)][task.name] += asked
+                tokens = sum(len(answer.ids) for trial in asked for answer in trial.answers)
+                bar.advance(len(questions), tokens)
+            turns.reverse()  # a machine that grows slower favours none
     return trials
 
 

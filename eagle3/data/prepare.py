@@ -7,7 +7,7 @@ does not depend on how many there were. Memory holds a few chunks and about 150 
 import json
 import os
 from collections import Counter
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,11 +21,12 @@ from eagle3.config import Data, Source
 from eagle3.data.chat import NOT_FOUND, Chat, with_system
 from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, progress, read_rows
+from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, read_rows
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, describe_file, fingerprint, read_facts
 from eagle3.runs.disk import read_json, write_atomically
+from eagle3.runs.progress import Progress
 
 STATE = "state.json"
 NOTED = ("rows", "tokens", "not_found", "reasons", "candidates", "example")
@@ -192,17 +193,19 @@ class Writer:
 def write_rows(writer: Writer, encoder: Encoder, sources: SourceFiles) -> None:
     """Append all rows that are not written yet. Raises RunError."""
     data, cores = encoder.data, len(os.sched_getaffinity(0))
-    # Closed here, as the bar would stay below an error that the loop ends with.
-    with closing(progress("prepare", locate_rows(sources, data.num_samples))) as located:
-        rows = islice(located, writer.rows, None)
+    total, saved = data.num_samples and data.num_samples * len(sources), writer.rows
+    with Progress("prepare", total, "rows", saved, kept=lambda: saved) as bar:
+        rows = islice(bar.follow(locate_rows(sources, data.num_samples)), writer.rows, None)
         chunks = encode_in_order(encoder, rows, writer.held_below, data.num_proc or cores)
         for number, chunk in enumerate(chunks, start=1):
             writer.append(chunk)
+            bar.advance(len(chunk.records), len(chunk.ids))
             check_rejects(writer.rejects(chunk.records), data)
             if number % PART_CHUNKS == 0:
                 # Most rows without turns: the template is wrong, and hours need not pass first.
                 check_found(writer, 0.5)
                 writer.save()
+                saved = writer.rows
     check_found(writer, 0.01)
 
 

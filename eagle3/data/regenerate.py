@@ -5,8 +5,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,11 +18,12 @@ import torch
 from eagle3.config import Data, Source, Within, instantiate
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, progress, read_rows
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows
 from eagle3.draft.rope import max_positions
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact, fingerprint
 from eagle3.runs.logger import redact
+from eagle3.runs.progress import Progress
 from eagle3.target.handle import TargetHandle
 
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
@@ -54,10 +55,13 @@ def regenerate(
 
         def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
             read = read_rows(files, data.num_samples, share=share)
-            rows = progress("regenerate", ((row.share, row) for row in read))
-            with (folder / "journal.jsonl").open("a+b") as stream, closing(rows):
+            with (folder / "journal.jsonl").open("a+b") as stream:
                 journal = Journal(stream)
-                answerer.answer(rows, journal, data, chat, target)
+                done = len(journal.offsets)
+                with Progress("regenerate", data.num_samples, "rows", done) as bar:
+                    journal.count = bar.advance
+                    rows = bar.follow((row.share, row) for row in read)
+                    answerer.answer(rows, journal, data, chat, target)
                 return finish(folder, journal)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
@@ -126,6 +130,7 @@ class Journal:
 
     def __init__(self, stream: BinaryIO):
         self.stream, self.offsets = stream, {}
+        self.count: Callable = lambda rows, tokens: None  # is told of each row
         stream.seek(0)
         end = 0
         for line in stream:
@@ -145,6 +150,7 @@ class Journal:
         self.offsets[number] = self.stream.seek(0, os.SEEK_END)
         self.stream.write(to_line(entry | {"checksum": fingerprint(entry)}))
         self.stream.flush()
+        self.count(1, dialogue.counts["answer_tokens"])
 
 
 def finish(folder: Path, journal: Journal) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +13,6 @@ from typing import Any, BinaryIO
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from eagle3.config import Data, Source
 from eagle3.data.rows import Conversation, RowError, read_conversation
@@ -124,6 +124,7 @@ def download(source: Source, key: str) -> list[DataFile]:
         words = f"is no split of {source.path}; it has: {', '.join(map(str, splits)) or 'none'}"
         raise ConfigError(f"{key}.split={source.split} {words}")
     urls = splits[source.split]
+    print(f"data: reads {source.path}, fetching what the cache lacks", flush=True)
     return [
         DataFile(str(url), str(path), {"url": str(url), "origin": str(urls.origin_metadata)})
         for url, path in zip(urls, DownloadManager().download(list(urls)), strict=True)
@@ -218,26 +219,19 @@ def decode(raw: bytes | Any) -> dict[str, Any]:
     return raw
 
 
-def progress(stage: str, rows: Iterator[tuple[float, Any]]) -> Iterator[Any]:
-    """The rows without their shares, beside a bar of how far they are read."""
-    text = TextColumn(stage + " {task.fields[rows]:,} rows")
-    with Progress(text, BarColumn(), TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task("", total=1.0, rows=0)
-        for number, (share, row) in enumerate(rows, start=1):
-            bar.update(task, completed=share, rows=number)
-            yield row
-
-
 def locate_rows(sources: SourceFiles, num_samples: int | None) -> Iterator[tuple[float, tuple]]:
     """(share read so far, (source, file, line, content or None where the weight leaves it out))."""
     first, num_files = 0, sum(len(files) for _, files in sources)
     for number, (source, files) in enumerate(sources):
         located = ((i, *row) for i, file in enumerate(files, first) for row in raw_rows(file))
-        for file, line, raw, share in islice(located, num_samples):
+        asked = enumerate(islice(located, num_samples), start=1)
+        for count, (file, line, raw, share) in asked:
             # By the hash of the line alone, so that other rows, files or processes change nothing.
             below = source.weight * 2**64
             chosen = source.weight >= 1 or int(fingerprint({"line": line}), 16) < below
-            yield (file + share) / num_files, (number, file, line, raw if chosen else None)
+            read = max((file - first + share) / len(files), count / (num_samples or math.inf))
+            share = (first + read * len(files)) / num_files
+            yield share, (number, file, line, raw if chosen else None)
         first += len(files)
 
 

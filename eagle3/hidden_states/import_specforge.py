@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch.nn import functional as F
 
 from eagle3.batch import Document, Features
@@ -34,6 +33,7 @@ from eagle3.hidden_states.shards import SHARD_BYTES, VERSION, is_finite
 from eagle3.hidden_states.store import Store, check_inputs, create_store, stored_bytes
 from eagle3.runs.artefact import artefact, fingerprint, read_facts
 from eagle3.runs.disk import read_json, write_atomically
+from eagle3.runs.progress import Progress
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import head_statistics
 from eagle3.target.weights import TargetWeights, load_weights
@@ -107,26 +107,30 @@ def convert(
     done |= {"counts": [0] * len(weights.head)} | read_json(noted)  # of an interrupted call
     rejected, counts = done["rejected"], np.array(done["counts"])
     documents, size, dtype = [], 0, inputs["hidden_states.dtype"]
-    for key in track(range(done["files"], len(files)), "import hidden states", transient=True):
-        try:
-            document = read_document(files[key], key, weights, inputs["max_length"])
-            documents.append(document)
-            size += stored_bytes(document, dtype)
-            found = document.features
-            of_files = {found.aux_hidden_states.dtype, found.last_hidden_states.dtype}
-            done["rounded"] += not of_files <= EXACT[dtype]
-            counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
-        except FileError as error:
-            if on_damage == "fail" and str(error) != UNSUPERVISED:
-                remedy = "delete it, or set hidden_states.on_damage=skip to leave such files out"
-                raise RunError(f"{files[key]} {error}; {remedy}") from error
-            rejected.append({"file": str(files[key]), "reason": str(error)})
-        if documents and (size >= SHARD_BYTES or key == len(files) - 1):
-            # The shard before the note of it: killed in between, it is written again, the same.
-            store.write(done["shards"], documents)
-            done |= {"files": key + 1, "shards": done["shards"] + 1, "counts": counts.tolist()}
-            write_atomically(noted, [json.dumps(done).encode()])
-            documents, size = [], 0
+    kept, total = partial(done.get, "files"), len(files)
+    with Progress("import", total, "files", done["files"], kept=kept) as bar:
+        for key in range(done["files"], total):
+            try:
+                document = read_document(files[key], key, weights, inputs["max_length"])
+                documents.append(document)
+                size += stored_bytes(document, dtype)
+                found = document.features
+                of_files = {found.aux_hidden_states.dtype, found.last_hidden_states.dtype}
+                done["rounded"] += not of_files <= EXACT[dtype]
+                counts += np.bincount(document.input_ids[document.loss_mask], minlength=len(counts))
+                bar.count_tokens(len(document.input_ids))
+            except FileError as error:
+                if on_damage == "fail" and str(error) != UNSUPERVISED:
+                    remedy = "delete it, or set hidden_states.on_damage=skip to leave such out"
+                    raise RunError(f"{files[key]} {error}; {remedy}") from error
+                rejected.append({"file": str(files[key]), "reason": str(error)})
+            if documents and (size >= SHARD_BYTES or key == total - 1):
+                # The shard before the note of it: killed in between, it is written again, the same.
+                store.write(done["shards"], documents)
+                done |= {"files": key + 1, "shards": done["shards"] + 1, "counts": counts.tolist()}
+                write_atomically(noted, [json.dumps(done).encode()])
+                documents, size = [], 0
+            bar.advance()
     if done["shards"] == 0:
         file, why = rejected[0].values()
         raise RunError(f"none of {len(files)} files gives a document; {file}, for one, {why}")

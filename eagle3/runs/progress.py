@@ -1,22 +1,120 @@
-"""What a long loop shows."""
+"""What every stage shows of itself: a bar in a terminal, lines elsewhere, with the same words."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import rich.progress
+from rich.filesize import pick_unit_and_suffix
+
+# What ends before its first line is due shows only its end.
+FIRST_LINE, BETWEEN_LINES = 5.0, 30.0  # seconds
 
 
-@contextmanager
-def progress_bar(total: int, done: int, shown: bool) -> Iterator[Callable[..., None]]:
-    """A bar with ETA, the latest loss and acceptance; yields `show(update, loss=, acceptance=)`."""
-    text, latest = TextColumn("{task.description}"), {}
-    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task("train", total=total, completed=done)
+class Progress(AbstractContextManager):
+    """How many of `total` units (None: not known) are `done`, and the tokens this call took.
 
-        def show(update: int, **values: float) -> None:
-            latest.update(values)
-            text = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
-            progress.update(task, completed=update, description=f"train  {text}")
+    `done` begins with what an earlier call left. `kept()` is how many survive an interruption, if
+    not all that are done; `expected`, where known, how many tokens this call will take. Where it is
+    not `shown`, it only counts.
+    """
 
-        yield show
+    def __init__(
+        self, stage: str, total: int | None, units: str, done: int = 0, shown: bool = True,
+        kept: Callable[[], int] | None = None, expected: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        self.stage, self.total, self.units, self.shown = stage, total, units, shown
+        self.done = self.before = done
+        self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
+        self.kept, self.clock, self.began = kept or (lambda: self.done), clock, clock()
+        self.due, self.bar = self.began + FIRST_LINE, None
+        if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
+            columns = rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}")
+            self.bar = rich.progress.Progress(*columns, transient=True)
+            self.task = self.bar.add_task(self.line(), total=1.0)
+
+    def __enter__(self) -> "Progress":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def advance(self, count: int = 1, tokens: int = 0, **values: float) -> None:
+        """So many more are done and took so many tokens; `values` are shown until replaced."""
+        self.done += count
+        self.tokens += tokens
+        self.values |= values
+        if self.bar:
+            self.bar.update(self.task, completed=self.fraction, description=self.line())
+        elif self.shown and self.clock() >= self.due and self.done != self.total:
+            self.due = self.clock() + BETWEEN_LINES
+            print(self.line(), flush=True)
+
+    def count_tokens(self, tokens: int) -> None:
+        """So many more tokens, of what is not done yet."""
+        self.advance(0, tokens)
+
+    def follow(self, rows: Iterable[tuple[float, Any]]) -> Iterator[Any]:
+        """The rows of (share of all that was read so far, row), where nobody knows their number."""
+        for self.share, row in rows:
+            yield row
+
+    @property
+    def fraction(self) -> float:
+        return self.share or (self.done / self.total if self.total else 0.0)
+
+    @property
+    def count(self) -> str:
+        if self.total:
+            return f"{self.done:,} of {self.total:,} {self.units}"
+        return f"{self.done:,} {self.units}" + (f" ({self.share:.0%})" if self.share else "")
+
+    def line(self) -> str:
+        """Such as `capture: 1,200 of 5,000 documents, 210k tokens, 3,410 tokens/s, ETA 12:31`."""
+        parts, now = [self.count, *self.rates()], self.done - self.before
+        left = 0.0  # how often what this call has done
+        if self.expected and self.tokens:
+            left = self.expected / self.tokens - 1
+        elif now and self.fraction:
+            left = (self.done / self.fraction - self.done) / now
+        if left:
+            parts.append(f"ETA {duration(left * (self.clock() - self.began))}")
+        return f"{self.stage}: {', '.join(parts + self.named_values())}"
+
+    def end(self) -> str:
+        """Such as `capture: 5,000 documents (1,200 of them before), 720k tokens, ..., in 4:10`."""
+        before = f" ({self.before:,} of them before)" if self.before else ""
+        parts = [f"{self.done:,} {self.units}{before}", *self.rates(), *self.named_values()]
+        return f"{self.stage}: {', '.join(parts)}, in {duration(self.clock() - self.began)}"
+
+    def rates(self) -> list[str]:
+        """The tokens of this call and their rate; where none are counted, that of the units."""
+        seconds = max(self.clock() - self.began, 1e-9)
+        if self.tokens:
+            unit, suffix = pick_unit_and_suffix(self.tokens, ["", "k", "M", "B"], 1000)
+            tokens = f"{self.tokens / unit:.{int(1 < unit > self.tokens / 100)}f}{suffix} tokens"
+            return [tokens, f"{self.tokens / seconds:,.0f} tokens/s"]
+        now = self.done - self.before
+        return [f"{now / seconds:,.1f} {self.units}/s"] if now else []
+
+    def named_values(self) -> list[str]:
+        return [f"{name} {value:.3f}" for name, value in self.values.items()]
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+        if error is None and self.shown:
+            print(self.end(), flush=True)
+        if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells
+            of = f" of {self.total:,}" if self.total else ""
+            error.kept = f"{self.stage} keeps {self.kept():,}{of} {self.units}"
+
+
+def duration(seconds: float) -> str:
+    """12:31, with hours 1:02:31."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -16,6 +16,8 @@ def interrupt_on_signals() -> None:
     def interrupt(number: int, frame) -> None:
         if os.getpid() != main:
             end_at_once(number, frame)
+        # Ctrl-C ends workers too: torch's loader would raise here that they have ended.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         raise KeyboardInterrupt(number)
 
     for number in NUMBERS:
@@ -27,14 +29,17 @@ def end_at_once(number: int, frame) -> None:
 
 
 @contextmanager
-def exit_when_interrupted(then: Callable[[], str]) -> Iterator[None]:
-    """An interrupt in the block is said in a line that ends in `then()`; exits as a shell does."""
+def exit_when_interrupted(then: Callable[[str], str]) -> Iterator[None]:
+    """An interrupt in the block is said in a line that ends in `then(what is kept)`, as far as a
+    stage's `Progress` has noted that; exits as a shell does.
+    """
     try:
         yield
     except KeyboardInterrupt as stopped:
         for number in NUMBERS:
             signal.signal(number, end_at_once)
-        print(f"interrupted{then()}", file=sys.stderr)
+        kept = getattr(stopped, "kept", "what is finished is kept")
+        print(f"interrupted{then(kept)}", file=sys.stderr)
         sys.exit(128 + (*stopped.args, signal.SIGINT)[0])
 
 

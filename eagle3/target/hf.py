@@ -49,6 +49,9 @@ class HFTarget:
         options = {"dtype": spec.dtype, "generation_config": GenerationConfig()}
         options |= {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
         options["attn_implementation"] = None if ours else attention  # None: transformers chooses
+        if os.environ.get("RANK", "0") == "0" and not os.path.isdir(spec.path):
+            # Fetching may take an hour, and libraries' bars are off (run.py).
+            print(f"target: loads {spec.path}, fetching what the hub's cache lacks", flush=True)
         try:
             self.model = AutoModelForCausalLM.from_pretrained(spec.path, **options)
         except (OSError, ValueError, ImportError) as error:
