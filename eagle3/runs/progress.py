@@ -34,8 +34,9 @@ class Progress(AbstractContextManager):
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             text = rich.progress.TextColumn("{task.description}", markup=False)
-            columns = rich.progress.BarColumn(20), text
-            self.bar = rich.progress.Progress(*columns, transient=True)
+            # As wide as the words leave room for.
+            bar = rich.progress.BarColumn(bar_width=None)
+            self.bar = rich.progress.Progress(text, bar, transient=True)
             self.task = self.bar.add_task(self.line(), total=1.0)
 
     def __enter__(self) -> "Progress":
