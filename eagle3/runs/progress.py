@@ -33,8 +33,10 @@ class Progress(AbstractContextManager):
         self.kept, self.clock, self.began = kept or (lambda: self.done), clock, clock()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            columns = rich.progress.BarColumn(20), rich.progress.TextColumn("{task.description}")
-            self.bar = rich.progress.Progress(*columns, transient=True)
+            text = rich.progress.TextColumn("{task.description}", markup=False)
+            # As wide as the words leave room for.
+            bar = rich.progress.BarColumn(bar_width=None)
+            self.bar = rich.progress.Progress(text, bar, transient=True)
             self.task = self.bar.add_task(self.line(), total=1.0)
 
     def __enter__(self) -> "Progress":
@@ -95,8 +97,9 @@ class Progress(AbstractContextManager):
         seconds = max(self.clock() - self.began, 1e-9)
         if self.tokens:
             unit, suffix = pick_unit_and_suffix(self.tokens, ["", "k", "M", "B"], 1000)
-            tokens = f"{self.tokens / unit:.{int(1 < unit > self.tokens / 100)}f}{suffix} tokens"
-            return [tokens, f"{self.tokens / seconds:,.0f} tokens/s"]
+            digits = int(unit > 1 and self.tokens < 100 * unit)  # 850, 3.4k, 210k
+            counted = f"{self.tokens / unit:.{digits}f}{suffix} tokens"
+            return [counted, f"{self.tokens / seconds:,.0f} tokens/s"]
         now = self.done - self.before
         return [f"{now / seconds:,.1f} {self.units}/s"] if now else []
 
