@@ -92,7 +92,7 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     prepared, rejects = prepared_from(rows_of(10) + bad)
     facts = prepared.facts
     assert facts["rows"] == 16
-    reasons = {11: "broken JSON", 12: "no assistant turn", 15: "duplicate row"}
+    reasons = {11: "broken JSON", 12: "prompt without an answer", 15: "duplicate row"}
     reasons[14] = "no assistant token within data.max_length"
     assert {r["line"]: r["reason"] for r in rejects} == reasons
     assert facts["rejected"] == Counter(r["reason"] for r in rejects)
@@ -180,7 +180,7 @@ FAIL = {"on_reject": "fail"}
 ENDS = [
     ([*rows_of(4), "{broken"], FAIL, r"line 5: broken JSON \(data\.on_reject=skip"),
     ([*rows_of(4), rows_of(1)[0]], FAIL, "line 5: duplicate row"),
-    ([said("q")], {}, r"none of 1 rows can be trained on \(1 x no assistant turn\)"),
+    ([said("q")], {}, r"none of 1 rows can be trained on \(1 x prompt without an answer\)"),
     ([], {}, "none of 0 rows"),
     (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
     (rows_of(4), {"vocab_size": 300}, "does not belong to this target"),
