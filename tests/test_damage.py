@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -247,27 +246,22 @@ def test_json_that_is_none(tmp_path, content):
         read_json(path)
 
 
-def test_a_damaged_line_of_a_journal_is_answered_again(tmp_path):
-    said = SimpleNamespace(messages=turns("hello"), reason=None, counts={"retries": 0})
-    asked, path = SimpleNamespace(file="a.jsonl", line=1), tmp_path / "journal.jsonl"
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        for number in range(4):
-            journal.write(number, asked, said)
+def test_a_damaged_line_of_a_journal_is_answered_again(tmp_path, tokenizer):
+    said = [SimpleNamespace(key=key, messages=turns(key), reason=None, counts={}) for key in "abcd"]
+    path, chat = tmp_path / "journal.jsonl", Chat(tokenizer)
+    with Journal(path, chat) as journal:
+        for dialogue in said:
+            journal.add(dialogue)
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[1] = lines[1].replace(b"hello", b"jello")
+    lines[1] = lines[1].replace(b'"content": "b"', b'"content": "x"')
     broken = b"5\n[[1]]\n\xff" + lines[2][:20] + b"\n"
     path.write_bytes(b"".join([*lines[:2], broken, lines[3], lines[2][:30]]))
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        assert sorted(journal.offsets) == [0, 3]
-        journal.write(1, asked, said)
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        assert sorted(journal.offsets) == [0, 1, 3]
-        for number, place in journal.offsets.items():
-            stream.seek(place)
-            assert json.loads(stream.readline())["row"] == number
+    with Journal(path, chat) as journal:
+        assert sorted(journal.offsets) == ["a", "d"]
+        journal.add(said[1])
+    with Journal(path, chat) as journal:
+        assert sorted(journal.offsets) == ["a", "b", "d"]
+        assert all(journal.read(key)["messages"] == turns(key) for key in journal.offsets)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

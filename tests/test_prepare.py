@@ -180,7 +180,8 @@ FAIL = {"on_reject": "fail"}
 ENDS = [
     ([*rows_of(4), "{broken"], FAIL, r"line 5: broken JSON \(data\.on_reject=skip"),
     ([*rows_of(4), rows_of(1)[0]], FAIL, "line 5: duplicate row"),
-    ([said("q")], {}, r"none of 1 rows can be trained on \(1 x prompt without an answer\)"),
+    ([said("q")] * 2, {}, r"none of 2 rows .*\(2 x prompt without an answer; .*add regenerate"),
+    ([{"id": 1}], {}, r"\(1 x no messages; the first row has id; missing are messages or conv"),
     ([], {}, "none of 0 rows"),
     (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
     (rows_of(4), {"vocab_size": 300}, "does not belong to this target"),

@@ -136,6 +136,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         shown = [json.dumps(value).strip('"') for value in values]
         if max(map(len, shown)) > SHOWN_LETTERS:  # of lists their sizes may tell enough
             shown = [f"{len(value):,}" if isinstance(value, list) else "" for value in values]
-        changed = " -> ".join(shown) if shown[0] != shown[1] else "differs"
+        changed = " -> ".join(shown) if shown[0] != shown[1] else "(changed)"
         changes.append(f"{key} {changed}")
     return changes
