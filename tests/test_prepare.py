@@ -162,6 +162,17 @@ def test_held_out_prompts_of_a_file(prepared_from, tmp_path):
         prepared_from(rows, eval_path=path, num_heldout=9)
 
 
+def test_of_questions_in_turn_the_first_is_held_out(prepared_from, tmp_path, tokenizer):
+    rows = rows_of(9)
+    question = rows[4]["messages"][:1]
+    turns = [question[0]["content"], "And then?"]
+    path = write_jsonl(tmp_path / "e.jsonl", {"turns": turns})
+    prepared, _ = prepared_from(rows, eval_path=str(path))
+    asked = [prompt["input_ids"] for prompt in prepared.heldout]
+    assert asked == [Chat(tokenizer).encode_prompt(question)]
+    assert prepared.facts["held_out_rows"] == 1
+
+
 def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     one = str(write_jsonl(tmp_path / "one.jsonl", *rows_of(60)))
     two = str(write_jsonl(tmp_path / "two.jsonl", *rows_of(70, 50)))

@@ -130,7 +130,7 @@ NEAR = [
     ({"data.max_length": 1024}, "data.max_length 2048 -> 1024"),
     (
         {"dtype": "bfloat16", "aux_layer_ids": (1, 2, 4)},
-        "[1, 2, 3] -> [1, 2, 4], dtype float32 -> b",
+        "[1, 2, 3] -> [1, 2, 4], dtype float32 -> ",
     ),
     ({"chat": {"template": "u", "options": {}}}, "chat.template (changed)"),
     ({"chat": FIRST["chat"] | {"options": {"a": True}}}, "chat.options.a null -> true"),

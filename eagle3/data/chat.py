@@ -272,10 +272,7 @@ class Chat:
         """The ids that ask for the last assistant turn again, also of preformatted text."""
         text = conversation.text
         if text is None:
-            messages = conversation.messages
-            if not any(m["role"] == "assistant" for m in messages):  # of questions the first
-                messages = messages[: 1 + [m["role"] for m in messages].index("user")]
-            return self.encode_prompt(messages, conversation.tools)
+            return self.encode_prompt(conversation.messages, conversation.tools)
         return self.tokenize(text[: find_spans(self.turns, text)[-1][0]])
 
     def tokenize(self, text: str) -> list[int]:

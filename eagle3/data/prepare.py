@@ -237,6 +237,9 @@ def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> t
             if row.conversation is None:
                 raise RowError(row.reason)
             conversation = row.conversation
+            roles = [message["role"] for message in conversation.messages]
+            if roles and "assistant" not in roles:  # of questions in turn the first is asked
+                del conversation.messages[roles.index("user") + 1 :]
             conversation.messages = with_system(conversation.messages, encoder.data.system_prompt)
             ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
