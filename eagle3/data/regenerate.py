@@ -171,7 +171,7 @@ class Journal(AbstractContextManager):
 
     def __init__(self, path: Path, chat: Chat):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.chat, self.offsets, self.failed = path, chat, {}, {}
+        self.chat, self.offsets, self.failed = chat, {}, {}
         # A line goes to the disk as one piece, or other processes would write into it.
         self.stream, self.reader = path.open("ab", LONGEST_LINE), path.open("rb")
         end, line = 0, b"\n"
@@ -189,8 +189,6 @@ class Journal(AbstractContextManager):
     def __exit__(self, *error: Any) -> None:
         self.stream.close()
         self.reader.close()
-        if isinstance(error[1], KeyboardInterrupt):
-            print(f"regenerate: {self.path} keeps {len(self.offsets):,} answered rows")
 
     def add(self, dialogue: Dialogue) -> None:
         """Note a dialogue that has ended."""
