@@ -61,10 +61,15 @@ def write_answers(
     asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
     missing = [path for path in asked if not is_whole(path)]
     print(f"generate: {kept} has {len(asked) - len(missing):,} of {len(asked):,} answers")
-    if missing:
-        # Shortest first: those that are answered together are of about one length.
-        waiting = iter(sorted(missing, key=lambda path: len(asked[path])))
-        answer_prompts(target.load(), asked, waiting, section, len(missing))
+    # Shortest first: those that are answered together are of about one length.
+    waiting = ((path, asked[path]) for path in sorted(missing, key=lambda p: len(asked[p])))
+    given = lambda: next(waiting, None), section.batch_size, section.max_new_tokens
+    answers = target.load().answer(*given) if missing else []
+    for path, answer in track(answers, total=len(missing), description="generate", transient=True):
+        document, cut = with_features(target.load(), asked[path], answer)
+        tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
+        tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
+        save_tensors(path, tensors)
     shortened = answered = 0
     for number, path in enumerate(paths):
         tensors = load_tensors(path)
@@ -72,23 +77,6 @@ def write_answers(
         answered += len(tensors["input_ids"]) - len(asked[path])
         link(path, answer_path(folder, number))
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
-
-
-def answer_prompts(
-    target: Any, asked: dict[Path, list[int]], waiting: Iterator[Path], section: Eval, count: int
-) -> None:
-    """Write the answers to the prompts of `waiting`, of which there are `count`."""
-
-    def take() -> tuple[Path, list[int]] | None:
-        path = next(waiting, None)
-        return None if path is None else (path, asked[path])
-
-    answers = target.answer(take, section.batch_size, section.max_new_tokens)
-    for path, answer in track(answers, total=count, description="generate", transient=True):
-        document, cut = with_features(target, asked[path], answer)
-        tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
-        tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
-        save_tensors(path, tensors)
 
 
 def is_whole(path: Path) -> bool:

@@ -38,6 +38,7 @@ ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
 # What changes no answer: no part of the fingerprint, so that answers are found again.
 HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout", "batch_size"}
+SAMPLING = ("temperature", "top_p", "top_k", "seed")
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
 LONGEST_LINE = 1 << 20  # bytes of a journal's line that are written as one piece
 MOST_FAILURES = 20  # rows in a row without an answer, after which servers count as dead
@@ -69,7 +70,8 @@ def regenerate(
             read = partial(read_rows, files, data.num_samples, share=share)
             rows = progress("regenerate", ((row.share, row) for row in read()))
             with Journal(kept, chat) as journal, closing(rows):
-                print(f"regenerate: {describe(asked)}; {kept} has {len(journal.offsets):,} rows")
+                rows_kept = f"{len(journal.offsets):,} answered rows are in {kept}"
+                print(f"regenerate: {describe(asked)}; {rows_kept}")
                 asking = unanswered(rows, journal, data.system_prompt)
                 answerer.answer(asking, journal, longest, chat, target)
                 return finish(folder, read(), journal, data.system_prompt, files)
@@ -84,8 +86,7 @@ def regenerate(
 
 def describe(asked: dict[str, Any]) -> str:
     """The sampling in words."""
-    names = ("temperature", "top_p", "top_k", "seed")
-    given = [f"{name} {asked[name]}" for name in names if asked[name] is not None]
+    given = [f"{name} {asked[name]}" for name in SAMPLING if asked[name] is not None]
     sampling = ", ".join(given) or "the sampling of the server"
     if asked["temperature"] == 0:
         sampling = "greedy"
@@ -270,13 +271,9 @@ class BuiltIn:
     seed: int
 
     def answer(
-        self,
-        dialogues: Iterator[Dialogue],
-        journal: Journal,
-        longest: int,
-        chat: Chat,
+        self, dialogues: Iterator[Dialogue], journal: Journal, longest: int, chat: Chat,
         target: TargetHandle,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As many dialogues side by side as `batch_size` says, each turn by turn."""
         top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0), "seed": self.seed}
         sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
@@ -331,13 +328,9 @@ class Servers:
     extra_body: dict[str, Any]
 
     def answer(
-        self,
-        dialogues: Iterator[Dialogue],
-        journal: Journal,
-        longest: int,
-        chat: Chat,
+        self, dialogues: Iterator[Dialogue], journal: Journal, longest: int, chat: Chat,
         target: TargetHandle,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
             raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
         asyncio.run(self.answer_all(dialogues, journal, longest))
@@ -347,8 +340,7 @@ class Servers:
     ) -> None:
         """As many workers as requests may be in flight, each on one dialogue at a time."""
         servers = [Server(url, self) for url in self.urls]
-        names = ("temperature", "top_p", "top_k", "seed")
-        body = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        body = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
         body["model"] = self.model or await only_model(servers)
         body = {"max_tokens": longest, **body, **self.extra_body}
 
