@@ -8,7 +8,6 @@ n tokens of an answer and its prompt, K steps, M supervised pairs, T packed toke
 """
 
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
