@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -571,21 +572,25 @@ def engine(target_folder, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.runs
-def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
+def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature, monkeypatch):
     rows = [row(i + 1, *(f"explain `f{i}`" for _ in range(1 + i % 3))) for i in range(11)]
     rows[4] = Row("data.jsonl", 5, None, "broken JSON")
     rows[6] = row(7, "long " * 600)
     options = {"batch_size": 4, "max_new_tokens": 12, **engine}
     options |= {"temperature": temperature, "top_k": 50, "seed": 3}
 
-    def interrupted():
-        yield from rows[:9]
+    target = engine["target"].load()
+    original = target.answer
+
+    def interrupted(*given):
+        yield from islice(original(*given), 8)
         raise KeyboardInterrupt
 
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     facts = answer(whole, rows, **options)
-    with pytest.raises(KeyboardInterrupt):
-        answer(folder, interrupted(), **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, "answer", interrupted)
+        answer(folder, rows, **options)
     journal = folder / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     assert 3 <= len(lines) < 9
