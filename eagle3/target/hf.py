@@ -6,8 +6,8 @@ T packed tokens, U teacher rows, H the hidden size, D the embedding's width, V t
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError, first_line
+from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer
 from eagle3.target.loading import check_croppable, check_loadable, find_layers, rope_limit
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
@@ -161,6 +162,22 @@ class HFTarget:
         """What `states` returns -> [..,L+1,H]."""
         return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
 
+    @cached_property
+    def keeps_rows(self) -> bool:
+        """Whether a RowsCache continues two texts of different lengths as each goes on alone."""
+        texts = self.probe_ids[0, :21], self.probe_ids[1, :17]
+        right = torch.stack([self.probe([text])[-1:] for text in texts])
+
+        def continued() -> float:
+            batch = TextBatch(self, 2, Sampler(None), 2)
+            batch.add([Text(None, text[:-1].tolist()) for text in texts])
+            for text, ids in zip(batch.texts, texts, strict=True):
+                text.ids = ids[-1:].tolist()
+            return gap(self.by_layer(batch.next_states()), right)
+
+        # Two passes round here, and one where the tolerance comes from.
+        return attempt(continued) <= 2 * self.tolerance
+
     @torch.no_grad()
     def check_decoding(self) -> None:
         """Raise ConfigError where a cache does not continue two texts of different lengths, or
@@ -240,24 +257,55 @@ class HFTarget:
         by_kind = len(masks) > 1 and getattr(self.config, "layer_types", None)
         return masks if by_kind else [*masks.values()][-1]
 
-    @torch.no_grad()
     def generate(self, prompts: list, max_new_tokens: int, sampling: dict | None = None) -> list:
-        """Answers to prompts, lists of ids both; the end-of-turn token is kept where generated.
+        """Answers to prompts, lists of ids both, as `answer` gives them."""
+        waiting = iter(enumerate(prompts))
+        answers = self.answer(lambda: next(waiting, None), len(prompts), max_new_tokens, sampling)
+        return [answer for _, answer in sorted(answers)]
 
-        `sampling` has temperature, top_p and top_k (0: all tokens); None is greedy.
+    @torch.inference_mode()
+    def answer(
+        self, take: Take, batch_size: int, max_new_tokens: int, sampling: dict | None = None,
+        count: Callable[[int], Any] = int,
+    ) -> Iterator[tuple[Any, list[int]]]:  # fmt: skip
+        """(key, answer ids) as answers end, with the end-of-turn token where it was generated.
+
+        `take` gives a (key, prompt ids) while there is room for one, or None while none waits; it
+        is asked again after each answer. `sampling` has temperature, top_p, top_k (0: all tokens)
+        and seed; None is greedy. `count` hears of the tokens of each pass.
         """
-        if not self.pads_left and len(prompts) > 1:
-            return [self.generate([one], max_new_tokens, sampling)[0] for one in prompts]
-        options = {} if sampling is None else sampling | {"do_sample": True}
-        options["eos_token_id"] = sorted(self.eos_token_ids) or None
-        output = self.generate_padded(prompts, max_new_tokens=max_new_tokens, **options)
-        answers = output[:, max(map(len, prompts)) :].tolist()
-        for answer in answers:
-            ends = (place for place, token in enumerate(answer) if token in self.eos_token_ids)
-            del answer[next(ends, len(answer)) + 1 :]  # padding
-        return answers
+        sampler = Sampler(sampling)
+        if self.keeps_rows:
+            # Where RoPE changes with the longest text of a pass, each text has a pass of its own.
+            size = batch_size if self.longest_together == math.inf else 1
+            yield from answer(TextBatch(self, size, sampler, max_new_tokens), take, count)
+            return
+        size = batch_size if self.pads_left else 1
+        while taken := [each for _ in range(size) if (each := take()) is not None]:
+            texts = [Text(*each) for each in taken]
+            self.answer_padded(texts, sampler, max_new_tokens, count)
+            yield from ((text.key, text.ids) for text in texts)
 
-    def generate_padded(self, prompts: list[list[int]], **options: Any) -> Any:
+    def answer_padded(
+        self, texts: list[Text], sampler: Sampler, max_new_tokens: int, count: Callable
+    ) -> None:
+        """Answer by transformers' `generate`, which ends when the last text does."""
+
+        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            chosen = sampler(logits, texts)
+            count(len(texts))
+            for text, token in zip(texts, chosen.tolist(), strict=True):
+                text.ids.append(token)
+            return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0)
+
+        options = {"max_new_tokens": max_new_tokens, "logits_processor": [choose]}
+        options["eos_token_id"] = sorted(self.eos_token_ids) or None
+        self.generate_padded([text.prompt for text in texts], **options)
+        for text in texts:
+            ends = (place for place, token in enumerate(text.ids) if token in self.eos_token_ids)
+            del text.ids[next(ends, len(text.ids)) + 1 :]  # which went on until all had ended
+
+    def generate_padded(self, prompts: Sequence, **options: Any) -> Any:
         """transformers' `generate`, of prompts that are padded on the left: all end together."""
         width, pad = max(map(len, prompts)), min(self.eos_token_ids, default=0)
         padded = [[pad] * (width - len(p)) + p for p in prompts]

@@ -7,7 +7,8 @@ import os
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from eagle3.engines.engine import UNSHAPED, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.engines.sglang import Capture, SGLang
 from eagle3.errors import ConfigError, RunError
+from eagle3.target.generation import Take
 from eagle3.target.layers import engines_default, numbered_by
 from eagle3.target.sglang.blocks import SHARED, Blocks
 from eagle3.target.sglang.hook import HOOK
@@ -205,6 +207,25 @@ class SGLangTarget:
             chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
         replies = self.post({"input_ids": prompts, "sampling_params": chosen})
         return [reply["output_ids"] for reply in replies]
+
+    def answer(
+        self, take: Take, batch_size: int, max_new_tokens: int, sampling: dict | None = None,
+        count: Callable[[int], Any] = int,
+    ) -> Iterator[tuple[Any, list[int]]]:  # fmt: skip
+        """As `HFTarget.answer`; the server batches, and draws samples of its own."""
+        sampling = sampling and {name: sampling[name] for name in ("temperature", "top_p", "top_k")}
+        with ThreadPoolExecutor(batch_size) as pool:
+            asked: dict[Future, Any] = {}
+            while True:
+                while len(asked) < batch_size and (taken := take()) is not None:
+                    key, prompt = taken
+                    asked[pool.submit(self.generate, [prompt], max_new_tokens, sampling)] = key
+                if not asked:
+                    return
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    (ids,) = future.result()
+                    count(len(ids))
+                    yield asked.pop(future), ids
 
 
 def log_path(port: int | None) -> Path:
