@@ -59,7 +59,7 @@ def write_answers(
     paths = [kept / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
     asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
     missing = [path for path in asked if not is_whole(path)]
-    print(f"generate: {kept} has {len(asked) - len(missing):,} of {len(asked):,} answers")
+    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {kept}")
     # Shortest first: those that are answered together are of about one length.
     waiting = ((path, asked[path]) for path in sorted(missing, key=lambda p: len(asked[p])))
     given = lambda: next(waiting, None), section.batch_size, section.max_new_tokens

@@ -160,10 +160,10 @@ def test_an_interrupted_generation_keeps_what_is_finished(target, tmp_path, monk
     monkeypatch.setattr(target, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(*asked)
-    assert "has 0 of 4 answers" in capsys.readouterr().out
+    assert "0 of 4 answers are in " in capsys.readouterr().out
     monkeypatch.setattr(target, "answer", original)
     assert len(load_answers(generate(*asked))) == 4
-    assert "has 3 of 4 answers" in capsys.readouterr().out
+    assert "3 of 4 answers are in " in capsys.readouterr().out
 
 
 def test_answers_are_copied_where_nothing_can_be_linked(tmp_path, monkeypatch):
