@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import torch
 from hydra.utils import get_object
+from transformers import PretrainedConfig
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.benchmark.scoring import namespaces
 from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest
 from eagle3.data.chat import load_chat
-from eagle3.data.sources import may_be_remote
+from eagle3.data.sources import may_be_remote, names_data
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.export.read import check_given
@@ -170,7 +171,7 @@ def reads_stored(config: RunConfig) -> bool:
 def reads_data(config: RunConfig) -> list[str]:
     """The stages that read conversations, and so cannot do without `data`."""
     readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
-    if asks_heldout(config.benchmark):
+    if asks_heldout(config.benchmark, config.data):
         readers.add("benchmark")
     return [stage for stage in config.stages if stage in readers]
 
@@ -179,9 +180,11 @@ def check_data(data: Data, readers: list[str]) -> None:
     """That there is data, from `path` or `sources`, for the stages that read it (`readers`)."""
     if data.path is not None and data.sources:
         raise ConfigError("data.path and data.sources exclude each other; set one of them")
-    if readers and data.path is None and not data.sources:
+    if readers and not names_data(data):
         remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
         raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
+    if not readers:
+        return
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():
@@ -210,8 +213,25 @@ def check_against_target(config: RunConfig) -> None:
     if ids is not None and (len(ids) != 3 or not 0 <= ids[0] < ids[1] < ids[2] <= last):
         wanted = f"three different layers of 0..{last}, low to high"
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
-    if config.stages == ["check"]:  # reads a draft, whatever would be trained
+    if not set(config.stages) <= {"check", "benchmark"}:  # a draft that is there has its own shape
+        check_draft_shape(config, target)
+    # `check` says so where there is no tokenizer, and stored hidden states need none.
+    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    if set(config.stages) - without:
+        load_chat(model, config.data)
+    training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()
+    asking = {"generate", "capture", "regenerate"} | training
+    decodes = get_object(config.benchmark["_target_"]).in_process
+    asked = (asking | {"benchmark"} if decodes else asking) & set(config.stages)
+    if config.plan or not asked:  # the engine itself may be missing where a plan is made
         return
+    get_object(config.target["_target_"]).check_settings(config.target, spec)
+    if "benchmark" in asked:
+        check_croppable(target)
+
+
+def check_draft_shape(config: RunConfig, target: PretrainedConfig) -> None:
+    """Whether a draft for this target can be as the config says."""
     for name in ("max_position_embeddings", "num_attention_heads"):
         if getattr(target, name, None) is None:
             reason = f"its config has no {name}, which a draft's is made from"
@@ -224,20 +244,7 @@ def check_against_target(config: RunConfig) -> None:
         limit = getattr(shape, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
-    # `check` says so where there is no tokenizer, and stored hidden states need none.
-    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
-    if set(config.stages) - without:
-        load_chat(model, config.data)
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"
         raise ConfigError(f"parallel.ulysses={ulysses} must divide the draft's {heads}")
-    training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()
-    asking = {"generate", "capture", "regenerate"} | training
-    decodes = get_object(config.benchmark["_target_"]).in_process
-    asked = (asking | {"benchmark"} if decodes else asking) & set(config.stages)
-    if config.plan or not asked:  # the engine itself may be missing where a plan is made
-        return
-    get_object(config.target["_target_"]).check_settings(config.target, spec)
-    if "benchmark" in asked:
-        check_croppable(target)

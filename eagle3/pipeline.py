@@ -13,15 +13,15 @@ from hydra.utils import get_class
 from rich.console import Console
 
 from eagle3.benchmark.check import check
-from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject, asks_heldout
 from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import load_chat
 from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
-from eagle3.data.sources import find_sources
+from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
-from eagle3.errors import ConfigError
+from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import generate
 from eagle3.export.read import locate
 from eagle3.export.write import export_draft
@@ -58,10 +58,10 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
 
     # What the listed stages read, beside what lies in the run's own folder.
     imports = hidden.path is not None and is_specforge(Path(hidden.path))
-    no_data = data.path is None and not data.sources
+    no_data = not names_data(data)
     store_alone = mode.captures and hidden.path is not None and (imports or no_data)
     reads_answers = "generate" in listed or ("train" in listed and not store_alone)
-    measures_heldout = "benchmark" in listed and asks_heldout(config.benchmark)
+    measures_heldout = "benchmark" in listed and asks_heldout(config.benchmark, data)
     reads_prepared = reads_answers or measures_heldout or bool(listed & {"prepare", "capture"})
     reads_rows = reads_prepared or config.plan or bool(listed & {"regenerate", "view"})
     sources = find_sources(data, cache_dir) if reads_rows else None
@@ -79,6 +79,20 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         return None
 
     prepared = answers = store = None
+    if listed & {"check", "benchmark"}:
+        draft = find_draft(config, run_dir)
+        subject = Subject(draft, target, chat, data, cache_dir, config.seed)
+    if "benchmark" in listed:
+        # Looked at before the first stage, for what cannot be asked would end the last one.
+        request = instantiate(config.benchmark)
+        tasks = load_tasks(request, subject)
+        if config.draft_path and "check" not in listed:  # which says more of a bad one
+            request.check_draft(draft, target.spec)
+        if not reads_prepared and not no_data:
+            # The bigram is measured where a run has left what it is counted in.
+            with suppress(ConfigError, RunError):
+                given = find_sources(data, cache_dir), chat, cache_dir
+                prepared = find_prepared(data, config.eval.num_prompts, *vocab_sizes, *given)
     folders = [run_dir, cache_dir, hidden.path or run_dir]
     with (
         name_full_disk(folders, lambda: command_to_resume(run_dir, overrides)),
@@ -96,6 +110,7 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             tracking.note("regenerate", *((path, read_facts(path)) for path in paths))
         if "view" in listed:
             view(data, config.view.num_samples, sources, chat, run_dir, console)
+            tracking.finish("view")
         if reads_prepared:
             given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
             prepared = prepare(data, *given, write="prepare" in listed)
@@ -126,22 +141,29 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
+            tracking.finish("train")
         if "export" in listed:
             best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
             export_draft(best, config.export, target.spec, draft_length, run_dir)
-        if listed & {"check", "benchmark"}:
-            folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
-            if not folder.exists():
-                remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
-                raise ConfigError(f"no draft at {folder}; {remedy}")
-            heldout = prepared and prepared.path / "heldout.jsonl"
-            subject = Subject(folder, target, chat, data, cache_dir, config.seed, heldout, prepared)
+            tracking.finish("export")
         if "check" in listed:
             attention = instantiate(config.draft.attention)
             check(config.check, subject, attention, config.eval.draft_length, run_dir)
+            tracking.finish("check")
         if "benchmark" in listed:
-            benchmark(instantiate(config.benchmark), subject, run_dir)
+            subject.heldout = prepared and prepared.path / "heldout.jsonl"
+            subject.prepared = prepared
+            benchmark(request, tasks, subject, run_dir)
     return read_acceptance(run_dir)
+
+
+def find_draft(config: RunConfig, run_dir: Path) -> Path:
+    """Where the draft to measure lies, or will lie. Raises ConfigError where it never will."""
+    folder = locate(config.draft_path) if config.draft_path else run_dir / "draft"
+    if not folder.exists() and "export" not in config.stages:
+        remedy = "set draft_path=<folder or hub id>, or add train and export to stages"
+        raise ConfigError(f"no draft at {folder}; {remedy}")
+    return folder
 
 
 def free_target(config: RunConfig, target: TargetHandle, keep: bool) -> None:

@@ -1,7 +1,7 @@
 """Configs and suites through any engine, the built-in decoder, and the statistics."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,19 +12,23 @@ from conftest import ROOT, write_jsonl
 
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
-from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Request, Subject, check_request, in_steps
+from eagle3.benchmark.samples import MAX_TOKENS, samples
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
+from eagle3.data.chat import Chat
+from eagle3.data.rows import RowError
 from eagle3.decode.speculate import Generation
 from eagle3.decode.tree import Candidates
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.engines.engine import answer_of_rounds
+from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
+UNREPORTED = Answer([1, 2], 1, [1], 1.0, "")  # the tokens of each round
 SECTION = yaml.safe_load((ROOT / "conf/benchmark/builtin.yaml").read_text())
 
 
@@ -50,6 +54,9 @@ class Words:
     """A chat of characters, with a template that marks roles."""
 
     template = "roles"
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={}, decode=lambda ids, **options: "".join(map(chr, ids))
+    )
 
     def encode_prompt(self, messages):
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -73,6 +80,7 @@ def no_process(monkeypatch):
 
 def subject_of(folder, target=None, eval_path=None, heldout=None, prepared=None):
     data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared", chat_template="auto")
+    data.path, data.sources = "conversations", {}
     spec = SimpleNamespace(config=None, aux_layer_ids=[1, 2, 3])
     handle = SimpleNamespace(spec=spec, device=torch.device("cpu"), load=lambda: target)
     texts = prepared and Prepared(prepared)
@@ -89,6 +97,7 @@ class Echo(Request):
     broken: bool = False
     in_process: bool = False
     dies_at: int = -1
+    cut_at: int = 1000
     error: type = RunError
 
     def start(self, subject, run_dir):
@@ -107,7 +116,7 @@ class Echo(Request):
         ids = [*ids[:-1], ids[-1] + 1] if self.broken and steps else ids
         accepted = [min(steps, self.accepted)] * len(ids)
         answer = answer_of_rounds(ids, "".join(map(chr, ids)), accepted, steps, 0)
-        answer.seconds = self.seconds * answer.rounds
+        answer.seconds, answer.truncated = self.seconds * answer.rounds, len(ids) >= self.cut_at
         return answer
 
     def close(self):
@@ -122,7 +131,8 @@ def measured(folder, configs, suites, log=None, **changed):
     """benchmark.json by the Echo."""
     section = {key: value for key, value in SECTION.items() if not key.startswith("_")}
     section |= {"configs": configs, "suites": suites, "max_new_tokens": 40, **changed}
-    benchmark(Echo(log=[] if log is None else log, **section), subject_of(folder), folder)
+    request, subject = Echo(log=[] if log is None else log, **section), subject_of(folder)
+    benchmark(request, load_tasks(request, subject), subject, folder)
     return json.loads((folder / "benchmark.json").read_text())
 
 
@@ -138,7 +148,8 @@ def decoded(folder, target, prompts=(), subject=None, **changed):
     draft = Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: draft)
-        benchmark(instantiate(SECTION | changed), subject, folder)
+        request = instantiate(SECTION | changed)
+        benchmark(request, load_tasks(request, subject), subject, folder)
     return json.loads((folder / "benchmark.json").read_text())
 
 
@@ -232,6 +243,37 @@ def test_every_config_beside_the_baseline_of_its_batch(tmp_path):
     assert wanted.items() <= protocol.items() and protocol["template"].startswith("auto, sha256 ")
 
 
+def test_samples_say_which_tokens_were_drafted(tmp_path):
+    """The first two answers of a suite, under the first config that drafts."""
+    suite, configs = questions(tmp_path, 3), [[1, 0, 0, 0], [1, 3, 1, 4], [2, 3, 1, 4]]
+    found = measured(tmp_path, configs, [suite], max_new_tokens=6)["samples"]
+    rounds = [([], "<"), (["s"], ">"), (["a"], "s"), ([" "], None)]
+    named = [{"accepted": accepted, "target": target} for accepted, target in rounds]
+    expected = {"config": [1, 3, 1, 4], "num_tokens": 6, "rounds": named}
+    assert found == {suite: [{"prompt": f"ask {n}"} | expected for n in range(2)]}
+    assert measured(tmp_path, configs[:1], [suite])["samples"] == {}, "nothing was drafted"
+
+
+def test_samples_split_no_character_and_end(tokenizer):
+    """A character of several tokens stands whole at the last, wherever rounds end; long answers are
+    cut; an engine that reports no rounds has none.
+    """
+    ids, config = tokenizer.encode("a 🙂 é", add_special_tokens=False), [1, 2, 1, 3]
+    answers = [answer_of_rounds(ids, "", [1, 0, 2], 2, 1.0)]
+    answers += [answer_of_rounds(ids[:1] * 999, "", [2] * 400, 2, 1.0)]
+    trials = [Trial(Question(input_ids=ids), [ids], [answer]) for answer in answers]
+    measured = {tuple(config): {"a": trials, "b": [replace(trials[0], answers=[UNREPORTED])]}}
+    found = samples([config], measured, Chat(tokenizer))
+    short, long = (
+        [[*part["accepted"], part["target"]] for part in sample["rounds"]] for sample in found["a"]
+    )
+    texts = [text for part in short for text in part]
+    assert len(texts) == len(ids) > 6 and "".join(texts) == "a 🙂 é"
+    assert [len(part) for part in short[:4]] == [1, 2, 1, 3]
+    assert MAX_TOKENS - 3 < sum(map(len, long)) <= MAX_TOKENS
+    assert found["a"][1]["num_tokens"] == 999 and found["b"] == []
+
+
 @pytest.mark.parametrize("batch, seconds", [(10, 3), (1, 10 * 12 * 60)])
 def test_larger_batches_are_timed_by_the_clock(tmp_path, monkeypatch, batch, seconds):
     """Ten overlapping requests that each report a minute took as long as the clock says."""
@@ -295,6 +337,63 @@ def test_answers_are_scored(tmp_path):
     assert (row["score"], row["baseline_score"], row["num_scored"]) == (0.5, 0.5, 4)
 
 
+CUT = [(1000, 0, (0.5, 0.5, 4)), (33, 2, (0.0, 0.0, 2)), (1, 4, (None, None, 0))]
+
+
+@pytest.mark.parametrize("cut_at, truncated, scored", CUT)
+def test_answers_that_were_cut_are_counted_and_not_scored(tmp_path, cut_at, truncated, scored):
+    """The right ones are the longer ones."""
+    asked = ["What is {}?", "And what is {}?"]
+    rows = [{"question": asked[i % 2].format(i % 2), "answer": "#### 1"} for i in range(4)]
+    paths = {"gsm8k": str(write_jsonl(tmp_path / "g.jsonl", *rows))}
+    changed = {"paths": paths, "max_new_tokens": 60, "cut_at": cut_at}
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], **changed)["suites"]["gsm8k"]
+    found = row.get("score"), row.get("baseline_score"), row["num_scored"]
+    assert (row["num_prompts"], row["truncated"], found) == (4, truncated, scored)
+
+
+def test_what_cannot_be_scored_is_not(tmp_path):
+    paths = {"gsm8k": str(write_jsonl(tmp_path / "g.jsonl", {"turns": ["1"]}, {"turns": ["2"]}))}
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], paths=paths)["suites"]["gsm8k"]
+    assert row["num_scored"] == 0 and "score" not in row
+
+
+def test_questions_are_a_sample_and_one_has_no_interval(tmp_path):
+    suite, log = questions(tmp_path, 40), []
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], [f"{suite}:1"], log)["suites"][suite]
+    assert row["interval95"] is row["speedup_interval95"] is None and row["acceptance_length"]
+    (row,) = measured(tmp_path, [[1, 2, 1, 3]], [f"{suite}:9"], log)["suites"][suite]
+    assert row["interval95"] and row["speedup_interval95"]
+    asked = {Words().decode(entry[3][0]) for entry in log if entry[0] == "answer"}
+    assert len(asked) == 9 and asked != {f"<s>as prepared<u>ask {i}<a>" for i in range(9)}
+
+
+def test_what_is_found_before_the_first_stage(tmp_path, capsys):
+    subject, mine = subject_of(tmp_path), questions(tmp_path, 3)
+
+    def load(*suites, **changed):
+        section = {"suites": list(suites), "configs": [[1, 0, 0, 0]]} | changed
+        return load_tasks(instantiate(SECTION | section), subject)
+
+    (heldout, own) = load("heldout:2", f"{mine}:2")
+    assert (heldout.name, heldout.questions, heldout.count) == ("heldout", [], 2)
+    assert len(own.questions) == 2
+    with pytest.raises(RunError, match=r"mine\.jsonl, line 1: .*gsm8k \(it has no 'question'\)$"):
+        load("heldout:2", "gsm8k:2", paths={"gsm8k": mine})
+    subject.data.path = None
+    assert [task.name for task in load("heldout:2", mine)] == [mine]
+    assert "lists heldout, but no data is named" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"lists heldout, but no data is named .*; set data="):
+        load("heldout:2")
+
+    def refuse(messages):
+        raise RowError("refused by the chat template: no system role")
+
+    subject.chat.encode_prompt = refuse
+    with pytest.raises(ConfigError, match=r"mine\.jsonl:1 cannot be asked \(refused .*role\)$"):
+        load(mine)
+
+
 @pytest.mark.parametrize("execute_code, times", [(False, 0), (True, 3)])
 def test_code_runs_only_where_that_was_asked_for(tmp_path, monkeypatch, execute_code, times):
     paths, ran = {"humaneval": str(ROOT / "tests/data/suites/humaneval.jsonl")}, []
@@ -338,7 +437,7 @@ def test_builtin_answers_in_order_and_without_common_luck():
 
     found = answers([2, 0, 0, 0], [[0, 3], [1, 9, 5], [7]], 4)
     assert [a.ids for a in found] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
-    assert found[0].rounds == 3
+    assert found[0].rounds == 3 and [answer.truncated for answer in found] == [True] * 3
     one, other = answers([1, 0, 0, 0], [[0, 3], [0, 3]], 8, 50.0)
     assert one.ids != other.ids
 
@@ -423,6 +522,18 @@ def test_lossless_or_tie(gap, end, expected):
     else:
         assert texts[0] == [9, 9, 5, 6]
         assert row["tie_gap"] == pytest.approx(1.5 if end[0] == 2 else gap, rel=0.2)
+
+
+@pytest.mark.parametrize("stop, end", [((), 6), (("\x06",), 99), (("\x06\x07",), 99)])
+def test_an_answer_that_ends_with_the_last_token_that_fits_is_whole(stop, end):
+    request, target = instantiate(SECTION), Cycle()
+    request.target, request.chat, request.seed, request.rules = target, Words(), 0, {}
+    request.open([1, 0, 0, 0])
+    target.eos_token_ids = {end}
+    found = [request.answer([1, 0, 0, 0], [[0, 3]], Setup(n, stop=stop))[0] for n in (2, 3, 4, 9)]
+    ends_at = 4 if len("".join(stop)) == 2 else 3
+    assert [answer.truncated for answer in found] == [n < ends_at for n in (2, 3, 4, 9)]
+    assert [len(answer.ids) for answer in found] == [min(n, ends_at) for n in (2, 3, 4, 9)]
 
 
 CUTS = [

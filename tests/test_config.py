@@ -258,11 +258,12 @@ def test_what_is_named_beside_the_embedded_default(tmp_path):
 def test_stages_that_read_no_data_need_none(tmp_path):
     model = ["model=hf", f"model.path={compose_config().model.path}", "draft.vocab_size=1000"]
     stored = ["mode=offline", f"hidden_states.path={tmp_path}", "stages=[train,export]"]
-    engine = ["benchmark.suites=[gsm8k]", "stages=[benchmark]"]
-    for overrides in (["stages=[export]"], engine, stored):
+    draft = ["stages=[check,benchmark]", f"draft_path={tmp_path}", "draft.vocab_size=999999"]
+    gone = ["stages=[benchmark]", "data.path=moved.jsonl", "benchmark.suites=[gsm8k]"]
+    for overrides in (["stages=[export]"], draft, gone, stored):
         checked(*model, *overrides)
-    with pytest.raises(ConfigError, match="benchmark reads data"):
-        checked(*model, "stages=[benchmark]")
+    with pytest.raises(ConfigError, match=r"data\.path=moved\.jsonl does not exist"):
+        checked(*model, *gone, "benchmark.suites=[heldout]")
 
 
 def test_going_on_with_a_run(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from eagle3.benchmark import measure, served
-from eagle3.benchmark.measure import benchmark
+from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject
 from eagle3.benchmark.served import Served, check_draft
 from eagle3.benchmark.suites import Setup
@@ -64,8 +64,10 @@ def subject(tmp_path):
     save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
     prompts = ({"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1))
     heldout = write_jsonl(tmp_path / "heldout.jsonl", *prompts)
-    data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto")
-    chat = SimpleNamespace(template="", tokenizer=None)
+    data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto", path="x")
+    words = {"decode": lambda ids, **options: "".join(map(chr, ids))}
+    tokenizer = SimpleNamespace(added_tokens_decoder={}, **words)
+    chat = SimpleNamespace(template="", tokenizer=tokenizer, **words)
     return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, heldout)
 
 
@@ -79,7 +81,8 @@ def run(subject, tmp_path, monkeypatch):
     def run(name, python, configs=((1, 3, 1, 4),), **changed):
         configs = [list(config) for config in configs]
         given = section(name, configs=configs, python=python, **changed)
-        benchmark(instantiate(given), subject, tmp_path / "run")
+        request = instantiate(given)
+        benchmark(request, load_tasks(request, subject), subject, tmp_path / "run")
         return json.loads((tmp_path / "run/benchmark.json").read_text())
 
     return run
@@ -100,7 +103,7 @@ def test_counts_speed_and_servers(name, run, subject, python, tmp_path):
     second, third = (6, 2) if name == "vllm" else (7, 3)
     assert one["accepted_by_position"] == [17 / 27, second / 27, third / 27]
     assert one["tokens_per_second"] == pytest.approx(400) and one["speedup"] == pytest.approx(4)
-    assert one["lossless"] is True and one["num_prompts"] == 5
+    assert one["lossless"] is True and one["num_prompts"] == one["truncated"] == 5
     assert alone["acceptance_length"] == 1 and alone["speedup"] == 1
     protocol = result["protocol"]
     assert (protocol["runner"], protocol["dtype"], protocol["tp_size"]) == (name, "float32", 2)

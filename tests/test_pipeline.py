@@ -5,6 +5,7 @@ interruption, sweeps.
 import json
 import os
 import re
+import shlex
 import signal
 import weakref
 from pathlib import Path
@@ -26,6 +27,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from eagle3.benchmark.builtin import Builtin
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
 from eagle3.runs.checkpoint import load_checkpoint, load_draft
@@ -175,8 +177,40 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
 
 
 def test_a_draft_that_is_not_there(settings, tmp_path):
+    cold = [*settings, "stages=[prepare,benchmark]", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(ConfigError, match=r"no draft at .*draft; set draft_path="):
-        run([*settings, "stages=[prepare,benchmark]"], tmp_path)
+        run(cold, tmp_path / "run")
+    assert not (tmp_path / "cache").exists(), "it is missed before the first stage"
+
+
+def test_questions_are_read_before_the_first_stage(settings, tmp_path):
+    suite = write_jsonl(tmp_path / "own.jsonl", {"prompt": "one"}, {"nothing": 1})
+    own = [f"benchmark.suites=['{suite}:1']", f"cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(RunError, match=r"own\.jsonl, line 2: no question of the suite"):
+        run([*settings, *own], tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_failed_benchmark_is_repeated_alone(settings, tmp_path, monkeypatch, capsys):
+    """Behind what was trained, which is reported."""
+    run_dir, short = tmp_path / "run", [*settings, "train.max_steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Builtin, "open", fail)
+        with pytest.raises(RunError) as failed:
+            run(short, run_dir)
+    message, _, command = str(failed.value).partition("; when that is mended, go on with: ")
+    assert message == "no more" and "held-out prompts" in capsys.readouterr().out
+    assert "no benchmark was run" in (run_dir / "report.html").read_text()
+    trained = losses(run_dir)
+    overrides = shlex.split(command)[2:]
+    assert overrides == [f"train.resume={run_dir}", "stages=[benchmark]"]
+    assert run(overrides, run_dir) >= 1
+    assert "no benchmark was run" not in (run_dir / "report.html").read_text()
+    assert losses(run_dir) == trained
+
+
+def fail(*arguments):
+    raise RunError("no more")
 
 
 def test_folders_that_cannot_be_written(settings, tmp_path):
@@ -230,14 +264,20 @@ def test_a_stage_that_is_not_listed_must_have_left_what_is_read(
     assert (tmp_path / "cache" / "prepared").exists() == ("prepare" in stages)
 
 
-def test_a_benchmark_on_ones_own_suite_prepares_nothing(finished, settings, tmp_path):
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_benchmark_on_ones_own_suite_prepares_nothing(finished, settings, tmp_path, warm):
+    """The bigram is counted in what is prepared, where that is there."""
     suite = tmp_path / "own.jsonl"
     suite.write_text('{"prompt": "Say alpha."}\n')
     overrides = [o for o in settings if not o.startswith("benchmark.suites")]
-    overrides += [f"benchmark.suites=['{suite}:1']", f"cache_dir={tmp_path / 'cache'}"]
+    overrides += [f"benchmark.suites=['{suite}:1']"]
     overrides += ["stages=[benchmark]", f"draft_path={finished[0] / 'draft'}"]
+    overrides += [] if warm else [f"cache_dir={tmp_path / 'cache'}", "data.path=moved.jsonl"]
     assert run(overrides, tmp_path / "run") >= 1
     assert not (tmp_path / "cache" / "prepared").exists()
+    benchmark = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    (row,) = benchmark["suites"][str(suite)]
+    assert ("bigram" in row) is warm
 
 
 def test_a_closed_target_leaves_its_memory_to_an_engine(target_folder):

@@ -1,11 +1,14 @@
 """The page as a browser's parser sees it: what it says, that nothing in it runs or is loaded from
-elsewhere.
+elsewhere, or is cut off.
 """
 
+import html
 import io
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -21,36 +24,37 @@ EVIL = "<script>alert(1)</script>"
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, visible text by tag, table rows."""
+    """The tree of the page's elements; `table`: rows of cells by the first of them."""
 
     def __init__(self, path):
         super().__init__()
-        self.tags, self.open, self.text, self.rows = [], [], {}, []
+        self.builder = ElementTree.TreeBuilder()
         self.feed(path.read_text())
-        self.headline = " ".join("".join(self.text["p"]).split())
+        self.root = self.builder.close()
+        self.headline = self.said("p[@class='headline']")[0]
+        rows = [[words(cell) for cell in row] for row in self.root.iter("tr")]
+        self.table = {first: rest for first, *rest in reversed(rows)}
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag != "meta":
-            self.open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
+        self.builder.start(tag, {name: value or "" for name, value in attributes})
+        if tag == "meta":
+            self.builder.end(tag)
 
     def handle_endtag(self, tag):
-        if tag in self.open:
-            while self.open.pop() != tag:
-                pass
+        self.builder.end(tag)
 
     def handle_data(self, data):
-        if self.open:
-            self.text.setdefault(self.open[-1], []).append(data)
-            if self.open[-1] in ("td", "th"):
-                self.rows[-1][-1] += data
+        self.builder.data(data)
+
+    def said(self, path):
+        return [words(element) for element in self.root.iterfind(f".//{path}")]
 
     def named(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
+        return [element.attrib for element in self.root.iter(tag)]
+
+
+def words(element):
+    return " ".join("".join(element.itertext()).split())
 
 
 def result(length, speedup, lossless, **more):
@@ -117,42 +121,186 @@ def printed(run_dir):
 def test_the_page(tmp_path):
     """Nothing runs or is loaded, hostile names are text, secrets are gone; what is said where."""
     parsed, text = page_of(tmp_path, **FULL), (tmp_path / "report.html").read_text()
-    for tag, attributes in parsed.tags:
-        assert tag not in ("script", "link", "img", "iframe")
-        assert not any(name.startswith("on") for name in attributes), tag
-        assert not attributes.keys() & {"src", "href", "xlink:href", "action"}, tag
+    for element in parsed.root.iter():
+        assert element.tag not in ("script", "link", "img", "iframe")
+        assert not any(name.startswith("on") for name in element.attrib), element.tag
+        assert not element.attrib.keys() & {"src", "href", "xlink:href", "action"}, element.tag
     assert not re.findall(r"https?://|@import|url\(", text)
     (policy,) = [meta for meta in parsed.named("meta") if "http-equiv" in meta]
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    assert parsed.text["h1"] == parsed.text["title"] == [f"run {EVIL}"]
-    assert {f"mt {EVIL}", "$x_1$"} <= set(parsed.text["li"])
-    folded = " ".join(parsed.text["pre"])
+    assert parsed.said("h1") == parsed.said("title") == [f"run {EVIL}"]
+    assert {f"mt {EVIL}", "$x_1$"} <= set(parsed.said("li"))
+    folded = " ".join(parsed.said("pre"))
     assert EVIL in folded and "tokens_per_step: 4096" in folded
     assert "SESAME" not in text and REDACTED in folded
 
     said = "Acceptance length 2.00–3.02 on 2 suites, 1.20–1.93 times the speed"
     assert parsed.headline.startswith(said) and "but for ties" in parsed.headline
-    tiles = [words for words in parsed.text["b"] if words.strip()]
-    assert tiles == ["2.00–3.02", "1.20–1.93×", "120–193", "100", "tie", "2.10", "97.3%"]
-    header, first, second, third = [row for row in parsed.rows if len(row) > 5]
-    assert len(header) == len(first) == 16
-    assert [row[0] for row in (first, second, third)] == [f"mt {EVIL}", f"mt {EVIL}", "$x_1$"]
-    expected = {"batch, steps, top-k, verify": "1, 3, 1, 4", "acceptance length": "2.41"}
-    expected |= {"95 % interval": "2.31 – 2.51", "tokens/s with draft": "152"}
-    expected |= {"speedup": "1.52×", "lossless": "yes", "widest tie": "–"}
-    assert expected.items() <= dict(zip(header, first, strict=True)).items()
-    assert second[9:11] == ["tie", "0.00123"]
-    facts = {row[0]: row[1] for row in parsed.rows if len(row) == 2}
-    expected = {"loop free": "2.05", "answers": "64", "temperature": "0.00", "step": "40"}
-    expected |= {"system prompt": EVIL, "max new tokens": "20,000", "tokens per second": "1,040"}
-    assert expected.items() <= facts.items() and "acceptance length" not in facts
+    assert parsed.said("b") == ["2.00–3.02", "1.20–1.93×", "1.31", "tie", "2.10", "97.3%"]
+    expected = {"suite": [f"mt {EVIL}", f"mt {EVIL}", "$x_1$"]}
+    expected |= {"batch, steps, top-k, verify": ["1, 3, 1, 4"] * 3}
+    expected |= {"acceptance length": ["2.41", "3.02", "2.00"], "widest tie": ["–", "0.00123", "–"]}
+    expected |= {"tokens/s with draft": ["152", "193", "120"], "lossless": ["yes", "tie", "yes"]}
+    expected |= {"speedup": ["1.52×", "1.93×", "1.20×"], "acceptance, bigram": ["1.18"] * 3}
+    expected |= {"acceptance, loops left out": ["2.22"] * 3, "answers": ["64"], "update": ["40"]}
+    expected |= {"system prompt": [EVIL], "max new tokens": ["20,000"], "documents": ["12"]}
+    expected |= {
+        "tokens per second": ["1,040"],
+        "peak memory": ["2.15 GB"],
+        "temperature": ["0.00"],
+    }
+    assert expected.items() <= parsed.table.items()
+    assert parsed.table["95 % interval"][0] == "2.31 – 2.51"
     assert [svg["aria-label"] for svg in parsed.named("svg")] == [
         "Acceptance length by draft length", "Accepted by position",
         "Acceptance length while training", "Loss", "Loss by step", "Accuracy by step",
     ]  # fmt: skip
-    assert {"best 2.25 at update 20", "1.60", "2.10", "3.70"} <= set(parsed.text["text"])
-    assert parsed.text["li"].count("step 6") == 2
+    assert {"best 2.25 at update 20", "1.60", "2.10", "3.70"} <= set(parsed.said("text"))
+    assert parsed.said("li").count("step 6") == 2
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_words_have_their_meaning_on_hover_and_at_the_end(tmp_path):
+    parsed = page_of(tmp_path, **FULL)
+    meanings = {each["title"] for each in parsed.named("abbr")}
+    assert meanings == set(parsed.said("dd")) and len(parsed.said("dt")) == len(meanings) > 20
+    unknown = set(parsed.said("tr[@class]/th")) - set(parsed.said("abbr"))
+    assert not unknown, "every row of the benchmark has a meaning"
+    assert parsed.said("dt") == sorted(parsed.said("dt")) and "bigram" in parsed.said("dt")
+    assert "bigram" not in page_of(tmp_path, benchmark={}).said("dt"), "only words that are used"
+
+
+LOOK_UPS = [
+    ({}, "1.31 and a bigram 1.18.", "1.31", ""),
+    ({"bigram": None}, "1.31. The output", "1.31", ""),
+    (
+        {"bigram": 3.1, "prompt_lookup": 3},
+        "3.00 and",
+        "3.10",
+        "on a by a bigram (3.10 against 2.00)",
+    ),
+    ({"prompt_lookup": 2.5}, "2.50 and", "2.50", "on a by prompt look-up (2.50 against 2.00)"),
+    ({"prompt_lookup": 2.004}, "2.00 and a bigram 1.18", "2.00", ""),
+]
+
+
+@pytest.mark.parametrize(("changed", "said", "tile", "where"), LOOK_UPS)
+def test_what_no_draft_would_give_comes_first(tmp_path, changed, said, tile, where):
+    """In the headline, in a large number, and plainly where the draft isn't worth its training."""
+    rows = [result(2.0, speedup, True, truncated=7, **changed) for speedup in (1.5, 1.9)]
+    rows.append(result(1.0, 1.0, True, config=[1, 0, 0, 0]))  # the target alone
+    parsed = page_of(tmp_path, benchmark={"suites": {"a": rows}})
+    beaten = f"What needs no draft beats this one: {where}." if where else ""
+    assert parsed.headline.startswith(f"{beaten} Acceptance length 2.00".strip())
+    assert f"Without any draft, prompt look-up would reach {said}" in parsed.headline
+    large = parsed.root.find(".//div[@class='tiles large']")
+    numbers = [words(number) for number in large.iter("b")]
+    assert numbers == ["2.00", "1.50–1.90×", tile], "three large numbers"
+    lines = printed(tmp_path)
+    assert lines[0] == beaten and lines[-1].endswith("not scored: 7 of a.")
+
+
+def test_the_loss_says_of_which_mask_it_is(tmp_path):
+    config = RUN["config"] | {"loss": {"mask": {"_target_": "eagle3.batch.shifted"}}}
+    parsed = page_of(tmp_path, metrics=METRICS, run=RUN | {"config": config})
+    note = "of loss/mask=shifted: not comparable with losses of another mask."
+    assert any(words.endswith(note) for words in parsed.said("figcaption"))
+
+
+RATES = [
+    (214.6, 171.4, "214.6", "171.4"), (152.0, 100.0, "152", "100"), (1.274, 1.0, "1.27", "1.00"),
+    (12652.0, 12596.0, "12,652", "12,596"), (0.4, 0.3, "0.4", "0.3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fast", "slow", "shown_fast", "shown_slow"), RATES)
+def test_rates_do_not_contradict_the_speedup(tmp_path, fast, slow, shown_fast, shown_slow):
+    rates = {"tokens_per_second": fast, "baseline_tokens_per_second": slow}
+    row = result(2.0, fast / slow, True, **rates)
+    parsed = page_of(tmp_path, benchmark={"suites": {"a": [row]}})
+    (with_draft,), (without,) = (parsed.table[f"tokens/s {w} draft"] for w in ("with", "without"))
+    assert (with_draft, without) == (shown_fast, shown_slow)
+    (speedup,) = parsed.table["speedup"]
+    quotient = float(with_draft.replace(",", "")) / float(without.replace(",", ""))
+    assert f"{quotient:.2f}×" == speedup
+    assert f"{with_draft} tokens/s with the draft, {without} without" in words(parsed.root)
+    assert with_draft in " ".join(printed(tmp_path))
+
+
+def test_answers_token_by_token(tmp_path):
+    """Each token says where it came from, as text whatever it holds; no answer, no section."""
+    rounds = [
+        {"accepted": [], "target": "Hi"},
+        {"accepted": [EVIL, "\n"], "target": "<b>"},
+        {"accepted": [" &amp;"], "target": None},
+    ]
+    shown = [{"config": [1, 3, 1, 4], "prompt": f"ask {EVIL}", "num_tokens": 9, "rounds": rounds}]
+    results = {"suites": SUITES, "samples": {f"mt {EVIL}": shown, "none": []}}
+    parsed = page_of(tmp_path, benchmark=results)
+    (answer,) = parsed.root.iterfind(".//div[@class='answer']")
+    tokens = [(token.get("class"), token.text) for round_ in answer for token in round_]
+    drafted = [("drafted", EVIL), ("drafted", "↵\n"), ("own", "<b>"), ("drafted", " &amp;")]
+    assert tokens == [("own", "Hi"), *drafted]
+    assert [round_.get("title") for round_ in answer] == [
+        "before the first round: from reading the question",
+        "round 1: 2 drafted tokens accepted, then the target's own",
+        "round 2: 1 drafted token accepted",
+    ]
+    assert parsed.said("blockquote") == [f"ask {EVIL}"]
+    (summary, *_) = parsed.said("summary")
+    assert (
+        summary
+        == f"mt {EVIL}, question 1 the first 5 of 9 tokens, 4 tokens in 2 rounds: 2.00 a round"
+    )
+    legend = parsed.said("p[@class='note']")[0]
+    assert "green tokens" in legend and "the target's own" in legend
+    assert "Answers, as they were drafted" not in page_of(tmp_path, **FULL).said("h2")
+
+
+def test_nothing_is_wider_than_the_page(tmp_path):
+    """Tables have boxes that scroll, long words and commands wrap, drawings scale."""
+    parsed, text = page_of(tmp_path, **FULL), (tmp_path / "report.html").read_text()
+    boxed = list(parsed.root.iterfind(".//div[@class='scroll']/table"))
+    assert len(boxed) == len(parsed.named("table")) > 3
+    assert all("viewbox" in svg and "width" not in svg for svg in parsed.named("svg"))
+    styles = parsed.said("style")[0]
+    assert ".scroll { overflow-x: auto; }" in styles and "@media print" in styles
+    assert "pre, .answer, blockquote { white-space: pre-wrap; overflow-wrap: anywhere; }" in styles
+    assert re.search(r"figure svg {[^}]*width: 100%", styles)
+    assert re.search(r"main {[^}]*overflow-wrap: anywhere", styles)
+    assert "nowrap" not in styles.replace(".measures td { white-space: nowrap; }", "")
+    assert text.count("<details") == text.count("</details") == 4
+
+
+WIDTHS = (320, 360, 800, 1280, 2560)
+FRAME = '<iframe width={} height=600 style="border:0" srcdoc="{}"></iframe>'
+MEASURE = """<pre id=widths></pre><script>
+onload = () => { widths.textContent = [...document.querySelectorAll("iframe")].map(frame => {
+  const page = frame.contentDocument, right = frame.clientWidth
+  const wide = [...page.querySelectorAll("body *")].filter(element =>
+    element.getBoundingClientRect().right > right + 1 && !element.closest(".scroll > *"))
+  return page.documentElement.scrollWidth - page.documentElement.clientWidth + wide.length
+}) }</script>"""
+
+
+@pytest.mark.runs
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_a_browser_finds_nothing_wider_than_the_page(tmp_path):
+    long, row = "path_without_a_space/" * 12, result(2.41, 1.52, True)
+    rounds = [{"accepted": [long], "target": long}] * 2
+    shown = {"config": [1, 3, 1, 4], "prompt": long, "num_tokens": 4, "rounds": rounds}
+    results = {"suites": {f"{n}{long}": [row, row] for n in range(4)}, "protocol": {"stop": long}}
+    results["samples"] = {long: [shown]}
+    run = RUN | {"overrides": [f"data.path={long}"], "config": {"name": long}}
+    path = write_report(write(tmp_path, run=run, **FULL | {"benchmark": results}))
+    # What may run nothing could not be measured; all is shown that can be opened.
+    page = re.sub("<meta http-equiv.*?>", "", path.read_text()).replace("<details", "<details open")
+    frames = "".join(FRAME.format(width, html.escape(page)) for width in WIDTHS)
+    (tmp_path / "frames.html").write_text(f"<!doctype html><meta charset=utf-8>{frames}{MEASURE}")
+    command = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'user'}"]
+    command += ["--disable-gpu", "--dump-dom", f"file://{tmp_path / 'frames.html'}"]
+    dump = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    assert '<pre id="widths">0,0,0,0,0</pre>' in dump
 
 
 def test_points_lie_inside_a_drawing_in_their_order():
@@ -170,6 +318,28 @@ def test_any_numbers_can_be_drawn(values):
     plot = Plot({"": list(enumerate(values, 1))})
     assert plot.x_ticks and plot.y_ticks
     assert all(plot.top <= plot.y(value) <= plot.bottom for value in values)
+
+
+BEATEN = [(1.18, 1.31, ""), (3.1, None, "on s by a bigram (3.10 against 2.41)")]
+BEATEN += [(2.411, 2.5, "on s by prompt look-up (2.50 against 2.41)"), (2.414, 1.0, "")]
+
+
+@pytest.mark.parametrize(("bigram", "prompt_lookup", "where"), BEATEN)
+def test_a_draft_that_is_worth_nothing_is_said_first(tmp_path, bigram, prompt_lookup, where):
+    row = result(2.41, 1.5, True, bigram=bigram, prompt_lookup=prompt_lookup, truncated=7)
+    alone = result(1.0, 1.0, True, config=[1, 0, 0, 0])
+    parsed = page_of(tmp_path, benchmark={"suites": {"s": [row, alone]}})
+    said = f"What needs no draft beats this one: {where}." if where else ""
+    assert parsed.headline.startswith(f"{said} Acceptance length".strip())
+    lines = printed(tmp_path)
+    assert lines[0] == said and " ".join(lines[-1:]).endswith("scored: 7 of s.")
+
+
+def test_the_loss_says_of_which_mask_it_is(tmp_path):
+    config = RUN["config"] | {"loss": {"mask": {"_target_": "eagle3.batch.shifted"}}}
+    parsed = page_of(tmp_path, metrics=METRICS, run=RUN | {"config": config})
+    note = "of loss/mask=shifted: not comparable with losses of another mask."
+    assert any(words.endswith(note) for words in parsed.text["figcaption"])
 
 
 LOSSLESS = [
@@ -191,10 +361,11 @@ def test_runs_that_measured_little(tmp_path):
     """
     parsed = page_of(tmp_path)
     assert parsed.headline == "No acceptance length was measured." and not parsed.named("figure")
+    assert not parsed.said("p[@class='warning']")
     assert printed(tmp_path) == []
     parsed = page_of(tmp_path, evaluation=EVALUATION)
     assert "2.10 on held-out prompts with 2 drafted tokens" in parsed.headline
-    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.text["li"]
+    assert len(parsed.named("figure")) == 2 and "held-out prompts" in parsed.said("li")
     (tmp_path / "evaluation.json").unlink()
     rows = [{"step": 1, "eval/acceptance_length": 1.5}, *training(2)]
     rows[1] |= {"loss": None, "accuracy/step_0": None}
@@ -204,11 +375,33 @@ def test_runs_that_measured_little(tmp_path):
     alone |= {"config": [1, 0, 0, 0], "accepted_by_position": []}
     suites = {"a": [alone, result(2.0, 1.5, True)]}
     parsed = page_of(tmp_path, metrics=rows, benchmark={"suites": suites, "protocol": {}})
-    assert parsed.headline.startswith("Acceptance length 2.00 on a, 1.00–1.50 times")
-    assert len(parsed.named("figure")) == 5 and "step 6" in parsed.text["li"]
+    assert parsed.headline.startswith("Acceptance length 2.00 on a, 1.50 times")
+    assert len(parsed.named("figure")) == 5 and "step 6" in parsed.said("li")
     assert "–" in " ".join(printed(tmp_path))
     (tmp_path / "benchmark.json").write_text('{"a": NaN, "b": -Infinity}')
     assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}
+
+
+CAPTURED = {"prepared": {"documents": 12, "vocab_coverage": 0.5}, "hidden_states": {"documents": 7}}
+CAPTURED["regenerated"] = [{"answers": 3, "path": "x"}, {"answers": 4}]
+TRAINED = {"evaluation": EVALUATION, "metrics": METRICS}
+STAGES = [
+    (["prepare", "capture"], {}, "measured by the stages prepare, capture.", []),
+    (["train", "benchmark"], {}, "measured by", ["stage train", "stage benchmark"]),
+    (["train", "benchmark"], TRAINED, "no benchmark was measured.", ["stage benchmark"]),
+    (["train"], TRAINED, "no benchmark was measured.", []),
+    (["benchmark"], {"benchmark": {"suites": SUITES | {"b": []}}}, "2 suites", ["suite b"]),
+]
+
+
+@pytest.mark.parametrize(("stages", "files", "said", "missing"), STAGES)
+def test_runs_of_some_stages_and_those_that_failed(tmp_path, stages, files, said, missing):
+    run = RUN | {"config": {"name": "x", "stages": stages}, "inputs": CAPTURED}
+    parsed = page_of(tmp_path, run=run, **files)
+    assert said in parsed.headline
+    sentences = [f"The {name} left no result: it failed or was stopped." for name in missing]
+    assert parsed.said("p[@class='warning']") == sentences
+    assert {"Hidden states", "Prepared", "Regenerated, 2"} <= set(parsed.said("h3"))
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
@@ -236,9 +429,10 @@ def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):
     del row["bigram"], row["prompt_lookup"]
     parsed = page_of(tmp_path, benchmark={"suites": {"gsm8k": [row]}, "protocol": {}})
     assert "score" in (text := " ".join(printed(tmp_path))) and "0.75" in text
-    assert parsed.headline.endswith("gsm8k [4, 7, 10, 60]: too bad.")
-    heads = parsed.rows[0]
-    assert "answers equal to the target's own" in heads and "acceptance, bigram" not in heads
+    assert parsed.said("p[@class='warning']") == ["gsm8k [4, 7, 10, 60]: too bad."]
+    assert "Without any draft" not in parsed.headline and len(parsed.said("b")) == 4
+    assert parsed.table["answers equal to the target's own"] == ["0.5"]
+    assert "acceptance, bigram" not in parsed.table
 
 
 def test_the_readme_picture_is_well_formed(tmp_path):

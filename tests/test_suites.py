@@ -1,12 +1,21 @@
 """Suites and protocols: what the target is asked, on small files with the schema of the hub's."""
 
+from collections import Counter
 from itertools import product
 
 import pytest
 from conftest import ROOT, turns, write_jsonl
 
 from eagle3.benchmark import suites
-from eagle3.benchmark.suites import SUITES, Task, load_questions, parse_suite, setup_of
+from eagle3.benchmark.suites import (
+    SUITES,
+    Question,
+    Task,
+    draw,
+    load_questions,
+    parse_suite,
+    setup_of,
+)
 from eagle3.config import Source
 from eagle3.data.chat import Chat
 from eagle3.data.templates import SYSTEM_PROMPTS
@@ -21,13 +30,13 @@ def chat(tokenizer):
     return Chat(tokenizer)
 
 
-def sample(name, count=None):
-    return load_questions(name, count, str(SAMPLES / f"{name}.jsonl"), ".cache")
+def sample(name):
+    return load_questions(name, str(SAMPLES / f"{name}.jsonl"), ".cache")
 
 
 def prompt(chat, question, protocol="chat", name="mine", answers=(), trained=None, examples=()):
     """What the target reads for a question under a protocol."""
-    task = Task(name, setup_of(protocol, name, None, trained), [question], list(examples))
+    task = Task(name, setup_of(protocol, name, None, trained), None, [question], list(examples))
     return task.prompt_ids(question, list(answers), chat)
 
 
@@ -48,7 +57,7 @@ def test_a_suite_that_is_none(spec):
 @pytest.mark.parametrize("name", SIZES)
 def test_every_suite_reads_its_rows(name):
     questions = sample(name)
-    assert len(questions) == SIZES[name] and len(sample(name, 2)) == 2
+    assert len(questions) == SIZES[name]
     assert questions[1].id == f"{name}.jsonl:2"
     assert all(q.messages[-1]["role"] == "user" for q in questions)
     assert all(bool(q.later) == (name == "mtbench") for q in questions)
@@ -68,7 +77,7 @@ def test_right_answers_to_the_samples_score(name, answer):
 
 
 def test_the_multiple_choice_shows_its_options():
-    text = sample("ceval", 1)[0].messages[0]["content"]
+    text = sample("ceval")[0].messages[0]["content"]
     assert text.startswith("一周有____天。\n") and "\nC. 七\n" in text
 
 
@@ -82,7 +91,7 @@ def test_a_row_of_something_else_is_named(name, row, tmp_path):
     first = (SAMPLES / f"{'mtbench' if name == 'heldout' else name}.jsonl").read_text()
     path = str(write_jsonl(tmp_path / "mine.jsonl", first.splitlines()[0], row))
     with pytest.raises(RunError, match=rf"mine\.jsonl, line 2: .* suite {name} \([^\n]+\)$"):
-        load_questions(name, None, path, ".cache")
+        load_questions(name, path, ".cache")
 
 
 def test_rows_of_ones_own(tmp_path, chat):
@@ -97,7 +106,7 @@ def test_rows_of_ones_own(tmp_path, chat):
         {"id": "mine", "input_ids": [4, 5]},
     )
     path = str(write_jsonl(tmp_path / "mine.jsonl", *rows))
-    questions = load_questions(path, None, None, ".cache")
+    questions = load_questions(path, None, ".cache")
     assert [q.later for q in questions[:3]] == [[], ["two"], ["two"]]
     assert questions[3].messages == messages
     assert questions[5].messages[0]["content"] == "one"
@@ -106,9 +115,51 @@ def test_rows_of_ones_own(tmp_path, chat):
     assert prompt(chat, questions[6], trained="be kind") == [4, 5]
 
 
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_takes_the_rows_of_eagle(name, tmp_path):
+    """Code comes without the tests that would score it."""
+    row = {"question_id": 81, "category": "math", "turns": ["one", "two"]}
+    rows = row | {"reference": ["It is 1\n#### 1", "2"]}, row, {"turns": "alone"}
+    path = str(write_jsonl(tmp_path / "question.jsonl", *rows))
+    first, second, third = load_questions(name, path, ".cache")
+    assert first.messages == [{"role": "user", "content": "one"}] and first.later == ["two"]
+    assert first.reference == (None if name == "humaneval" else "It is 1\n#### 1")
+    assert second.reference is None and third.later == []
+    assert [question.category for question in (first, second, third)] == ["math", "math", ""]
+
+
+def numbered(*categories, reference="1"):
+    return [Question(id=str(i), category=c, reference=reference) for i, c in enumerate(categories)]
+
+
+def ids(questions):
+    return [int(question.id) for question in questions]
+
+
+def test_a_sample_has_as_many_of_each_category_as_can_be():
+    questions = numbered(*"a" * 10, *"b" * 10, *"c" * 2)
+    counts = {n: Counter(q.category for q in draw(questions, n, 0)) for n in (3, 6, 12)}
+    assert counts == {3: Counter("abc"), 6: Counter("aabbcc"), 12: Counter("aaaaabbbbbcc")}
+    samples = [ids(draw(questions, 6, seed)) for seed in range(9)]
+    assert all(sample == sorted(sample) for sample in samples)
+    assert samples[0] == ids(draw(questions, 6, 0))
+    assert len({*map(tuple, samples)}) > 5, "another seed, other questions"
+    assert {*samples[0]} < {*ids(draw(questions, 9, 0))}
+    assert draw(questions, None, 0) == draw(questions, 99, 0) == questions
+
+
+def test_what_is_shown_is_not_asked():
+    task = Task("gsm8k", setup_of("specforge", "gsm8k", None, None), 4)
+    task.take(numbered(*"x" * 9), seed=0)
+    assert ids(task.examples) == [0, 1, 2, 3, 4] and ids(task.questions) == [5, 6, 7, 8]
+    for too_few in (numbered(*"x" * 5), numbered(*"x" * 9, reference=None)):
+        with pytest.raises(RunError, match="gsm8k needs 5 solved questions to show, and others"):
+            task.take(too_few, seed=0)
+
+
 def test_an_empty_suite(tmp_path):
     with pytest.raises(RunError, match=r"names gsm8k, but .*mine\.jsonl holds no question"):
-        load_questions("gsm8k", 3, str(write_jsonl(tmp_path / "mine.jsonl")), ".cache")
+        load_questions("gsm8k", str(write_jsonl(tmp_path / "mine.jsonl")), ".cache")
 
 
 @pytest.mark.parametrize("name, source", [("gsm8k", "openai/gsm8k"), ("ceval", "ceval/ceval-exam")])
@@ -120,7 +171,7 @@ def test_what_cannot_be_fetched_names_the_way_out(monkeypatch, tmp_path, name, s
     monkeypatch.setattr("datasets.get_dataset_config_names", fail)
     words = rf"{source} .*\(no route to host\).*set \+benchmark\.paths\.{name}="
     with pytest.raises(RunError, match=words):
-        load_questions(name, 3, None, str(tmp_path))
+        load_questions(name, None, str(tmp_path))
 
 
 def test_all_subsets_of_a_suite_come_one_after_the_other(monkeypatch, tmp_path):
@@ -132,13 +183,12 @@ def test_all_subsets_of_a_suite_come_one_after_the_other(monkeypatch, tmp_path):
 
     monkeypatch.setattr("datasets.get_dataset_config_names", lambda path: subsets)
     monkeypatch.setattr(suites, "find_files", find)
-    assert len(load_questions("ceval", 5, None, str(tmp_path))) == 5
-    expected = [("ceval/ceval-exam", name, "val") for name in ("law", "logic")]
-    assert asked == expected, "no more than needed"
+    assert len(load_questions("ceval", None, str(tmp_path))) == 3 * SIZES["ceval"]
+    assert asked == [("ceval/ceval-exam", name, "val") for name in subsets]
 
 
 def test_chat_asks_behind_the_system_prompt_of_training(chat):
-    (question,) = sample("gsm8k", 1)
+    question = sample("gsm8k")[0]
     assert prompt(chat, question) == chat.encode_prompt(question.messages)
     system = {"role": "system", "content": "be kind"}
     expected = chat.encode_prompt([system, *question.messages])

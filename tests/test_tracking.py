@@ -12,9 +12,11 @@ from conftest import compose_config
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from eagle3.errors import ConfigError, RunError
 from eagle3.runs import tracking
 from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import REDACTED, NoTracker
+from eagle3.runs.resume import command_to_resume
 from eagle3.runs.tracking import Tracking, git_commit, read_acceptance, track_run
 
 pytestmark = pytest.mark.runs  # git is a process
@@ -77,6 +79,46 @@ def test_the_tracker_ends_with_the_run(tmp_path, monkeypatch, fails):
         if fails:
             raise KeyError
     assert tracker.ended == [int(fails)] and (tmp_path / "report.html").exists() != fails
+
+
+FAILURES = [
+    (RunError("a"), "a; when that is mended, go on with: python run.py seed=3", ""),
+    (ConfigError("b"), "b; when that is mended, go on with: python run.py seed=3", ""),
+    (RunError("c; go on with: that"), "c; go on with: that", ""),
+    (MemoryError("d"), "d", "go on with: python run.py seed=3"),
+    (KeyboardInterrupt("e"), "e", ""),  # which run.py ends in the command
+]
+
+
+@pytest.mark.parametrize("error, said, printed", FAILURES)
+def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
+    tmp_path, error, said, printed
+):
+    console = Console(file=io.StringIO(), width=200)
+    with (
+        pytest.raises(type(error)) as raised,
+        track_run(*arguments(tmp_path, ["seed=3"]), torch.device("cpu"), console) as tracking,
+    ):
+        tracking.finish("prepare")
+        raise error
+    lines = console.file.getvalue()
+    assert (tmp_path / "report.html").exists() and f"report: {tmp_path}" in lines
+    assert str(raised.value) == said and lines.count("go on with") == bool(printed)
+    assert printed in lines
+
+
+def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):
+    """Also what lets a run start programs, which is given again."""
+    config = compose_config("benchmark.execute_code=true", "stages=[export,train,benchmark]")
+    started = Tracking(OmegaConf.to_object(config), tmp_path, [], Recorder(), Console())
+    started.write()
+    started.finish("prepare")
+    assert started.left == ["train", "export", "benchmark"]
+    started.finish("export")
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    command = f"python run.py train.resume={tmp_path} 'stages=[benchmark]'"
+    command += " ++benchmark.execute_code=true"
+    assert command_to_resume(tmp_path, [], started.left) == command
 
 
 def test_the_acceptance_of_a_run_is_the_drafts_own(tmp_path):

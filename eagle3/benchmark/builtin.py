@@ -17,6 +17,7 @@ from eagle3.decode.speculate import Generation, Sampling, generate, speculate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
+from eagle3.target.spec import TargetSpec
 
 BIGRAM_CONVERSATIONS = 20_000
 
@@ -26,6 +27,9 @@ class Builtin(Request):
     """The fields are the keys of conf/benchmark/builtin.yaml."""
 
     in_process: ClassVar[bool] = True
+
+    def check_draft(self, folder: Path, target: TargetSpec) -> None:
+        read_draft(folder, None, target)
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         # The decoder attends to caches of its own, so the draft needs none of the backends.
@@ -60,7 +64,13 @@ class Builtin(Request):
                 generations += generate(self.target, some, *limits)
             else:
                 generations += speculate(self.target, self.draft, some, *config[1:], *limits)
-        return [read(generation, steps, setup.stop, self.chat) for generation in generations]
+        answers = [read(generation, steps, setup.stop, self.chat) for generation in generations]
+        for answer in answers:
+            # What ends an answer may come as the last token that fits.
+            ends = answer.ids[-1] in self.target.eos_token_ids
+            ends = ends or any(end in self.chat.decode(answer.ids) for end in setup.stop)
+            answer.truncated = len(answer.ids) == setup.max_new_tokens and not ends
+        return answers
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""

@@ -11,9 +11,12 @@ from typing import Any
 from rich.progress import track
 
 from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.samples import samples
 from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
 from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
+from eagle3.data.rows import RowError
+from eagle3.data.sources import names_data
 from eagle3.errors import ConfigError
 from eagle3.runs.disk import write_atomically
 from eagle3.runs.tracking import device_name
@@ -25,9 +28,15 @@ NOTHING_ACCEPTED = (
 Trials = dict[tuple[int, ...], dict[str, list[Trial]]]  # by config and name of the suite
 
 
-def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
-    """Measure a draft, and the target alone; write benchmark.json. Raises ConfigError, RunError."""
-    tasks = [prepare_task(suite, request, subject) for suite in request.suites]
+def benchmark(request: Request, tasks: list[Task], subject: Subject, run_dir: Path) -> None:
+    """Measure a draft, and the target alone, on what `load_tasks` found before the first stage.
+
+    Writes benchmark.json. Raises ConfigError and RunError.
+    """
+    for task in tasks:
+        if not task.questions:
+            questions = load_questions(task.name, str(subject.heldout), subject.cache_dir)
+            task.take(questions, subject.seed)
     trials: Trials = {}
     with closing(request):
         facts = describe(request, subject, tasks) | request.start(subject, run_dir)
@@ -38,25 +47,46 @@ def benchmark(request: Request, subject: Subject, run_dir: Path) -> None:
             # Hours may have gone into what was measured before an error or Ctrl-C.
             suites = {task.name: rows(request, task.name, trials, subject.seed) for task in tasks}
             if any(suites.values()):
-                result = {"suites": suites, "protocol": facts}
+                shown = samples(request.configs, trials, subject.chat)
+                result = {"suites": suites, "protocol": facts, "samples": shown}
                 content = json.dumps(result, indent=1, allow_nan=False).encode()
                 write_atomically(run_dir / "benchmark.json", [content])
 
 
-def prepare_task(suite: str, request: Request, subject: Subject) -> Task:
-    name, count = parse_suite(suite)
-    trained_with, path = subject.data.system_prompt, request.paths.get(name)
-    setup = setup_of(request.protocol, name, request.system_prompt, trained_with)
-    if name == "heldout" and path is None:
-        # The held-out prompts are tokenised: behind another system prompt their rows are asked.
-        same = setup.system_prompt == trained_with
-        path = str(subject.heldout) if same else subject.data.eval_path
-        if path is None:
+def load_tasks(request: Request, subject: Subject) -> list[Task]:
+    """The suites with their questions, but for those that `prepare` holds out of the data.
+
+    Raises RunError, and ConfigError also where the chat template refuses a question.
+    """
+    tasks, data = [], subject.data
+    for name, count in map(parse_suite, request.suites):
+        setup = setup_of(request.protocol, name, request.system_prompt, data.system_prompt)
+        if request.max_new_tokens is not None:
+            setup = replace(setup, max_new_tokens=request.max_new_tokens)
+        task, path = Task(name, setup, count), request.paths.get(name)
+        held_out = name == "heldout" and path is None
+        if held_out and not names_data(data):
+            problem = "benchmark.suites lists heldout, but no data is named to hold prompts out of"
+            if len(request.suites) == 1:
+                remedy = "set data=<preset> or data.path=..., or other suites, such as mtbench:80"
+                raise ConfigError(f"{problem}; {remedy}")
+            print(f"{problem}: it is left out")
+            continue
+        tasks.append(task)
+        # Those are tokenised: behind another system prompt the rows themselves are asked.
+        if held_out and setup.system_prompt == data.system_prompt:
+            continue
+        if held_out and data.eval_path is None:
             raise ConfigError("heldout behind another system prompt: set data.eval_path as well")
-    if request.max_new_tokens is not None:
-        setup = replace(setup, max_new_tokens=request.max_new_tokens)
-    questions = load_questions(name, count and max(count, setup.shots), path, subject.cache_dir)
-    return Task(name, setup, questions[:count], questions[: setup.shots])
+        path = data.eval_path if held_out else path
+        task.take(load_questions(name, path, subject.cache_dir), subject.seed)
+        for question in task.questions:
+            try:
+                task.prompt_ids(question, [], subject.chat)
+            except RowError as error:
+                problem = f"benchmark.suites={name}: {question.id} cannot be asked"
+                raise ConfigError(f"{problem} ({error})") from error
+    return tasks
 
 
 def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str, Any]:
@@ -145,6 +175,7 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
             continue
         pair = trials[key][suite], trials[alone][suite]
         row = {"config": config, "num_prompts": len(pair[0])}
+        row["truncated"] = sum(answer.truncated for trial in pair[0] for answer in trial.answers)
         if steps > 0:
             row["drafts"] = request.choice_of_drafts(key[1:])
         row |= acceptance(pair[0], steps, seed) | speed(*pair, seed)
@@ -160,15 +191,20 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
 
 
 def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code: bool) -> dict:
-    """Share of right first answers with the draft and without, where the suite can be scored."""
+    """Share of right first answers with the draft and without it, of those that were not cut."""
     kind = SUITES.get(suite, SUITES["heldout"])
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
-    right = {"score": 0, "baseline_score": 0}
+    right, num_scored = {"score": 0, "baseline_score": 0}, 0
     for one, other in zip(drafted, baseline, strict=True):
-        text, alone, reference = one.answers[0].text, other.answers[0].text, one.question.reference
-        score = kind.score(alone, reference)
+        answer, alone, reference = one.answers[0], other.answers[0], one.question.reference
+        if reference is None or answer.truncated or alone.truncated:
+            continue
+        num_scored += 1
+        score = kind.score(alone.text, reference)
         right["baseline_score"] += score
         # Equal answers are scored once: code takes seconds to run.
-        right["score"] += score if text == alone else kind.score(text, reference)
-    return {name: n / len(drafted) for name, n in right.items()} | {"num_scored": len(drafted)}
+        same = answer.text == alone.text
+        right["score"] += score if same else kind.score(answer.text, reference)
+    shares = {name: count / num_scored for name, count in right.items()} if num_scored else {}
+    return shares | {"num_scored": num_scored}

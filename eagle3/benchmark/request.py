@@ -8,20 +8,22 @@ from typing import Annotated, Any, ClassVar
 
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import MORE_STEPS, SETUPS, SUITES, Setup, parse_suite
-from eagle3.config import Data, OneOf, Within
+from eagle3.config import Data, OneOf, Within, nearest
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
+from eagle3.data.sources import names_data
 from eagle3.decode.tree import check_tree
 from eagle3.engines.engine import Answer, Drafting
 from eagle3.errors import ConfigError
 from eagle3.target.handle import TargetHandle
+from eagle3.target.spec import TargetSpec
 
 
 @dataclass
 class Subject:
     """A draft and its target, to be measured or checked, the latter also without a chat.
 
-    `heldout` is the prompts' file in `prepared`, None where no suite asks.
+    `heldout` is the prompts' file in `prepared`; None where nothing is prepared.
     """
 
     draft_folder: Path
@@ -56,6 +58,9 @@ class Request:
     @classmethod
     def check_settings(cls, section: dict[str, Any]) -> None:
         """Raise ConfigError where the section `benchmark` asks for what is not installed."""
+
+    def check_draft(self, folder: Path, target: TargetSpec) -> None:
+        """Raise RunError where `start` could not use the draft in a folder."""
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Returns facts for benchmark.json; logs go to `run_dir`. Raises ConfigError, RunError."""
@@ -104,7 +109,8 @@ def check_request(section: dict[str, Any]) -> None:
         raise ConfigError(f"{problem}={protocol}, which sets its own; leave one of them out")
     for name, path in section["paths"].items():
         if name not in SUITES:
-            raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {', '.join(SUITES)}")
+            allowed = ", ".join(SUITES) + nearest(name, SUITES)
+            raise ConfigError(f"benchmark.paths.{name} is no suite; allowed: {allowed}")
         if not os.path.exists(path):
             raise ConfigError(f"benchmark.paths.{name}={path} does not exist; give a local file")
 
@@ -115,7 +121,7 @@ def in_steps(config: list[int], protocol: str) -> list[int]:
     return [batch, steps + MORE_STEPS.get(protocol, 0) * (topk > 1), topk, verify_tokens]
 
 
-def asks_heldout(section: dict[str, Any]) -> bool:
-    """Whether the section `benchmark` asks the prompts that `prepare` holds out."""
+def asks_heldout(section: dict[str, Any], data: Data) -> bool:
+    """Whether the section `benchmark` asks the prompts that `prepare` holds out of `data`."""
     suites = [parse_suite(suite)[0] for suite in section["suites"]]
-    return "heldout" in suites and "heldout" not in section["paths"]
+    return "heldout" in suites and "heldout" not in section["paths"] and names_data(data)

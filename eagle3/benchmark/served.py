@@ -59,6 +59,9 @@ class Served(Request):
         given = self.url and self.alone_url
         return None if given else self.engine.find(self.python, "benchmark.python")
 
+    def check_draft(self, folder: Path, target: TargetSpec) -> None:
+        check_draft(folder, target, self.engine)
+
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
         shape = check_draft(subject.draft_folder, subject.target.spec, self.engine)
@@ -140,7 +143,10 @@ class Served(Request):
             response = await client.post(self.address + self.engine.generate_path, json=body)
             reason = f"HTTP {response.status_code} {response.text[:300]}"
             if response.status_code == 200:
-                return self.engine.read_reply(response.json(), steps)
+                reply = response.json()
+                answer = self.engine.read_reply(reply, steps)
+                answer.truncated = self.engine.is_truncated(reply)
+                return answer
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()
         if self.server is not None:

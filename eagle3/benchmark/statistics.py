@@ -60,7 +60,12 @@ def equality(drafted: list[Trial], baseline: list[Trial]) -> dict:
 
 
 def interval95(counts: list[tuple[float, ...]], statistic: Callable, seed: int) -> list | None:
-    """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R]."""
+    """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R].
+
+    None for a single question, which says nothing of others.
+    """
+    if len(counts) < 2:
+        return None
     columns = torch.tensor(counts, dtype=torch.float64).T
     generator = torch.Generator().manual_seed(seed)
     # Turns and tokens of one question depend on each other, so questions are drawn as a whole.

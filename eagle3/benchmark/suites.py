@@ -1,6 +1,8 @@
 """Suites of questions, a data set and a function that reads its rows, and how they are asked."""
 
+import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,8 +24,9 @@ class Question:
     messages: Messages = field(default_factory=list)
     later: list[str] = field(default_factory=list)
     input_ids: list[int] | None = None
-    reference: Any = None  # what an answer is scored by
+    reference: Any = None  # what an answer is scored by; None: it is not
     id: str = ""
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,29 @@ def user_turns(*turns: str, reference: Any = None) -> Question:
 
 
 def conversation(row: dict) -> Question:
-    """`id` and `input_ids` of `prepare`, the user's `turns` or `prompt`, or any conversation."""
+    """`id` and `input_ids` of `prepare`, one `prompt` or several, or any conversation."""
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])  # behind a template already
-    turns = row.get("turns", row.get("prompt"))
-    if turns is None or "messages" in row:
+    if row.get("prompt") is None or "messages" in row:
         return Question(read_conversation(row).messages)
-    return user_turns(*([turns] if isinstance(turns, str) else turns))
+    return user_turns(*listed(row["prompt"]))
+
+
+def listed(texts: str | list[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+def read_question(row: dict, suite: Suite) -> Question:
+    """By the suite's own columns, or as EAGLE's files have any suite: `turns` and `reference`."""
+    if row.get("turns") and "messages" not in row:
+        # Code is scored by tests, which these files lack.
+        references = [] if suite.runs_code else listed(row.get("reference") or [])
+        reference = str(references[0]) if references else None
+        question = user_turns(*listed(row["turns"]), reference=reference)
+    else:
+        question = suite.read(row)
+    question.category = str(row.get("category") or "")
+    return question
 
 
 def with_answer(question: str, row: dict) -> Question:
@@ -73,6 +92,7 @@ def ceval(row: dict) -> Question:
     return user_turns(asked, reference=text(row["answer"]))
 
 
+EAGLE = "https://raw.githubusercontent.com/SafeAILab/EAGLE/main/eagle/data/{}/question.jsonl"
 HUMANEVAL = Source("openai/openai_humaneval", None, "test")
 MATH500 = Source("HuggingFaceH4/MATH-500", None, "test")
 GSM8K = Source("openai/gsm8k", "main", "test")
@@ -82,6 +102,8 @@ SUITES = {
     "gsm8k": Suite(partial(with_answer, "question"), GSM8K, scoring.gsm8k),
     "humaneval": Suite(humaneval, HUMANEVAL, scoring.humaneval, runs_code=True),
     "math500": Suite(partial(with_answer, "problem"), MATH500, scoring.math500),
+    "alpaca": Suite(conversation, Source(EAGLE.format("alpaca"))),
+    "qa": Suite(conversation, Source(EAGLE.format("qa"))),
     # Every subject; the answers of the test split are not public.
     "ceval": Suite(ceval, Source("ceval/ceval-exam", "*", "val"), scoring.ceval),
 }
@@ -99,8 +121,8 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
     return name, int(count) if colon else None
 
 
-def load_questions(name: str, count: int | None, path: str | None, cache: str) -> list[Question]:
-    """The first `count` questions, or all, of `path`, else the hub or file `name`; or RunError."""
+def load_questions(name: str, path: str | None, cache: str) -> list[Question]:
+    """All questions of `path`, else of the hub or file `name`. Raises RunError."""
     # A file of one's own is read as the held-out prompts are.
     suite = SUITES.get(name, SUITES["heldout"])
     source = Source(path or name) if path or suite.source is None else suite.source
@@ -108,21 +130,35 @@ def load_questions(name: str, count: int | None, path: str | None, cache: str) -
     for file in find_all_files(name, source, cache):
         for line, raw, _ in raw_rows(file):
             try:
-                question = suite.read(decode(raw))
+                question = read_question(decode(raw), suite)
             except (LookupError, TypeError, ValueError) as error:
+                reason = f"it has no {error}" if isinstance(error, LookupError) else error
                 place = f"{file.name}, line {line}"
-                raise RunError(f"{place}: no question of the suite {name} ({error})") from error
+                raise RunError(f"{place}: no question of the suite {name} ({reason})") from error
             question.id = question.id or f"{Path(file.name).name}:{line}"
             questions.append(question)
-            if len(questions) == count:
-                return questions
     if not questions:
         raise RunError(f"benchmark.suites names {name}, but {path or name} holds no question")
     return questions
 
 
+def draw(questions: list[Question], count: int | None, seed: int) -> list[Question]:
+    """`count` of them, as many of each category as can be, in their order; None: all.
+
+    Of a larger count, those of a smaller one are a part.
+    """
+    order = random.Random(seed).sample(range(len(questions)), len(questions))
+    before, rank = Counter(), {}
+    for index in order:
+        category = questions[index].category
+        rank[index] = before[category]
+        before[category] += 1
+    chosen = sorted(order, key=rank.get)[:count]
+    return [questions[index] for index in sorted(chosen)]
+
+
 def find_all_files(name: str, source: Source, cache: str) -> Iterator[DataFile]:
-    """The files of a source, subset by subset, so that no more is fetched than is read."""
+    """The files of all subsets of a source."""
     try:
         subsets = [source.subset]
         if source.subset == "*":
@@ -153,8 +189,9 @@ SETUPS: dict[str, dict[str, Setup]] = {  # by protocol and suite; "" is every ot
     # The plain question, behind the system prompt that the draft was trained with.
     "chat": {"": Setup(1024)},
     # What SpecForge's benchmarks of 2025 ask, whose numbers SpecBundle publishes. GSM8K is a raw
-    # completion behind the first five rows of its own test split. Its acceptance length divides all
-    # tokens by the rounds; ours leaves out the first token, so it is lower by less than a percent.
+    # completion behind the first five rows of its own test split, which here are not asked too. Its
+    # acceptance length divides all tokens by the rounds; ours leaves out the first token, so it is
+    # lower by less than a percent.
     "specforge": {
         "": Setup(2048),
         "mtbench": Setup(2048, "llama2"),
@@ -184,8 +221,18 @@ class Task:
 
     name: str
     setup: Setup
-    questions: list[Question]
-    examples: list[Question]
+    count: int | None  # of questions to ask; None: all
+    questions: list[Question] = field(default_factory=list)
+    examples: list[Question] = field(default_factory=list)
+
+    def take(self, questions: list[Question], seed: int) -> None:
+        """Show the first, where there are shots, and ask some of the others. Raises RunError."""
+        shots = self.setup.shots
+        self.examples, others = questions[:shots], questions[shots:]
+        if not others or any(example.reference is None for example in self.examples):
+            needs = f"{shots} solved questions to show, and others to ask"
+            raise RunError(f"benchmark.suites={self.name} needs {needs}; its file lacks them")
+        self.questions = draw(others, self.count, seed)
 
     def prompt_ids(self, question: Question, answers: list[str], chat: Chat) -> list[int]:
         """What the target reads for the turn behind `answers`, its own to the turns before."""

@@ -58,6 +58,10 @@ class Row:
     share: float = 0.0
 
 
+def names_data(data: Data) -> bool:
+    return data.path is not None or bool(data.sources)
+
+
 def find_sources(data: Data, cache_dir: str) -> SourceFiles:
     """The files that `data` names, by source. Raises ConfigError or RunError."""
     named = {f"data.sources.{name}": source for name, source in data.sources.items()}

@@ -37,6 +37,7 @@ class Answer:
     seconds: float  # of this request's decoding
     text: str
     emitted: list[int] | None = None  # the tokens of every round, where that is reported
+    truncated: bool = False  # it reached the most tokens that it may have
 
 
 def answer_of_rounds(

@@ -123,6 +123,9 @@ class SGLang(Engine):
         accepted_at = [sum(histogram[position:]) for position in range(1, steps + 1)]
         return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, text)
 
+    def is_truncated(self, reply: dict[str, Any]) -> bool:
+        return reply["meta_info"]["finish_reason"]["type"] == "length"
+
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
         response = get("/server_info")

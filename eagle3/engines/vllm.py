@@ -64,6 +64,9 @@ class VLLM(Engine):
         # Its counts go on behind the end of the answer, where these are cut.
         return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
 
+    def is_truncated(self, reply: dict[str, Any]) -> bool:
+        return reply["choices"][0]["finish_reason"] == "length"
+
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""
         response = get("/metrics")

@@ -19,6 +19,7 @@ from eagle3.runs.logger import read_metrics, redact
 # The columns of the benchmark, in their order.
 TITLES = {
     "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
+    "truncated": "answers cut at max_new_tokens",
     "acceptance_length": "acceptance length", "interval95": "95 % interval",
     "tokens_per_second": "tokens/s with draft",
     "baseline_tokens_per_second": "tokens/s without draft",
@@ -32,6 +33,8 @@ TITLES = {
 # As many as fit into 80 columns of a terminal.
 SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
 SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
+RATES = ("tokens_per_second", "baseline_tokens_per_second")
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -123,12 +126,20 @@ def templates() -> Environment:
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    rows = reversed(read_metrics(run_dir / "metrics.jsonl"))
-    last = next((row for row in rows if "loss" in row), {})
-    values = {"rows": benchmark_rows(benchmark), "protocol": benchmark.get("protocol", {})}
-    values |= {"run": run, "evaluation": read_json(run_dir / "evaluation.json")}
-    values |= {"training": {key: value for key, value in last.items() if "/" not in key}}
-    values |= {"columns": benchmark_columns(values["rows"]), "titles": TITLES, "cell": cell}
+    logged = reversed(read_metrics(run_dir / "metrics.jsonl"))
+    last = next((row for row in logged if "loss" in row), {})
+    training = {key: value for key, value in last.items() if "/" not in key}
+    evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
+    warned = [row for row in rows if row.get("warning")]
+    warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in warned]
+    facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
+    facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
+    values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
+    values["warnings"] = warnings + missing(run, benchmark, evaluation or training)
+    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell}
+    values |= {"rows": rows, "samples": benchmark.get("samples", {})}
+    for row in rows:
+        row |= {"cells": cells(row), "costless": best_without_draft(row)}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
     path = run_dir / "report.html"
@@ -136,13 +147,74 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def missing(run: dict, benchmark: dict, trained: dict) -> list[str]:
+    """A sentence for each stage that is listed, or suite that is asked, and left no result."""
+    suites = benchmark.get("suites", {})
+    done = {"train": bool(trained), "benchmark": any(suites.values())}
+    stages = [stage for stage in run["config"].get("stages", []) if not done.get(stage, True)]
+    empty = [suite for suite, rows in suites.items() if not rows and done["benchmark"]]
+    names = [f"stage {stage}" for stage in stages] + [f"suite {suite}" for suite in empty]
+    return [f"The {name} left no result: it failed or was stopped." for name in names]
+
+
+def artefacts(run: dict) -> dict[str, dict[str, Any]]:
+    """The numbers of what the stages made or found, by a title; `regenerate` makes several."""
+    found = {}
+    for name, noted in run.get("inputs", {}).items():
+        several = noted if isinstance(noted, list) else [noted]
+        for number, facts in enumerate(several, start=1):
+            title = name.replace("_", " ").capitalize() + f", {number}" * (len(several) > 1)
+            found[title] = {k: fact for k, fact in facts.items() if isinstance(fact, int | float)}
+    return found
+
+
 def benchmark_rows(benchmark: dict) -> list[dict]:
     suites = benchmark.get("suites", {}).items()
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
+def best_without_draft(row: dict) -> float | None:
+    """The highest acceptance length of what drafts without a model."""
+    return max((row[key] for key in COSTLESS if row.get(key) is not None), default=None)
+
+
+def beaten(rows: list[dict]) -> str:
+    """Where the draft is worth less than what drafts without a model, in words; "" for nowhere."""
+    places = []
+    for row in rows:
+        # To the digits that are shown, so that no two equal numbers are told apart.
+        own = round(row.get("acceptance_length") or 0, 2)
+        costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
+        words = max(costless, key=costless.get)
+        if row["config"][1] > 0 and costless[words] > own:
+            places.append(f"on {row['suite']} by {words} ({costless[words]:.2f} against {own:.2f})")
+    places = list(dict.fromkeys(places))  # several batches of a suite often agree
+    return f"What needs no draft beats this one: {', '.join(places)}." if places else ""
+
+
+def truncated(rows: list[dict]) -> str:
+    cut = {row["suite"]: row["truncated"] for row in rows if row.get("truncated")}
+    counts = ", ".join(f"{count} of {suite}" for suite, count in cut.items())
+    return f"Answers cut at max_new_tokens, which are not scored: {counts}." if cut else ""
+
+
 def benchmark_columns(rows: list[dict]) -> list[str]:
     return [key for key in TITLES if any(row.get(key) is not None for row in rows)]
+
+
+def cells(row: dict) -> dict[str, str]:
+    """A row of the benchmark as shown, its rates in as many digits as their ratio, the speedup."""
+    shown = {key: cell(key, row.get(key)) for key in TITLES}
+    rates = [row.get(key) for key in RATES]
+    if None not in (*rates, row.get("speedup")):
+
+        def ratio(digits: int) -> str:
+            fast, slow = (round(rate, digits) for rate in rates)
+            return cell("speedup", fast / slow) if slow else ""
+
+        digits = next((n for n in range(4) if ratio(n) == shown["speedup"]), 0)
+        shown |= {key: f"{row[key]:,.{digits}f}" for key in RATES}
+    return shown
 
 
 def cell(key: str, value: Any) -> str:
@@ -151,10 +223,17 @@ def cell(key: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        value = [f"{name}: {cell(key, each)}" for name, each in value.items()]
     if isinstance(value, list):
-        return (" – " if key.endswith("interval95") else ", ").join(cell(key, v) for v in value)
+        joint = " – " if key.endswith("interval95") else ", "
+        return joint.join(cell(key, each) for each in value) or "–"
     if key == "speedup":
         return f"{value:.2f}×"
+    if key.endswith("interval95"):
+        return f"{value:.2f}"
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
     if isinstance(value, float) and abs(value) < 100:
         return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3g}"
     long = isinstance(value, float) or (isinstance(value, int) and value >= 10000)
@@ -178,6 +257,8 @@ def summary(run_dir: Path) -> Group:
             table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
         for row in rows:
             # Text, because a suite's name may hold what rich takes for markup.
-            table.add_row(*[Text(cell(key, row.get(key))) for key in columns])
+            shown = cells(row)
+            table.add_row(*[Text(shown[key]) for key in columns])
         tables.append(table)
-    return Group(*tables)
+    first, last = ([Text(words)] if words else [] for words in (beaten(rows), truncated(rows)))
+    return Group(*first, *tables, *last)

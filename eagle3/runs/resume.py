@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from itertools import count
@@ -62,9 +63,14 @@ def read_overrides(run_dir: Path) -> list[str]:
     return read_json(run_dir / "run.json").get("overrides", [])
 
 
-def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
-    given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
-    return f"python run.py {given}"
+def command_to_resume(run_dir: Path, overrides: list[str], stages: Sequence[str] = ()) -> str:
+    """What goes on with a run that has a checkpoint, by `stages` or its own; else `overrides`."""
+    if is_run(run_dir):
+        before = flatten(read_json(run_dir / "run.json").get("config", {}))
+        given_again = [f"++{key}={json.dumps(before[key])}" for key in RUNS_CODE if before.get(key)]
+        listed = [f"stages=[{','.join(stages)}]"] if stages else []
+        overrides = [f"train.resume={run_dir}", *listed, *given_again]
+    return shlex.join(["python", "run.py", *overrides])
 
 
 def run_folder(resume: str, default: str) -> str:

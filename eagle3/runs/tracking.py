@@ -4,7 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +15,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eagle3.config import RunConfig, instantiate
-from eagle3.runs.disk import read_json, write_atomically
+from eagle3.config import STAGES, RunConfig, instantiate
+from eagle3.errors import ConfigError, RunError
+from eagle3.runs.disk import FULL, read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
 from eagle3.runs.report import benchmark_rows, summary, write_report
-from eagle3.runs.resume import keep_private
+from eagle3.runs.resume import command_to_resume, is_run, keep_private
 
 # Those whose versions may change a result.
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "safetensors", "numpy")
@@ -37,6 +38,8 @@ class Tracking:
         self, config: RunConfig, run_dir: Path, overrides: list[str], tracker: NoTracker, console
     ):
         self.path, self.stages = run_dir / "run.json", config.stages
+        # The listed stages from the one at work on; all of them: nothing was made yet.
+        self.left = [stage for stage in STAGES if stage in config.stages]
         self.tracker, self.console = tracker, console
         before, settings = read_json(self.path), asdict(config)
         keep_private(settings, run_dir)
@@ -60,8 +63,12 @@ class Tracking:
         text = json.dumps(redact(self.content), indent=1, default=str)
         write_atomically(self.path, [text.encode()])
 
+    def finish(self, stage: str) -> None:
+        self.left = [each for each in self.left if STAGES.index(each) > STAGES.index(stage)]
+
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
         """Keep the facts of a stage's artefacts in run.json, and print them if it is listed."""
+        self.finish(stage)
         noted = [facts | {"path": str(path)} for path, facts in artefacts]
         self.inputs[ARTEFACTS[stage]] = noted if stage == "regenerate" else noted[0]
         self.write()
@@ -90,7 +97,10 @@ class Tracking:
 def track_run(
     config: RunConfig, run_dir: Path, overrides: list[str], device: torch.device, console: Console
 ) -> Iterator[Tracking]:
-    """Keeps run.json and ends the tracker in any case; at a run's end writes and prints results."""
+    """Keeps run.json and ends the tracker in any case; at a run's end writes and prints results.
+
+    Also of a run that fails once something was made, with the command that repeats the rest.
+    """
     tracker, exit_code = instantiate(config.logger), 1
     try:
         tracking = Tracking(config, run_dir, overrides, tracker, console)
@@ -99,15 +109,36 @@ def track_run(
         tracking.content["hardware"] = hardware
         # Before the first stage: with its checkpoints it is what a killed run is resumed from.
         tracking.write()
-        yield tracking
-        tracking.write()
-        report = write_report(run_dir)
-        tracker.page(report)
+        try:
+            yield tracking
+        except BaseException as error:
+            if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
+                with suppress(OSError, RunError):  # that would hide why the run failed
+                    show_results(run_dir, tracking)
+                name_command(error, command_to_resume(run_dir, overrides, tracking.left), console)
+            raise
+        show_results(run_dir, tracking)
         exit_code = 0  # what a tracker shows of a run: finished, not failed
     finally:
         tracker.finish(exit_code)
-    console.print(summary(run_dir))
-    console.print(f"report: {report}")
+
+
+def show_results(run_dir: Path, tracking: Tracking) -> None:
+    """Write run.json and the report, and print what was achieved."""
+    tracking.write()
+    report = write_report(run_dir)
+    tracking.tracker.page(report)
+    tracking.console.print(summary(run_dir))
+    tracking.console.print(f"report: {report}")
+
+
+def name_command(error: BaseException, command: str, console: Console) -> None:
+    """Let an error that is shown as one sentence end in `command`; print it before a traceback."""
+    named = any(words in str(error) for words in (*FULL, "go on with: "))  # here, or later
+    if isinstance(error, ConfigError | RunError) and not named:
+        error.args = (f"{error}; when that is mended, go on with: {command}",)
+    elif isinstance(error, Exception) and not named:  # an interrupt names it itself
+        console.print(f"go on with: {command}")
 
 
 def device_name(device: torch.device) -> str:

@@ -97,7 +97,8 @@ def vllm(body):
     if options.per_request_spec_decode_metrics == "detailed":
         rounds = {"num_spec_steps": len(accepted), "per_step_accepted": accepted}
         metrics["speculative_decoding"] = rounds
-    return {"choices": [{"text": " ".join(map(str, ids)), "token_ids": ids}], "metrics": metrics}
+    choice = {"text": " ".join(map(str, ids)), "token_ids": ids, "finish_reason": "length"}
+    return {"choices": [choice], "metrics": metrics}
 
 
 if sys.argv[1] == "-c":
