@@ -7,7 +7,8 @@ t + emitted, gives the acceptance length of every draft length at once.
 n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
 """
 
-from collections.abc import Iterator
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
 from eagle3.config import Eval
 from eagle3.draft.model import Draft
-from eagle3.engines.engine import Answer, answer_of_rounds
+from eagle3.engines.engine import Answer, answer_of_rounds, is_loop
+from eagle3.errors import DamageError
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
-from eagle3.runs.artefact import MANIFEST, artefact, read_manifest
+from eagle3.runs.artefact import artefact, fingerprint, read_inputs
 from eagle3.runs.progress import Progress
 from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
@@ -36,68 +38,87 @@ def generate(
 
     Without `write` they must be there. Raises RunError.
     """
-    settings = {"max_new_tokens": section.max_new_tokens, "batch_size": section.batch_size}
-    inputs = target.identity | {"prompts": prompts, "format": FORMAT} | settings
+    # What an answer depends on beside its prompt.
+    known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
+    kept = Path(cache_dir, "answers", fingerprint(known))
 
     def write_folder(folder: Path) -> dict[str, int]:
-        return write_answers(folder, target.load(), prompts, **settings)
+        return write_answers(folder, kept, target, prompts, section)
 
+    inputs = known | {"prompts": prompts}
     return artefact(cache_dir, "generated", inputs, write_folder if write else None, "generate")
 
 
 def write_answers(
-    folder: Path, target: Any, prompts: list[dict], max_new_tokens: int, batch_size: int
+    folder: Path, kept: Path, target: TargetHandle, prompts: list[dict], section: Eval
 ) -> dict[str, int]:
-    """Answer prompts, shortest first, a file each: a killed call goes on. Returns the facts."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    """Answer the prompts that `kept` lacks, a file each as it ends, and link those of all into
+    `folder`. Returns the facts.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+    paths = [kept / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
+    asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
+    missing = [path for path in asked if not is_whole(path)]
+    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {kept}")
+    # Shortest first: those that are answered together are of about one length.
+    waiting = ((path, asked[path]) for path in sorted(missing, key=lambda p: len(asked[p])))
+    with Progress("generate", len(asked), "prompts", len(asked) - len(missing)) as bar:
+        given = section.batch_size, section.max_new_tokens, None, bar.count_tokens
+        answers = target.load().answer(lambda: next(waiting, None), *given) if missing else []
+        for path, answer in answers:
+            document, cut = with_features(target.load(), asked[path], answer)
+            tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
+            tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
+            save_tensors(path, tensors)
+            bar.advance()
     shortened = answered = 0
-    with Progress("generate", len(prompts), "prompts") as bar:
-        for indices in batches:
-            ids = [prompts[i]["input_ids"] for i in indices]
-            paths = [answer_path(folder, i) for i in indices]
-            before = answered
-            if not all(path.exists() for path in paths):
-                documents = answer_batch(target, ids, max_new_tokens)
-                for path, (document, cut) in zip(paths, documents, strict=True):
-                    tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
-                    tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
-                    save_tensors(path, tensors)
-            for path, prompt in zip(paths, ids, strict=True):
-                tensors = load_tensors(path)
-                shortened += int(tensors["shortened"])
-                answered += len(tensors["input_ids"]) - len(prompt)
-            bar.advance(len(indices), answered - before)
+    for number, path in enumerate(paths):
+        tensors = load_tensors(path)
+        shortened += int(tensors["shortened"])
+        answered += len(tensors["input_ids"]) - len(asked[path])
+        link(path, answer_path(folder, number))
     return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
+
+
+def is_whole(path: Path) -> bool:
+    with suppress(DamageError):
+        return bool(load_tensors(path))
+    return False
+
+
+def link(path: Path, name: Path) -> None:
+    """The same file under another name; a copy where the file system knows no links."""
+    name.unlink(missing_ok=True)
+    try:
+        name.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def answer_path(folder: Path, number: int) -> Path:
     return folder / f"answer_{number:05d}.safetensors"
 
 
-def answer_batch(
-    target: Any, prompts: list[list[int]], max_new_tokens: int
-) -> Iterator[tuple[Document, bool]]:
-    """Each answer, which ends before a token that isn't the packed pass's argmax, and whether so.
+def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Document, bool]:
+    """The answer, which ends before a token that isn't the packed pass's argmax, and whether so.
 
-    Batched generation and the packed pass round differently, so a near tie may go either way;
-    cutting there (counted as shortened) leaves text on which the walk over anchors is exact.
+    Decoding and the packed pass round differently, so a near tie may go either way; cutting there
+    (counted as shortened) leaves text on which the walk over anchors is exact.
     """
-    for prompt, answer in zip(prompts, target.generate(prompts, max_new_tokens), strict=True):
-        ids, start = torch.tensor(prompt + answer), len(prompt)
-        document = Document(0, ids, torch.arange(len(ids)) >= start)
-        (document,) = compute_features(target, [document])
-        # Teacher rows begin at the answer's first token, whose argmax is its second.
-        wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
-        keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
-        features = document.features.select(slice(keep), slice(keep - start))
-        yield Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
+    ids, start = torch.tensor(prompt + answer), len(prompt)
+    document = Document(0, ids, torch.arange(len(ids)) >= start)
+    (document,) = compute_features(target, [document])
+    # Teacher rows begin at the answer's first token, whose argmax is its second.
+    wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
+    keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
+    features = document.features.select(slice(keep), slice(keep - start))
+    return Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
 
 
 def load_answers(folder: Path) -> list[Document]:
     """Prompts with their answers, which the loss mask has, in order of the prompts."""
     answers = []
-    for number, prompt in enumerate(read_manifest(folder / MANIFEST)["inputs"]["prompts"]):
+    for number, prompt in enumerate(read_inputs(folder)["prompts"]):
         tensors = load_tensors(answer_path(folder, number))
         features = Features(*(tensors[field.name] for field in fields(Features)))
         ids = tensors["input_ids"]
@@ -221,15 +242,3 @@ def acceptance_length(answers: list[Answer]) -> float | None:
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return float(numerator / denominator) if denominator and numerator is not None else None
-
-
-def is_loop(ids) -> bool:
-    """Whether a block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
-    ids = torch.as_tensor(ids)
-    for period in range(1, 49):
-        # As many tokens in a row equal the one a period before.
-        needed = max(2 * period, 24 - period)
-        same = ids[period:] == ids[:-period]
-        if len(same) >= needed and same.unfold(0, needed, 1).all(1).any():
-            return True
-    return False

@@ -27,7 +27,7 @@ from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
-from eagle3.hidden_states.store import is_complete, open_store, store_inputs
+from eagle3.hidden_states.store import announce_store, is_complete, open_store, store_inputs
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
@@ -121,7 +121,10 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             tracking.note("generate", (answers, read_facts(answers)))
         if mode.captures and not store_alone and listed & {"capture", "train"}:
             folder, inputs = locate_store(hidden, prepared, target, cache_dir)
-            if "capture" in listed and not is_complete(folder):
+            complete = is_complete(folder)
+            if complete or not folder.exists():
+                announce_store("capture", folder, inputs)
+            if "capture" in listed and not complete:
                 free_target(config, target, keep=True)
                 run_on_ranks(capture_on_rank, config, run_dir, target, prepared.path)
             store = open_store(hidden, folder, inputs)

@@ -1,11 +1,14 @@
 """`plan=true`: tokens, disk, memory and hours of a run, before anything is loaded or written."""
 
 import weakref
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,8 @@ from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared
-from eagle3.data.sources import DataFile, SourceFiles, raw_rows
+from eagle3.data.rows import RowError, read_conversation
+from eagle3.data.sources import DataFile, SourceFiles, decode, raw_rows, why_none
 from eagle3.draft.attention import empty_outputs
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
@@ -116,6 +120,8 @@ def plan(
         "of which active": active,
         "parameters of the draft": trained,
     }
+    if "regenerate" in config.stages and not prepared:
+        data["tokens of an answer, at most"] = longest_answer(config)
     # All devices spend the same shares of their time alike, so any of them can tell.
     best = recommend(disk, memory, next(iter(hours.values())))
     return Plan(data, disk, memory, hours, best, prepared is not None)
@@ -129,13 +135,16 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
         for file in files:
             total, some = sample_rows(file, SCAN_BYTES / len(files), remaining, len(files))
             remaining -= total
+            if "regenerate" in config.stages:
+                some = [with_answers(raw, longest_answer(config)) for raw in some]
             rows += [(0, 0, 0, raw) for raw in some]
             stands_for += [total * source.weight / max(1, len(some))] * len(some)
             stored += [1 / max(1.0, source.weight)] * len(some)
     chunk = Encoder(chat, config.data)[rows, 0]
     usable = chunk.records["outcome"] == 0
     if not usable.any():
-        why = ", ".join(chunk.reasons) or "no rows"
+        words = {number: reason for reason, number in chunk.reasons.items()}
+        why = why_none(Counter(map(words.get, chunk.records["outcome"])), sources[0][1])
         raise RunError(f"data.path: none of {len(rows)} rows read can be trained on ({why})")
     records, upto = chunk.records[usable], np.cumsum(np.array(stands_for)[usable])
     index = np.empty(len(records), INDEX)
@@ -147,6 +156,21 @@ def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepa
     places = np.searchsorted(upto, (np.arange(count) + 0.5) / count * upto[-1])
     documents = Prepared(chunk.ids, chunk.mask, index[places], np.empty(0, np.int64), [])
     return documents, np.array(stored)[usable][places]
+
+
+def longest_answer(config: RunConfig) -> int:
+    return config.regenerate["max_new_tokens"] or config.data.max_length
+
+
+def with_answers(raw: Any, tokens: int) -> Any:
+    """A row of prompts alone with answers of about so many tokens; any other as it is."""
+    with suppress(RowError):
+        messages = read_conversation(decode(raw)).messages
+        if all(message["role"] != "assistant" for message in messages):
+            answer = {"role": "assistant", "content": " a" * tokens}
+            turns = ([m, answer] if m["role"] == "user" else [m] for m in messages)
+            return {"messages": list(chain.from_iterable(turns))}
+    return raw
 
 
 def sample_rows(file: DataFile, num_bytes: float, most: int, files: int) -> tuple[int, list]:

@@ -32,6 +32,7 @@ from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.loss import SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
 from eagle3.pipeline import run_pipeline
+from eagle3.runs.progress import Progress
 from eagle3.runs.resume import load_config
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import TargetSpec, read_spec
@@ -55,6 +56,7 @@ SHAPE = {  # of a tiny target
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)  # of small tensors a second thread makes nothing faster
+UNSHOWN = Progress("regenerate", None, "rows", shown=False)
 
 
 def pytest_addoption(parser):

@@ -173,7 +173,7 @@ REFUSED = [  # by what is said instead of the content, what stands behind, and w
     ("m.content | upper", "", ("a", "b"), ConfigError, "does not render user and assistant turns"),
     ("m.content | replace('j', 'k')", "", ("a", "jj"), RowError, "not found"),
     ("m.content", REFUSING, ("x", "b"), RowError, "refused by the chat template: never with x"),
-    ("m.content", "", ("a",), RowError, "no assistant turn"),
+    ("m.content", "", ("a",), RowError, "prompt without an answer"),
     ("m.content", "", ("a\ud800", "b"), RowError, "bad UTF-8"),
 ]
 

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TRAIN_ONLY, cut, flip, run, run_command, spec_of, turns
+from conftest import TRAIN_ONLY, UNSHOWN, cut, flip, run, run_command, spec_of, turns
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from xxhash import xxh3_128
@@ -86,15 +85,13 @@ def test_a_damaged_cache_is_one_sentence(copy, pattern, how):
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize(("pattern", "how"), [(ANSWER, flip), ("prepared/*/artefact.json", cut)])
-def test_what_an_interrupted_stage_left_is_checked_too(copy, pattern, how):
+def test_what_an_interrupted_stage_left_is_checked_too(copy):
     folder, overrides, _ = copy
-    path = only(folder / "cache", pattern)
+    path = only(folder / "cache", "prepared/*/artefact.json")
     whole, partial = path.parent, path.parent.with_suffix(".partial")
     whole.rename(partial)
-    (partial / "artefact.json").rename(partial / "state.json")  # as `prepare` notes how far it is
-    path = partial / path.name.replace("artefact", "state")
-    how(path)
+    path = (partial / "artefact.json").rename(partial / "state.json")  # as `prepare` notes itself
+    cut(path)
     said = sentence([*overrides, "stages=[prepare,generate]"], folder / "again")
     assert said.startswith(f"{path} is damaged (") and "; delete it" in said
     path.unlink()
@@ -247,27 +244,22 @@ def test_json_that_is_none(tmp_path, content):
         read_json(path)
 
 
-def test_a_damaged_line_of_a_journal_is_answered_again(tmp_path):
-    said = SimpleNamespace(messages=turns("hello"), reason=None, counts={"retries": 0})
-    asked, path = SimpleNamespace(file="a.jsonl", line=1), tmp_path / "journal.jsonl"
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        for number in range(4):
-            journal.write(number, asked, said)
+def test_a_damaged_line_of_a_journal_is_answered_again(tmp_path, tokenizer):
+    said = [SimpleNamespace(key=key, messages=turns(key), reason=None, counts={}) for key in "abcd"]
+    path, chat = tmp_path / "journal.jsonl", Chat(tokenizer)
+    with Journal(path, chat, UNSHOWN) as journal:
+        for dialogue in said:
+            journal.add(dialogue)
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[1] = lines[1].replace(b"hello", b"jello")
+    lines[1] = lines[1].replace(b'"content": "b"', b'"content": "x"')
     broken = b"5\n[[1]]\n\xff" + lines[2][:20] + b"\n"
     path.write_bytes(b"".join([*lines[:2], broken, lines[3], lines[2][:30]]))
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        assert sorted(journal.offsets) == [0, 3]
-        journal.write(1, asked, said)
-    with path.open("a+b") as stream:
-        journal = Journal(stream)
-        assert sorted(journal.offsets) == [0, 1, 3]
-        for number, place in journal.offsets.items():
-            stream.seek(place)
-            assert json.loads(stream.readline())["row"] == number
+    with Journal(path, chat, UNSHOWN) as journal:
+        assert sorted(journal.offsets) == ["a", "d"]
+        journal.add(said[1])
+    with Journal(path, chat, UNSHOWN) as journal:
+        assert sorted(journal.offsets) == ["a", "b", "d"]
+        assert all(journal.read(key)["messages"] == turns(key) for key in journal.offsets)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,19 +1,23 @@
 """The anchor walk equals really decoding, for every draft length, on text the target generated."""
 
+import os
+import shutil
+from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fit, handle_of, soft_target_loss
+from conftest import fit, flip, handle_of, soft_target_loss
+from safetensors.torch import load_file
 
-from eagle3 import evaluate as module
 from eagle3.batch import Document
 from eagle3.data.vocab import vocab_tensors
 from eagle3.decode.speculate import speculate
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
-from eagle3.evaluate import evaluate, generate, load_answers, pack_answers, walk
+from eagle3.evaluate import evaluate, generate, link, load_answers, pack_answers, walk
 from eagle3.loss import FrozenWeights
 from eagle3.runs.artefact import read_facts
 
@@ -95,12 +99,76 @@ def test_walk_by_hand():
     assert emitted(4, 3) == [], "one token, and that is the prefill's"
 
 
-def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):
-    prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(4)]
-    module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    whole = (tmp_path / "answer_00002.safetensors").read_bytes()
-    (tmp_path / "answer_00002.safetensors").unlink()
-    calls, original = [], module.answer_batch
-    monkeypatch.setattr(module, "answer_batch", lambda *a: calls.append(a) or original(*a))
-    module.write_answers(tmp_path, target, prompts, max_new_tokens=4, batch_size=2)
-    assert len(calls) == 1 and (tmp_path / "answer_00002.safetensors").read_bytes() == whole
+ASKED = {"num_prompts": 4, "max_new_tokens": 6, "batch_size": 2, "aux_layer_ids": [1, 3, 5]}
+# What changes from one call to the next, and which of the prompts are then answered.
+CHANGES = {
+    "nothing": ({}, []),
+    "more prompts": ({"num_prompts": 6}, [4, 5]),
+    "fewer prompts": ({"num_prompts": 2}, []),
+    "another batch": ({"batch_size": 3, "num_prompts": 5}, [4]),
+    "longer answers": ({"max_new_tokens": 7}, [0, 1, 2, 3]),
+    "other layers": ({"aux_layer_ids": [1, 2, 5]}, [0, 1, 2, 3]),
+    "a damaged answer": ({"damaged": 1}, [1]),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.runs
+def test_an_answer_is_kept_by_what_it_depends_on(target, tmp_path, monkeypatch, what):
+    taken, original = [], target.answer
+
+    def answer(take, *given):
+        def noted():
+            if (found := take()) is not None:
+                taken.append(found[1][0] - 9)
+            return found
+
+        return original(noted, *given)
+
+    def ask(num_prompts, aux_layer_ids, damaged=None, **limits):
+        prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(num_prompts)]
+        known = {"target": "weights", "aux_layer_ids": aux_layer_ids}
+        handle = SimpleNamespace(identity=known, load=lambda: target)
+        return generate(SimpleNamespace(**limits), prompts, handle, str(tmp_path), True)
+
+    monkeypatch.setattr(target, "answer", answer)
+    folder, (changes, again) = ask(**ASKED), CHANGES[what]
+    first = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    if "damaged" in changes:
+        flip(folder / f"answer_{changes['damaged']:05d}.safetensors", -1)
+        shutil.rmtree(folder)
+    assert sorted(taken) == [0, 1, 2, 3]
+    taken.clear()
+    folder = ask(**ASKED | changes)
+    assert sorted(taken) == again
+    found = load_answers(folder)
+    assert len(found) == changes.get("num_prompts", 4)
+    for document, tensors in zip(found, first, strict=False):
+        if "max_new_tokens" not in changes:
+            assert torch.equal(document.input_ids, tensors["input_ids"])
+
+
+def test_an_interrupted_generation_keeps_what_is_finished(target, tmp_path, monkeypatch, capsys):
+    original, prompts = target.answer, [{"input_ids": [9 + i, 30, 40]} for i in range(4)]
+    handle = SimpleNamespace(identity={}, load=lambda: target)
+    asked = SimpleNamespace(max_new_tokens=4, batch_size=2), prompts, handle, str(tmp_path), True
+
+    def interrupted(*given):
+        yield from islice(original(*given), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(*asked)
+    assert "0 of 4 answers are in " in capsys.readouterr().out
+    monkeypatch.setattr(target, "answer", original)
+    assert len(load_answers(generate(*asked))) == 4
+    assert "3 of 4 answers are in " in capsys.readouterr().out
+
+
+def test_answers_are_copied_where_nothing_can_be_linked(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("answer")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *given: os.link(tmp_path, tmp_path))
+    for _ in range(2):
+        link(tmp_path / "a", tmp_path / "b")
+        assert (tmp_path / "b").read_text() == "answer"

@@ -156,7 +156,8 @@ def test_a_store_is_enough_to_train(settings, tmp_path, monkeypatch, capsys):
         run(again, tmp_path / "four")
     run([*again, "hidden_states.on_damage=skip"], tmp_path / "five")
     assert len(losses(tmp_path / "five")) == 6
-    assert "1 damaged document" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 damaged document" in said and said.count(f"capture: reused {path}\n") == 3
 
 
 @pytest.mark.runs

@@ -162,9 +162,13 @@ def test_a_sample_stands_for_all_rows(tmp_path, tokenizer, monkeypatch):
         shutil.copy(path, tmp_path / name)
     (tmp_path / "2.jsonl").touch()
     assert estimate(path=str(tmp_path))[1] == tokens
-    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "?"}]}\n{broken\n')
-    with pytest.raises(RunError, match="none of 2 rows read can be trained on"):
+    (tmp_path / "a.jsonl").write_text('{"turns": ["?", "and?"]}\n{broken\n')
+    remedy = "1 x prompt without an answer; .* has turns; .*: add regenerate to stages"
+    with pytest.raises(RunError, match=f"none of 2 rows read can be trained on .*{remedy}"):
         estimate(path=str(tmp_path / "a.jsonl"))
+    config.stages, config.regenerate["max_new_tokens"] = ["regenerate", "prepare"], 40
+    answered, _ = estimate(path=str(tmp_path / "a.jsonl"))
+    assert len(answered) == 1 and 2 * 40 <= answered.supervised[0] <= 2 * 43
 
 
 @pytest.mark.runs

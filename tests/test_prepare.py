@@ -92,7 +92,7 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     prepared, rejects = prepared_from(rows_of(10) + bad)
     facts = prepared.facts
     assert facts["rows"] == 16
-    reasons = {11: "broken JSON", 12: "no assistant turn", 15: "duplicate row"}
+    reasons = {11: "broken JSON", 12: "prompt without an answer", 15: "duplicate row"}
     reasons[14] = "no assistant token within data.max_length"
     assert {r["line"]: r["reason"] for r in rejects} == reasons
     assert facts["rejected"] == Counter(r["reason"] for r in rejects)
@@ -162,6 +162,17 @@ def test_held_out_prompts_of_a_file(prepared_from, tmp_path):
         prepared_from(rows, eval_path=path, num_heldout=9)
 
 
+def test_of_questions_in_turn_the_first_is_held_out(prepared_from, tmp_path, tokenizer):
+    rows = rows_of(9)
+    question = rows[4]["messages"][:1]
+    turns = [question[0]["content"], "And then?"]
+    path = write_jsonl(tmp_path / "e.jsonl", {"turns": turns})
+    prepared, _ = prepared_from(rows, eval_path=str(path))
+    asked = [prompt["input_ids"] for prompt in prepared.heldout]
+    assert asked == [Chat(tokenizer).encode_prompt(question)]
+    assert prepared.facts["held_out_rows"] == 1
+
+
 def test_a_mix_passes_by_weight(prepared_from, tmp_path, tokenizer):
     one = str(write_jsonl(tmp_path / "one.jsonl", *rows_of(60)))
     two = str(write_jsonl(tmp_path / "two.jsonl", *rows_of(70, 50)))
@@ -180,7 +191,8 @@ FAIL = {"on_reject": "fail"}
 ENDS = [
     ([*rows_of(4), "{broken"], FAIL, r"line 5: broken JSON \(data\.on_reject=skip"),
     ([*rows_of(4), rows_of(1)[0]], FAIL, "line 5: duplicate row"),
-    ([said("q")], {}, r"none of 1 rows can be trained on \(1 x no assistant turn\)"),
+    ([said("q")] * 2, {}, r"none of 2 rows .*\(2 x prompt without an answer; .*add regenerate"),
+    ([{"id": 1}], {}, r"\(1 x no messages; the first row has id; missing are messages or conv"),
     ([], {}, "none of 0 rows"),
     (rows_of(4), {"num_heldout": 4}, r"too few to hold out eval\.num_prompts=4"),
     (rows_of(4), {"vocab_size": 300}, "does not belong to this target"),

@@ -15,22 +15,33 @@ from collections import Counter
 from contextlib import suppress
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import compose_config, read_jsonl, section, spec_of, turns, write_jsonl
+from conftest import TINY, UNSHOWN, compose_config, read_jsonl, section, spec_of, turns, write_jsonl
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from eagle3.config import Source, instantiate
 from eagle3.data.chat import Chat
-from eagle3.data.regenerate import Journal, finish, regenerate, split_thinking
+from eagle3.data.regenerate import (
+    Dialogue,
+    Journal,
+    finish,
+    regenerate,
+    split_thinking,
+    unanswered,
+)  # fmt: skip
 from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row, find_files
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs.artefact import read_facts
 from eagle3.target.hf import HFTarget
 from eagle3.target.weights import load_weights
 
+CHAT = Chat(AutoTokenizer.from_pretrained(TINY / "target"))
 platform.processor()  # the openai client asks for it, which once starts a process
 
 
@@ -129,14 +140,14 @@ def asks(kind):
     return OmegaConf.to_container(composed.regenerate)
 
 
-def answer(folder, rows, kind="builtin", system_prompt=None, chat=None, target=None, **options):
+def answer(folder, rows, kind="builtin", system_prompt=None, chat=CHAT, target=None, **options):
     """The facts of a call with conf/regenerate/<kind>.yaml and other values."""
     folder.mkdir(exist_ok=True)
-    data = section("data", system_prompt=system_prompt, max_length=64)
-    with (folder / "journal.jsonl").open("a+b") as stream:
-        journal = Journal(stream)
-        instantiate(asks(kind) | options).answer(iter(rows), journal, data, chat, target)
-        facts = finish(folder, journal)
+    answerer = instantiate(asks(kind) | options)
+    with Journal(folder / "journal.jsonl", chat, UNSHOWN) as journal:
+        asking = unanswered(iter(rows), journal, system_prompt)
+        answerer.answer(asking, journal, answerer.max_new_tokens or 64, chat, target)
+        facts = finish(folder, iter(rows), journal, system_prompt, [])
     assert facts["rows"] == facts["answered"] + sum(facts["rejected"].values())
     return facts
 
@@ -385,7 +396,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         child.kill()
         child.join()
         lines = journal.read_bytes().splitlines()
-        assert len({json.loads(line)["line"] for line in lines}) == len(lines) == limit[0]
+        assert len({json.loads(line)["key"] for line in lines}) == len(lines) == limit[0]
         with journal.open("ab") as stream:
             stream.write(lines[0][: len(lines[0]) // 2])
         limit[0], asked = 200, len(fake.bodies)
@@ -396,25 +407,134 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert written(folder) == written(tmp_path / "whole")
 
 
-def test_the_stage_answers_every_source_once(tmp_path, tokenizer, dead_url):
+def handle(**identity):
+    known = {"target": "weights", "dtype": "bfloat16", "aux_layer_ids": [1, 2, 3]}
+    return SimpleNamespace(identity=known | identity)
+
+
+def stage(folder, *paths, options=None, target=None, chat=CHAT, weights=None, **data):
+    """A call of the stage on files of rows; returns what it does."""
+    sources = [Source(str(path), weight=(weights or {}).get(path, 1.0)) for path in paths]
+    found = [(source, find_files(source, "")) for source in sources]
+    asked = section("data", **data), found, chat, target or handle(), str(folder)
+    return regenerate(asks("server") | (options or {}), *asked)
+
+
+def test_the_stage_answers_every_source_once(tmp_path, dead_url):
     rows = ({"messages": turns(f"question {i}", "old")} for i in range(40))
-    path = str(write_jsonl(tmp_path / "a.jsonl", *rows))
-    files = find_files(Source(path), "")
-    sources = [(Source(path, weight=weight), files) for weight in (0.5, 2.0)]
-    target = SimpleNamespace(spec=SimpleNamespace(identity="target", dtype="bfloat16"))
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+    other = shutil.copy(path, tmp_path / "b.jsonl")
     with Fake() as fake:
-        asked = (section("data"), sources, Chat(tokenizer), target, str(tmp_path))
-        again, paths = regenerate(asks("server") | {"urls": [fake.url]}, *asked)
+        asked = {"weights": {path: 0.5, other: 2.0}}
+        again, paths = stage(tmp_path, path, other, options={"urls": [fake.url]}, **asked)
     assert [source.weight for source, _ in again] == [1.0, 2.0]
     counts = [len(written(path)) for path in paths]
-    assert 8 < counts[0] < 32 and counts[1] == 40
+    assert 8 < counts[0] < 32 and counts[1] == len(fake.bodies) == 40
     names = {file.name for file in paths[0].iterdir()}
     assert names == {"artefact.json", "conversations.jsonl", "rejects.jsonl"}
     # where the answers come from changes nothing, so they are found again
-    assert regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked) == (again, paths)
-    target.spec.dtype = "float32"  # which decides over answers
-    with pytest.raises(RunError, match="lists no model"):
-        regenerate(asks("server") | {"urls": [dead_url], "retries": 0}, *asked)
+    dead = {"urls": [dead_url], "retries": 0}
+    assert stage(tmp_path, path, other, options=dead, **asked) == (again, paths)
+
+
+KEPT = {"max_new_tokens": 32}  # for options of their own
+# What changes from one call to the next, and how many of 12 rows are then asked once more.
+CHANGES = {
+    "nothing": ({}, 0),
+    "all rows instead of the first 7": ({"num_samples": None}, 5),
+    "another length": ({"max_length": 1024}, 0),
+    "other layers": ({"target": handle(aux_layer_ids=[1, 2, 4])}, 0),
+    "more at a time": ({"options": KEPT | {"concurrency": 2}}, 0),
+    "another precision": ({"target": handle(dtype="float32")}, 7),
+    "another template": ({"chat": Chat(CHAT.tokenizer, {"enable_thinking": False})}, 7),
+    "another temperature": ({"options": KEPT | {"temperature": 0.5}}, 7),
+    "longer answers": ({"options": {"max_new_tokens": 33}}, 7),
+    "a system prompt": ({"system_prompt": "Be brief."}, 7),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_answer_is_kept_by_what_it_depends_on(tmp_path, what):
+    rows = [{"question": f"question {i}"} for i in range(12)]
+    path, (changes, again) = write_jsonl(tmp_path / "a.jsonl", *rows), CHANGES[what]
+    with Fake() as fake:
+        options = KEPT | {"urls": [fake.url]}
+        stage(tmp_path, path, options=options, num_samples=7)
+        assert len(fake.bodies) == 7
+        options |= changes.get("options", {})
+        _, paths = stage(tmp_path, path, **{"num_samples": 7} | changes | {"options": options})
+        assert len(fake.bodies) == 7 + again
+    count, system = changes.get("num_samples", 7) or 12, changes.get("system_prompt")
+    said = [expected(row["question"], system=system) for row in rows[:count]]
+    assert [entry["messages"] for entry in written(paths[0])] == said
+
+
+def test_other_files_in_another_order_find_their_answers(tmp_path):
+    rows = [{"question": f"question {i}"} for i in range(6)]
+    mixed = [{"messages": turns("question 4", "old")}, {"prompt": "new"}, rows[1], rows[4]]
+    first, second = (write_jsonl(tmp_path / f"{len(r)}.jsonl", *r) for r in (rows, mixed))
+    with Fake() as fake:
+        stage(tmp_path, first, options={"urls": [fake.url]})
+        (path,) = stage(tmp_path, second, options={"urls": [fake.url]})[1]
+    assert len(fake.bodies) == 7
+    asked = ["question 4", "new", "question 1", "question 4"]
+    entries = [(f"{second}:{i}", expected(words)) for i, words in enumerate(asked, start=1)]
+    assert [(entry["id"], entry["messages"]) for entry in written(path)] == entries
+
+
+def test_rows_that_failed_are_asked_again_when_more_are_asked_for(tmp_path):
+    rows = [{"question": f"question {i}"} for i in range(6)]
+    path, broken = write_jsonl(tmp_path / "a.jsonl", *rows), [2]
+
+    def behave(handler, body, n):
+        return number_of(body) in broken and not handler.send(400, {"message": "too long"})
+
+    with Fake(behave) as fake:
+        for count, rejected in ((4, {"HTTP 400: too long": 1}), (6, {})):
+            options = {"urls": [fake.url]}
+            (folder,) = stage(tmp_path, path, options=options, num_samples=count)[1]
+            assert read_facts(folder)["rejected"] == rejected
+            broken.clear()
+    assert len(fake.bodies) == 4 + 1 + 2
+
+
+def test_what_the_stage_says_of_its_answers(tmp_path, capsys):
+    replies = {0: completion("a cut one", end="length"), 1: completion("again and again " * 30)}
+    rows = [{"question": f"question {i}"} for i in range(4)]
+    path = write_jsonl(tmp_path / "a.jsonl", *rows)
+
+    def behave(handler, body, n):
+        reply = replies.get(number_of(body))
+        return reply and not handler.send(200, reply)
+
+    with Fake(behave) as fake:
+        options = {"urls": [fake.url], "max_new_tokens": 96, "temperature": 0.0}
+        (folder,) = stage(tmp_path, path, options=options)[1]
+    assert (read_facts(folder)["truncated"], read_facts(folder)["loops"]) == (1, 1)
+    said = capsys.readouterr().out
+    assert "regenerate: greedy, at most 96 tokens an answer; " in said
+    cut = "1 of 4 answers were cut at 96 tokens: raise regenerate.max_new_tokens"
+    assert f"regenerate: {cut}\n" in said
+    assert "regenerate: 1 of 4 answers (25.0%) repeat the same words again and again: set" in said
+    with Fake() as fake:
+        stage(tmp_path, path, options={"urls": [fake.url], "max_new_tokens": 95, "seed": 3})
+    said = capsys.readouterr().out
+    assert "regenerate: seed 3, at most 95 tokens an answer; " in said
+    assert "answers were cut" not in said and "repeat" not in said
+
+
+def test_two_calls_at_once_share_a_journal(tmp_path):
+    path, entries = tmp_path / "journal.jsonl", {}
+    with Journal(path, CHAT, UNSHOWN) as one, Journal(path, CHAT, UNSHOWN) as two:
+        for i, journal in enumerate((one, two, two, one)):
+            dialogue = Dialogue(row(i, f"question {i}"), None)
+            dialogue.messages = [*dialogue.pending, {"role": "assistant", "content": "x" * i}]
+            journal.add(dialogue)
+            entries[dialogue.key] = dialogue.messages
+        for journal in (one, two, Journal(path, CHAT, UNSHOWN)):
+            assert all(journal.read(k)["messages"] == entries[k] for k in journal.offsets)
+        assert len(one.offsets) == len(two.offsets) == 2
+        assert journal.offsets.keys() == entries.keys()
 
 
 def test_the_model_must_be_clear(tmp_path, dead_url):
@@ -452,32 +572,35 @@ def engine(target_folder, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.runs
-def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature):
+def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature, monkeypatch):
     rows = [row(i + 1, *(f"explain `f{i}`" for _ in range(1 + i % 3))) for i in range(11)]
     rows[4] = Row("data.jsonl", 5, None, "broken JSON")
     rows[6] = row(7, "long " * 600)
     options = {"batch_size": 4, "max_new_tokens": 12, **engine}
     options |= {"temperature": temperature, "top_k": 50, "seed": 3}
 
-    def interrupted():
-        yield from rows[:9]
+    target = engine["target"].load()
+    original = target.answer
+
+    def interrupted(*given):
+        yield from islice(original(*given), 8)
         raise KeyboardInterrupt
 
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     facts = answer(whole, rows, **options)
-    with pytest.raises(KeyboardInterrupt):
-        answer(folder, interrupted(), **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(target, "answer", interrupted)
+        answer(folder, rows, **options)
     journal = folder / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 8
+    assert 3 <= len(lines) < 9
     journal.write_bytes(b"".join(lines[:-2]) + lines[-2][:30])
     for _ in range(2):  # the second finds what the first wrote behind half a line
         assert answer(folder, rows, **options) == facts
     for name in ("conversations.jsonl", "rejects.jsonl"):
         assert (whole / name).read_bytes() == (folder / name).read_bytes()
-    if temperature == 0:
-        answer(tmp_path / "alone", rows[:4], **options | {"batch_size": 1})
-        assert written(tmp_path / "alone") == written(whole)[:4]
+    answer(tmp_path / "alone", rows[:4], **options | {"batch_size": 1})
+    assert written(tmp_path / "alone") == written(whole)[:4]
     too_long = "the prompt is longer than the target's context"
     assert facts["rejected"]["broken JSON"] == facts["rejected"][too_long] == 1
     messages = [[m for m in e["messages"] if m["role"] == "assistant"] for e in written(whole)]
@@ -489,7 +612,7 @@ def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypa
     chat, target = engine["chat"], engine["target"].load()
     said = [*chat.tokenize("one"), 1]
     monkeypatch.setattr(chat, "encode_prompt", lambda messages: chat.tokenize("Hello <think>\n"))
-    monkeypatch.setattr(target, "generate", lambda prompts, *_: [said for _ in prompts])
+    monkeypatch.setattr(target, "answer", lambda take, *_: iter([(take()[0], said)]))
     answer(tmp_path, [row(1, "a")], **engine)
     message = written(tmp_path)[0]["messages"][1]
     assert message["reasoning_content"].startswith("one") and message["truncated"]

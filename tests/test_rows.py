@@ -38,6 +38,26 @@ def test_shapes_that_say_the_same(row):
     assert read_conversation(row).messages == [ASKED, ANSWERED]
 
 
+@pytest.mark.parametrize(
+    ("row", "questions"),
+    [
+        ({"prompt": "a"}, ["a"]),
+        ({"question": "a", "answer": None}, ["a"]),
+        ({"instruction": "a", "input": "1", "output": ""}, ["a\n\n1"]),
+        ({"instruction": "a", "input": ""}, ["a"]),
+        (
+            {"question_id": 81, "category": "writing", "turns": ["a", "b"], "reference": []},
+            ["a", "b"],
+        ),
+        ({"messages": turns("a")}, ["a"]),
+        ({"conversations": said("human", "human")}, ["a", "b"]),
+    ],
+)
+def test_prompts_alone(row, questions):
+    messages = read_conversation(row).messages
+    assert messages == [{"role": "user", "content": question} for question in questions]
+
+
 def test_system_and_input_are_kept():
     for row, expected in (
         ({"instruction": "sum", "input": "1 2", "output": "3"}, ["be kind", "sum\n\n1 2", "3"]),
@@ -101,7 +121,7 @@ def test_a_leading_answer_is_dropped_and_preformatted_text_kept():
         ({"messages": turns([{"type": "text", "text": None}], "b")}, "empty turn"),
         ({"messages": turns(None, "b")}, "empty turn"),
         ({"messages": turns("a", " ")}, "empty turn"),
-        ({"messages": turns("a") + turns("b")}, "alternate"),
+        ({"messages": turns("a") + turns("b", "c")}, "alternate"),
         ({"messages": [ANSWERED]}, "alternate"),
         ({"messages": [ASKED, ANSWERED, ANSWERED]}, "alternate"),
         ({"messages": [ASKED, {"role": "tool", "content": "2"}]}, "alternate"),

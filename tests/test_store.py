@@ -273,6 +273,17 @@ def hybrid(folder, rank=0, world_size=1, on_damage="fail", max_disk="1GB") -> Hy
     return HybridStore(section, INPUTS, "unused", rank, world_size)
 
 
+def test_a_store_that_is_used_again_or_that_is_near_is_named(tmp_path, capsys):
+    stores = [hidden_states_section(tmp_path / name) for name in "ab"]
+    for section, layers in zip([stores[0], *stores], (1, 1, 2)):
+        inputs = INPUTS | {"model.aux_layer_ids": [layers, 3, 4]}
+        HybridStore(section, inputs, "unused", 0, 1).close()
+    HybridStore(stores[1], inputs, "unused", 1, 2).close()  # another rank
+    changed = "model.aux_layer_ids [1, 3, 4] -> [2, 3, 4]"
+    said = [f"train: reused {stores[0].path}", f"train: not the one of {stores[0].path}: {changed}"]
+    assert capsys.readouterr().out.splitlines() == said
+
+
 def test_what_was_added_is_found_again(tmp_path):
     documents = [document(i, 30, BF16) for i in range(30)]
     first = hybrid(tmp_path)

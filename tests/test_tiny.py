@@ -11,7 +11,7 @@ from dev.tiny.answers import EVAL_PROMPT_TOKENS, generate
 from dev.tiny.corpus import HELD_OUT
 from dev.tiny.make import read_rows
 from dev.tiny.tokenizer import encode
-from eagle3.evaluate import is_loop
+from eagle3.engines.engine import is_loop
 
 SAID = ("What does `f` return?", "It returns `x_1`.", "And `g`?", "It returns nothing.")
 MESSAGES = [{"role": "system", "content": "Be brief."}, *turns(*SAID)]

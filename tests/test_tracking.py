@@ -14,6 +14,7 @@ from rich.console import Console
 
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs import tracking
+from eagle3.runs.artefact import artefact
 from eagle3.runs.logger import REDACTED, NoTracker
 from eagle3.runs.resume import command_to_resume
 from eagle3.runs.tracking import Tracking, git_commit, read_acceptance, track_run
@@ -147,3 +148,61 @@ def test_the_commit_says_whether_files_differ_from_it(tmp_path, monkeypatch):
     assert len(commit) == 40
     file.write_text("2")
     assert git_commit() == commit + "+"
+
+
+def made(folder, stage="prepare", **inputs):
+    """The artefact of `inputs`, written where it is not there."""
+
+    def write(folder):
+        (folder / "file").write_text("content")
+        return {}
+
+    return artefact(str(folder), "prepared", inputs, write, stage)
+
+
+FIRST = {
+    "data.max_length": 2048,
+    "chat": {"template": "t" * 50, "options": {}},
+    "files": [[1, "a"]],
+}
+FIRST |= {"aux_layer_ids": [1, 2, 3], "dtype": "float32", "data.system_prompt": None}
+PROMPTS = [{"input_ids": [5, 6, 7]}] * 4
+# Other inputs, and what is said of them.
+NEAR = [
+    ({"data.max_length": 1024}, "data.max_length 2048 -> 1024"),
+    (
+        {"dtype": "bfloat16", "aux_layer_ids": (1, 2, 4)},
+        "[1, 2, 3] -> [1, 2, 4], dtype float32 -> ",
+    ),
+    ({"chat": {"template": "u", "options": {}}}, "chat.template (changed)"),
+    ({"chat": FIRST["chat"] | {"options": {"a": True}}}, "chat.options.a null -> true"),
+    ({"files": PROMPTS}, "files 1 -> 4"),
+    ({"files": [PROMPTS[0]]}, "files (changed)"),
+    ({"data.system_prompt": "Be as brief as you can."}, "data.system_prompt (changed)"),
+    ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "dtype": "x"}, "c null -> 3 and 2 more\n"),
+]
+
+
+@pytest.mark.parametrize("changes, words", NEAR)
+def test_what_sets_an_artefact_apart_from_the_nearest(tmp_path, capsys, changes, words):
+    near, _ = made(tmp_path, **FIRST), made(tmp_path, **dict.fromkeys(FIRST, "other"))
+    capsys.readouterr()
+    made(tmp_path, **FIRST | changes)
+    said = capsys.readouterr().out
+    assert said.startswith(f"prepare: not the one of {near}: ") and words in said
+    assert said.count("\n") == 1
+
+
+def test_an_artefact_that_is_used_again_says_so_once(tmp_path, capsys, monkeypatch):
+    path = made(tmp_path, **FIRST)
+    assert capsys.readouterr().out == "", "nothing is near in an empty cache"
+    made(tmp_path, **FIRST)
+    assert capsys.readouterr().out == f"prepare: reused {path}\n"
+    monkeypatch.setenv("RANK", "1")
+    for inputs in (FIRST, {"a": 1}):
+        made(tmp_path, **inputs)
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
+    (path / "artefact.json").write_text("{")  # of no use, but no reason to end
+    made(tmp_path, **FIRST | {"data.max_length": 1})
+    assert capsys.readouterr().out.startswith("prepare: not the one of ")

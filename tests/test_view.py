@@ -168,13 +168,23 @@ def test_a_turn_that_is_not_found_shows_its_rendering(unfound):
     assert html.count("&lt;b&gt;first&lt;/b&gt;<i>\\x1b</i>") == 1 and f"6 x {NOT_FOUND}" in html
 
 
-def test_no_sample_is_an_error(tokenizer, unfound):
-    with pytest.raises(RunError, match=r"no conversation to show: 2 x broken JSON$"):
-        collect(tokenizer, *(Row("a.jsonl", line, None, "broken JSON") for line in (1, 2)))
-    with pytest.raises(RunError, match=r"no conversation to show: no rows$"):
-        collect(tokenizer)
-    with pytest.raises(RunError, match=r"one is rendered as:\n<\|start_header_id\|>user"):
-        view.collect(iter([row("hide me")]), unfound, section("data"), 1)
+ANSWERS = "missing are messages or conversations, or instruction and output"
+WITHOUT = {
+    "2 x broken JSON$": ["{", "{"],
+    "no rows$": [],
+    rf"2 x no messages; the first row has id, text; {ANSWERS}": [{"id": 1, "text": "a"}] * 2,
+    "1 x prompt without an answer; the first row has prompt; the rows have prompts but no "
+    "answers: add regenerate to stages$": [{"prompt": "a"}],
+    r"one is rendered as:\n<\|start_header_id\|>user": [{"prompt": "b", "output": "hide me"}],
+}
+
+
+@pytest.mark.parametrize("sentence", WITHOUT)
+def test_no_sample_is_an_error(unfound, tmp_path, sentence):
+    path = str(write_jsonl(tmp_path / "a.jsonl", *WITHOUT[sentence]))
+    sources, console = [(Source(path), find_files(Source(path), ""))], Console(file=io.StringIO())
+    with pytest.raises(RunError, match=f"no conversation to show: .*{sentence}"):
+        view.view(section("data"), 1, sources, unfound, tmp_path, console)
 
 
 def test_terminal_without_colours_has_brackets(tokenizer):

@@ -10,7 +10,7 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dev.tiny.train import PROCESSES, SEED, write_rows
-from eagle3.evaluate import is_loop
+from eagle3.engines.engine import is_loop
 
 TEMPERATURES = [(0.0, 0.40), (0.7, 0.35), (1.0, 0.25)]  # and the share of the conversations
 CONVERSATIONS = 5000  # asked for; about 570,000 tokens are left

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from eagle3.config import Data, Model
 from eagle3.data import templates
-from eagle3.data.rows import Conversation, Message, RowError
+from eagle3.data.rows import NO_ANSWER, Conversation, Message, RowError
 from eagle3.errors import ConfigError, first_line
 from eagle3.target.spec import TargetSpec
 
@@ -247,7 +247,7 @@ class Chat:
         if text is not None:
             spans = find_spans(self.turns, text)
         elif not any(m["role"] == "assistant" for m in messages):
-            raise RowError("no assistant turn")
+            raise RowError(NO_ANSWER)
         else:
             text, marked = self.render(messages, conversation.tools)
             spans = trim(self, marked, text, messages) if marked else locate(self, messages, text)

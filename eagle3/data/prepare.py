@@ -21,7 +21,7 @@ from eagle3.config import Data, Source
 from eagle3.data.chat import NOT_FOUND, Chat, with_system
 from eagle3.data.encoder import LEFT_OUT, RECORD, Chunk, Encoder, encode_in_order
 from eagle3.data.rows import RowError
-from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, read_rows
+from eagle3.data.sources import DataFile, SourceFiles, find_files, locate_rows, read_rows, why_none
 from eagle3.data.vocab import choose_vocab
 from eagle3.errors import RunError
 from eagle3.runs.artefact import artefact, describe_file, fingerprint, read_facts
@@ -97,13 +97,13 @@ def prepare(
     """The prepared data; without `write` it must be there already. Raises ConfigError, RunError."""
     eval_files = find_files(Source(data.eval_path), cache_dir) if data.eval_path else []
     inputs = {
-        **{name: getattr(data, name) for name in KEYS},
-        "num_heldout": num_heldout,
+        **{f"data.{name}": getattr(data, name) for name in KEYS},
+        "eval.num_prompts": num_heldout,
         "vocab_size": vocab_size,
-        "draft_vocab_size": draft_vocab_size,
+        "draft.vocab_size": draft_vocab_size,
         "format": FORMAT,
-        "sources": [[source.weight, [file.identity for file in fs]] for source, fs in sources],
-        "eval": [file.identity for file in eval_files],
+        "files": [[source.weight, [file.identity for file in fs]] for source, fs in sources],
+        "files of data.eval_path": [file.identity for file in eval_files],
         "chat": chat.identity,
     }
 
@@ -232,6 +232,9 @@ def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> t
             if row.conversation is None:
                 raise RowError(row.reason)
             conversation = row.conversation
+            roles = [message["role"] for message in conversation.messages]
+            if roles and "assistant" not in roles:  # of questions in turn the first is asked
+                del conversation.messages[roles.index("user") + 1 :]
             conversation.messages = with_system(conversation.messages, encoder.data.system_prompt)
             ids = encoder.chat.prompt_of(conversation)
             if not 0 < len(ids) <= encoder.data.max_length:
@@ -273,7 +276,7 @@ def finish(
     rejects = writer.rejects(rows)
     rejected = Counter(reject["reason"] for reject in rejects)
     if not len(usable):
-        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items()) or "no rows"
+        why = why_none(rejected, sources[0][1])
         raise RunError(f"data.path={data_path}: none of {len(rows)} rows can be trained on ({why})")
     check_rejects(rejects, encoder.data)
     heldout, unasked = given

@@ -6,22 +6,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import httpx
-import torch
 
 from eagle3.config import Data, Source, Within, instantiate
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
-from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows
+from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, why_none
 from eagle3.draft.rope import max_positions
+from eagle3.engines.engine import is_loop
 from eagle3.errors import ConfigError, RunError
-from eagle3.runs.artefact import artefact, fingerprint
+from eagle3.runs.artefact import artefact, fingerprint, read_facts
 from eagle3.runs.logger import redact
 from eagle3.runs.progress import Progress
 from eagle3.target.handle import TargetHandle
@@ -29,8 +30,10 @@ from eagle3.target.handle import TargetHandle
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
 # What changes no answer: no part of the fingerprint, so that answers are found again.
-HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout"}
+HOW_TO_ASK = {"urls", "api_key_env", "concurrency", "retries", "timeout", "batch_size"}
+SAMPLING = ("temperature", "top_p", "top_k", "seed")
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")
+LONGEST_LINE = 1 << 20  # bytes of a journal's line that are written as one piece
 MOST_FAILURES = 20  # rows in a row without an answer, after which servers count as dead
 
 
@@ -39,42 +42,68 @@ def regenerate(
 ) -> tuple[SourceFiles, list[Path]]:
     """Answer again; returns what to prepare from and the artefact of each source."""
     answerer, again, paths = instantiate(config), [], []
+    longest = config["max_new_tokens"] or data.max_length
+    asked = {k: v for k, v in config.items() if k not in HOW_TO_ASK} | {"max_new_tokens": longest}
+    # What an answer depends on beside its row. Which layers a draft reads changes none.
+    known = {k: v for k, v in target.identity.items() if k != "aux_layer_ids"}
+    known |= {"chat": chat.identity, "regenerate": asked, "format": 4}  # of the journal
+    kept = Path(cache_dir, "answers", f"{fingerprint(known)}.jsonl")
     for source, files in sources:
         # Rows that an epoch would leave out need no answer; a weight above 1 is left to `prepare`.
         share = min(1.0, source.weight)
         inputs = {
-            "format": 3,  # of the journal
-            **{k: getattr(data, k) for k in ("num_samples", "system_prompt", "max_length")},
+            **known,
+            "data.num_samples": data.num_samples,
+            "data.system_prompt": data.system_prompt,
+            "share of the rows": share,
             "files": [file.identity for file in files],
-            "share": share,
-            "chat": chat.identity,
-            "target": target.spec.identity,
-            "dtype": target.spec.dtype,
-            "answers": {k: v for k, v in config.items() if k not in HOW_TO_ASK},
         }
 
         def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
-            read = read_rows(files, data.num_samples, share=share)
-            with (folder / "journal.jsonl").open("a+b") as stream:
-                journal = Journal(stream)
-                done = len(journal.offsets)
-                with Progress("regenerate", data.num_samples, "rows", done) as bar:
-                    journal.count = bar.advance
-                    rows = bar.follow((row.share, row) for row in read)
-                    answerer.answer(rows, journal, data, chat, target)
-                return finish(folder, journal)
+            read = partial(read_rows, files, data.num_samples, share=share)
+            bar = Progress("regenerate", data.num_samples, "rows")
+            with Journal(kept, chat, bar) as journal, bar:
+                rows_kept = f"{len(journal.offsets):,} answered rows are in {kept}"
+                print(f"regenerate: {describe(asked)}; {rows_kept}")
+                rows = bar.follow((row.share, row) for row in read())
+                asking = unanswered(rows, journal, data.system_prompt)
+                answerer.answer(asking, journal, longest, chat, target)
+                return finish(folder, read(), journal, data.system_prompt, files)
 
         path = artefact(cache_dir, "regenerated", inputs, write, "regenerate")
-        # only now, as a call killed before here still needs it
-        (path / "journal.jsonl").unlink(missing_ok=True)
+        warn(read_facts(path), asked)
         answers = Source(str(path / "conversations.jsonl"), weight=max(1.0, source.weight))
         again.append((answers, find_files(answers, cache_dir)))
         paths.append(path)
     return again, paths
 
 
+def describe(asked: dict[str, Any]) -> str:
+    """The sampling in words."""
+    given = [f"{name} {asked[name]}" for name in SAMPLING if asked[name] is not None]
+    sampling = ", ".join(given) or "the sampling of the server"
+    if asked["temperature"] == 0:
+        sampling = "greedy"
+    return f"{sampling}, at most {asked['max_new_tokens']:,} tokens an answer"
+
+
+def warn(facts: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Print how many answers were cut, and how many repeat themselves."""
+    turns, longest = facts["turns"], asked["max_new_tokens"]
+    if cut := facts["truncated"]:
+        remedy = "raise regenerate.max_new_tokens"
+        print(f"regenerate: {cut:,} of {turns:,} answers were cut at {longest:,} tokens: {remedy}")
+    if loops := facts["loops"]:
+        remedy = "" if asked["temperature"] else ": set a regenerate.temperature above 0"
+        share = f"{loops:,} of {turns:,} answers ({loops / turns:.1%})"
+        print(f"regenerate: {share} repeat the same words again and again{remedy}")
+
+
 class Dialogue:
-    """A row that is answered turn by turn with the answers so far; `reason` says why not."""
+    """A row that is answered turn by turn with the answers so far; `reason` says why not.
+
+    `key` depends on the messages alone that are to be answered, wherever the row stands.
+    """
 
     def __init__(self, row: Row, system_prompt: str | None):
         self.messages, self.pending, self.reason = [], [], row.reason
@@ -82,7 +111,9 @@ class Dialogue:
         if row.conversation is None:
             return
         messages = with_system(row.conversation.messages, system_prompt)
-        self.pending = [m for m in messages if m["role"] != "assistant"]
+        given = (m for m in messages if m["role"] != "assistant")
+        self.pending = [{key: m[key] for key in ("role", "content")} for m in given]
+        self.key = fingerprint({"messages": self.pending})
         # The results of tools belong to the old calls; new answers may call others.
         called = any(m["role"] == "tool" or "tool_calls" in m for m in messages)
         if called or row.conversation.tools:
@@ -90,15 +121,16 @@ class Dialogue:
         elif any(LONE_SURROGATE.search(m["content"]) for m in self.pending):
             self.reason = "bad UTF-8"
 
-    def prompt(self) -> list[Message] | None:
-        """The messages to ask with next; None when the dialogue is through."""
-        while self.pending and self.reason is None:
-            message = self.pending.pop(0)
-            self.messages.append({key: message[key] for key in ("role", "content")})
-            if message["role"] == "user":
-                # Reasoning is not sent back, as chat templates of reasoning models drop it too.
-                return [{"role": m["role"], "content": m["content"]} for m in self.messages]
-        return None
+    @property
+    def ended(self) -> bool:
+        return self.reason is not None or not self.pending
+
+    def prompt(self) -> list[Message]:
+        """The messages to ask with next."""
+        while not self.messages or self.messages[-1]["role"] != "user":
+            self.messages.append(self.pending.pop(0))
+        # Reasoning is not sent back, as chat templates of reasoning models drop it too.
+        return [{"role": m["role"], "content": m["content"]} for m in self.messages]
 
     def add(self, content: str | None, reasoning: str | None, truncated: bool, tokens: int) -> None:
         """Add the target's answer; one that is empty or was cut ends the dialogue."""
@@ -125,59 +157,97 @@ def split_thinking(content: str, reasoning: str) -> tuple[str, str]:
     return content, reasoning
 
 
-class Journal:
-    """Rows that are through, a line each as they come; `offsets` says where each line begins."""
+class Journal(AbstractContextManager):
+    """Answered dialogues, a line each as they come, of all runs that ask the same target alike.
 
-    def __init__(self, stream: BinaryIO):
-        self.stream, self.offsets = stream, {}
-        self.count: Callable = lambda rows, tokens: None  # is told of each row
-        stream.seek(0)
-        end = 0
-        for line in stream:
+    `offsets` says by a dialogue's key where its line begins, `failed` why it has no answer; what
+    has none is asked again by the next call. Several processes may append.
+    """
+
+    def __init__(self, path: Path, chat: Chat, bar: Progress):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.chat, self.bar, self.offsets, self.failed = chat, bar, {}, {}
+        # A line goes to the disk as one piece, or other processes would write into it.
+        self.stream, self.reader = path.open("ab", LONGEST_LINE), path.open("rb")
+        end, line = 0, b"\n"
+        for line in self.reader:
             entry = {}
-            # A line that is damaged, or in which the last call was killed, is answered again.
+            # A line that is damaged, or in which a call was killed, is answered again.
             with suppress(ValueError, TypeError, RecursionError):
                 entry = dict(json.loads(line))
             if entry.pop("checksum", None) == fingerprint(entry):
-                self.offsets[entry["row"]] = end
+                self.offsets[entry["key"]] = end
             end += len(line)
-        if end and not line.endswith(b"\n"):
-            stream.write(b"\n")
+        if not line.endswith(b"\n"):
+            self.stream.write(b"\n")
 
-    def write(self, number: int, row: Row, dialogue: Dialogue) -> None:
-        result = {"messages": dialogue.messages, "reason": dialogue.reason, **dialogue.counts}
-        entry = {"row": number, "file": row.file, "line": row.line, **result}
-        self.offsets[number] = self.stream.seek(0, os.SEEK_END)
-        self.stream.write(to_line(entry | {"checksum": fingerprint(entry)}))
+    def __exit__(self, *error: Any) -> None:
+        self.stream.close()
+        self.reader.close()
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Note a dialogue that has ended."""
+        self.bar.advance()
+        if dialogue.reason is not None:
+            self.failed[dialogue.key] = dialogue.reason
+            return
+        said = (m for m in dialogue.messages if m["role"] == "assistant")
+        texts = [m.get("reasoning_content", "") + m["content"] for m in said]
+        loops = sum(is_loop(self.chat.tokenize(text)) for text in texts)
+        entry = {"key": dialogue.key, "messages": dialogue.messages, "loops": loops}
+        entry |= dialogue.counts
+        line = to_line(entry | {"checksum": fingerprint(entry)})
+        self.stream.write(line)
         self.stream.flush()
-        self.count(1, dialogue.counts["answer_tokens"])
+        self.offsets[dialogue.key] = self.stream.tell() - len(line)
+
+    def read(self, key: str) -> dict[str, Any]:
+        self.reader.seek(self.offsets[key])
+        return json.loads(self.reader.readline())
 
 
-def finish(folder: Path, journal: Journal) -> dict[str, Any]:
+def unanswered(
+    rows: Iterator[Row], journal: Journal, system_prompt: str | None
+) -> Iterator[Dialogue]:
+    """What is to be asked: what the journal lacks, once however often it comes."""
+    asked = set()
+    for row in rows:
+        dialogue = Dialogue(row, system_prompt)
+        known = dialogue.reason is not None or dialogue.key in journal.offsets
+        if known or dialogue.key in asked:
+            journal.bar.skip()
+        else:
+            asked.add(dialogue.key)
+            yield dialogue
+
+
+def finish(
+    folder: Path, rows: Iterator[Row], journal: Journal, system_prompt: str | None,
+    files: list[DataFile],
+) -> dict[str, Any]:  # fmt: skip
     """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
-    counts = Counter(rows=0, answered=0, turns=0, truncated=0, retries=0, answer_tokens=0)
-    rejected = Counter()
+    names = "rows", "answered", "turns", "truncated", "loops", "retries", "answer_tokens"
+    counts, rejected = Counter(dict.fromkeys(names, 0)), Counter()
     names = "conversations.jsonl", "rejects.jsonl"
     with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
-        # Rows end in any order; read in their own, an interrupted call gives the same bytes.
-        for number in sorted(journal.offsets):
-            journal.stream.seek(journal.offsets[number])
-            entry = json.loads(journal.stream.readline())
-            counts.update(rows=1, retries=entry["retries"], answer_tokens=entry["answer_tokens"])
-            if entry.get("reason") is not None:
-                rejected[entry["reason"]] += 1
-                rejects.write(to_line({key: entry[key] for key in ("file", "line", "reason")}))
+        for row in rows:
+            dialogue = Dialogue(row, system_prompt)
+            reason = dialogue.reason or journal.failed.get(dialogue.key)
+            counts["rows"] += 1
+            if reason is not None:
+                rejected[reason] += 1
+                rejects.write(to_line({"file": row.file, "line": row.line, "reason": reason}))
                 continue
+            entry = journal.read(dialogue.key)
             answers = [m for m in entry["messages"] if m["role"] == "assistant"]
             cut = sum("truncated" in m for m in answers)
             counts.update(answered=1, turns=len(answers), truncated=cut)
-            place = f"{entry['file']}:{entry['line']}"
+            counts.update({name: entry[name] for name in ("loops", "retries", "answer_tokens")})
+            place = f"{row.file}:{row.line}"
             conversations.write(to_line({"id": place, "messages": entry["messages"]}))
     if not counts["answered"]:
-        journal.stream.truncate(0)  # servers that are put right may answer what they refused
-        reasons = "; ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3)) or "no rows"
-        words = f"none of the {counts['rows']} rows could be answered again ({reasons})"
-        raise RunError(f"{words}; check data and regenerate")
+        words = f"none of the {counts['rows']} rows could be answered again"
+        raise RunError(f"{words} ({why_none(rejected, files)}); check data and regenerate")
     return {**counts, "rejected": dict(rejected.most_common())}
 
 
@@ -197,46 +267,44 @@ class BuiltIn:
     seed: int
 
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
-    ) -> None:
-        # Batches are of rows that follow each other and have a seed of their own, so that a call
-        # that goes on from a journal gives the same answers.
-        numbered = enumerate(rows)
-        while batch := list(islice(numbered, self.batch_size)):
-            if all(number in journal.offsets for number, _ in batch):
-                continue
-            torch.manual_seed(self.seed + batch[0][0])
-            dialogues = [Dialogue(row, data.system_prompt) for _, row in batch]
-            longest = self.max_new_tokens or data.max_length
-            self.answer_batch(dialogues, target.load(), chat, longest)
-            for (number, row), dialogue in zip(batch, dialogues, strict=True):
-                journal.write(number, row, dialogue)
-
-    def answer_batch(self, dialogues: list[Dialogue], model: Any, chat: Chat, longest: int) -> None:
-        """Dialogues side by side: one turn of all that still ask, until none does."""
-        top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0)}
+        self, dialogues: Iterator[Dialogue], journal: Journal, longest: int, chat: Chat,
+        target: TargetHandle,
+    ) -> None:  # fmt: skip
+        """As many dialogues side by side as `batch_size` says, each turn by turn."""
+        top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0), "seed": self.seed}
         sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
+        asking: dict[str, tuple[Dialogue, list[int]]] = {}
+        goes_on: list[Dialogue] = []
+        first = next(dialogues, None)
+        if first is None:  # the target need not be loaded
+            return
+        model, waiting = target.load(), chain([first], dialogues)
         rope = getattr(model.config, "rope_parameters", None) or {}
         context = max_positions(model.config.max_position_embeddings, rope)
-        while True:
-            asking, prompts = [], []
-            for dialogue in dialogues:
-                messages = dialogue.prompt()
-                prompt = [] if messages is None else chat.encode_prompt(messages)
-                if len(prompt) >= context:
-                    dialogue.reason = "the prompt is longer than the target's context"
-                elif messages is not None:
-                    asking.append(dialogue)
-                    prompts.append(prompt)
-            if not asking:
-                return
-            answers = model.generate(prompts, longest, sampling)
-            for dialogue, prompt, answer in zip(asking, prompts, answers, strict=True):
-                ids = answer[: context - len(prompt)]
-                # Some templates open the thinking in the prompt, and the answer only closes it.
-                opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-                text = "<think>" * opened + chat.decode(ids)
-                dialogue.add(text, None, ids[-1] not in model.eos_token_ids, len(ids))
+
+        def take() -> tuple[str, list[int]] | None:
+            """The next turn of a dialogue that goes on, or of a new one."""
+            while dialogue := goes_on.pop() if goes_on else next(waiting, None):
+                prompt = chat.encode_prompt(dialogue.prompt())
+                if len(prompt) < context:
+                    asking[dialogue.key] = dialogue, prompt
+                    return dialogue.key, prompt
+                dialogue.reason = "the prompt is longer than the target's context"
+                journal.add(dialogue)
+            return None
+
+        given = self.batch_size, longest, sampling, journal.bar.count_tokens
+        for key, ids in model.answer(take, *given):
+            dialogue, prompt = asking.pop(key)
+            ids = ids[: context - len(prompt)]
+            # Some templates open the thinking in the prompt, and the answer only closes it.
+            opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+            text = "<think>" * opened + chat.decode(ids)
+            dialogue.add(text, None, ids[-1] not in model.eos_token_ids, len(ids))
+            if dialogue.ended:
+                journal.add(dialogue)
+            else:
+                goes_on.append(dialogue)
 
 
 @dataclass
@@ -257,44 +325,35 @@ class Servers:
     extra_body: dict[str, Any]
 
     def answer(
-        self, rows: Iterator[Row], journal: Journal, data: Data, chat: Chat, target: TargetHandle
-    ) -> None:
+        self, dialogues: Iterator[Dialogue], journal: Journal, longest: int, chat: Chat,
+        target: TargetHandle,
+    ) -> None:  # fmt: skip
         if not self.urls or not all(map(ADDRESS.fullmatch, self.urls)):
             raise ConfigError("regenerate.urls must name servers, as [http://127.0.0.1:30000/v1]")
-        asyncio.run(self.answer_rows(rows, journal, data))
+        asyncio.run(self.answer_all(dialogues, journal, longest))
 
-    async def answer_rows(self, rows: Iterator[Row], journal: Journal, data: Data) -> None:
+    async def answer_all(
+        self, dialogues: Iterator[Dialogue], journal: Journal, longest: int
+    ) -> None:
         """As many workers as requests may be in flight, each on one dialogue at a time."""
-        servers = [Server(url, self) for url in self.urls]
-        names = ("temperature", "top_p", "top_k", "seed")
-        body = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        servers = [Server(url, self, journal.bar.count_tokens) for url in self.urls]
+        body = {name: getattr(self, name) for name in SAMPLING if getattr(self, name) is not None}
         body["model"] = self.model or await only_model(servers)
-        body = {"max_tokens": self.max_new_tokens or data.max_length, **body, **self.extra_body}
-        waiting, through = enumerate(rows), []
+        body = {"max_tokens": longest, **body, **self.extra_body}
 
         async def work() -> None:
-            for number, row in waiting:
-                await asyncio.sleep(0)  # many rows without a request would keep Ctrl-C waiting
-                if number in journal.offsets:
-                    continue
-                dialogue = Dialogue(row, data.system_prompt)
-                while (messages := dialogue.prompt()) is not None:
-                    await ask(servers, dialogue, {**body, "messages": messages})
-                through.append((number, row, dialogue))
+            for dialogue in dialogues:
+                while not dialogue.ended:
+                    await ask(servers, dialogue, {**body, "messages": dialogue.prompt()})
+                journal.add(dialogue)
                 failures = min(server.failures for server in servers)
                 if failures >= MOST_FAILURES:
                     errors = "; ".join(f"{server.name}: {server.error}" for server in servers)
                     words = f"no answer to {failures} rows in a row ({errors})"
                     done = f"{len(journal.offsets):,} rows are done and kept"
                     raise RunError(f"{words}; {done}, and the same command goes on from there")
-                # A row is given up only where a server answers others: the rows that wait here
-                # when all have died are asked again by the next call.
-                while through and failures == 0:
-                    journal.write(*through.pop())
 
         await asyncio.gather(*(work() for _ in range(self.concurrency * len(servers))))
-        for entry in through:
-            journal.write(*entry)
 
 
 async def ask(servers: list["Server"], dialogue: Dialogue, body: dict[str, Any]) -> None:
@@ -330,13 +389,13 @@ async def only_model(servers: list["Server"]) -> str:
 class Server:
     """One server, asked through the openai client; `failures` counts those since an answer."""
 
-    def __init__(self, url: str, options: Servers):
+    def __init__(self, url: str, options: Servers, count_tokens: Callable[[int], None]):
         try:
             import openai
         except ImportError as error:
             words = "regenerate=server needs the openai client: pip install 'eagle3[regenerate]'"
             raise ConfigError(words) from error
-        self.openai, self.name = openai, redact(url)
+        self.openai, self.name, self.count_tokens = openai, redact(url), count_tokens
         self.in_flight, self.failures, self.error = 0, 0, ""
         self.free = asyncio.Semaphore(options.concurrency)
         self.key = os.environ.get(options.api_key_env)
@@ -407,6 +466,7 @@ class Server:
                 return
             reasoning = message.get("reasoning_content") or message.get("reasoning")
             num_tokens = int(usage.get("completion_tokens") or 0)
+            self.count_tokens(num_tokens)
             dialogue.add(message.get("content"), reasoning, end == "length", num_tokens)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise RowError("malformed reply") from error

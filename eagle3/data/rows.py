@@ -20,6 +20,12 @@ BEFORE = {"user": (None, "assistant"), "assistant": ("user", "tool"), "tool": ("
 REASONING = ("reasoning_content", "reasoning", "thinking")
 QUESTIONS = ("instruction", "question", "problem", "query", "prompt")
 ANSWERS = ("output", "response", "answer", "solution", "completion")
+NO_MESSAGES, NO_ANSWER = "no messages", "prompt without an answer"
+# What to do where no row can be used, by the reason.
+REMEDIES = {
+    NO_ANSWER: "the rows have prompts but no answers: add regenerate to stages",
+    NO_MESSAGES: "missing are messages or conversations, or instruction and output",
+}
 
 
 class RowError(ValueError):
@@ -29,7 +35,8 @@ class RowError(ValueError):
 @dataclass
 class Conversation:
     """`messages` as chat templates take them, `tools` as JSON schemas, or a rendered `text`;
-    `repaired` says what was left out. An answer with `truncated` has no end of turn.
+    `repaired` says what was left out. An answer with `truncated` has no end of turn. Where nothing
+    is answered yet, questions follow each other.
     """
 
     messages: list[Message]
@@ -39,7 +46,10 @@ class Conversation:
 
 
 def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conversation:
-    """A row with messages, or instruction and output; `text` if `preformatted`. Raises RowError."""
+    """A row with messages, or instruction and output, or prompts alone; `text` if `preformatted`.
+
+    Raises RowError.
+    """
     if preformatted:
         if not isinstance(row.get("text"), str) or not row["text"].strip():
             raise RowError("no text")
@@ -50,7 +60,7 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
         raise RowError("nested too deeply") from error
     turns = row.get("messages") or row.get("conversations") or from_columns(row)
     if not isinstance(turns, list):
-        raise RowError("no messages")
+        raise RowError(NO_MESSAGES)
     found = map(read_message, filter(None, turns))  # a message of nulls alone is none
     messages = [m for m in found if m["content"].strip() or m["role"] != "system"]
     # Alpaca-like rows have the system message beside the turns.
@@ -63,27 +73,35 @@ def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conver
     if 0 < len(rest) < len(messages) - first:
         messages, repaired = messages[:first] + rest, "leading assistant turn dropped"
     # Users and assistants alternate; results follow the assistant that called the tools.
-    before = None
+    before, prompts_alone = None, all(m["role"] in ("system", "user") for m in messages)
     for message in messages[min(first, 1) :]:
         if message["role"] == "system":
             raise RowError("system message behind the first")
-        if before not in BEFORE[message["role"]]:
+        if before not in BEFORE[message["role"]] and not prompts_alone:
             raise RowError("turns do not alternate between user and assistant")
         before = message["role"]
     if before is None:
-        raise RowError("no messages")
+        raise RowError(NO_MESSAGES)
     return Conversation(messages, read_tools(row.get("tools")), repaired=repaired)
 
 
 def from_columns(row: dict) -> list[Message] | None:
-    """instruction (with input) and output, under the names that datasets give them."""
-    question = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), None)
-    answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str)), None)
-    if question is None or answer is None:
+    """Questions in turn, or instruction (with input) and output, under the names of datasets."""
+    turns = row.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return [{"role": "user", "content": turn} for turn in turns]
+    question, answer = (
+        next((row[name] for name in names if isinstance(row.get(name), str)), None)
+        for names in (QUESTIONS, ANSWERS)
+    )
+    if question is None:
         return None
     if isinstance(row.get("input"), str) and row["input"].strip():
         question += f"\n\n{row['input']}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": question}]
+    if answer is not None and answer.strip():
+        messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
 def read_message(turn: Any) -> Message:

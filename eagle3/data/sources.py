@@ -4,6 +4,7 @@ import codecs
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from eagle3.config import Data, Source
-from eagle3.data.rows import Conversation, RowError, read_conversation
+from eagle3.data.rows import REMEDIES, Conversation, RowError, read_conversation
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import describe_file, fingerprint
 from eagle3.runs.disk import write_atomically
@@ -249,3 +250,16 @@ def read_rows(
         except RowError as error:
             row.reason = str(error)
         yield row
+
+
+def why_none(rejected: Counter[str], files: list[DataFile]) -> str:
+    """Why no row can be used: by reason, what the first row has, and what to do about it."""
+    counted = (f"{count:,} x {reason}" for reason, count in rejected.most_common(3))
+    why = "; ".join(counted) or "no rows"
+    remedy = next((words for reason, words in REMEDIES.items() if reason in rejected), None)
+    if remedy is None:
+        return why
+    columns: list[str] = []
+    with suppress(RowError):
+        columns = [name[:30] for name in list(decode(next(raw_rows(files[0]))[1]))[:8]]
+    return f"{why}; the first row has {', '.join(columns) or 'no columns'}; {remedy}"

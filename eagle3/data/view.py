@@ -16,7 +16,7 @@ from eagle3.data.chat import NOT_FOUND, Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import EXAMPLE_LETTERS
 from eagle3.data.rows import RowError
-from eagle3.data.sources import Row, SourceFiles, read_rows
+from eagle3.data.sources import Row, SourceFiles, read_rows, why_none
 from eagle3.errors import RunError
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are no whole character
@@ -76,6 +76,11 @@ def view(
     """Show the first conversations, also as `view.html` in `run_dir`. Raises RunError."""
     rows = (read_rows(files, None, data.preformatted) for _, files in sources)
     collected = collect(chain.from_iterable(rows), chat, data, num_samples)
+    if not collected.samples:
+        why = visible(why_none(collected.rejected, sources[0][1]))
+        if collected.rendering is not None:
+            why += f"; one is rendered as:\n{collected.rendering[1][:EXAMPLE_LETTERS]}"
+        raise RunError(f"data.path has no conversation to show: {why}")
     show(collected, console)
     path = run_dir / "view.html"
     path.write_text(page(collected), encoding="utf-8")
@@ -83,7 +88,7 @@ def view(
 
 
 def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Collected:
-    """The first `num_samples` rows that preparation would keep. Raises RunError without any."""
+    """The first `num_samples` rows that preparation would keep."""
     encoder, collected = Encoder(chat, data), Collected()
     for row in rows:
         place = visible(f"{Path(row.file).name}, line {row.line}")
@@ -102,11 +107,6 @@ def collect(rows: Iterator[Row], chat: Chat, data: Data, num_samples: int) -> Co
         collected.samples.append(Sample(place, pieces, len(ids), sum(mask), left_out))
         if len(collected.samples) == num_samples:
             break
-    if not collected.samples:
-        why = "; ".join(collected.reasons) or "no rows"
-        if collected.rendering is not None:
-            why += f"; one is rendered as:\n{collected.rendering[1][:EXAMPLE_LETTERS]}"
-        raise RunError(f"data.path has no conversation to show: {why}")
     return collected
 
 

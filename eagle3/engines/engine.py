@@ -57,6 +57,18 @@ def answer_of_rounds(
     return Answer(ids, len(emitted), accepted_at, seconds, text, emitted)
 
 
+def is_loop(ids: list[int]) -> bool:
+    """Whether a block of <= 48 tokens comes three times in a row, over >= 24 tokens in all."""
+    for period in range(1, 49):
+        # As many tokens in a row equal the one a period before.
+        needed, found = max(2 * period, 24 - period), 0
+        for before, token in zip(ids, ids[period:], strict=False):
+            found = found + 1 if token == before else 0
+            if found == needed:
+                return True
+    return False
+
+
 class Engine:
     """An engine with an HTTP server, `module`; `eagle3.engines.sglang` shows what it needs."""
 

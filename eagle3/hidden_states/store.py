@@ -23,7 +23,7 @@ from eagle3.data.vocab import choose_vocab
 from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states import shards
 from eagle3.hidden_states.shards import Shard, shard_number, shard_path
-from eagle3.runs.artefact import fingerprint
+from eagle3.runs.artefact import announce, fingerprint
 from eagle3.runs.disk import free_bytes, parse_size, read_json, write_atomically
 from eagle3.target.handle import TargetHandle
 
@@ -150,6 +150,8 @@ class HybridStore(Store):
     ):
         inputs = inputs | {"kind": "hybrid"}
         folder = Path(section.path or Path(cache_dir, "hybrid", fingerprint(inputs)))
+        if rank == 0:
+            announce_store("train", folder, inputs)
         create_store(folder, inputs)
         super().__init__(folder, section.on_damage)
         # Two runs would give their shards the same numbers.
@@ -250,6 +252,19 @@ def create_store(folder: Path, inputs: dict[str, Any]) -> None:
                 write_atomically(folder / INPUTS, [json.dumps(inputs, indent=1).encode()])
     except OSError as error:
         raise RunError(f"hidden_states.path={folder} cannot be written: {error}") from error
+
+
+def announce_store(stage: str, folder: Path, inputs: dict[str, Any]) -> None:
+    """What `announce` says, of a store, whose file may have more than `inputs`."""
+
+    def read(other: Path) -> dict[str, Any]:
+        stored = read_json(other / INPUTS)
+        if not stored:
+            raise DamageError(f"{other} holds no store")
+        return {key: stored.get(key) for key in inputs}
+
+    if check_inputs(folder, inputs) or not folder.exists():  # another one is refused
+        announce(stage, folder, inputs, read)
 
 
 def check_inputs(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from xxhash import xxh3_128
 
+from eagle3.config import flatten
 from eagle3.errors import DamageError, RunError
 from eagle3.runs.disk import read_json, write_atomically
 
 MANIFEST, STATE = "artefact.json", "state.json"  # of artefacts, of checkpoints
-# Not in a manifest: hidden states, terabytes with checksums of their own, and what goes later.
-UNLISTED = ("shard_*.safetensors", "journal.jsonl", ".*")
+# Not in a manifest: hidden states, terabytes with checksums of their own, and locks.
+UNLISTED = ("shard_*.safetensors", ".*")
+SHOWN_LETTERS, SHOWN_CHANGES = 15, 4  # of a value in a line, and of values
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -65,6 +69,7 @@ def artefact(
     """
     name = fingerprint(inputs)
     path = Path(cache_dir) / kind / name
+    announce(stage, path, inputs)
     if not path.is_dir():
         if write is None:
             raise RunError(f"cache_dir={cache_dir} has no {kind}/{name}: add {stage} to stages")
@@ -91,3 +96,46 @@ def artefact(
 def read_facts(path: Path) -> dict[str, Any]:
     """What `write` returned for the artefact at `path`."""
     return read_manifest(path / MANIFEST)["facts"]
+
+
+def read_inputs(path: Path) -> dict[str, Any]:
+    """What the artefact at `path` was made from."""
+    return read_manifest(path / MANIFEST)["inputs"]
+
+
+def announce(
+    stage: str, path: Path, inputs: dict, read: Callable[[Path], dict] = read_inputs
+) -> None:
+    """Print that `path` is used again; else what sets it apart from the nearest folder beside it.
+
+    `read(folder)` gives the inputs of another one of the kind, or raises DamageError.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if path.is_dir():
+        return print(f"{stage}: reused {path}")
+    wanted, found = json.loads(json.dumps(inputs, default=str)), []
+    # The newest first, which of equally near ones is named.
+    folders = [folder for folder in path.parent.glob("*") if folder.is_dir()]
+    for folder in sorted(folders, key=os.path.getmtime, reverse=True):
+        with suppress(DamageError):
+            found.append((folder, differences(read(folder), wanted)))
+    if found:
+        nearest, changes = min(found, key=lambda each: len(each[1]))
+        more = f" and {len(changes) - SHOWN_CHANGES} more" * (len(changes) > SHOWN_CHANGES)
+        print(f"{stage}: not the one of {nearest}: {', '.join(changes[:SHOWN_CHANGES])}{more}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs, in words, by dotted key: both values where they are short."""
+    before, now, changes = flatten(before), flatten(now), []
+    for key in {**now, **before}:
+        values = before.get(key), now.get(key)
+        if values[0] == values[1]:
+            continue
+        shown = [json.dumps(value).strip('"') for value in values]
+        if max(map(len, shown)) > SHOWN_LETTERS:  # of lists their sizes may tell enough
+            shown = [f"{len(value):,}" if isinstance(value, list) else "" for value in values]
+        changed = " -> ".join(shown) if shown[0] != shown[1] else "(changed)"
+        changes.append(f"{key} {changed}")
+    return changes

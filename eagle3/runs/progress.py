@@ -55,14 +55,22 @@ class Progress(AbstractContextManager):
             self.due = self.clock() + BETWEEN_LINES
             print(self.line(), flush=True)
 
+    def skip(self) -> None:
+        """One more that was done before this call."""
+        self.done += 1
+        self.before += 1
+
     def count_tokens(self, tokens: int) -> None:
         """So many more tokens, of what is not done yet."""
         self.advance(0, tokens)
 
     def follow(self, rows: Iterable[tuple[float, Any]]) -> Iterator[Any]:
-        """The rows of (share of all that was read so far, row), where nobody knows their number."""
+        """The rows of (share of all that was read so far, row), whose number shows at their end."""
+        number = 0
         for self.share, row in rows:
+            number += 1
             yield row
+        self.total, self.share = number, 0.0
 
     @property
     def fraction(self) -> float:
