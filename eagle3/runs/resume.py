@@ -3,7 +3,9 @@
 import json
 import re
 import shlex
-from contextlib import AbstractContextManager, suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -34,6 +36,8 @@ RUNS_CODE = (
     "model.trust_remote_code", "target.python", "target.server_args", "benchmark.python",
     "benchmark.server_args", "benchmark.execute_code", "benchmark.execute_code_unconfined",
 )  # fmt: skip
+SWEEP = "multirun.yaml"  # what hydra writes into the folder of a sweep
+MADE: list[Path] = []  # folders that were not there before this process, an inner one first
 
 
 def is_run(path: str | Path) -> bool:
@@ -67,6 +71,28 @@ def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
     return f"python run.py {given}"
 
 
+def missing(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextmanager
+def remove_unused(arguments: list[str]) -> Iterator[None]:
+    """At the block's end, remove the folders made in it in which no run has begun, as for a plan
+    or a refused config; the command line's `arguments` may name one that hydra will make.
+    """
+    for argument in arguments:
+        if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir=")):
+            MADE.extend(missing(Path(argument.partition("=")[2])))
+    try:
+        yield
+    finally:
+        for folder in MADE:
+            with suppress(OSError):  # it is not empty, or gone
+                if [path.name for path in folder.iterdir()] == [SWEEP]:
+                    (folder / SWEEP).unlink()
+                folder.rmdir()
+
+
 def run_folder(resume: str, default: str) -> str:
     """Hydra's run dir: the run that `train.resume` names, else a new one, made here.
 
@@ -79,8 +105,10 @@ def run_folder(resume: str, default: str) -> str:
         return resume
     for number in count(1):
         folder = Path(default if number == 1 else f"{default}-{number}")
+        new = missing(folder)
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
+            MADE.extend(new)
             return str(folder)
 
 
@@ -88,12 +116,28 @@ def run_folder(resume: str, default: str) -> str:
 OmegaConf.register_new_resolver("run_dir", run_folder, use_cache=True, replace=True)
 
 
-def claim(run_dir: Path) -> AbstractContextManager:
-    """Makes the folder this process's until it is closed. ConfigError where it is another's."""
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Makes the folder this process's in the block. ConfigError where it is another's.
+
+    If no run has begun there by its end, what was written on the way is removed.
+    """
     try:
-        return FileLock(run_dir / ".lock").acquire(timeout=0)
+        held = FileLock(run_dir / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
+    shown = run_dir / ".hydra"
+    with held:
+        known = shown.exists()
+        try:
+            yield
+        finally:
+            if not (known or (run_dir / "run.json").exists()):
+                shutil.rmtree(shown, ignore_errors=True)
+                (run_dir / ".lock").unlink(missing_ok=True)
+                if (run_dir.parent / SWEEP).exists():  # a job's folder is hydra's
+                    with suppress(OSError):
+                        run_dir.rmdir()
 
 
 def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
@@ -104,7 +148,7 @@ def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path
     shown["overrides"] = settings.overrides.task
     texts = {folder / f"{name}.yaml": OmegaConf.to_yaml(each) for name, each in shown.items()}
     if settings.mode == RunMode.MULTIRUN:
-        sweeps = Path(settings.sweep.dir).glob("multirun.yaml")  # not every sweeper's
+        sweeps = Path(settings.sweep.dir).glob(SWEEP)  # not every sweeper's
         texts |= {path: path.read_text() for path in sweeps}
     for path, text in texts.items():
         path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
