@@ -166,7 +166,7 @@ class Check:
 class Parallel:
     """`ulysses` x `ring` ranks share each micro-batch; groups of them train on other documents."""
 
-    ulysses: Annotated[int, Within(1)]
+    ulysses: Annotated[Optional[int], Within(1)]
     ring: Annotated[int, Within(1)]
     reduce_dtype: Annotated[str, OneOf(("fp32", "bf16"))]
 
@@ -210,6 +210,13 @@ class RunConfig:
     launch: Launch
 
 
+def layout(config: RunConfig) -> tuple[int, int]:
+    """(ulysses, ring); their product is a group, and ulysses null takes what ring leaves of all."""
+    launch, shape = config.launch, config.parallel
+    left = launch.nproc_per_node * launch.nnodes // shape.ring
+    return shape.ulysses or max(1, left), shape.ring
+
+
 def label(group: str, *, _root_: DictConfig) -> str:
     """What `name` calls the choice of a group: its option, or the paths or sources of the user's
     where that option's file has none.
@@ -236,7 +243,7 @@ def last_part(path: str) -> str:
         address = urlsplit(path)
         path = address.path.strip("/") or address.hostname or ""
     name = os.path.basename(os.path.abspath(os.path.expanduser(path)))
-    name = re.sub(r"(\.[a-z]+\d?)+$", "", name)
+    name = re.sub(r"\.(jsonl?|ndjson|parquet)(\.\w+)?$", "", name)
     # What a shell and hydra's command line take as it is.
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")
 

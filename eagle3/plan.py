@@ -1,5 +1,6 @@
 """`plan=true`: tokens, disk, memory and hours of a run, before anything is loaded or written."""
 
+import math
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from eagle3.batch import Batch, Features, pack
-from eagle3.config import RunConfig, instantiate
+from eagle3.config import RunConfig, instantiate, layout
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared
@@ -67,7 +68,7 @@ def plan(
         documents, stored = estimate(sources, chat, config)
     dtype, loss = getattr(torch, spec.dtype), instantiate(config.loss)
     gpus = config.launch.nproc_per_node * config.launch.nnodes
-    group = config.parallel.ulysses * config.parallel.ring
+    group = math.prod(layout(config))
     replicas = max(1, gpus // group)
     draft = draft_without_data(draft_config(config.draft, spec.config))
     # Every token is taken for one of the draft vocabulary, a slight overestimate.

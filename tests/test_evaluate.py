@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import fit, handle_of, soft_target_loss
@@ -93,6 +94,20 @@ def test_walk_by_hand():
     assert emitted(9, 3) == [3, 2] and emitted(9, 1) == [2, 1, 2]
     assert emitted(5, 3) == [1], "the answer ends inside the accepted run"
     assert emitted(4, 3) == [], "one token, and that is the prefill's"
+
+
+def test_what_a_draft_vocabulary_allows(monkeypatch):
+    """A round of 3 drafted and 1, then one that stops at the answer's end, around a token that no
+    draft can propose.
+    """
+    ids = torch.tensor([1, 2, 3, 10, 11, 12, 13, 99, 10, 11])
+    answers = [Document(0, ids, torch.arange(10) >= 3)]
+    monkeypatch.setattr(module, "load_answers", lambda folder: answers)
+    facts, warning = module.cover(None, np.arange(10, 14), 3)
+    assert facts == {"vocab_coverage": pytest.approx(6 / 7), "acceptance_at_most": 3}
+    words = "only 85.7% of the target's answers is in the draft vocabulary: at best 3.00 tokens a"
+    assert warning.startswith(words) and "raise draft.vocab_size" in warning
+    assert module.cover(None, np.arange(100), 3) == ({"vocab_coverage": 1}, "")
 
 
 def test_an_interrupted_generation_goes_on(target, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ RUN = {
     "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hf_token": "SESAME"},
     "overrides": [f"name={EVIL}", "hub.token=SESAME"], "git": "abcdef+",
     "versions": {"torch": "2.13.0"}, "hardware": {"device": "cuda", "name": "H200 & co"},
-    "inputs": {"prepared": {"vocab_coverage": 0.9734, "documents": 12}},
+    "inputs": {"prepared": {"documents": 12}, "generated": {"vocab_coverage": 0.9734}},
 }  # fmt: skip
 SUITES = {f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)]}
 SUITES["$x_1$"] = [result(2.0, 1.2, True)]
