@@ -35,6 +35,7 @@ from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import progress_bar
+from eagle3.runs.resume import command_to_resume, read_overrides
 from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
@@ -132,7 +133,7 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                command = f"python run.py train.resume={run_dir}"
+                command = command_to_resume(run_dir, read_overrides(run_dir))
                 print(f"\nstopped after update {trainer.update}; go on with: {command}")
                 raise SystemExit(128 + stopping)
             trainer.meter.excluded_seconds += time.perf_counter() - began

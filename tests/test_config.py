@@ -339,9 +339,13 @@ def test_stages_that_read_no_data_need_none(tmp_path):
 def test_going_on_with_a_run(tmp_path):
     """A resumed run has its own config; only what no weight depends on may differ."""
     run_dir, overrides = tmp_path / "run", ["optimizer.lr=0.5", "train.max_steps=3"]
-    assert command_to_resume(run_dir, overrides) == f"python run.py {' '.join(overrides)}"
+    defaults = ["model=tiny", "mode=online", "seed=0", "+data.sources={}", "name=mine"]
+    needed = "python run.py name=mine optimizer.lr=0.5 train.max_steps=3"
+    assert command_to_resume(run_dir, [*defaults, *overrides]) == needed
     as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
+    trusts = "model.trust_remote_code=true"  # which is asked for again
+    assert command_to_resume(run_dir, [*overrides, trusts]).endswith(f"resume={run_dir} {trusts}")
     assert run_folder(str(run_dir), "new") == str(run_dir)
 
     def resumed(*overrides):

@@ -110,7 +110,7 @@ FULL["evaluation"] = EVALUATION
 
 def printed(run_dir):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary(run_dir))
+    console.print(summary(run_dir, ["train", "benchmark"]))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -221,6 +221,7 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
 def test_summary_in_a_narrow_terminal(tmp_path):
     suites = {f"mt[bold]_with_a_name_{n}": [result(1.41 + n, 1.52, "tie")] for n in range(6)}
     lines = printed(write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION))
+    assert not summary(tmp_path, ["export"]).renderables, "a stage that ran before has shown it"
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
     found = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines if "drafted" in line)
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]

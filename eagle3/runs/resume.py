@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -13,10 +13,13 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from eagle3.config import RunConfig, check_targets, flatten
+from eagle3.config import CONF, RunConfig, check_targets, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.runs.artefact import STATE, fingerprint, read_manifest
 from eagle3.runs.disk import instead_of, read_json, step_folders
@@ -67,8 +70,32 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
-    given = f"train.resume={run_dir}" if is_run(run_dir) else shlex.join(overrides)
-    return f"python run.py {given}"
+    """What goes on with a run, or begins it again where it has no checkpoint, in few words."""
+    if is_run(run_dir):
+        again = [each for each in overrides if key_of(each) in RUNS_CODE]
+        return shlex.join(["python", "run.py", f"train.resume={run_dir}", *again])
+    return shlex.join(["python", "run.py", *differing(overrides)])
+
+
+def differing(overrides: list[str]) -> list[str]:
+    """Those of a command line without which it would come to something else."""
+
+    def composed(given: list[str]) -> dict[str, Any] | None:
+        with suppress(HydraException):
+            return flatten(compose("run", ["name=x", *given]))
+
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
+        needed, whole = overrides, composed(overrides)
+        for each in overrides:
+            fewer = [other for other in needed if other is not each]
+            needed = fewer if composed(fewer) == whole else needed
+    return needed
+
+
+def key_of(override: str) -> str:
+    """The key: +key, ~key and group/name@package=option set what lies under the bare name."""
+    return re.split("[=@]", override.lstrip("+~"))[0].replace("/", ".")
 
 
 def missing(folder: Path) -> list[Path]:
@@ -212,8 +239,7 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
     before, keys = flatten(saved), flatten(composed)
     resumed = composed if overrides is None else OmegaConf.merge(saved)
-    # +key, ~key and group/name@package=option: what they set lies under the bare name.
-    given = [re.split("[=@]", each.lstrip("+~"))[0].replace("/", ".") for each in overrides or ()]
+    given = [key_of(each) for each in overrides or ()]
     for name in given:
         if any(is_within(key, name) for key in keys):
             value = OmegaConf.select(composed, name)

@@ -106,8 +106,9 @@ def track_run(
         exit_code = 0  # what a tracker shows of a run: finished, not failed
     finally:
         tracker.finish(exit_code)
-    console.print(summary(run_dir))
-    console.print(f"report: {report}")
+    if {"train", "benchmark"} & {*config.stages}:  # else the page has nothing new
+        console.print(summary(run_dir, config.stages))
+        console.print(f"report: {report}")
 
 
 def device_name(device: torch.device) -> str:
