@@ -344,8 +344,6 @@ def test_going_on_with_a_run(tmp_path):
     assert command_to_resume(run_dir, [*defaults, *overrides]) == needed
     as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
-    trusts = "model.trust_remote_code=true"  # which is asked for again
-    assert command_to_resume(run_dir, [*overrides, trusts]).endswith(f"resume={run_dir} {trusts}")
     assert run_folder(str(run_dir), "new") == str(run_dir)
 
     def resumed(*overrides):

@@ -70,11 +70,8 @@ def read_overrides(run_dir: Path) -> list[str]:
 
 
 def command_to_resume(run_dir: Path, overrides: list[str]) -> str:
-    """What goes on with a run, or begins it again where it has no checkpoint, in few words."""
-    if is_run(run_dir):
-        again = [each for each in overrides if key_of(each) in RUNS_CODE]
-        return shlex.join(["python", "run.py", f"train.resume={run_dir}", *again])
-    return shlex.join(["python", "run.py", *differing(overrides)])
+    given = [f"train.resume={run_dir}"] if is_run(run_dir) else differing(overrides)
+    return shlex.join(["python", "run.py", *given])
 
 
 def differing(overrides: list[str]) -> list[str]:
@@ -91,11 +88,6 @@ def differing(overrides: list[str]) -> list[str]:
             fewer = [other for other in needed if other is not each]
             needed = fewer if composed(fewer) == whole else needed
     return needed
-
-
-def key_of(override: str) -> str:
-    """The key: +key, ~key and group/name@package=option set what lies under the bare name."""
-    return re.split("[=@]", override.lstrip("+~"))[0].replace("/", ".")
 
 
 def missing(folder: Path) -> list[Path]:
@@ -239,7 +231,8 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
     before, keys = flatten(saved), flatten(composed)
     resumed = composed if overrides is None else OmegaConf.merge(saved)
-    given = [key_of(each) for each in overrides or ()]
+    # +key, ~key and group/name@package=option: what they set lies under the bare name.
+    given = [re.split("[=@]", each.lstrip("+~"))[0].replace("/", ".") for each in overrides or ()]
     for name in given:
         if any(is_within(key, name) for key in keys):
             value = OmegaConf.select(composed, name)
