@@ -7,6 +7,7 @@ if __name__ == "__main__":  # Ctrl-C while the imports last shows no traceback
 
 import math
 import os
+import sys
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,13 @@ from omegaconf import DictConfig
 
 from eagle3.errors import RunError
 from eagle3.hydra_errors import note_failure, one_sentence
-from eagle3.runs.resume import claim, command_to_resume, load_config, write_hydra_folder
+from eagle3.runs.resume import (
+    claim,
+    command_to_resume,
+    load_config,
+    remove_unused,
+    write_hydra_folder,
+)
 from eagle3.runs.signals import exit_when_interrupted, interrupt_on_signals
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -66,7 +73,8 @@ def main() -> None:
             return serve_tasks()
         interrupt_on_signals()
         try:
-            with exit_when_interrupted(lambda kept: " before the run began"):
+            before = exit_when_interrupted(lambda kept: " before the run began")
+            with remove_unused(sys.argv), before:
                 job()
         except SystemExit as ended:  # so hydra leaves where it only shows something
             if ended.code:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from eagle3.benchmark.request import asks_heldout, check_request
 from eagle3.benchmark.scoring import namespaces
-from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, nearest
+from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, layout, nearest
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote, names_data
 from eagle3.draft.initial import draft_config
@@ -128,11 +128,13 @@ def check_stages(config: RunConfig) -> None:
 
 def check_processes(config: RunConfig) -> None:
     """That the processes asked for exist and can be divided as asked for."""
-    launch, group = config.launch, config.parallel.ulysses * config.parallel.ring
+    launch, (ulysses, ring) = config.launch, layout(config)
     processes = launch.nproc_per_node * launch.nnodes
-    if processes % group:
-        product = f"launch.nproc_per_node x launch.nnodes = {processes}"
-        raise ConfigError(f"parallel.ulysses x parallel.ring = {group} must divide {product}")
+    if processes % (ulysses * ring):
+        asked, product = "parallel.ring", f"launch.nproc_per_node x launch.nnodes = {processes}"
+        if config.parallel.ulysses:
+            asked, ring = "parallel.ulysses x parallel.ring", ulysses * ring
+        raise ConfigError(f"{asked} = {ring} must divide {product}")
     device = choose_device(config.device)
     if config.plan:  # may be made anywhere
         return
@@ -236,7 +238,7 @@ def check_draft_shape(config: RunConfig, target: PretrainedConfig) -> None:
         if getattr(target, name, None) is None:
             reason = f"its config has no {name}, which a draft's is made from"
             raise ConfigError(f"a {target.model_type} target is not supported: {reason}")
-    shape, ulysses = draft_config(config.draft, target), config.parallel.ulysses
+    shape, (ulysses, _) = draft_config(config.draft, target), layout(config)
     for key, value, name in (
         ("data.max_length", config.data.max_length, "max_position_embeddings"),
         ("draft.vocab_size", config.draft.vocab_size, "vocab_size"),

@@ -6,13 +6,16 @@ with its name. Bounds stand on the field, or on the parameter of what a `_target
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
+from urllib.parse import urlsplit
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
@@ -163,7 +166,7 @@ class Check:
 class Parallel:
     """`ulysses` x `ring` ranks share each micro-batch; groups of them train on other documents."""
 
-    ulysses: Annotated[int, Within(1)]
+    ulysses: Annotated[Optional[int], Within(1)]
     ring: Annotated[int, Within(1)]
     reduce_dtype: Annotated[str, OneOf(("fp32", "bf16"))]
 
@@ -207,14 +210,46 @@ class RunConfig:
     launch: Launch
 
 
-def choice(group: str, *, _root_: DictConfig) -> str:
-    """The option of a group, for `name`; a sweep names its folder before hydra runs a job."""
-    hydra = HydraConfig.get() if HydraConfig.initialized() else _root_.hydra
-    return hydra.runtime.choices[group]
+def layout(config: RunConfig) -> tuple[int, int]:
+    """(ulysses, ring); their product is a group, and ulysses null takes what ring leaves of all."""
+    launch, shape = config.launch, config.parallel
+    left = launch.nproc_per_node * launch.nnodes // shape.ring
+    return shape.ulysses or max(1, left), shape.ring
+
+
+def label(group: str, *, _root_: DictConfig) -> str:
+    """What `name` calls the choice of a group: its option, or the paths or sources of the user's
+    where that option's file has none.
+    """
+    sweeps = not HydraConfig.initialized()  # it names its folder before hydra runs a job
+    hydra = _root_.hydra if sweeps else HydraConfig.get()
+    option, keys = hydra.runtime.choices[group], (f"{group}=", f"{group}.path=")
+    swept = [each for each in hydra.overrides.task if each.startswith(keys) and "," in each]
+    if sweeps and swept:
+        given = swept[-1].partition("=")[2].split(",")
+    else:
+        file = CONF / group / f"{option}.yaml"
+        known = yaml.safe_load(file.read_text()) if file.is_file() else {"path": option}
+        if known.get("path", "") not in (None, "???") or "sources" in known:
+            return option
+        path, sources = (OmegaConf.select(_root_, f"{group}.{key}") for key in ("path", "sources"))
+        given = [path] if path else sources or ()
+    return "+".join(filter(None, map(last_part, given)))[:80] or option
+
+
+def last_part(path: str) -> str:
+    """The last part of a path, a hub id or an address, as the name of a folder; formats go."""
+    if "://" in path:  # which may hold a login, in front and behind
+        address = urlsplit(path)
+        path = address.path.strip("/") or address.hostname or ""
+    name = os.path.basename(os.path.abspath(os.path.expanduser(path)))
+    name = re.sub(r"\.(jsonl?|ndjson|parquet)(\.\w+)?$", "", name)
+    # What a shell and hydra's command line take as it is.
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")
 
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
-OmegaConf.register_new_resolver("choice", choice, replace=True)
+OmegaConf.register_new_resolver("label", label, replace=True)
 # All nodes of a Slurm job compute the same port, and two jobs on a node hardly ever share one.
 OmegaConf.register_new_resolver("package", lambda p: str(Path(__file__).parent / p), replace=True)
 

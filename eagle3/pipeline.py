@@ -21,9 +21,11 @@ from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
+from eagle3.draft.attention import Dense
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import generate
+from eagle3.evaluate import cover, generate
 from eagle3.export.read import locate
+from eagle3.export.rules import read_draft
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
@@ -118,7 +120,14 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         if reads_answers:
             write = "generate" in listed
             answers = generate(config.eval, prepared.heldout, target, cache_dir, write)
-            tracking.note("generate", (answers, read_facts(answers)))
+            vocab = prepared.vocab
+            if config.draft.init_from is not None:  # which brings its own
+                start = locate(config.draft.init_from, "draft.init_from")
+                vocab = read_draft(start, Dense, target.spec).target_ids
+            covered, warning = cover(answers, vocab, config.eval.draft_length)
+            tracking.note("generate", (answers, read_facts(answers) | covered))
+            if warning:
+                console.print(f"generate: warning: {warning}")
         if mode.captures and not store_alone and listed & {"capture", "train"}:
             folder, inputs = locate_store(hidden, prepared, target, cache_dir)
             complete = is_complete(folder)

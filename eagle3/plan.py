@@ -1,5 +1,6 @@
 """`plan=true`: tokens, disk, memory and hours of a run, before anything is loaded or written."""
 
+import math
 import weakref
 from collections import Counter
 from contextlib import suppress
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from eagle3.batch import Batch, Features, pack
-from eagle3.config import RunConfig, instantiate
+from eagle3.config import RunConfig, instantiate, layout
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
 from eagle3.data.prepare import INDEX, Prepared
@@ -39,6 +40,7 @@ from eagle3.ttt import unroll
 
 H200_FLOPS = 790e12  # bf16 products, measured
 IN_PREFILL, IN_TRAINING = 0.5, 0.4  # of those
+ROWS_CUDA, ROWS_CPU = 16384, 512  # of the products that are measured
 SAMPLE_ROWS, SCAN_BYTES = 1000, 1 << 25  # of each source: rows to encode at least, bytes to read
 MEASURED_STEPS = 4
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in the configs of mixtures
@@ -52,6 +54,7 @@ class Plan:
     data: dict[str, float]
     disk: dict[str, tuple[int, int]]  # (bytes, room there) by what is written
     memory: dict[str, list[int]]  # bytes on a GPU: training online, training offline, capture
+    speeds: dict[str, float]  # FLOP/s by device
     hours: dict[str, dict[str, float]]  # by device and what is done
     recommended: str
     exact: bool
@@ -71,7 +74,7 @@ def plan(
         documents, stored = estimate(sources, chat, config)
     dtype, loss = getattr(torch, spec.dtype), instantiate(config.loss)
     gpus = config.launch.nproc_per_node * config.launch.nnodes
-    group = config.parallel.ulysses * config.parallel.ring
+    group = math.prod(layout(config))
     replicas = max(1, gpus // group)
     draft = draft_without_data(draft_config(config.draft, spec.config))
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
@@ -98,8 +101,8 @@ def plan(
         memory[GPU] = [torch.cuda.mem_get_info(device)[1]] * 3
     tokens, epochs = int(documents.lengths.sum()), loader.total_updates / len(epoch)
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
-    hours = {}
-    for name, flops in rates(device, dtype, gpus).items():
+    speeds, hours = rates(device, dtype, gpus, draft.config), {}
+    for name, flops in speeds.items():
         target = tokens * prefill / (flops * IN_PREFILL) / 3600  # of an epoch
         train = epochs * tokens * training / (flops * IN_TRAINING) / 3600
         # mode=hybrid runs the target in the first epoch, and then for what it has no room to keep.
@@ -124,7 +127,7 @@ def plan(
         data["tokens of an answer, at most"] = longest_answer(config)
     # All devices spend the same shares of their time alike, so any of them can tell.
     best = recommend(disk, memory, next(iter(hours.values())))
-    return Plan(data, disk, memory, hours, best, prepared is not None)
+    return Plan(data, disk, memory, speeds, hours, best, prepared is not None)
 
 
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
@@ -310,14 +313,22 @@ def memory_of(
     }
 
 
-def rates(device: torch.device, dtype: torch.dtype, gpus: int) -> dict[str, float]:
-    """FLOP/s in products of all GPUs like this one, measured; else of H200s and of the CPU."""
-    size = 8192 if device.type == "cuda" else 768
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    measured = 2 * size**3 / Timer("a @ a", globals={"a": a}).timeit(5).mean
+def rates(
+    device: torch.device, dtype: torch.dtype, gpus: int, shape: DraftConfig
+) -> dict[str, float]:
+    """FLOP/s by device: of all GPUs like this one, or of this machine beside H200s.
+
+    Measured by a second of products as large as the target's, with the threads of the run.
+    """
+    rows = ROWS_CUDA if device.type == "cuda" else ROWS_CPU
+    kind = {"device": device, "dtype": dtype}
+    a = torch.randn(rows, shape.hidden_size, **kind)
+    b = torch.randn(shape.hidden_size, shape.intermediate_size, **kind)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    measured = 2 * rows * b.numel() / timer.blocked_autorange(min_run_time=1).median
     if device.type == "cuda":
         return {f"{gpus} GPUs like this": gpus * measured}
-    return {f"{gpus} x H200": gpus * H200_FLOPS, "this CPU": measured}
+    return {f"{gpus} x H200": gpus * H200_FLOPS, "this machine": measured}
 
 
 def recommend(
@@ -349,7 +360,8 @@ def show(made: Plan, console: Console) -> None:
     devices = list(made.hours.values())
     rows = {what: [f"{each[what]:,.3f}" for each in devices] for what in devices[0]}
     table("Hours", list(made.hours), rows)
-    shares = f"{IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training"
-    console.print(f"\nAssumed: an H200 does {H200_FLOPS / 1e12:.0f} TFLOP/s; {shares}.")
+    speeds = ", ".join(f"{name} {flops / 1e12:,.4g}" for name, flops in made.speeds.items())
+    console.print(f"\nTFLOP/s of products: {speeds} (measured).")
+    console.print(f"Assumed: {IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training.")
     console.print("Not counted: preparing, held-out answers, evaluation, benchmark.\n")
     console.print(f"Recommended: {made.recommended}.")

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import get_class
 
 from eagle3.batch import Batch, Document, Features, pack
-from eagle3.config import DraftSection, RunConfig, instantiate
+from eagle3.config import DraftSection, RunConfig, instantiate, layout
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.initial import draft_config
@@ -35,6 +35,7 @@ from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import Progress
+from eagle3.runs.resume import command_to_resume, read_overrides
 from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
@@ -134,7 +135,7 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                command = f"python run.py train.resume={run_dir}"
+                command = command_to_resume(run_dir, read_overrides(run_dir))
                 kept = f"stopped after update {trainer.update} of {total}, which is kept"
                 print(f"\n{kept}; go on with: {command}")
                 raise SystemExit(128 + stopping)
@@ -186,14 +187,14 @@ def build_trainer(
     loss = instantiate(config.loss)
 
     # Ranks that share a batch are one replica: each packs it whole and keeps its part.
-    group = shape.ulysses * shape.ring
+    group = math.prod(layout(config))
     replica, replicas = ranks.rank // group, ranks.world_size // group
     in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
     packed = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
     features, pack_documents = supply.features, packed
     if group > 1:
         timeout = collective_timeout(config.launch.timeout)
-        sequence = Sequence(shape.ulysses, shape.ring, ranks.rank, draft.config, timeout)
+        sequence = Sequence(*layout(config), ranks.rank, draft.config, timeout)
         features = partial(sequence.features, supply.features, weights.embedding.dtype)
 
         def pack_documents(documents: list[Document]) -> Batch:

@@ -186,12 +186,16 @@ ANSWERED = {"num_prompts": 2, "max_new_tokens": 48}  # as `trained` has learnt t
 
 
 @pytest.mark.runs
-def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path):
+def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path, capsys):
+    """What other layers would give is of no concern then, and is kept in check.json alone."""
     asked = {"engines": ["sglang", "vllm"]} | ANSWERED
     raised, content = run_check(trained, target, tokenizer, tmp_path, **asked)
     assert raised == "" and content["findings"] == []
     assert len(content["decoded"]["other_ways"]) > 20
     assert content["decoded"]["acceptance_length"]["0,3,6"] > 3
+    assert len(content["decoded"]["acceptance_length"]) > 1
+    said = capsys.readouterr().out
+    assert said.count("check: acceptance length ") == said.count("fed by layers 0,3,6") == 1
 
 
 @pytest.mark.parametrize("name", MISTAKES)

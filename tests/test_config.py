@@ -2,16 +2,20 @@
 
 import json
 import runpy
+import shlex
 import sys
-from itertools import chain, zip_longest
+from itertools import chain, product, zip_longest
 from typing import Annotated
 
 import pytest
 import torch
 from conftest import ROOT, TINY, as_sent, compose_config, run_command, spec_of
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from eagle3.checks import check, check_value, fits
-from eagle3.config import Within, flatten
+from eagle3.config import Within, flatten, label, layout
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError, first_line
 from eagle3.hydra_errors import explain, note_failure
@@ -24,7 +28,7 @@ SENTENCES = {
     "optimizer.lrr=3": "optimizer.lrr is no key of the config; did you mean optimizer.lr?",
     "benchmark.max_new_token=8": "no key of the config; did you mean benchmark.max_new_tokens?",
     "modl=hf": "modl is no key of the config; did you mean model?",
-    "model=lama3-8b": "qwen3-32b, qwen3-8b, tiny; did you mean llama3-8b?",
+    "model=lama3-8b": "qwen3-32b, qwen3-8b, smollm2-135m, tiny; did you mean llama3-8b?",
     "loss/mask=servin": "loss/mask=servin is unknown; allowed: serving, shifted; did you mean serv",
     "train.epochs=abc": "train.epochs=abc must be of type int",
     "train.epochs=null": "train.epochs=None must be of type int",
@@ -85,8 +89,8 @@ SENTENCES = {
     "target.tp_size=2": "target.tp_size=2: target=hf cannot split it; use target=sglang",
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
-    "parallel=usp": "parallel.ulysses has no value; set parallel.ulysses=...",
-    "parallel=usp & parallel.ulysses=8 & launch.nproc_per_node=8": "parallel.ulysses=8 must divide",
+    "parallel=usp & parallel.ring=2": "parallel.ring = 2 must divide launch.nproc_per_node x laun",
+    "parallel=usp & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the draft's 2 key/",
     "launch.nnodes=2": "launch.nnodes=2 needs launch/torchrun.sh on every node",
     "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of",
     "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9, low to high",
@@ -148,8 +152,75 @@ def test_the_command_exits_with_2_and_one_line(arguments, tmp_path):
     result = run_command(*arguments.split(), cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
-    named = [path.name for path in tmp_path.glob("outputs/*")]
-    assert named in ([], ["tiny-tiny-online"])
+    assert list(tmp_path.iterdir()) == [], "not even an empty folder is left"
+
+
+@pytest.mark.runs
+def test_folders_in_which_no_run_began(settings, tmp_path):
+    """They go, with those above them that the command made; what was there before stays, and so do
+    the jobs of a sweep that ran.
+    """
+    (tmp_path / "mine").mkdir()
+    sweep = ["-m", "seed=0,1", "hydra.sweep.dir=mine/c"]
+    for given in (["hydra.run.dir=mine/a/b"], ["hydra.run.dir=mine"], sweep):
+        refused = run_command(*given, "train.epochs=0", cwd=tmp_path)
+        assert refused.returncode and "train.epochs=0 must be at least 1" in refused.stderr
+        assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
+    planned = run_command("-m", *settings, "plan=true", "seed=0,-1", cwd=tmp_path)
+    assert "Recommended: " in planned.stdout and not (tmp_path / "outputs").exists()
+    run_command("-m", *settings, "stages=[prepare]", "train.epochs=0,1", cwd=tmp_path)
+    (sweep,) = tmp_path.glob("outputs/target*-chat-online/*")
+    assert sorted(path.name for path in sweep.iterdir()) == ["1", "multirun.yaml"]
+
+
+NAMES = {
+    "": "tiny-tiny-online",
+    "model=llama3-8b model.path=/models/copy data=mix mode=offline": "llama3-8b-mix-offline",
+    "model=hf": "hf-none-online",
+    "model=hf model.path=/models/SmolLM2-135M/ data=jsonl data.path=a/prompts.v2.jsonl.gz": (
+        "SmolLM2-135M-prompts.v2-online"
+    ),
+    "model=hf model.path=x/Llama-3.1-8B \"data.path='s3://me:key@b/c/x%20y.json?sig=1'\"": (
+        "Llama-3.1-8B-x_20y-online"
+    ),
+    "model=hf model.path=.. data=none": f"{ROOT.parent.name}-none-online",
+    "model=hf model.path=a/b data=jsonl data.path=s3://bucket/": "b-bucket-online",
+    "model=hf model.path=a/b data=none '+data.sources={x:{path:p},y z:{path:q}}'": "b-x+y_z-online",
+    "name=mine model=hf model.path=a/b": "mine",
+}
+
+
+@pytest.mark.parametrize("given", NAMES)
+def test_run_folders_are_named_by_what_is_used(given):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = compose("run", overrides=shlex.split(given), return_hydra_config=True)
+    assert composed.name == NAMES[given]
+
+
+def test_the_folder_of_a_sweep_is_named_by_what_is_swept():
+    choices = {"model": "tiny", "data": "jsonl"}
+    swept = ["model=llama3-8b,qwen3-8b", "data.path=a/one.jsonl,two.json", "optimizer.lr=1,2"]
+    hydra = {"runtime": {"choices": choices}, "overrides": {"task": swept}}
+    root = OmegaConf.create({"hydra": hydra, "model": {"path": "x"}, "data": {"path": "???"}})
+    named = [label(group, _root_=root) for group in ("model", "data")]
+    assert named == ["llama3-8b+qwen3-8b", "one+two"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_every_layout_works_or_is_refused(processes):
+    """A layout is found by trying: whole groups, and whole heads for each rank of a group."""
+    config = OmegaConf.to_object(compose_config("stages=[export]", "parallel=usp"))
+    config.launch.nproc_per_node, shape, heads = processes, config.parallel, 2
+    for shape.ulysses, shape.ring in product([None, 1, 2, 3, 4, 8], [1, 2, 3, 4, 8]):
+        tried = [shape.ulysses] if shape.ulysses else range(1, 9)
+        groups = [(u, processes / (u * shape.ring)) for u in tried if heads % u == 0]
+        fitting = [u for u, g in groups if g == 1 or (shape.ulysses and g.is_integer())]
+        try:
+            check(config)
+            assert fitting == [layout(config)[0]]
+        except ConfigError as refused:
+            assert not fitting and "parallel.ring" in str(refused) and "must divide" in str(refused)
 
 
 @pytest.mark.runs
@@ -172,7 +243,8 @@ NEEDED = {  # what an option asks for; engines are not installed here
     "data=none": ["stages=[export]"],
     "data=jsonl": ["data.path=run.py"],
     "model=hf": ["model.path=x/y"],
-    "parallel=usp": ["parallel.ulysses=2", "launch.nproc_per_node=4"],
+    "experiment=smollm2-135m": ["data.path=run.py"],
+    "parallel=usp": ["launch.nproc_per_node=2"],
     "target=sglang": ["target.url=http://127.0.0.1:1", "stages=[prepare,generate,train]"],
     "benchmark=sglang": ["benchmark.url=http://a", "benchmark.alone_url=http://b"],
     "benchmark=vllm": ["benchmark.url=http://a", "benchmark.alone_url=http://b"],
@@ -269,7 +341,9 @@ def test_stages_that_read_no_data_need_none(tmp_path):
 def test_going_on_with_a_run(tmp_path):
     """A resumed run has its own config; only what no weight depends on may differ."""
     run_dir, overrides = tmp_path / "run", ["optimizer.lr=0.5", "train.max_steps=3"]
-    assert command_to_resume(run_dir, overrides) == f"python run.py {' '.join(overrides)}"
+    defaults = ["model=tiny", "mode=online", "seed=0", "+data.sources={}", "name=mine"]
+    needed = "python run.py name=mine optimizer.lr=0.5 train.max_steps=3"
+    assert command_to_resume(run_dir, [*defaults, *overrides]) == needed
     as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
     assert run_folder(str(run_dir), "new") == str(run_dir)

@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import fit, flip, handle_of, soft_target_loss
 from safetensors.torch import load_file
 
+from eagle3 import evaluate as module
 from eagle3.batch import Document
 from eagle3.data.vocab import vocab_tensors
 from eagle3.decode.speculate import speculate
@@ -172,3 +174,17 @@ def test_answers_are_copied_where_nothing_can_be_linked(tmp_path, monkeypatch):
     for _ in range(2):
         link(tmp_path / "a", tmp_path / "b")
         assert (tmp_path / "b").read_text() == "answer"
+
+
+def test_what_a_draft_vocabulary_allows(monkeypatch):
+    """A round of 3 drafted and 1, then one that stops at the answer's end, around a token that no
+    draft can propose.
+    """
+    ids = torch.tensor([1, 2, 3, 10, 11, 12, 13, 99, 10, 11])
+    answers = [Document(0, ids, torch.arange(10) >= 3)]
+    monkeypatch.setattr(module, "load_answers", lambda folder: answers)
+    facts, warning = module.cover(None, np.arange(10, 14), 3)
+    assert facts == {"vocab_coverage": pytest.approx(6 / 7), "acceptance_at_most": 3}
+    words = "only 85.7% of the target's answers is in the draft vocabulary: at best 3.00 tokens a"
+    assert warning.startswith(words) and "raise draft.vocab_size" in warning
+    assert module.cover(None, np.arange(100), 3) == ({"vocab_coverage": 1}, "")

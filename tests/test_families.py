@@ -160,9 +160,8 @@ def judge(family: str, folder) -> tuple[str, str]:
     ("family", "way"),
     [("llama", "packed"), ("mistral", "packed"), ("gpt_oss", "padded"), ("qwen3_5_text", "padded")],
 )
-def test_documents_do_not_see_each_other(family, way, tmp_path, capsys):
+def test_documents_do_not_see_each_other(family, way, tmp_path):
     assert judge(family, tmp_path) == (way, "")
-    assert f"target: documents go {way} through" in capsys.readouterr().out
 
 
 REFUSED = {

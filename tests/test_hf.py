@@ -2,11 +2,12 @@
 derived from.
 """
 
+import pickle
 from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import SHAPE, spec_of
+from conftest import SHAPE, handle_of, spec_of
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -123,6 +124,17 @@ def test_transformers_own_attention_agrees(target_folder, attention):
     ours = HFTarget(spec_of(target_folder), CPU)(batch)
     theirs = HFTarget(spec_of(target_folder), CPU, attention=attention)(batch)
     assert_close(ours.aux_hidden_states, theirs.aux_hidden_states, **CLOSE)
+
+
+def test_how_documents_go_through_is_said_once(target_folder, capsys):
+    """However often the target is loaded, here or in a process that the handle is sent to."""
+    handle = handle_of(target_folder)
+    handle.load()
+    handle.close()
+    handle.load()
+    pickle.loads(pickle.dumps(handle)).load()
+    said = capsys.readouterr().out
+    assert said.count("target: documents go packed through LlamaForCausalLM") == 1
 
 
 def test_a_target_is_described_by_its_weights(tmp_path):

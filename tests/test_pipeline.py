@@ -57,7 +57,7 @@ def test_everything_is_written(finished, given):
     info = json.loads((run_dir / "run.json").read_text())
     assert info["config"]["optimizer"]["lr"] == 1e-3 and info["overrides"][: len(given)] == given
     assert torch.__version__.startswith(info["versions"]["torch"]) and info["seeds"] == {"seed": 0}
-    assert 0 < info["inputs"]["prepared"]["vocab_coverage"] <= 1
+    assert 0 < info["inputs"]["generated"]["vocab_coverage"] <= 1
     rows = read_jsonl(run_dir / "metrics.jsonl")
     trained = [row for row in rows if "loss" in row]
     assert [row["step"] for row in trained] == [2, 4, 6]

@@ -179,6 +179,14 @@ def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
     lengths = np.random.default_rng(0).exponential(1400, 60_000).clip(16, 4096)
     prepared, cpu = synthetic(lengths.astype(int)), torch.device("cpu")
     monkeypatch.setattr(planning, "MEASURED_STEPS", 1)
+    timed = {}
+
+    def timer(statement, globals, num_threads):
+        timed.update(globals | {"num_threads": num_threads})
+        taken = SimpleNamespace(median=0.5)
+        return SimpleNamespace(blocked_autorange=lambda min_run_time: taken)
+
+    monkeypatch.setattr(planning, "Timer", timer)
 
     def made(free: float, *overrides: str):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(free)))
@@ -192,6 +200,13 @@ def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
     assert 2e12 < needed < 4e12 and roomy.disk[planning.KEPT][0] == needed
     assert 0.1 < narrow.disk[planning.KEPT][0] / needed < 0.3
     hours, less = roomy.hours["1 x H200"], narrow.hours["1 x H200"]
+    # What is timed are products of the target's own sizes and dtype, with the threads of the run.
+    assert timed["b"].shape == (4096, 14336) and timed["b"].dtype == torch.bfloat16
+    assert timed["num_threads"] == torch.get_num_threads()
+    here = 2 * timed["a"].numel() * 14336 / 0.5
+    assert roomy.speeds == {"1 x H200": planning.H200_FLOPS, "this machine": here}
+    slower = roomy.hours["this machine"]["capture"] / hours["capture"]
+    assert slower == pytest.approx(planning.H200_FLOPS / here)
     train, capture = hours["train, mode=offline"], hours["capture"]
     assert hours["train, mode=online"] == pytest.approx(train + 2 * capture, rel=1e-3)
     assert hours["train, mode=hybrid"] == pytest.approx(train + capture, rel=1e-3)

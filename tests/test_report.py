@@ -99,7 +99,7 @@ RUN = {
     "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hf_token": "SESAME"},
     "overrides": [f"name={EVIL}", "hub.token=SESAME"], "git": "abcdef+",
     "versions": {"torch": "2.13.0"}, "hardware": {"device": "cuda", "name": "H200 & co"},
-    "inputs": {"prepared": {"vocab_coverage": 0.9734, "documents": 12}},
+    "inputs": {"prepared": {"documents": 12}, "generated": {"vocab_coverage": 0.9734}},
 }  # fmt: skip
 SUITES = {f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)]}
 SUITES["$x_1$"] = [result(2.0, 1.2, True)]
@@ -114,7 +114,7 @@ FULL["evaluation"] = EVALUATION
 
 def printed(run_dir):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(summary(run_dir))
+    console.print(summary(run_dir, ["train", "benchmark"]))
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -360,7 +360,11 @@ def test_runs_that_measured_little(tmp_path):
     assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}
 
 
-CAPTURED = {"prepared": {"documents": 12, "vocab_coverage": 0.5}, "hidden_states": {"documents": 7}}
+CAPTURED = {
+    "prepared": {"documents": 12},
+    "generated": {"vocab_coverage": 0.5},
+    "hidden_states": {"documents": 7},
+}
 CAPTURED["regenerated"] = [{"answers": 3, "path": "x"}, {"answers": 4}]
 TRAINED = {"evaluation": EVALUATION, "metrics": METRICS}
 STAGES = [
@@ -392,6 +396,7 @@ def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
 def test_summary_in_a_narrow_terminal(tmp_path):
     suites = {f"mt[bold]_with_a_name_{n}": [result(1.41 + n, 1.52, "tie")] for n in range(6)}
     lines = printed(write(tmp_path, benchmark={"suites": suites}, evaluation=EVALUATION))
+    assert not summary(tmp_path, ["export"]).renderables, "a stage that ran before has shown it"
     assert all(len(line) <= 80 for line in lines) and any("mt[bold]" in line for line in lines)
     found = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines if "drafted" in line)
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]

@@ -144,13 +144,14 @@ def test_what_a_run_needs_is_kept_apart_from_what_it_shows(tmp_path, monkeypatch
 @pytest.mark.runs
 def test_hydras_own_files_hold_no_login(tmp_path):
     login = ["+regenerate.extra_body.api_key=SESAME", "data.path=http://me:SESAME@host/x.jsonl"]
-    sweep = ["-m", "train.epochs=0,-1", f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path}/c"]
-    run_command(*sweep, *login)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    sweep = ["-m", "train.epochs=1,2", f"hydra.sweep.dir={tmp_path}", f"cache_dir={tmp_path}/c"]
+    run_command(*sweep, "stages=[export]", *login)  # which fails: nothing was trained
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = [path for path in found if path.parent.name != "private"]
     assert not [path for path in files if "SESAME" in path.read_text()]
     folder = tmp_path / "1" / ".hydra"
-    assert yaml.safe_load((folder / "overrides.yaml").read_text())[0] == "train.epochs=-1"
-    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == -1
+    assert yaml.safe_load((folder / "overrides.yaml").read_text())[0] == "train.epochs=2"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["train"]["epochs"] == 2
     choices = yaml.safe_load((folder / "hydra.yaml").read_text())["hydra"]["runtime"]["choices"]
     assert choices["model"] == "tiny" and (tmp_path / "multirun.yaml") in files
 
@@ -165,9 +166,9 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
 def test_a_folder_in_use_is_refused(tmp_path):
     with claim(tmp_path):
         refused = run_command("plan=true", f"hydra.run.dir={tmp_path}")
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert refused.returncode == 2
     assert refused.stderr == f"error: {tmp_path} is in use by a run; set another hydra.run.dir\n"
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     with claim(tmp_path):
         pass  # its run has ended
 

@@ -59,7 +59,7 @@ def test_sglang(draft, command, tmp_path):
         "  --speculative-num-steps 5 \\\n"
         "  --speculative-eagle-topk 1 \\\n"
         "  --speculative-num-draft-tokens 6 \\\n"
-        "  --host 127.0.0.1 --port 30000 \\\n"
+        "  --host 127.0.0.1 \\\n"
         "  --tp-size 2\n"
     )
     python = tmp_path / ".venv-sglang" / "bin" / "python"  # the engine's own environment
@@ -81,7 +81,7 @@ def test_the_speculators_form_is_served_alone(draft, command, monkeypatch):
     section = {"proposal_methods": [{"speculative_tokens": 5}]}
     section["verifier"] = {"name_or_path": TARGET}
     folder = draft({"speculators_model_type": "eagle3", "speculators_config": section})
-    alone = f"{VLLM} \\\n  --model '{folder}' \\\n  --host 127.0.0.1 --port 8000\n"
+    alone = f"{VLLM} \\\n  --model '{folder}' \\\n  --host 127.0.0.1\n"
     assert command(folder, "vllm") == alone
     assert f"--model {TARGET} " in command(folder, "vllm", "--draft-length", "2")
     monkeypatch.setenv("MODEL", "other/model")
@@ -109,12 +109,12 @@ def test_a_draft_without_a_target_is_served_with_the_given_one(draft, tmp_path, 
 @pytest.mark.runs
 def test_tensorrt_llm_gets_the_layers_and_its_shell_text_is_sound(draft, command, tmp_path):
     folder = draft(MADE_FOR | LAYERS)
-    script(tmp_path / "trtllm-serve", 'echo "$@"\ncat "$7"')
+    script(tmp_path / "trtllm-serve", 'echo "$@"\ncat "$5"')
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     text = ["bash", "-c", command(folder, "trtllm")]
     done = subprocess.run(text, capture_output=True, text=True, check=True, env=environment)
     arguments, options = done.stdout.splitlines()
-    assert arguments.startswith(f"{TARGET} --host 127.0.0.1 --port 8000 --extra_llm_api_options /")
+    assert arguments.startswith(f"{TARGET} --host 127.0.0.1 --extra_llm_api_options /")
     expected = {"decoding_type": "Eagle", "speculative_model_dir": folder, "max_draft_len": 5}
     expected["eagle3_layers_to_capture"] = [1, 15, 28]
     assert json.loads(options) == {"speculative_config": expected}
@@ -136,7 +136,7 @@ def test_the_script_prints_and_runs(draft, tmp_path):
     done = subprocess.run([*serve, *arguments], **given)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(VLLM)
-    assert done.stdout.endswith("ran with 12 arguments\n")
+    assert done.stdout.endswith("ran with 10 arguments\n")
     done = subprocess.run([*serve, str(tmp_path)], **given)
     assert done.returncode == 1 and done.stderr.startswith("error: draft at ")
     assert done.stderr.count("\n") == 1

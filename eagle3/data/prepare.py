@@ -324,7 +324,7 @@ def finish(
         "supervised_tokens": int((rows["supervised"] * passes).sum()),
         "heldout_prompts": len(heldout),
         "heldout_rejected": dict(Counter(reject["reason"] for reject in unasked)),
-        "vocab_coverage": float(counts[vocab].sum() / max(1, counts.sum())),
+        "vocab_coverage_of_training_data": float(counts[vocab].sum() / max(1, counts.sum())),
         "digest": fingerprint({name: describe_file(folder / name) for name in parts}),
     }
     # What only an interrupted call needs; the state first, as it names the rows.

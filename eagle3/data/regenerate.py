@@ -187,7 +187,6 @@ class Journal(AbstractContextManager):
 
     def add(self, dialogue: Dialogue) -> None:
         """Note a dialogue that has ended."""
-        self.bar.advance()
         if dialogue.reason is not None:
             self.failed[dialogue.key] = dialogue.reason
             return
@@ -199,6 +198,7 @@ class Journal(AbstractContextManager):
         line = to_line(entry | {"checksum": fingerprint(entry)})
         self.stream.write(line)
         self.stream.flush()
+        self.bar.advance()
         self.offsets[dialogue.key] = self.stream.tell() - len(line)
 
     def read(self, key: str) -> dict[str, Any]:

@@ -77,7 +77,6 @@ class Engine:
     versions: ClassVar[str]
     module: ClassVar[str]
     launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
-    serve_port: ClassVar[int]  # where its users look for it
     health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
@@ -119,7 +118,7 @@ class Engine:
             [program(self.name.lower(), "python"), "-m", self.module],
             [self.launch_flags[0], target],
             *([flag, str(value)] for flag, value in drafting.items()),
-            ["--host", "127.0.0.1", "--port", str(port or self.serve_port)],
+            ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])],
             more,
         ]
 

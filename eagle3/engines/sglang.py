@@ -38,7 +38,6 @@ class SGLang(Engine):
     versions = ">=0.5.23,<0.6"  # 0.5.23 is the one tested
     module = "sglang.launch_server"
     launch_flags = ("--model-path", "--tp-size", "--mem-fraction-static")
-    serve_port = 30000
     generate_path = "/generate"
     drafts_trees = True
     reads_speculators = False

@@ -20,7 +20,6 @@ class VLLM(Engine):
     versions = ">=0.32"
     module = "vllm.entrypoints.openai.api_server"
     launch_flags = ("--model", "--tensor-parallel-size", "--gpu-memory-utilization")
-    serve_port = 8000
     generate_path = "/v1/completions"
     drafts_trees = False
     reads_speculators = True

@@ -47,7 +47,7 @@ def serve_text(
     if layers:
         method["eagle3_layers_to_capture"] = layers
     options = shlex.quote(json.dumps({"speculative_config": method}))
-    address = ["--host", "127.0.0.1", "--port", str(port or 8000)]
+    address = ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])]
     command = join([["trtllm-serve", model], address, more])
     flag = "--extra_llm_api_options $options"
     return f"options=$(mktemp) && echo {options} > $options && \\\n{command} \\\n  {flag}"

@@ -240,10 +240,12 @@ def cell(key: str, value: Any) -> str:
     return f"{value:,.0f}" if long else str(value)
 
 
-def summary(run_dir: Path) -> Group:
-    """What a run achieved, for a terminal of 80 columns: on held-out prompts, and measured."""
-    evaluation = read_json(run_dir / "evaluation.json")
-    rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
+def summary(run_dir: Path, stages: list[str]) -> Group:
+    """What these stages of a run achieved, for a terminal of 80 columns: on held-out prompts, and
+    measured. What its folder has of earlier stages was shown by them.
+    """
+    evaluation = read_json(run_dir / "evaluation.json") if "train" in stages else {}
+    rows = benchmark_rows(read_json(run_dir / "benchmark.json")) if "benchmark" in stages else []
     tables = []
     if evaluation:
         table = Table("held-out prompts", "acceptance length", box=SIMPLE_HEAD)

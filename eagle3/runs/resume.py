@@ -3,8 +3,9 @@
 import json
 import re
 import shlex
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from eagle3.config import RunConfig, check_targets, flatten
+from eagle3.config import CONF, RunConfig, check_targets, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.runs.artefact import STATE, fingerprint, read_manifest
 from eagle3.runs.disk import instead_of, read_json, step_folders
@@ -35,6 +39,8 @@ RUNS_CODE = (
     "model.trust_remote_code", "target.python", "target.server_args", "benchmark.python",
     "benchmark.server_args", "benchmark.execute_code", "benchmark.execute_code_unconfined",
 )  # fmt: skip
+SWEEP = "multirun.yaml"  # what hydra writes into the folder of a sweep
+MADE: list[Path] = []  # folders that were not there before this process, an inner one first
 
 
 def is_run(path: str | Path) -> bool:
@@ -70,7 +76,47 @@ def command_to_resume(run_dir: Path, overrides: list[str], stages: Sequence[str]
         given_again = [f"++{key}={json.dumps(before[key])}" for key in RUNS_CODE if before.get(key)]
         listed = [f"stages=[{','.join(stages)}]"] if stages else []
         overrides = [f"train.resume={run_dir}", *listed, *given_again]
+    else:
+        overrides = differing(overrides)
     return shlex.join(["python", "run.py", *overrides])
+
+
+def differing(overrides: list[str]) -> list[str]:
+    """Those of a command line without which it would come to something else."""
+
+    def composed(given: list[str]) -> dict[str, Any] | None:
+        with suppress(HydraException):
+            return flatten(compose("run", ["name=x", *given]))
+
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
+        needed, whole = overrides, composed(overrides)
+        for each in overrides:
+            fewer = [other for other in needed if other is not each]
+            needed = fewer if composed(fewer) == whole else needed
+    return needed
+
+
+def missing(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextmanager
+def remove_unused(arguments: list[str]) -> Iterator[None]:
+    """At the block's end, remove the folders made in it in which no run has begun, as for a plan
+    or a refused config; the command line's `arguments` may name one that hydra will make.
+    """
+    for argument in arguments:
+        if argument.startswith(("hydra.run.dir=", "hydra.sweep.dir=")):
+            MADE.extend(missing(Path(argument.partition("=")[2])))
+    try:
+        yield
+    finally:
+        for folder in MADE:
+            with suppress(OSError):  # it is not empty, or gone
+                if [path.name for path in folder.iterdir()] == [SWEEP]:
+                    (folder / SWEEP).unlink()
+                folder.rmdir()
 
 
 def run_folder(resume: str, default: str) -> str:
@@ -85,8 +131,10 @@ def run_folder(resume: str, default: str) -> str:
         return resume
     for number in count(1):
         folder = Path(default if number == 1 else f"{default}-{number}")
+        new = missing(folder)
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
+            MADE.extend(new)
             return str(folder)
 
 
@@ -94,12 +142,28 @@ def run_folder(resume: str, default: str) -> str:
 OmegaConf.register_new_resolver("run_dir", run_folder, use_cache=True, replace=True)
 
 
-def claim(run_dir: Path) -> AbstractContextManager:
-    """Makes the folder this process's until it is closed. ConfigError where it is another's."""
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Makes the folder this process's in the block. ConfigError where it is another's.
+
+    If no run has begun there by its end, what was written on the way is removed.
+    """
     try:
-        return FileLock(run_dir / ".lock").acquire(timeout=0)
+        held = FileLock(run_dir / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
+    shown = run_dir / ".hydra"
+    with held:
+        known = shown.exists()
+        try:
+            yield
+        finally:
+            if not (known or (run_dir / "run.json").exists()):
+                shutil.rmtree(shown, ignore_errors=True)
+                (run_dir / ".lock").unlink(missing_ok=True)
+                if (run_dir.parent / SWEEP).exists():  # a job's folder is hydra's
+                    with suppress(OSError):
+                        run_dir.rmdir()
 
 
 def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
@@ -110,7 +174,7 @@ def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path
     shown["overrides"] = settings.overrides.task
     texts = {folder / f"{name}.yaml": OmegaConf.to_yaml(each) for name, each in shown.items()}
     if settings.mode == RunMode.MULTIRUN:
-        sweeps = Path(settings.sweep.dir).glob("multirun.yaml")  # not every sweeper's
+        sweeps = Path(settings.sweep.dir).glob(SWEEP)  # not every sweeper's
         texts |= {path: path.read_text() for path in sweeps}
     for path, text in texts.items():
         path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))

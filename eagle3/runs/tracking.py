@@ -128,8 +128,9 @@ def show_results(run_dir: Path, tracking: Tracking) -> None:
     tracking.write()
     report = write_report(run_dir)
     tracking.tracker.page(report)
-    tracking.console.print(summary(run_dir))
-    tracking.console.print(f"report: {report}")
+    if {"train", "benchmark"} & {*tracking.stages}:  # else the page has nothing new
+        tracking.console.print(summary(run_dir, tracking.stages))
+        tracking.console.print(f"report: {report}")
 
 
 def name_command(error: BaseException, command: str, console: Console) -> None:

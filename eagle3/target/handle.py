@@ -1,6 +1,7 @@
 """The target of a run: what it is, and the loaded model for as long as stages use it."""
 
 import gc
+import os
 import socket
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -27,6 +28,7 @@ class TargetHandle(AbstractContextManager):
             gpus = min(torch.cuda.device_count(), processes)
             section = section | {"dp_size": max(1, gpus // section.get("tp_size", 1))}
         self.spec, self.section, self.device, self.loaded = spec, section, device, None
+        self.said = False  # how documents go through it
         self.running: tuple[str, str] | None = None  # host and address of another process' engine
         # Whether the model is loaded into this process, and not into an engine's.
         self.in_process = get_class(section["_target_"]).in_process
@@ -55,6 +57,11 @@ class TargetHandle(AbstractContextManager):
             if self.running and self.running[0] == socket.gethostname():
                 section = section | {"url": self.running[1]}
             self.loaded = instantiate(section)(self.spec, self.device)
+            # Once a run: other processes are sent what was said.
+            if self.in_process and not self.said and os.environ.get("RANK", "0") == "0":
+                name = type(self.loaded.model).__name__
+                print(f"target: documents go {self.loaded.way} through {name}")
+            self.said = True
         return self.loaded
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:

@@ -150,8 +150,6 @@ class HFTarget:
             return gap(first_logits(texts), torch.cat(alone))
 
         self.pads_left = attempt(padding) <= self.tolerance
-        if os.environ.get("RANK", "0") == "0":
-            print(f"target: documents go {self.way} through {type(self.model).__name__}")
 
     def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
