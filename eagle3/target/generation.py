@@ -10,6 +10,7 @@ B texts, W tokens of a pass, S slots, G heads of keys and d their size, V vocabu
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -196,10 +197,11 @@ def answer(batch: TextBatch, take: Take, count: Callable[[int], Any]) -> Iterato
     """
     waiting: list[Text] = []
     while True:
-        while len(waiting) < AHEAD * batch.size and (taken := take()) is not None:
-            waiting.append(Text(*taken))
-        # Neighbours in length share a batch, as each text reads as many slots as the longest has.
-        waiting.sort(key=lambda text: len(text.prompt))
+        if not waiting:  # only then, or ever new long ones would always be before the short ones
+            ahead = iter(take, None)
+            waiting = [Text(*taken) for taken in islice(ahead, AHEAD * batch.size)]
+            # Neighbours in length share a batch: each text reads as many slots as the longest has.
+            waiting.sort(key=lambda text: len(text.prompt))
         new = [waiting.pop() for _ in range(min(len(waiting), batch.size - len(batch.texts)))]
         batch.add(new)
         if not batch.texts:
