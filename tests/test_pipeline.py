@@ -200,7 +200,7 @@ def test_a_failed_benchmark_is_repeated_alone(settings, tmp_path, monkeypatch, c
             run(short, run_dir)
     message, _, command = str(failed.value).partition("; when that is mended, go on with: ")
     assert message == "no more" and "held-out prompts" in capsys.readouterr().out
-    assert "no benchmark was run" in (run_dir / "report.html").read_text()
+    assert "no benchmark was measured" in (run_dir / "report.html").read_text()
     trained = losses(run_dir)
     overrides = shlex.split(command)[2:]
     assert overrides == [f"train.resume={run_dir}", "stages=[benchmark]"]

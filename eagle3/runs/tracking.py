@@ -128,8 +128,9 @@ def show_results(run_dir: Path, tracking: Tracking) -> None:
     tracking.write()
     report = write_report(run_dir)
     tracking.tracker.page(report)
-    if {"train", "benchmark"} & {*tracking.stages}:  # else the page has nothing new
-        tracking.console.print(summary(run_dir, tracking.stages))
+    tracking.console.print(summary(run_dir, tracking.stages))
+    # Of other runs the page has nothing new, unless that a stage is missing.
+    if tracking.left or {"train", "benchmark"} & {*tracking.stages}:
         tracking.console.print(f"report: {report}")
 
 
