@@ -95,9 +95,11 @@ def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
     tmp_path, error, said, printed
 ):
     console = Console(file=io.StringIO(), width=200)
+    config, *given = arguments(tmp_path, ["seed=3"])
+    config.stages = ["prepare", "generate"]
     with (
         pytest.raises(type(error)) as raised,
-        track_run(*arguments(tmp_path, ["seed=3"]), torch.device("cpu"), console) as tracking,
+        track_run(config, *given, torch.device("cpu"), console) as tracking,
     ):
         tracking.finish("prepare")
         raise error
