@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from eagle3.benchmark import measure, served
 from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject
-from eagle3.benchmark.served import Served, check_draft
+from eagle3.benchmark.served import Served
 from eagle3.benchmark.suites import Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
@@ -225,7 +225,8 @@ def test_a_draft_for_something_else(run, subject, python, tmp_path, change, word
         run("sglang", python)
     assert not list((tmp_path / "run").iterdir())
     if change is SPECULATORS:
-        check_draft(subject.draft_folder, subject.target.spec, VLLM())
+        vllm = instantiate(section("vllm"))
+        vllm.check_draft(subject.draft_folder, subject.target.spec)
 
 
 @runs
@@ -247,14 +248,14 @@ def test_settings_are_checked_before_anything_starts(name, python, monkeypatch, 
 
 def test_a_vllm_answer_is_cut_where_it_ends():
     drafted = {"num_spec_steps": 2, "per_step_accepted": [3, 2]}
-    reply = {"choices": [{"token_ids": [1] * 6, "text": ""}]}
+    reply = {"choices": [{"token_ids": [1] * 6, "text": "", "finish_reason": "length"}]}
     reply["metrics"] = {"generation_time_ms": 500, "speculative_decoding": drafted}
     answer = VLLM().read_reply(reply, 3)
     assert (answer.rounds, answer.emitted, answer.accepted_at) == (2, [4, 1], [2, 1, 1])
     reply["choices"][0]["token_ids"] = [1] * 9  # one round without a draft
     answer = VLLM().read_reply(reply, 3)
     assert (answer.rounds, answer.emitted, answer.accepted_at) == (3, [4, 3, 1], [2, 2, 1])
-    assert answer.seconds == 0.5
+    assert answer.seconds == 0.5 and answer.truncated
 
 
 def test_a_server_that_captures(subject):

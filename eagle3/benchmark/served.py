@@ -59,12 +59,21 @@ class Served(Request):
         given = self.url and self.alone_url
         return None if given else self.engine.find(self.python, "benchmark.python")
 
-    def check_draft(self, folder: Path, target: TargetSpec) -> None:
-        check_draft(folder, target, self.engine)
+    def check_draft(self, folder: Path, target: TargetSpec) -> DraftConfig:
+        """The draft's shape. RunError unless the engine reads its form, and it is of this target."""
+        files, engine = read_any(folder), self.engine
+        if files.is_speculators and not engine.reads_speculators:
+            raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
+        form = [] if files.is_speculators else rules.architecture(files, target)
+        # Not all rules: what only draws down acceptance is measured, and `check` says why.
+        for finding in (*rules.shape(files, target), *form):
+            if finding.severity == "wrong" and engine.name.lower() in finding.engines:
+                raise RunError(f"draft at {folder}: {finding.sentence}")
+        return files.shape
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        shape = check_draft(subject.draft_folder, subject.target.spec, self.engine)
+        shape = self.check_draft(subject.draft_folder, subject.target.spec)
         self.whole_vocabulary = shape.draft_vocab_size == shape.vocab_size
         facts = {"runner": self.engine.name.lower(), "version": self.find_engine()}
         facts |= {key: getattr(self, key) for key in ("tp_size", "server_args", "url", "alone_url")}
@@ -143,26 +152,10 @@ class Served(Request):
             response = await client.post(self.address + self.engine.generate_path, json=body)
             reason = f"HTTP {response.status_code} {response.text[:300]}"
             if response.status_code == 200:
-                reply = response.json()
-                answer = self.engine.read_reply(reply, steps)
-                answer.truncated = self.engine.is_truncated(reply)
-                return answer
+                return self.engine.read_reply(response.json(), steps)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()
         if self.server is not None:
             self.server.check(DEATH_SECONDS)
         limit = f"benchmark.timeout={self.timeout:g}"
         raise RunError(f"{self.address} gave no usable answer within {limit}: {reason}")
-
-
-def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> DraftConfig:
-    """The draft's shape. RunError unless the engine reads its form, and it is of this target."""
-    files = read_any(folder)
-    if files.is_speculators and not engine.reads_speculators:
-        raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
-    form = [] if files.is_speculators else rules.architecture(files, target)
-    # Not all rules: what only draws down acceptance is measured, and `check` says why.
-    for finding in (*rules.shape(files, target), *form):
-        if finding.severity == "wrong" and engine.name.lower() in finding.engines:
-            raise RunError(f"draft at {folder}: {finding.sentence}")
-    return files.shape

@@ -41,7 +41,7 @@ class Answer:
 
 
 def answer_of_rounds(
-    ids: list[int], text: str, accepted: list[int], steps: int, seconds: float
+    ids: list[int], text: str, accepted: list[int], steps: int, seconds: float, truncated=False
 ) -> Answer:
     """An answer by what each round `accepted`; what lies behind the end of `ids` does not count."""
     emitted: list[int] = []
@@ -54,7 +54,7 @@ def answer_of_rounds(
     accepted_at = [sum(count >= position for count in inside) for position in range(1, steps + 1)]
     # Engines stop drafting close to the end of the context: a token a round.
     emitted += [1] * left
-    return Answer(ids, len(emitted), accepted_at, seconds, text, emitted)
+    return Answer(ids, len(emitted), accepted_at, seconds, text, emitted, truncated)
 
 
 def is_loop(ids: list[int]) -> bool:

@@ -49,8 +49,9 @@ class VLLM(Engine):
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
         ids, text, timing = choice["token_ids"], choice["text"], reply.get("metrics") or {}
+        truncated = choice["finish_reason"] == "length"
         if len(ids) < 2:
-            return answer_of_rounds(ids, text, [], steps, 0.0)
+            return answer_of_rounds(ids, text, [], steps, 0.0, truncated)
         if timing.get("generation_time_ms") is None:
             raise RunError("no speed is reported: start vLLM with --enable-per-request-metrics")
         accepted: list[int] = []
@@ -61,10 +62,8 @@ class VLLM(Engine):
                 flag = "--per-request-spec-decode-metrics detailed"
                 raise RunError(f"no acceptance is reported: start vLLM with {flag}")
         # Its counts go on behind the end of the answer, where these are cut.
-        return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
-
-    def is_truncated(self, reply: dict[str, Any]) -> bool:
-        return reply["choices"][0]["finish_reason"] == "length"
+        seconds = timing["generation_time_ms"] / 1000
+        return answer_of_rounds(ids, text, accepted, steps, seconds, truncated)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""
