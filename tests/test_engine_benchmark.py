@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, edit_model, write_jsonl
+from conftest import ROOT, compose_config, edit_model
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
@@ -62,13 +62,13 @@ def subject(tmp_path):
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft/config.json").write_text(json.dumps(draft | SHAPE))
     save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
-    prompts = ({"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1))
-    heldout = write_jsonl(tmp_path / "heldout.jsonl", *prompts)
+    prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
     data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto", path="x")
     words = {"decode": lambda ids, **options: "".join(map(chr, ids))}
     tokenizer = SimpleNamespace(added_tokens_decoder={}, **words)
     chat = SimpleNamespace(template="", tokenizer=tokenizer, **words)
-    return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, heldout)
+    prepared = SimpleNamespace(heldout=prompts)
+    return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, prepared)
 
 
 @pytest.fixture

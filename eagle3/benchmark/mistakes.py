@@ -79,9 +79,7 @@ def read_with(
 
 
 def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
-    """The draft without each likely mistake, the same object every time, and words for what is
-    changed in it; `theta` is the target's.
-    """
+    """Words for a likely mistake, and the draft (one object) without it; the target's `theta`."""
     own, config = copy.deepcopy(draft.state_dict()), draft.config
     for words, tensors in repairs(own, config.head_dim, config.vocab_size):
         draft.load_state_dict(own | tensors)

@@ -13,9 +13,7 @@ PROMPT_LETTERS = 600  # of a question, its end
 
 
 def samples(configs: list[list[int]], trials: dict, chat: Chat) -> dict[str, list[dict[str, Any]]]:
-    """The first answers of each suite under the first config that drafts and was measured; `trials`
-    by config and suite. None from an engine that doesn't report rounds.
-    """
+    """By suite, its first answers under the first config that drafts; none without their rounds."""
     drafting = [config for config in configs if config[1] > 0 and tuple(config) in trials]
     suites = trials[tuple(drafting[0])] if drafting else {}
     shown: dict[str, list[dict[str, Any]]] = {}

@@ -60,7 +60,7 @@ class Served(Request):
         return None if given else self.engine.find(self.python, "benchmark.python")
 
     def check_draft(self, folder: Path, target: TargetSpec) -> DraftConfig:
-        """The draft's shape. RunError unless the engine reads its form, and it is of this target."""
+        """The draft's shape. RunError unless the engine reads it, and it is of this target."""
         files, engine = read_any(folder), self.engine
         if files.is_speculators and not engine.reads_speculators:
             raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")

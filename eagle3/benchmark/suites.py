@@ -143,10 +143,7 @@ def load_questions(name: str, path: str | None, cache: str) -> list[Question]:
 
 
 def draw(questions: list[Question], count: int | None, seed: int) -> list[Question]:
-    """`count` of them, as many of each category as can be, in their order; None: all.
-
-    Of a larger count, those of a smaller one are a part.
-    """
+    """`count` of them (None: all), even over categories, in their order; more hold the fewer."""
     order = random.Random(seed).sample(range(len(questions)), len(questions))
     before, rank = Counter(), {}
     for index in order:

@@ -117,12 +117,6 @@ def curve(trained: list[dict], key: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def templates() -> Environment:
-    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
-    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-
-
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
@@ -130,20 +124,22 @@ def write_report(run_dir: Path) -> Path:
     last = next((row for row in logged if "loss" in row), {})
     training = {key: value for key, value in last.items() if "/" not in key}
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
-    warned = [row for row in rows if row.get("warning")]
-    warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in warned]
+    warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
+    warnings += missing(run, benchmark, evaluation or training)
     facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
-    values["warnings"] = warnings + missing(run, benchmark, evaluation or training)
-    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell}
-    values |= {"rows": rows, "samples": benchmark.get("samples", {})}
+    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}
+    values |= {"warnings": warnings, "samples": benchmark.get("samples", {})}
     for row in rows:
-        row |= {"cells": cells(row), "costless": best_without_draft(row)}
+        row |= {"cells": cells(row), "costless": best_without_draft(row)[0]}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
-    page = templates().get_template("page.html")
+    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
+    pages = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = pages.get_template("page.html").render(values, plots=read_plots(run_dir), yaml=dump)
     path = run_dir / "report.html"
-    path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -173,21 +169,21 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
-def best_without_draft(row: dict) -> float | None:
-    """The highest acceptance length of what drafts without a model."""
-    return max((row[key] for key in COSTLESS if row.get(key) is not None), default=None)
+def best_without_draft(row: dict) -> tuple[float | None, str]:
+    """The highest acceptance length of what drafts without a model, and what reaches it."""
+    known = [(row[key], words) for key, words in COSTLESS.items() if row.get(key) is not None]
+    return max(known, default=(None, ""))
 
 
 def beaten(rows: list[dict]) -> str:
     """Where the draft is worth less than what drafts without a model, in words; "" for nowhere."""
     places = []
     for row in rows:
+        best, words = best_without_draft(row)
         # To the digits that are shown, so that no two equal numbers are told apart.
-        own = round(row.get("acceptance_length") or 0, 2)
-        costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
-        words = max(costless, key=costless.get)
-        if row["config"][1] > 0 and costless[words] > own:
-            places.append(f"on {row['suite']} by {words} ({costless[words]:.2f} against {own:.2f})")
+        best, own = round(best or 0, 2), round(row.get("acceptance_length") or 0, 2)
+        if row["config"][1] > 0 and best > own:
+            places.append(f"on {row['suite']} by {words} ({best:.2f} against {own:.2f})")
     places = list(dict.fromkeys(places))  # several batches of a suite often agree
     return f"What needs no draft beats this one: {', '.join(places)}." if places else ""
 
@@ -241,9 +237,7 @@ def cell(key: str, value: Any) -> str:
 
 
 def summary(run_dir: Path, stages: list[str]) -> Group:
-    """What these stages of a run achieved, for a terminal of 80 columns: on held-out prompts, and
-    measured. What its folder has of earlier stages was shown by them.
-    """
+    """What these stages achieved, for a terminal of 80 columns; earlier ones have shown theirs."""
     evaluation = read_json(run_dir / "evaluation.json") if "train" in stages else {}
     rows = benchmark_rows(read_json(run_dir / "benchmark.json")) if "benchmark" in stages else []
     tables = []
@@ -257,9 +251,8 @@ def summary(run_dir: Path, stages: list[str]) -> Group:
         columns = [key for key in benchmark_columns(rows) if key in SHOWN]
         for key in columns:
             table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
-        for row in rows:
+        for shown in map(cells, rows):
             # Text, because a suite's name may hold what rich takes for markup.
-            shown = cells(row)
             table.add_row(*[Text(shown[key]) for key in columns])
         tables.append(table)
     first, last = ([Text(words)] if words else [] for words in (beaten(rows), truncated(rows)))
