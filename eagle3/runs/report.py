@@ -117,6 +117,12 @@ def curve(trained: list[dict], key: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
+def templates() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
+    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
@@ -134,12 +140,9 @@ def write_report(run_dir: Path) -> Path:
     for row in rows:
         row |= {"cells": cells(row), "costless": best_without_draft(row)[0]}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
-    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
-    pages = Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = pages.get_template("page.html").render(values, plots=read_plots(run_dir), yaml=dump)
+    page = templates().get_template("page.html")
     path = run_dir / "report.html"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(page.render(values, plots=read_plots(run_dir), yaml=dump), encoding="utf-8")
     return path
 
 
@@ -202,14 +205,10 @@ def cells(row: dict) -> dict[str, str]:
     """A row of the benchmark as shown, its rates in as many digits as their ratio, the speedup."""
     shown = {key: cell(key, row.get(key)) for key in TITLES}
     rates = [row.get(key) for key in RATES]
-    if None not in (*rates, row.get("speedup")):
-
-        def ratio(digits: int) -> str:
-            fast, slow = (round(rate, digits) for rate in rates)
-            return cell("speedup", fast / slow) if slow else ""
-
-        digits = next((n for n in range(4) if ratio(n) == shown["speedup"]), 0)
-        shown |= {key: f"{row[key]:,.{digits}f}" for key in RATES}
+    for digits in range(4) if None not in rates else ():
+        fast, slow = (round(rate, digits) for rate in rates)
+        if slow and cell("speedup", fast / slow) == shown["speedup"]:
+            return shown | {key: f"{row[key]:,.{digits}f}" for key in RATES}
     return shown
 
 
