@@ -331,15 +331,7 @@ def test_losslessness_and_nothing_accepted(tmp_path, capsys):
     assert none["warning"] in capsys.readouterr().out
 
 
-def test_answers_are_scored(tmp_path):
-    """The echo of the last number of the prompt is right where the question holds the answer."""
-    rows = ({"question": f"What is {i}?", "answer": f"It is\n#### {i % 2}"} for i in range(4))
-    paths = {"gsm8k": str(write_jsonl(tmp_path / "g.jsonl", *rows))}
-    changed = {"paths": paths, "max_new_tokens": 60}
-    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], **changed)["suites"]["gsm8k"]
-    assert (row["score"], row["baseline_score"], row["num_scored"]) == (0.5, 0.5, 4)
-
-
+# The last number of a prompt, which is echoed, is right where the question holds the answer.
 CUT = [(1000, 0, (0.5, 0.5, 4)), (33, 2, (0.0, 0.0, 2)), (1, 4, (None, None, 0))]
 
 

@@ -98,17 +98,16 @@ def test_death_at_the_start_has_its_cause(serve, dying, words):
         pass
 
 
-NO_SGLANG = "(ModuleNotFoundError: No module named 'sglang')"
+NO_SGLANG = (
+    "Error while finding module specification for 'a.b' (ModuleNotFoundError: No module named"
+)
 CAUSES = [
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.", "out of memory"),
     ("RuntimeError: Not enough memory. Please try to", "change mem_fraction_static"),
     ("Free memory (3/139 GiB) on startup is less than desired GPU memory", "out of memory"),
     ("RuntimeError: The memory capacity is unbalanced. Some GPUs may be", "out of memory"),
     ("[Errno 98] error while attempting to bind: address already in use", "port is taken"),
-    (
-        f"Error while finding module specification for 'a.b' {NO_SGLANG}",
-        "package sglang is missing",
-    ),
+    (f"{NO_SGLANG} 'sglang')", "package sglang is missing"),
     ("WARNING: No module named 'flash_attn', using another backend", "it was killed"),
     ("(EngineCore pid=3) ERROR ValueError: no EAGLE here", "ValueError: no EAGLE here"),
     ("Model architectures ['FooForCausalLM'] are not supported.", "model's architecture"),

@@ -108,19 +108,12 @@ class Engine:
         words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
-    def serve_command(
-        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
-    ) -> list[list[str]]:
+    def serve_command(self, target: str, draft: str | None, length: int) -> list[list[str]]:
         """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
-        tree = (draft_length, 1, draft_length + 1)
-        drafting = self.draft_options(draft, tree) if draft else {}
-        return [
-            [program(self.name.lower(), "python"), "-m", self.module],
-            [self.launch_flags[0], target],
-            *([flag, str(value)] for flag, value in drafting.items()),
-            ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])],
-            more,
-        ]
+        drafting = self.draft_options(draft, (length, 1, length + 1)) if draft else {}
+        start = [program(self.name.lower(), "python"), "-m", self.module]
+        flags = {self.launch_flags[0]: target} | drafting
+        return [start, *([flag, str(value)] for flag, value in flags.items())]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:
