@@ -271,6 +271,23 @@ def test_a_server_that_captures(subject):
         SGLang().capture_command(Launch(launch.model, "", 1, server_args=("--pp-size=2",)), capture)
 
 
+ALL_TOKENS = {"sglang": {"top_k": -1, "max_new_tokens": 9}, "vllm": {"top_k": 0, "max_tokens": 9}}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_nothing_but_the_temperature_shapes_what_is_drawn(name):
+    request = instantiate(section(name, temperature=0.5))
+
+    async def post_all(bodies, batch, steps):
+        return bodies
+
+    request.post_all = post_all
+    (body,) = request.answer([1, 0, 0, 0], [[4]], Setup(9, stop=("x",)))
+    wanted = {"temperature": 0.5, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    wanted |= ALL_TOKENS[name] | {"stop": ["x"]}
+    assert wanted.items() <= body.get("sampling_params", body).items() and [4] in body.values()
+
+
 DRAWN = {"sglang": "--speculative-use-rejection-sampling", "vllm": '"probabilistic"'}
 
 

@@ -63,16 +63,10 @@ def check(
     findings.sort(key=lambda finding: ("wrong", "warning", "note").index(finding.severity))
     decoded = {"num_prompts": section.num_prompts, "max_new_tokens": section.max_new_tokens}
     decoded |= {"draft_length": draft_length, "acceptance_length": lengths, "other_ways": ways}
-    content = {
-        "draft": str(folder),
-        "target": target.spec.path,
-        "weights": files.weights,
-        "speculators_form": files.is_speculators,
-        "engines": section.engines,
-        "layers": readings(files, target.spec.num_layers),
-        "findings": findings,
-        "decoded": decoded if lengths else None,
-    }
+    content = {"draft": str(folder), "target": target.spec.path, "weights": files.weights}
+    content |= {"speculators_form": files.is_speculators, "engines": section.engines}
+    content |= {"layers": readings(files, target.spec.num_layers), "findings": findings}
+    content["decoded"] = decoded if lengths else None
     (run_dir / "check.json").write_text(json.dumps(content, indent=1, default=asdict))
     errors = []
     for finding in findings:

@@ -11,7 +11,7 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.suites import Setup
 from eagle3.config import Within, instantiate
 from eagle3.draft.model import DraftConfig
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import rules
@@ -134,8 +134,9 @@ class Served(Request):
             raise RunError(f"no server answers at {self.address} ({error})") from error
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
-        limits = (setup.max_new_tokens, setup.stop, self.temperature)
-        bodies = [self.engine.request_body(prompt, *limits) for prompt in prompts]
+        sampling = UNSHAPED | {"temperature": self.temperature, "stop": list(setup.stop)}
+        given = (setup.max_new_tokens, sampling)
+        bodies = [self.engine.request_body(prompt, *given) for prompt in prompts]
         return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
     async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
@@ -96,13 +96,10 @@ class SGLang(Engine):
         }
         return options | ({"--speculative-use-rejection-sampling": True} if sampled else {})
 
-    def request_body(
-        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
-    ) -> dict[str, Any]:
-        """The JSON posted to `generate_path`."""
-        sampling = UNSHAPED | {"top_k": -1, "temperature": temperature, "stop": list(stop)}
-        sampling["max_new_tokens"] = max_new_tokens
-        return {"input_ids": prompt, "sampling_params": sampling}
+    def request_body(self, prompt: list[int], max_new_tokens: int, sampling: dict) -> dict:
+        """The JSON posted to `generate_path`; `sampling`: what engines spell alike."""
+        more = {"top_k": -1, "max_new_tokens": max_new_tokens}
+        return {"input_ids": prompt, "sampling_params": sampling | more}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         """Raises RunError where the reply lacks the counters of the request."""

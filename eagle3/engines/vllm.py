@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import RunError
 
 POSITION = r'(?m)^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"'
@@ -38,13 +38,10 @@ class VLLM(Engine):
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}
 
-    def request_body(
-        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
-    ) -> dict[str, Any]:
+    def request_body(self, prompt: list[int], max_new_tokens: int, sampling: dict) -> dict:
         # 0 is all of the vocabulary here, -1 in SGLang.
-        sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
-        sampling |= {"max_tokens": max_new_tokens, "return_token_ids": True}
-        return {"prompt": prompt} | sampling
+        more = {"top_k": 0, "max_tokens": max_new_tokens, "return_token_ids": True}
+        return {"prompt": prompt} | sampling | more
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]

@@ -44,9 +44,7 @@ Line = list[tuple[float, float]]
 class Plot:
     """Lines by label, and where they lie on a drawing whose y axis begins at `floor`, if given."""
 
-    def __init__(
-        self, lines: dict[str, Line], floor: float | None = None, width: float = 420, height=270.0
-    ):
+    def __init__(self, lines: dict[str, Line], floor: float | None = None, width=420, height=270):
         self.lines, self.floor, self.width, self.height = lines, floor, width, height
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
