@@ -54,9 +54,13 @@ def conversation(row: dict) -> Question:
     """`id` and `input_ids` of `prepare`, one `prompt` or several, or any conversation."""
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])  # behind a template already
-    if row.get("prompt") is None or "messages" in row:
-        return Question(read_conversation(row).messages)
-    return user_turns(*listed(row["prompt"]))
+    if row.get("prompt") is not None and "messages" not in row:
+        row = {"turns": listed(row["prompt"])}
+    messages = read_conversation(row).messages
+    roles = [message["role"] for message in messages]
+    # Of questions in turn the first is asked, and each other one behind the answers.
+    first = len(roles) if "assistant" in roles else roles.index("user") + 1
+    return Question(messages[:first], [message["content"] for message in messages[first:]])
 
 
 def listed(texts: str | list[str]) -> list[str]:
