@@ -156,7 +156,7 @@ def address(python, tmp_path):
         port = choose_port(None, "port")
         command = [python, "-m", modules[name], "--port", str(port), *flags]
         log = tmp_path / f"{len(started)}.log"
-        server = Server(command, f"http://127.0.0.1:{port}", {}, log, 30, "/health")
+        server = Server(command, f"http://127.0.0.1:{port}", {}, log, 30)
         started.append(server.__enter__())
         return server.url
 

@@ -112,8 +112,8 @@ class Served(Request):
         batch = max(config[0] for config in self.configs)
         command = engine.benchmark_command(launch, options, batch, subject.seed)
         log = self.run_dir / ("-".join(map(str, [engine.name.lower(), *drafting])) + ".log")
-        url, waits = f"http://127.0.0.1:{port}", (self.ready_seconds, engine.health_path)
-        return Server(command, url, {}, log, *waits, engine.name).__enter__()
+        url = f"http://127.0.0.1:{port}"
+        return Server(command, url, {}, log, self.ready_seconds, engine.name).__enter__()
 
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         if self.url:

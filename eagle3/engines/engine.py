@@ -77,7 +77,6 @@ class Engine:
     versions: ClassVar[str]
     module: ClassVar[str]
     launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
-    health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
     reads_speculators: ClassVar[bool]
