@@ -1,7 +1,7 @@
 """`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -38,8 +38,7 @@ class Served(Request):
     timeout: Annotated[float, Within(1, 1e6)]
 
     in_process: ClassVar[bool] = False
-    server: Server | None = field(default=None, init=False)
-    drafting: Drafting | None = field(default=None, init=False)
+    server = drafting = None  # the server that was started, and how it drafts
 
     def __post_init__(self):
         super().__post_init__()
