@@ -53,8 +53,7 @@ def load_tasks(request: Request, subject: Subject) -> list[Task]:
     tasks, data = [], subject.data
     for name, count in map(parse_suite, request.suites):
         setup = setup_of(request.protocol, name, request.system_prompt, data.system_prompt)
-        if request.max_new_tokens is not None:
-            setup = replace(setup, max_new_tokens=request.max_new_tokens)
+        setup = replace(setup, max_new_tokens=request.max_new_tokens or setup.max_new_tokens)
         task, path = Task(name, setup, count), request.paths.get(name)
         held_out = name == "heldout" and path is None
         if held_out and not names_data(data):

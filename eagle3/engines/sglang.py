@@ -11,9 +11,8 @@ from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_ro
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
-CAPTURE_CONFLICTS = (
-    "--enable-dp-attention", "--enable-mixed-chunk", "--pp-size", "--pipeline-parallel-size"
-)  # fmt: skip
+CAPTURE_CONFLICTS = {"--enable-dp-attention", "--enable-mixed-chunk", "--pp-size"}
+CAPTURE_CONFLICTS |= {"--pipeline-parallel-size"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.text import Text
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
 
+RATES = ("tokens_per_second", "baseline_tokens_per_second")
 # The columns of the benchmark, in their order.
 TITLES = {
     "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
@@ -31,10 +32,8 @@ TITLES = {
     "bigram": "acceptance, bigram", "prompt_lookup": "acceptance, prompt look-up",
 }  # fmt: skip
 # As many as fit into 80 columns of a terminal.
-SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
-SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score", *RATES}
 COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
-RATES = ("tokens_per_second", "baseline_tokens_per_second")
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
