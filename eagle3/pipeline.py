@@ -160,7 +160,6 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             check(config.check, subject, attention, config.eval.draft_length, run_dir)
             tracking.finish("check")
         if "benchmark" in listed:
-            subject.heldout = prepared and prepared.path / "heldout.jsonl"
             subject.prepared = prepared
             benchmark(request, tasks, subject, run_dir)
     return read_acceptance(run_dir)

@@ -68,6 +68,10 @@ class Words:
 
 
 class Prepared(list):
+    """The texts that were prepared; `heldout` prompts."""
+
+    heldout = ()
+
     def document(self, index):
         return index, self[index], None
 
@@ -78,13 +82,12 @@ def no_process(monkeypatch):
     monkeypatch.setattr(measure, "device_name", str)
 
 
-def subject_of(folder, target=None, eval_path=None, heldout=None, prepared=None):
+def subject_of(folder, target=None, eval_path=None, prepared=None):
     data = SimpleNamespace(eval_path=eval_path, system_prompt="as prepared", chat_template="auto")
     data.path, data.sources = "conversations", {}
     spec = SimpleNamespace(config=None, aux_layer_ids=[1, 2, 3])
     handle = SimpleNamespace(spec=spec, device=torch.device("cpu"), load=lambda: target)
-    texts = prepared and Prepared(prepared)
-    return Subject(folder / "draft", handle, Words(), data, str(folder), 0, heldout, texts)
+    return Subject(folder / "draft", handle, Words(), data, str(folder), 0, prepared)
 
 
 @dataclass(kw_only=True)
@@ -137,11 +140,11 @@ def measured(folder, configs, suites, log=None, **changed):
 
 
 def decoded(folder, target, prompts=(), subject=None, **changed):
-    """benchmark.json by the built-in decoder with a random draft, on held-out `prompts`."""
+    """benchmark.json by the built-in decoder with a random draft, on a suite of `prompts`."""
     lines = ({"id": f"h{i}", "input_ids": ids} for i, ids in enumerate(prompts))
-    path = write_jsonl(folder / "heldout.jsonl", *lines)
-    subject = subject_of(folder, target, **{"heldout": path} | (subject or {}))
-    changed = {"suites": ["heldout"], "max_new_tokens": 6} | changed
+    paths = {"heldout": str(write_jsonl(folder / "mine.jsonl", *lines))} if prompts else {}
+    subject = subject_of(folder, target, **subject or {})
+    changed = {"suites": ["heldout"], "max_new_tokens": 6, "paths": paths} | changed
     vocab_size, hidden = target.embedding.shape
     config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
     whole = torch.ones(vocab_size, dtype=torch.bool)
@@ -328,15 +331,7 @@ def test_losslessness_and_nothing_accepted(tmp_path, capsys):
     assert none["warning"] in capsys.readouterr().out
 
 
-def test_answers_are_scored(tmp_path):
-    """The echo of the last number of the prompt is right where the question holds the answer."""
-    rows = ({"question": f"What is {i}?", "answer": f"It is\n#### {i % 2}"} for i in range(4))
-    paths = {"gsm8k": str(write_jsonl(tmp_path / "g.jsonl", *rows))}
-    changed = {"paths": paths, "max_new_tokens": 60}
-    (row,) = measured(tmp_path, [[1, 2, 1, 3]], ["gsm8k"], **changed)["suites"]["gsm8k"]
-    assert (row["score"], row["baseline_score"], row["num_scored"]) == (0.5, 0.5, 4)
-
-
+# The last number of a prompt, which is echoed, is right where the question holds the answer.
 CUT = [(1000, 0, (0.5, 0.5, 4)), (33, 2, (0.0, 0.0, 2)), (1, 4, (None, None, 0))]
 
 
@@ -405,9 +400,13 @@ def test_code_runs_only_where_that_was_asked_for(tmp_path, monkeypatch, execute_
 
 
 def test_builtin_reports_every_suite_and_config(tmp_path):
-    prompts, configs = [[0, 3], [1, 3], [2, 3]], [[1, 2, 1, 3], [1, 0, 0, 0]]
-    texts = {"prepared": [torch.arange(10), torch.tensor([3, 5])]}
-    result = decoded(tmp_path, Cycle(), prompts, texts, configs=configs, suites=["heldout:2"])
+    configs, prepared = (
+        [[1, 2, 1, 3], [1, 0, 0, 0]],
+        Prepared([torch.arange(10), torch.tensor([3, 5])]),
+    )
+    prepared.heldout = [{"id": f"h{i}", "input_ids": [i, 3]} for i in range(3)]
+    given = {"configs": configs, "suites": ["heldout:2"]}
+    result = decoded(tmp_path, Cycle(), subject={"prepared": prepared}, **given)
     row, alone = result["suites"]["heldout"]
     assert row["num_prompts"] == 2 and row["config"] == configs[0] and row["lossless"] is True
     assert row["bigram"] == 5 / 2 and row["prompt_lookup"] == 1
@@ -454,7 +453,7 @@ def test_heldout_behind_another_system_prompt_needs_conversations(tmp_path):
 def trial(*answers, prompt=(0,), seconds=1.0):
     """A question answered by (ids, emitted, accepted) in turn."""
     generations = [Generation(*map(list, answer), seconds) for answer in answers]
-    given = [read(generation, 3, (), Words()) for generation in generations]
+    given = [read(generation, 3, Setup(99), Words(), set()) for generation in generations]
     return Trial(Question(), [list(prompt)] * len(answers), given, seconds * len(answers))
 
 
@@ -547,7 +546,7 @@ CUTS = [
 @pytest.mark.parametrize("stop, length, emitted, accepted", CUTS)
 def test_a_generation_is_cut_where_a_stop_text_is_complete(stop, length, emitted, accepted):
     whole = Generation([ord(letter) for letter in "abcdefgh"], [3, 3, 1], [2, 2, 0], 3.0)
-    answer = read(whole, 2, (stop,), Words())
+    answer = read(whole, 2, Setup(99, stop=(stop,)), Words(), set())
     assert answer.ids == whole.ids[:length] and answer.emitted == emitted
     assert answer.accepted_at == [sum(count >= k for count in accepted) for k in (1, 2)]
     assert answer.seconds == answer.rounds == len(emitted)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, edit_model, write_jsonl
+from conftest import ROOT, compose_config, edit_model
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import LlamaConfig
@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from eagle3.benchmark import measure, served
 from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject
-from eagle3.benchmark.served import Served, check_draft
+from eagle3.benchmark.served import Served
 from eagle3.benchmark.suites import Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
@@ -62,13 +62,13 @@ def subject(tmp_path):
     (tmp_path / "draft").mkdir()
     (tmp_path / "draft/config.json").write_text(json.dumps(draft | SHAPE))
     save_file({"norm.weight": torch.ones(16)}, tmp_path / "draft/model.safetensors")
-    prompts = ({"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1))
-    heldout = write_jsonl(tmp_path / "heldout.jsonl", *prompts)
+    prompts = [{"id": f"p{first}", "input_ids": [first, 7]} for first in (0, 1, 2, 3, 1)]
     data = SimpleNamespace(eval_path=None, system_prompt=None, chat_template="auto", path="x")
     words = {"decode": lambda ids, **options: "".join(map(chr, ids))}
     tokenizer = SimpleNamespace(added_tokens_decoder={}, **words)
     chat = SimpleNamespace(template="", tokenizer=tokenizer, **words)
-    return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, heldout)
+    prepared = SimpleNamespace(heldout=prompts)
+    return Subject(tmp_path / "draft", target, chat, data, str(tmp_path), 0, prepared)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def address(python, tmp_path):
         port = choose_port(None, "port")
         command = [python, "-m", modules[name], "--port", str(port), *flags]
         log = tmp_path / f"{len(started)}.log"
-        server = Server(command, f"http://127.0.0.1:{port}", {}, log, 30, "/health")
+        server = Server(command, f"http://127.0.0.1:{port}", {}, log, 30)
         started.append(server.__enter__())
         return server.url
 
@@ -225,7 +225,8 @@ def test_a_draft_for_something_else(run, subject, python, tmp_path, change, word
         run("sglang", python)
     assert not list((tmp_path / "run").iterdir())
     if change is SPECULATORS:
-        check_draft(subject.draft_folder, subject.target.spec, VLLM())
+        vllm = instantiate(section("vllm"))
+        vllm.check_draft(subject.draft_folder, subject.target.spec)
 
 
 @runs
@@ -247,14 +248,14 @@ def test_settings_are_checked_before_anything_starts(name, python, monkeypatch, 
 
 def test_a_vllm_answer_is_cut_where_it_ends():
     drafted = {"num_spec_steps": 2, "per_step_accepted": [3, 2]}
-    reply = {"choices": [{"token_ids": [1] * 6, "text": ""}]}
+    reply = {"choices": [{"token_ids": [1] * 6, "text": "", "finish_reason": "length"}]}
     reply["metrics"] = {"generation_time_ms": 500, "speculative_decoding": drafted}
     answer = VLLM().read_reply(reply, 3)
     assert (answer.rounds, answer.emitted, answer.accepted_at) == (2, [4, 1], [2, 1, 1])
     reply["choices"][0]["token_ids"] = [1] * 9  # one round without a draft
     answer = VLLM().read_reply(reply, 3)
     assert (answer.rounds, answer.emitted, answer.accepted_at) == (3, [4, 3, 1], [2, 2, 1])
-    assert answer.seconds == 0.5
+    assert answer.seconds == 0.5 and answer.truncated
 
 
 def test_a_server_that_captures(subject):
@@ -268,6 +269,23 @@ def test_a_server_that_captures(subject):
     assert "--disable-radix-cache" in line and "--trust-remote-code" not in line
     with pytest.raises(ConfigError, match="--pp-size=2 does not go with"):
         SGLang().capture_command(Launch(launch.model, "", 1, server_args=("--pp-size=2",)), capture)
+
+
+ALL_TOKENS = {"sglang": {"top_k": -1, "max_new_tokens": 9}, "vllm": {"top_k": 0, "max_tokens": 9}}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_nothing_but_the_temperature_shapes_what_is_drawn(name):
+    request = instantiate(section(name, temperature=0.5))
+
+    async def post_all(bodies, batch, steps):
+        return bodies
+
+    request.post_all = post_all
+    (body,) = request.answer([1, 0, 0, 0], [[4]], Setup(9, stop=("x",)))
+    wanted = {"temperature": 0.5, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    wanted |= ALL_TOKENS[name] | {"stop": ["x"]}
+    assert wanted.items() <= body.get("sampling_params", body).items() and [4] in body.values()
 
 
 DRAWN = {"sglang": "--speculative-use-rejection-sampling", "vllm": '"probabilistic"'}

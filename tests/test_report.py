@@ -144,11 +144,8 @@ def test_the_page(tmp_path):
     expected |= {"speedup": ["1.52×", "1.93×", "1.20×"], "acceptance, bigram": ["1.18"] * 3}
     expected |= {"acceptance, loops left out": ["2.22"] * 3, "answers": ["64"], "update": ["40"]}
     expected |= {"system prompt": [EVIL], "max new tokens": ["20,000"], "documents": ["12"]}
-    expected |= {
-        "tokens per second": ["1,040"],
-        "peak memory": ["2.15 GB"],
-        "temperature": ["0.00"],
-    }
+    expected |= {"tokens per second": ["1,040"], "peak memory": ["2.15 GB"]}
+    expected |= {"temperature": ["0.00"]}
     assert expected.items() <= parsed.table.items()
     assert parsed.table["95 % interval"][0] == "2.31 – 2.51"
     assert [svg["aria-label"] for svg in parsed.named("svg")] == [
@@ -173,13 +170,8 @@ def test_words_have_their_meaning_on_hover_and_at_the_end(tmp_path):
 LOOK_UPS = [
     ({}, "1.31 and a bigram 1.18.", "1.31", ""),
     ({"bigram": None}, "1.31. The output", "1.31", ""),
-    (
-        {"bigram": 3.1, "prompt_lookup": 3},
-        "3.00 and",
-        "3.10",
-        "on a by a bigram (3.10 against 2.00)",
-    ),
-    ({"prompt_lookup": 2.5}, "2.50 and", "2.50", "on a by prompt look-up (2.50 against 2.00)"),
+    ({"bigram": 3.1, "prompt_lookup": 3}, "3.00 and", "3.10", "a bigram (3.10 against 2.00)"),
+    ({"prompt_lookup": 2.5}, "2.50 and", "2.50", "prompt look-up (2.50 against 2.00)"),
     ({"prompt_lookup": 2.004}, "2.00 and a bigram 1.18", "2.00", ""),
 ]
 
@@ -190,7 +182,7 @@ def test_what_no_draft_would_give_comes_first(tmp_path, changed, said, tile, whe
     rows = [result(2.0, speedup, True, truncated=7, **changed) for speedup in (1.5, 1.9)]
     rows.append(result(1.0, 1.0, True, config=[1, 0, 0, 0]))  # the target alone
     parsed = page_of(tmp_path, benchmark={"suites": {"a": rows}})
-    beaten = f"What needs no draft beats this one: {where}." if where else ""
+    beaten = f"What needs no draft beats this one: on a by {where}." if where else ""
     assert parsed.headline.startswith(f"{beaten} Acceptance length 2.00".strip())
     assert f"Without any draft, prompt look-up would reach {said}" in parsed.headline
     large = parsed.root.find(".//div[@class='tiles large']")
@@ -247,11 +239,8 @@ def test_answers_token_by_token(tmp_path):
         "round 2: 1 drafted token accepted",
     ]
     assert parsed.said("blockquote") == [f"ask {EVIL}"]
-    (summary, *_) = parsed.said("summary")
-    assert (
-        summary
-        == f"mt {EVIL}, question 1 the first 5 of 9 tokens, 4 tokens in 2 rounds: 2.00 a round"
-    )
+    said = "question 1 the first 5 of 9 tokens, 4 tokens in 2 rounds: 2.00 a round"
+    assert parsed.said("summary")[0] == f"mt {EVIL}, {said}"
     legend = parsed.said("p[@class='note']")[0]
     assert "green tokens" in legend and "the target's own" in legend
     assert "Answers, as they were drafted" not in page_of(tmp_path, **FULL).said("h2")
@@ -360,12 +349,8 @@ def test_runs_that_measured_little(tmp_path):
     assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}
 
 
-CAPTURED = {
-    "prepared": {"documents": 12},
-    "generated": {"vocab_coverage": 0.5},
-    "hidden_states": {"documents": 7},
-}
-CAPTURED["regenerated"] = [{"answers": 3, "path": "x"}, {"answers": 4}]
+CAPTURED = {"prepared": {"documents": 12}, "generated": {"vocab_coverage": 0.5}}
+CAPTURED |= {"hidden_states": {"documents": 7}, "regenerated": [{"answers": 3}, {"answers": 4}]}
 TRAINED = {"evaluation": EVALUATION, "metrics": METRICS}
 STAGES = [
     (["prepare", "capture"], {}, "measured by the stages prepare, capture.", []),

@@ -104,11 +104,12 @@ def test_rows_of_ones_own(tmp_path, chat):
         {"messages": [user, assistant], "prompt": "not this"},
         {"instruction": "one", "output": "1"},
         {"id": "mine", "input_ids": [4, 5]},
+        {"messages": [{"role": "system", "content": "s"}, user, user | {"content": "two"}]},
     )
     path = str(write_jsonl(tmp_path / "mine.jsonl", *rows))
     questions = load_questions(path, None, ".cache")
-    assert [q.later for q in questions[:3]] == [[], ["two"], ["two"]]
-    assert questions[3].messages == messages
+    assert [questions[i].later for i in (0, 1, 2, 7)] == [[], ["two"], ["two"], ["two"]]
+    assert questions[3].messages == messages and questions[7].messages[1:] == [user]
     assert questions[5].messages[0]["content"] == "one"
     assert [questions[i].id for i in (6, 0)] == ["mine", "mine.jsonl:1"]
     assert prompt(chat, questions[4]) == chat.encode_prompt([user]), "its answer is not shown"

@@ -64,13 +64,8 @@ class Builtin(Request):
                 generations += generate(self.target, some, *limits)
             else:
                 generations += speculate(self.target, self.draft, some, *config[1:], *limits)
-        answers = [read(generation, steps, setup.stop, self.chat) for generation in generations]
-        for answer in answers:
-            # What ends an answer may come as the last token that fits.
-            ends = answer.ids[-1] in self.target.eos_token_ids
-            ends = ends or any(end in self.chat.decode(answer.ids) for end in setup.stop)
-            answer.truncated = len(answer.ids) == setup.max_new_tokens and not ends
-        return answers
+        ends = self.target.eos_token_ids
+        return [read(generation, steps, setup, self.chat, ends) for generation in generations]
 
     def extra_columns(self, drafted: list[Trial], baseline: list[Trial], steps: int) -> dict:
         """What drafts without a model would have reached, and how close unequal answers were."""
@@ -82,17 +77,19 @@ class Builtin(Request):
         return columns | (ties(self.target, drafted, baseline) if self.temperature == 0 else {})
 
 
-def read(generation: Generation, steps: int, stop: tuple[str, ...], chat: Chat) -> Answer:
-    """The answer, ended at the first token that completes a text of `stop`."""
-    ids, seconds = generation.ids, generation.decode_seconds
+def read(generation: Generation, steps: int, setup: Setup, chat: Chat, ends: set[int]) -> Answer:
+    """The answer, ended at the first token that completes a text of the setup's `stop`."""
+    ids, seconds, stop = generation.ids, generation.decode_seconds, setup.stop
     for length in range(1, len(ids)) if stop else ():
         text = chat.decode(ids[:length])
         if any(end in text for end in stop):
             ids = ids[:length]
             break
-    text = chat.decode(ids)
-    text = min((text.partition(end)[0] for end in stop), key=len, default=text)
-    answer = answer_of_rounds(ids, text, generation.accepted, steps, seconds)
+    whole = chat.decode(ids)
+    text = min((whole.partition(end)[0] for end in stop), key=len, default=whole)
+    # What ends an answer may come as the last token that fits.
+    truncated = len(ids) == setup.max_new_tokens and ids[-1] not in ends and text == whole
+    answer = answer_of_rounds(ids, text, generation.accepted, steps, seconds, truncated)
     # Rounds behind the end took time as well, which is not the answer's.
     answer.seconds *= answer.rounds / max(len(generation.emitted), 1)
     return answer

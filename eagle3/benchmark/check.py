@@ -62,19 +62,12 @@ def check(
     findings = [found for found in findings if not found.engines or asked & {*found.engines}]
     findings.sort(key=lambda finding: ("wrong", "warning", "note").index(finding.severity))
     decoded = {"num_prompts": section.num_prompts, "max_new_tokens": section.max_new_tokens}
-    decoded |= {"draft_length": draft_length, "acceptance_length": lengths}
-    decoded |= {"other_ways": {words: asdict(way) for words, way in ways.items()}}
-    content = {
-        "draft": str(folder),
-        "target": target.spec.path,
-        "weights": files.weights,
-        "speculators_form": files.is_speculators,
-        "engines": section.engines,
-        "layers": readings(files, target.spec.num_layers),
-        "findings": [asdict(finding) for finding in findings],
-        "decoded": decoded if lengths else None,
-    }
-    (run_dir / "check.json").write_text(json.dumps(content, indent=1))
+    decoded |= {"draft_length": draft_length, "acceptance_length": lengths, "other_ways": ways}
+    content = {"draft": str(folder), "target": target.spec.path, "weights": files.weights}
+    content |= {"speculators_form": files.is_speculators, "engines": section.engines}
+    content |= {"layers": readings(files, target.spec.num_layers), "findings": findings}
+    content["decoded"] = decoded if lengths else None
+    (run_dir / "check.json").write_text(json.dumps(content, indent=1, default=asdict))
     errors = []
     for finding in findings:
         engines = ", ".join(ENGINES[name] for name in finding.engines if name in asked)

@@ -28,14 +28,10 @@ Trials = dict[tuple[int, ...], dict[str, list[Trial]]]  # by config and name of 
 
 
 def benchmark(request: Request, tasks: list[Task], subject: Subject, run_dir: Path) -> None:
-    """Measure a draft, and the target alone, on what `load_tasks` found before the first stage.
-
-    Writes benchmark.json. Raises ConfigError and RunError.
-    """
+    """Measure a draft and the target alone; write benchmark.json. Raises ConfigError, RunError."""
     for task in tasks:
-        if not task.questions:
-            questions = load_questions(task.name, str(subject.heldout), subject.cache_dir)
-            task.take(questions, subject.seed)
+        if not task.questions:  # those that `load_tasks` could not have before `prepare`
+            task.take([*map(SUITES[task.name].read, subject.prepared.heldout)], subject.seed)
     trials: Trials = {}
     with closing(request):
         facts = describe(request, subject, tasks) | request.start(subject, run_dir)
@@ -53,15 +49,11 @@ def benchmark(request: Request, tasks: list[Task], subject: Subject, run_dir: Pa
 
 
 def load_tasks(request: Request, subject: Subject) -> list[Task]:
-    """The suites with their questions, but for those that `prepare` holds out of the data.
-
-    Raises RunError, and ConfigError also where the chat template refuses a question.
-    """
+    """The suites and their questions, but those that `prepare` holds out. ConfigError, RunError."""
     tasks, data = [], subject.data
     for name, count in map(parse_suite, request.suites):
         setup = setup_of(request.protocol, name, request.system_prompt, data.system_prompt)
-        if request.max_new_tokens is not None:
-            setup = replace(setup, max_new_tokens=request.max_new_tokens)
+        setup = replace(setup, max_new_tokens=request.max_new_tokens or setup.max_new_tokens)
         task, path = Task(name, setup, count), request.paths.get(name)
         held_out = name == "heldout" and path is None
         if held_out and not names_data(data):
@@ -90,13 +82,12 @@ def load_tasks(request: Request, subject: Subject) -> list[Task]:
 
 def describe(request: Request, subject: Subject, tasks: list[Task]) -> dict[str, Any]:
     """How the suites were asked: a value where all agree, else one per suite."""
-    asked = {}
+    asked = {key: getattr(request, key) for key in ("suites", "protocol", "temperature")}
     for key in ("max_new_tokens", "system_prompt", "shots", "stop"):
         values = {task.name: getattr(task.setup, key) for task in tasks}
-        asked[key] = values if len({*values.values()}) > 1 else getattr(tasks[0].setup, key)
+        asked[key] = values if len({*values.values()}) > 1 else values[tasks[0].name]
     digest = sha256(subject.chat.template.encode()).hexdigest()[:12]
     kinds = {"chain" if topk == 1 else "tree" for _, steps, topk, _ in request.configs if steps}
-    asked |= {key: getattr(request, key) for key in ("suites", "protocol", "temperature")}
     return asked | {
         "template": f"{subject.data.chat_template}, sha256 {digest}",
         "seed": subject.seed,
@@ -130,16 +121,15 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
         starts = range(0, len(task.questions), size)
         groups += [(task, task.questions[start : start + size]) for start in starts]
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
-    turns = list(configs)
-    total = len(turns) * sum(len(questions) for _, questions in groups)
-    with Progress(f"benchmark {turns[-1]}", total, "questions", kept=lambda: 0) as bar:
+    total = len(configs) * sum(len(task.questions) for task in tasks)
+    with Progress(f"benchmark {configs[-1]}", total, "questions", kept=lambda: 0) as bar:
         for task, questions in groups:
-            for config in turns:
+            for config in configs:
                 asked = ask(request, config, questions, task, chat)
                 trials[tuple(config)][task.name] += asked
                 tokens = sum(len(answer.ids) for trial in asked for answer in trial.answers)
                 bar.advance(len(questions), tokens)
-            turns.reverse()  # a machine that grows slower favours none
+            configs = configs[::-1]  # a machine that grows slower favours none
     return trials
 
 
@@ -199,16 +189,14 @@ def scores(suite: str, drafted: list[Trial], baseline: list[Trial], execute_code
     kind = SUITES.get(suite, SUITES["heldout"])
     if kind.score is None or (kind.runs_code and not execute_code):
         return {}
-    right, num_scored = {"score": 0, "baseline_score": 0}, 0
+    right: list[tuple[bool, bool]] = []
     for one, other in zip(drafted, baseline, strict=True):
         answer, alone, reference = one.answers[0], other.answers[0], one.question.reference
-        if reference is None or answer.truncated or alone.truncated:
-            continue
-        num_scored += 1
-        score = kind.score(alone.text, reference)
-        right["baseline_score"] += score
-        # Equal answers are scored once: code takes seconds to run.
-        same = answer.text == alone.text
-        right["score"] += score if same else kind.score(answer.text, reference)
-    shares = {name: count / num_scored for name, count in right.items()} if num_scored else {}
-    return shares | {"num_scored": num_scored}
+        if reference is not None and not answer.truncated and not alone.truncated:
+            score = kind.score(alone.text, reference)
+            # Equal answers are scored once: code takes seconds to run.
+            same = answer.text == alone.text
+            right.append((score if same else kind.score(answer.text, reference), score))
+    names, columns = ("score", "baseline_score"), zip(*right, strict=True)  # none of no answer
+    shares = {name: sum(column) / len(right) for name, column in zip(names, columns, strict=False)}
+    return shares | {"num_scored": len(right)}

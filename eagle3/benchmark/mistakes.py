@@ -15,6 +15,7 @@ import torch
 from eagle3.draft.model import Draft
 from eagle3.draft.rope import Rope
 from eagle3.evaluate import Packed, acceptance_length, accepted_pairs, walk
+from eagle3.runs.checkpoint import Tensors
 from eagle3.ttt import unroll
 
 # How many times as likely another way must find the target's tokens to show a mistake, and by how
@@ -79,9 +80,7 @@ def read_with(
 
 
 def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
-    """The draft without each likely mistake, the same object every time, and words for what is
-    changed in it; `theta` is the target's.
-    """
+    """Words for a likely mistake, and the draft (one object) without it; the target's `theta`."""
     own, config = copy.deepcopy(draft.state_dict()), draft.config
     for words, tensors in repairs(own, config.head_dim, config.vocab_size):
         draft.load_state_dict(own | tensors)
@@ -92,9 +91,7 @@ def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
         yield f"rope_theta={other:g}", draft
 
 
-def repairs(
-    own: dict[str, torch.Tensor], head_dim: int, vocab_size: int
-) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def repairs(own: Tensors, head_dim: int, vocab_size: int) -> Iterator[tuple[str, Tensors]]:
     """What fits in shape as well as the tensors of `own` do."""
     thirds = own["fc.weight"].chunk(3, dim=1)
     for order in list(permutations((1, 2, 3)))[1:]:

@@ -21,10 +21,7 @@ from eagle3.target.spec import TargetSpec
 
 @dataclass
 class Subject:
-    """A draft and its target, to be measured or checked, the latter also without a chat.
-
-    `heldout` is the prompts' file in `prepared`; None where nothing is prepared.
-    """
+    """A draft and its target, to be measured or checked, the latter also without a chat."""
 
     draft_folder: Path
     target: TargetHandle
@@ -32,7 +29,6 @@ class Subject:
     data: Data
     cache_dir: str
     seed: int
-    heldout: Path | None = None
     prepared: Prepared | None = None
 
 
@@ -64,14 +60,12 @@ class Request:
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Returns facts for benchmark.json; logs go to `run_dir`. Raises ConfigError, RunError."""
-        raise NotImplementedError
 
     def open(self, config: list[int]) -> None:
         """Get ready for questions under `config`; steps 0 is the target alone."""
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
-        raise NotImplementedError
 
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         """How it drafts: `greedy`, the likeliest tokens, or `sampled`; None where nobody knows."""

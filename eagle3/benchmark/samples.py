@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from eagle3.benchmark.statistics import Trial
 from eagle3.data.chat import Chat
 from eagle3.data.view import split_tokens
 from eagle3.engines.engine import Answer
@@ -13,29 +12,24 @@ PROMPT_LETTERS = 600  # of a question, its end
 
 
 def samples(configs: list[list[int]], trials: dict, chat: Chat) -> dict[str, list[dict[str, Any]]]:
-    """The first answers of each suite under the first config that drafts and was measured; `trials`
-    by config and suite. None from an engine that doesn't report rounds.
-    """
+    """By suite, its first answers under the first config that drafts; none without their rounds."""
     drafting = [config for config in configs if config[1] > 0 and tuple(config) in trials]
     suites = trials[tuple(drafting[0])] if drafting else {}
-    shown: dict[str, list[dict[str, Any]]] = {}
+    shown: dict[str, list[dict[str, Any]]] = {suite: [] for suite in suites}
     for suite, some in suites.items():
-        known = [trial for trial in some[:SAMPLES] if trial.answers[0].emitted]
-        shown[suite] = [{"config": drafting[0]} | sample(trial, chat) for trial in known]
+        for trial in some[:SAMPLES]:
+            answer, messages = trial.answers[0], trial.question.messages
+            if answer.emitted:
+                asked = messages[-1]["content"] if messages else chat.decode(trial.prompts[0])
+                facts = {"config": drafting[0], "prompt": asked.strip()[-PROMPT_LETTERS:]}
+                facts |= {"num_tokens": len(answer.ids), "rounds": rounds(answer, chat)}
+                shown[suite].append(facts)
     return shown
 
 
-def sample(trial: Trial, chat: Chat) -> dict[str, Any]:
-    """The answer to the first turn of a question, in whole rounds up to MAX_TOKENS."""
-    answer, messages = trial.answers[0], trial.question.messages
-    asked = messages[-1]["content"] if messages else chat.decode(trial.prompts[0])
-    prompt = str(asked).strip()[-PROMPT_LETTERS:]
-    return {"prompt": prompt, "num_tokens": len(answer.ids), "rounds": rounds(answer, chat)}
-
-
 def rounds(answer: Answer, chat: Chat) -> list[dict[str, Any]]:
-    """The texts of each round's `accepted` drafts and of the `target`'s own token behind them (None
-    where the answer ends with a draft). The first round is the prefill.
+    """The texts of each whole round's `accepted` drafts and of the `target`'s own token behind them
+    (None where the answer ends with a draft), up to MAX_TOKENS. The first round is the prefill.
     """
     texts: list[str] = []
     for piece in split_tokens(chat.tokenizer, answer.ids, [1] * len(answer.ids)):
@@ -44,7 +38,7 @@ def rounds(answer: Answer, chat: Chat) -> list[dict[str, Any]]:
     # Only the last round can be cut short of the target's token.
     ends_with_draft = sum(answer.accepted_at) > len(answer.ids) - 1 - answer.rounds
     found, stop = [], 0
-    for count in [1, *(answer.emitted or [])]:
+    for count in [1, *answer.emitted]:
         start, stop = stop, stop + count
         if stop > MAX_TOKENS:
             break

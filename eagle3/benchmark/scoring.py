@@ -95,15 +95,12 @@ def namespaces() -> tuple[str, ...]:
     """The command that starts another one confined; () where this system allows none."""
     as_user = () if os.geteuid() == 0 else ("--user", "--map-root-user")
     command = (*NAMESPACES, *as_user)
-    return command if shutil.which(command[0]) and runs("import json, re", command) else ()
+    return command if shutil.which(command[0]) and passes("import json, re", command) else ()
 
 
-def passes(source: str) -> bool:
+def passes(source: str, confined: tuple[str, ...] | None = None) -> bool:
     """Whether `source` runs through to its end, as nobody and confined where that can be."""
-    return runs(source, namespaces())
-
-
-def runs(source: str, confined: tuple[str, ...]) -> bool:
+    confined = namespaces() if confined is None else confined
     # Drawn anew and written at the end: a program that ends early, however, has not said it.
     marker = secrets.token_hex(16).encode()
     with TemporaryDirectory() as folder, TemporaryFile() as given, TemporaryFile() as told:

@@ -1,7 +1,7 @@
 """`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,7 +11,7 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.suites import Setup
 from eagle3.config import Within, instantiate
 from eagle3.draft.model import DraftConfig
-from eagle3.engines.engine import Answer, Drafting, Engine, Launch
+from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch
 from eagle3.engines.server import Server, choose_port, interpreter
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import rules
@@ -38,8 +38,7 @@ class Served(Request):
     timeout: Annotated[float, Within(1, 1e6)]
 
     in_process: ClassVar[bool] = False
-    server: Server | None = field(default=None, init=False)
-    drafting: Drafting | None = field(default=None, init=False)
+    server = drafting = None  # the server that was started, and how it drafts
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,12 +58,21 @@ class Served(Request):
         given = self.url and self.alone_url
         return None if given else self.engine.find(self.python, "benchmark.python")
 
-    def check_draft(self, folder: Path, target: TargetSpec) -> None:
-        check_draft(folder, target, self.engine)
+    def check_draft(self, folder: Path, target: TargetSpec) -> DraftConfig:
+        """The draft's shape. RunError unless the engine reads it, and it is of this target."""
+        files, engine = read_any(folder), self.engine
+        if files.is_speculators and not engine.reads_speculators:
+            raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
+        form = [] if files.is_speculators else rules.architecture(files, target)
+        # Not all rules: what only draws down acceptance is measured, and `check` says why.
+        for finding in (*rules.shape(files, target), *form):
+            if finding.severity == "wrong" and engine.name.lower() in finding.engines:
+                raise RunError(f"draft at {folder}: {finding.sentence}")
+        return files.shape
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        shape = check_draft(subject.draft_folder, subject.target.spec, self.engine)
+        shape = self.check_draft(subject.draft_folder, subject.target.spec)
         self.whole_vocabulary = shape.draft_vocab_size == shape.vocab_size
         facts = {"runner": self.engine.name.lower(), "version": self.find_engine()}
         facts |= {key: getattr(self, key) for key in ("tp_size", "server_args", "url", "alone_url")}
@@ -103,8 +111,8 @@ class Served(Request):
         batch = max(config[0] for config in self.configs)
         command = engine.benchmark_command(launch, options, batch, subject.seed)
         log = self.run_dir / ("-".join(map(str, [engine.name.lower(), *drafting])) + ".log")
-        url, waits = f"http://127.0.0.1:{port}", (self.ready_seconds, engine.health_path)
-        return Server(command, url, {}, log, *waits, engine.name).__enter__()
+        url = f"http://127.0.0.1:{port}"
+        return Server(command, url, {}, log, self.ready_seconds, engine.name).__enter__()
 
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         if self.url:
@@ -125,8 +133,9 @@ class Served(Request):
             raise RunError(f"no server answers at {self.address} ({error})") from error
 
     def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
-        limits = (setup.max_new_tokens, setup.stop, self.temperature)
-        bodies = [self.engine.request_body(prompt, *limits) for prompt in prompts]
+        sampling = UNSHAPED | {"temperature": self.temperature, "stop": list(setup.stop)}
+        given = (setup.max_new_tokens, sampling)
+        bodies = [self.engine.request_body(prompt, *given) for prompt in prompts]
         return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
 
     async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
@@ -143,26 +152,10 @@ class Served(Request):
             response = await client.post(self.address + self.engine.generate_path, json=body)
             reason = f"HTTP {response.status_code} {response.text[:300]}"
             if response.status_code == 200:
-                reply = response.json()
-                answer = self.engine.read_reply(reply, steps)
-                answer.truncated = self.engine.is_truncated(reply)
-                return answer
+                return self.engine.read_reply(response.json(), steps)
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()
         if self.server is not None:
             self.server.check(DEATH_SECONDS)
         limit = f"benchmark.timeout={self.timeout:g}"
         raise RunError(f"{self.address} gave no usable answer within {limit}: {reason}")
-
-
-def check_draft(folder: Path, target: TargetSpec, engine: Engine) -> DraftConfig:
-    """The draft's shape. RunError unless the engine reads its form, and it is of this target."""
-    files = read_any(folder)
-    if files.is_speculators and not engine.reads_speculators:
-        raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
-    form = [] if files.is_speculators else rules.architecture(files, target)
-    # Not all rules: what only draws down acceptance is measured, and `check` says why.
-    for finding in (*rules.shape(files, target), *form):
-        if finding.severity == "wrong" and engine.name.lower() in finding.engines:
-            raise RunError(f"draft at {folder}: {finding.sentence}")
-    return files.shape

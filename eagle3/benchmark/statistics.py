@@ -60,11 +60,8 @@ def equality(drafted: list[Trial], baseline: list[Trial]) -> dict:
 
 
 def interval95(counts: list[tuple[float, ...]], statistic: Callable, seed: int) -> list | None:
-    """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R].
-
-    None for a single question, which says nothing of others.
-    """
-    if len(counts) < 2:
+    """Bootstrap over P questions: `statistic` takes each column of `counts`, summed to [R]."""
+    if len(counts) < 2:  # one says nothing of others
         return None
     columns = torch.tensor(counts, dtype=torch.float64).T
     generator = torch.Generator().manual_seed(seed)

@@ -45,18 +45,21 @@ def text(value: Any) -> str:
     return value
 
 
-def user_turns(*turns: str, reference: Any = None) -> Question:
-    first, *later = map(text, turns)
-    return Question([{"role": "user", "content": first}], later, reference=reference)
+def one_turn(question: str, reference: Any) -> Question:
+    return Question([{"role": "user", "content": text(question)}], reference=reference)
 
 
 def conversation(row: dict) -> Question:
     """`id` and `input_ids` of `prepare`, one `prompt` or several, or any conversation."""
     if "input_ids" in row:
         return Question(input_ids=row["input_ids"], id=row["id"])  # behind a template already
-    if row.get("prompt") is None or "messages" in row:
-        return Question(read_conversation(row).messages)
-    return user_turns(*listed(row["prompt"]))
+    if row.get("prompt") is not None and "messages" not in row:
+        row = {"turns": listed(row["prompt"])}
+    messages = read_conversation(row).messages
+    roles = [message["role"] for message in messages]
+    # Of questions in turn the first is asked, and each other one behind the answers.
+    first = len(roles) if "assistant" in roles else roles.index("user") + 1
+    return Question(messages[:first], [message["content"] for message in messages[first:]])
 
 
 def listed(texts: str | list[str]) -> list[str]:
@@ -66,10 +69,10 @@ def listed(texts: str | list[str]) -> list[str]:
 def read_question(row: dict, suite: Suite) -> Question:
     """By the suite's own columns, or as EAGLE's files have any suite: `turns` and `reference`."""
     if row.get("turns") and "messages" not in row:
+        question = conversation({"turns": listed(row["turns"])})
         # Code is scored by tests, which these files lack.
         references = [] if suite.runs_code else listed(row.get("reference") or [])
-        reference = str(references[0]) if references else None
-        question = user_turns(*listed(row["turns"]), reference=reference)
+        question.reference = str(references[0]) if references else None
     else:
         question = suite.read(row)
     question.category = str(row.get("category") or "")
@@ -77,19 +80,19 @@ def read_question(row: dict, suite: Suite) -> Question:
 
 
 def with_answer(question: str, row: dict) -> Question:
-    return user_turns(row[question], reference=text(row["answer"]))
+    return one_turn(row[question], text(row["answer"]))
 
 
 def humaneval(row: dict) -> Question:
     reference = {name: text(row[name]) for name in ("prompt", "test", "entry_point")}
-    return user_turns(row["prompt"], reference=reference)
+    return one_turn(row["prompt"], reference)
 
 
 def ceval(row: dict) -> Question:
     """Question, options and the request to choose one, worded as in SpecForge's benchmark."""
     options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
     asked = f"{row['question']}\n\n选项：\n{options}\n请从A、B、C、D中选择一个答案。"
-    return user_turns(asked, reference=text(row["answer"]))
+    return one_turn(asked, text(row["answer"]))
 
 
 EAGLE = "https://raw.githubusercontent.com/SafeAILab/EAGLE/main/eagle/data/{}/question.jsonl"
@@ -143,10 +146,7 @@ def load_questions(name: str, path: str | None, cache: str) -> list[Question]:
 
 
 def draw(questions: list[Question], count: int | None, seed: int) -> list[Question]:
-    """`count` of them, as many of each category as can be, in their order; None: all.
-
-    Of a larger count, those of a smaller one are a part.
-    """
+    """`count` of them (None: all), even over categories, in their order; more hold the fewer."""
     order = random.Random(seed).sample(range(len(questions)), len(questions))
     before, rank = Counter(), {}
     for index in order:

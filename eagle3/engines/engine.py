@@ -41,7 +41,7 @@ class Answer:
 
 
 def answer_of_rounds(
-    ids: list[int], text: str, accepted: list[int], steps: int, seconds: float
+    ids: list[int], text: str, accepted: list[int], steps: int, seconds: float, truncated=False
 ) -> Answer:
     """An answer by what each round `accepted`; what lies behind the end of `ids` does not count."""
     emitted: list[int] = []
@@ -54,7 +54,7 @@ def answer_of_rounds(
     accepted_at = [sum(count >= position for count in inside) for position in range(1, steps + 1)]
     # Engines stop drafting close to the end of the context: a token a round.
     emitted += [1] * left
-    return Answer(ids, len(emitted), accepted_at, seconds, text, emitted)
+    return Answer(ids, len(emitted), accepted_at, seconds, text, emitted, truncated)
 
 
 def is_loop(ids: list[int]) -> bool:
@@ -77,7 +77,6 @@ class Engine:
     versions: ClassVar[str]
     module: ClassVar[str]
     launch_flags: ClassVar[tuple[str, str, str]]  # model, number of GPUs, share of their memory
-    health_path: ClassVar[str] = "/health"
     generate_path: ClassVar[str]
     drafts_trees: ClassVar[bool]
     reads_speculators: ClassVar[bool]
@@ -108,19 +107,12 @@ class Engine:
         words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
-    def serve_command(
-        self, target: str, draft: str | None, draft_length: int, port: int | None, more: list[str]
-    ) -> list[list[str]]:
+    def serve_command(self, target: str, draft: str | None, length: int) -> list[list[str]]:
         """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
-        tree = (draft_length, 1, draft_length + 1)
-        drafting = self.draft_options(draft, tree) if draft else {}
-        return [
-            [program(self.name.lower(), "python"), "-m", self.module],
-            [self.launch_flags[0], target],
-            *([flag, str(value)] for flag, value in drafting.items()),
-            ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])],
-            more,
-        ]
+        drafting = self.draft_options(draft, (length, 1, length + 1)) if draft else {}
+        start = [program(self.name.lower(), "python"), "-m", self.module]
+        flags = {self.launch_flags[0]: target} | drafting
+        return [start, *([flag, str(value)] for flag, value in flags.items())]
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

@@ -50,7 +50,6 @@ class Server:
     environment: dict[str, str]  # added to this process's own
     log: Path
     ready_seconds: float
-    health_path: str  # ready when GET gives 200
     name: str = "the engine"
     process: subprocess.Popen | None = field(default=None, init=False)
 
@@ -84,7 +83,7 @@ class Server:
             while True:
                 answered = False
                 with suppress(httpx.HTTPError):
-                    answered = client.get(self.health_path).status_code == 200
+                    answered = client.get("/health").status_code == 200  # in every engine
                 self.check()  # behind the answer, which may be another server's at this port
                 if answered:
                     return

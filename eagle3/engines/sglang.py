@@ -7,13 +7,12 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
 # With these a prompt's hidden states come in another order, from another process or not at all.
-CAPTURE_CONFLICTS = (
-    "--enable-dp-attention", "--enable-mixed-chunk", "--pp-size", "--pipeline-parallel-size"
-)  # fmt: skip
+CAPTURE_CONFLICTS = {"--enable-dp-attention", "--enable-mixed-chunk", "--pp-size"}
+CAPTURE_CONFLICTS |= {"--pipeline-parallel-size"}
 
 
 @dataclass(frozen=True)
@@ -96,34 +95,30 @@ class SGLang(Engine):
         }
         return options | ({"--speculative-use-rejection-sampling": True} if sampled else {})
 
-    def request_body(
-        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
-    ) -> dict[str, Any]:
-        """The JSON posted to `generate_path`."""
-        sampling = UNSHAPED | {"top_k": -1, "temperature": temperature, "stop": list(stop)}
-        sampling["max_new_tokens"] = max_new_tokens
-        return {"input_ids": prompt, "sampling_params": sampling}
+    def request_body(self, prompt: list[int], max_new_tokens: int, sampling: dict) -> dict:
+        """The JSON posted to `generate_path`; `sampling`: what engines spell alike."""
+        more = {"top_k": -1, "max_new_tokens": max_new_tokens}
+        return {"input_ids": prompt, "sampling_params": sampling | more}
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         """Raises RunError where the reply lacks the counters of the request."""
         ids, text, meta = reply["output_ids"], reply["text"], reply["meta_info"]
-        if meta["finish_reason"]["type"] == "abort":
-            raise RunError(f"SGLang broke off a request: {meta['finish_reason'].get('message')}")
+        reason = meta["finish_reason"]
+        if reason["type"] == "abort":
+            raise RunError(f"SGLang broke off a request: {reason.get('message')}")
+        truncated = reason["type"] == "length"
         if len(ids) < 2:  # the prefill gave all there is, and no round was needed
-            return answer_of_rounds(ids, text, [], steps, 0.0)
+            return answer_of_rounds(ids, text, [], steps, 0.0, truncated)
         if "decode_throughput" not in meta:
             raise RunError("SGLang does not report its speed: start it with --enable-metrics")
         seconds = (len(ids) - 1) / meta["decode_throughput"]
         if steps == 0:
-            return answer_of_rounds(ids, text, [], 0, seconds)
+            return answer_of_rounds(ids, text, [], 0, seconds, truncated)
         # How many rounds accepted 0, 1, ... drafts; of the last round also those that lie behind
         # the end of the answer.
         histogram = meta["spec_correct_drafts_histogram"]
         accepted_at = [sum(histogram[position:]) for position in range(1, steps + 1)]
-        return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, text)
-
-    def is_truncated(self, reply: dict[str, Any]) -> bool:
-        return reply["meta_info"]["finish_reason"]["type"] == "length"
+        return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, text, None, truncated)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""

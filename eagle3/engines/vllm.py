@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from eagle3.engines.engine import UNSHAPED, Answer, Drafting, Engine, Launch, answer_of_rounds
+from eagle3.engines.engine import Answer, Drafting, Engine, Launch, answer_of_rounds
 from eagle3.errors import RunError
 
 POSITION = r'(?m)^vllm:spec_decode_num_accepted_tokens_per_pos_total\{.*position="(\d+)"'
@@ -38,19 +38,17 @@ class VLLM(Engine):
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}
 
-    def request_body(
-        self, prompt: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float
-    ) -> dict[str, Any]:
+    def request_body(self, prompt: list[int], max_new_tokens: int, sampling: dict) -> dict:
         # 0 is all of the vocabulary here, -1 in SGLang.
-        sampling = UNSHAPED | {"top_k": 0, "temperature": temperature, "stop": list(stop)}
-        sampling |= {"max_tokens": max_new_tokens, "return_token_ids": True}
-        return {"prompt": prompt} | sampling
+        more = {"top_k": 0, "max_tokens": max_new_tokens, "return_token_ids": True}
+        return {"prompt": prompt} | sampling | more
 
     def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
         (choice,) = reply["choices"]
         ids, text, timing = choice["token_ids"], choice["text"], reply.get("metrics") or {}
+        truncated = choice["finish_reason"] == "length"
         if len(ids) < 2:
-            return answer_of_rounds(ids, text, [], steps, 0.0)
+            return answer_of_rounds(ids, text, [], steps, 0.0, truncated)
         if timing.get("generation_time_ms") is None:
             raise RunError("no speed is reported: start vLLM with --enable-per-request-metrics")
         accepted: list[int] = []
@@ -61,10 +59,8 @@ class VLLM(Engine):
                 flag = "--per-request-spec-decode-metrics detailed"
                 raise RunError(f"no acceptance is reported: start vLLM with {flag}")
         # Its counts go on behind the end of the answer, where these are cut.
-        return answer_of_rounds(ids, text, accepted, steps, timing["generation_time_ms"] / 1000)
-
-    def is_truncated(self, reply: dict[str, Any]) -> bool:
-        return reply["choices"][0]["finish_reason"] == "length"
+        seconds = timing["generation_time_ms"] / 1000
+        return answer_of_rounds(ids, text, accepted, steps, seconds, truncated)
 
     def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""

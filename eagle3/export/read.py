@@ -86,13 +86,12 @@ def flatten(given: dict[str, Any]) -> dict[str, Any]:
     """The config of speculators as the portable form has it; any other as it is."""
     if "speculators_model_type" not in given:
         return given
-    layer = given.get("transformer_layer_config") or {}
     section = given.get("speculators_config") or {}
     [method, *_] = section.get("proposal_methods") or [{}]
     target = (section.get("verifier") or {}).get("name_or_path")
     made_for = {"target": target, "draft_length": method.get("speculative_tokens")}
     outer = {key: value for key, value in given.items() if value is not None}
-    return layer | outer | {"made_for": made_for}
+    return (given.get("transformer_layer_config") or {}) | outer | {"made_for": made_for}
 
 
 def named_layers(config: dict[str, Any]) -> list[int] | None:

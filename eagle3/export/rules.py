@@ -21,13 +21,8 @@ from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, rea
 from eagle3.target.layers import engines_default, meant_by
 from eagle3.target.spec import TargetSpec
 
-ENGINES = {
-    "sglang": "SGLang",
-    "vllm": "vLLM",
-    "trtllm": "TensorRT-LLM",
-    "official": "the official code",
-    "ours": "this project",
-}
+ENGINES = {"sglang": "SGLang", "vllm": "vLLM", "trtllm": "TensorRT-LLM"}
+ENGINES |= {"official": "the official code", "ours": "this project"}
 ALL, LOADERS = tuple(ENGINES), ("sglang", "vllm", "trtllm")  # these choose a class by config.json
 OTHERS, NOT_VLLM = (*LOADERS, "official"), ("sglang", "trtllm", "official", "ours")
 

@@ -36,18 +36,18 @@ def serve_text(
     length = length or made_for.get("draft_length") or LENGTH
     # Absolute, so that the printed command can be used anywhere.
     model, folder = absolute(named), absolute(draft)
+    address = ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])]
     if engine != "trtllm":
         # A draft of the speculators form names target and length itself.
         if alone and made_for == {"target": named, "draft_length": length}:
             model, folder = folder, None
-        return join(ENGINES[engine].serve_command(model, folder, length, port, more))
+        return join([*ENGINES[engine].serve_command(model, folder, length), address, more])
     # TensorRT-LLM reads its speculation from a file, and no layers from the draft.
     method = {"decoding_type": "Eagle", "speculative_model_dir": folder, "max_draft_len": length}
     layers = named_layers(config)
     if layers:
         method["eagle3_layers_to_capture"] = layers
     options = shlex.quote(json.dumps({"speculative_config": method}))
-    address = ["--host", "127.0.0.1", *(["--port", str(port)] if port else [])]
     command = join([["trtllm-serve", model], address, more])
     flag = "--extra_llm_api_options $options"
     return f"options=$(mktemp) && echo {options} > $options && \\\n{command} \\\n  {flag}"
@@ -69,9 +69,9 @@ def main(arguments: list[str]) -> None:
     # What follows -- is the engine's: its options may bear the names of ours.
     own = arguments.index("--") if "--" in arguments else len(arguments)
     asked, more = parser.parse_args(arguments[:own]), arguments[own + 1 :]
-    given = (asked.engine, asked.draft, asked.target, asked.draft_length, asked.port)
+    length, port = asked.draft_length, asked.port
     try:
-        text = serve_text(*given, more)
+        text = serve_text(asked.engine, asked.draft, asked.target, length, port, more)
     except RunError as error:
         sys.exit(f"error: {error}")
     print(text, flush=True)

@@ -19,9 +19,7 @@ FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
 REMEDY = "; delete it, or put a whole copy in its place"
 
 
-def read_json(
-    path: Path, parse_constant: Callable = lambda name: None, remedy: str = REMEDY
-) -> dict[str, Any]:
+def read_json(path: Path, parse_constant=lambda name: None, remedy=REMEDY) -> dict[str, Any]:
     """The object in a JSON file, its NaN as None; {} where there is none. Raises DamageError."""
     try:
         content = json.loads(path.read_text(), parse_constant=parse_constant)

@@ -16,6 +16,7 @@ from rich.text import Text
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
 
+RATES = ("tokens_per_second", "baseline_tokens_per_second")
 # The columns of the benchmark, in their order.
 TITLES = {
     "suite": "suite", "config": "batch, steps, top-k, verify", "num_prompts": "prompts",
@@ -31,10 +32,8 @@ TITLES = {
     "bigram": "acceptance, bigram", "prompt_lookup": "acceptance, prompt look-up",
 }  # fmt: skip
 # As many as fit into 80 columns of a terminal.
-SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score"}
-SHOWN |= {"tokens_per_second", "baseline_tokens_per_second"}
+SHOWN = {"suite", "config", "acceptance_length", "speedup", "lossless", "score", *RATES}
 COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
-RATES = ("tokens_per_second", "baseline_tokens_per_second")
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
@@ -44,9 +43,7 @@ Line = list[tuple[float, float]]
 class Plot:
     """Lines by label, and where they lie on a drawing whose y axis begins at `floor`, if given."""
 
-    def __init__(
-        self, lines: dict[str, Line], floor: float | None = None, width: float = 420, height=270.0
-    ):
+    def __init__(self, lines: dict[str, Line], floor: float | None = None, width=420, height=270):
         self.lines, self.floor, self.width, self.height = lines, floor, width, height
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
@@ -130,16 +127,15 @@ def write_report(run_dir: Path) -> Path:
     last = next((row for row in logged if "loss" in row), {})
     training = {key: value for key, value in last.items() if "/" not in key}
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
-    warned = [row for row in rows if row.get("warning")]
-    warnings = [f"{row['suite']} {row['config']}: {row['warning']}." for row in warned]
+    warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
+    warnings += missing(run, benchmark, evaluation or training)
     facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
-    values["warnings"] = warnings + missing(run, benchmark, evaluation or training)
-    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell}
-    values |= {"rows": rows, "samples": benchmark.get("samples", {})}
+    values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}
+    values |= {"warnings": warnings, "samples": benchmark.get("samples", {})}
     for row in rows:
-        row |= {"cells": cells(row), "costless": best_without_draft(row)}
+        row |= {"cells": cells(row), "costless": best_without_draft(row)[0]}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
     page = templates().get_template("page.html")
     path = run_dir / "report.html"
@@ -173,21 +169,21 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
 
 
-def best_without_draft(row: dict) -> float | None:
-    """The highest acceptance length of what drafts without a model."""
-    return max((row[key] for key in COSTLESS if row.get(key) is not None), default=None)
+def best_without_draft(row: dict) -> tuple[float | None, str]:
+    """The highest acceptance length of what drafts without a model, and what reaches it."""
+    known = [(row[key], words) for key, words in COSTLESS.items() if row.get(key) is not None]
+    return max(known, default=(None, ""))
 
 
 def beaten(rows: list[dict]) -> str:
     """Where the draft is worth less than what drafts without a model, in words; "" for nowhere."""
     places = []
     for row in rows:
+        best, words = best_without_draft(row)
         # To the digits that are shown, so that no two equal numbers are told apart.
-        own = round(row.get("acceptance_length") or 0, 2)
-        costless = {words: round(row.get(key) or 0, 2) for key, words in COSTLESS.items()}
-        words = max(costless, key=costless.get)
-        if row["config"][1] > 0 and costless[words] > own:
-            places.append(f"on {row['suite']} by {words} ({costless[words]:.2f} against {own:.2f})")
+        best, own = round(best or 0, 2), round(row.get("acceptance_length") or 0, 2)
+        if row["config"][1] > 0 and best > own:
+            places.append(f"on {row['suite']} by {words} ({best:.2f} against {own:.2f})")
     places = list(dict.fromkeys(places))  # several batches of a suite often agree
     return f"What needs no draft beats this one: {', '.join(places)}." if places else ""
 
@@ -206,14 +202,10 @@ def cells(row: dict) -> dict[str, str]:
     """A row of the benchmark as shown, its rates in as many digits as their ratio, the speedup."""
     shown = {key: cell(key, row.get(key)) for key in TITLES}
     rates = [row.get(key) for key in RATES]
-    if None not in (*rates, row.get("speedup")):
-
-        def ratio(digits: int) -> str:
-            fast, slow = (round(rate, digits) for rate in rates)
-            return cell("speedup", fast / slow) if slow else ""
-
-        digits = next((n for n in range(4) if ratio(n) == shown["speedup"]), 0)
-        shown |= {key: f"{row[key]:,.{digits}f}" for key in RATES}
+    for digits in range(4) if None not in rates else ():
+        fast, slow = (round(rate, digits) for rate in rates)
+        if slow and cell("speedup", fast / slow) == shown["speedup"]:
+            return shown | {key: f"{row[key]:,.{digits}f}" for key in RATES}
     return shown
 
 
@@ -241,9 +233,7 @@ def cell(key: str, value: Any) -> str:
 
 
 def summary(run_dir: Path, stages: list[str]) -> Group:
-    """What these stages of a run achieved, for a terminal of 80 columns: on held-out prompts, and
-    measured. What its folder has of earlier stages was shown by them.
-    """
+    """What these stages achieved, for a terminal of 80 columns; earlier ones have shown theirs."""
     evaluation = read_json(run_dir / "evaluation.json") if "train" in stages else {}
     rows = benchmark_rows(read_json(run_dir / "benchmark.json")) if "benchmark" in stages else []
     tables = []
@@ -257,9 +247,8 @@ def summary(run_dir: Path, stages: list[str]) -> Group:
         columns = [key for key in benchmark_columns(rows) if key in SHOWN]
         for key in columns:
             table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
-        for row in rows:
+        for shown in map(cells, rows):
             # Text, because a suite's name may hold what rich takes for markup.
-            shown = cells(row)
             table.add_row(*[Text(shown[key]) for key in columns])
         tables.append(table)
     first, last = ([Text(words)] if words else [] for words in (beaten(rows), truncated(rows)))

@@ -30,9 +30,7 @@ def end_at_once(number: int, frame) -> None:
 
 @contextmanager
 def exit_when_interrupted(then: Callable[[str], str]) -> Iterator[None]:
-    """An interrupt in the block is said in a line that ends in `then(what is kept)`, as far as a
-    stage's `Progress` has noted that; exits as a shell does.
-    """
+    """An interrupt in the block is said, with `then(what is kept)`; exits as a shell does."""
     try:
         yield
     except KeyboardInterrupt as stopped:

@@ -97,9 +97,8 @@ class Tracking:
 def track_run(
     config: RunConfig, run_dir: Path, overrides: list[str], device: torch.device, console: Console
 ) -> Iterator[Tracking]:
-    """Keeps run.json and ends the tracker in any case; at a run's end writes and prints results.
-
-    Also of a run that fails once something was made, with the command that repeats the rest.
+    """Keeps run.json and ends the tracker; shows results, also of a run that fails behind a stage,
+    with the command that repeats the rest.
     """
     tracker, exit_code = instantiate(config.logger), 1
     try:

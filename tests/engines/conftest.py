@@ -59,7 +59,7 @@ def serve(tmp_path_factory):
             command += ["vllm.entrypoints.openai.api_server", "--model", str(model), *VLLM_ON_CPU]
         command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", port, *options]
         url = f"http://127.0.0.1:{port}"
-        with Server(command, url, CPU_ENVIRONMENT, log, 900, "/health", engine) as server:
+        with Server(command, url, CPU_ENVIRONMENT, log, 900, engine) as server:
             yield server
 
     return serve

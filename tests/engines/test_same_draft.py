@@ -11,7 +11,7 @@ from conftest import TINY, spec_of
 
 from eagle3.decode.speculate import speculate
 from eagle3.draft.flash import FlashCPU
-from eagle3.engines.engine import command_line
+from eagle3.engines.engine import UNSHAPED, command_line
 from eagle3.engines.sglang import SGLang
 from eagle3.engines.vllm import VLLM
 from eagle3.export.rules import read_draft
@@ -20,7 +20,7 @@ from eagle3.target.hf import HFTarget
 from engines.conftest import ask
 
 TARGET, LAYERS = TINY / "target", [1, 4, 6]
-STEPS, NEW_TOKENS = 3, 64
+STEPS, NEW_TOKENS, GREEDY = 3, 64, UNSHAPED | {"temperature": 0.0, "stop": []}
 CHAIN, TREE = (STEPS, 1, STEPS + 1), (4, 3, 10)
 VLLM_METRICS = ["--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed"]
 
@@ -51,7 +51,7 @@ def generations(trained_draft, prompts):
 
 def assert_same(engine, server, prompts, expected, steps=STEPS, **more):
     for prompt, generation in zip(prompts, expected, strict=True):
-        body = engine.request_body(prompt, NEW_TOKENS, (), 0.0) | more
+        body = engine.request_body(prompt, NEW_TOKENS, GREEDY) | more
         answer = engine.read_reply(ask(server, engine.generate_path, body), steps)
         accepted = generation.accepted
         assert answer.ids == generation.ids and answer.rounds == len(accepted)

@@ -129,7 +129,7 @@ class SGLangTarget:
         path = os.pathsep.join(filter(None, (str(packages), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": path} | ENGINE.capture_environment(self.device.type)
         command = ENGINE.capture_command(launch, capture)
-        waiting = log_path(port), self.ready_seconds, ENGINE.health_path, ENGINE.name
+        waiting = log_path(port), self.ready_seconds, ENGINE.name
         return Server(command, f"http://127.0.0.1:{port}", environment, *waiting)
 
     def close(self) -> None:
