@@ -112,7 +112,7 @@ def track_run(
             yield tracking
         except BaseException as error:
             if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
-                with suppress(OSError, RunError):  # that would hide why the run failed
+                with suppress(Exception):  # that would hide why the run failed
                     show_results(run_dir, tracking)
                 name_command(error, command_to_resume(run_dir, overrides, tracking.left), console)
             raise
