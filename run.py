@@ -23,6 +23,7 @@ from eagle3.runs.resume import (
     claim,
     command_to_resume,
     load_config,
+    redact_sweep,
     remove_unused,
     write_hydra_folder,
 )
@@ -49,7 +50,7 @@ def job(composed: DictConfig) -> float | None:
         one_sentence(SHOW_TRACEBACK),
         claim(run_dir),
     ):
-        write_hydra_folder(composed, settings, run_dir)
+        redact_sweep(settings)
         config = load_config(composed, run_dir, overrides)
         # torch and transformers take seconds to load, which a typo need not wait for
         from eagle3.checks import check
@@ -60,7 +61,8 @@ def job(composed: DictConfig) -> float | None:
         read_torchrun(config)
         check(config)
         set_up_process(config)
-        return run_pipeline(config, run_dir, overrides)
+        begin = partial(write_hydra_folder, composed, settings, run_dir)
+        return run_pipeline(config, run_dir, overrides, begin)
     return math.nan  # which a sweeper that maximises takes for a failure
 
 

@@ -164,15 +164,19 @@ def check_benchmark_section(config: RunConfig) -> None:
         raise ConfigError("benchmark=builtin needs target=hf; or set benchmark=sglang")
 
 
-def reads_stored(config: RunConfig) -> bool:
-    """Whether training reads hidden states that the user's own folder holds."""
-    mode = get_object(config.mode["_target_"])
-    return mode.captures and config.hidden_states.path is not None
+def reads_store_alone(config: RunConfig) -> bool:
+    """Whether training reads hidden states of the user's folder and no data: those are SpecForge's,
+    or no data is named.
+    """
+    folder = config.hidden_states.path
+    if folder is None or not get_object(config.mode["_target_"]).captures:
+        return False
+    return is_specforge(Path(folder)) or not names_data(config.data)
 
 
 def reads_data(config: RunConfig) -> list[str]:
     """The stages that read conversations, and so cannot do without `data`."""
-    readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
+    readers = set(READS_DATA) if reads_store_alone(config) else READS_DATA | {"train"}
     if asks_heldout(config.benchmark, config.data):
         readers.add("benchmark")
     return [stage for stage in config.stages if stage in readers]
@@ -182,11 +186,11 @@ def check_data(data: Data, readers: list[str]) -> None:
     """That there is data, from `path` or `sources`, for the stages that read it (`readers`)."""
     if data.path is not None and data.sources:
         raise ConfigError("data.path and data.sources exclude each other; set one of them")
-    if readers and not names_data(data):
-        remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
-        raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
     if not readers:
         return
+    if not names_data(data):
+        remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
+        raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():
@@ -197,8 +201,9 @@ def check_data(data: Data, readers: list[str]) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
-    hidden = config.hidden_states.path
-    if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
+    hidden, mode = config.hidden_states.path, get_object(config.mode["_target_"])
+    reads_stored = mode.captures and hidden is not None and "capture" not in config.stages
+    if reads_stored and not Path(hidden).is_dir():
         raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or capture")
     drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
     for key, path in drafts.items():
@@ -218,7 +223,7 @@ def check_against_target(config: RunConfig) -> None:
     if not set(config.stages) <= {"check", "benchmark"}:  # a draft that is there has its own shape
         check_draft_shape(config, target)
     # `check` says so where there is no tokenizer, and stored hidden states need none.
-    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    without = {"import", "train", "export", "check"} if reads_store_alone(config) else {"check"}
     if set(config.stages) - without:
         load_chat(model, config.data)
     training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()
