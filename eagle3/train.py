@@ -35,7 +35,7 @@ from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import Progress
-from eagle3.runs.resume import command_to_resume, read_overrides
+from eagle3.runs.resume import command_to_resume
 from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
@@ -135,9 +135,8 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                command = command_to_resume(run_dir, read_overrides(run_dir))
                 kept = f"stopped after update {trainer.update} of {total}, which is kept"
-                print(f"\n{kept}; go on with: {command}")
+                print(f"{kept}; go on with: {command_to_resume(run_dir)}")
                 raise SystemExit(128 + stopping)
             trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()

@@ -344,6 +344,9 @@ def test_going_on_with_a_run(tmp_path):
     defaults = ["model=tiny", "mode=online", "seed=0", "+data.sources={}", "name=mine"]
     needed = "python run.py name=mine optimizer.lr=0.5 train.max_steps=3"
     assert command_to_resume(run_dir, [*defaults, *overrides]) == needed
+    # A default that an experiment would change, and an option that is found only with a searchpath.
+    for given in ("experiment=llama3-8b-sharegpt-offline mode=online", "model=own seed=0"):
+        assert command_to_resume(run_dir, given.split()) == f"python run.py {given}"
     as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
     assert run_folder(str(run_dir), "new") == str(run_dir)

@@ -109,7 +109,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_on_no_other_data(
         with pytest.raises(SystemExit) as stopped:
             run(again, run_dir)
     assert stopped.value.code == 130
-    assert f"train.resume={run_dir}" in capsys.readouterr().out.replace("\n", "")
+    before, _, said = capsys.readouterr().out.partition("stopped after update 3 of 6, which is")
+    assert f"train.resume={run_dir}\n" in said and not before.endswith("\n\n")
     assert os.readlink(run_dir / "checkpoints" / "last") == "step_3"
     own.write_text("".join(text.splitlines(keepends=True)[:-3]))
     with pytest.raises(ConfigError, match=r"the data is \w+, but the checkpoint has \w+"):
@@ -123,6 +124,18 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_on_no_other_data(
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
     for name in ("scheduler", "loader"):
         assert resumed.plain[name] == whole.plain[name]
+
+
+def test_a_plan_and_a_refused_config_leave_a_run_as_it_was(finished):
+    def content():
+        files = [path for path in finished[0].rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = content()
+    for given, exit_code in (("plan=true", 0), ("optimizer.lr=5", 2)):
+        done = run_command(f"train.resume={finished[0]}", given)
+        assert done.returncode == exit_code, done.stderr
+        assert content() == before
 
 
 def test_regenerated_answers_feed_prepare(settings, tmp_path):

@@ -37,7 +37,7 @@ class Recorder(NoTracker):
 
 def arguments(run_dir, overrides=()):
     config = OmegaConf.to_object(compose_config("model=hf", "model.path=x", "seed=3"))
-    config.regenerate["extra_body"], config.stages = {"api_key": "SESAME"}, ["prepare"]
+    config.regenerate["extra_body"], config.stages = {"api_key": "SESAME"}, ["prepare", "train"]
     return config, run_dir, list(overrides)
 
 
@@ -92,8 +92,16 @@ FAILURES = [
 
 @pytest.mark.parametrize("error, said, printed", FAILURES)
 def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
-    tmp_path, error, said, printed
+    tmp_path, monkeypatch, error, said, printed
 ):
+    """The command takes a second to find, and is not looked for where it is not said."""
+    asked = []
+
+    def command(*given):
+        asked.append(given)
+        return command_to_resume(*given)
+
+    monkeypatch.setattr("eagle3.runs.tracking.command_to_resume", command)
     console = Console(file=io.StringIO(), width=200)
     with (
         pytest.raises(type(error)) as raised,
@@ -104,7 +112,7 @@ def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
     lines = console.file.getvalue()
     assert (tmp_path / "report.html").exists() and f"report: {tmp_path}" in lines
     assert str(raised.value) == said and lines.count("go on with") == bool(printed)
-    assert printed in lines
+    assert printed in lines and len(asked) == ("seed=3" in said + printed)
 
 
 def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):

@@ -30,7 +30,7 @@ from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.parallel.ranks import Ranks, collective_timeout, init_ranks, set_up_process
 from eagle3.parallel.watch import redirect_output
-from eagle3.runs.resume import command_to_resume, read_overrides
+from eagle3.runs.resume import command_to_resume
 from eagle3.target.handle import TargetHandle
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
@@ -85,8 +85,7 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     except SignalException as stopped:
         raise KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
-        resume = command_to_resume(run_dir, read_overrides(run_dir))
-        raise explain_failure(failed, resume) from failed
+        raise explain_failure(failed, run_dir) from failed
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():
@@ -130,7 +129,7 @@ def run_task(store, task: Task, config: RunConfig, run_dir: Path, arguments: tup
         raise
 
 
-def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
+def explain_failure(ended: ChildFailedError, run_dir: Path) -> Exception:
     """What the first process that failed has to say, as one of our errors."""
     rank, failure = ended.get_first_failure()
     message = failure.message
@@ -141,7 +140,7 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     if failure.exitcode < 0:
         killed = f"process {rank} was killed by {failure.signal_name()}"
         reason = "the system does that when memory runs out"
-        return RunError(f"{killed} ({reason}); go on with: {resume}")
+        return RunError(f"{killed} ({reason}); go on with: {command_to_resume(run_dir)}")
     if kind in ("RunError", "DamageError"):
         return RunError(sentence)
     log = f"logs/rank_{rank}.log of the run"
