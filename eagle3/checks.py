@@ -4,6 +4,7 @@ A mistake is one ConfigError sentence with the key, what is allowed, and the nea
 """
 
 import inspect
+import math
 import types
 import typing
 from dataclasses import is_dataclass
@@ -128,13 +129,11 @@ def check_stages(config: RunConfig) -> None:
 
 def check_processes(config: RunConfig) -> None:
     """That the processes asked for exist and can be divided as asked for."""
-    launch, (ulysses, ring) = config.launch, layout(config)
+    launch, group = config.launch, math.prod(layout(config))
     processes = launch.nproc_per_node * launch.nnodes
-    if processes % (ulysses * ring):
-        asked, product = "parallel.ring", f"launch.nproc_per_node x launch.nnodes = {processes}"
-        if config.parallel.ulysses:
-            asked, ring = "parallel.ulysses x parallel.ring", ulysses * ring
-        raise ConfigError(f"{asked} = {ring} must divide {product}")
+    if processes % group:
+        product = f"launch.nproc_per_node x launch.nnodes = {processes}"
+        raise ConfigError(f"parallel.ulysses x parallel.ring = {group} must divide {product}")
     device = choose_device(config.device)
     if config.plan:  # may be made anywhere
         return

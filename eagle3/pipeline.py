@@ -33,7 +33,7 @@ from eagle3.hidden_states.store import announce_store, is_complete, open_store, 
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
-from eagle3.runs.artefact import fingerprint, read_facts
+from eagle3.runs.artefact import read_facts
 from eagle3.runs.disk import name_full_disk
 from eagle3.runs.logger import follow_metrics
 from eagle3.runs.resume import command_to_resume
@@ -113,8 +113,7 @@ def run_pipeline(
             view(data, config.view.num_samples, sources, chat, run_dir, console)
             tracking.finish("view")
         if reads_prepared:
-            given = *counts, sources, chat, cache_dir
-            prepared = prepare(data, *given, write="prepare" in listed)
+            prepared = prepare(data, *counts, sources, chat, cache_dir, write="prepare" in listed)
             tracking.note("prepare", (prepared.path, prepared.facts))
         if readers & {"generate", "train"}:
             write = "generate" in listed
@@ -133,13 +132,13 @@ def run_pipeline(
             tracking.note("capture", (store.folder, store.facts))
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
-            reads = store if mode.captures else None
-            made_from = fingerprint(reads.inputs) if reads else prepared.path.name
+            folder = store.folder if mode.captures else None
+            made_from = store.fingerprint if folder else prepared.path.name
             if store_alone:
-                made = TrainingData(None, None, store.folder, {"the hidden states": made_from})
+                made = TrainingData(None, None, folder, {"the hidden states": made_from})
             else:
                 prints = {"the data": made_from, "the target's answers": answers.name}
-                made = TrainingData(prepared.path, answers, reads and reads.folder, prints)
+                made = TrainingData(prepared.path, answers, folder, prints)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)

@@ -166,7 +166,8 @@ def test_folders_in_which_no_run_began(settings, tmp_path):
         refused = run_command(*given, "train.epochs=0", cwd=tmp_path)
         assert refused.returncode and "train.epochs=0 must be at least 1" in refused.stderr
         assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
-    planned = run_command("-m", *settings, "plan=true", "seed=0,-1", cwd=tmp_path)
+    deep = "hydra.sweep.subdir=a/${hydra:job.num}"
+    planned = run_command("-m", *settings, "plan=true", "seed=0,-1", deep, cwd=tmp_path)
     assert "Recommended: " in planned.stdout and not (tmp_path / "outputs").exists()
     run_command("-m", *settings, "stages=[prepare]", "train.epochs=0,1", cwd=tmp_path)
     (sweep,) = tmp_path.glob("outputs/target*-chat-online/*")

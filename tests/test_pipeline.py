@@ -31,6 +31,7 @@ from eagle3.benchmark.builtin import Builtin
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
 from eagle3.runs.checkpoint import load_checkpoint, load_draft
+from eagle3.train import Trainer
 
 pytestmark = pytest.mark.runs
 
@@ -124,6 +125,20 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_on_no_other_data(
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
     for name in ("scheduler", "loader"):
         assert resumed.plain[name] == whole.plain[name]
+
+
+def test_a_second_interrupt_leaves_the_last_checkpoint(settings, tmp_path, monkeypatch):
+    original = Trainer.train_update
+
+    def train_update(self, *given, **named):
+        if self.update == 5:
+            raise KeyboardInterrupt
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "train_update", train_update)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run([*settings, TRAIN_ONLY], tmp_path / "run")
+    assert stopped.value.kept in ("train keeps 2 of 6 updates", "train keeps 4 of 6 updates")
 
 
 def test_a_plan_and_a_refused_config_leave_a_run_as_it_was(finished):

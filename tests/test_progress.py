@@ -96,12 +96,7 @@ def test_a_terminal_has_a_bar_of_the_same_words(clock, monkeypatch):
 
 
 def test_durations():
-    assert [duration(each) for each in (0.4, 59.6, 751, 3751)] == [
-        "0:00",
-        "1:00",
-        "12:31",
-        "1:02:31",
-    ]
+    assert list(map(duration, (0.4, 59.6, 751, 3751))) == ["0:00", "1:00", "12:31", "1:02:31"]
 
 
 def test_an_interruption_says_what_is_kept_and_an_error_nothing(capsys):

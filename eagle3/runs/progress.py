@@ -76,15 +76,14 @@ class Progress(AbstractContextManager):
     def fraction(self) -> float:
         return self.share or (self.done / self.total if self.total else 0.0)
 
-    @property
-    def count(self) -> str:
-        if self.total:
-            return f"{self.done:,} of {self.total:,} {self.units}"
-        return f"{self.done:,} {self.units}" + (f" ({self.share:.0%})" if self.share else "")
+    def of_total(self, number: int) -> str:
+        return f"{number:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.units}"
 
     def line(self) -> str:
         """Such as `capture: 1,200 of 5,000 documents, 210k tokens, 3,410 tokens/s, ETA 12:31`."""
-        parts, now = [self.count, *self.rates()], self.done - self.before
+        share = f" ({self.share:.0%})" if self.share and not self.total else ""
+        parts = [f"{self.of_total(self.done)}{share}", *self.rates()]
+        now = self.done - self.before
         left = 0.0  # how often what this call has done
         if self.expected and self.tokens:
             left = self.expected / self.tokens - 1
@@ -120,8 +119,7 @@ class Progress(AbstractContextManager):
         if error is None and self.shown:
             print(self.end(), flush=True)
         if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells
-            of = f" of {self.total:,}" if self.total else ""
-            error.kept = f"{self.stage} keeps {self.kept():,}{of} {self.units}"
+            error.kept = f"{self.stage} keeps {self.of_total(self.kept())}"
 
 
 def duration(seconds: float) -> str:

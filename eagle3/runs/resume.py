@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what it shows of its config, and going on with it."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -167,17 +168,17 @@ def claim(run_dir: Path) -> Iterator[None]:
         finally:
             if not (run_dir / "run.json").exists():
                 (run_dir / ".lock").unlink(missing_ok=True)
-                if (run_dir.parent / SWEEP).exists():  # a job's folder is hydra's
+                if any((folder / SWEEP).exists() for folder in run_dir.parents):
                     with suppress(OSError):
-                        run_dir.rmdir()
+                        os.removedirs(run_dir)  # as far as the sweep's, for a job's is hydra's
 
 
 def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
     """`.hydra` as hydra would write it, but for logins."""
     folder = run_dir / (".hydra/resumed" if is_run(run_dir) else ".hydra")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {"config": composed, "hydra": {"hydra": settings}}
-    shown["overrides"] = settings.overrides.task
+    overrides = settings.overrides.task
+    shown = {"config": composed, "hydra": {"hydra": settings}, "overrides": overrides}
     for name, each in shown.items():
         write_redacted(folder / f"{name}.yaml", OmegaConf.to_yaml(each))
 
