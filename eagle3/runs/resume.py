@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -13,14 +13,12 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from eagle3.config import CONF, RunConfig, check_targets, flatten
+from eagle3.config import RunConfig, check_targets, compose_flat, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.runs.artefact import STATE, fingerprint, read_manifest
 from eagle3.runs.disk import instead_of, read_json, step_folders
@@ -84,25 +82,14 @@ def command_to_resume(
 
 def differing(overrides: list[str]) -> list[str]:
     """A command line without what names a default, where it comes to the same so."""
-
-    def composed(given: list[str]) -> dict[str, Any]:
-        whole = compose("run", ["name=x", *given], return_hydra_config=True)
-        sections = OmegaConf.masked_copy(whole, list(RunConfig.__annotations__))
-        return flatten(sections) | dict(whole.hydra.runtime.choices)
-
-    running = GlobalHydra.instance().is_initialized()
-    # Hydra need not find here what it found at the start, as in a `hydra.searchpath`.
-    with (
-        suppress(HydraException),
-        nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"),
-    ):
+    with suppress(HydraException):  # an option may lie where only the whole command line looks
         # Not one by one: a composition takes a fifth of a second, and Ctrl-C waits for the command.
-        defaults, needed = composed([]), []
+        defaults, needed = compose_flat([]), []
         for each in OverridesParser.create().parse_overrides(overrides):
             named = flatten({each.key_or_group: each.value()})
             if not named.items() <= defaults.items():
                 needed.append(each.input_line)
-        if needed != overrides and composed(needed) == composed(overrides):
+        if needed != overrides and compose_flat(needed) == compose_flat(overrides):
             return needed
     return overrides
 
