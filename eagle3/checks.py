@@ -118,8 +118,6 @@ def check_stages(config: RunConfig) -> None:
     hidden = config.hidden_states.path
     if "import" in stages and not (hidden and is_specforge(Path(hidden))):
         raise ConfigError("stages=[import] needs hidden_states.path=<folder of SpecForge's files>")
-    if "check" in stages and config.draft_path is None and "export" not in stages:
-        raise ConfigError("stages: check needs a draft: set draft_path, or list export")
     length, room = config.data.max_length, config.train.tokens_per_step
     if length > room:  # a document would not fit into a micro-step
         raise ConfigError(f"data.max_length={length} must be at most train.tokens_per_step={room}")

@@ -204,8 +204,9 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
     assert (tmp_path / "many" / "non_finite_batch.pt").exists()
 
 
-def test_a_draft_that_is_not_there(settings, tmp_path):
-    cold = [*settings, "stages=[prepare,benchmark]", f"cache_dir={tmp_path / 'cache'}"]
+@pytest.mark.parametrize("stage", ["check", "benchmark"])
+def test_a_draft_that_is_not_there(settings, tmp_path, stage):
+    cold = [*settings, f"stages=[prepare,{stage}]", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(ConfigError, match=r"no draft at .*draft; set draft_path="):
         run(cold, tmp_path / "run")
     assert not (tmp_path / "cache").exists(), "it is missed before the first stage"

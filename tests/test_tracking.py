@@ -129,6 +129,19 @@ def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):
     assert command_to_resume(tmp_path, [], started.left) == command
 
 
+def test_stages_behind_regenerate_read_its_answers_again(tmp_path):
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    given, device = arguments(tmp_path), torch.device("cpu")
+    given[0].stages = ["benchmark", "regenerate", "prepare"]
+    with (
+        pytest.raises(RunError) as raised,
+        track_run(*given, device, Console(file=io.StringIO())) as tracking,
+    ):
+        tracking.finish("prepare")
+        raise RunError("a")
+    assert str(raised.value).endswith(f"resume={tmp_path} 'stages=[regenerate,benchmark]'")
+
+
 def test_the_acceptance_of_a_run_is_the_drafts_own(tmp_path):
     assert read_acceptance(tmp_path) is None
     evaluation = {"acceptance_length": {"1": 1.5, "2": 2.0}, "draft_length": 2}

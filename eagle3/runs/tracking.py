@@ -116,7 +116,10 @@ def track_run(
             if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
                 with suppress(OSError, RunError):  # that would hide why the run failed
                     show_results(run_dir, tracking)
-                command = partial(command_to_resume, run_dir, overrides, tracking.left)
+                left = tracking.left
+                if "regenerate" in config.stages and "regenerate" not in left:
+                    left = ["regenerate", *left]  # whose answers are what later stages read
+                command = partial(command_to_resume, run_dir, overrides, left)
                 name_command(error, command, console)
             raise
         show_results(run_dir, tracking)
