@@ -46,15 +46,12 @@ def check(config: RunConfig) -> None:
 
 def check_value(key: str, value: Any, hint: Any) -> None:
     """Bounds of a value, of each element of a list, or of what a section has inside."""
-    if is_dataclass(value):
-        for name, inner in typing.get_type_hints(type(value), include_extras=True).items():
-            check_value(f"{key}.{name}".lstrip("."), getattr(value, name), inner)
-        return
-    if isinstance(value, dict):
-        if "_target_" in value:
-            return check_node(value, key)
-        for name, inner in value.items():
-            check_value(f"{key}.{name}", inner, Any)
+    if isinstance(value, dict) and "_target_" in value:
+        return check_node(value, key)
+    if is_dataclass(value) or isinstance(value, dict):
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        for name, inner in (value if isinstance(value, dict) else vars(value)).items():
+            check_value(f"{key}.{name}".lstrip("."), inner, hints.get(name, Any))
         return
     for bound in bounds(hint):
         for element in value if isinstance(value, list) else [value]:
