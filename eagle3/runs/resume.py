@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from eagle3.config import RunConfig, check_targets, compose_flat, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
@@ -82,7 +83,8 @@ def command_to_resume(
 
 def differing(overrides: list[str]) -> list[str]:
     """A command line without what names a default, where it comes to the same so."""
-    with suppress(HydraException):  # an option may lie where only the whole command line looks
+    # An option may lie where only the whole command line looks.
+    with suppress(HydraException, OmegaConfBaseException):
         # Not one by one: a composition takes a fifth of a second, and Ctrl-C waits for the command.
         defaults, needed = compose_flat([]), []
         for each in OverridesParser.create().parse_overrides(overrides):
