@@ -156,8 +156,8 @@ def cover(
         return {"vocab_coverage": share}
     held = f"only {share:.1%} of the target's answers is in the draft vocabulary"
     remedy = "raise draft.vocab_size, or train on answers of the target (regenerate)"
-    most_said = f"at best {most:.2f} tokens a round at draft length {draft_length}"
-    print(f"generate: warning: {held}: {most_said}; {remedy}")
+    best = f"at best {most:.2f} tokens a round at draft length {draft_length}"
+    print(f"generate: warning: {held}: {best}; {remedy}")
     return {"vocab_coverage": share, "acceptance_at_most": most}
 
 

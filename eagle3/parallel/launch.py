@@ -51,9 +51,7 @@ def spawns_ranks(config: RunConfig) -> bool:
     return config.launch.nproc_per_node * config.launch.nnodes > 1 and not is_torchrun()
 
 
-def run_on_ranks(
-    task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given: Any
-) -> Any:
+def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given) -> Any:
     """Run a task on every rank; returns what the first rank's did.
 
     Raises what the first process that failed has to say, as ConfigError or RunError.
@@ -97,9 +95,7 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, *given: Any) -> An
 
 
 @record
-def run_spawned(
-    task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given: Any
-) -> Any:
+def run_spawned(task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given) -> Any:
     """What a spawned process does; its error is handed to the launcher."""
     with suppress(OSError, AttributeError):  # where the C library has it
         # a launcher that is killed leaves nobody behind

@@ -96,9 +96,8 @@ class Ranks:
 
 
 def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
-    """Join the process group of those that torchrun, or our launcher, started; once a process.
-
-    `store` is where they meet, if not by the environment.
+    """Join those that torchrun, or our launcher, started, at `store` or where the environment says;
+    a process group is made once a process.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():  # with device=cpu there may be more processes than GPUs
