@@ -19,13 +19,7 @@ from omegaconf import DictConfig
 
 from eagle3.errors import RunError
 from eagle3.hydra_errors import note_failure, one_sentence
-from eagle3.runs.resume import (
-    claim,
-    command_to_resume,
-    load_config,
-    remove_unused,
-    write_hydra_folder,
-)
+from eagle3.runs import resume
 from eagle3.runs.signals import exit_when_interrupted, interrupt_on_signals
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -42,15 +36,15 @@ def job(composed: DictConfig) -> float | None:
     run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     # Elsewhere than in this process a launcher hands on what was raised.
     sweeps = settings.mode == RunMode.MULTIRUN and os.getpid() == MAIN
-    command = partial(command_to_resume, run_dir, overrides)
+    command = partial(resume.command_to_resume, run_dir, overrides)
     with (
         note_failure(FAILED, settings.job.num, overrides) if sweeps else nullcontext(),
         exit_when_interrupted(lambda kept: f"; {kept}; go on with: {command()}"),
         one_sentence(SHOW_TRACEBACK),
-        claim(run_dir),
+        resume.claim(run_dir),
     ):
-        write_hydra_folder(composed, settings, run_dir)
-        config = load_config(composed, run_dir, overrides)
+        resume.redact_sweep(settings)
+        config = resume.load_config(composed, run_dir, overrides)
         # torch and transformers take seconds to load, which a typo need not wait for
         from eagle3.checks import check
         from eagle3.parallel.launch import read_torchrun
@@ -60,7 +54,8 @@ def job(composed: DictConfig) -> float | None:
         read_torchrun(config)
         check(config)
         set_up_process(config)
-        return run_pipeline(config, run_dir, overrides)
+        begin = partial(resume.write_hydra_folder, composed, settings, run_dir)
+        return run_pipeline(config, run_dir, overrides, begin)
     return math.nan  # which a sweeper that maximises takes for a failure
 
 
@@ -74,12 +69,12 @@ def main() -> None:
         interrupt_on_signals()
         try:
             before = exit_when_interrupted(lambda kept: " before the run began")
-            with remove_unused(sys.argv), before:
+            with resume.remove_unused(sys.argv), before:
                 job()
         except SystemExit as ended:  # so hydra leaves where it only shows something
             if ended.code:
                 raise
-        if "RANK" in os.environ:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from eagle3.parallel.launch import end_tasks
 
             end_tasks()

@@ -4,6 +4,7 @@ A mistake is one ConfigError sentence with the key, what is allowed, and the nea
 """
 
 import inspect
+import math
 import types
 import typing
 from dataclasses import is_dataclass
@@ -45,15 +46,12 @@ def check(config: RunConfig) -> None:
 
 def check_value(key: str, value: Any, hint: Any) -> None:
     """Bounds of a value, of each element of a list, or of what a section has inside."""
-    if is_dataclass(value):
-        for name, inner in typing.get_type_hints(type(value), include_extras=True).items():
-            check_value(f"{key}.{name}".lstrip("."), getattr(value, name), inner)
-        return
-    if isinstance(value, dict):
-        if "_target_" in value:
-            return check_node(value, key)
-        for name, inner in value.items():
-            check_value(f"{key}.{name}", inner, Any)
+    if isinstance(value, dict) and "_target_" in value:
+        return check_node(value, key)
+    if is_dataclass(value) or isinstance(value, dict):
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        for name, inner in (value if isinstance(value, dict) else vars(value)).items():
+            check_value(f"{key}.{name}".lstrip("."), inner, hints.get(name, Any))
         return
     for bound in bounds(hint):
         for element in value if isinstance(value, list) else [value]:
@@ -117,8 +115,6 @@ def check_stages(config: RunConfig) -> None:
     hidden = config.hidden_states.path
     if "import" in stages and not (hidden and is_specforge(Path(hidden))):
         raise ConfigError("stages=[import] needs hidden_states.path=<folder of SpecForge's files>")
-    if "check" in stages and config.draft_path is None and "export" not in stages:
-        raise ConfigError("stages: check needs a draft: set draft_path, or list export")
     length, room = config.data.max_length, config.train.tokens_per_step
     if length > room:  # a document would not fit into a micro-step
         raise ConfigError(f"data.max_length={length} must be at most train.tokens_per_step={room}")
@@ -128,13 +124,11 @@ def check_stages(config: RunConfig) -> None:
 
 def check_processes(config: RunConfig) -> None:
     """That the processes asked for exist and can be divided as asked for."""
-    launch, (ulysses, ring) = config.launch, layout(config)
+    launch, group = config.launch, math.prod(layout(config))
     processes = launch.nproc_per_node * launch.nnodes
-    if processes % (ulysses * ring):
-        asked, product = "parallel.ring", f"launch.nproc_per_node x launch.nnodes = {processes}"
-        if config.parallel.ulysses:
-            asked, ring = "parallel.ulysses x parallel.ring", ulysses * ring
-        raise ConfigError(f"{asked} = {ring} must divide {product}")
+    if processes % group:
+        product = f"launch.nproc_per_node x launch.nnodes = {processes}"
+        raise ConfigError(f"parallel.ulysses x parallel.ring = {group} must divide {product}")
     device = choose_device(config.device)
     if config.plan:  # may be made anywhere
         return
@@ -164,15 +158,19 @@ def check_benchmark_section(config: RunConfig) -> None:
         raise ConfigError("benchmark=builtin needs target=hf; or set benchmark=sglang")
 
 
-def reads_stored(config: RunConfig) -> bool:
-    """Whether training reads hidden states that the user's own folder holds."""
-    mode = get_object(config.mode["_target_"])
-    return mode.captures and config.hidden_states.path is not None
+def reads_store_alone(config: RunConfig) -> bool:
+    """Whether training reads hidden states of the user's folder and no data: those are SpecForge's,
+    or no data is named.
+    """
+    folder = config.hidden_states.path
+    if folder is None or not get_object(config.mode["_target_"]).captures:
+        return False
+    return is_specforge(Path(folder)) or not names_data(config.data)
 
 
 def reads_data(config: RunConfig) -> list[str]:
     """The stages that read conversations, and so cannot do without `data`."""
-    readers = set(READS_DATA) if reads_stored(config) else READS_DATA | {"train"}
+    readers = set(READS_DATA) if reads_store_alone(config) else READS_DATA | {"train"}
     if asks_heldout(config.benchmark, config.data):
         readers.add("benchmark")
     return [stage for stage in config.stages if stage in readers]
@@ -182,11 +180,11 @@ def check_data(data: Data, readers: list[str]) -> None:
     """That there is data, from `path` or `sources`, for the stages that read it (`readers`)."""
     if data.path is not None and data.sources:
         raise ConfigError("data.path and data.sources exclude each other; set one of them")
-    if readers and not names_data(data):
-        remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
-        raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
     if not readers:
         return
+    if not names_data(data):
+        remedy = "set data=<preset> or data.path=<file, folder, hub id or address>"
+        raise ConfigError(f"{readers[0]} reads data, but none is named; {remedy}")
     paths = {"data.path": data.path, "data.eval_path": data.eval_path}
     paths |= {f"data.sources.{name}.path": source.path for name, source in data.sources.items()}
     for key, path in paths.items():
@@ -197,8 +195,9 @@ def check_data(data: Data, readers: list[str]) -> None:
 
 def check_files(config: RunConfig) -> None:
     """Paths that the run will read, where they are local."""
-    hidden = config.hidden_states.path
-    if reads_stored(config) and "capture" not in config.stages and not Path(hidden).is_dir():
+    hidden, mode = config.hidden_states.path, get_object(config.mode["_target_"])
+    reads_stored = mode.captures and hidden is not None and "capture" not in config.stages
+    if reads_stored and not Path(hidden).is_dir():
         raise ConfigError(f"hidden_states.path={hidden} does not exist; give a folder, or capture")
     drafts = {"draft_path": config.draft_path, "draft.init_from": config.draft.init_from}
     for key, path in drafts.items():
@@ -218,7 +217,7 @@ def check_against_target(config: RunConfig) -> None:
     if not set(config.stages) <= {"check", "benchmark"}:  # a draft that is there has its own shape
         check_draft_shape(config, target)
     # `check` says so where there is no tokenizer, and stored hidden states need none.
-    without = {"import", "train", "export", "check"} if reads_stored(config) else {"check"}
+    without = {"import", "train", "export", "check"} if reads_store_alone(config) else {"check"}
     if set(config.stages) - without:
         load_chat(model, config.data)
     training = {"train"} if get_object(config.mode["_target_"]).needs_target else set()

@@ -16,7 +16,9 @@ from typing import Annotated, Any, Optional
 from urllib.parse import urlsplit
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, SCMode
@@ -264,6 +266,15 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in config.items():
         values |= flatten(value, f"{prefix}.{name}".lstrip("."))
     return values
+
+
+def compose_flat(overrides: list[str]) -> dict[str, Any]:
+    """What overrides come to: values by dotted key, and options by group. Raises HydraException."""
+    GlobalHydra.instance().clear()  # it may be in the middle of a composition that failed
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("run", ["name=x", *overrides], return_hydra_config=True)
+    sections = OmegaConf.masked_copy(whole, list(RunConfig.__annotations__))
+    return flatten(sections) | dict(whole.hydra.runtime.choices)
 
 
 OFFERED = (

@@ -18,16 +18,20 @@ import torch
 import torch.nn.functional as F
 
 from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
-from eagle3.config import Eval
+from eagle3.config import DraftSection, Eval
+from eagle3.draft.attention import Dense
 from eagle3.draft.model import Draft
 from eagle3.engines.engine import Answer, answer_of_rounds, is_loop
 from eagle3.errors import DamageError
+from eagle3.export.read import locate
+from eagle3.export.rules import read_draft
 from eagle3.hidden_states.capture import compute_features
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.runs.artefact import artefact, fingerprint, read_inputs
 from eagle3.runs.progress import Progress
 from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
+from eagle3.target.spec import TargetSpec
 from eagle3.ttt import unroll
 
 COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth of its length at 5
@@ -130,10 +134,16 @@ def load_answers(folder: Path) -> list[Document]:
     return answers
 
 
-def cover(folder: Path, vocab: np.ndarray, draft_length: int) -> tuple[dict[str, float], str]:
-    """(facts, a warning or "") on a draft vocabulary, the ids [Vd]: which share of the tokens of
-    the target's answers it holds, and the acceptance length of a draft that is right on all these.
+def cover(
+    folder: Path, vocab: np.ndarray, section: DraftSection, spec: TargetSpec, draft_length: int
+) -> dict[str, float]:
+    """Facts on the draft vocabulary, the data's ids [Vd] or that of `draft.init_from`: which share
+    of the tokens of the target's answers it holds, and, printed as a warning, the acceptance length
+    of a draft that is right on all these.
     """
+    if section.init_from is not None:
+        start = locate(section.init_from, "draft.init_from")
+        vocab = read_draft(start, Dense, spec).target_ids
     rounds, known = [], []
     for answer in load_answers(folder):
         known_n = torch.isin(answer.input_ids, torch.as_tensor(vocab))
@@ -143,11 +153,12 @@ def cover(folder: Path, vocab: np.ndarray, draft_length: int) -> tuple[dict[str,
         rounds.append(walk(answer, accepted_nK, draft_length))
     share, most = float(torch.cat(known).float().mean()), acceptance_length(rounds)
     if share >= COVERED or most is None:
-        return {"vocab_coverage": share}, ""
+        return {"vocab_coverage": share}
     held = f"only {share:.1%} of the target's answers is in the draft vocabulary"
     remedy = "raise draft.vocab_size, or train on answers of the target (regenerate)"
-    warning = f"{held}: at best {most:.2f} tokens a round at draft length {draft_length}; {remedy}"
-    return {"vocab_coverage": share, "acceptance_at_most": most}, warning
+    best = f"at best {most:.2f} tokens a round at draft length {draft_length}"
+    print(f"generate: warning: {held}: {best}; {remedy}")
+    return {"vocab_coverage": share, "acceptance_at_most": most}
 
 
 Packed = list[tuple[Batch, list[Document]]]  # and the answers in each batch

@@ -9,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from eagle3.config import CONF, RunConfig, flatten, nearest
+from eagle3.config import RunConfig, compose_flat, nearest
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import FULL, free_bytes, size_text
 from eagle3.runs.logger import redact
@@ -109,10 +107,7 @@ def wrong_key_or_value(error: Exception) -> str:
             return NEW_SOURCE.format(cause.key)
         if key.startswith(OPEN):  # these sections take any key
             return f"{key} is new to the config: put + before it, as +{key}=..."
-        # Hydra is in the middle of the composition that failed.
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            keys = list(flatten(compose("run", overrides=["name=x"])))
+        keys = [each for each in compose_flat([]) if "/" not in each]
         sections = sorted({each.rpartition(".")[0] for each in keys} - {""})
         return f"{key} is no key of the config{nearest(key, keys + sections)}"
     if isinstance(cause, ValidationError) and key is not None:

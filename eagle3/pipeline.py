@@ -5,6 +5,7 @@ a stage that is listed too; else the run ends with one sentence that names the s
 made lies under the fingerprint of what it was made from, and is made once.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,17 @@ from rich.console import Console
 
 from eagle3.benchmark.check import check
 from eagle3.benchmark.measure import benchmark, load_tasks
-from eagle3.benchmark.request import Subject, asks_heldout
+from eagle3.benchmark.request import Subject
+from eagle3.checks import reads_data, reads_store_alone
 from eagle3.config import RunConfig, instantiate
 from eagle3.data.chat import load_chat
 from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
-from eagle3.draft.attention import Dense
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import cover, generate
 from eagle3.export.read import locate
-from eagle3.export.rules import read_draft
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
@@ -33,7 +33,7 @@ from eagle3.hidden_states.store import announce_store, is_complete, open_store, 
 from eagle3.parallel.launch import run_on_ranks, spawns_ranks
 from eagle3.parallel.ranks import Ranks, choose_device, load_target
 from eagle3.plan import plan, show
-from eagle3.runs.artefact import fingerprint, read_facts
+from eagle3.runs.artefact import read_facts
 from eagle3.runs.disk import name_full_disk
 from eagle3.runs.logger import follow_metrics
 from eagle3.runs.resume import command_to_resume
@@ -45,27 +45,26 @@ from eagle3.train import TrainingData, train
 console = Console(markup=False, soft_wrap=True)
 
 
-def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> float | None:
+def run_pipeline(
+    config: RunConfig, run_dir: Path, overrides: list[str], begin: Callable[[], None]
+) -> float | None:
     """Run the listed stages and write the report; returns the acceptance length they measured.
 
-    Raises ConfigError and RunError.
+    `begin` is called where a run begins, which a plan and a refused config never do. Raises
+    ConfigError and RunError.
     """
     listed, cache_dir, data = set(config.stages), config.cache_dir, config.data
     # run.json has what was asked for, as a resumed run asks the same.
     asked, hidden = config, replace(config.hidden_states, dtype=choose_dtype(config.hidden_states))
     config, mode = replace(config, hidden_states=hidden), get_class(config.mode["_target_"])
-    device = choose_device(config.device)
+    device, draft_length = choose_device(config.device), config.eval.draft_length
     processes = config.launch.nproc_per_node
     target = TargetHandle(read_spec(config.model), config.target, device, processes)
+    counts = config.eval.num_prompts, target.spec.config.vocab_size, config.draft.vocab_size
 
     # What the listed stages read, beside what lies in the run's own folder.
-    imports = hidden.path is not None and is_specforge(Path(hidden.path))
-    no_data = not names_data(data)
-    store_alone = mode.captures and hidden.path is not None and (imports or no_data)
-    reads_answers = "generate" in listed or ("train" in listed and not store_alone)
-    measures_heldout = "benchmark" in listed and asks_heldout(config.benchmark, data)
-    reads_prepared = reads_answers or measures_heldout or bool(listed & {"prepare", "capture"})
-    reads_rows = reads_prepared or config.plan or bool(listed & {"regenerate", "view"})
+    readers, store_alone = set(reads_data(config)), reads_store_alone(config)
+    reads_rows, reads_prepared = config.plan or readers, readers - {"regenerate", "view"}
     sources = find_sources(data, cache_dir) if reads_rows else None
     chat = None
     if reads_rows or listed & {"check", "benchmark"}:
@@ -73,14 +72,13 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         # `check` alone does without where the target has no tokenizer or template.
         with nullcontext() if required else suppress(ConfigError):
             chat = load_chat(config.model, data)
-    vocab_sizes = target.spec.config.vocab_size, config.draft.vocab_size
+    prepared = answers = store = None
     if config.plan:
-        given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
-        prepared = None if "regenerate" in listed else find_prepared(data, *given)
+        if "regenerate" not in listed:
+            prepared = find_prepared(data, *counts, sources, chat, cache_dir)
         show(plan(config, target.spec, sources, chat, prepared, device, run_dir), console)
         return None
 
-    prepared = answers = store = None
     if listed & {"check", "benchmark"}:
         draft = find_draft(config, run_dir)
         subject = Subject(draft, target, chat, data, cache_dir, config.seed)
@@ -90,20 +88,21 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
         tasks = load_tasks(request, subject)
         if config.draft_path and "check" not in listed:  # which says more of a bad one
             request.check_draft(draft, target.spec)
-        if not reads_prepared and not no_data:
+        if not reads_prepared and names_data(data):
             # The bigram is measured where a run has left what it is counted in.
             with suppress(ConfigError, RunError):
-                given = find_sources(data, cache_dir), chat, cache_dir
-                prepared = find_prepared(data, config.eval.num_prompts, *vocab_sizes, *given)
+                named = find_sources(data, cache_dir)
+                prepared = find_prepared(data, *counts, named, chat, cache_dir)
     folders = [run_dir, cache_dir, hidden.path or run_dir]
     with (
         name_full_disk(folders, lambda: command_to_resume(run_dir, overrides)),
         target,
         track_run(asked, run_dir, overrides, device, console) as tracking,
     ):
+        begin()
         if "import" in listed or (store_alone and "train" in listed):
             path = Path(hidden.path)
-            if imports:
+            if is_specforge(path):
                 path = import_specforge(hidden, target, data.max_length, cache_dir)
                 tracking.note("import", (path, read_facts(path)))
             store = open_store(hidden, path, store_inputs(target, hidden.dtype, None))
@@ -114,20 +113,13 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             view(data, config.view.num_samples, sources, chat, run_dir, console)
             tracking.finish("view")
         if reads_prepared:
-            given = config.eval.num_prompts, *vocab_sizes, sources, chat, cache_dir
-            prepared = prepare(data, *given, write="prepare" in listed)
+            prepared = prepare(data, *counts, sources, chat, cache_dir, write="prepare" in listed)
             tracking.note("prepare", (prepared.path, prepared.facts))
-        if reads_answers:
+        if readers & {"generate", "train"}:
             write = "generate" in listed
             answers = generate(config.eval, prepared.heldout, target, cache_dir, write)
-            vocab = prepared.vocab
-            if config.draft.init_from is not None:  # which brings its own
-                start = locate(config.draft.init_from, "draft.init_from")
-                vocab = read_draft(start, Dense, target.spec).target_ids
-            covered, warning = cover(answers, vocab, config.eval.draft_length)
+            covered = cover(answers, prepared.vocab, config.draft, target.spec, draft_length)
             tracking.note("generate", (answers, read_facts(answers) | covered))
-            if warning:
-                console.print(f"generate: warning: {warning}")
         if mode.captures and not store_alone and listed & {"capture", "train"}:
             folder, inputs = locate_store(hidden, prepared, target, cache_dir)
             complete = is_complete(folder)
@@ -140,24 +132,24 @@ def run_pipeline(config: RunConfig, run_dir: Path, overrides: list[str]) -> floa
             tracking.note("capture", (store.folder, store.facts))
         if "train" in listed:
             free_target(config, target, keep=mode.needs_target)
-            reads = store if mode.captures else None
-            made_from = fingerprint(reads.inputs) if reads else prepared.path.name
+            folder = store.folder if mode.captures else None
+            made_from = store.fingerprint if folder else prepared.path.name
             if store_alone:
-                made = TrainingData(None, None, store.folder, {"the hidden states": made_from})
+                made = TrainingData(None, None, folder, {"the hidden states": made_from})
             else:
                 prints = {"the data": made_from, "the target's answers": answers.name}
-                made = TrainingData(prepared.path, answers, reads and reads.folder, prints)
+                made = TrainingData(prepared.path, answers, folder, prints)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
                 damaged = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
             tracking.finish("train")
         if "export" in listed:
-            best, draft_length = run_dir / "checkpoints" / "best", config.eval.draft_length
+            best = run_dir / "checkpoints" / "best"
             export_draft(best, config.export, target.spec, draft_length, run_dir)
             tracking.finish("export")
         if "check" in listed:
             attention = instantiate(config.draft.attention)
-            check(config.check, subject, attention, config.eval.draft_length, run_dir)
+            check(config.check, subject, attention, draft_length, run_dir)
             tracking.finish("check")
         if "benchmark" in listed:
             subject.prepared = prepared

@@ -27,7 +27,7 @@ from eagle3.hidden_states.supply import Supply
 from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
-from eagle3.parallel.ranks import Ranks, collective_timeout, load_target
+from eagle3.parallel.ranks import Ranks, load_target
 from eagle3.parallel.sequence import Sequence
 from eagle3.parallel.watch import Watch
 from eagle3.runs.checkpoint import CheckpointState, CheckpointWriter, load_checkpoint, load_draft
@@ -35,7 +35,7 @@ from eagle3.runs.disk import write_atomically
 from eagle3.runs.logger import JsonLines
 from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import Progress
-from eagle3.runs.resume import command_to_resume, read_overrides
+from eagle3.runs.resume import command_to_resume
 from eagle3.runs.signals import note_signals
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
@@ -85,14 +85,18 @@ def train(
     path = run_dir / "metrics.jsonl"
     lines = JsonLines(path, resumed_at, history) if ranks.is_main else None
     log = lines.log if lines else lambda metrics, step: None
-    timeout = collective_timeout(config.launch.timeout)
-    checkpoints = CheckpointWriter(folder, section.keep_last, ranks.rank, ranks.world_size, timeout)
+    position = ranks.rank, ranks.world_size, ranks.timeout
+    checkpoints = CheckpointWriter(folder, section.keep_last, *position)
     updates = iter(trainer.loader)
+
+    def kept() -> int:
+        return int(last.resolve().name.partition("step_")[2] or 0)
+
     with (
         contextlib.closing(supply),
         Watch(run_dir, ranks, config.launch.timeout),
         note_signals(ranks.world_size > 1) as received,
-        Progress("train", total, "updates", trainer.update, ranks.is_main) as bar,
+        Progress("train", total, "updates", trainer.update, ranks.is_main, kept) as bar,
     ):
         while trainer.update < total:
             began = time.perf_counter()
@@ -109,8 +113,8 @@ def train(
                 # Only here the host waits for the device.
                 refuse_endless_skipping(trainer, batches, run_dir)
                 metrics = trainer.meter.read(ranks.all_reduce_tensor)
-                metrics |= {"lr": lr, "grad_norm": float(norm)}
-                metrics["skipped_updates"] = int(trainer.optim.skipped)
+                skipped = int(trainer.optim.skipped)
+                metrics |= {"lr": lr, "grad_norm": float(norm), "skipped_updates": skipped}
                 log(metrics, trainer.update)
                 bar.advance(0, loss=metrics["loss"])
 
@@ -135,9 +139,8 @@ def train(
             checkpoints.raise_if_failed()
             if stopping:
                 checkpoints.wait()
-                command = command_to_resume(run_dir, read_overrides(run_dir))
                 kept = f"stopped after update {trainer.update} of {total}, which is kept"
-                print(f"\n{kept}; go on with: {command}")
+                print(f"{kept}; go on with: {command_to_resume(run_dir)}")
                 raise SystemExit(128 + stopping)
             trainer.meter.excluded_seconds += time.perf_counter() - began
         checkpoints.wait()
@@ -193,8 +196,7 @@ def build_trainer(
     packed = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
     features, pack_documents = supply.features, packed
     if group > 1:
-        timeout = collective_timeout(config.launch.timeout)
-        sequence = Sequence(*layout(config), ranks.rank, draft.config, timeout)
+        sequence = Sequence(*layout(config), ranks.rank, draft.config, ranks.timeout)
         features = partial(sequence.features, supply.features, weights.embedding.dtype)
 
         def pack_documents(documents: list[Document]) -> Batch:

@@ -205,7 +205,7 @@ def run(overrides, run_dir):
     config = make_config(overrides, run_dir)
     check(config)
     set_up_process(config)
-    return run_pipeline(config, run_dir, overrides)
+    return run_pipeline(config, run_dir, overrides, begin=lambda: None)
 
 
 def run_command(*overrides, script=ROOT / "run.py", **options):

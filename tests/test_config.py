@@ -166,7 +166,8 @@ def test_folders_in_which_no_run_began(settings, tmp_path):
         refused = run_command(*given, "train.epochs=0", cwd=tmp_path)
         assert refused.returncode and "train.epochs=0 must be at least 1" in refused.stderr
         assert [*tmp_path.rglob("*")] == [tmp_path / "mine"]
-    planned = run_command("-m", *settings, "plan=true", "seed=0,-1", cwd=tmp_path)
+    deep = "hydra.sweep.subdir=a/${hydra:job.num}"
+    planned = run_command("-m", *settings, "plan=true", "seed=0,-1", deep, cwd=tmp_path)
     assert "Recommended: " in planned.stdout and not (tmp_path / "outputs").exists()
     run_command("-m", *settings, "stages=[prepare]", "train.epochs=0,1", cwd=tmp_path)
     (sweep,) = tmp_path.glob("outputs/target*-chat-online/*")
@@ -344,6 +345,9 @@ def test_going_on_with_a_run(tmp_path):
     defaults = ["model=tiny", "mode=online", "seed=0", "+data.sources={}", "name=mine"]
     needed = "python run.py name=mine optimizer.lr=0.5 train.max_steps=3"
     assert command_to_resume(run_dir, [*defaults, *overrides]) == needed
+    # A default that an experiment would change, and an option that is found only with a searchpath.
+    for given in ("experiment=llama3-8b-sharegpt-offline mode=online", "model=own seed=0"):
+        assert command_to_resume(run_dir, given.split()) == f"python run.py {given}"
     as_sent(run_dir, *overrides)
     assert command_to_resume(run_dir, overrides) == f"python run.py train.resume={run_dir}"
     assert run_folder(str(run_dir), "new") == str(run_dir)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import fit, flip, handle_of, soft_target_loss
+from conftest import fit, flip, handle_of, section, soft_target_loss, spec_of
 from safetensors.torch import load_file
 
 from eagle3 import evaluate as module
@@ -176,15 +176,19 @@ def test_answers_are_copied_where_nothing_can_be_linked(tmp_path, monkeypatch):
         assert (tmp_path / "b").read_text() == "answer"
 
 
-def test_what_a_draft_vocabulary_allows(monkeypatch):
+def test_what_a_draft_vocabulary_allows(monkeypatch, capsys, exported, target_folder):
     """A round of 3 drafted and 1, then one that stops at the answer's end, around a token that no
-    draft can propose.
+    draft can propose; a draft that is gone on with brings its own vocabulary.
     """
     ids = torch.tensor([1, 2, 3, 10, 11, 12, 13, 99, 10, 11])
     answers = [Document(0, ids, torch.arange(10) >= 3)]
     monkeypatch.setattr(module, "load_answers", lambda folder: answers)
-    facts, warning = module.cover(None, np.arange(10, 14), 3)
+    given = section("draft"), spec_of(target_folder), 3
+    facts = module.cover(None, np.arange(10, 14), *given)
     assert facts == {"vocab_coverage": pytest.approx(6 / 7), "acceptance_at_most": 3}
     words = "only 85.7% of the target's answers is in the draft vocabulary: at best 3.00 tokens a"
-    assert warning.startswith(words) and "raise draft.vocab_size" in warning
-    assert module.cover(None, np.arange(100), 3) == ({"vocab_coverage": 1}, "")
+    warning = capsys.readouterr().out
+    assert warning.startswith(f"generate: warning: {words}") and "draft.vocab_size" in warning
+    assert module.cover(None, np.arange(100), *given) == {"vocab_coverage": 1}
+    given[0].init_from = str(exported / "portable")
+    assert module.cover(None, np.arange(100), *given)["vocab_coverage"] < 0.9

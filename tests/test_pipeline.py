@@ -31,6 +31,7 @@ from eagle3.benchmark.builtin import Builtin
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
 from eagle3.runs.checkpoint import load_checkpoint, load_draft
+from eagle3.train import Trainer
 
 pytestmark = pytest.mark.runs
 
@@ -109,7 +110,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_on_no_other_data(
         with pytest.raises(SystemExit) as stopped:
             run(again, run_dir)
     assert stopped.value.code == 130
-    assert f"train.resume={run_dir}" in capsys.readouterr().out.replace("\n", "")
+    before, _, said = capsys.readouterr().out.partition("stopped after update 3 of 6, which is")
+    assert f"train.resume={run_dir}\n" in said and not before.endswith("\n\n")
     assert os.readlink(run_dir / "checkpoints" / "last") == "step_3"
     own.write_text("".join(text.splitlines(keepends=True)[:-3]))
     with pytest.raises(ConfigError, match=r"the data is \w+, but the checkpoint has \w+"):
@@ -123,6 +125,32 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_on_no_other_data(
     assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
     for name in ("scheduler", "loader"):
         assert resumed.plain[name] == whole.plain[name]
+
+
+def test_a_second_interrupt_leaves_the_last_checkpoint(settings, tmp_path, monkeypatch):
+    original = Trainer.train_update
+
+    def train_update(self, *given, **named):
+        if self.update == 5:
+            raise KeyboardInterrupt
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(Trainer, "train_update", train_update)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run([*settings, TRAIN_ONLY], tmp_path / "run")
+    assert stopped.value.kept in ("train keeps 2 of 6 updates", "train keeps 4 of 6 updates")
+
+
+def test_a_plan_and_a_refused_config_leave_a_run_as_it_was(finished):
+    def content():
+        files = [path for path in finished[0].rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = content()
+    for given, exit_code in (("plan=true", 0), ("optimizer.lr=5", 2)):
+        done = run_command(f"train.resume={finished[0]}", given)
+        assert done.returncode == exit_code, done.stderr
+        assert content() == before
 
 
 def test_regenerated_answers_feed_prepare(settings, tmp_path):
@@ -176,8 +204,9 @@ def test_non_finite_gradients_are_skipped_and_end_the_run(settings, tmp_path, mo
     assert (tmp_path / "many" / "non_finite_batch.pt").exists()
 
 
-def test_a_draft_that_is_not_there(settings, tmp_path):
-    cold = [*settings, "stages=[prepare,benchmark]", f"cache_dir={tmp_path / 'cache'}"]
+@pytest.mark.parametrize("stage", ["check", "benchmark"])
+def test_a_draft_that_is_not_there(settings, tmp_path, stage):
+    cold = [*settings, f"stages=[prepare,{stage}]", f"cache_dir={tmp_path / 'cache'}"]
     with pytest.raises(ConfigError, match=r"no draft at .*draft; set draft_path="):
         run(cold, tmp_path / "run")
     assert not (tmp_path / "cache").exists(), "it is missed before the first stage"

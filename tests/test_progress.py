@@ -4,28 +4,31 @@ import io
 import re
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import TRAIN_ONLY, run_command
 
+from eagle3.runs import progress
 from eagle3.runs.progress import Progress, duration
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 
 @pytest.fixture
-def clock():
+def clock(monkeypatch):
     """Seconds that a test sets."""
     now = [100.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
 def show(clock, steps, *given, **named):
     """A stage whose `steps` are (seconds since its start, what `advance` is given)."""
-    with Progress(*given, clock=lambda: clock[0], **named) as progress:
+    with Progress(*given, **named) as bar:
         for seconds, arguments in steps:
             clock[0] = 100.0 + seconds
-            progress.advance(*arguments)
+            bar.advance(*arguments)
 
 
 ROWS = ("prepare", None, "rows")
@@ -67,10 +70,10 @@ def test_lines_elsewhere_than_in_a_terminal(steps, given, named, shown, clock, c
 
 
 def test_rows_of_files_are_counted_by_the_share_that_is_read(clock, capsys):
-    with Progress(*ROWS, clock=lambda: clock[0]) as progress:
-        for row in progress.follow([(0.25, "a"), (0.5, "b")]):
+    with Progress(*ROWS) as bar:
+        for row in bar.follow([(0.25, "a"), (0.5, "b")]):
             clock[0] += 10
-            progress.advance(loss=2.5 if row == "b" else 1.5)
+            bar.advance(loss=2.5 if row == "b" else 1.5)
     assert capsys.readouterr().out.splitlines() == [
         "prepare: 1 rows (25%), 0.1 rows/s, ETA 0:30, loss 1.500",
         "prepare: 2 rows, 0.1 rows/s, loss 2.500, in 0:20",
@@ -96,12 +99,7 @@ def test_a_terminal_has_a_bar_of_the_same_words(clock, monkeypatch):
 
 
 def test_durations():
-    assert [duration(each) for each in (0.4, 59.6, 751, 3751)] == [
-        "0:00",
-        "1:00",
-        "12:31",
-        "1:02:31",
-    ]
+    assert list(map(duration, (0.4, 59.6, 751, 3751))) == ["0:00", "1:00", "12:31", "1:02:31"]
 
 
 def test_an_interruption_says_what_is_kept_and_an_error_nothing(capsys):
@@ -109,8 +107,8 @@ def test_an_interruption_says_what_is_kept_and_an_error_nothing(capsys):
         (DOCUMENTS, {}, "capture keeps 1 of 5,000 documents"),
         (ROWS, {"done": 2000, "kept": lambda: 2000}, "prepare keeps 2,000 rows"),
     ):
-        with pytest.raises(KeyboardInterrupt) as stopped, Progress(*given, **named) as progress:
-            progress.advance()
+        with pytest.raises(KeyboardInterrupt) as stopped, Progress(*given, **named) as bar:
+            bar.advance()
             raise KeyboardInterrupt
         assert stopped.value.kept == kept
     with pytest.raises(ValueError), Progress(*DOCUMENTS):

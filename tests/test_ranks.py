@@ -120,7 +120,7 @@ def test_stages_around_the_training_and_the_first_error(settings, tmp_path):
     assert (tmp_path / "run" / "draft" / "config.json").exists()
     assert (tmp_path / "run" / "evaluation.json").exists()
     for stage, unit in ("capture", "documents"), ("train", "updates"):
-        assert len(re.findall(rf"^{stage}: \d+ {unit}, ", done.stdout, re.M)) == 1, "one speaks"
+        assert len(re.findall(rf"^{stage}: \d+ {unit}\b", done.stdout, re.M)) == 1, "one speaks"
     shards = list((tmp_path / "one").glob("*.safetensors"))
     assert shards
     for path in shards:

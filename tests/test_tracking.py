@@ -37,7 +37,7 @@ class Recorder(NoTracker):
 
 def arguments(run_dir, overrides=()):
     config = OmegaConf.to_object(compose_config("model=hf", "model.path=x", "seed=3"))
-    config.regenerate["extra_body"], config.stages = {"api_key": "SESAME"}, ["prepare"]
+    config.regenerate["extra_body"], config.stages = {"api_key": "SESAME"}, ["prepare", "train"]
     return config, run_dir, list(overrides)
 
 
@@ -92,8 +92,16 @@ FAILURES = [
 
 @pytest.mark.parametrize("error, said, printed", FAILURES)
 def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
-    tmp_path, error, said, printed
+    tmp_path, monkeypatch, error, said, printed
 ):
+    """The command takes a second to find, and is not looked for where it is not said."""
+    asked = []
+
+    def command(*given):
+        asked.append(given)
+        return command_to_resume(*given)
+
+    monkeypatch.setattr("eagle3.runs.tracking.command_to_resume", command)
     console = Console(file=io.StringIO(), width=200)
     config, *given = arguments(tmp_path, ["seed=3"])
     config.stages = ["prepare", "generate"]
@@ -106,7 +114,7 @@ def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
     lines = console.file.getvalue()
     assert (tmp_path / "report.html").exists() and f"report: {tmp_path}" in lines
     assert str(raised.value) == said and lines.count("go on with") == bool(printed)
-    assert printed in lines
+    assert printed in lines and len(asked) == ("seed=3" in said + printed)
 
 
 def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):
@@ -121,6 +129,19 @@ def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):
     command = f"python run.py train.resume={tmp_path} 'stages=[benchmark]'"
     command += " ++benchmark.execute_code=true"
     assert command_to_resume(tmp_path, [], started.left) == command
+
+
+def test_stages_behind_regenerate_read_its_answers_again(tmp_path):
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    given, device = arguments(tmp_path), torch.device("cpu")
+    given[0].stages = ["benchmark", "regenerate", "prepare"]
+    with (
+        pytest.raises(RunError) as raised,
+        track_run(*given, device, Console(file=io.StringIO())) as tracking,
+    ):
+        tracking.finish("prepare")
+        raise RunError("a")
+    assert str(raised.value).endswith(f"resume={tmp_path} 'stages=[regenerate,benchmark]'")
 
 
 def test_the_acceptance_of_a_run_is_the_drafts_own(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as mp
-from conftest import free_port
+from conftest import as_sent, free_port
 
 from eagle3.parallel.ranks import init_ranks
 from eagle3.parallel.watch import Watch, redirect_output
@@ -53,6 +53,7 @@ def test_the_process_that_hangs_is_named(tmp_path):
     started = {}
     try:
         for hang, folder in folders.items():
+            as_sent(folder, "model=hf", "model.path=x", "benchmark.execute_code=true")
             # Forked: no collective was begun here, and importing torch takes seconds.
             given = {"nprocs": 2, "join": False, "start_method": "fork"}
             started[hang] = mp.start_processes(
@@ -68,5 +69,5 @@ def test_the_process_that_hangs_is_named(tmp_path):
             process.join()
     for hang, (named_by, said) in cases.items():
         log = (folders[hang] / "logs" / f"rank_{named_by}.log").read_text()
-        assert said in log and f"train.resume={folders[hang]}" in log, log
+        assert said in log and f"resume={folders[hang]} ++benchmark.exec" in log, log
         assert hang is stop or "in dawdle" in log.replace('"', ""), log

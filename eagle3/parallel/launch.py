@@ -28,9 +28,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from eagle3.config import RunConfig
 from eagle3.errors import ConfigError, RunError
-from eagle3.parallel.ranks import Ranks, collective_timeout, init_ranks, set_up_process
+from eagle3.parallel.ranks import Ranks, init_ranks, set_up_process
 from eagle3.parallel.watch import redirect_output
-from eagle3.runs.resume import command_to_resume, read_overrides
+from eagle3.runs.resume import command_to_resume
 from eagle3.target.handle import TargetHandle
 
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
@@ -38,7 +38,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 BETWEEN_TASKS = timedelta(days=30)  # prepare and generate may take days, and the others wait
 CULPRIT_SECONDS = 3.0
 
-Task = Callable[..., Any]  # task(ranks, config, run_dir, *arguments), which must be picklable
+Task = Callable[..., Any]  # task(ranks, config, run_dir, target, given), which must be picklable
 
 
 def is_torchrun() -> bool:
@@ -51,20 +51,21 @@ def spawns_ranks(config: RunConfig) -> bool:
     return config.launch.nproc_per_node * config.launch.nnodes > 1 and not is_torchrun()
 
 
-def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, *arguments: Any) -> Any:
-    """`task(ranks, config, run_dir, *arguments)` on every rank; returns what the first rank's did.
+def run_on_ranks(task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given) -> Any:
+    """Run a task on every rank; returns what the first rank's did.
 
     Raises what the first process that failed has to say, as ConfigError or RunError.
     """
+    call = task, config, run_dir, target, given
     if spawns_ranks(config):
-        return spawn_ranks(task, config, run_dir, arguments)
+        return spawn_ranks(*call)
     if is_torchrun():
-        post_task((task, config, run_dir, arguments))
-        return run_task(torchrun_store(), task, config, run_dir, arguments)
-    return task(Ranks(), config, run_dir, *arguments)
+        post_task(call)
+        return run_task(torchrun_store(), *call)
+    return task(Ranks(), *call[1:])
 
 
-def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, *given: Any) -> Any:
     """This machine's processes for one task; returns what the first rank did."""
     settings = LaunchConfig(
         min_nodes=1,
@@ -81,12 +82,11 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
     before = {number: signal.getsignal(number) for number in HANDLED}
     logging.disable(logging.ERROR)  # what failed is said below, in one sentence
     try:
-        results = elastic_launch(settings, run_spawned)(task, config, run_dir, arguments)
+        results = elastic_launch(settings, run_spawned)(task, config, run_dir, *given)
     except SignalException as stopped:
         raise KeyboardInterrupt(stopped.sigval) from None
     except ChildFailedError as failed:
-        resume = command_to_resume(run_dir, read_overrides(run_dir))
-        raise explain_failure(failed, resume) from failed
+        raise explain_failure(failed, run_dir) from failed
     finally:
         logging.disable(logging.NOTSET)
         for number, handler in before.items():
@@ -95,33 +95,27 @@ def spawn_ranks(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) 
 
 
 @record
-def run_spawned(task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+def run_spawned(task: Task, config: RunConfig, run_dir: Path, target: TargetHandle, given) -> Any:
     """What a spawned process does; its error is handed to the launcher."""
     with suppress(OSError, AttributeError):  # where the C library has it
         # a launcher that is killed leaves nobody behind
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        result = run_task(None, task, config, run_dir, arguments)
+        result = run_task(None, task, config, run_dir, target, given)
     finally:
-        close_targets(arguments)
+        target.close()
     dist.destroy_process_group()  # or nccl complains
     return result
 
 
-def close_targets(arguments: tuple) -> None:
-    """Free what a task has loaded into this process, or end the engine that it has started."""
-    for argument in arguments:
-        if isinstance(argument, TargetHandle):
-            argument.close()
-
-
-def run_task(store, task: Task, config: RunConfig, run_dir: Path, arguments: tuple) -> Any:
+def run_task(store, task: Task, config: RunConfig, run_dir: Path, *given: Any) -> Any:
     """A task as one of several ranks, met at `store`; those beside the first write to logs/."""
     set_up_process(config, int(os.environ["LOCAL_WORLD_SIZE"]))
-    ranks = init_ranks(collective_timeout(config.launch.timeout), store)
+    # Before a collective gives up the watch, at `launch.timeout`, names who hangs.
+    ranks = init_ranks(timedelta(seconds=2 * config.launch.timeout + 60), store)
     log = redirect_output(run_dir, ranks.rank)
     try:
-        return task(ranks, config, run_dir, *arguments)
+        return task(ranks, config, run_dir, *given)
     except Exception as error:
         traceback.print_exc(file=log)
         if not isinstance(error, ConfigError | RunError):
@@ -130,7 +124,7 @@ def run_task(store, task: Task, config: RunConfig, run_dir: Path, arguments: tup
         raise
 
 
-def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
+def explain_failure(ended: ChildFailedError, run_dir: Path) -> Exception:
     """What the first process that failed has to say, as one of our errors."""
     rank, failure = ended.get_first_failure()
     message = failure.message
@@ -141,7 +135,7 @@ def explain_failure(ended: ChildFailedError, resume: str) -> Exception:
     if failure.exitcode < 0:
         killed = f"process {rank} was killed by {failure.signal_name()}"
         reason = "the system does that when memory runs out"
-        return RunError(f"{killed} ({reason}); go on with: {resume}")
+        return RunError(f"{killed} ({reason}); go on with: {command_to_resume(run_dir)}")
     if kind in ("RunError", "DamageError"):
         return RunError(sentence)
     log = f"logs/rank_{rank}.log of the run"
@@ -171,17 +165,17 @@ def serve_tasks() -> None:
         if call is None:
             break
         run_task(store, *call)
-        close_targets(call[-1])
+        *_, target, _ = call
+        target.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def end_tasks() -> None:
     """Under torchrun, in the first process: there are no more jobs."""
-    if is_torchrun():
-        post_task(None)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    post_task(None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def read_torchrun(config: RunConfig) -> None:

@@ -27,14 +27,16 @@ class Ranks:
     """This process among those of a run: `rank` of `world_size`, `local_rank` on its machine.
 
     `host_group` (gloo) carries numbers and Python objects, so that they never wait for a device;
-    tensors go through the default group. `begun` counts the collectives this rank came to: of ranks
-    that stand still, the one that hangs has begun the fewest (`parallel/watch.py`).
+    tensors go through the default group; a collective that waits for `timeout` ends its process.
+    `begun` counts those this rank came to: of ranks that stand still, the one that hangs has begun
+    the fewest (`parallel/watch.py`).
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     host_group: dist.ProcessGroup | None = None
+    timeout: timedelta | None = None
     begun: int = 0
 
     @property
@@ -93,16 +95,9 @@ class Ranks:
         self.broadcast()
 
 
-def collective_timeout(timeout: float) -> timedelta:
-    """When a collective gives up; before that, at `launch.timeout`, the watch names who hangs."""
-    return timedelta(seconds=2 * timeout + 60)
-
-
 def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
-    """Join the process group of those that torchrun, or our launcher, started; once a process.
-
-    `store` is where they meet, if not by the environment. A collective that waits for `timeout`
-    ends its process.
+    """Join those that torchrun, or our launcher, started, at `store` or where the environment says;
+    a process group is made once a process.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if torch.cuda.is_available():  # with device=cpu there may be more processes than GPUs
@@ -114,7 +109,7 @@ def init_ranks(timeout: timedelta, store: dist.Store | None = None) -> Ranks:
             backend, store=meeting, rank=rank, world_size=world_size, timeout=timeout
         )
     host_group = dist.new_group(timeout=timeout, backend="gloo")
-    return Ranks(rank, world_size, int(os.environ["LOCAL_RANK"]), host_group)
+    return Ranks(rank, world_size, int(os.environ["LOCAL_RANK"]), host_group, timeout)
 
 
 def load_target(target: TargetHandle, ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from eagle3.errors import RunError
 from eagle3.parallel.ranks import Ranks
 from eagle3.runs.disk import write_atomically
+from eagle3.runs.resume import command_to_resume
 
 LOOKS = 10  # how often within `launch.timeout` a rank looks at the others and shows itself
 
@@ -108,7 +109,7 @@ class Watch(threading.Thread):
     def end(self, what: str) -> None:
         error = RunError(
             f"{what}: no progress for launch.timeout={self.timeout:g} seconds; its stack is in "
-            f"{self.folder}/rank_N.log; go on with: python run.py train.resume={self.folder.parent}"
+            f"{self.folder}/rank_N.log; go on with: {command_to_resume(self.folder.parent)}"
         )
         get_error_handler().record_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -32,7 +32,7 @@ class CheckpointWriter:
     """Writes `folder/step_N` from a thread; every rank makes one and saves the same updates."""
 
     def __init__(
-        self, folder: Path, keep_last: int, rank: int, world_size: int, timeout: timedelta
+        self, folder: Path, keep_last: int, rank: int, world_size: int, timeout: timedelta | None
     ):
         self.folder, self.keep_last = folder, keep_last
         self.rank, self.world_size = rank, world_size

@@ -25,12 +25,11 @@ class Progress(AbstractContextManager):
     def __init__(
         self, stage: str, total: int | None, units: str, done: int = 0, shown: bool = True,
         kept: Callable[[], int] | None = None, expected: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
         self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
-        self.kept, self.clock, self.began = kept or (lambda: self.done), clock, clock()
+        self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             text = rich.progress.TextColumn("{task.description}", markup=False)
@@ -51,8 +50,8 @@ class Progress(AbstractContextManager):
         self.values |= values
         if self.bar:
             self.bar.update(self.task, completed=self.fraction, description=self.line())
-        elif self.shown and self.clock() >= self.due and self.done != self.total:
-            self.due = self.clock() + BETWEEN_LINES
+        elif self.shown and time.monotonic() >= self.due and self.done != self.total:
+            self.due = time.monotonic() + BETWEEN_LINES
             print(self.line(), flush=True)
 
     def skip(self) -> None:
@@ -76,33 +75,32 @@ class Progress(AbstractContextManager):
     def fraction(self) -> float:
         return self.share or (self.done / self.total if self.total else 0.0)
 
-    @property
-    def count(self) -> str:
-        if self.total:
-            return f"{self.done:,} of {self.total:,} {self.units}"
-        return f"{self.done:,} {self.units}" + (f" ({self.share:.0%})" if self.share else "")
+    def of_total(self, number: int) -> str:
+        return f"{number:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.units}"
 
     def line(self) -> str:
         """Such as `capture: 1,200 of 5,000 documents, 210k tokens, 3,410 tokens/s, ETA 12:31`."""
-        parts, now = [self.count, *self.rates()], self.done - self.before
+        share = f" ({self.share:.0%})" if self.share and not self.total else ""
+        parts = [f"{self.of_total(self.done)}{share}", *self.rates()]
+        now = self.done - self.before
         left = 0.0  # how often what this call has done
         if self.expected and self.tokens:
             left = self.expected / self.tokens - 1
         elif now and self.fraction:
             left = (self.done / self.fraction - self.done) / now
         if left:
-            parts.append(f"ETA {duration(left * (self.clock() - self.began))}")
+            parts.append(f"ETA {duration(left * (time.monotonic() - self.began))}")
         return f"{self.stage}: {', '.join(parts + self.named_values())}"
 
     def end(self) -> str:
         """Such as `capture: 5,000 documents (1,200 of them before), 720k tokens, ..., in 4:10`."""
         before = f" ({self.before:,} of them before)" if self.before else ""
         parts = [f"{self.done:,} {self.units}{before}", *self.rates(), *self.named_values()]
-        return f"{self.stage}: {', '.join(parts)}, in {duration(self.clock() - self.began)}"
+        return f"{self.stage}: {', '.join(parts)}, in {duration(time.monotonic() - self.began)}"
 
     def rates(self) -> list[str]:
         """The tokens of this call and their rate; where none are counted, that of the units."""
-        seconds = max(self.clock() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.began, 1e-9)
         if self.tokens:
             unit, suffix = pick_unit_and_suffix(self.tokens, ["", "k", "M", "B"], 1000)
             digits = int(unit > 1 and self.tokens < 100 * unit)  # 850, 3.4k, 210k
@@ -120,8 +118,7 @@ class Progress(AbstractContextManager):
         if error is None and self.shown:
             print(self.end(), flush=True)
         if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells
-            of = f" of {self.total:,}" if self.total else ""
-            error.kept = f"{self.stage} keeps {self.kept():,}{of} {self.units}"
+            error.kept = f"{self.stage} keeps {self.of_total(self.kept())}"
 
 
 def duration(seconds: float) -> str:

@@ -1,11 +1,11 @@
 """A run's folder: whose it is, what it shows of its config, and going on with it."""
 
 import json
+import os
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from eagle3.config import CONF, RunConfig, check_targets, flatten
+from eagle3.config import RunConfig, check_targets, compose_flat, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.runs.artefact import STATE, fingerprint, read_manifest
 from eagle3.runs.disk import instead_of, read_json, step_folders
@@ -64,37 +64,36 @@ def check_checkpoints(run_dir: str | Path) -> None:
         raise RunError(f"checkpoint {last} is damaged ({damage}); {instead_of(last)}") from damage
 
 
-def read_overrides(run_dir: Path) -> list[str]:
-    """The command line that a run was started with; [] before it has written run.json."""
-    return read_json(run_dir / "run.json").get("overrides", [])
-
-
-def command_to_resume(run_dir: Path, overrides: list[str], stages: Sequence[str] = ()) -> str:
-    """What goes on with a run that has a checkpoint, by `stages` or its own; else `overrides`."""
+def command_to_resume(
+    run_dir: Path, overrides: list[str] | None = None, stages: Sequence[str] = ()
+) -> str:
+    """What goes on with a run that has a checkpoint, by `stages` or its own; else the command with
+    `overrides` (None: those of run.json).
+    """
+    recorded = read_json(run_dir / "run.json")
     if is_run(run_dir):
-        before = flatten(read_json(run_dir / "run.json").get("config", {}))
+        before = flatten(recorded.get("config", {}))
         given_again = [f"++{key}={json.dumps(before[key])}" for key in RUNS_CODE if before.get(key)]
         listed = [f"stages=[{','.join(stages)}]"] if stages else []
-        overrides = [f"train.resume={run_dir}", *listed, *given_again]
+        shown = [f"train.resume={run_dir}", *listed, *given_again]
     else:
-        overrides = differing(overrides)
-    return shlex.join(["python", "run.py", *overrides])
+        shown = differing(recorded.get("overrides", []) if overrides is None else overrides)
+    return shlex.join(["python", "run.py", *shown])
 
 
 def differing(overrides: list[str]) -> list[str]:
-    """Those of a command line without which it would come to something else."""
-
-    def composed(given: list[str]) -> dict[str, Any] | None:
-        with suppress(HydraException):
-            return flatten(compose("run", ["name=x", *given]))
-
-    running = GlobalHydra.instance().is_initialized()
-    with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
-        needed, whole = overrides, composed(overrides)
-        for each in overrides:
-            fewer = [other for other in needed if other is not each]
-            needed = fewer if composed(fewer) == whole else needed
-    return needed
+    """A command line without what names a default, where it comes to the same so."""
+    # An option may lie where only the whole command line looks.
+    with suppress(HydraException, OmegaConfBaseException):
+        # Not one by one: a composition takes a fifth of a second, and Ctrl-C waits for the command.
+        defaults, needed = compose_flat([]), []
+        for each in OverridesParser.create().parse_overrides(overrides):
+            named = flatten({each.key_or_group: each.value()})
+            if not named.items() <= defaults.items():
+                needed.append(each.input_line)
+        if needed != overrides and compose_flat(needed) == compose_flat(overrides):
+            return needed
+    return overrides
 
 
 def missing(folder: Path) -> list[Path]:
@@ -146,38 +145,42 @@ OmegaConf.register_new_resolver("run_dir", run_folder, use_cache=True, replace=T
 def claim(run_dir: Path) -> Iterator[None]:
     """Makes the folder this process's in the block. ConfigError where it is another's.
 
-    If no run has begun there by its end, what was written on the way is removed.
+    If no run has begun there by its end, the folder is left as it was.
     """
     try:
         held = FileLock(run_dir / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(f"{run_dir} is in use by a run; set another hydra.run.dir") from error
-    shown = run_dir / ".hydra"
     with held:
-        known = shown.exists()
         try:
             yield
         finally:
-            if not (known or (run_dir / "run.json").exists()):
-                shutil.rmtree(shown, ignore_errors=True)
+            if not (run_dir / "run.json").exists():
                 (run_dir / ".lock").unlink(missing_ok=True)
-                if (run_dir.parent / SWEEP).exists():  # a job's folder is hydra's
+                if any((folder / SWEEP).exists() for folder in run_dir.parents):
                     with suppress(OSError):
-                        run_dir.rmdir()
+                        os.removedirs(run_dir)  # as far as the sweep's, for a job's is hydra's
 
 
 def write_hydra_folder(composed: DictConfig, settings: DictConfig, run_dir: Path) -> None:
-    """`.hydra` as hydra would write it, but for logins; also a sweep's multirun.yaml again."""
+    """`.hydra` as hydra would write it, but for logins."""
     folder = run_dir / (".hydra/resumed" if is_run(run_dir) else ".hydra")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = {"config": composed, "hydra": {"hydra": settings}}
-    shown["overrides"] = settings.overrides.task
-    texts = {folder / f"{name}.yaml": OmegaConf.to_yaml(each) for name, each in shown.items()}
+    overrides = settings.overrides.task
+    shown = {"config": composed, "hydra": {"hydra": settings}, "overrides": overrides}
+    for name, each in shown.items():
+        write_redacted(folder / f"{name}.yaml", OmegaConf.to_yaml(each))
+
+
+def redact_sweep(settings: DictConfig) -> None:
+    """Take logins out of the multirun.yaml that hydra has written, as not every sweeper does."""
     if settings.mode == RunMode.MULTIRUN:
-        sweeps = Path(settings.sweep.dir).glob(SWEEP)  # not every sweeper's
-        texts |= {path: path.read_text() for path in sweeps}
-    for path, text in texts.items():
-        path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
+        for path in Path(settings.sweep.dir).glob(SWEEP):
+            write_redacted(path, path.read_text())
+
+
+def write_redacted(path: Path, text: str) -> None:
+    path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
 
 
 def private_copy(cache_dir: str, run_dir: Path) -> Path:

@@ -3,9 +3,10 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,11 @@ def track_run(
             if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
                 with suppress(Exception):  # that would hide why the run failed
                     show_results(run_dir, tracking)
-                name_command(error, command_to_resume(run_dir, overrides, tracking.left), console)
+                left = tracking.left
+                if "regenerate" in config.stages and "regenerate" not in left:
+                    left = ["regenerate", *left]  # whose answers are what later stages read
+                command = partial(command_to_resume, run_dir, overrides, left)
+                name_command(error, command, console)
             raise
         show_results(run_dir, tracking)
         exit_code = 0  # what a tracker shows of a run: finished, not failed
@@ -133,13 +138,13 @@ def show_results(run_dir: Path, tracking: Tracking) -> None:
         tracking.console.print(f"report: {report}")
 
 
-def name_command(error: BaseException, command: str, console: Console) -> None:
+def name_command(error: BaseException, command: Callable[[], str], console: Console) -> None:
     """Let an error that is shown as one sentence end in `command`; print it before a traceback."""
     named = any(words in str(error) for words in (*FULL, "go on with: "))  # here, or later
     if isinstance(error, ConfigError | RunError) and not named:
-        error.args = (f"{error}; when that is mended, go on with: {command}",)
+        error.args = (f"{error}; when that is mended, go on with: {command()}",)
     elif isinstance(error, Exception) and not named:  # an interrupt names it itself
-        console.print(f"go on with: {command}")
+        console.print(f"go on with: {command()}")
 
 
 def device_name(device: torch.device) -> str:
