@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -18,12 +19,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError, first_line
-from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer
-from eagle3.target.loading import check_croppable, check_loadable, find_layers, rope_limit
+from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer, answer_padded, similar
+from eagle3.target.loading import (
+    check_croppable,
+    check_loadable,
+    context_length,
+    find_layers,
+    rope_limit,
+)
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
-SIMILAR = 0.8  # of the longest row of a padded pass
 TAKE_MASKS = ("packed", "sdpa", "eager")  # flash kernels do not
 
 
@@ -139,17 +145,6 @@ class HFTarget:
             if close and not asked_windows - applied_windows - {None, 0}:
                 break
         self.longest_together = rope_limit(self.config)
-        texts = [text.tolist() for text in pair]
-        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-
-        def first_logits(prompts: list) -> torch.Tensor:
-            return self.generate_padded(prompts, **options).logits[0]
-
-        def padding() -> float:
-            alone = [first_logits([text]) for text in texts]
-            return gap(first_logits(texts), torch.cat(alone))
-
-        self.pads_left = attempt(padding) <= self.tolerance
 
     def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
@@ -164,13 +159,27 @@ class HFTarget:
         return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
 
     @cached_property
+    def pads_left(self) -> bool:
+        """Whether `generate_padded` gives two texts the logits that each has alone."""
+        texts = [self.probe_ids[0].tolist(), self.probe_ids[1, :20].tolist()]
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+        def logits(*prompts: list[int]) -> torch.Tensor:
+            return self.generate_padded(prompts, **options).logits[0]
+
+        def padding() -> float:
+            return gap(logits(*texts), torch.cat([logits(text) for text in texts]))
+
+        return attempt(padding) <= self.tolerance
+
+    @cached_property
     def keeps_rows(self) -> bool:
         """Whether a RowsCache continues two texts of different lengths as each goes on alone."""
         texts = self.probe_ids[0, :21], self.probe_ids[1, :17]
         right = torch.stack([self.probe([text])[-1:] for text in texts])
 
         def continued() -> float:
-            batch = TextBatch(self, 2, Sampler(None), 2)
+            batch = TextBatch(self, 2, Sampler(None))
             batch.add([Text(None, text[:-1].tolist()) for text in texts])
             for text, ids in zip(batch.texts, texts, strict=True):
                 text.ids = ids[-1:].tolist()
@@ -275,36 +284,25 @@ class HFTarget:
         is asked again after each answer. `sampling` has temperature, top_p, top_k (0: all tokens)
         and seed; None is greedy. `count` hears of the tokens of each pass.
         """
-        sampler = Sampler(sampling)
+        sampler, context = Sampler(sampling), context_length(self.config)
+
+        def take_text() -> Text | None:
+            if (taken := take()) is None:
+                return None
+            key, prompt = taken
+            most = max(1, min(max_new_tokens, context - len(prompt)))
+            return Text(key, prompt, most, self.eos_token_ids)
+
         if self.keeps_rows:
             # Where RoPE changes with the longest text of a pass, each text has a pass of its own.
             size = batch_size if self.longest_together == math.inf else 1
-            yield from answer(TextBatch(self, size, sampler, max_new_tokens), take, count)
+            for text in answer(TextBatch(self, size, sampler), take_text, count):
+                yield text.key, text.ids
             return
         size = batch_size if self.pads_left else 1
-        while taken := [each for _ in range(size) if (each := take()) is not None]:
-            texts = [Text(*each) for each in taken]
-            self.answer_padded(texts, sampler, max_new_tokens, count)
+        while texts := list(islice(iter(take_text, None), size)):
+            answer_padded(self, texts, sampler, count)
             yield from ((text.key, text.ids) for text in texts)
-
-    def answer_padded(
-        self, texts: list[Text], sampler: Sampler, max_new_tokens: int, count: Callable
-    ) -> None:
-        """Answer by transformers' `generate`, which ends when the last text does."""
-
-        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            chosen = sampler(logits, texts)
-            count(len(texts))
-            for text, token in zip(texts, chosen.tolist(), strict=True):
-                text.ids.append(token)
-            return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0)
-
-        options = {"max_new_tokens": max_new_tokens, "logits_processor": [choose]}
-        options["eos_token_id"] = sorted(self.eos_token_ids) or None
-        self.generate_padded([text.prompt for text in texts], **options)
-        for text in texts:
-            ends = (place for place, token in enumerate(text.ids) if token in self.eos_token_ids)
-            del text.ids[next(ends, len(text.ids)) + 1 :]  # which went on until all had ended
 
     def generate_padded(self, prompts: Sequence, **options: Any) -> Any:
         """transformers' `generate`, of prompts that are padded on the left: all end together."""
@@ -325,7 +323,7 @@ class HFTarget:
             count = 1
             if self.way == "padded" and together:
                 # What pads a row stands behind its text, so that nothing of it sees that.
-                count = sum(len(texts[i]) >= SIMILAR * len(texts[left[0]]) for i in left)
+                count = similar([len(texts[i]) for i in left])
             rows = pad_sequence([texts[i] for i in left[:count]], batch_first=True)
             columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
             for i, *states in zip(left, *self.states(rows, columns)):
