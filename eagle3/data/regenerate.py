@@ -213,8 +213,9 @@ def unanswered(
     asked = set()
     for row in rows:
         dialogue = Dialogue(row, system_prompt)
-        known = dialogue.reason is not None or dialogue.key in journal.offsets
-        if known or dialogue.key in asked:
+        if dialogue.reason is not None:
+            journal.bar.advance()
+        elif dialogue.key in journal.offsets or dialogue.key in asked:
             journal.bar.skip()
         else:
             asked.add(dialogue.key)
@@ -284,14 +285,18 @@ class BuiltIn:
         def take() -> tuple[str, list[int]] | None:
             """The next turn of a dialogue that goes on, or of a new one."""
             while dialogue := goes_on.pop() if goes_on else next(waiting, None):
-                prompt = chat.encode_prompt(dialogue.prompt())
-                if len(prompt) < context:
-                    # Some templates open the thinking in the prompt: the answer only closes it.
-                    opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-                    asking[dialogue.key] = dialogue, "<think>" * opened
-                    return dialogue.key, prompt
-                dialogue.reason = "the prompt is longer than the target's context"
-                journal.add(dialogue)
+                try:
+                    prompt = chat.encode_prompt(dialogue.prompt())
+                    if len(prompt) >= context:
+                        raise RowError("the prompt is longer than the target's context")
+                except RowError as error:
+                    dialogue.reason = str(error)
+                    journal.add(dialogue)
+                    continue
+                # Some templates open the thinking in the prompt, and the answer only closes it.
+                opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+                asking[dialogue.key] = dialogue, "<think>" * opened
+                return dialogue.key, prompt
             return None
 
         given = self.batch_size, longest, sampling, journal.bar.count_tokens
