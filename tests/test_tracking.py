@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path

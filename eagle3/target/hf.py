@@ -19,14 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError, first_line
+from eagle3.target import loading
 from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer, answer_padded, similar
-from eagle3.target.loading import (
-    check_croppable,
-    check_loadable,
-    context_length,
-    find_layers,
-    rope_limit,
-)
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
@@ -64,7 +58,7 @@ class HFTarget:
             reason = first_line(error)
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        self.decoder, layers = find_layers(self.model, spec.num_layers)
+        self.decoder, layers = loading.find_layers(self.model, spec.num_layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -90,7 +84,7 @@ class HFTarget:
         if (size := section.get("tp_size", 1)) > 1:
             remedy = "target=hf cannot split it; use target=sglang"
             raise ConfigError(f"target.tp_size={size}: {remedy}")
-        check_loadable(spec)
+        loading.check_loadable(spec)
 
     @torch.no_grad()
     def check_outputs(self) -> None:
@@ -144,7 +138,7 @@ class HFTarget:
             close = attempt(lambda: gap(both_orders(), right)) <= self.tolerance
             if close and not asked_windows - applied_windows - {None, 0}:
                 break
-        self.longest_together = rope_limit(self.config)
+        self.longest_together = loading.rope_limit(self.config)
 
     def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
@@ -193,7 +187,7 @@ class HFTarget:
         """Raise ConfigError where a cache does not continue two texts of different lengths, or
         cannot be cropped.
         """
-        check_croppable(self.config)
+        loading.check_croppable(self.config)
         if self.decoder.config._attn_implementation not in TAKE_MASKS:
             return  # `additive_mask` says what it can decode
         ids = self.probe_ids
@@ -284,7 +278,7 @@ class HFTarget:
         is asked again after each answer. `sampling` has temperature, top_p, top_k (0: all tokens)
         and seed; None is greedy. `count` hears of the tokens of each pass.
         """
-        sampler, context = Sampler(sampling), context_length(self.config)
+        sampler, context = Sampler(sampling), loading.context_length(self.config)
 
         def take_text() -> Text | None:
             if (taken := take()) is None:
