@@ -166,8 +166,7 @@ def test_what_is_refused(target_folder, tmp_path):
     ("place", "ask"),
     [
         ((HFTarget, "generate_padded"), lambda target: target.pads_left),
-        ((TextBatch, "next_states"), lambda target: target.keeps_rows),
-        ((DynamicCache, "crop"), HFTarget.check_decoding),
+        ((TextBatch, "add"), HFTarget.check_decoding),
     ],
 )
 def test_want_of_memory_is_no_property_of_the_model(place, ask, target_folder, monkeypatch):

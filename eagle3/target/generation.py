@@ -61,8 +61,8 @@ class RowsLayer(DynamicLayer):
         return self.keys[: len(rows), :, :slots], self.values[: len(rows), :, :slots]
 
     def get_seq_length(self) -> int:
-        # Asked for masks: those behind a prompt are made here, and a prompt has nothing before it.
-        return 0
+        # Before the tokens of this pass: masks that transformers makes are of that size.
+        return self.cache.slots - self.cache.places.shape[1]
 
 
 class RowsCache(Cache):
@@ -75,6 +75,13 @@ class RowsCache(Cache):
     def begin(self, rows: torch.Tensor, places: torch.Tensor, slots: int, prefill: bool) -> None:
         """Say where the next pass writes, and how many slots are in use with it."""
         self.rows, self.places, self.slots, self.prefill = rows, places, slots, prefill
+
+    def copy(self, source: Any, target: Any) -> None:
+        """Copy what lies at one index of [rows,G,S,d] to another one."""
+        for layer in self.layers:
+            if layer.is_initialized:  # of a layer without attention it is not
+                layer.keys[target] = layer.keys[source]
+                layer.values[target] = layer.values[source]
 
 
 @dataclass
@@ -164,15 +171,16 @@ class TextBatch:
         for text, token in zip(texts, drawn.tolist(), strict=True):
             text.ids.append(token)
 
-    def next_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Process the newest token of each text; `states` of [B,1] tokens."""
+    def advance(self) -> None:
+        """Process the newest token of each text and draw the next."""
         newest = torch.tensor([[text.ids[-1]] for text in self.texts], device=self.device)
         places = newest.new_tensor([[text.cached] for text in self.texts])
         slots = max(text.cached for text in self.texts) + 1
         rows = torch.arange(len(self.texts), device=self.device)
         self.cache.begin(rows, places, slots, prefill=False)
         visible = (torch.arange(slots, device=self.device) <= places)[:, None]
-        return self.target.states(newest, places, self.cache, visible=visible)
+        last = self.target.states(newest, places, self.cache, visible=visible)[1]
+        self.draw(self.texts, last[:, 0])
 
     def remove_finished(self) -> list[Text]:
         """The texts that have ended, of which the last ones of the others take the rows."""
@@ -184,10 +192,8 @@ class TextBatch:
         for gap, row in zip(gaps, late, strict=True):
             texts[gap] = texts[row]
         del texts[count:]
-        for layer in self.cache.layers if gaps else ():
-            if layer.is_initialized:  # of a layer without attention it is not
-                layer.keys[gaps] = layer.keys[late]
-                layer.values[gaps] = layer.values[late]
+        if gaps:
+            self.cache.copy(late, gaps)
         return finished
 
 
@@ -208,7 +214,7 @@ def answer(
         if not batch.texts:
             return
         if not new:
-            batch.draw(batch.texts, batch.next_states()[1][:, 0])
+            batch.advance()
         count(len(new or batch.texts))
         yield from batch.remove_finished()
 
