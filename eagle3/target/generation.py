@@ -47,12 +47,11 @@ class RowsLayer(DynamicLayer):
         rows, places, slots = self.cache.rows, self.cache.places, self.cache.slots
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            empty = self.cache.num_rows, keys.shape[1], 0
-            self.keys = keys.new_empty(*empty, keys.shape[3])
-            self.values = values.new_empty(*empty, values.shape[3])
+            self.keys, self.values = keys[:0, :, :0], values[:0, :, :0]
         if slots > (room := self.keys.shape[2]):
             # Zeros, as NaN of memory never written would show through a mask.
-            more = (0, 0, 0, slots * 5 // 4 + ROOM - room)
+            rows_left = self.cache.num_rows - len(self.keys)
+            more = (0, 0, 0, slots * 5 // 4 + ROOM - room, 0, 0, 0, rows_left)
             self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.keys[rows[:, None], :, places] = keys.transpose(1, 2)
         self.values[rows[:, None], :, places] = values.transpose(1, 2)
