@@ -45,7 +45,6 @@ def generate(
     # What an answer depends on beside its prompt.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
     kept = Path(cache_dir, "answers", fingerprint(known))
-
     fill_folder = partial(write_answers, section, prompts, target, kept) if write else None
     return artefact(cache_dir, "generated", known | {"prompts": prompts}, fill_folder, "generate")
 
