@@ -98,11 +98,6 @@ class Text:
         return xxh3_64_hexdigest(str(self.prompt).encode())
 
     @property
-    def cached(self) -> int:
-        # The newest token is not in the cache yet.
-        return len(self.prompt) + len(self.ids) - 1
-
-    @property
     def ended(self) -> bool:
         return len(self.ids) >= self.most or not self.ends.isdisjoint(self.ids[-1:])
 
@@ -173,11 +168,11 @@ class TextBatch:
     def advance(self) -> None:
         """Process the newest token of each text and draw the next."""
         newest = torch.tensor([[text.ids[-1]] for text in self.texts], device=self.device)
-        places = newest.new_tensor([[text.cached] for text in self.texts])
-        slots = max(text.cached for text in self.texts) + 1
+        slots = [len(text.prompt) + len(text.ids) for text in self.texts]
+        places = newest.new_tensor(slots)[:, None] - 1
         rows = torch.arange(len(self.texts), device=self.device)
-        self.cache.begin(rows, places, slots, prefill=False)
-        visible = (torch.arange(slots, device=self.device) <= places)[:, None]
+        self.cache.begin(rows, places, max(slots), prefill=False)
+        visible = (torch.arange(max(slots), device=self.device) <= places)[:, None]
         last = self.target.states(newest, places, self.cache, visible=visible)[1]
         self.draw(self.texts, last[:, 0])
 
