@@ -10,6 +10,7 @@ n tokens of an answer and its prompt, K steps, M supervised pairs, T packed toke
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,12 @@ def generate(
     # What an answer depends on beside its prompt.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
     kept = Path(cache_dir, "answers", fingerprint(known))
-
-    def write_folder(folder: Path) -> dict[str, int]:
-        return write_answers(folder, kept, target, prompts, section)
-
-    inputs = known | {"prompts": prompts}
-    return artefact(cache_dir, "generated", inputs, write_folder if write else None, "generate")
+    fill_folder = partial(write_answers, section, prompts, target, kept) if write else None
+    return artefact(cache_dir, "generated", known | {"prompts": prompts}, fill_folder, "generate")
 
 
 def write_answers(
-    folder: Path, kept: Path, target: TargetHandle, prompts: list[dict], section: Eval
+    section: Eval, prompts: list[dict], target: TargetHandle, kept: Path, folder: Path
 ) -> dict[str, int]:
     """Answer the prompts that `kept` lacks, a file each as it ends, and link those of all into
     `folder`. Returns the facts.

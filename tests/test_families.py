@@ -224,7 +224,7 @@ def test_it_is_refused_before_the_run(family, without, sentence, tmp_path, token
         check(make_config([*asked, without], tmp_path / "allowed"))
 
 
-@pytest.mark.parametrize("family", ["bloom", "gpt_neo"])
+@pytest.mark.parametrize("family", ["bloom", "gpt_neo", "mpt"])
 def test_what_ignores_masks_is_not_decoded(family, tmp_path):
     build(family, tmp_path)
     with pytest.raises(ConfigError, match="cannot be decoded in this process"):

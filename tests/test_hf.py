@@ -28,6 +28,7 @@ from transformers import (
 from eagle3.batch import Document, pack, serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
+from eagle3.target.generation import TextBatch
 from eagle3.target.hf import HFTarget, gap
 from eagle3.target.layers import engines_default
 
@@ -161,25 +162,23 @@ def test_what_is_refused(target_folder, tmp_path):
         HFTarget(spec_of(tmp_path), CPU)
 
 
-@pytest.mark.parametrize("place", ["document_states", "generate_padded"])
-def test_want_of_memory_is_no_property_of_the_model(place, target_folder, monkeypatch):
-    work = getattr(HFTarget, place)
-
-    def full(self, *args, **options):
-        if self.way == "packed":
-            raise torch.OutOfMemoryError
-        return work(self, *args, **options)
-
-    monkeypatch.setattr(HFTarget, place, full)
-    with pytest.raises(torch.OutOfMemoryError):
-        HFTarget(spec_of(target_folder), CPU)
-
-
-def test_want_of_memory_does_not_forbid_decoding(target_folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "ask"),
+    [
+        ((HFTarget, "generate_padded"), lambda target: target.pads_left),
+        ((TextBatch, "add"), HFTarget.check_decoding),
+    ],
+)
+def test_want_of_memory_is_no_property_of_the_model(place, ask, target_folder, monkeypatch):
     target = HFTarget(spec_of(target_folder), CPU)
-    monkeypatch.setattr(DynamicCache, "crop", Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(*place, Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
-        target.check_decoding()
+        ask(target)
+
+
+def test_loading_generates_nothing(target_folder, monkeypatch):
+    monkeypatch.setattr(HFTarget, "generate_padded", Mock(side_effect=AssertionError))
+    HFTarget(spec_of(target_folder), CPU).generate([[5]], 2)
 
 
 def test_what_is_not_finite_is_not_close():

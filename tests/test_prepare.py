@@ -64,7 +64,7 @@ def prepared_from(tmp_path, tokenizer):
 
 
 def texts(prepared, tokenizer):
-    return [tokenizer.decode(prepared.document(i)[1].tolist()) for i in range(len(prepared))]
+    return [tokenizer.decode(prepared.document(i).input_ids.tolist()) for i in range(len(prepared))]
 
 
 def test_vocab_order_and_filling():
@@ -101,7 +101,7 @@ def test_every_row_is_accounted_for(prepared_from, tokenizer):
     assert len(prepared) == facts["documents"] and len(prepared.heldout) == 2
     assert tokenizer.eos_token_id in prepared.vocab and prepared.digest == facts["digest"]
     assert facts["tokens"] == prepared.lengths.sum()
-    masks = [prepared.document(i)[2] for i in range(len(prepared))]
+    masks = [prepared.document(i).loss_mask for i in range(len(prepared))]
     assert [int(mask.sum()) for mask in masks] == prepared.supervised.tolist()
     teachers = [int((mask | mask.roll(1) & (torch.arange(len(mask)) > 0)).sum()) for mask in masks]
     assert teachers == prepared.teachers.tolist()
@@ -113,8 +113,9 @@ def test_the_vocabulary_counts_what_is_trained_on(prepared_from, tokenizer):
     prepared, _ = prepared_from([*rows_of(10), *rows_of(5), zebra], draft=24, num_heldout=6)
     counts = np.zeros(2048, np.int64)
     for i in range(len(prepared)):
-        _, ids, mask = prepared.document(i)
-        counts += np.bincount(ids[mask].numpy(), minlength=2048)
+        document = prepared.document(i)
+        ids = document.input_ids[document.loss_mask]
+        counts += np.bincount(ids.numpy(), minlength=2048)
     assert prepared.vocab.tolist() == choose_vocab(counts, 24, {tokenizer.eos_token_id}).tolist()
 
 
@@ -314,6 +315,6 @@ def test_held_out_rows_that_cannot_be_asked_say_why(prepared_from, tmp_path):
     refusing = "{{ raise_exception('no x') if messages[0].content == 'x' }}"
     rows = [said("x", "answer")] * 2 + [{"messages": []}]
     held = str(write_jsonl(tmp_path / "held.jsonl", *rows))
-    why = r"no row can be asked \(2 x refused by the chat template: no x, 1 x no messages\)"
+    why = r"no row can be asked \(2 x refused by the chat template: no x; 1 x no messages; the"
     with pytest.raises(RunError, match=why):
         prepared_from(rows_of(8), template=refusing + TEMPLATE, eval_path=held)

@@ -38,6 +38,7 @@ from eagle3.data.rows import Conversation
 from eagle3.data.sources import Row, find_files
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import read_facts
+from eagle3.runs.progress import Progress
 from eagle3.target.hf import HFTarget
 from eagle3.target.weights import load_weights
 
@@ -523,6 +524,17 @@ def test_what_the_stage_says_of_its_answers(tmp_path, capsys):
     assert "answers were cut" not in said and "repeat" not in said
 
 
+def test_what_counts_as_done_before(tmp_path):
+    rows = [row(1, "a"), Row("data.jsonl", 2, None, "broken JSON"), row(3, "b"), row(4, "a")]
+    bar = Progress("regenerate", 4, "rows", shown=False)
+    with Journal(tmp_path / "journal.jsonl", CHAT, bar) as journal:
+        dialogue = Dialogue(rows[0], None)
+        dialogue.messages = dialogue.pending
+        journal.add(dialogue)
+        assert [each.key for each in unanswered(iter(rows), journal, None)] != [dialogue.key]
+    assert (bar.done, bar.before) == (4, 2), "of the rows, the two that were answered"
+
+
 def test_two_calls_at_once_share_a_journal(tmp_path):
     path, entries = tmp_path / "journal.jsonl", {}
     with Journal(path, CHAT, UNSHOWN) as one, Journal(path, CHAT, UNSHOWN) as two:
@@ -606,6 +618,15 @@ def test_builtin_resumed_equals_uninterrupted(tmp_path, engine, temperature, mon
     messages = [[m for m in e["messages"] if m["role"] == "assistant"] for e in written(whole)]
     assert facts["turns"] == sum(map(len, messages)) > facts["answered"] > facts["truncated"]
     assert not any("truncated" in message for said in messages for message in said[:-1])
+
+
+def test_a_template_that_refuses_costs_builtin_the_row(tmp_path, engine):
+    template = "{% if 'no' in messages[0].content %}{{ raise_exception('not that') }}{% endif %}"
+    chat = Chat(engine["chat"].tokenizer)
+    chat.template = template + chat.template
+    facts = answer(tmp_path, [row(1, "a"), row(2, "no")], chat=chat, target=engine["target"])
+    assert facts["rejected"] == {"refused by the chat template: not that": 1}
+    assert facts["answered"] == 1
 
 
 def test_builtin_reads_thinking_that_the_prompt_opens(tmp_path, engine, monkeypatch):

@@ -99,7 +99,12 @@ def test_features_equal_those_of_transformers(target, reference, behave, chunk):
 
 def test_generation_equals_transformers(target, reference):
     prompts = [ids.tolist() for ids in random_prompts(target, [5, 12, 9])]
-    assert target.generate(prompts, 10) == reference.generate(prompts, 10)
+    expected = reference.generate(prompts, 10)
+    assert target.generate(prompts, 10) == expected
+    waiting, passes = iter(enumerate(prompts)), []
+    found = dict(target.answer(lambda: next(waiting, None), 2, 10, count=passes.append))
+    assert [found[key] for key in range(3)] == expected
+    assert sum(passes) == sum(map(len, expected))
     assert target.eos_token_ids == reference.eos_token_ids
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -214,6 +215,14 @@ def test_what_sets_an_artefact_apart_from_the_nearest(tmp_path, capsys, changes,
     said = capsys.readouterr().out
     assert said.startswith(f"prepare: not the one of {near}: ") and words in said
     assert said.count("\n") == 1
+
+
+def test_what_another_run_is_making_is_not_looked_at(tmp_path, capsys, monkeypatch):
+    near = made(tmp_path, **FIRST)
+    near.with_name("other.partial").mkdir()  # and may be renamed at any moment
+    monkeypatch.setattr(os.path, "getmtime", {near: 0.0}.__getitem__)
+    made(tmp_path, **FIRST | {"data.max_length": 1})
+    assert f"prepare: not the one of {near}: " in capsys.readouterr().out
 
 
 def test_an_artefact_that_is_used_again_says_so_once(tmp_path, capsys, monkeypatch):

@@ -41,7 +41,7 @@ class Builtin(Request):
         self.costless = {"prompt_lookup": prompt_lookup}
         if subject.prepared is not None:
             count = min(len(subject.prepared), BIGRAM_CONVERSATIONS)
-            texts = (subject.prepared.document(i)[1] for i in range(count))
+            texts = (subject.prepared.document(i).input_ids for i in range(count))
             successors = bigram_table(texts, len(self.target.embedding)).tolist()
             self.costless["bigram"] = partial(bigram, successors)
         dtype = str(self.target.embedding.dtype).removeprefix("torch.")

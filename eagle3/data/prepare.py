@@ -70,16 +70,15 @@ class Prepared:
         """Equal for the same documents in the same order, whatever is held out beside them."""
         return self.facts["digest"]
 
-    def document(self, number: int) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(number, input_ids int32 [n], loss_mask bool [n])."""
+    def document(self, number: int) -> Document:
+        """Without features: those are still to be computed."""
         start, length = self.index[["start", "length"]][number].item()
         span = slice(start, start + length)
         ids, mask = self.input_ids[span].copy(), self.loss_mask[span].copy()
-        return number, torch.from_numpy(ids), torch.from_numpy(mask)
+        return Document(number, torch.from_numpy(ids), torch.from_numpy(mask))
 
     def load(self, numbers: list[int]) -> list[Document]:
-        """Documents without features: those are still to be computed."""
-        return [Document(*self.document(number), features=None) for number in numbers]
+        return [self.document(number) for number in numbers]
 
 
 def load_prepared(path: Path) -> Prepared:
@@ -250,8 +249,7 @@ def read_heldout(files: list[DataFile], encoder: Encoder, num_heldout: int) -> t
         if len(prompts) == num_heldout:
             break
     if not prompts:
-        reasons = Counter(reject["reason"] for reject in rejects)
-        why = ", ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "no rows"
+        why = why_none(Counter(reject["reason"] for reject in rejects), files)
         raise RunError(f"data.eval_path={files[0].name}: no row can be asked ({why})")
     return prompts, rejects
 

@@ -19,13 +19,13 @@ from eagle3.config import Data, Source, Within, instantiate
 from eagle3.data.chat import Chat, with_system
 from eagle3.data.rows import Message, RowError
 from eagle3.data.sources import DataFile, Row, SourceFiles, find_files, read_rows, why_none
-from eagle3.draft.rope import max_positions
 from eagle3.engines.engine import is_loop
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.artefact import artefact, fingerprint, read_facts
 from eagle3.runs.logger import redact
 from eagle3.runs.progress import Progress
 from eagle3.target.handle import TargetHandle
+from eagle3.target.loading import context_length
 
 ADDRESS = re.compile(r"https?://([^/@\s]+@)?([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/\S*)?")
 LOCAL = re.compile(r"//([^/@]*@)?(localhost|127\.0\.0\.1|\[::1\]|0\.0\.0\.0)[:/]")
@@ -213,8 +213,9 @@ def unanswered(
     asked = set()
     for row in rows:
         dialogue = Dialogue(row, system_prompt)
-        known = dialogue.reason is not None or dialogue.key in journal.offsets
-        if known or dialogue.key in asked:
+        if dialogue.reason is not None:
+            journal.bar.advance()
+        elif dialogue.key in journal.offsets or dialogue.key in asked:
             journal.bar.skip()
         else:
             asked.add(dialogue.key)
@@ -273,34 +274,36 @@ class BuiltIn:
         """As many dialogues side by side as `batch_size` says, each turn by turn."""
         top = {"top_p": self.top_p or 1.0, "top_k": max(0, self.top_k or 0), "seed": self.seed}
         sampling = {"temperature": self.temperature, **top} if self.temperature > 0 else None
-        asking: dict[str, tuple[Dialogue, list[int]]] = {}
+        asking: dict[str, tuple[Dialogue, str]] = {}
         goes_on: list[Dialogue] = []
         first = next(dialogues, None)
         if first is None:  # the target need not be loaded
             return
         model, waiting = target.load(), chain([first], dialogues)
-        rope = getattr(model.config, "rope_parameters", None) or {}
-        context = max_positions(model.config.max_position_embeddings, rope)
+        context = context_length(model.config)
 
         def take() -> tuple[str, list[int]] | None:
             """The next turn of a dialogue that goes on, or of a new one."""
             while dialogue := goes_on.pop() if goes_on else next(waiting, None):
-                prompt = chat.encode_prompt(dialogue.prompt())
-                if len(prompt) < context:
-                    asking[dialogue.key] = dialogue, prompt
-                    return dialogue.key, prompt
-                dialogue.reason = "the prompt is longer than the target's context"
-                journal.add(dialogue)
+                try:
+                    prompt = chat.encode_prompt(dialogue.prompt())
+                    if len(prompt) >= context:
+                        raise RowError("the prompt is longer than the target's context")
+                except RowError as error:
+                    dialogue.reason = str(error)
+                    journal.add(dialogue)
+                    continue
+                # Some templates open the thinking in the prompt, and the answer only closes it.
+                opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
+                asking[dialogue.key] = dialogue, "<think>" * opened
+                return dialogue.key, prompt
             return None
 
         given = self.batch_size, longest, sampling, journal.bar.count_tokens
         for key, ids in model.answer(take, *given):
-            dialogue, prompt = asking.pop(key)
-            ids = ids[: context - len(prompt)]
-            # Some templates open the thinking in the prompt, and the answer only closes it.
-            opened = chat.tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-            text = "<think>" * opened + chat.decode(ids)
-            dialogue.add(text, None, ids[-1] not in model.eos_token_ids, len(ids))
+            dialogue, opening = asking.pop(key)
+            truncated = ids[-1] not in model.eos_token_ids
+            dialogue.add(opening + chat.decode(ids), None, truncated, len(ids))
             if dialogue.ended:
                 journal.add(dialogue)
             else:

@@ -2,8 +2,8 @@
 
 A round: the draft proposes a tree behind the newest token (`drafter`), the target processes all of
 it in one forward pass in which each token sees its ancestors, and the tokens that the target would
-have generated itself are kept. Position t of a text lies at slot t of the target's cache; a round's
-tokens lie behind the longest text until the accepted ones have moved to the end of theirs.
+have generated itself are kept. Position t of a text lies at slot t of the target's cache; a tree
+lies behind its text until the accepted tokens have moved together, a chain where it will stay.
 
 B sequences, W tokens of a pass, A three target layers, H its hidden size, V and Vd vocabularies.
 """
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from eagle3.decode.drafter import Drafter
 from eagle3.decode.tree import Tree, chain, check_tree
 from eagle3.draft.model import Draft
+from eagle3.target.generation import RowsCache
 
 
 @dataclass
@@ -114,12 +114,13 @@ class DecodingBatch:
         """Prefill both caches and draw the first tokens."""
         self.target, self.rule, self.drafter = target, rule, drafter
         self.max_new_tokens, self.device = max_new_tokens, target.embedding.device
-        self.cache, self.lengths = DynamicCache(), [len(prompt) for prompt in prompts]
+        self.cache, self.lengths = RowsCache(len(prompts)), [len(prompt) for prompt in prompts]
         self.rows = list(range(len(prompts)))
         ids = pad_sequence(prompts, batch_first=True).to(self.device)
         positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        aux, last = target.states(ids, positions, self.cache)
         ends = ids.new_tensor(self.rows), ids.new_tensor(self.lengths) - 1
+        self.cache.begin(ends[0], positions, ids.shape[1], prefill=True)
+        aux, last = target.states(ids, positions, self.cache)
         self.newest = rule.draw(target.lm_head(last[ends]))
         if drafter is not None:
             # Row t reads token t + 1, so the last row of a prompt reads the first answer.
@@ -136,27 +137,26 @@ class DecodingBatch:
         else:
             tree = self.drafter.propose(self.newest, self.rule)
             target_ids = self.drafter.target_ids
-        starts, longest = self.newest.new_tensor(self.lengths)[:, None], max(self.lengths)
-        # A chain behind texts of one length lies where it will stay, and is causal by itself.
-        in_place = tree.logits is not None and min(self.lengths) == longest
+        batch, width = tree.ids.shape
+        starts, slots = self.newest.new_tensor(self.lengths)[:, None], max(self.lengths) + width
+        row, node = (torch.arange(count, device=self.device) for count in (batch, width))
+        self.cache.begin(row, starts + node, slots, prefill=False)
         visible = None
-        if not in_place:
-            text = torch.arange(longest, device=self.device) < starts
-            text = text[:, None].expand(-1, tree.ids.shape[1], -1)
-            visible = torch.cat([text, tree.mask.expand(len(text), -1, -1)], dim=-1)
+        # A chain behind texts of one length is causal by itself.
+        if tree.logits is None or len({*self.lengths}) > 1:
+            text = torch.arange(slots, device=self.device) < starts
+            own = (starts + node)[:, None].expand(-1, width, -1)
+            visible = text[:, None].repeat(1, width, 1)
+            visible.scatter_(2, own, tree.mask.expand(batch, -1, -1))
         positions = starts + tree.depths
         aux, last = self.target.states(tree.ids, positions, self.cache, visible=visible)
         accepted = self.rule.verify(tree, self.target.lm_head(last), target_ids)
         ids, path, counts = accepted
-        row = torch.arange(len(ids), device=self.device)
-        if not in_place:
-            source, slots = longest + path, starts + torch.arange(path.shape[1], device=row.device)
-            for layer in self.cache.layers:
-                layer.keys[row[:, None], :, slots] = layer.keys[row[:, None], :, source]
-                layer.values[row[:, None], :, slots] = layer.values[row[:, None], :, source]
+        if tree.logits is None:
+            of_each = row[:, None], slice(None)
+            moved = starts + node[: path.shape[1]]
+            self.cache.copy((*of_each, starts + path), (*of_each, moved))
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        # Negative: how many slots to forget.
-        self.cache.crop(max(self.lengths) - longest - tree.ids.shape[1])
         self.record(accepted)
         if self.drafter is not None:
             self.drafter.append(aux[row[:, None], path], ids, counts)
@@ -181,15 +181,14 @@ class DecodingBatch:
         if len(unfinished) == len(answers):
             return True
         # Timed when one ends only, for each measurement waits for the device.
-        seconds, longest = synchronized_time(self.device) - self.prefilled, max(self.lengths)
+        seconds = synchronized_time(self.device) - self.prefilled
         for answer in answers:  # of those that go on, a later time takes its place
             answer.decode_seconds = seconds
         self.rows = [self.rows[row] for row in unfinished]
         self.lengths = [self.lengths[row] for row in unfinished]
         if unfinished:
             self.newest = self.newest[unfinished]
-            self.cache.batch_select_indices(self.newest.new_tensor(unfinished))
-            self.cache.crop(max(self.lengths) - longest)
+            self.cache.copy(unfinished, slice(len(unfinished)))
             if self.drafter is not None:
                 self.drafter.select(unfinished)
         return bool(unfinished)

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
 from eagle3.batch import Document, Features
@@ -41,7 +40,6 @@ from eagle3.target.weights import TargetWeights, load_weights
 KEYS = ("input_ids", "loss_mask", "aux_hidden_state", "hidden_state")
 FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 EXACT = {"fp32": FLOATS, "bf16": {torch.bfloat16}, "int8": set()}  # what a store keeps as it is
-console = Console(markup=False, soft_wrap=True)
 UNSUPERVISED = "has no supervised token"
 
 
@@ -65,7 +63,7 @@ def import_specforge(
     folder = artefact(cache_dir, "imported", inputs, fill, "import")
     if rounded := read_facts(folder).get("rounded"):
         reason = f"hidden_states.dtype={section.dtype} is less precise than their files are"
-        console.print(f"import: the states of {rounded} documents were rounded: {reason}")
+        print(f"import: the states of {rounded} documents were rounded: {reason}")
     return folder
 
 

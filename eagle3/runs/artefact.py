@@ -116,7 +116,8 @@ def announce(
         return print(f"{stage}: reused {path}")
     wanted, found = json.loads(json.dumps(inputs, default=str)), []
     # The newest first, which of equally near ones is named.
-    folders = [folder for folder in path.parent.glob("*") if folder.is_dir()]
+    others = path.parent.glob("*")  # those that are being made may be renamed meanwhile
+    folders = [other for other in others if other.is_dir() and other.suffix != ".partial"]
     for folder in sorted(folders, key=os.path.getmtime, reverse=True):
         with suppress(DamageError):
             found.append((folder, differences(read(folder), wanted)))

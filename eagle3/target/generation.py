@@ -7,23 +7,30 @@ position t of a text at slot t of its row.
 B texts, W tokens of a pass, S slots, G heads of keys and d their size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-SIMILAR = 0.8  # of the longest prompt of a padded prefill
+SIMILAR = 0.8  # of the longest text of a padded pass
 ROOM = 64  # slots that a cache grows by at least
 AHEAD = 8  # batches of prompts that are taken ahead, to be sorted by length
 
 Take = Callable[[], tuple[Any, list[int]] | None]
+
+
+def similar(lengths: Sequence[int]) -> int:
+    """How many texts of these lengths, the longest first, may be padded to the first one's."""
+    return sum(length >= SIMILAR * lengths[0] for length in lengths)
 
 
 class RowsLayer(DynamicLayer):
@@ -40,32 +47,21 @@ class RowsLayer(DynamicLayer):
         rows, places, slots = self.cache.rows, self.cache.places, self.cache.slots
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self.keys = self.with_room(self.keys, keys)
-        self.values = self.with_room(self.values, values)
+            self.keys, self.values = keys[:0, :, :0], values[:0, :, :0]
+        if slots > (room := self.keys.shape[2]):
+            # Zeros, as NaN of memory never written would show through a mask.
+            rows_left = self.cache.num_rows - len(self.keys)
+            more = (0, 0, 0, slots * 5 // 4 + ROOM - room, 0, 0, 0, rows_left)
+            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
         self.keys[rows[:, None], :, places] = keys.transpose(1, 2)
         self.values[rows[:, None], :, places] = values.transpose(1, 2)
         if self.cache.prefill:
             return keys, values
         return self.keys[: len(rows), :, :slots], self.values[: len(rows), :, :slots]
 
-    def with_room(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """`kept`, or a larger copy where it ends before the slots in use; `new` is like it."""
-        if kept.numel() and kept.shape[2] >= self.cache.slots:
-            return kept
-        # Zeros, as NaN of memory never written would show through a mask.
-        room = self.cache.slots * 5 // 4 + ROOM
-        larger = new.new_zeros(self.cache.num_rows, new.shape[1], room, new.shape[3])
-        if kept.numel():
-            larger[:, :, : kept.shape[2]] = kept
-        return larger
-
     def get_seq_length(self) -> int:
-        # Asked for masks: those behind a prompt are made here, and a prompt has nothing before it.
-        return 0
-
-    def move(self, source: list[int], target: list[int]) -> None:
-        self.keys[target] = self.keys[source]
-        self.values[target] = self.values[source]
+        # Before the tokens of this pass: masks that transformers makes are of that size.
+        return self.cache.slots - self.cache.places.shape[1]
 
 
 class RowsCache(Cache):
@@ -73,19 +69,28 @@ class RowsCache(Cache):
 
     def __init__(self, num_rows: int):
         super().__init__(layer_class_to_replicate=lambda: RowsLayer(self))
-        self.num_rows, self.slots = num_rows, 0
+        self.num_rows = num_rows
 
     def begin(self, rows: torch.Tensor, places: torch.Tensor, slots: int, prefill: bool) -> None:
         """Say where the next pass writes, and how many slots are in use with it."""
         self.rows, self.places, self.slots, self.prefill = rows, places, slots, prefill
 
+    def copy(self, source: Any, target: Any) -> None:
+        """Copy what lies at one index of [rows,G,S,d] to another one."""
+        for layer in self.layers:
+            if layer.is_initialized:  # of a layer without attention it is not
+                layer.keys[target] = layer.keys[source]
+                layer.values[target] = layer.values[source]
+
 
 @dataclass
 class Text:
-    """A prompt and its answer so far, ids both."""
+    """A prompt and its answer so far, ids both; one of `ends`, or `most` tokens, end it."""
 
     key: Any
     prompt: list[int]
+    most: int = 1
+    ends: AbstractSet[int] = frozenset()
     ids: list[int] = field(default_factory=list)
 
     @cached_property
@@ -93,9 +98,8 @@ class Text:
         return xxh3_64_hexdigest(str(self.prompt).encode())
 
     @property
-    def cached(self) -> int:
-        # The newest token is not in the cache yet.
-        return len(self.prompt) + len(self.ids) - 1
+    def ended(self) -> bool:
+        return len(self.ids) >= self.most or not self.ends.isdisjoint(self.ids[-1:])
 
 
 class Sampler:
@@ -136,27 +140,24 @@ class Sampler:
 class TextBatch:
     """Texts that are answered side by side; text i has row i of the cache."""
 
-    def __init__(self, target: Any, size: int, sampler: Sampler, max_new_tokens: int):
-        self.target, self.sampler, self.texts = target, sampler, []
-        self.size, self.max_new_tokens = size, max_new_tokens
+    def __init__(self, target: Any, size: int, sampler: Sampler):
+        self.target, self.sampler, self.size, self.texts = target, sampler, size, []
         self.cache, self.device = RowsCache(size), target.device
 
     def add(self, texts: list[Text]) -> None:
         """Process prompts, the longest first, and draw the first tokens of their answers."""
-        left = texts
-        while left:
-            most = max(1, self.target.batch_tokens // len(left[0].prompt))
-            similar = sum(len(t.prompt) >= SIMILAR * len(left[0].prompt) for t in left)
-            some, left = left[: min(most, similar)], left[min(most, similar) :]
+        while texts:
+            lengths = [len(text.prompt) for text in texts]
+            size = min(similar(lengths), max(1, self.target.batch_tokens // lengths[0]))
+            some, texts = texts[:size], texts[size:]
             prompts = [torch.tensor(text.prompt) for text in some]
             ids = pad_sequence(prompts, batch_first=True).to(self.device)
-            rows = torch.arange(len(some), device=self.device) + len(self.texts)
-            places = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-            self.cache.begin(rows, places, ids.shape[1], prefill=True)
+            row = torch.arange(size, device=self.device)
+            places = torch.arange(lengths[0], device=self.device).expand_as(ids)
+            self.cache.begin(row + len(self.texts), places, lengths[0], prefill=True)
             last = self.target.states(ids, places, self.cache)[1]
-            ends = ids.new_tensor([len(text.prompt) - 1 for text in some])
             self.texts += some
-            self.draw(some, last[rows - rows[0], ends])
+            self.draw(some, last[row, ids.new_tensor(lengths[:size]) - 1])
 
     def draw(self, texts: list[Text], last: torch.Tensor) -> None:
         """Add a token to each of these, from their last hidden states [B,H]."""
@@ -164,42 +165,42 @@ class TextBatch:
         for text, token in zip(texts, drawn.tolist(), strict=True):
             text.ids.append(token)
 
-    def next_states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Process the newest token of each text; `states` of [B,1] tokens."""
+    def advance(self) -> None:
+        """Process the newest token of each text and draw the next."""
         newest = torch.tensor([[text.ids[-1]] for text in self.texts], device=self.device)
-        places = newest.new_tensor([[text.cached] for text in self.texts])
-        slots = max(text.cached for text in self.texts) + 1
+        slots = [len(text.prompt) + len(text.ids) for text in self.texts]
+        places = newest.new_tensor(slots)[:, None] - 1
         rows = torch.arange(len(self.texts), device=self.device)
-        self.cache.begin(rows, places, slots, prefill=False)
-        visible = (torch.arange(slots, device=self.device) <= places)[:, None]
-        return self.target.states(newest, places, self.cache, visible=visible)
+        self.cache.begin(rows, places, max(slots), prefill=False)
+        visible = (torch.arange(max(slots), device=self.device) <= places)[:, None]
+        last = self.target.states(newest, places, self.cache, visible=visible)[1]
+        self.draw(self.texts, last[:, 0])
 
     def remove_finished(self) -> list[Text]:
         """The texts that have ended, of which the last ones of the others take the rows."""
-        ends, most = self.target.eos_token_ids, self.max_new_tokens
-        over = [text.ids[-1] in ends or len(text.ids) >= most for text in self.texts]
-        count = over.count(False)
-        gaps = [row for row in range(count) if over[row]]
-        late = [row for row in range(count, len(over)) if not over[row]]
-        finished = [text for text, ended in zip(self.texts, over, strict=True) if ended]
-        for row, source in zip(gaps, late, strict=True):
-            self.texts[row] = self.texts[source]
-        del self.texts[count:]
-        for layer in self.cache.layers if gaps else ():
-            layer.move(late, gaps)
+        texts = self.texts
+        finished = [text for text in texts if text.ended]
+        count = len(texts) - len(finished)
+        gaps = [row for row in range(count) if texts[row].ended]
+        late = [row for row in range(count, len(texts)) if not texts[row].ended]
+        for gap, row in zip(gaps, late, strict=True):
+            texts[gap] = texts[row]
+        del texts[count:]
+        if gaps:
+            self.cache.copy(late, gaps)
         return finished
 
 
-@torch.inference_mode()
-def answer(batch: TextBatch, take: Take, count: Callable[[int], Any]) -> Iterator[tuple]:
-    """(key, answer) as answers end. `take` is asked for a (key, prompt) while there is room, and
-    again after answers were handed out; `count` hears how many tokens each pass brought.
+def answer(
+    batch: TextBatch, take: Callable[[], Text | None], count: Callable[[int], Any]
+) -> Iterator[Text]:
+    """Texts as their answers end. `take` is asked for one while there is room, and again after
+    texts were handed out; `count` hears how many tokens each pass brought.
     """
     waiting: list[Text] = []
     while True:
         if not waiting:  # only then, or ever new long ones would always be before the short ones
-            ahead = iter(take, None)
-            waiting = [Text(*taken) for taken in islice(ahead, AHEAD * batch.size)]
+            waiting = list(islice(iter(take, None), AHEAD * batch.size))
             # Neighbours in length share a batch: each text reads as many slots as the longest has.
             waiting.sort(key=lambda text: len(text.prompt))
         new = [waiting.pop() for _ in range(min(len(waiting), batch.size - len(batch.texts)))]
@@ -207,7 +208,24 @@ def answer(batch: TextBatch, take: Take, count: Callable[[int], Any]) -> Iterato
         if not batch.texts:
             return
         if not new:
-            batch.draw(batch.texts, batch.next_states()[1][:, 0])
+            batch.advance()
         count(len(new or batch.texts))
-        for text in batch.remove_finished():
-            yield text.key, text.ids
+        yield from batch.remove_finished()
+
+
+def answer_padded(
+    target: Any, texts: list[Text], sampler: Sampler, count: Callable[[int], Any]
+) -> None:
+    """Answer by transformers' `generate`, which ends when the last text does."""
+
+    def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        chosen = sampler(logits, texts)
+        count(sum(not text.ended for text in texts))
+        for text, token in zip(texts, chosen.tolist(), strict=True):
+            if not text.ended:
+                text.ids.append(token)
+        return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0)
+
+    options = {"max_new_tokens": max(text.most for text in texts), "logits_processor": [choose]}
+    options["eos_token_id"] = sorted(target.eos_token_ids) or None
+    target.generate_padded([text.prompt for text in texts], **options)

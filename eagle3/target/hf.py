@@ -8,22 +8,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from eagle3.batch import Batch, DocumentSpans, Features
 from eagle3.config import Within
 from eagle3.errors import ConfigError, RunError, first_line
-from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer
-from eagle3.target.loading import check_croppable, check_loadable, find_layers, rope_limit
+from eagle3.target import loading
+from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer, answer_padded, similar
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
 
-SIMILAR = 0.8  # of the longest row of a padded pass
 TAKE_MASKS = ("packed", "sdpa", "eager")  # flash kernels do not
 
 
@@ -58,7 +58,7 @@ class HFTarget:
             reason = first_line(error)
             raise RunError(f"the target at {spec.path} does not load: {reason}") from error
         self.model.eval().requires_grad_(False).to(device)
-        self.decoder, layers = find_layers(self.model, spec.num_layers)
+        self.decoder, layers = loading.find_layers(self.model, spec.num_layers)
         parameters = inspect.signature(self.decoder.forward).parameters
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
         anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
@@ -84,7 +84,7 @@ class HFTarget:
         if (size := section.get("tp_size", 1)) > 1:
             remedy = "target=hf cannot split it; use target=sglang"
             raise ConfigError(f"target.tp_size={size}: {remedy}")
-        check_loadable(spec)
+        loading.check_loadable(spec)
 
     @torch.no_grad()
     def check_outputs(self) -> None:
@@ -138,18 +138,7 @@ class HFTarget:
             close = attempt(lambda: gap(both_orders(), right)) <= self.tolerance
             if close and not asked_windows - applied_windows - {None, 0}:
                 break
-        self.longest_together = rope_limit(self.config)
-        texts = [text.tolist() for text in pair]
-        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-
-        def first_logits(prompts: list) -> torch.Tensor:
-            return self.generate_padded(prompts, **options).logits[0]
-
-        def padding() -> float:
-            alone = [first_logits([text]) for text in texts]
-            return gap(first_logits(texts), torch.cat(alone))
-
-        self.pads_left = attempt(padding) <= self.tolerance
+        self.longest_together = loading.rope_limit(self.config)
 
     def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
@@ -164,49 +153,51 @@ class HFTarget:
         return torch.cat(states, dim=-1).unflatten(-1, (-1, self.head.shape[1]))
 
     @cached_property
+    def pads_left(self) -> bool:
+        """Whether `generate_padded` gives two texts the logits that each has alone."""
+        texts = [self.probe_ids[0].tolist(), self.probe_ids[1, :20].tolist()]
+        options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+
+        def logits(*prompts: list[int]) -> torch.Tensor:
+            return self.generate_padded(prompts, **options).logits[0]
+
+        def padding() -> float:
+            return gap(logits(*texts), torch.cat([logits(text) for text in texts]))
+
+        return attempt(padding) <= self.tolerance
+
+    @cached_property
     def keeps_rows(self) -> bool:
-        """Whether a RowsCache continues two texts of different lengths as each goes on alone."""
-        texts = self.probe_ids[0, :21], self.probe_ids[1, :17]
-        right = torch.stack([self.probe([text])[-1:] for text in texts])
+        """Whether a RowsCache continues two texts of different lengths as each goes on alone, by
+        tokens at other slots than their positions, as the nodes of a tree are.
+        """
+        ids, starts = self.probe_ids, self.probe_ids.new_tensor([[20], [16]])
+        rows, slots = (torch.arange(count, device=self.device) for count in (2, 28))
+        positions = starts + slots[:4]
+        places = (positions + 4)[..., None]
+        whole = ids[0], ids[1, :20]
+        right = torch.stack([self.probe([text])[-4:] for text in whole])
+        visible = (slots < starts[..., None]) | ((slots >= places[:, :1]) & (slots <= places))
 
         def continued() -> float:
-            batch = TextBatch(self, 2, Sampler(None), 2)
-            batch.add([Text(None, text[:-1].tolist()) for text in texts])
-            for text, ids in zip(batch.texts, texts, strict=True):
-                text.ids = ids[-1:].tolist()
-            return gap(self.by_layer(batch.next_states()), right)
+            batch = TextBatch(self, 2, Sampler(None))
+            batch.add([Text(None, text[:-4].tolist()) for text in whole])
+            batch.cache.begin(rows, places[..., 0], len(slots), prefill=False)
+            ahead = ids.gather(1, positions)
+            found = self.states(ahead, positions, batch.cache, visible=visible)
+            return gap(self.by_layer(found), right)
 
         # Two passes round here, and one where the tolerance comes from.
         return attempt(continued) <= 2 * self.tolerance
 
-    @torch.no_grad()
     def check_decoding(self) -> None:
-        """Raise ConfigError where a cache does not continue two texts of different lengths, or
-        cannot be cropped.
-        """
-        check_croppable(self.config)
-        if self.decoder.config._attn_implementation not in TAKE_MASKS:
-            return  # `additive_mask` says what it can decode
-        ids = self.probe_ids
-        known, ahead = ids.split([20, 4], dim=1)
-        starts, places = ids.new_tensor([[20], [16]]), torch.arange(24, device=self.device)
-        text = (places[:20] < starts)[:, None].expand(-1, 4, -1)
-        causal = (places[:4, None] >= places[:4]).expand(2, -1, -1)
-        visible, cache = torch.cat([text, causal], dim=-1), DynamicCache()
-        whole = torch.cat([ids[0], known[1, :16], ahead[1]]).split([24, 20])
-        right = torch.stack([self.probe([each])[-4:] for each in whole])
-        sentence = f"{type(self.model).__name__} cannot be decoded in this process"
-        try:
-            self.states(known, places[:20].expand(2, -1), cache)
-            for _ in range(2):
-                found = self.states(ahead, starts + places[:4], cache, visible=visible)
-                if gap(self.by_layer(found), right) > self.tolerance:
-                    raise ValueError("it ignores what it is told of who sees whom")
-                cache.crop(-4)
-        except torch.OutOfMemoryError:
-            raise
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise ConfigError(f"{sentence} ({error}); set another benchmark") from error
+        """Raise ConfigError where texts of different lengths cannot be decoded side by side."""
+        loading.check_croppable(self.config)
+        # Of other attentions `additive_mask` says what they can decode.
+        if self.decoder.config._attn_implementation in TAKE_MASKS and not self.keeps_rows:
+            sentence = f"{type(self.model).__name__} cannot be decoded in this process"
+            reason = "it ignores what it is told of who sees whom, or where its cache is"
+            raise ConfigError(f"{sentence} ({reason}); set another benchmark")
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last hidden states [n,H] -> logits [n,V]."""
@@ -218,11 +209,10 @@ class HFTarget:
         last_hidden_states [..,T,H].
 
         With `documents` the T tokens are packed documents; with `cache` they continue it. Each
-        token sees all before it, or what `visible` bool [B,T,S] says of the S that are cached and
-        new; cached tokens must then lie at the slots of their positions.
+        token sees all before it, or what `visible` bool [B,T,S] says of a RowsCache's S slots.
         """
         rows = input_ids.reshape(-1, input_ids.shape[-1])
-        mask = None if visible is None else self.additive_mask(visible, position_ids)
+        mask = None if visible is None else self.additive_mask(visible, position_ids, cache)
         options = {"attention_mask": mask, "position_ids": position_ids.reshape(rows.shape)}
         options |= {self.cache_name: cache, "use_cache": cache is not None, "documents": documents}
         options = {name: value for name, value in options.items() if self.takes(name)}
@@ -232,7 +222,7 @@ class HFTarget:
         last = output.last_hidden_state
         return aux.reshape(*input_ids.shape, -1), last.reshape(*input_ids.shape, -1)
 
-    def additive_mask(self, visible: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    def additive_mask(self, visible: torch.Tensor, position_ids, cache: Any) -> Any:
         """`visible` as transformers takes it ready-made: [B,1,T,S], 0 where a token is seen; by
         kind of layer where some have a window or chunks. Raises ConfigError where the attention
         ignores such masks.
@@ -247,8 +237,8 @@ class HFTarget:
             return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]
 
         # Windows and chunks count positions, not slots: the nodes of a tree share positions.
-        cached = torch.arange(visible.shape[2] - visible.shape[1], device=visible.device)
-        places = torch.cat([cached.expand(len(visible), -1), position_ids], dim=1)[:, None]
+        slots = torch.arange(cache.slots, device=visible.device).expand(len(visible), -1)
+        places = slots.scatter(1, cache.places, position_ids)[:, None]
         positions, masks = position_ids[..., None], {"full_attention": additive(visible)}
         if window := getattr(self.config, "sliding_window", None):
             masks["sliding_attention"] = additive(visible & (positions - places < window))
@@ -275,36 +265,25 @@ class HFTarget:
         is asked again after each answer. `sampling` has temperature, top_p, top_k (0: all tokens)
         and seed; None is greedy. `count` hears of the tokens of each pass.
         """
-        sampler = Sampler(sampling)
+        sampler, context = Sampler(sampling), loading.context_length(self.config)
+
+        def take_text() -> Text | None:
+            if (taken := take()) is None:
+                return None
+            key, prompt = taken
+            most = max(1, min(max_new_tokens, context - len(prompt)))
+            return Text(key, prompt, most, self.eos_token_ids)
+
         if self.keeps_rows:
             # Where RoPE changes with the longest text of a pass, each text has a pass of its own.
             size = batch_size if self.longest_together == math.inf else 1
-            yield from answer(TextBatch(self, size, sampler, max_new_tokens), take, count)
+            for text in answer(TextBatch(self, size, sampler), take_text, count):
+                yield text.key, text.ids
             return
         size = batch_size if self.pads_left else 1
-        while taken := [each for _ in range(size) if (each := take()) is not None]:
-            texts = [Text(*each) for each in taken]
-            self.answer_padded(texts, sampler, max_new_tokens, count)
+        while texts := list(islice(iter(take_text, None), size)):
+            answer_padded(self, texts, sampler, count)
             yield from ((text.key, text.ids) for text in texts)
-
-    def answer_padded(
-        self, texts: list[Text], sampler: Sampler, max_new_tokens: int, count: Callable
-    ) -> None:
-        """Answer by transformers' `generate`, which ends when the last text does."""
-
-        def choose(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            chosen = sampler(logits, texts)
-            count(len(texts))
-            for text, token in zip(texts, chosen.tolist(), strict=True):
-                text.ids.append(token)
-            return torch.full_like(logits, -math.inf).scatter_(1, chosen[:, None], 0)
-
-        options = {"max_new_tokens": max_new_tokens, "logits_processor": [choose]}
-        options["eos_token_id"] = sorted(self.eos_token_ids) or None
-        self.generate_padded([text.prompt for text in texts], **options)
-        for text in texts:
-            ends = (place for place, token in enumerate(text.ids) if token in self.eos_token_ids)
-            del text.ids[next(ends, len(text.ids)) + 1 :]  # which went on until all had ended
 
     def generate_padded(self, prompts: Sequence, **options: Any) -> Any:
         """transformers' `generate`, of prompts that are padded on the left: all end together."""
@@ -325,7 +304,7 @@ class HFTarget:
             count = 1
             if self.way == "padded" and together:
                 # What pads a row stands behind its text, so that nothing of it sees that.
-                count = sum(len(texts[i]) >= SIMILAR * len(texts[left[0]]) for i in left)
+                count = similar([len(texts[i]) for i in left])
             rows = pad_sequence([texts[i] for i in left[:count]], batch_first=True)
             columns = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
             for i, *states in zip(left, *self.states(rows, columns)):

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, P
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.quantizers.auto import get_hf_quantizer
 
+from eagle3.draft.rope import max_positions
 from eagle3.errors import ConfigError, first_line
 from eagle3.target.spec import TargetSpec, whole_config
 from eagle3.target.weights import Checkpoint
@@ -57,6 +58,12 @@ def find_layers(model: PreTrainedModel, count: int) -> tuple[PreTrainedModel, to
             if isinstance(part, torch.nn.ModuleList) and len(part) == count:
                 return module, part
     raise ConfigError(f"{type(model).__name__} has no list of its {count} decoder layers")
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """The longest text, in tokens, that the target reads."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return max_positions(config.max_position_embeddings, rope)
 
 
 def rope_limit(config: PretrainedConfig) -> float:

@@ -55,16 +55,14 @@ def attend(query, key, value, mask, window: int | None, scale: float | None) -> 
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place
         mask = (distance >= 0) & (distance < window)
+    options = {"attn_mask": mask, "scale": scale}
     if length == 1:
         # Heads that share keys become the tokens of one head: no key is copied for each of them.
         shared = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
-        return F.scaled_dot_product_attention(
-            shared, key, value, attn_mask=mask, scale=scale
-        ).flatten(1, 2)[:, :, None]
-    causal = mask is None
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
-    )
+        out = F.scaled_dot_product_attention(shared, key, value, **options)
+        return out.flatten(1, 2)[:, :, None]
+    options |= {"is_causal": mask is None, "enable_gqa": True}
+    return F.scaled_dot_product_attention(query, key, value, **options)
 
 
 def packed_mask(

@@ -214,8 +214,9 @@ class SGLangTarget:
     ) -> Iterator[tuple[Any, list[int]]]:  # fmt: skip
         """As `HFTarget.answer`; the server batches, and draws samples of its own."""
         sampling = sampling and {name: sampling[name] for name in ("temperature", "top_p", "top_k")}
-        with ThreadPoolExecutor(batch_size) as pool:
-            asked: dict[Future, Any] = {}
+        asked: dict[Future, Any] = {}
+        pool = ThreadPoolExecutor(batch_size)
+        try:
             while True:
                 while len(asked) < batch_size and (taken := take()) is not None:
                     key, prompt = taken
@@ -226,6 +227,8 @@ class SGLangTarget:
                     (ids,) = future.result()
                     count(len(ids))
                     yield asked.pop(future), ids
+        finally:  # an interruption does not wait for what the server is still asked
+            pool.shutdown(wait=False)
 
 
 def log_path(port: int | None) -> Path:
