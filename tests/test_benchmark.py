@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import ROOT, write_jsonl
 
+from eagle3.batch import Document
 from eagle3.benchmark import builtin, measure
 from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt_lookup, read, ties
 from eagle3.benchmark.measure import benchmark, load_tasks
@@ -73,7 +74,7 @@ class Prepared(list):
     heldout = ()
 
     def document(self, index):
-        return index, self[index], None
+        return Document(index, self[index], None)
 
 
 @pytest.fixture(autouse=True)
