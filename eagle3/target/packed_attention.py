@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+NEIGHBOURS = 8  # rows that attend together
+
 # Windows (or chunks) that masks were asked for, and those that attention was told of: a layer that
 # is told of none sees too much of what is longer, as it gets no mask.
 asked_windows: set[int | None] = set()
@@ -55,14 +57,28 @@ def attend(query, key, value, mask, window: int | None, scale: float | None) -> 
         place = torch.arange(length, device=query.device)
         distance = place[:, None] - place
         mask = (distance >= 0) & (distance < window)
-    options = {"attn_mask": mask, "scale": scale}
     if length == 1:
-        # Heads that share keys become the tokens of one head: no key is copied for each of them.
-        shared = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
-        out = F.scaled_dot_product_attention(shared, key, value, **options)
+        return attend_newest(query, key, value, mask, scale)
+    options = {"is_causal": mask is None, "enable_gqa": True}
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale, **options)
+
+
+def attend_newest(query, key, value, mask, scale: float | None) -> torch.Tensor:
+    """One token [B,H,1,d] of each text, which sees what `mask` shows of the S slots, or all."""
+    # Heads that share keys become the tokens of one head: no key is copied for each of them.
+    shared = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0]
+    if mask is None or query.is_cuda:
+        out = F.scaled_dot_product_attention(shared, key, value, mask, scale=scale)
         return out.flatten(1, 2)[:, :, None]
-    options |= {"is_causal": mask is None, "enable_gqa": True}
-    return F.scaled_dot_product_attention(query, key, value, **options)
+    # On a CPU reading keys is what takes the time. Texts of about one length are neighbours, so a
+    # few rows at a time read the slots that one of them has, and not those of the longest of all.
+    outs, mask = [], mask.expand(len(query), -1, -1, -1)
+    for q, k, v, seen in zip(*(x.split(NEIGHBOURS) for x in (shared, key, value, mask))):
+        shown = seen if seen.dtype == torch.bool else seen == 0
+        slots = 1 + int(shown.flatten(0, 2).any(0).nonzero()[-1])
+        k, v, seen = k[:, :, :slots], v[:, :, :slots], seen[..., :slots]
+        outs.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale))
+    return torch.cat(outs).flatten(1, 2)[:, :, None]
 
 
 def packed_mask(
