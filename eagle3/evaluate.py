@@ -64,8 +64,7 @@ def write_answers(
     asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
     missing = [path for path in asked if not is_whole(path)]
     print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {kept}")
-    # Shortest first: those that are answered together are of about one length.
-    waiting = ((path, asked[path]) for path in sorted(missing, key=lambda p: len(asked[p])))
+    waiting = ((path, asked[path]) for path in missing)
     with Progress("generate", len(asked), "prompts", len(asked) - len(missing)) as bar:
         given = section.batch_size, section.max_new_tokens, None, bar.count_tokens
         answers = target.load().answer(lambda: next(waiting, None), *given) if missing else []

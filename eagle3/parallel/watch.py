@@ -27,7 +27,8 @@ def redirect_output(run_dir: Path, rank: int) -> TextIO:
     """Open logs/rank_N.log, for stacks, and for what ranks beside the first would print."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115 (for the life of the process)
+    # open as long as the process lives
+    log = open(folder / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115
     if rank > 0:
         sys.stdout.flush()
         sys.stderr.flush()

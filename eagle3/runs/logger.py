@@ -22,7 +22,8 @@ REDACTED = "<redacted>"
 # Names that hold a login. A `token` is one alone or after these words only: `eos_token` and
 # `bytes_per_token` are about text.
 SECRET_KEY = re.compile(
-    r"(?i)(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$|(api|access|private|secret)[_-]?key$"
+    r"(?i)(^|\.)token$|(hf|hub|access|api|auth|bearer)[_-]?token$"
+    r"|(api|access|private|secret)[_-]?key$"
     r"|(secret|password|passwd|passphrase|credentials?|authorization)$"
     r"|^override_dirname$"  # of hydra.job: all overrides in one string
 )
