@@ -120,7 +120,7 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, texts: list[Text]) -> torch.Tensor:
         """[B,V] -> int64 [B]."""
         if self.greedy:
-            return logits.argmax(-1)
+            return logits.max(-1).indices  # argmax is four times slower on a CPU in bf16
         logits, ids = logits.float() / self.sampling["temperature"], None
         top_p, top_k = self.sampling["top_p"], self.sampling["top_k"]
         if top_k or top_p < 1:
