@@ -321,11 +321,12 @@ def test_two_processes_train_as_with_transformers(settings, tmp_path):
     """Offline, from one server of the launcher; nothing is left in shared memory."""
     fewer = ["train.max_steps=2", "hidden_states.dtype=fp32", "train.documents_per_update=4"]
     engine = ["target=sglang", "mode=offline", "launch.nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{FAKE}"}
     before = set(SHARED.iterdir())
     capturing = [*engine, "stages=[prepare,generate,capture,train]"]
     for name, own in (("hf", [TRAIN_ONLY]), ("sglang", capturing)):
         folders = [f"cache_dir={tmp_path / name}.cache", f"hydra.run.dir={tmp_path / name}"]
-        done = run_command(*settings, *fewer, *own, *folders)
+        done = run_command(*settings, *fewer, *own, *folders, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
     assert losses(tmp_path / "sglang") == pytest.approx(losses(tmp_path / "hf"), rel=1e-4)
     assert not [path for path in set(SHARED.iterdir()) - before if path.name.startswith(PREFIX)]
