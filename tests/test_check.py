@@ -169,10 +169,14 @@ def one_higher(t):
     t.update(d2t=t["d2t"] + 1, t2d=t["t2d"].roll(1))
 
 
-THIRDS, SGLANG = "the thirds of fc.weight in the order", {"eagle_config": {NAMED: [5, 6, 7]}}
+ORDER, SGLANG = "the layers of fc in the order", {"eagle_config": {NAMED: [5, 6, 7]}}
 MISTAKES = {
-    "reversed": ({}, thirds(lambda parts: parts[::-1]), rf"{THIRDS} \(3, 2, 1\)"),
-    "transposed": ({}, thirds(lambda parts: [part.T for part in parts]), "third of .* transposed"),
+    "reversed": ({}, thirds(lambda parts: parts[::-1]), rf"{ORDER} \(3, 2, 1\)"),
+    "transposed": (
+        {},
+        thirds(lambda parts: [part.T for part in parts]),
+        "layer's part of .* transposed",
+    ),
     "halves": ({}, projections("qkv", lambda w: w.roll(64, 1)), "halves of the columns of q, k"),
     "rotary": ({}, projections("qk", side_by_side), "reordered from rotary pairs to halves"),
     "norms": ({}, exchanged(*NORMS[2:]), r"layernorm\.weight and norm\.weight exchanged"),

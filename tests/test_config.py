@@ -92,8 +92,9 @@ SENTENCES = {
     "parallel=usp & parallel.ring=2": "parallel.ring = 2 must divide launch.nproc_per_node x laun",
     "parallel=usp & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the draft's 2 key/",
     "launch.nnodes=2": "launch.nnodes=2 needs launch/torchrun.sh on every node",
-    "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of",
-    "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9, low to high",
+    "model.aux_layer_ids=[2,1]": "model.aux_layer_ids=[2, 1] must be different layers of",
+    "model.aux_layer_ids=[]": "must be different layers of 0..9, low to high",
+    "model.aux_layer_ids=[1,2,10]": "must be different layers of 0..9, low to high",
 }
 SHARE = Within(0, 1)
 TINY_LEAVES = (

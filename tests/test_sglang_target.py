@@ -220,7 +220,7 @@ def forward_batch(rids, lengths):
 def test_the_hook_never_raises_and_reports():
     """Requests of others are passed over; what is wrong with ours is the client's to hear."""
     blocks = Blocks()
-    call = Hook({"root": SHARED})
+    call = Hook({"root": SHARED, "num_layers": 3})
     head, last = SimpleNamespace(weight=torch.randn(9, 4)), torch.randn(5, 4)
     strangers = forward_batch(["HEALTH_CHECK_1", "eagle3-nobody:3"], [2, 3])
     call(None, (None, last, head, strangers, [last] * 3), None)
@@ -255,7 +255,7 @@ def test_one_pass_may_serve_two_clients():
     head = SimpleNamespace(weight=torch.randn(9, 4).bfloat16())
     last, *aux = torch.randn(4, 10, 4).bfloat16()
     batch = forward_batch(rids, [2, 3, 1, 4])
-    Hook({"root": SHARED})(None, (None, last, head, batch, aux), None)
+    Hook({"root": SHARED, "num_layers": 3})(None, (None, last, head, batch, aux), None)
     argmax, logsumexp = head_statistics(last, head.weight)
     for blocks, prompts, rows in (
         (first, {1: range(0, 4), 0: range(4, 6)}, [6, 7, 8, 9, 0, 1]),
