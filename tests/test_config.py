@@ -370,12 +370,14 @@ def test_going_on_with_a_run(tmp_path):
 
 def test_draft_config_files(target_folder, tmp_path):
     shape = {"intermediate_size": 96, "max_position_embeddings": 2048, "num_hidden_layers": 1}
-    (tmp_path / "draft.json").write_text(json.dumps(shape | {"architectures": ["x"]}))
+    more = {"architectures": ["x"], "fc_norm": True}
+    (tmp_path / "draft.json").write_text(json.dumps(shape | more))
     derived = derive_config(spec_of(target_folder).config, 300)
     read = read_config(str(tmp_path / "draft.json"), derived)
-    assert read.intermediate_size == 96
+    assert read.intermediate_size == 96 and read.fc_norm and not read.norm_output
     assert read.max_position_embeddings == 512, "positions are the target's"
-    for name, value in {"hidden_act": "gelu", "draft_vocab_size": 299, "hidden_size": 32}.items():
+    wrong = {"hidden_act": "gelu", "draft_vocab_size": 299, "hidden_size": 32}
+    for name, value in (wrong | {"num_aux_hidden_states": 5}).items():
         (tmp_path / "draft.json").write_text(json.dumps({name: value}))
         with pytest.raises(ConfigError, match=f"{name}={value}, but it must be"):
             read_config(str(tmp_path / "draft.json"), derived)

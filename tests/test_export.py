@@ -205,7 +205,7 @@ def ids(ours, theirs):
 
 IDS, ONES = "eagle_aux_hidden_state_layer_ids", torch.ones(64)
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 2048}
-NORMS = {f"fc_norm.{number}.weight": ONES for number in range(3)}
+NORMS = {f"fc_norm.{number}.weight": ONES.clone() for number in range(3)}
 LOADERS, SERVING = {"sglang", "vllm", "trtllm"}, EVERY - {"ours"}
 DEFECTS = [
     ({}, drop("norm.weight"), EVERY, "norm.weight is missing"),
@@ -247,8 +247,8 @@ DEFECTS = [
     ({"eagle_config": {IDS: [1, 3, 8]}}, None, EVERY, "must be 3 of 0..7"),
     ({"num_aux_hidden_states": 2}, None, EVERY, "must be 2 of 0..7, low to high"),
     ({"num_aux_hidden_states": 2}, None, EVERY, r"not \[64, 128\]"),
-    ({"num_aux_hidden_states": 2} | ids(None, None), None, {"ours"}, "it reads 2 layers: set"),
-    ({"num_aux_hidden_states": 1} | ids([3], [4]), None, {"sglang"}, "without fc"),
+    ({"num_aux_hidden_states": 2} | ids(None, None), None, {"ours"}, "it reads 2 layers; set"),
+    ({"num_aux_hidden_states": 1} | ids([3], [4]), None, {"sglang"}, "fc is skipped"),
     ({"max_position_embeddings": 256}, None, {"sglang"}, "_embeddings is 256"),
     ({"rope_scaling": {"rope_type": "llama3"}}, None, {"ours"}, "rope_scaling="),
     ({"norm_before_residual": True}, None, EVERY - {"vllm"}, "_residual is true"),

@@ -130,17 +130,13 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         fits = count >= 7 and number == len(read["sglang"])
         yield Finding(OTHERS, sentence, "note" if fits else "wrong")
         if number != len(read["ours"]):
-            yield Finding(
-                ("ours",), f"it reads {number} layers: set as many in model.aux_layer_ids"
-            )
+            yield Finding(("ours",), f"it reads {number} layers; set so many model.aux_layer_ids")
         return
     if len(named) != number or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be {number} of 0..{count - 1}, low to high")
         return
     if number == 1 and files.shape.target_hidden_size == files.shape.hidden_size:
-        yield Finding(
-            ("sglang",), "of a single layer it takes the states for the draft's, without fc"
-        )
+        yield Finding(("sglang",), "a single layer's states pass for the draft's: fc is skipped")
     if files.is_speculators and number != 3 and "num_aux_hidden_states" not in files.config:
         yield Finding(("vllm",), "num_aux_hidden_states is absent, which vLLM takes for 3")
     if files.config.get(LAYER_IDS) and read["vllm"] != named:

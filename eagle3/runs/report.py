@@ -1,7 +1,7 @@
 """A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     if lengths := by_prompt_length(rows):
         lines, sizes = {}, sorted({size for found in lengths.values() for size in found})
         for config, found in list(lengths.items())[:MAX_SUITES]:
-            lines[config] = [(math.log2(size), found[size]["length"]) for size in sorted(found)]
+            points = ((size, found[size]) for size in sorted(found))
+            lines[config] = [(math.log2(n), some["tokens"] / some["rounds"]) for n, some in points]
         plots["prompt_length"] = Plot(lines, floor=1)
         plots["prompt_length"].x_ticks = [(math.log2(size), f"{size:,}") for size in sizes]
     measured = [(row["step"], row.get("eval/acceptance_length")) for row in metrics]
@@ -179,19 +180,18 @@ def benchmark_rows(benchmark: dict) -> list[dict]:
 
 
 def by_prompt_length(rows: list[dict]) -> dict[str, dict[int, Counter]]:
-    """By config and about how many tokens a prompt has, over all suites: `length` that is accepted,
-    `answers`, `rounds`; nothing where all prompts are about as long.
+    """By config and about how many tokens a prompt has, of all suites: `answers`, their `tokens`
+    and `rounds`; nothing where all prompts are about as long.
     """
-    found: dict[str, dict[int, Counter]] = {}
+    found: dict[str, dict[int, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for row in rows:
-        sizes = found.setdefault(cell("config", row["config"]), {})
         for part in row.get("by_prompt_length", ()):
-            whole, rounds = sizes.setdefault(part["prompt_tokens"], Counter()), part["rounds"]
-            tokens = whole["length"] * whole["rounds"] + part["acceptance_length"] * rounds
-            whole.update(answers=part["answers"], rounds=rounds)
-            whole["length"] = tokens / whole["rounds"]
+            rounds, config = part["rounds"], cell("config", row["config"])
+            counts = {"answers": part["answers"], "rounds": rounds}
+            counts["tokens"] = part["acceptance_length"] * rounds
+            found[config][part["prompt_tokens"]].update(counts)
     several = len({size for sizes in found.values() for size in sizes}) > 1
-    return {config: sizes for config, sizes in found.items() if sizes and several}
+    return found if several else {}
 
 
 def best_without_draft(row: dict) -> tuple[float | None, str]:
