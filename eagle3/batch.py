@@ -33,7 +33,7 @@ class DocumentSpans(NamedTuple):
 class Features:
     """What a target says about a batch; online, hybrid and offline hand the trainer exactly this.
 
-    `aux_hidden_states` [T,3H]: outputs of the three auxiliary decoder layers, low to high.
+    `aux_hidden_states` [T,A]: outputs of the auxiliary decoder layers side by side, low to high.
     `last_hidden_states` [U,H]: after the target's final norm, of `Batch.teacher_rows`.
     `argmax` int64 [U] and `logsumexp` fp32 [U]: of the target's logits over its whole vocabulary.
     """

@@ -211,11 +211,11 @@ def check_against_target(config: RunConfig) -> None:
     target, ids = spec.config, model.aux_layer_ids
     check_supported(target)
     last = spec.num_layers - 1
-    if ids is not None and (len(ids) != 3 or not 0 <= ids[0] < ids[1] < ids[2] <= last):
-        wanted = f"three different layers of 0..{last}, low to high"
+    if ids is not None and (not ids or sorted(set(ids) & {*range(last + 1)}) != ids):
+        wanted = f"different layers of 0..{last}, low to high"
         raise ConfigError(f"model.aux_layer_ids={ids} must be {wanted}")
     if not set(config.stages) <= {"check", "benchmark"}:  # a draft that is there has its own shape
-        check_draft_shape(config, target)
+        check_draft_shape(config, target, len(spec.aux_layer_ids))
     # `check` says so where there is no tokenizer, and stored hidden states need none.
     without = {"import", "train", "export", "check"} if reads_store_alone(config) else {"check"}
     if set(config.stages) - without:
@@ -231,13 +231,13 @@ def check_against_target(config: RunConfig) -> None:
         check_croppable(target)
 
 
-def check_draft_shape(config: RunConfig, target: PretrainedConfig) -> None:
+def check_draft_shape(config: RunConfig, target: PretrainedConfig, num_layers: int) -> None:
     """Whether a draft for this target can be as the config says."""
     for name in ("max_position_embeddings", "num_attention_heads"):
         if getattr(target, name, None) is None:
             reason = f"its config has no {name}, which a draft's is made from"
             raise ConfigError(f"a {target.model_type} target is not supported: {reason}")
-    shape, (ulysses, _) = draft_config(config.draft, target), layout(config)
+    shape, (ulysses, _) = draft_config(config.draft, target, num_layers), layout(config)
     for key, value, name in (
         ("data.max_length", config.data.max_length, "max_position_embeddings"),
         ("draft.vocab_size", config.draft.vocab_size, "vocab_size"),

@@ -118,6 +118,8 @@ class HiddenStates:
 class DraftSection:
     ttt_steps: Annotated[int, Within(1, 16)]
     vocab_size: Annotated[int, Within(1)]
+    fc_norm: bool
+    norm_output: bool
     config: Optional[str]
     init_from: Optional[str]
     attention: dict[str, Any]

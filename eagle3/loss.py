@@ -173,7 +173,7 @@ class SoftTargetLoss:
         powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         weights = powers.to(argmax.device)[batch.pair_step] * counted
-        students = draft.norm(hidden_ND[batch.pair_index])
+        students = draft.head_input(hidden_ND[batch.pair_index])
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
             self.chunk_rows,

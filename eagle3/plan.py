@@ -76,7 +76,8 @@ def plan(
     gpus = config.launch.nproc_per_node * config.launch.nnodes
     group = math.prod(layout(config))
     replicas = max(1, gpus // group)
-    draft = draft_without_data(draft_config(config.draft, spec.config))
+    shape = draft_config(config.draft, spec.config, len(spec.aux_layer_ids))
+    draft = draft_without_data(shape)
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
     everything = torch.ones(draft.config.vocab_size, dtype=torch.bool)
     budget = config.train.tokens_per_step * config.train.grad_accum * replicas
@@ -93,7 +94,7 @@ def plan(
     trained = sum(parameter.numel() for parameter in draft.parameters())
     parameters, active, prefill = target_costs(spec, documents)
 
-    disk = disk_of(config, spec.config.hidden_size, documents, stored, trained, run_dir)
+    disk = disk_of(config, spec, documents, stored, trained, run_dir)
     # The ranks of a group have equal parts of a micro-step.
     peak = max(peak for _, peak in steps) // group
     memory = memory_of(config, spec, parameters, trained, peak)
@@ -233,7 +234,7 @@ def measure_step(
         for parameter in draft.parameters():
             parameter.grad = torch.empty_like(parameter)
         with FlopCounterMode(display=False) as counter, LiveBytes() as live:
-            aux = torch.empty(batch.tokens, 3 * size, dtype=dtype)
+            aux = torch.empty(batch.tokens, shape.aux_size, dtype=dtype)
             last, argmax = torch.empty(teachers, size, dtype=dtype), torch.empty(teachers).long()
             features = Features(aux, last, argmax, torch.empty(teachers))
             hidden = unroll(draft, embedding, aux, batch)
@@ -267,13 +268,14 @@ def target_costs(spec: TargetSpec, documents: Prepared) -> tuple[int, int, float
 
 
 def disk_of(
-    config: RunConfig, size: int, documents: Prepared, stored: np.ndarray, trained: int, run: Path
-) -> dict[str, tuple[int, int]]:
+    config: RunConfig, spec: TargetSpec, documents: Prepared, stored: np.ndarray, trained: int,
+    run: Path,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
     """(bytes, room there) by what is written; at KEPT the room that hidden states may use."""
-    section, disk = config.hidden_states, {}
+    section, disk, sizes = config.hidden_states, {}, (spec.config.hidden_size, spec.aux_size)
     free = free_bytes(section.path or config.cache_dir)
     for name in ("fp32", "bf16", "int8"):
-        each = document_bytes(documents.lengths, documents.teachers, size, name)
+        each = document_bytes(documents.lengths, documents.teachers, sizes, name)
         disk[f"hidden states, {name}"] = int(each @ stored), free
     # 4 bytes an id, 1 of the mask, and a record of the index
     prepared = int(5 * documents.lengths @ stored) + INDEX.itemsize * len(documents)
@@ -301,7 +303,11 @@ def memory_of(
     draft = 16 * trained + config.draft.vocab_size * shape.hidden_size * element
     # Roughly one layer's activations, the auxiliary ones twice, and a chunk of logits.
     tokens = config.target.get("batch_tokens") or config.train.tokens_per_step
-    numbers = 16 * shape.hidden_size + 3 * (getattr(shape, "intermediate_size", None) or 0)
+    numbers = (
+        10 * shape.hidden_size
+        + 2 * spec.aux_size
+        + 3 * (getattr(shape, "intermediate_size", None) or 0)
+    )
     prefill = tokens * numbers * element + 3 * min(1 << 28, 4 * tokens * shape.vocab_size)
     return {
         "target's weights": [target, ends, target],

@@ -237,7 +237,8 @@ def build_draft(
         problem = f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
         raise ConfigError(f"{problem}{len(vocab)} tokens; set draft.vocab_size={len(vocab)}")
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
-    draft = Draft(draft_config(section, spec.config), attention, t2d, d2t)
+    shape = draft_config(section, spec.config, len(spec.aux_layer_ids))
+    draft = Draft(shape, attention, t2d, d2t)
     instantiate(section.initial)(draft, weights.embedding, weights.head)
     return draft
 

@@ -2,15 +2,17 @@
 needed.
 
 T packed tokens, O of them this rank's own (all, unless ranks share the batch), N_k rows needed at
-step k (nested: the first N_k of `batch.rows`), D hidden, A three layers of the target, H query and
-G key/value heads of size d. Per row t of a document x_0 x_1 ..., with g_t the target's three
-layers:
+step k (nested: the first N_k of `batch.rows`), D hidden, A layers of the target side by side, H
+query and G key/value heads of size d. Per row t of a document x_0 x_1 ..., with g_t these layers:
 
     h^0_t   = W_fc g_t
     step k:   u = [RMS(E[x_{t+1+k}]); RMS(h^k_t)]
               q, k^k, v^k = R_{t+k} W_q u, R_{t+k} W_k u, W_v u         R: RoPE, at position t+k
               attn = softmax over {q.k^0_j, j <= t} and {q.k^i_t, i = 1..k}
               y = h^k_t + W_o attn;  h^{k+1}_t = y + MLP(RMS(y))
+
+EAGLE-3.1 differs in `Draft.fuse`, W_fc [RMS(a_1); RMS(a_2); ...], and in `Draft.finish`, whose
+h^{k+1}_t = RMS(y + MLP(RMS(y))) goes to the head as it is.
 """
 
 import torch
@@ -24,7 +26,7 @@ from eagle3.draft.rope import rotate
 def unroll(
     draft: Draft, embedding: torch.Tensor, aux_hidden_states_OA: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
-    """Un-normalised h^1, h^2, ... of all steps one behind the other: [N_0 + N_1 + ..., D].
+    """h^1, h^2, ... of all steps one behind the other: [N_0 + N_1 + ..., D].
 
     `embedding` [V,D] is the target's, frozen; its dtype is the one computed in. Token id 0 stands
     for what follows the end of a document.
@@ -42,7 +44,7 @@ def unroll(
 
     # Rows meet only in k^0 and v^0, so these are made of every token; the rest of rows in need
     # alone.
-    hidden_OD = draft.fc(aux_hidden_states_OA.to(embedding.dtype))
+    hidden_OD = draft.fuse(aux_hidden_states_OA.to(embedding.dtype))
     normed_OD = draft.midlayer.hidden_norm(hidden_OD)
     k0_v0 = linear(normed_OD, hidden_weight[query_size:])
     k0_v0 = k0_v0 + embedded(own + 1, batch.document_ends[own])[:, query_size:]
@@ -81,9 +83,10 @@ def training_flops(config: DraftConfig, batch: Batch) -> int:
     size, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim
     rows, length, steps = sum(batch.row_counts), batch.tokens, batch.row_counts
-    once = length * size * (3 * config.target_hidden_size + qkv + qkv - heads)
-    once += steps[0] * size * heads
+    # What comes from the target wants no gradient, unless norms of its own stand in between.
+    fuse = length * size * config.aux_size * (6 if config.fc_norm else 4)
+    once = length * size * (qkv + qkv - heads) + steps[0] * size * heads
     each = rows * size * (heads + 3 * config.intermediate_size) + (rows - steps[0]) * size * qkv
     head = len(batch.pair_index) * size * config.draft_vocab_size
     teacher = len(batch.teacher_rows) * config.target_hidden_size * config.draft_vocab_size
-    return 6 * (once + each + head) + 2 * teacher
+    return fuse + 6 * (once + each + head) + 2 * teacher

@@ -4,7 +4,7 @@ logits, autograd.
 Tests compare the trainer with it, dev/compare_step.py compares the costs. It shares nothing with
 the trainer but the draft's weights.
 
-B documents padded to L tokens, K steps, D hidden, A three layers of the target concatenated, H the
+B documents padded to L tokens, K steps, D hidden, A layers of the target concatenated, H the
 target's hidden size, V and S sizes of the target's and the draft's vocabulary, N heads of size d.
 Beyond a document's end, `input_ids`, `loss_mask`, `aux` and the target's last hidden states are
 zero.
@@ -112,6 +112,9 @@ def dense_loss(
     gates, normaliser = supervised_pairs(loss_mask, t2d[input_ids], ttt_steps, mask)
     teacher = F.pad(teacher, (0, 0, 0, ttt_steps), value=1 / teacher.shape[-1])
 
+    if config.fc_norm:
+        parts = enumerate(aux.chunk(config.num_aux_hidden_states, dim=-1))
+        aux = torch.cat([rms(part, f"fc_norm.{place}") for place, part in parts], dim=-1)
     hidden = linear(aux, "fc")
     keys, values = [], []
     loss, step_loss, step_accuracy, correct = 0.0, [], [], []
@@ -136,7 +139,9 @@ def dense_loss(
         normed = rms(hidden, "midlayer.post_attention_layernorm")
         gate, up = (linear(normed, f"midlayer.mlp.{name}_proj") for name in ("gate", "up"))
         hidden = hidden + linear(F.silu(gate) * up, "midlayer.mlp.down_proj")
-        logits = linear(rms(hidden, "norm"), "lm_head")
+        normed = rms(hidden, "norm")
+        logits = linear(normed, "lm_head")
+        hidden = normed if config.norm_output else hidden
 
         losses = pair_losses(logits, teacher[:, k + 1 : k + 1 + length], pointwise)
         truth = ahead(argmax, k + 1)
@@ -219,9 +224,12 @@ def random_turns(lengths: list[int], generator: torch.Generator) -> torch.Tensor
 
 
 def random_case(
-    attention, lengths=(23, 1, 9, 40, 2, 3, 17), seed=0, dtype=torch.float64, draft_vocab_size=30
-) -> Case:
-    """Noise, but most tokens lie in the draft vocabulary; the third document has no answer."""
+    attention, lengths=(23, 1, 9, 40, 2, 3, 17), seed=0, dtype=torch.float64, draft_vocab_size=30,
+    layers=3, **variant,
+) -> Case:  # fmt: skip
+    """Noise, but most tokens lie in the draft vocabulary; the third document has no answer. The
+    draft reads `layers` layers of the target; `variant`: other fields of its config.
+    """
     generator, vocab_size = torch.Generator().manual_seed(seed), 50
 
     def normal(*shape):
@@ -235,6 +243,7 @@ def random_case(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, vocab_size=vocab_size, draft_vocab_size=draft_vocab_size,
         target_hidden_size=24, max_position_embeddings=64, rms_norm_eps=1e-5,
+        num_aux_hidden_states=layers, **variant,
     )  # fmt: skip
     draft = Draft(config, attention, t2d, target_ids - torch.arange(draft_vocab_size))
     with torch.no_grad():
@@ -248,7 +257,9 @@ def random_case(
     input_ids = torch.where(is_common, common, rare) * within
     loss_mask = random_turns(lengths, generator)
     loss_mask[2:3] = False
-    aux, last_hidden = (normal(*within.shape, size) * within[..., None] for size in (3 * 24, 24))
+    aux, last_hidden = (
+        normal(*within.shape, size) * within[..., None] for size in (layers * 24, 24)
+    )
     head = normal(vocab_size, 24)
     head[target_ids] *= 1.3
     embedding = normal(vocab_size, 32)

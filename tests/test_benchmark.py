@@ -16,7 +16,7 @@ from eagle3.benchmark.builtin import acceptance_of, bigram, bigram_table, prompt
 from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Request, Subject, check_request, in_steps
 from eagle3.benchmark.samples import MAX_TOKENS, samples
-from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
+from eagle3.benchmark.statistics import Trial, acceptance, by_prompt_length, equality, speed
 from eagle3.benchmark.suites import Question, Setup
 from eagle3.checks import check_node
 from eagle3.config import instantiate
@@ -469,6 +469,19 @@ def test_acceptance_figures():
     assert expected.items() <= row.items()
     empty = acceptance([trial(short)], 1, seed=0)
     assert empty["acceptance_length"] is empty["interval95"] is None
+
+
+def test_acceptance_by_the_length_of_prompts():
+    """To the nearest power of two; an answer of one token needed no round and does not count."""
+    answer, short = (range(8), [4, 2, 1], [3, 1, 0]), ([9], [], [])
+    trials = [trial(answer, prompt=range(n)) for n in (900, 1400, 1500)]
+    trials += [trial((range(8), [1] * 7, [0] * 7), prompt=range(1100)), trial(short)]
+    near, far = by_prompt_length(trials)
+    expected = {"prompt_tokens": 1024, "answers": 3, "rounds": 13, "acceptance_length": 21 / 13}
+    assert near == expected
+    assert far == expected | {
+        "prompt_tokens": 2048, "answers": 1, "rounds": 3, "acceptance_length": 7 / 3
+    }  # fmt: skip
 
 
 def test_turns_of_a_question_are_resampled_together():

@@ -1,8 +1,12 @@
 """The stage `check`: what it decodes, what acceptance lengths give away, and what it leaves."""
 
+import ast
+import copy
 import json
 import re
 import shutil
+from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +15,14 @@ from conftest import edit_model, handle_of, section, spec_of
 
 from eagle3.batch import Document, pack, serving
 from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_embedding
-from eagle3.benchmark.mistakes import NORMS, Reading, compare
+from eagle3.benchmark.mistakes import NORMS, Reading, compare, other_orders, repairs
 from eagle3.benchmark.request import Subject
 from eagle3.config import Check
 from eagle3.data.chat import Chat, load_chat
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft
+from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
 from eagle3.export.write import portable_config, write_draft
@@ -119,8 +123,18 @@ def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
 
 @pytest.fixture(scope="module")
 def trained(target_folder, tokenizer, tmp_path_factory):
-    """A draft on disk that has learnt the target's answers to the first of QUESTIONS by heart, from
-    layers that differ much.
+    return learn_by_heart(target_folder, tokenizer, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained31(target_folder, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained31")
+    return learn_by_heart(target_folder, tokenizer, folder, fc_norm=True, norm_output=True)
+
+
+def learn_by_heart(target_folder, tokenizer, folder, **variant):
+    """A draft on disk that has learnt the target's answers to the first of QUESTIONS, from layers
+    that differ much.
     """
     chat, spec = Chat(tokenizer), spec_of(target_folder, [0, 3, 6])
     target = HFTarget(spec, torch.device("cpu"))
@@ -132,7 +146,8 @@ def trained(target_folder, tokenizer, tmp_path_factory):
     used = torch.cat([one.input_ids[one.loss_mask] for one in documents]).unique()
     t2d, d2t = vocab_tensors(used.numpy(), 2048)
     torch.manual_seed(0)
-    draft = Draft(derive_config(spec.config, len(used)), Auto, t2d, d2t)
+    shape = replace(derive_config(spec.config, len(used)), **variant)
+    draft = Draft(shape, Auto, t2d, d2t)
     batch = pack(compute_features(target, documents), t2d, 3, serving)
     wanted = torch.searchsorted(draft.target_ids, batch.features.argmax[batch.pair_teacher])
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
@@ -142,7 +157,6 @@ def trained(target_folder, tokenizer, tmp_path_factory):
         torch.nn.functional.cross_entropy(logits, wanted).backward()
         optimizer.step()
         optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("trained")
     write_draft(draft, folder / "draft", portable_config(draft.config, spec, spec.path, 3))
     return folder / "draft"
 
@@ -169,10 +183,14 @@ def one_higher(t):
     t.update(d2t=t["d2t"] + 1, t2d=t["t2d"].roll(1))
 
 
-THIRDS, SGLANG = "the thirds of fc.weight in the order", {"eagle_config": {NAMED: [5, 6, 7]}}
+ORDER, SGLANG = "the layers of fc in the order", {"eagle_config": {NAMED: [5, 6, 7]}}
 MISTAKES = {
-    "reversed": ({}, thirds(lambda parts: parts[::-1]), rf"{THIRDS} \(3, 2, 1\)"),
-    "transposed": ({}, thirds(lambda parts: [part.T for part in parts]), "third of .* transposed"),
+    "reversed": ({}, thirds(lambda parts: parts[::-1]), rf"{ORDER} \(3, 2, 1\)"),
+    "transposed": (
+        {},
+        thirds(lambda parts: [part.T for part in parts]),
+        "layer's part of .* transposed",
+    ),
     "halves": ({}, projections("qkv", lambda w: w.roll(64, 1)), "halves of the columns of q, k"),
     "rotary": ({}, projections("qk", side_by_side), "reordered from rotary pairs to halves"),
     "norms": ({}, exchanged(*NORMS[2:]), r"layernorm\.weight and norm\.weight exchanged"),
@@ -182,6 +200,7 @@ MISTAKES = {
 }
 
 
+FORGOTTEN = {"norm_output": None}, None, "with norm_output=true it accepts"
 ANSWERED = {"num_prompts": 2, "max_new_tokens": 48}  # as `trained` has learnt them
 
 
@@ -198,14 +217,39 @@ def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path, capsys):
     assert said.count("check: acceptance length ") == said.count("fed by layers 0,3,6") == 1
 
 
-@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize(
+    "made, mistake",
+    [*(("trained", row) for row in MISTAKES.values()), ("trained31", FORGOTTEN)],
+    ids=[*MISTAKES, "a flag forgotten"],
+)
 @pytest.mark.runs
-def test_a_wrong_draft_of_the_right_shape_is_named(trained, target, tokenizer, tmp_path, name):
-    config, tensors, words = MISTAKES[name]
-    folder = shutil.copytree(trained, tmp_path / "draft")
+def test_a_wrong_draft_of_the_right_shape_is_named(
+    request, target, tokenizer, tmp_path, made, mistake
+):
+    config, tensors, words = mistake
+    folder = shutil.copytree(request.getfixturevalue(made), tmp_path / "draft")
     edit_model(folder, config, tensors)
     raised, _ = run_check(folder, target, tokenizer, tmp_path, engines=["sglang"], **ANSWERED)
     assert re.search(words, raised)
+
+
+def test_layers_in_another_order_are_read_so():
+    """With their norms; of three all orders, of five the likely ones."""
+    config = DraftConfig(8, 8, 2, 2, 4, 9, 9, 8, 64, num_aux_hidden_states=5, fc_norm=True)
+    draft = Draft(config, Auto, torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.int64))
+    for norm in draft.fc_norm:
+        torch.nn.init.normal_(norm.weight)
+    own, parts, orders = copy.deepcopy(draft.state_dict()), torch.randn(5, 3, 8), []
+    expected = draft.fuse(torch.cat([*parts], -1))
+    for words, tensors in repairs(own, config):
+        _, found, order = words.partition("the layers of fc in the order ")
+        if found:
+            orders.append(ast.literal_eval(order))
+            draft.load_state_dict(own | tensors)
+            fed = torch.cat([parts[number - 1] for number in orders[-1]], -1)
+            torch.testing.assert_close(draft.fuse(fed), expected)
+    assert {(5, 4, 3, 2, 1), (2, 3, 4, 5, 1), (1, 4, 3, 2, 5)} <= {*orders}
+    assert {(0, 1, 2), *other_orders(3)} == {*permutations(range(3))}
 
 
 def test_the_layers_a_draft_was_made_for_are_found_by_decoding(

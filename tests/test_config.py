@@ -92,8 +92,9 @@ SENTENCES = {
     "parallel=usp & parallel.ring=2": "parallel.ring = 2 must divide launch.nproc_per_node x laun",
     "parallel=usp & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the draft's 2 key/",
     "launch.nnodes=2": "launch.nnodes=2 needs launch/torchrun.sh on every node",
-    "model.aux_layer_ids=[1,2]": "model.aux_layer_ids=[1, 2] must be three different layers of",
-    "model.aux_layer_ids=[1,2,10]": "must be three different layers of 0..9, low to high",
+    "model.aux_layer_ids=[2,1]": "model.aux_layer_ids=[2, 1] must be different layers of",
+    "model.aux_layer_ids=[]": "must be different layers of 0..9, low to high",
+    "model.aux_layer_ids=[1,2,10]": "must be different layers of 0..9, low to high",
 }
 SHARE = Within(0, 1)
 TINY_LEAVES = (
@@ -369,12 +370,14 @@ def test_going_on_with_a_run(tmp_path):
 
 def test_draft_config_files(target_folder, tmp_path):
     shape = {"intermediate_size": 96, "max_position_embeddings": 2048, "num_hidden_layers": 1}
-    (tmp_path / "draft.json").write_text(json.dumps(shape | {"architectures": ["x"]}))
+    more = {"architectures": ["x"], "fc_norm": True}
+    (tmp_path / "draft.json").write_text(json.dumps(shape | more))
     derived = derive_config(spec_of(target_folder).config, 300)
     read = read_config(str(tmp_path / "draft.json"), derived)
-    assert read.intermediate_size == 96
+    assert read.intermediate_size == 96 and read.fc_norm and not read.norm_output
     assert read.max_position_embeddings == 512, "positions are the target's"
-    for name, value in {"hidden_act": "gelu", "draft_vocab_size": 299, "hidden_size": 32}.items():
+    wrong = {"hidden_act": "gelu", "draft_vocab_size": 299, "hidden_size": 32}
+    for name, value in (wrong | {"num_aux_hidden_states": 5}).items():
         (tmp_path / "draft.json").write_text(json.dumps({name: value}))
         with pytest.raises(ConfigError, match=f"{name}={value}, but it must be"):
             read_config(str(tmp_path / "draft.json"), derived)

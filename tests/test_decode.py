@@ -46,14 +46,18 @@ def tree_of(topk, verify_tokens, target, draft, prompt, steps, max_new_tokens, r
     return speculate(target, draft, [prompt], *tree, max_new_tokens, rule)[0]
 
 
-def make_draft(target, draft_vocab_size, seed=0):
+def make_draft(target, draft_vocab_size, seed=0, **variant):
     torch.manual_seed(seed)
     vocab_size, hidden = target.embedding.shape
     kept = torch.randperm(vocab_size)[:draft_vocab_size].sort().values
     t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, kept, True)
     sizes = hidden, 2 * hidden, 4, 2, hidden // 4, vocab_size, draft_vocab_size, hidden, 512
-    config = DraftConfig(*sizes, initializer_range=0.15)
-    return Draft(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
+    config = DraftConfig(*sizes, initializer_range=0.15, **variant)
+    draft = Draft(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
+    for name, parameter in draft.named_parameters():
+        if "norm" in name and variant:  # as if trained: else they would hardly matter
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    return draft
 
 
 def batch_of(texts, prompt_length, draft, ttt_steps):
@@ -245,14 +249,19 @@ def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
     return {path for _, path in sorted(drafted, reverse=True)[: verify_tokens - 1]}
 
 
+EAGLE31 = {"num_aux_hidden_states": 5, "fc_norm": True, "norm_output": True}
+
+
 @pytest.mark.parametrize(
-    "steps, topk, verify_tokens", [(3, 3, 10), (2, 5, 31), (3, 4, 2), (5, 1, 6)]
+    "steps, topk, verify_tokens, variant",
+    [(3, 3, 10, {}), (2, 5, 31, {}), (3, 4, 2, {}), (5, 1, 6, {}), (3, 3, 10, EAGLE31)],
 )
-def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens):
+def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens, variant):
     """Of a batch of texts of uneven lengths, over two rounds, so that slots are soiled."""
-    draft, random = make_draft(target, 48), torch.Generator().manual_seed(steps)
+    draft, random = make_draft(target, 48, **variant), torch.Generator().manual_seed(steps)
     texts = [torch.randint(64, (n,), generator=random) for n in (9, 4, 12)]
-    aux = [torch.randn(len(text) - 1, 192, dtype=torch.float64, generator=random) for text in texts]
+    normal = partial(torch.randn, dtype=torch.float64, generator=random)
+    aux = [normal(len(text) - 1, draft.config.aux_size) for text in texts]
     with torch.inference_mode():
         drafter = Drafter(draft, target.embedding, 3, 20, steps, topk, verify_tokens)
         for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):

@@ -204,6 +204,8 @@ def ids(ours, theirs):
 
 
 IDS, ONES = "eagle_aux_hidden_state_layer_ids", torch.ones(64)
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 2048}
+NORMS = {f"fc_norm.{number}.weight": ONES.clone() for number in range(3)}
 LOADERS, SERVING = {"sglang", "vllm", "trtllm"}, EVERY - {"ours"}
 DEFECTS = [
     ({}, drop("norm.weight"), EVERY, "norm.weight is missing"),
@@ -241,15 +243,21 @@ DEFECTS = [
     ({"eagle_config": {IDS: [2, 4, 5]}}, None, {"sglang", "vllm"}, r"of \[1, 3, 4\]: one of them"),
     (ids([0, 3, 5], [1, 4, 6]), None, {"official"}, "built in"),
     (ids([0, 3, 5], [1, 4, 6]), None, {"ours"}, "set model.aux_layer_id"),
-    ({"eagle_config": {IDS: [3]}}, None, EVERY, "must be three of 0..7"),
-    ({"eagle_config": {IDS: [1, 3, 8]}}, None, EVERY, "must be three of 0..7"),
+    ({"eagle_config": {IDS: [3]}}, None, EVERY, "must be 3 of 0..7"),
+    ({"eagle_config": {IDS: [1, 3, 8]}}, None, EVERY, "must be 3 of 0..7"),
+    ({"num_aux_hidden_states": 2}, None, EVERY, "must be 2 of 0..7, low to high"),
+    ({"num_aux_hidden_states": 2}, None, EVERY, r"not \[64, 128\]"),
+    ({"num_aux_hidden_states": 2} | ids(None, None), None, {"ours"}, "it reads 2 layers; set"),
+    ({"num_aux_hidden_states": 1} | ids([3], [4]), None, {"sglang"}, "fc is skipped"),
     ({"max_position_embeddings": 256}, None, {"sglang"}, "_embeddings is 256"),
     ({"rope_scaling": {"rope_type": "llama3"}}, None, {"ours"}, "rope_scaling="),
     ({"norm_before_residual": True}, None, EVERY - {"vllm"}, "_residual is true"),
-    ({"fc_norm": True}, None, LOADERS, "fc_norm.0.weight is missing"),
+    ({"fc_norm": True}, None, EVERY, "fc_norm.0.weight is missing"),
+    ({"norm_before_fc": True}, None, LOADERS, "input_norm.weight is missing"),
     ({}, put("fc_norm.0.weight", ONES), EVERY, "does not say fc_norm"),
-    ({"fc_norm": True}, put("fc_norm.0.weight", ONES), {"official", "ours"}, "not compute"),
-    ({"norm_output": True}, None, {"official", "ours"}, "norm_output is true"),
+    ({"fc_norm": True}, lambda t: t.update(NORMS), {"official"}, "fc_norm is true"),
+    ({"use_aux_norm": True}, lambda t: t.update(NORMS), {"vllm"}, "use_aux_norm is true"),
+    ({"norm_output": True}, None, {"official"}, "norm_output is true"),
     ({"tie_word_embeddings": True}, None, {"sglang"}, "tie_word_embeddings is true"),
 ]
 
@@ -281,6 +289,12 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(
         ("speculators", {"draft_vocab_size": None}, "wrong", "lacks draft_vocab_size"),
         ("speculators", {"speculators_model_type": "eagle"}, "wrong", "is no EAGLE3"),
         ("speculators", {IDS: LAYERS}, "wrong", r"outputs of layers \[0, 2, 3\]"),
+        (
+            "speculators",
+            {IDS: [2, 4], "transformer_layer_config": SIZES},
+            "wrong",
+            "which vLLM takes for 3",
+        ),
     ],
 )
 def test_what_else_is_said_of_a_draft(folder, target, form, config, severity, words):

@@ -10,13 +10,14 @@ from eagle3.draft.model import Draft, DraftConfig
 from eagle3.ttt import unroll
 
 
-def copied_share(initial) -> float:
+def copied_share(initial, layers=3, **variant) -> float:
     """Of a random text said twice, the share of the second half that the untrained draft predicts
     at step 0.
     """
     torch.manual_seed(0)
     size, vocab = 128, 256
-    config = DraftConfig(size, 128, 4, 2, 64, vocab, vocab, size, 512)
+    shape = size, 128, 4, 2, 64, vocab, vocab, size, 512
+    config = DraftConfig(*shape, num_aux_hidden_states=layers, **variant)
     t2d, d2t = torch.ones(vocab, dtype=torch.bool), torch.zeros(vocab, dtype=torch.int64)
     embedding, head = torch.randn(vocab, size), torch.randn(vocab, size)
     draft = Draft(config, Auto, t2d, d2t)
@@ -24,7 +25,7 @@ def copied_share(initial) -> float:
     ids = torch.randperm(vocab)[:60].repeat(2)
     batch = pack([Document(0, ids, torch.arange(120) >= 60)], t2d, 1, serving)
     near = embedding[ids] + 0.5 * torch.randn(120, size)
-    aux, rows = torch.cat([near, torch.randn(120, 2 * size)], dim=-1), batch.teacher_rows
+    aux, rows = torch.cat([near, torch.randn(120, (layers - 1) * size)], dim=-1), batch.teacher_rows
     last = torch.randn(len(rows), size)
     features = Features(aux, last, ids.roll(-1)[rows], torch.zeros(len(rows)))
     with torch.no_grad():
@@ -35,6 +36,7 @@ def copied_share(initial) -> float:
 
 def test_induction_copies_before_training():
     assert copied_share(induction) > 0.25
+    assert copied_share(induction, layers=5, fc_norm=True, norm_output=True) > 0.25
     assert copied_share(random) < 0.05
 
 

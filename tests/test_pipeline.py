@@ -85,6 +85,18 @@ def test_everything_is_written(finished, given):
     assert all(word in content for word in (b"eval/acceptance_length", b"report", b"ttt_steps"))
 
 
+def test_a_variant_of_the_draft_is_exported_and_decoded(given, tmp_path):
+    asked = "draft=eagle31", "model.aux_layer_ids=[0,1,3,4,6]", "train.max_steps=2"
+    run([*given, *asked], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
+    expected = {"fc_norm": True, "norm_output": True, "num_aux_hidden_states": 5}
+    assert expected.items() <= config.items()
+    tensors = load_file(tmp_path / "run" / "draft" / "model.safetensors")
+    assert tensors["fc_norm.4.weight"].shape == (64,) and tensors["fc.weight"].shape == (64, 320)
+    benchmark = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    assert benchmark["suites"]["heldout"][0]["lossless"] is True
+
+
 def test_the_same_command_gives_the_same_losses_and_reuses_artefacts(finished, given, tmp_path):
     cache = Path(option(given, "cache_dir"))
 

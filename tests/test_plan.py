@@ -68,28 +68,31 @@ def test_costs_of_targets():
     assert flops == pytest.approx(14.5e9 + 1.05e9, rel=0.01)
     total, active, _ = planning.target_costs(spec(QWEN), one)
     assert (total, active) == (pytest.approx(30.5e9, rel=0.01), pytest.approx(3.3e9, rel=0.02))
-    assert 26e12 < 1_420_000 * document_bytes(775, 465, 4096, "bf16") < 41e12
+    assert 26e12 < 1_420_000 * document_bytes(775, 465, (4096, 3 * 4096), "bf16") < 41e12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("supervised", "ttt_steps"), [(0.3, 7), (0.6, 1), (1.0, 3)])
+@pytest.mark.parametrize(
+    ("supervised", "ttt_steps", "variant"),
+    [(0.3, 7, {}), (0.6, 1, {"fc_norm": True}), (1.0, 3, {"num_aux_hidden_states": 5})],
+)
 @pytest.mark.runs
-def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps):
-    """Its FLOPs are those of the formula, which counts gradients of the frozen inputs too; its peak
-    is what autograd keeps of a real step, and what the loss works on.
+def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps, variant):
+    """Its FLOPs are those of the formula, to a thousandth; its peak is what autograd keeps of
+    a real step, and what the loss works on.
     """
-    config = DraftConfig(96, 320, 6, 2, 16, 300, 200, 96, 512)
+    config = DraftConfig(96, 320, 6, 2, 16, 300, 200, 96, 512, **variant)
     in_vocab, ids = torch.arange(300) < 200, torch.zeros(200, dtype=torch.long)
     masks = [torch.arange(n) >= n * (1 - supervised) for n in (150, 60, 200)]
     documents = [Document(0, ids[: len(mask)], mask) for mask in masks]
     batch, loss = pack(documents, in_vocab, ttt_steps, serving), soft_target_loss()
     hollow = planning.draft_without_data(config)
     flops, peak = planning.measure_step(hollow, batch, loss, dtype)
-    assert flops == pytest.approx(training_flops(config, batch), rel=0.1)
+    assert flops == pytest.approx(training_flops(config, batch), rel=1e-3)
     draft = Draft(config, Auto, in_vocab, ids)
     length, teachers = len(batch.input_ids), len(batch.teacher_rows)
     embedding = torch.randn(300, 96).to(dtype)
-    aux, last = torch.randn(length, 288).to(dtype), torch.randn(teachers, 96).to(dtype)
+    aux, last = torch.randn(length, config.aux_size).to(dtype), torch.randn(teachers, 96).to(dtype)
     features = Features(aux, last, torch.zeros(teachers).long(), torch.zeros(teachers))
     kept = {}
 

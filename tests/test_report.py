@@ -192,6 +192,28 @@ def test_what_no_draft_would_give_comes_first(tmp_path, changed, said, tile, whe
     assert lines[0] == beaten and lines[-1].endswith("not scored: 7 of a.")
 
 
+def test_acceptance_by_the_length_of_prompts(tmp_path):
+    """A table and a drawing of all suites together; neither where all prompts are as long."""
+
+    def about(**lengths):
+        sizes = {int(size.strip("_")): value for size, value in lengths.items()}
+        parts = [
+            {"prompt_tokens": n, "acceptance_length": a, "rounds": r, "answers": 4}
+            for n, (a, r) in sizes.items()
+        ]
+        return result(2.0, 1.5, True, by_prompt_length=parts)
+
+    rows = {"a": [about(_1024=(3.0, 10), _2048=(2.5, 10))], "b": [about(_1024=(2.0, 30))]}
+    parsed = page_of(tmp_path, benchmark={"suites": rows})
+    assert parsed.table["1,024"] == ["2.25 of 8 answers"]
+    assert parsed.table["2,048"] == ["2.50 of 4 answers"]
+    assert "Acceptance length by prompt length" in [s["aria-label"] for s in parsed.named("svg")]
+    assert {"1,024", "2,048"} <= set(parsed.said("text"))
+    parsed = page_of(tmp_path, benchmark={"suites": {"b": rows["b"]}})
+    assert "1,024" not in parsed.table
+    assert "by prompt length" not in words(parsed.root)
+
+
 def test_the_loss_says_of_which_mask_it_is(tmp_path):
     config = RUN["config"] | {"loss": {"mask": {"_target_": "eagle3.batch.shifted"}}}
     parsed = page_of(tmp_path, metrics=METRICS, run=RUN | {"config": config})

@@ -37,7 +37,7 @@ LENGTHS = [150, 7, 31, 64, 5, 90, 18, 3, 40, 77, 12, 55]
 SHAPE = DraftConfig(
     hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
     vocab_size=VOCAB, draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256,
-    initializer_range=0.3,
+    initializer_range=0.3, num_aux_hidden_states=2, fc_norm=True, norm_output=True,
 )  # fmt: skip
 CHOSEN = torch.arange(VOCAB) % 3 < 2
 # (ulysses, ring) by number of processes; the rest of the processes train on other documents
@@ -72,7 +72,7 @@ def imagine(batch):
     states = table[batch.input_ids] * (1 + torch.sin(batch.position_ids.double()))[:, None]
     teachers = states[batch.teacher_rows]
     logsumexp = teachers.logsumexp(1).float()
-    return Features(states[:, :36], teachers[:, 36:], teachers.argmax(1) + 5, logsumexp)
+    return Features(states[:, :24], teachers[:, 36:], teachers.argmax(1) + 5, logsumexp)
 
 
 def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):

@@ -220,7 +220,7 @@ def forward_batch(rids, lengths):
 def test_the_hook_never_raises_and_reports():
     """Requests of others are passed over; what is wrong with ours is the client's to hear."""
     blocks = Blocks()
-    call = Hook({"root": SHARED})
+    call = Hook({"root": SHARED, "num_layers": 3})
     head, last = SimpleNamespace(weight=torch.randn(9, 4)), torch.randn(5, 4)
     strangers = forward_batch(["HEALTH_CHECK_1", "eagle3-nobody:3"], [2, 3])
     call(None, (None, last, head, strangers, [last] * 3), None)
@@ -247,21 +247,22 @@ def test_a_block_that_cannot_be_written_is_reported(monkeypatch):
     assert not blocks.folder.exists()
 
 
-def test_one_pass_may_serve_two_clients():
+@pytest.mark.parametrize("layers", [1, 3, 5])
+def test_one_pass_may_serve_two_clients(layers):
     """Neither sees rows of the other, or of nobody's requests; bf16 arrives bit for bit."""
     first, second = Blocks(), Blocks()
     rids = [first.request_id(0), second.request_id(0), "other", first.request_id(1)]
     torch.manual_seed(0)
     head = SimpleNamespace(weight=torch.randn(9, 4).bfloat16())
-    last, *aux = torch.randn(4, 10, 4).bfloat16()
+    last, *aux = torch.randn(1 + layers, 10, 4).bfloat16()
     batch = forward_batch(rids, [2, 3, 1, 4])
-    Hook({"root": SHARED})(None, (None, last, head, batch, aux), None)
+    Hook({"root": SHARED, "num_layers": layers})(None, (None, last, head, batch, aux), None)
     argmax, logsumexp = head_statistics(last, head.weight)
     for blocks, prompts, rows in (
         (first, {1: range(0, 4), 0: range(4, 6)}, [6, 7, 8, 9, 0, 1]),
         (second, {0: range(0, 3)}, [2, 3, 4]),
     ):
-        sizes = (torch.empty(len(rows), n, dtype=last.dtype) for n in (12, 4))
+        sizes = (torch.empty(len(rows), n, dtype=last.dtype) for n in (4 * layers, 4))
         argmaxes, sums = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
         features = Features(*sizes, argmaxes, sums)
         blocks.receive(prompts, features, answered())
@@ -280,13 +281,16 @@ def test_layers_in_every_convention():
     assert len(set(engines_default(6))) == 2, "such targets must be asked explicitly"
 
 
-@pytest.mark.parametrize("layers, flagged", [([1, 3, 4], []), ([0, 3, 4], ["0", "3", "4"])])
+@pytest.mark.parametrize(
+    "layers, flagged",
+    [([1, 3, 4], ""), ([0, 3, 4], "0 3 4"), ([0, 1, 3, 4, 6], "0 1 3 4 6"), ([4], "4")],
+)
 def test_explicit_layers_only_where_the_default_is_not_meant(target, tmp_path, layers, flagged):
     asked = copy.copy(target)
     asked.aux_layer_ids, asked.blocks = layers, SimpleNamespace(folder=tmp_path)
     command = " ".join(asked.describe_server().command)
-    _, *after = command.partition("--return-aux-hidden-state-layer-ids ")
-    assert after[-1].split()[:3] == flagged
+    _, _, after = command.partition("--return-aux-hidden-state-layer-ids ")
+    assert after.partition(" --")[0] == flagged and f'"num_layers": {len(layers)}' in command
 
 
 def test_what_cannot_work_is_refused_before_anything_starts(target_folder, tmp_path, monkeypatch):

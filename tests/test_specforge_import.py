@@ -41,7 +41,7 @@ def weights():
     return TargetWeights(config, head, head, norm, {1})
 
 
-def document(n, weights, seed=0) -> dict:
+def document(n, weights, seed=0, layers=3) -> dict:
     """What `prepare_hidden_states.py` saves of a conversation."""
     generator = torch.Generator().manual_seed(seed)
     scale = 3 * (1 + torch.rand(n, 1, generator=generator))
@@ -51,7 +51,7 @@ def document(n, weights, seed=0) -> dict:
         "input_ids": torch.randint(1, V, (n,), generator=generator),
         "loss_mask": (torch.arange(n) >= n // 3).long(),
         "hidden_state": normed.bfloat16()[None],
-        "aux_hidden_state": torch.randn(1, n, 3 * H, generator=generator).bfloat16(),
+        "aux_hidden_state": torch.randn(1, n, layers * H, generator=generator).bfloat16(),
     }
 
 
@@ -71,10 +71,11 @@ def source(tmp_path):
 def imported(source, weights, tmp_path, monkeypatch):
     """Imports `source`; returns the facts, and the documents by key."""
 
-    def run_import(dtype="fp32", max_length=4096, on_damage="fail", **changed):
+    def run_import(dtype="fp32", max_length=4096, on_damage="fail", layers=3, **changed):
         made = TargetWeights(**vars(weights) | changed)
         monkeypatch.setattr(specforge, "load_weights", lambda spec, device: made)
-        target = SimpleNamespace(spec=SimpleNamespace(identity={"path": "x"}), device="cpu")
+        spec = SimpleNamespace(identity={"path": "x"}, aux_size=layers * H)
+        target = SimpleNamespace(spec=spec, device="cpu")
         section = hidden_states_section(source.parent, dtype, on_damage=on_damage)
         folder = import_specforge(section, target, max_length, str(tmp_path / "cache"))
         store = open_store(section, folder, {"hidden_states.dtype": dtype, "documents": "any"})
@@ -103,13 +104,15 @@ def test_documents_come_in_the_order_of_their_numbers(source, weights, imported)
     assert [len(found[key].input_ids) for key in range(3)] == [11, 19, 20]
 
 
-@pytest.mark.parametrize("suffix, batched", [("ckpt", False), ("ckpt.gz", True)])
-def test_a_document_arrives_whole(source, weights, imported, suffix, batched):
-    written = document(20, weights)
+@pytest.mark.parametrize("suffix, batched, layers", [("ckpt", False, 5), ("ckpt.gz", True, 3)])
+def test_a_document_arrives_whole(source, weights, imported, suffix, batched, layers):
+    written = document(20, weights, layers=layers)
     if not batched:  # [n,H], else [1,n,H]
         written |= {name: written[name][0] for name in STATES}
     save(written, source / f"data_0.{suffix}")
-    facts, found = imported()
+    with pytest.raises(RunError, match=f"does not fit hidden size 32 and {layers - 1} auxiliary"):
+        imported(layers=layers - 1)
+    facts, found = imported(layers=layers)
     got, features = found[0], found[0].features
     mask = written["loss_mask"].bool()
     mask[-1] = False  # SpecForge never supervises the last row it has

@@ -17,7 +17,8 @@ from eagle3.hidden_states.shards import DTYPES, Shard, document_bytes, shard_pat
 from eagle3.hidden_states.store import HybridStore, Store, create_store, is_complete, open_store
 
 INPUTS = {"model.aux_layer_ids": [1, 3, 4], "hidden_states.dtype": "bf16"}
-HIDDEN = 48  # A = 144: one whole group and a shorter one
+HIDDEN = 48
+SIZES = HIDDEN, 3 * HIDDEN  # A = 144: one whole group and a shorter one
 FP32, BF16 = torch.float32, torch.bfloat16
 FOUND = ("input_ids", "loss_mask", "argmax", "logsumexp")
 STATES = ("aux_hidden_states", "last_hidden_states")
@@ -122,16 +123,16 @@ def test_int8_bound_holds_for_any_states(width):
 
 
 def test_sizes_are_exact_and_int8_is_small(tmp_path):
-    sizes = {dtype: document_bytes(1000, 600, 4096, dtype) for dtype in DTYPES}
+    sizes = {dtype: document_bytes(1000, 600, (4096, 3 * 4096), dtype) for dtype in DTYPES}
     assert sizes == {"fp32": 58_992_240, "bf16": 29_501_040, "int8": 17_405_040}
     for dtype in DTYPES:
         documents, path = make(tmp_path / dtype, dtype)[:6], shard_path(tmp_path / dtype, 0)
         lengths, rows = zip(*((length(d), len(d.features.argmax)) for d in documents))
-        sizes = document_bytes(np.array(lengths, np.int32), np.array(rows), HIDDEN, dtype)
+        sizes = document_bytes(np.array(lengths, np.int32), np.array(rows), SIZES, dtype)
         header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
         assert path.stat().st_size == header + sizes.sum()
     long = np.array([1 << 20], np.int32)
-    assert document_bytes(long, long, 4096, "fp32")[0] > 1 << 32
+    assert document_bytes(long, long, (4096, 3 * 4096), "fp32")[0] > 1 << 32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,7 +228,7 @@ def test_what_is_read_and_a_disk_that_fails(tmp_path, monkeypatch):
 
     patched(lambda *a, **b: sizes.append(a[2]) or fromfile(*a, **b))
     store.load([one.key])
-    stored = document_bytes(length(one), len(one.features.argmax), HIDDEN, "bf16")
+    stored = document_bytes(length(one), len(one.features.argmax), SIZES, "bf16")
     assert sum(sizes) == stored - 40
     patched(lambda *a, **b: fromfile(*a, **b)[:-1])
     assert store.load([two.key]) == {} and "its disk fails" in store.damaged[two.key]

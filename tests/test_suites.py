@@ -42,7 +42,8 @@ def prompt(chat, question, protocol="chat", name="mine", answers=(), trained=Non
 
 @pytest.mark.parametrize("name", ["heldout", f"{SAMPLES}/ceval.jsonl"])
 def test_a_suite_as_it_is_written(name):
-    assert parse_suite(name) == (name, None) and parse_suite(f"{name}:48") == (name, 48)
+    assert parse_suite(name) == parse_suite(f"{name}:all") == (name, None)
+    assert parse_suite(f"{name}:48") == (name, 48)
 
 
 WRONG = ["heldut:3", "heldout:0", "heldout:x", "heldout:", "", ":", "no.jsonl:3", "run.py:3"]
@@ -127,6 +128,24 @@ def test_every_suite_takes_the_rows_of_eagle(name, tmp_path):
     assert first.reference == (None if name == "humaneval" else "It is 1\n#### 1")
     assert second.reference is None and third.later == []
     assert [question.category for question in (first, second, third)] == ["math", "math", ""]
+
+
+def test_speed_bench_is_asked_only_with_all_of_its_texts(tmp_path, monkeypatch):
+    """Its columns, of a row with its text and of one as the hub has it; and which subset it is."""
+    row = {"question_id": "1", "category": "math", "turns": ["one", "two"], "multiturn": True}
+    bare = row | {"turns": [f"{suites.PLACEHOLDER} USING SPECDEC_BENCH\n\nNow {{question}}"]}
+    path = str(write_jsonl(tmp_path / "test.jsonl", row, bare))
+    with pytest.raises(
+        RunError, match=r"test\.jsonl, line 2: .* suite speed \(a text .* is missing"
+    ):
+        load_questions("speed", path, ".cache")
+    asked = []
+    monkeypatch.setattr(suites, "find_files", lambda source, *_: asked.append(source) or [])
+    for name in ("speed", "speed_16k"):
+        with pytest.raises(RunError, match="holds no question"):
+            load_questions(name, None, ".cache")
+    speed = "nvidia/SPEED-Bench"
+    assert asked == [Source(speed, subset, "test") for subset in ("qualitative", "throughput_16k")]
 
 
 def numbered(*categories, reference="1"):

@@ -40,6 +40,14 @@ def test_losses_and_gradients(backend, mask, pointwise, draft_vocab_size, dtype,
 
 
 @MASKS
+@pytest.mark.parametrize("layers", [1, 3, 5])
+@pytest.mark.parametrize("norms", [(), ("fc_norm",), ("norm_output",), ("fc_norm", "norm_output")])
+def test_norms_of_eagle31_and_any_number_of_layers(mask, layers, norms):
+    case = random_case(Auto, layers=layers, **dict.fromkeys(norms, True))
+    assert max(compare(case, mask=mask)) < 1e-12
+
+
+@MASKS
 @pytest.mark.parametrize("ttt_steps", [1, 2, 9])
 def test_any_number_of_steps(mask, ttt_steps):
     """With nine steps, no document has a token left to supervise at the last ones."""

@@ -125,7 +125,8 @@ def candidates(files: DraftFiles, target: TargetSpec) -> list[list[int]]:
     off_by_one = [[layer + shift for layer in named] for shift in (-1, 1)]
     likely = named, *read.values(), *off_by_one, target.aux_layer_ids
     different = dict.fromkeys(map(tuple, likely))
-    return [[*ids] for ids in different if len(set(ids)) == 3 and {*ids} <= {*range(count)}]
+    number, known = files.shape.num_aux_hidden_states, {*range(count)}
+    return [[*ids] for ids in different if len(set(ids)) == number and {*ids} <= known]
 
 
 def decode(
@@ -136,6 +137,8 @@ def decode(
     """
     prompts, target = encode_questions(subject)[: section.num_prompts], subject.target
     choices = candidates(files, target.spec)
+    if not choices:
+        raise RunError("it names no layers, or others than it reads; see model.aux_layer_ids")
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
     own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}

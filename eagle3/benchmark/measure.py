@@ -10,7 +10,7 @@ from typing import Any
 
 from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.samples import samples
-from eagle3.benchmark.statistics import Trial, acceptance, equality, speed
+from eagle3.benchmark.statistics import Trial, acceptance, by_prompt_length, equality, speed
 from eagle3.benchmark.suites import SUITES, Question, Task, load_questions, parse_suite, setup_of
 from eagle3.data.chat import Chat
 from eagle3.data.rows import RowError
@@ -172,6 +172,7 @@ def rows(request: Request, suite: str, trials: Trials, seed: int) -> list[dict[s
         row["truncated"] = sum(answer.truncated for trial in pair[0] for answer in trial.answers)
         if steps > 0:
             row["drafts"] = request.choice_of_drafts(key[1:])
+            row["by_prompt_length"] = by_prompt_length(pair[0])
         row |= acceptance(pair[0], steps, seed) | speed(*pair, seed)
         # Sampled answers differ by chance.
         row |= equality(*pair) if request.temperature == 0 else {"lossless": None}

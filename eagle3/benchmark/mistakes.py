@@ -8,11 +8,11 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, permutations
+from itertools import combinations
 
 import torch
 
-from eagle3.draft.model import Draft
+from eagle3.draft.model import Draft, DraftConfig
 from eagle3.draft.rope import Rope
 from eagle3.evaluate import Packed, acceptance_length, accepted_pairs, walk
 from eagle3.runs.checkpoint import Tensors
@@ -82,24 +82,40 @@ def read_with(
 def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
     """Words for a likely mistake, and the draft (one object) without it; the target's `theta`."""
     own, config = copy.deepcopy(draft.state_dict()), draft.config
-    for words, tensors in repairs(own, config.head_dim, config.vocab_size):
+    for words, tensors in repairs(own, config):
         draft.load_state_dict(own | tensors)
         yield words, draft
     draft.load_state_dict(own)
+    config.norm_output = not config.norm_output
+    yield f"norm_output={str(config.norm_output).lower()}", draft
+    config.norm_output = not config.norm_output
     for other in sorted({theta, 10000.0} - {config.rope_theta}):
         draft.rope = Rope(config.head_dim, other)
         yield f"rope_theta={other:g}", draft
 
 
-def repairs(own: Tensors, head_dim: int, vocab_size: int) -> Iterator[tuple[str, Tensors]]:
+def other_orders(count: int) -> list[tuple[int, ...]]:
+    """Of so many layers: backwards, turned round, or with two exchanged; of three these are all."""
+    places = tuple(range(count))
+    orders = [places[::-1], *(places[shift:] + places[:shift] for shift in range(1, count))]
+    for one, other in combinations(places, 2):
+        exchanged = {one: other, other: one}
+        orders.append(tuple(exchanged.get(place, place) for place in places))
+    return [order for order in dict.fromkeys(orders) if order != places]
+
+
+def repairs(own: Tensors, config: DraftConfig) -> Iterator[tuple[str, Tensors]]:
     """What fits in shape as well as the tensors of `own` do."""
-    thirds = own["fc.weight"].chunk(3, dim=1)
-    for order in list(permutations((1, 2, 3)))[1:]:
-        joined = torch.cat([thirds[number - 1] for number in order], dim=1)
-        yield f"the thirds of fc.weight in the order {order}", {"fc.weight": joined}
-    if thirds[0].shape[0] == thirds[0].shape[1]:
-        transposed = torch.cat([third.T for third in thirds], dim=1)
-        yield "each third of fc.weight transposed", {"fc.weight": transposed}
+    head_dim, vocab_size, count = config.head_dim, config.vocab_size, config.num_aux_hidden_states
+    parts = own["fc.weight"].chunk(count, dim=1)
+    for order in other_orders(count):
+        changed = {"fc.weight": torch.cat([parts[place] for place in order], dim=1)}
+        for number, place in enumerate(order if config.fc_norm else ()):
+            changed[f"fc_norm.{number}.weight"] = own[f"fc_norm.{place}.weight"]
+        yield f"the layers of fc in the order {tuple(place + 1 for place in order)}", changed
+    if parts[0].shape[0] == parts[0].shape[1]:
+        transposed = torch.cat([part.T for part in parts], dim=1)
+        yield "each layer's part of fc.weight transposed", {"fc.weight": transposed}
     names = [f"midlayer.self_attn.{name}_proj.weight" for name in "qkv"]
     # Their columns are for the embedding, then for the hidden state.
     halves = {name: own[name].roll(own[name].shape[1] // 2, dims=1) for name in names}

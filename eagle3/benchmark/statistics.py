@@ -1,5 +1,7 @@
 """From answers to acceptance, speed and equality, with intervals by R resamples of P prompts."""
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -7,7 +9,7 @@ import torch
 
 from eagle3.benchmark.suites import Question
 from eagle3.engines.engine import Answer
-from eagle3.evaluate import ratio, summarise
+from eagle3.evaluate import acceptance_length, ratio, summarise
 
 RESAMPLES = 2000
 
@@ -36,6 +38,20 @@ def acceptance(trials: list[Trial], steps: int, seed: int) -> dict:
     counts = [(trial.tokens, sum(answer.rounds for answer in trial.answers)) for trial in trials]
     facts = summarise([answer for trial in trials for answer in trial.answers], steps)
     return facts | {"interval95": interval95(counts, torch.div, seed)}
+
+
+def by_prompt_length(trials: list[Trial]) -> list[dict]:
+    """Acceptance behind prompts of about so many tokens, to the nearest power of two."""
+    groups = defaultdict(list)
+    for trial in trials:
+        for prompt, answer in zip(trial.prompts, trial.answers, strict=True):
+            if answer.rounds:
+                groups[2 ** round(math.log2(len(prompt)))].append(answer)
+    return [
+        {"prompt_tokens": size, "answers": len(some), "acceptance_length": acceptance_length(some)}
+        | {"rounds": sum(answer.rounds for answer in some)}
+        for size, some in sorted(groups.items())
+    ]
 
 
 def speed(drafted: list[Trial], baseline: list[Trial], seed: int) -> dict:

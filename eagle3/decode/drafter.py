@@ -1,13 +1,13 @@
 """The draft at serving time: its cache for a batch of texts, and the trees that it proposes.
 
-Position t of a text, once the target has processed it, owns row t: input (fc(g_t), E[x_{t+1}]), key
+Position t of a text, once the target has processed it, owns row t: input (h^0_t, E[x_{t+1}]), key
 and value at slot t, rotated by position t. A node of depth k behind the newest row t is that row's
-step k: it reads its parent's un-normalised output and its own token, is rotated by t + k, and sees
-the rows of its text, its ancestors and itself. Keys of nodes lie behind the longest text and last
+step k: it reads its parent's output and its own token, is rotated by t + k, and sees the rows of
+its text, its ancestors and itself. Keys of nodes lie behind the longest text and last
 for one round; accepted tokens get rows from the target's features. This equals `ttt.unroll`.
 
-B sequences, n new rows, K topk, S slots, D hidden size, A three layers of the target, H query and G
-key/value heads of size d, V and Vd vocabularies.
+B sequences, n new rows, K topk, S slots, D hidden size, A layers of the target side by side, H
+query and G key/value heads of size d, V and Vd vocabularies.
 """
 
 import copy
@@ -63,7 +63,7 @@ class Drafter:
         batch, width = next_ids.shape
         first, count = self.numbers.new_tensor([self.lengths, counts])
         slots, row = first[:, None] + self.numbers[:width], self.numbers[:batch]
-        hidden = self.draft.fc(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
+        hidden = self.draft.fuse(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
         q, k, v = self.project(next_ids.flatten(), hidden, self.rotation[:, slots.flatten()])
         # Rows that are not real are overwritten by the next ones, and hidden until then.
         self.keys[row[:, None], :, slots] = k.view(batch, width, *k.shape[1:])

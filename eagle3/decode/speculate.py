@@ -5,7 +5,8 @@ it in one forward pass in which each token sees its ancestors, and the tokens th
 have generated itself are kept. Position t of a text lies at slot t of the target's cache; a tree
 lies behind its text until the accepted tokens have moved together, a chain where it will stay.
 
-B sequences, W tokens of a pass, A three target layers, H its hidden size, V and Vd vocabularies.
+B sequences, W tokens of a pass, A target layers side by side, H its hidden size, V and Vd
+vocabularies.
 """
 
 import time

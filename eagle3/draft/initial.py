@@ -15,6 +15,7 @@ from eagle3.errors import ConfigError
 
 # What a file of the guides may name but not change.
 FIXED = ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "hidden_act")
+FIXED += ("num_aux_hidden_states",)
 
 
 def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfig:
@@ -68,9 +69,11 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
     return replace(derived, **shape)
 
 
-def draft_config(section: DraftSection, target: PretrainedConfig) -> DraftConfig:
-    """The shape that the config asks for. Raises ConfigError."""
+def draft_config(section: DraftSection, target: PretrainedConfig, num_layers: int) -> DraftConfig:
+    """The shape that the config asks for, reading `num_layers` of the target. Or ConfigError."""
+    norms = {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
     derived = derive_config(target, section.vocab_size)
+    derived = replace(derived, num_aux_hidden_states=num_layers, **norms)
     return derived if section.config is None else read_config(section.config, derived)
 
 
@@ -103,7 +106,7 @@ def induction(
     names from the prompt is the slow part of learning to draft; this gives it at update 0, and
     everything stays trainable.
 
-    `sharpness` scales the matching scores, `others` the weights that read the two higher auxiliary
+    `sharpness` scales the matching scores, `others` the weights that read the higher auxiliary
     states.
     """
     random(draft, embedding, head)

@@ -1,14 +1,19 @@
-"""The EAGLE3 draft: one decoder layer that reads three of the target's layers.
+"""The EAGLE3 draft: one decoder layer that reads some layers of the target, three mostly.
 
 Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are
 kept in fp32 and cast to the dtype of the activations where they are used (free when both are fp32):
 the gradients of the K steps then add up in fp32 whatever the model computes in.
 
-n tokens, D hidden size, H query and G key/value heads of size d, V and Vd the target's and the
-draft's vocabulary (equations: `ttt.py`).
+EAGLE-3.1 (arXiv 2605.09992) norms each of these layers before fc (`fc_norm`), and what the next
+step reads, which then needs no other norm before the head (`norm_output`). Names of the keys and
+tensors as in vLLM 0.32 and SGLang 0.5.23.
+
+n tokens, D hidden size, A layers of the target side by side, H query and G key/value heads of size
+d, V and Vd the target's and the draft's vocabulary (equations: `ttt.py`).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +40,14 @@ class DraftConfig:
     rms_norm_eps: float = 1e-5
     hidden_act: str = "silu"
     initializer_range: float = 0.02
+    num_aux_hidden_states: int = 3  # layers of the target that are read
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @property
+    def aux_size(self) -> int:
+        """A: numbers that a token's auxiliary states have, all layers together."""
+        return self.num_aux_hidden_states * self.target_hidden_size
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -55,6 +68,14 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class NormEach(nn.ModuleList):
+    """Norms, each of its own part of the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self, x.chunk(len(self), dim=-1), strict=True)
+        return torch.cat([norm(part) for norm, part in parts], dim=-1)
 
 
 class GatedDown(torch.autograd.Function):
@@ -126,7 +147,10 @@ class Draft(nn.Module):
         """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
         super().__init__()
         self.config, self.attention = config, attention
-        self.fc = Linear(3 * config.target_hidden_size, config.hidden_size)
+        norm = partial(RMSNorm, config.target_hidden_size, config.rms_norm_eps)
+        norms = NormEach(norm() for _ in range(config.num_aux_hidden_states))
+        self.fc_norm = norms if config.fc_norm else nn.Identity()
+        self.fc = Linear(config.aux_size, config.hidden_size)
         self.midlayer = Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
@@ -155,14 +179,23 @@ class Draft(nn.Module):
         qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
         return qkv.split((heads, kv_heads, kv_heads), dim=-2)
 
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """The target's layers [n,A] -> the first hidden state [n,D]."""
+        return self.fc(self.fc_norm(aux_hidden_states))
+
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual and MLP: hidden [n,D], attended [n,H,d] -> next hidden [n,D].
 
-        It is not normalised: the next step reads the residual stream itself.
+        The next step reads the residual stream itself, or with `norm_output` its norm.
         """
         hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
-        return hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
+        hidden = hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What `finish` returned, with the one norm before the head in any case: [n,D] -> [n,D]."""
+        return hidden if self.config.norm_output else self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n,D] -> [n,Vd]; training calls this on no more than a chunk of rows (see `loss`)."""
-        return self.lm_head(self.norm(hidden))
+        return self.lm_head(self.head_input(hidden))

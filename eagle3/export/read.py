@@ -102,7 +102,10 @@ def named_layers(config: dict[str, Any]) -> list[int] | None:
 
 
 def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
-    """The shape in a config, filled up as engines do. Raises RunError for a missing size."""
+    """The shape in a config, filled up as vLLM 0.32 and SGLang 0.5.23 do. RunError without sizes.
+
+    SGLang reads `use_aux_norm` as another name of `fc_norm`.
+    """
     given = {key: value for key, value in config.items() if value is not None}
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if name not in given:
@@ -115,7 +118,10 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
         # The defaults of transformers' LlamaConfig, which are not those of DraftConfig.
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
+        "fc_norm": given.get("use_aux_norm", False),
     }
+    if named := named_layers(config):
+        values["num_aux_hidden_states"] = len(named)
     values |= given | config["rope_parameters"]
     known = {field.name for field in fields(DraftConfig)}
     return DraftConfig(**{name: value for name, value in values.items() if name in known})

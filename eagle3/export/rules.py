@@ -124,18 +124,26 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Which of the target's layers each engine would feed, against those that the draft names."""
     count, named = target.num_layers, named_layers(files.config)
     read = readings(files, count) | {"ours": target.aux_layer_ids}
+    number = files.shape.num_aux_hidden_states
     if named is None:
         sentence = f"config.json names no layers; engines feed their default, {read['sglang']}"
-        yield Finding(OTHERS, sentence, "note" if count >= 7 else "wrong")
+        fits = count >= 7 and number == len(read["sglang"])
+        yield Finding(OTHERS, sentence, "note" if fits else "wrong")
+        if number != len(read["ours"]):
+            yield Finding(("ours",), f"it reads {number} layers; set so many model.aux_layer_ids")
         return
-    if len(named) != 3 or sorted(set(named) & set(range(count))) != named:
-        yield Finding(ALL, f"layers {named} must be three of 0..{count - 1}, low to high")
+    if len(named) != number or sorted(set(named) & set(range(count))) != named:
+        yield Finding(ALL, f"layers {named} must be {number} of 0..{count - 1}, low to high")
         return
+    if number == 1 and files.shape.target_hidden_size == files.shape.hidden_size:
+        yield Finding(("sglang",), "a single layer's states pass for the draft's: fc is skipped")
+    if files.is_speculators and number != 3 and "num_aux_hidden_states" not in files.config:
+        yield Finding(("vllm",), "num_aux_hidden_states is absent, which vLLM takes for 3")
     if files.config.get(LAYER_IDS) and read["vllm"] != named:
         above = read.pop("vllm")
         sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
         yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
-    # Three layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
+    # As many layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
         "sglang": f"SGLang reads only eagle_config.{LAYER_IDS}",
         "vllm": f"vLLM reads the top-level {LAYER_IDS} as 1 above the layers",
@@ -172,19 +180,20 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Other EAGLE3 graphs: which engines compute them, and whether flags and tensors agree."""
     flags = files.config["eagle_config"] | files.config
-    cannot = dict.fromkeys(("fc_norm", "norm_before_fc", "norm_output"), ("official", "ours"))
-    cannot |= {"norm_before_residual": NOT_VLLM, "use_aux_norm": ("ours",)}
+    cannot = {"fc_norm": ("official",), "norm_output": ("official",), "use_aux_norm": ("vllm",)}
+    cannot |= {"norm_before_fc": ("official", "ours"), "norm_before_residual": NOT_VLLM}
     cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
     for flag, engines in cannot.items():
         if flags.get(flag):
             yield Finding(engines, f"{flag} is true, which they do not compute")
     # Engines make the norms of EAGLE-3.1 by the flag, and fill them with whatever is in the file.
+    flags["fc_norm"] = files.shape.fc_norm
     norms = {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}
     for flag, name in norms.items():
-        if flags.get(flag) and name not in files.tensors:
-            yield Finding(LOADERS, f"{flag} is true, but {name} is missing")
-        elif name in files.tensors and not flags.get(flag):
+        if name in files.tensors and not flags.get(flag):
             yield Finding(ALL, f"{name} is left out: config.json does not say {flag}")
+    if flags.get("norm_before_fc") and "input_norm.weight" not in files.tensors:
+        yield Finding(LOADERS, "norm_before_fc is true, but input_norm.weight is missing")
 
 
 def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:

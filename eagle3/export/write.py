@@ -22,12 +22,14 @@ from eagle3.target.spec import TargetSpec
 
 console = Console(markup=False)
 # What the nested config of the speculators form leaves out of the portable one, and its own keys.
+# vLLM 0.32 takes the number of layers from the nested one, and the norms of EAGLE-3.1 from outside.
 OUTER = (
     "architectures", "draft_vocab_size", "target_hidden_size", "bos_token_id", "eos_token_id",
-    "pad_token_id", "num_aux_hidden_states", "eagle_config", LAYER_IDS, "made_for",
+    "pad_token_id", "fc_norm", "norm_output", "eagle_config", LAYER_IDS, "made_for",
 )  # fmt: skip
 TOKENS = ("bos", "eos", "pad")
 COPIED = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "torch_dtype", LAYER_IDS)
+COPIED += ("fc_norm", "norm_output")
 
 
 def export_draft(
@@ -74,7 +76,9 @@ def portable_config(
     draft: DraftConfig, target: TargetSpec, verifier: str, draft_length: int
 ) -> dict[str, Any]:
     """config.json of the portable form, for a target named `verifier` and drafts of this length."""
-    shape, layer_ids = asdict(draft), target.aux_layer_ids
+    # A flag that is off is left out: whoever does not know the norms need not hear of them.
+    shape = {name: value for name, value in asdict(draft).items() if value is not False}
+    layer_ids = target.aux_layer_ids
     if draft.target_hidden_size == draft.hidden_size:
         del shape["target_hidden_size"]  # the official loader takes its presence for a difference
     return {
@@ -88,7 +92,6 @@ def portable_config(
         "rope_scaling": None,  # written, because the official code stops at llama3's
         "tie_word_embeddings": False,
         **{f"{name}_token_id": getattr(target.config, f"{name}_token_id") for name in TOKENS},
-        "num_aux_hidden_states": 3,
         # Each engine reads the key of its own, in its own numbers.
         "eagle_config": {LAYER_IDS: numbered_by("sglang", layer_ids), "use_aux_hidden_state": True},
         LAYER_IDS: numbered_by("vllm", layer_ids),
@@ -105,7 +108,7 @@ def speculators_config(portable: dict[str, Any], target: TargetSpec) -> dict[str
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
-        **{name: portable.get(name) for name in COPIED},
+        **{name: portable[name] for name in COPIED if name in portable},
         "norm_before_residual": False,  # always written: vLLM takes an absent one for true
         "transformer_layer_config": {k: v for k, v in portable.items() if k not in OUTER},
         "speculators_config": {

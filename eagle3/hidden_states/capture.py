@@ -42,8 +42,8 @@ def capture(
 ) -> None:
     """Complete the store of the prepared documents together with others that call it. RunError."""
     folder, inputs = locate_store(hidden, prepared, target, cache_dir)
-    loaded, hidden_size = target.load(), target.spec.config.hidden_size
-    payload = document_bytes(prepared.lengths, prepared.teachers, hidden_size, hidden.dtype)
+    loaded, sizes = target.load(), (target.spec.config.hidden_size, target.spec.aux_size)
+    payload = document_bytes(prepared.lengths, prepared.teachers, sizes, hidden.dtype)
     # Only whole shards outlast a kill.
     shard_bytes = min(SHARD_BYTES, int(payload.sum()) // LEAST_SHARDS)
     # Other batches round differently and other shards overlap, so who goes on must plan alike.

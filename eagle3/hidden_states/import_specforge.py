@@ -1,7 +1,8 @@
 """SpecForge's hidden states on disk (`rows_0-2000/data_0.ckpt[.gz]`), converted once to a store.
 
-A file holds one document: `input_ids` [n], `loss_mask` [n], `aux_hidden_state` [1,n,3H] and
-`hidden_state` [1,n,H], the last one after the target's final norm (H its hidden size). What
+A file holds one document: `input_ids` [n], `loss_mask` [n], `aux_hidden_state` [1,n,A] and
+`hidden_state` [1,n,H], the last one after the target's final norm (H its hidden size, A that of all
+auxiliary layers). What
 SpecForge trains on is kept, so that `loss/mask=shifted` gives its losses: it cuts a document at the
 maximal length and never supervises the last row it then has. A capture in batches pads on the right
 with id 0, and SpecForge trains with these rows as part of the document, so they stay. Rows behind
@@ -56,6 +57,7 @@ def import_specforge(
     content = {str(path): [stat.st_size, stat.st_mtime_ns] for path, stat in stats}
     inputs = {"kind": "import", "format": VERSION, "imported": fingerprint(content)}
     inputs |= {"model": fingerprint(target.spec.identity), "max_length": max_length}
+    inputs["aux_size"] = target.spec.aux_size
     inputs["hidden_states.dtype"] = section.dtype
     fill = partial(convert, files, target, inputs, section.on_damage)
     # Not among the store's inputs, as a run may be resumed with another.
@@ -109,7 +111,8 @@ def convert(
     with Progress("import", total, "files", done["files"], kept=kept) as bar:
         for key in range(done["files"], total):
             try:
-                document = read_document(files[key], key, weights, inputs["max_length"])
+                sizes = inputs["aux_size"], inputs["max_length"]
+                document = read_document(files[key], key, weights, *sizes)
                 documents.append(document)
                 size += stored_bytes(document, dtype)
                 found = document.features
@@ -143,9 +146,11 @@ def convert(
     return store.facts | counted
 
 
-def read_document(path: Path, key: int, weights: TargetWeights, max_length: int) -> Document:
+def read_document(
+    path: Path, key: int, weights: TargetWeights, aux_size: int, max_length: int
+) -> Document:
     """One file's document. Raises FileError."""
-    ids, mask, aux, last = check(load(path), weights.config.hidden_size)
+    ids, mask, aux, last = check(load(path), weights.config.hidden_size, aux_size)
     ids, mask = ids[:max_length], mask[:max_length].clone()
     mask[-1:] = False  # as SpecForge does after cutting
     computed = (aux[:max_length].any(1) | last[:max_length].any(1)).nonzero()
@@ -184,8 +189,8 @@ def load(path: Path) -> Any:
         raise FileError(f"is truncated or damaged ({line})") from error
 
 
-def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
-    """ids [m], mask bool [m], aux [n,3H], last [n,H], n <= m. Raises FileError."""
+def check(raw: Any, hidden_size: int, aux_size: int) -> list[torch.Tensor]:
+    """ids [m], mask bool [m], aux [n,A], last [n,H], n <= m. Raises FileError."""
     tensors = [raw.get(name) if isinstance(raw, dict) else None for name in KEYS]
     missing = [name for name, each in zip(KEYS, tensors) if not isinstance(each, torch.Tensor)]
     if missing:
@@ -195,10 +200,12 @@ def check(raw: Any, hidden_size: int) -> list[torch.Tensor]:
     ids, mask, aux, last = (each.squeeze(0) for each in tensors)
     n = len(last) if last.ndim else 0
     fits = ids.ndim == 1 and mask.shape == ids.shape and 0 < n <= len(ids)
-    fits &= aux.shape == (n, 3 * hidden_size) and last.shape == (n, hidden_size)
+    fits &= aux.shape == (n, aux_size) and last.shape == (n, hidden_size)
     if not fits or ids.is_floating_point() or not {aux.dtype, last.dtype} <= FLOATS:
         found = (f"{name} {list(each.shape)} {each.dtype}" for name, each in zip(KEYS, tensors))
-        raise FileError(f"does not fit hidden size {hidden_size} ({', '.join(found)})")
+        layers = aux_size // hidden_size
+        sizes = f"hidden size {hidden_size} and {layers} auxiliary layers"
+        raise FileError(f"does not fit {sizes} ({', '.join(found)})")
     if not ((mask == 0) | (mask == 1)).all():
         raise FileError("has a loss_mask that is not 0 and 1")
     return [ids, mask.bool(), aux, last]

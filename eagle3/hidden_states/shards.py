@@ -41,10 +41,12 @@ class Column(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
-    """What is stored of documents; wide numbers first, so that all are aligned."""
+def columns(sizes: tuple[int, int], dtype: str) -> dict[str, Column]:
+    """What is stored of documents; wide numbers first, so that all are aligned. `sizes`: of a
+    token's last hidden state and of its auxiliary ones together.
+    """
     hidden = torch.float32 if dtype == "fp32" else torch.bfloat16
-    aux, width, scales = hidden, 3 * hidden_size, {}
+    (hidden_size, width), aux, scales = sizes, hidden, {}
     if dtype == "int8":
         aux = torch.int8
         scales["aux_scales"] = Column("tokens", torch.bfloat16, (math.ceil(width / GROUP),))
@@ -59,27 +61,32 @@ def columns(hidden_size: int, dtype: str) -> dict[str, Column]:
     }
 
 
-def document_bytes(length, teacher_rows, hidden_size: int, dtype: str) -> np.int64 | np.ndarray:
+def document_bytes(length, teacher_rows, sizes: tuple, dtype: str) -> np.int64 | np.ndarray:
     """Bytes of documents in a shard, its header apart: int64, of the shape of `length`."""
     # In int64, as a long document has more bytes than the int32 lengths of the data can count.
     rows = {"tokens": np.int64(length), "teacher_rows": np.int64(teacher_rows)}
-    stored = columns(hidden_size, dtype).values()
+    stored = columns(sizes, dtype).values()
     return RECORD.itemsize + sum(rows[each.per] * each.row_bytes for each in stored)
 
 
 def encode(document: Document, dtype: str) -> dict[str, np.ndarray]:
     """A document's bytes uint8 of each column. Raises RunError where a state is not finite."""
-    values = vars(document) | vars(document.features)
+    values, encoded = vars(document) | vars(document.features), {}
     if dtype == "int8":
         values["aux_hidden_states"], values["aux_scales"] = quantise(values["aux_hidden_states"])
-    hidden_size, encoded = values["last_hidden_states"].shape[1], {}
-    for name, column in columns(hidden_size, dtype).items():
+    for name, column in columns(sizes_of(document), dtype).items():
         value = values[name].to("cpu", column.dtype).contiguous()
         if value.is_floating_point() and not is_finite(value):
             why = "are not finite: the target is broken, or hidden_states.dtype too narrow"
             raise RunError(f"document {document.key}: its {name} in {dtype} {why}")
         encoded[name] = value.flatten().view(torch.uint8).numpy()
     return encoded
+
+
+def sizes_of(document: Document) -> tuple[int, int]:
+    """As `columns` takes them."""
+    features = document.features
+    return features.last_hidden_states.shape[1], features.aux_hidden_states.shape[1]
 
 
 def is_finite(value: torch.Tensor) -> bool:
@@ -90,7 +97,7 @@ def is_finite(value: torch.Tensor) -> bool:
 def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndarray]:
     """A shard of the store with fingerprint `store`, in pieces. Raises RunError."""
     # Pieces of the documents' own memory: safetensors' writer would copy a shard twice or more.
-    hidden_size = documents[0].features.last_hidden_states.shape[1]
+    sizes = sizes_of(documents[0])
     records, encoded = np.empty(len(documents), RECORD), []
     for place, document in enumerate(documents):
         encoded.append(encode(document, dtype))
@@ -101,12 +108,12 @@ def serialise(documents: list[Document], dtype: str, store: str) -> list[np.ndar
         # A checksum for each document, so that a flipped bit costs one and not the whole shard.
         records[place] = document.key, *map(int, counts), digest.intdigest()
     # Where the columns begin has no checksum: read elsewhere, a document does not match its own.
-    text = json.dumps({"store": store, "dtype": dtype, "hidden_size": hidden_size})
+    text = json.dumps({"store": store, "dtype": dtype, "hidden_size": sizes[0]})
     header: dict[str, Any] = {"__metadata__": {"eagle3": f"{checksum_head(text, records)} {text}"}}
     pieces, end = [records.view(np.uint8)], records.nbytes
     shape = [len(records), len(RECORD)]
     header["documents"] = {"dtype": "I64", "shape": shape, "data_offsets": [0, end]}
-    for name, column in columns(hidden_size, dtype).items():
+    for name, column in columns(sizes, dtype).items():
         rows, start = int(records[column.per].sum()), end
         end += rows * column.row_bytes
         shape, span = [rows, *column.shape], [start, end]
@@ -154,7 +161,8 @@ class Shard:
             first, end = spans["documents"]
             self.records = read(path, start + first, end - first).view(RECORD)
             head = json.loads(text)
-            self.columns = columns(head["hidden_size"], head["dtype"])
+            sizes = head["hidden_size"], header["aux_hidden_states"]["shape"][1]
+            self.columns = columns(sizes, head["dtype"])
             self.starts = {name: start + spans[name][0] for name in self.columns}
             end = start + max(end for _, end in spans.values())
             whole = checksum_head(text, self.records) == checksum and end == self.bytes

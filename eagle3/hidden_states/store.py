@@ -299,5 +299,5 @@ def is_complete(folder: Path) -> bool:
 
 
 def stored_bytes(document: Document, dtype: str) -> int:
-    states = document.features.last_hidden_states
-    return shards.document_bytes(len(document.input_ids), len(states), states.shape[1], dtype)
+    counts = len(document.input_ids), len(document.features.argmax)
+    return shards.document_bytes(*counts, shards.sizes_of(document), dtype)

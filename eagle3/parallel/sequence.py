@@ -169,7 +169,7 @@ class Sequence:
         # attention to the tokens before at every step that needs the row. Prompts cost least.
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        per_token = config.hidden_size * (3 * config.target_hidden_size + 2 * keys)
+        per_token = config.hidden_size * (config.aux_size + 2 * keys)
         width = 2 * queries + 2 * keys + 3 * config.intermediate_size + config.draft_vocab_size
         per_step = config.hidden_size * width + 2 * queries * (batch.position_ids + 1)
         cost_of_token = (per_token + depth_of_token * per_step).double()
@@ -288,9 +288,9 @@ class Sequence:
         device = batch.input_ids.device
         prefilled, tokens, teachers = batch.routes
         if prefilled is None:  # nothing to send, but the collectives want every rank
-            size = self.config.target_hidden_size
-            none = torch.empty(0, 3 * size, dtype=dtype, device=device)
-            features = Features(none, none[:, :size], none[:, 0].long(), none[:, 0])
+            sizes = self.config.aux_size, self.config.target_hidden_size
+            aux, last = (torch.empty(0, size, dtype=dtype, device=device) for size in sizes)
+            features = Features(aux, last, last[:, 0].long(), last[:, 0])
         else:
             features = features_of(prefilled.to(device))
         return Features(

@@ -1,6 +1,7 @@
 """A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
 import math
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,9 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     """The drawings for which there are numbers, by the names that page.html uses."""
     evaluation = read_json(run_dir / "evaluation.json")
     metrics = read_metrics(run_dir / "metrics.jsonl")
+    rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
     accepted: dict[str, list[float]] = {}
-    for row in benchmark_rows(read_json(run_dir / "benchmark.json")):
+    for row in rows:
         # Of several configs of a suite the first: lines of all would hide one another.
         if row["accepted_by_position"] and len(accepted) < MAX_SUITES:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
@@ -91,6 +93,13 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     if accepted:
         lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
+    if lengths := by_prompt_length(rows):
+        lines, sizes = {}, sorted({size for found in lengths.values() for size in found})
+        for config, found in list(lengths.items())[:MAX_SUITES]:
+            points = ((size, found[size]) for size in sorted(found))
+            lines[config] = [(math.log2(n), some["tokens"] / some["rounds"]) for n, some in points]
+        plots["prompt_length"] = Plot(lines, floor=1)
+        plots["prompt_length"].x_ticks = [(math.log2(size), f"{size:,}") for size in sizes]
     measured = [(row["step"], row.get("eval/acceptance_length")) for row in metrics]
     evaluated = [point for point in measured if point[1] is not None]
     if evaluated:
@@ -134,6 +143,7 @@ def write_report(run_dir: Path) -> Path:
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
     values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}
     values |= {"warnings": warnings, "samples": benchmark.get("samples", {})}
+    values["lengths"] = by_prompt_length(rows)
     for row in rows:
         row |= {"cells": cells(row), "costless": best_without_draft(row)[0]}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)
@@ -167,6 +177,21 @@ def artefacts(run: dict) -> dict[str, dict[str, Any]]:
 def benchmark_rows(benchmark: dict) -> list[dict]:
     suites = benchmark.get("suites", {}).items()
     return [{"suite": suite, **row} for suite, rows in suites for row in rows]
+
+
+def by_prompt_length(rows: list[dict]) -> dict[str, dict[int, Counter]]:
+    """By config and about how many tokens a prompt has, of all suites: `answers`, their `tokens`
+    and `rounds`; nothing where all prompts are about as long.
+    """
+    found: dict[str, dict[int, Counter]] = defaultdict(lambda: defaultdict(Counter))
+    for row in rows:
+        for part in row.get("by_prompt_length", ()):
+            rounds, config = part["rounds"], cell("config", row["config"])
+            counts = {"answers": part["answers"], "rounds": rounds}
+            counts["tokens"] = part["acceptance_length"] * rounds
+            found[config][part["prompt_tokens"]].update(counts)
+    several = len({size for sizes in found.values() for size in sizes}) > 1
+    return found if several else {}
 
 
 def best_without_draft(row: dict) -> tuple[float | None, str]:

@@ -66,7 +66,7 @@ class HFTarget:
         self.embedding = self.model.get_input_embeddings().weight
         self.head = self.model.get_output_embeddings().weight
         self.eos_token_ids = end_token_ids(spec)
-        # Hooks on three layers: `output_hidden_states=True` would keep the outputs of all.
+        # Hooks on a few layers: `output_hidden_states=True` would keep the outputs of all.
         self.captured: dict[int, torch.Tensor] = {}
 
         def capture(layer_id: int, module, inputs, output) -> None:
@@ -205,7 +205,7 @@ class HFTarget:
 
     @torch.no_grad()
     def states(self, input_ids, position_ids, cache=None, documents=None, visible=None) -> tuple:
-        """int64 [T] or [B,T] -> aux_hidden_states [..,T,3H] and, after the final norm,
+        """int64 [T] or [B,T] -> aux_hidden_states [..,T,A] and, after the final norm,
         last_hidden_states [..,T,H].
 
         With `documents` the T tokens are packed documents; with `cache` they continue it. Each

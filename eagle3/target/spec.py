@@ -40,6 +40,11 @@ class TargetSpec:
         """Of its decoder; LongCat-Flash's config counts the two attentions that each has."""
         return getattr(self.config, "num_layers", None) or self.config.num_hidden_layers
 
+    @property
+    def aux_size(self) -> int:
+        """Numbers that a token's auxiliary states have, all layers together."""
+        return len(self.aux_layer_ids) * self.config.hidden_size
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a target is, for fingerprints: a hub id with its commit, or what a folder holds."""
@@ -72,10 +77,10 @@ def read_spec(model: Model) -> TargetSpec:
     if dtype == "auto":
         dtype = str(whole.dtype or config.dtype or "float32").removeprefix("torch.")
     spec = TargetSpec(**vars(model) | {"config": config, "dtype": dtype})
-    if spec.aux_layer_ids:
+    if spec.aux_layer_ids is not None:
         return spec
     if (count := spec.num_layers) < 7:  # some of them would coincide
-        raise ConfigError(f"a target of {count} layers needs three as model.aux_layer_ids")
+        raise ConfigError(f"a target of {count} layers needs model.aux_layer_ids, such as three")
     return spec.with_layers(engines_default(count))
 
 

@@ -97,10 +97,16 @@ def random_target(request, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_draft(tmp_path_factory):
+    return train_draft(tmp_path_factory.mktemp("trained"))
+
+
+def train_draft(folder, *overrides):
     """A draft of 60 updates on the embedded target, which the induction start makes useful."""
-    folder = tmp_path_factory.mktemp("trained")
-    few = ["train.max_steps=60", "train.eval_every=60", "eval.num_prompts=2"]
+    few = ["train.max_steps=60", "train.eval_every=60"]
+    few += ["eval.num_prompts=2", "eval.max_new_tokens=32"]
     folders = [f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'run'}"]
-    done = run_command("stages=[prepare,train,export]", *few, *folders, timeout=900)
+    done = run_command(
+        "stages=[prepare,generate,train,export]", *few, *folders, *overrides, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return folder / "run" / "draft"

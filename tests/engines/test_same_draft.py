@@ -1,4 +1,5 @@
-"""The same trained draft on the embedded target, greedy and in fp32, prompt by prompt.
+"""The same trained draft on the embedded target, greedy and in fp32, prompt by prompt: EAGLE-3, 3.1
+and 3.1 that reads five layers.
 
 Every engine gives the same answer and accepts the same drafts as the built-in decoder.
 """
@@ -17,9 +18,9 @@ from eagle3.engines.vllm import VLLM
 from eagle3.export.rules import read_draft
 from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.target.hf import HFTarget
-from engines.conftest import ask
+from engines.conftest import ask, train_draft
 
-TARGET, LAYERS = TINY / "target", [1, 4, 6]
+TARGET, LAYERS, FIVE = TINY / "target", [1, 4, 6], [0, 2, 4, 6, 8]
 STEPS, NEW_TOKENS, GREEDY = 3, 64, UNSHAPED | {"temperature": 0.0, "stop": []}
 CHAIN, TREE = (STEPS, 1, STEPS + 1), (4, 3, 10)
 VLLM_METRICS = ["--enable-per-request-metrics", "--per-request-spec-decode-metrics", "detailed"]
@@ -33,10 +34,19 @@ def prompts(tokenizer):
     return [tokenizer.apply_chat_template(messages, **how) for messages in first]
 
 
+@pytest.fixture(scope="module", params=["eagle3", "eagle31", "eagle31 of five layers"])
+def trained(request, tmp_path_factory):
+    """(a draft's folder, the target with the layers that it reads)"""
+    kind, _, more = request.param.partition(" ")
+    spec = spec_of(TARGET, FIVE if more else LAYERS)
+    asked = f"draft={kind}", f"model.aux_layer_ids={spec.aux_layer_ids}".replace(" ", "")
+    return train_draft(tmp_path_factory.mktemp("trained"), *asked), spec
+
+
 @pytest.fixture(scope="module")
-def generations(trained_draft, prompts):
+def generations(trained, prompts):
     """By tree, the built-in decoder's Generations, a prompt after the other."""
-    spec = spec_of(TARGET, LAYERS)
+    trained_draft, spec = trained
     target, draft = HFTarget(spec, torch.device("cpu")), read_draft(trained_draft, FlashCPU, spec)
     made = {}
     for tree in (CHAIN, TREE):
@@ -61,22 +71,22 @@ def assert_same(engine, server, prompts, expected, steps=STEPS, **more):
 
 @pytest.mark.parametrize("tree", [CHAIN, TREE])
 def test_sglang_accepts_what_the_built_in_decoder_accepts(
-    serve, trained_draft, prompts, generations, tree
+    serve, trained, prompts, generations, tree
 ):
-    drafting = command_line(SGLang().draft_options(str(trained_draft), tree))
+    drafting = command_line(SGLang().draft_options(str(trained[0]), tree))
     with serve("sglang", TARGET, "--enable-metrics", *drafting) as server:
         assert_same(SGLang(), server, prompts, generations[tree], tree[0])
 
 
 @pytest.mark.parametrize("form", ["portable", "speculators"])
 def test_vllm_accepts_what_the_built_in_decoder_accepts(
-    serve, trained_draft, prompts, generations, form, tmp_path
+    serve, trained, prompts, generations, form, tmp_path
 ):
     """It finds the target of the speculators form by itself."""
-    model = TARGET
+    model, (trained_draft, spec) = TARGET, trained
     drafting = command_line(VLLM().draft_options(str(trained_draft), CHAIN))
     if form == "speculators":
-        model, spec, drafting = tmp_path / "form", spec_of(TARGET, LAYERS), []
+        model, drafting = tmp_path / "form", []
         draft = read_draft(trained_draft, FlashCPU, spec)
         portable = portable_config(draft.config, spec, str(TARGET), STEPS)
         write_draft(draft, model, speculators_config(portable, spec))

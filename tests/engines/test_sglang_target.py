@@ -64,8 +64,8 @@ def assert_equal(target, reference):
 # Together every layer whose output SGLang can take; each id is wrong by one if any convention is.
 @pytest.mark.parametrize(
     ("layer_ids", "tp_size"),
-    [(None, 1), ([0, 2, 5], 1), ([0, 5, 6], 2)],
-    ids=["default", "0,2,5", "0,5,6 over two processes"],
+    [(None, 1), ([0, 2, 5], 1), ([0, 1, 4, 5, 6], 2)],
+    ids=["default", "0,2,5", "five layers over two processes"],
 )
 def test_states_equal_those_of_transformers(random_target, open_target, layer_ids, tp_size):
     target = open_target(random_target, layer_ids, tp_size)

@@ -69,7 +69,7 @@ class Blocks:
         """Fill the rows of `features` (all are teacher rows) that belong to each of `prompts`, by
         number. Raises RunError where a part is missing, and what `wait` raises.
         """
-        received = dict.fromkeys(prompts, 0)
+        received, size = dict.fromkeys(prompts, 0), features.last_hidden_states.shape[1]
         while received:
             path = self.wait(reply)
             with safe_open(path, "pt") as block:
@@ -86,7 +86,7 @@ class Blocks:
                         reason = "its prefix cache is on (--disable-radix-cache)"
                         raise RunError(f"SGLang computed {problem}: {reason}")
                     rows = slice(first + before, first + before + count)
-                    aux = features.aux_hidden_states[rows].unflatten(1, (3, -1)).transpose(0, 1)
+                    aux = features.aux_hidden_states[rows].unflatten(1, (-1, size)).transpose(0, 1)
                     aux.copy_(block.get_slice("aux_hidden_states")[:, part])
                     for name in ("last_hidden_states", "argmax", "logsumexp"):
                         read = block.get_slice(name)[part]

@@ -4,8 +4,8 @@ SGLang finds it as HOOK (its `forward_hooks` argument) and calls it after every 
 logits processor. Requests whose `rid` is `<folder>:<number>` (see `blocks.Blocks`) are ours: their
 rows go to a file in that folder, one for each pass:
 
-    argmax int64 [n], logsumexp fp32 [n], aux_hidden_states [3,n,H], last_hidden_states [n,H] (after
-    the final norm)
+    argmax int64 [n], logsumexp fp32 [n], aux_hidden_states [A,n,H] of A layers, last_hidden_states
+    [n,H] (after the final norm)
 
 with `requests`, a list of [number, tokens before, tokens here], as metadata. This file imports
 nothing that SGLang's environment lacks: torch and safetensors.
@@ -41,6 +41,7 @@ class Hook:
 
     def __init__(self, config: dict[str, Any]):
         self.root, self.blocks = Path(config["root"]), 0  # clients' folders are in `root`
+        self.num_layers = config["num_layers"]
         self.writer = ThreadPoolExecutor(1)  # the engine computes on while a block is written
 
     def __call__(self, module: Any, inputs: tuple, output: Any) -> None:
@@ -67,9 +68,10 @@ class Hook:
         """Write the rows of these requests, (place in the batch, number), to `folder`."""
         if isinstance(aux, torch.Tensor):
             aux = aux.split(last.shape[-1], dim=-1)
-        # A block names no layers: with other than 3 the client would take one for another.
-        if aux is None or len(aux) != 3:
-            raise RuntimeError("the model did not capture 3 auxiliary hidden states")
+        # A block names no layers: with fewer the client would take one for another.
+        if aux is None or len(aux) != self.num_layers:
+            problem = f"the model did not capture {self.num_layers} auxiliary hidden states"
+            raise RuntimeError(problem)
         lengths, before = list(batch.extend_seq_lens_cpu), list(batch.extend_prefix_lens_cpu)
         ends = torch.tensor(lengths).cumsum(0).tolist()
         rows = slice(0, ends[-1])  # behind them there may be padding
@@ -86,8 +88,8 @@ class Hook:
         argmax, logsumexp = statistics(last, lm_head, group)
         if group is not None and dist.get_rank(group) != 0:
             return
-        tensors = {"argmax": to_host(argmax), "logsumexp": to_host(logsumexp)}
-        tensors |= {"aux_hidden_states": to_host(*aux), "last_hidden_states": to_host(last)}
+        tensors = {"argmax": to_host(argmax)[0], "logsumexp": to_host(logsumexp)[0]}
+        tensors |= {"aux_hidden_states": to_host(*aux), "last_hidden_states": to_host(last)[0]}
         # Only the writer's thread waits for the copies; the engine goes on to its next pass.
         copied = torch.cuda.current_stream().record_event() if last.is_cuda else None
         listed = [[number, int(before[place]), int(lengths[place])] for place, number in requests]
@@ -126,12 +128,12 @@ def statistics(last: torch.Tensor, lm_head: Any, group: dist.ProcessGroup | None
 
 
 def to_host(*tensors: torch.Tensor) -> torch.Tensor:
-    """One tensor, or several stacked, in main memory; from a GPU the copy is only under way."""
+    """Tensors, stacked, in main memory; from a GPU the copy is only under way."""
     first = tensors[0]
     host = torch.empty((len(tensors), *first.shape), dtype=first.dtype, pin_memory=first.is_cuda)
     for place, tensor in zip(host, tensors, strict=True):
         place.copy_(tensor, non_blocking=True)
-    return host if len(tensors) > 1 else host[0]
+    return host
 
 
 def write_block(path: Path, tensors: dict, requests: list[list[int]], copied: Any) -> None:

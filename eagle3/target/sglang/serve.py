@@ -16,7 +16,7 @@ def main() -> None:
     """Serve a target to the runs of this machine, which name it by `target.url`, until Ctrl-C."""
     parser = argparse.ArgumentParser(description=main.__doc__, epilog="The rest goes to SGLang.")
     parser.add_argument("path", help="folder or hub id of the target")
-    parser.add_argument("--aux-layer-ids", type=int, nargs=3, help="as model.aux_layer_ids")
+    parser.add_argument("--aux-layer-ids", type=int, nargs="+", help="as model.aux_layer_ids")
     parser.add_argument("--embedding-key", help="as model.embedding_key")
     parser.add_argument("--lm-head-key", help="as model.lm_head_key")
     parser.add_argument("--dtype", default="auto")

@@ -103,7 +103,8 @@ class SGLangTarget:
 
     def check_space(self) -> None:
         """Raise ConfigError where shared memory cannot hold what is in flight."""
-        row = 4 * self.config.hidden_size * getattr(torch, self.spec.dtype).itemsize
+        numbers = self.spec.aux_size + self.config.hidden_size
+        row = numbers * getattr(torch, self.spec.dtype).itemsize
         # Each process of this machine has so many tokens in flight, and they share the memory.
         needed = self.batch_tokens * row * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 1e9
         free = shutil.disk_usage(SHARED).free / 1e9
@@ -121,7 +122,8 @@ class SGLangTarget:
         by_default = self.aux_layer_ids == engines_default(self.spec.num_layers)
         layers = None if by_default else numbered_by("sglang", self.aux_layer_ids)
         options = self.batch_tokens, self.dp_size, self.ep_size, self.quantization
-        capture = Capture(HOOK, {"root": str(SHARED)}, layers, self.device.type, *options)
+        hook_config = {"root": str(SHARED), "num_layers": len(self.aux_layer_ids)}
+        capture = Capture(HOOK, hook_config, layers, self.device.type, *options)
         # SGLang runs in an environment of its own: it gets our package, but none of those beside.
         packages = self.blocks.folder / "packages"
         packages.mkdir()
@@ -168,7 +170,7 @@ class SGLangTarget:
         """Features of the packed prompts, each token a teacher row, and the server's replies."""
         tokens, size = sum(map(len, prompts)), self.config.hidden_size
         dtype, empty = getattr(torch, self.spec.dtype), partial(torch.empty, device=self.device)
-        states = empty(tokens, 3 * size, dtype=dtype), empty(tokens, size, dtype=dtype)
+        states = [empty(tokens, width, dtype=dtype) for width in (self.spec.aux_size, size)]
         argmax, logsumexp = empty(tokens, dtype=torch.int64), empty(tokens, dtype=torch.float32)
         features = Features(*states, argmax, logsumexp)
         sampling = UNSHAPED | {"max_new_tokens": max_new_tokens, "temperature": 0.0}

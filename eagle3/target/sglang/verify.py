@@ -57,10 +57,10 @@ def verify_head(features: Features, head: torch.Tensor, ends: list, sampled: lis
 
 @torch.no_grad()
 def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: TargetSpec) -> None:
-    """Raise RunError where the first of the auxiliary states [n,3H] is nearer to the layer before
-    or behind it, as transformers computes them.
+    """Raise RunError where the first of the auxiliary states [n,A] is nearer to the layer before or
+    behind it, as transformers computes them.
     """
-    # The engine numbers all three by one rule, and the others would need half of the model.
+    # The engine numbers all by one rule, and the others would need half of the model.
     first, config = spec.aux_layer_ids[0], whole_config(spec)
     text = config.get_text_config()
     text.num_hidden_layers = first + 3  # the last one's output is given after the final norm
@@ -76,7 +76,7 @@ def verify_layers(prompt: list[int], aux_hidden_states: torch.Tensor, spec: Targ
         outputs = decoder(ids, use_cache=False, output_hidden_states=True).hidden_states[1:]
         # Neighbours differ by one layer's output, far more than kernels round apart.
         candidates = range(max(0, first - 1), first + 2)
-        found = aux_hidden_states.chunk(3, -1)[0].cpu().float()
+        found = aux_hidden_states[:, : text.hidden_size].cpu().float()
         apart = {i: (found - outputs[i][0].float()).norm(dim=-1).median() for i in candidates}
     except Exception as error:
         # A model may need kernels or packages that are not here; the head was verified.
