@@ -376,7 +376,9 @@ def test_what_is_found_before_the_first_stage(tmp_path, capsys):
     (heldout, own) = load("heldout:2", f"{mine}:2")
     assert (heldout.name, heldout.questions, heldout.count) == ("heldout", [], 2)
     assert len(own.questions) == 2
-    with pytest.raises(RunError, match=r"mine\.jsonl, line 1: .*gsm8k \(it has no 'question'\)$"):
+    with pytest.raises(
+        RunError, match=r"mine.*: .*gsm8k \(it has no 'question'; it has 'prompt'\)$"
+    ):
         load("heldout:2", "gsm8k:2", paths={"gsm8k": mine})
     subject.data.path = None
     assert [task.name for task in load("heldout:2", mine)] == [mine]

@@ -560,7 +560,7 @@ def test_the_model_must_be_clear(tmp_path, dead_url):
             ([two], r"different models \(a, b\)"),
             ([none], r"list no model; name one"),
             ([one, other], r"different models \(a, b\)"),
-            ([dead_url], r"lists no model.*regenerate\.urls"),
+            ([dead_url], r"lists no model.*regenerate\.urls, or set regenerate=builtin"),
         ):
             with pytest.raises(RunError, match=words):
                 ask(tmp_path, fakes, make_rows(1), retries=1)

@@ -385,7 +385,8 @@ async def only_model(servers: list["Server"]) -> str:
             listed = await server.client.models.list(extra_headers=server.headers)
             names.update(model.id for model in listed.data)
         except server.openai.OpenAIError as error:
-            problem = f"{server.name} lists no model ({error}); check regenerate.urls"
+            problem = f"{server.name} lists no model ({error})"
+            problem += "; check regenerate.urls, or set regenerate=builtin"
     if len(names) > 1:
         models = ", ".join(sorted(names))
         problem = f"regenerate.urls serve different models ({models}); name one in .model"
