@@ -8,6 +8,8 @@ n tokens of an answer and its prompt, K steps, M supervised pairs, T packed toke
 """
 
 import shutil
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -36,7 +38,7 @@ from eagle3.target.spec import TargetSpec
 from eagle3.ttt import unroll
 
 COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth of its length at 5
-FORMAT = 2  # of the files, part of their fingerprint
+FORMAT = 3  # of the files, part of their fingerprint
 
 
 def generate(
@@ -64,12 +66,10 @@ def write_answers(
     asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
     missing = [path for path in asked if not is_whole(path)]
     print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {kept}")
-    waiting = ((path, asked[path]) for path in missing)
     with Progress("generate", len(asked), "prompts", len(asked) - len(missing)) as bar:
-        given = section.batch_size, section.max_new_tokens, None, bar.count_tokens
-        answers = target.load().answer(lambda: next(waiting, None), *given) if missing else []
-        for path, answer in answers:
-            document, cut = with_features(target.load(), asked[path], answer)
+        wanted = {path: asked[path] for path in missing}
+        answers = greedy_answers(target.load(), wanted, section, bar) if missing else []
+        for path, document, cut in answers:
             tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
             tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
             save_tensors(path, tensors)
@@ -102,20 +102,55 @@ def answer_path(folder: Path, number: int) -> Path:
     return folder / f"answer_{number:05d}.safetensors"
 
 
-def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Document, bool]:
-    """The answer, which ends before a token that isn't the packed pass's argmax, and whether so.
+def greedy_answers(
+    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress
+) -> Iterator[tuple[Path, Document, bool]]:
+    """Answers as they end, with the target's features, and whether they were cut.
 
-    Decoding and the packed pass round differently, so a near tie may go either way; cutting there
-    (counted as shortened) leaves text on which the walk over anchors is exact.
+    Decoding and the packed pass round differently, so a near tie may go either way: behind one, the
+    answer goes on from the packed pass's own token. Where it gets no further so, it is cut (counted
+    as shortened). What is left is text on which the walk over anchors is exact.
+    """
+    waiting, begun, most = deque(asked), {}, section.max_new_tokens
+
+    def take() -> tuple[Path, list[int]] | None:
+        if not waiting:
+            return None
+        path = waiting.popleft()
+        return path, asked[path] + begun.get(path, [])
+
+    for path, answer in target.answer(take, section.batch_size, most, None, bar.count_tokens):
+        before = begun.pop(path, [])
+        document, better = with_features(target, asked[path], (before + answer)[:most])
+        # Only with more of it right, or two passes that undo each other would never end.
+        while len(before) < len(better) and (
+            len(better) == most or better[-1] in target.eos_token_ids
+        ):
+            before = better
+            document, better = with_features(target, asked[path], before)
+        if len(before) < len(better):
+            begun[path] = better
+            waiting.append(path)
+        else:
+            yield path, document, bool(better)
+
+
+def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Document, list[int]]:
+    """The answer up to a token that isn't the packed pass's argmax; and where there is one, the
+    answer's ids up to there with the argmax behind.
     """
     ids, start = torch.tensor(prompt + answer), len(prompt)
     document = Document(0, ids, torch.arange(len(ids)) >= start)
     (document,) = compute_features(target, [document])
     # Teacher rows begin at the answer's first token, whose argmax is its second.
-    wrong = (document.features.argmax[:-1] != ids[start + 1 :]).nonzero()
-    keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
-    features = document.features.select(slice(keep), slice(keep - start))
-    return Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
+    argmax = document.features.argmax
+    wrong = (argmax[:-1] != ids[start + 1 :]).nonzero()
+    if len(wrong) == 0:
+        return document, []
+    count = int(wrong[0]) + 1
+    keep, features = start + count, document.features.select(slice(start + count), slice(count))
+    document = Document(0, ids[:keep], document.loss_mask[:keep], features)
+    return document, [*answer[:count], int(argmax[count - 1])]
 
 
 def load_answers(folder: Path) -> list[Document]:

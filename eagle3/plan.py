@@ -369,5 +369,5 @@ def show(made: Plan, console: Console) -> None:
     speeds = ", ".join(f"{name} {flops / 1e12:,.4g}" for name, flops in made.speeds.items())
     console.print(f"\nTFLOP/s of products: {speeds} (measured).")
     console.print(f"Assumed: {IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training.")
-    console.print("Not counted: preparing, held-out answers, evaluation, benchmark.\n")
+    console.print("Not counted: answers of the target, preparing, evaluation, benchmark.\n")
     console.print(f"Recommended: {made.recommended}.")

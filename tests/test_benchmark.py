@@ -110,9 +110,11 @@ class Echo(Request):
     def open(self, config):
         self.log.append(("open", config))
 
-    def answer(self, config, prompts, setup):
+    def answer(self, config, prompts, setup, count=int):
         self.log.append(("answer", config, len(prompts), prompts))
-        return [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
+        answers = [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
+        count(sum(len(answer.ids) for answer in answers))
+        return answers
 
     def one(self, steps, ids):
         if steps == self.dies_at:
@@ -374,7 +376,9 @@ def test_what_is_found_before_the_first_stage(tmp_path, capsys):
     (heldout, own) = load("heldout:2", f"{mine}:2")
     assert (heldout.name, heldout.questions, heldout.count) == ("heldout", [], 2)
     assert len(own.questions) == 2
-    with pytest.raises(RunError, match=r"mine\.jsonl, line 1: .*gsm8k \(it has no 'question'\)$"):
+    with pytest.raises(
+        RunError, match=r"mine.*: .*gsm8k \(it has no 'question'; it has 'prompt'\)$"
+    ):
         load("heldout:2", "gsm8k:2", paths={"gsm8k": mine})
     subject.data.path = None
     assert [task.name for task in load("heldout:2", mine)] == [mine]
@@ -429,15 +433,18 @@ def test_builtin_runs_trees_and_batches(tmp_path):
 
 
 def test_builtin_answers_in_order_and_without_common_luck():
+    counted = []
+
     def answers(config, prompts, count, temperature=0.0):
         request = instantiate(SECTION | {"temperature": temperature})
         request.target, request.chat, request.seed, request.rules = Cycle(), Words(), 0, {}
         request.open(config)
-        return request.answer(config, prompts, Setup(count))
+        return request.answer(config, prompts, Setup(count), counted.append)
 
     found = answers([2, 0, 0, 0], [[0, 3], [1, 9, 5], [7]], 4)
     assert [a.ids for a in found] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]
     assert found[0].rounds == 3 and [answer.truncated for answer in found] == [True] * 3
+    assert counted == [2, 2, 2, 2, 1, 1, 1, 1], "a bar moves with every round"
     one, other = answers([1, 0, 0, 0], [[0, 3], [0, 3]], 8, 50.0)
     assert one.ids != other.ids
 

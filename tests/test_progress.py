@@ -80,6 +80,19 @@ def test_rows_of_files_are_counted_by_the_share_that_is_read(clock, capsys):
     ]
 
 
+def test_units_under_way_count_by_how_far_they_have_come(clock, capsys):
+    """All rows of a batch end together, and their number alone would promise hours until then."""
+    with Progress("regenerate", 40, "rows") as bar:
+        bar.count_tokens(2000)
+        clock[0] += 10
+        bar.complete(64)
+        clock[0] += 31
+        bar.advance(38, 100)  # those had less than the first, and no time is left to tell
+    line, late, _ = capsys.readouterr().out.splitlines()
+    assert line == "regenerate: 1 of 40 rows, 2.0k tokens, 200 tokens/s, ETA 0:03"
+    assert late == "regenerate: 39 of 40 rows, 2.1k tokens, 51 tokens/s"
+
+
 def test_a_terminal_has_a_bar_of_the_same_words(clock, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
@@ -106,6 +119,7 @@ def test_an_interruption_says_what_is_kept_and_an_error_nothing(capsys):
     for given, named, kept in (
         (DOCUMENTS, {}, "capture keeps 1 of 5,000 documents"),
         (ROWS, {"done": 2000, "kept": lambda: 2000}, "prepare keeps 2,000 rows"),
+        (ROWS, {"kept": lambda: "9 rows in a file"}, "prepare keeps 9 rows in a file"),
     ):
         with pytest.raises(KeyboardInterrupt) as stopped, Progress(*given, **named) as bar:
             bar.advance()
@@ -152,7 +166,7 @@ if __name__ == "__main__":
         ("regenerate", 1, signal.SIGINT,
          ["stages=[regenerate]", "regenerate=builtin", "data.num_samples=4",
           "regenerate.batch_size=2", "regenerate.max_new_tokens=4"],
-         r"regenerate keeps \d of 4 rows"),
+         r"regenerate keeps \d answered rows in \S+\.jsonl"),
         ("train", 3, signal.SIGTERM, [TRAIN_ONLY], "stopped after update 2 of 6, which is kept"),
         ("benchmark", 1, signal.SIGINT, ["stages=[prepare,benchmark]"],
          r"benchmark .*keeps 0 of 4 questions"),

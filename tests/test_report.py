@@ -409,6 +409,7 @@ def test_summary_in_a_narrow_terminal(tmp_path):
     assert [found[f"{length} drafted"] for length in (1, 2, 10)] == ["1.60", "2.10", "3.70"]
     text = " ".join(lines)
     assert all(f"{n}.41" in text for n in range(1, 7)) and text.count("1.52×") == 6
+    assert all(word in text for word in ("acceptance", "tokens/s", "without", "lossless"))
 
 
 def test_scores_and_warnings_are_shown_where_there_are_any(tmp_path):

@@ -83,10 +83,18 @@ def test_the_tracker_ends_with_the_run(tmp_path, monkeypatch, fails):
 
 
 FAILURES = [
-    (RunError("a"), "a; when that is mended, go on with: python run.py seed=3", ""),
-    (ConfigError("b"), "b; when that is mended, go on with: python run.py seed=3", ""),
+    (
+        RunError("a"),
+        "a; when that is mended, go on with: python run.py seed=3 'stages=[generate]'",
+        "",
+    ),
+    (
+        ConfigError("b"),
+        "b; when that is mended, go on with: python run.py seed=3 'stages=[generate]'",
+        "",
+    ),
     (RunError("c; go on with: that"), "c; go on with: that", ""),
-    (MemoryError("d"), "d", "go on with: python run.py seed=3"),
+    (MemoryError("d"), "d", "go on with: python run.py seed=3 'stages=[generate]'"),
     (KeyboardInterrupt("e"), "e", ""),  # which run.py ends in the command
 ]
 
@@ -104,7 +112,7 @@ def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
 
     monkeypatch.setattr("eagle3.runs.tracking.command_to_resume", command)
     console = Console(file=io.StringIO(), width=200)
-    config, *given = arguments(tmp_path, ["seed=3"])
+    config, *given = arguments(tmp_path, ["seed=3", "stages=[prepare,generate]"])
     config.stages = ["prepare", "generate"]
     with (
         pytest.raises(type(error)) as raised,

@@ -13,7 +13,7 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, Sampling, generate, speculate
+from eagle3.decode.speculate import Generation, Sampling, drafter_for, generate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
@@ -53,17 +53,20 @@ class Builtin(Request):
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
         self.rules[tuple(config)] = Sampling(self.temperature, generator)
 
-    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+    def answer(
+        self, config: list[int], prompts: list[list[int]], setup: Setup,
+        count: Callable[[int], Any] = int,
+    ) -> list[Answer]:  # fmt: skip
         batch, steps, *_ = config
-        limits = (setup.max_new_tokens, self.rules[tuple(config)])
+        longest, rule = setup.max_new_tokens, self.rules[tuple(config)]
         ids = [torch.tensor(prompt, device=self.target.embedding.device) for prompt in prompts]
         generations = []
         for start in range(0, len(ids), batch):
             some = ids[start : start + batch]
-            if steps == 0:
-                generations += generate(self.target, some, *limits)
-            else:
-                generations += speculate(self.target, self.draft, some, *config[1:], *limits)
+            drafter = None
+            if steps:
+                drafter = drafter_for(self.target, self.draft, some, config[1:], longest)
+            generations += generate(self.target, some, longest, rule, drafter, count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]
 

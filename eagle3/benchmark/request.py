@@ -1,6 +1,7 @@
 """What a benchmark is asked for and measures, whatever answers."""
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,13 @@ class Request:
     def open(self, config: list[int]) -> None:
         """Get ready for questions under `config`; steps 0 is the target alone."""
 
-    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
-        """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
+    def answer(
+        self, config: list[int], prompts: list[list[int]], setup: Setup,
+        count: Callable[[int], Any] = int,
+    ) -> list[Answer]:  # fmt: skip
+        """One answer per prompt, in order, `batch` at a time; each ends as `setup` says. `count`
+        hears of new tokens as they come.
+        """
 
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         """How it drafts: `greedy`, the likeliest tokens, or `sampled`; None where nobody knows."""

@@ -1,6 +1,7 @@
 """`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -132,27 +133,38 @@ class Served(Request):
         except httpx.HTTPError as error:
             raise RunError(f"no server answers at {self.address} ({error})") from error
 
-    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+    def answer(
+        self, config: list[int], prompts: list[list[int]], setup: Setup,
+        count: Callable[[int], Any] = int,
+    ) -> list[Answer]:  # fmt: skip
         sampling = UNSHAPED | {"temperature": self.temperature, "stop": list(setup.stop)}
         given = (setup.max_new_tokens, sampling)
         bodies = [self.engine.request_body(prompt, *given) for prompt in prompts]
-        return asyncio.run(self.post_all(bodies, batch=config[0], steps=config[1]))
+        return asyncio.run(self.post_all(bodies, *config[:2], count))
 
-    async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
+    async def post_all(
+        self, bodies: list[dict[str, Any]], batch: int, steps: int, count: Callable[[int], Any]
+    ) -> list[Answer]:
         # Always `batch` under way: the next question waits for a connection, however long.
         limits = httpx.Limits(max_connections=batch)
         timeout = httpx.Timeout(self.timeout, pool=None)
         async with httpx.AsyncClient(timeout=timeout, trust_env=False, limits=limits) as client:
             # The first error, or Ctrl-C, waits for none of the others: `asyncio.run` cancels them.
-            return await asyncio.gather(*(self.post(client, body, steps) for body in bodies))
+            posts = (self.post(client, body, steps, count) for body in bodies)
+            return await asyncio.gather(*posts)
 
-    async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
+    async def post(
+        self, client: httpx.AsyncClient, body: dict[str, Any], steps: int,
+        count: Callable[[int], Any],
+    ) -> Answer:  # fmt: skip
         reason = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
             reason = f"HTTP {response.status_code} {response.text[:300]}"
             if response.status_code == 200:
-                return self.engine.read_reply(response.json(), steps)
+                answer = self.engine.read_reply(response.json(), steps)
+                count(len(answer.ids))
+                return answer
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()
         if self.server is not None:

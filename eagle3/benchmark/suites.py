@@ -130,7 +130,8 @@ def parse_suite(spec: str) -> tuple[str, int | None]:
     name, colon, count = re.fullmatch(r"(.*?)(?:(:)([^:/.]*))?", spec).groups()
     if name not in SUITES and not (name.endswith(SUFFIXES) and Path(name).is_file()):
         allowed = f"{', '.join(SUITES)} or a file that exists{nearest(name, list(SUITES))}"
-        raise ConfigError(f"benchmark.suites={spec} is unknown; allowed: {allowed}")
+        problem = f"benchmark.suites={spec} is unknown; allowed: {allowed}"
+        raise ConfigError(f"{problem}; a suite's local copy is +benchmark.paths.<suite>=<file>")
     if not colon or count == "all":
         return name, None
     if not (count.isdecimal() and int(count) > 0):
@@ -146,10 +147,14 @@ def load_questions(name: str, path: str | None, cache: str) -> list[Question]:
     questions = []
     for file in find_all_files(name, source, cache):
         for line, raw, _ in raw_rows(file):
+            row = {}
             try:
-                question = read_question(decode(raw), suite)
+                row = decode(raw)
+                question = read_question(row, suite)
             except (LookupError, TypeError, ValueError) as error:
                 reason = f"it has no {error}" if isinstance(error, LookupError) else error
+                if row:
+                    reason = f"{reason}; it has {', '.join(map(repr, [*row][:8]))}"
                 place = f"{file.name}, line {line}"
                 raise RunError(f"{place}: no question of the suite {name} ({reason})") from error
             question.id = question.id or f"{Path(file.name).name}:{line}"

@@ -61,10 +61,14 @@ def regenerate(
 
         def write(folder: Path, files: list[DataFile] = files, share: float = share) -> dict:
             read = partial(read_rows, files, data.num_samples, share=share)
-            bar = Progress("regenerate", data.num_samples, "rows")
+
+            def answered() -> str:
+                # Those of other data too: not all rows of this one are read when a signal comes.
+                return f"{len(journal.offsets):,} answered rows in {kept}"
+
+            bar = Progress("regenerate", data.num_samples, "rows", kept=answered)
             with Journal(kept, chat, bar) as journal, bar:
-                rows_kept = f"{len(journal.offsets):,} answered rows are in {kept}"
-                print(f"regenerate: {describe(asked)}; {rows_kept}")
+                print(f"regenerate: {describe(asked)}; {answered()}")
                 rows = bar.follow((row.share, row) for row in read())
                 asking = unanswered(rows, journal, data.system_prompt)
                 answerer.answer(asking, journal, longest, chat, target)
@@ -189,6 +193,7 @@ class Journal(AbstractContextManager):
         """Note a dialogue that has ended."""
         if dialogue.reason is not None:
             self.failed[dialogue.key] = dialogue.reason
+            self.bar.advance()
             return
         said = (m for m in dialogue.messages if m["role"] == "assistant")
         texts = [m.get("reasoning_content", "") + m["content"] for m in said]
@@ -198,7 +203,7 @@ class Journal(AbstractContextManager):
         line = to_line(entry | {"checksum": fingerprint(entry)})
         self.stream.write(line)
         self.stream.flush()
-        self.bar.advance()
+        self.bar.complete(dialogue.counts["answer_tokens"])
         self.offsets[dialogue.key] = self.stream.tell() - len(line)
 
     def read(self, key: str) -> dict[str, Any]:
@@ -380,7 +385,8 @@ async def only_model(servers: list["Server"]) -> str:
             listed = await server.client.models.list(extra_headers=server.headers)
             names.update(model.id for model in listed.data)
         except server.openai.OpenAIError as error:
-            problem = f"{server.name} lists no model ({error}); check regenerate.urls"
+            problem = f"{server.name} lists no model ({error})"
+            problem += "; check regenerate.urls, or set regenerate=builtin"
     if len(names) > 1:
         models = ", ".join(sorted(names))
         problem = f"regenerate.urls serve different models ({models}); name one in .model"

@@ -10,8 +10,9 @@ vocabularies.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -198,24 +199,37 @@ class DecodingBatch:
 @torch.inference_mode()
 def generate(
     target, prompts: list[torch.Tensor], max_new_tokens: int, rule: Sampling | None = None,
-    drafter: Drafter | None = None,
+    drafter: Drafter | None = None, count: Callable[[int], Any] = int,
 ) -> list[Generation]:  # fmt: skip
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
-    forward pass; without one, a token per pass: what speculation must equal and beat.
+    forward pass; without one, a token per pass: what speculation must equal and beat. `count` hears
+    how many tokens each pass brought.
     """
     batch = DecodingBatch(target, prompts, max_new_tokens, rule or Sampling(), drafter)
+    count(len(prompts))
     while batch.drop_finished():
         batch.advance()
+        count(sum(batch.generations[row].emitted[-1] for row in batch.rows))
     return batch.generations
 
 
 @torch.inference_mode()
+def drafter_for(
+    target, draft: Draft, prompts: list[torch.Tensor], shape: Sequence[int], max_new_tokens: int
+) -> Drafter:
+    """With room for these prompts and answers, of trees of `shape`: steps, topk, verify_tokens.
+    Raises ConfigError.
+    """
+    check_tree(*shape, draft.config.draft_vocab_size)
+    length = max(map(len, prompts)) + max_new_tokens
+    return Drafter(draft, target.embedding, len(prompts), length, *shape)
+
+
 def speculate(
     target, draft: Draft, prompts: list[torch.Tensor], steps: int, topk: int, verify_tokens: int,
     max_new_tokens: int, rule: Sampling | None = None,
 ) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
-    check_tree(steps, topk, verify_tokens, draft.config.draft_vocab_size)
-    length, shape = max(map(len, prompts)) + max_new_tokens, (steps, topk, verify_tokens)
-    drafter = Drafter(draft, target.embedding, len(prompts), length, *shape)
+    shape = steps, topk, verify_tokens
+    drafter = drafter_for(target, draft, prompts, shape, max_new_tokens)
     return generate(target, prompts, max_new_tokens, rule, drafter)

@@ -17,18 +17,19 @@ FIRST_LINE, BETWEEN_LINES = 5.0, 30.0  # seconds
 class Progress(AbstractContextManager):
     """How many of `total` units (None: not known) are `done`, and the tokens this call took.
 
-    `done` begins with what an earlier call left. `kept()` is how many survive an interruption, if
-    not all that are done; `expected`, where known, how many tokens this call will take. Where it is
-    not `shown`, it only counts.
+    `done` begins with what an earlier call left. `kept()` is how many, or what in words, survives
+    an interruption, if not all that are done; `expected`, where known, how many tokens this call
+    will take. Where it is not `shown`, it only counts.
     """
 
     def __init__(
         self, stage: str, total: int | None, units: str, done: int = 0, shown: bool = True,
-        kept: Callable[[], int] | None = None, expected: int | None = None,
+        kept: Callable[[], int | str] | None = None, expected: int | None = None,
     ):  # fmt: skip
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
         self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
+        self.completed = 0  # tokens of units that `complete` heard of
         self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
@@ -53,6 +54,11 @@ class Progress(AbstractContextManager):
         elif self.shown and time.monotonic() >= self.due and self.done != self.total:
             self.due = time.monotonic() + BETWEEN_LINES
             print(self.line(), flush=True)
+
+    def complete(self, tokens: int) -> None:
+        """One more is done, whose tokens were counted as they came."""
+        self.completed += tokens
+        self.advance()
 
     def skip(self) -> None:
         """One more that was done before this call."""
@@ -83,12 +89,15 @@ class Progress(AbstractContextManager):
         share = f" ({self.share:.0%})" if self.share and not self.total else ""
         parts = [f"{self.of_total(self.done)}{share}", *self.rates()]
         now = self.done - self.before
+        expected = self.expected
+        if self.completed and self.total:  # those under way count by how far they have come
+            expected = self.completed / now * (self.total - self.before)
         left = 0.0  # how often what this call has done
-        if self.expected and self.tokens:
-            left = self.expected / self.tokens - 1
+        if expected and self.tokens:
+            left = expected / self.tokens - 1
         elif now and self.fraction:
             left = (self.done / self.fraction - self.done) / now
-        if left:
+        if left > 0:
             parts.append(f"ETA {duration(left * (time.monotonic() - self.began))}")
         return f"{self.stage}: {', '.join(parts + self.named_values())}"
 
@@ -118,7 +127,9 @@ class Progress(AbstractContextManager):
         if error is None and self.shown:
             print(self.end(), flush=True)
         if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells
-            error.kept = f"{self.stage} keeps {self.of_total(self.kept())}"
+            kept = self.kept()
+            words = kept if isinstance(kept, str) else self.of_total(kept)
+            error.kept = f"{self.stage} keeps {words}"
 
 
 def duration(seconds: float) -> str:

@@ -268,11 +268,16 @@ def summary(run_dir: Path, stages: list[str]) -> Group:
             table.add_row(f"{length} drafted", cell("", accepted))
         tables.append(table)
     if rows:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         columns = [key for key in benchmark_columns(rows) if key in SHOWN]
+        shown_rows = [*map(cells, rows)]
         for key in columns:
-            table.add_column(TITLES[key], justify="left" if key == "suite" else "right")
-        for shown in map(cells, rows):
+            # rich would cut words of a title; only these two may be broken.
+            words = [*TITLES[key].split(), *(shown[key] for shown in shown_rows)]
+            width = None if key in ("suite", "config") else max(map(len, words))
+            justify = "left" if key == "suite" else "right"
+            table.add_column(TITLES[key], justify=justify, width=width, overflow="fold")
+        for shown in shown_rows:
             # Text, because a suite's name may hold what rich takes for markup.
             table.add_row(*[Text(shown[key]) for key in columns])
         tables.append(table)

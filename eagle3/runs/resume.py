@@ -67,17 +67,19 @@ def check_checkpoints(run_dir: str | Path) -> None:
 def command_to_resume(
     run_dir: Path, overrides: list[str] | None = None, stages: Sequence[str] = ()
 ) -> str:
-    """What goes on with a run that has a checkpoint, by `stages` or its own; else the command with
-    `overrides` (None: those of run.json).
+    """What goes on with a run, by `stages` or its own: by its checkpoint, if it has one, else the
+    command with `overrides` (None: those of run.json).
     """
     recorded = read_json(run_dir / "run.json")
+    listed = [f"stages=[{','.join(stages)}]"] if stages else []
     if is_run(run_dir):
         before = flatten(recorded.get("config", {}))
         given_again = [f"++{key}={json.dumps(before[key])}" for key in RUNS_CODE if before.get(key)]
-        listed = [f"stages=[{','.join(stages)}]"] if stages else []
         shown = [f"train.resume={run_dir}", *listed, *given_again]
     else:
-        shown = differing(recorded.get("overrides", []) if overrides is None else overrides)
+        given = recorded.get("overrides", []) if overrides is None else overrides
+        before = [each for each in given if not (listed and each.startswith("stages="))]
+        shown = differing([*before, *listed])
     return shlex.join(["python", "run.py", *shown])
 
 
