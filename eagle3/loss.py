@@ -13,7 +13,7 @@ rows, Vd draft vocabulary, D and H hidden sizes of draft and target.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from eagle3.batch import Batch, Features, SupervisedMask
 from eagle3.config import Within
 from eagle3.draft.model import Draft
+from eagle3.kernels.eager import TakeRows
 
 Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -93,6 +94,7 @@ class Pairs:
     target_ids: torch.Tensor
     pointwise: Pointwise
     chunk_rows: int
+    kernels: Any
 
 
 class FusedLoss(torch.autograd.Function):
@@ -114,14 +116,14 @@ class FusedLoss(torch.autograd.Function):
             if here.start == here.stop:
                 continue
             teacher_of_pair = batch.pair_teacher[here]
-            teacher = (pairs.teachers[start:stop] @ pairs.head.T).to(weights.dtype).softmax(-1)
-            logits = (students_MD[here] @ head.T).to(weights.dtype)
-            losses[here], grad = pairs.pointwise(logits, teacher[teacher_of_pair - start])
-            correct[here] = pairs.target_ids[logits.argmax(-1)] == pairs.argmax[teacher_of_pair]
+            losses[here], best, grad = pairs.kernels.loss_chunk(
+                pairs.pointwise, students_MD[here] @ head.T, pairs.teachers[start:stop] @ pairs.head.T,
+                teacher_of_pair - start, weights[here],
+            )  # fmt: skip
+            correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
-                grad = grad.mul_(weights[here, None]).to(students_MD.dtype)
                 torch.mm(grad, head, out=grad_students[here])
-                grad_head += grad.T @ students_MD[here]
+                pairs.kernels.add_product(grad_head, grad.T, students_MD[here])
         ctx.save_for_backward(grad_students, grad_head)
         ctx.mark_non_differentiable(losses, correct)
         return (losses * weights).sum(), losses, correct
@@ -173,10 +175,10 @@ class SoftTargetLoss:
         powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         weights = powers.to(argmax.device)[batch.pair_step] * counted
-        students = draft.norm(hidden_ND[batch.pair_index])
+        students = draft.norm(TakeRows.apply(hidden_ND, batch.pair_index))
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
-            self.chunk_rows,
+            self.chunk_rows, draft.kernels.pick(hidden_ND),
         )  # fmt: skip
         loss, losses, correct = FusedLoss.apply(students, draft.lm_head.weight, pairs)
         sums = losses.new_zeros(2, num_steps)

@@ -186,6 +186,7 @@ def build_trainer(
     section, shape, weights = config.train, config.parallel, target.load_weights()
     torch.manual_seed(config.seed)
     draft = build_draft(config.draft, target, weights, supply).to(target.device)
+    draft.kernels = instantiate(config.draft.kernels)
     frozen = FrozenWeights(weights.embedding, weights.head[draft.target_ids])
     loss = instantiate(config.loss)
 

@@ -22,6 +22,7 @@ from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, Features, pack
 from eagle3.draft.attention import Attend
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.kernels.eager import Eager
 from eagle3.ttt import unroll
 
 
@@ -264,4 +265,5 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attend(backend, documents, rows, q, k, v, later):
     """The fast attention on plain tensors: `later` is a list of (k^i, v^i)."""
-    return Attend.apply(backend, documents, rows, q, k, v, *(x for pair in later for x in pair))
+    own = (x for pair in later for x in pair)
+    return Attend.apply(Eager, backend, documents, rows, q, k, v, *own)
