@@ -117,9 +117,12 @@ class FusedLoss(torch.autograd.Function):
                 continue
             teacher_of_pair = batch.pair_teacher[here]
             losses[here], best, grad = pairs.kernels.loss_chunk(
-                pairs.pointwise, students_MD[here] @ head.T, pairs.teachers[start:stop] @ pairs.head.T,
-                teacher_of_pair - start, weights[here],
-            )  # fmt: skip
+                pairs.pointwise,
+                students_MD[here] @ head.T,
+                pairs.teachers[start:stop] @ pairs.head.T,
+                teacher_of_pair - start,
+                weights[here],
+            )
             correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
                 torch.mm(grad, head, out=grad_students[here])

@@ -17,8 +17,6 @@ from torch import Tensor
 from eagle3.errors import ConfigError
 from eagle3.kernels.eager import Eager, Weights
 
-UNKNOWN = "draft.kernels=fused needs Triton, which comes with torch for CUDA; use draft.kernels=auto"
-
 
 @functools.cache
 def has_triton() -> bool:
@@ -154,7 +152,8 @@ class Fused:
     def __init__(self):
         """Raises ConfigError."""
         if not has_triton():
-            raise ConfigError(UNKNOWN)
+            needed = "Triton, which comes with torch for CUDA; use draft.kernels=auto"
+            raise ConfigError(f"draft.kernels=fused needs {needed}")
 
     @classmethod
     def pick(cls, x: Tensor) -> type["Fused"]:

@@ -1,0 +1,175 @@
+"""The fused kernels against the plain ones: in Triton's interpreter, and as its compiler sees
+them. `TRITON_INTERPRET=1 pytest tests/test_kernels.py`, with Triton of the version that torch for
+CUDA pins.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from reference import random_case, relative_error
+
+from eagle3.draft.flash import Auto as AutoFlash
+from eagle3.errors import ConfigError
+from eagle3.kernels import fused
+from eagle3.kernels.eager import Eager
+from eagle3.kernels.fused import Auto, Fused
+from eagle3.loss import kl, lk
+from eagle3.ttt import unroll
+
+TRITON = pytest.mark.triton
+LIMITS = pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)], ids=["fp32", "bf16"]
+)
+
+
+@pytest.fixture(autouse=True)
+def needs_triton(request):
+    if "triton" in request.keywords:
+        pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(values, expected, limit):
+    """Each to its own limit in relative norm; what is expected is computed in float64."""
+    for value, wide in zip(values, expected, strict=True):
+        assert value.shape == wide.shape
+        assert torch.equal(value.double(), wide) or relative_error(value, wide) < limit
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("rows, inner", [(9, 200), (1, 7), (0, 64), (3, 1500)])
+def test_swiglu(dtype, limit, rows, inner):
+    gate_up, grad = normal(rows, 2 * inner).to(dtype), normal(rows, inner, seed=1).to(dtype)
+    wide = gate_up.double().requires_grad_()
+    gate, up = wide.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    (wide_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    grad_gate_up, activated = fused.swiglu_backward(grad, gate_up)
+    values = fused.swiglu(gate_up), activated, grad_gate_up
+    close(values, (expected, expected, wide_grad), limit)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("counts", [(6, 2, 2), (0, 2, 2), (6, 0, 0)], ids=str)
+@pytest.mark.parametrize("rows, size", [(11, 16), (1, 8), (0, 8), (5, 12), (4, 2)])
+def test_heads(dtype, limit, counts, rows, size):
+    """Some rows read what follows the end of a document, together."""
+    length, width = 20, sum(counts) * size
+    all_columns = width if sum(counts) == 10 else 10 * size
+    places = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:rows]
+    places[::4] = length
+    angles = normal(rows, 1, size // 2)
+    inputs = normal(rows, width).to(dtype), normal(length + 1, all_columns, seed=1).to(dtype)
+    weights = [normal(rows, count, size, seed=2).to(dtype) for count in counts]
+
+    def run(kernels, projected, tokens):
+        leaves = projected.clone().requires_grad_(), tokens.clone().requires_grad_()
+        read = kernels.share(leaves[1])
+        rotation = angles.cos().to(wide_of(projected)), angles.sin().to(wide_of(projected))
+        outputs = kernels.heads(leaves[0], read, places, *rotation, counts)
+        total = sum((x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True))
+        return [*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves)]
+
+    close(run(Fused, *inputs), run(Eager, *(x.double() for x in inputs)), limit)
+
+
+def wide_of(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("rows, groups, ratio, size", [(13, 2, 4, 16), (1, 1, 1, 8), (5, 2, 3, 12)])
+def test_later_keys(dtype, limit, steps, rows, groups, ratio, size):
+    q, out, grad_out, grad_q = normal(4, rows, groups * ratio, size).to(dtype)
+    lse = normal(rows, groups * ratio, seed=1)
+    later = [
+        normal(rows + 2 * steps - i // 2, groups, size, seed=2 + i).to(dtype)
+        for i in range(2 * steps)
+    ]
+
+    merged, total = fused.merge(q, out, lse, later)
+    wide = [x.double() for x in later]
+    close((merged, total), Eager.merge(q.double(), out.double(), lse.double(), wide), limit)
+    # Both from what forward has kept.
+    inputs = grad_out, q, merged, total
+    added, expected = grad_q.clone(), grad_q.double()
+    grads = Fused.merge_backward(*inputs, later, added)
+    wide_grads = Eager.merge_backward(*(x.double() for x in inputs), wide, expected)
+    close([added, *grads], [expected, *wide_grads], limit)
+
+
+POINTWISE = {
+    "kl": kl, "lk": partial(lk, eta=3.0),
+}  # fmt: skip
+
+
+@TRITON
+@pytest.mark.runs
+@LIMITS
+@pytest.mark.parametrize("name", POINTWISE)
+def test_loss_chunk(dtype, limit, name):
+    """Compiled once for chunks of any size. Of equals, the first is the argmax."""
+    torch._dynamo.reset()
+    for pairs, teachers, vocab in ((23, 5, 777), (8, 3, 777), (1, 1, 777)):
+        logits = (3 * normal(pairs, vocab)).to(dtype)
+        logits[0, 7] = logits[0, 400] = 30.0
+        teacher = (3 * normal(teachers, vocab, seed=1)).to(dtype)
+        teacher[-1] = 0  # the uniform one, of rows beyond a document
+        rows = torch.arange(pairs) * teachers // pairs
+        weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
+        given = logits.clone(), teacher, rows, weights
+        value, best, grad = Fused.loss_chunk(POINTWISE[name], *given)
+        assert grad.dtype == dtype and best[0] == 7 and torch.equal(given[0], logits)
+        wide = logits.double(), teacher.double(), rows, weights.double()
+        expected = Eager.loss_chunk(POINTWISE[name], *wide)
+        close((value, grad), (expected[0], expected[2]), limit)
+        assert torch.equal(best, expected[1])
+
+
+def step(case, kernels, pointwise="kl"):
+    """Losses of the steps, and gradients by name."""
+    case.draft.kernels = kernels
+    out, batch = case.fast(pointwise=pointwise)
+    return out.step_loss.detach(), case.gradients(out.loss / batch.normaliser)
+
+
+@TRITON
+@pytest.mark.runs
+@pytest.mark.parametrize("pointwise", ["kl", "lk"])
+def test_whole_step(pointwise):
+    """Chunks, row sets, documents of one token and rows beyond them, as in test_ttt."""
+    torch._dynamo.reset()
+    case = random_case(AutoFlash, dtype=torch.float32)
+    losses, gradients = step(case, Fused, pointwise)
+    expected, expected_gradients = step(case.to(torch.float64), Eager, pointwise)
+    assert relative_error(losses, expected) < 1e-6
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@TRITON
+@pytest.mark.runs
+def test_gradients_in_bf16_are_nearer_to_exact_than_the_plain_ones():
+    torch._dynamo.reset()
+    case = random_case(AutoFlash, dtype=torch.float32, lengths=(60, 40, 50))
+    for name in ("embedding", "head", "aux", "last_hidden"):
+        setattr(case, name, getattr(case, name).bfloat16())
+    wide = case.to(torch.float64)
+    with torch.no_grad():  # what both compute with
+        for parameter in wide.draft.parameters():
+            parameter.copy_(parameter.bfloat16())
+    _, exact = step(wide, Eager)
+    errors = []
+    for kernels in (Fused, Eager):
+        _, gradients = step(case, kernels)
+        errors.append({name: relative_error(x, exact[name]) for name, x in gradients.items()})
+    for name, error in errors[0].items():
+        assert error < 1.05 * errors[1][name], name
