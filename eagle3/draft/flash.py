@@ -55,31 +55,44 @@ class Varlen:
     """A backend over a varlen kernel: all documents in one call, each at its cumulative lengths.
 
     The kernel aligns its causal mask bottom right: the last query of a document sees all its keys.
-    A document whose queries begin at token `first` (a segment of a shared batch) therefore needs no
-    zero queries before that, and q is scattered to the tokens from `first` on alone.
+    A document whose queries begin at some token needs no queries before that, so there are as many
+    as `documents.queries` says. Where no row is in need among them, any query will do, if its
+    gradient is zero and its lse infinite, by which the kernel divides.
     """
+
+    @staticmethod
+    def place(rows, documents):
+        """Where rows lie among the queries, and which of the rows to take for each of those."""
+        queries = documents.queries
+        places = rows if queries is None else queries.of_token[rows]
+        total = sum(documents.lengths if queries is None else queries.counts)
+        numbers = torch.arange(len(rows), device=rows.device)
+        return places, numbers.new_zeros(total).index_copy_(0, places, numbers)
 
     @staticmethod
     def spans(documents):
         """cu_seqlens of queries and keys, and the longest of each."""
-        cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
-        cu_seqlens_q = (cu_seqlens - documents.first).clamp(min=0)
-        return cu_seqlens_q, cu_seqlens, longest - documents.first, longest
+        keys = documents.cu_seqlens, max(documents.lengths)
+        queries = keys
+        if documents.queries is not None:
+            queries = documents.queries.cu_seqlens, max(documents.queries.counts)
+        return queries[0], keys[0], queries[1], keys[1]
 
     @classmethod
     def forward(cls, q, rows, k, v, documents):
-        rows = rows - documents.first
-        q = scatter(q, rows, len(k) - documents.first)
-        out, lse_HS = cls.kernel(q, k, v, cls.spans(documents))
-        return out[rows], lse_HS.transpose(0, 1)[rows]
+        places, row_of_place = cls.place(rows, documents)
+        out, lse_HS = cls.kernel(q[row_of_place], k, v, cls.spans(documents))
+        return out[places], lse_HS.transpose(0, 1)[places]
 
     @classmethod
     def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
-        rows, length = rows - documents.first, len(k) - documents.first
-        grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
-        lse_HS, spans = lse.transpose(0, 1).contiguous(), cls.spans(documents)
+        places, row_of_place = cls.place(rows, documents)
+        grad_out = scatter(grad_out, places, len(row_of_place))
+        wide_lse = lse.new_full((len(row_of_place), lse.shape[1]), float("inf"))
+        lse_HS = wide_lse.index_copy_(0, places, lse).transpose(0, 1).contiguous()
+        q, out, spans = q[row_of_place], out[row_of_place], cls.spans(documents)
         grad_q, grad_k, grad_v = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
-        return grad_q[rows], grad_k, grad_v
+        return grad_q[places], grad_k, grad_v
 
 
 class FlashCUDA(Varlen):

@@ -43,7 +43,7 @@ class TakeRows(torch.autograd.Function):
     def forward(ctx, x, rows):
         ctx.save_for_backward(rows)
         ctx.length = len(x)
-        return x.index_select(0, rows)
+        return x[rows]
 
     @staticmethod
     def backward(ctx, grad):
