@@ -107,7 +107,7 @@ class FusedLoss(torch.autograd.Function):
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
         grad_students = torch.empty_like(students_MD) if want_gradients else None
-        grad_head = torch.zeros_like(lm_head_VD) if want_gradients else None
+        grad_head = None
         head = lm_head_VD.to(students_MD.dtype)
         for start in range(0, len(pairs.teachers), pairs.chunk_rows):
             stop = min(start + pairs.chunk_rows, len(pairs.teachers))
@@ -126,7 +126,10 @@ class FusedLoss(torch.autograd.Function):
             correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
                 torch.mm(grad, head, out=grad_students[here])
-                pairs.kernels.add_product(grad_head, grad.T, students_MD[here])
+                product = grad.T, students_MD[here]
+                grad_head = pairs.kernels.add_product(grad_head, *product, lm_head_VD.dtype)
+        if want_gradients and grad_head is None:
+            grad_head = torch.zeros_like(lm_head_VD)
         ctx.save_for_backward(grad_students, grad_head)
         ctx.mark_non_differentiable(losses, correct)
         return (losses * weights).sum(), losses, correct

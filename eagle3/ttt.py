@@ -65,8 +65,8 @@ def unroll(
         rotation = draft.rope(positions[:count] + step, batch.max_length + step)
         weight, counts = weights.hidden[:query_size], (heads, 0, 0)
         if step > 0:
-            hidden_ND = hidden_ND[:count]
-            normed_ND = draft.midlayer.hidden_norm(hidden_ND)
+            norm = draft.midlayer.hidden_norm
+            outputs[-1], hidden_ND, normed_ND = kernels.norm(norm, hidden_ND, count)
             weight, counts = weights.hidden, (heads, kv_heads, kv_heads)
         qkv = kernels.linear(normed_ND, weight)
         q, *own_kv = kernels.heads(qkv, embedded_tokens, ahead, *rotation, counts)

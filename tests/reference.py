@@ -265,5 +265,5 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attend(backend, documents, rows, q, k, v, later):
     """The fast attention on plain tensors: `later` is a list of (k^i, v^i)."""
-    own = (x for pair in later for x in pair)
-    return Attend.apply(Eager, backend, documents, rows, q, k, v, *own)
+    own = [x for pair in later for x in pair]
+    return Attend.apply(Eager, backend, documents, rows, own, q, k, v, *own)

@@ -95,15 +95,39 @@ def test_later_keys(dtype, limit, steps, rows, groups, ratio, size):
         for i in range(2 * steps)
     ]
 
-    merged, total = fused.merge(q, out, lse, later)
+    shared = [Fused.share(x) for x in later]
+    merged, total = Fused.merge(q, out, lse, shared)
     wide = [x.double() for x in later]
     close((merged, total), Eager.merge(q.double(), out.double(), lse.double(), wide), limit)
     # Both from what forward has kept.
     inputs = grad_out, q, merged, total
     added, expected = grad_q.clone(), grad_q.double()
-    grads = Fused.merge_backward(*inputs, later, added)
+    Fused.merge_backward(*inputs, shared, added)
+    grads = [each.total() for each in shared]
     wide_grads = Eager.merge_backward(*(x.double() for x in inputs), wide, expected)
     close([added, *grads], [expected, *wide_grads], limit)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows, count, size", [(37, 35, 96), (16, 16, 7), (1, 1, 8), (3, 0, 8)])
+def test_norm(dtype, limit, kept, rows, count, size):
+    norm = torch.nn.RMSNorm(size, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = normal(rows, size).to(dtype)
+    weights = normal(3, rows, size, seed=1).to(dtype)
+
+    def run(kernels, norm, x):
+        leaf = x.clone().requires_grad_()
+        outputs = kernels.norm(norm, leaf, count)[0 if kept else 1 :]
+        own = weights[-len(outputs) :].to(x.dtype)
+        total = sum((y * w[: len(y)]).sum() for y, w in zip(outputs, own, strict=True))
+        grads = torch.autograd.grad(total, (leaf, norm.weight))
+        return [*(y.detach() for y in outputs), *grads]
+
+    values = run(Fused, norm, x)
+    close(values, run(Eager, norm.to(dtype).double(), x.double()), limit)
 
 
 POINTWISE = {

@@ -39,31 +39,32 @@ class Backend(Protocol):
 class Attend(torch.autograd.Function):
     """softmax over the causal step-0 keys and the row's own later keys, differentiable.
 
-    `later` alternates k^1, v^1, k^2, v^2, ..., each [>= N,G,d]. Rows are ordered by how many steps
-    need them, so the first N rows of each are those of q. Backward keeps only references to these
-    tensors, which the unroll has anyway: no score or probability is stored.
+    `later` alternates k^1, v^1, k^2, v^2, ..., each [>= N,G,d], as the kernels share them. Rows are
+    ordered by how many steps need them, so the first N rows of each are those of q. Backward keeps
+    only references to these tensors, which the unroll has anyway: no score or probability is
+    stored.
     """
 
     @staticmethod
-    def forward(ctx, kernels, backend, documents, rows, q, k, v, *later):
+    def forward(ctx, kernels, backend, documents, rows, later, q, k, v, *anchors):
         out, lse = backend.forward(q, rows, k, v, documents)
         if later:
             out, lse = kernels.merge(q, out, lse, later)
-        ctx.save_for_backward(rows, q, k, v, out, lse, *later)
-        ctx.kernels, ctx.backend, ctx.documents = kernels, backend, documents
+        ctx.save_for_backward(rows, q, k, v, out, lse)
+        ctx.given = kernels, backend, documents, later
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        rows, q, k, v, out, lse, *later = ctx.saved_tensors
+        rows, q, k, v, out, lse = ctx.saved_tensors
+        (kernels, backend, documents, later), ctx.given = ctx.given, None
         # The kernel sees k^0 and v^0 alone, but normalises by all keys, through out and lse.
-        grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.contiguous(), q, rows, k, v, out, lse, ctx.documents
-        )
+        inputs = grad_out.contiguous(), q, rows, k, v, out, lse, documents
+        grad_q, grad_k, grad_v = backend.backward(*inputs)
         grads = ()
         if later:
-            grads = ctx.kernels.merge_backward(grad_out, q, out, lse, later, grad_q)
-        return None, None, None, None, grad_q, grad_k, grad_v, *grads
+            grads = kernels.merge_backward(grad_out, q, out, lse, later, grad_q)
+        return None, None, None, None, None, grad_q, grad_k, grad_v, *grads
 
 
 def scale_of(q: torch.Tensor) -> float:
@@ -83,15 +84,14 @@ class KeysValues:
         self.kernels, self.backend = kernels, backend
         self.documents, self.rows = batch.documents, batch.rows
         self.k0, self.v0 = k0, v0
-        self.later: list[torch.Tensor] = []
+        self.later: list = []
 
     def attend(self, q: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
         """Attention [N,H,d] of the first N rows: q [N,H,d]; own k, v [N,G,d], none at step 0."""
-        self.later += own
-        rows = self.rows[: len(q)]
-        first = self.k0, self.v0
-        given = self.kernels, self.backend, self.documents, rows
-        return Attend.apply(*given, q, *first, *self.later)
+        self.later += map(self.kernels.share, own)
+        later, rows = list(self.later), self.rows[: len(q)]
+        given = self.kernels, self.backend, self.documents, rows, later, q, self.k0, self.v0
+        return Attend.apply(*given, *self.kernels.anchors(later))
 
 
 class Dense:

@@ -56,8 +56,8 @@ class Varlen:
 
     The kernel aligns its causal mask bottom right: the last query of a document sees all its keys.
     A document whose queries begin at some token needs no queries before that, so there are as many
-    as `documents.queries` says. Where no row is in need among them, any query will do, if its
-    gradient is zero and its lse infinite, by which the kernel divides.
+    as `documents.queries` says. Where no row is in need among them, any query and gradient will
+    do, if lse is infinite: the kernel then finds probabilities of zero.
     """
 
     @staticmethod
@@ -80,6 +80,8 @@ class Varlen:
 
     @classmethod
     def forward(cls, q, rows, k, v, documents):
+        if not len(rows):
+            return empty_outputs(q)
         places, row_of_place = cls.place(rows, documents)
         out, lse_HS = cls.kernel(q[row_of_place], k, v, cls.spans(documents))
         return out[places], lse_HS.transpose(0, 1)[places]
@@ -87,10 +89,12 @@ class Varlen:
     @classmethod
     def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
         places, row_of_place = cls.place(rows, documents)
-        grad_out = scatter(grad_out, places, len(row_of_place))
-        wide_lse = lse.new_full((len(row_of_place), lse.shape[1]), float("inf"))
-        lse_HS = wide_lse.index_copy_(0, places, lse).transpose(0, 1).contiguous()
-        q, out, spans = q[row_of_place], out[row_of_place], cls.spans(documents)
+        if not len(rows):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        lse_HS = lse.new_full((lse.shape[1], len(row_of_place)), float("inf"))
+        lse_HS[:, places] = lse.transpose(0, 1)
+        grad_out, q, out = (x[row_of_place] for x in (grad_out, q, out))
+        spans = cls.spans(documents)
         grad_q, grad_k, grad_v = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
         return grad_q[places], grad_k, grad_v
 

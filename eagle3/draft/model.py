@@ -127,7 +127,8 @@ class Draft(nn.Module):
         It is not normalised: the next step reads the residual stream itself.
         """
         hidden = kernels.linear(attended.flatten(1), weights.o, hidden)
-        normed = self.midlayer.post_attention_layernorm(hidden)
+        norm = self.midlayer.post_attention_layernorm
+        _, hidden, normed = kernels.norm(norm, hidden, len(hidden))
         return kernels.feed_forward(normed, weights, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -96,8 +96,18 @@ class Eager:
 
     @staticmethod
     def share(x: Tensor) -> Any:
-        """`x` [T,...] as `heads` takes it, which adds up the gradient of many reads."""
+        """`x` as `heads` and `merge` take it, which may add up the gradient of many reads."""
         return x
+
+    @staticmethod
+    def anchors(shared: list) -> list[Tensor]:
+        """What an autograd function takes, besides what is shared, to have its gradient."""
+        return shared
+
+    @staticmethod
+    def norm(norm: torch.nn.RMSNorm, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x [n,D] itself, its first `count` rows, and these normed."""
+        return x, x[:count], norm(x[:count])
 
     @staticmethod
     def linear(x: Tensor, weight: Any, residual: Tensor | None = None) -> Tensor:
@@ -142,7 +152,7 @@ class Eager:
 
     @staticmethod
     def merge_backward(grad_out, q, out, lse, later, grad_q: Tensor) -> list[Tensor]:
-        """Gradients of the later keys and values; that of q is added to `grad_q`."""
+        """Gradients of the anchors of later keys and values; that of q is added to `grad_q`."""
         groups = (later[0].shape[1], -1)
         q_NGRd, grad_out_NGRd = q.unflatten(1, groups), grad_out.unflatten(1, groups)
         delta_NGR = (grad_out * out).sum(-1, dtype=lse.dtype).unflatten(1, groups)
@@ -172,6 +182,6 @@ class Eager:
         return value, logits.argmax(-1), grad.mul_(weights[:, None]).to(dtype)
 
     @staticmethod
-    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a @ b."""
-        total += a @ b
+    def add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """total + a @ b, in place where there is a total; in `dtype`."""
+        return (a @ b).to(dtype) if total is None else total.add_(a @ b)

@@ -18,6 +18,9 @@ from eagle3.errors import ConfigError
 from eagle3.kernels.eager import Eager, Weights
 
 
+NORM_ROWS = 16  # of one program of `norm_backward`
+
+
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -80,13 +83,38 @@ class Shared:
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
         """Add a @ b to the gradient."""
-        Fused.add_product(self.total()[self.place], a, b)
+        total, whole = self.total, self.place == (slice(None), slice(None))
+        given = None if whole and total.tensor is None else total()[self.place]
+        result = Fused.add_product(given, a, b, total.dtype)
+        if given is None:
+            total.tensor = result
 
 
 def share_weights(weights: list[Tensor], dtype: torch.dtype) -> Shared:
-    values = torch.cat([weight.detach().to(dtype) for weight in weights])
-    total = Total(values, weights[0].dtype)
+    lengths, first = [len(weight) for weight in weights], weights[0]
+    values = torch.empty(sum(lengths), *first.shape[1:], dtype=dtype, device=first.device)
+    for part, weight in zip(values.split(lengths), weights, strict=True):
+        part.copy_(weight.detach())
+    total = Total(values, first.dtype)
     return Shared(Anchor.apply(total, *weights), values, total)
+
+
+class Norm(torch.autograd.Function):
+    """x, x[:count] and rms_norm(x[:count]): their gradients meet in one pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, count):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        first = x[:count]
+        return x, first, torch.nn.functional.rms_norm(first, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_first, grad_normed):
+        grads = grad_x, grad_first.contiguous(), grad_normed.contiguous()
+        grad, parts = norm_backward(*grads, *ctx.saved_tensors, ctx.eps)
+        return grad, parts.sum(0).to(ctx.saved_tensors[1].dtype), None, None
 
 
 class Linear(torch.autograd.Function):
@@ -174,6 +202,14 @@ class Fused:
         return Shared(Anchor.apply(total, x), x.detach(), total)
 
     @staticmethod
+    def anchors(shared):
+        return [each.anchor for each in shared]
+
+    @staticmethod
+    def norm(norm, x, count):
+        return Norm.apply(x, norm.weight.to(x.dtype), norm.eps, count)
+
+    @staticmethod
     def linear(x, weight, residual=None):
         return Linear.apply(x, weight.anchor, weight, residual)
 
@@ -188,26 +224,29 @@ class Fused:
 
     @staticmethod
     def merge(q, out, lse, later):
-        return merge(q.contiguous(), out.contiguous(), lse.contiguous(), later)
+        values = [each.values for each in later]
+        return merge(q.contiguous(), out.contiguous(), lse.contiguous(), values)
 
     @staticmethod
     def merge_backward(grad_out, q, out, lse, later, grad_q):
         assert grad_q.is_contiguous()
-        grads = merge_backward(grad_out.contiguous(), q.contiguous(), out, lse, later, grad_q)
-        return [grad[: len(x)] for grad, x in zip(grads, later, strict=True)]
+        values, totals = [each.values for each in later], [each.total() for each in later]
+        inputs = grad_out.contiguous(), q.contiguous(), out, lse
+        merge_backward(*inputs, values, grad_q, totals)
+        return [None] * len(later)
 
     @staticmethod
     def loss_chunk(pointwise, logits, teacher, rows, weights):
         return loss_chunk(logits, teacher, rows, weights, number_of(pointwise))
 
     @staticmethod
-    def add_product(total, a, b):
-        if a.dtype == total.dtype:
-            total.addmm_(a, b)
-        elif a.is_cuda:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-        else:  # in Triton's interpreter
-            total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    def add_product(total, a, b, dtype):
+        if a.dtype == dtype or not a.is_cuda:  # as in Triton's interpreter
+            a, b = a.to(dtype), b.to(dtype)
+            return a @ b if total is None else total.addmm_(a, b)
+        if total is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
 
 
 class Auto:
@@ -289,17 +328,33 @@ def _(q, out, lse, later):
     return torch.empty_like(out), torch.empty_like(lse)
 
 
-@torch.library.custom_op("eagle3::merge_backward", mutates_args=("grad_q",))
+@torch.library.custom_op("eagle3::merge_backward", mutates_args=("grad_q", "totals"))
 def merge_backward(
-    grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor], grad_q: Tensor
-) -> Tensor:
-    """Gradients [2S,N,G,d] of the later keys and values, all as long as the longest of them."""
-    return jit().merge_backward(grad_out, q, out, lse, later, grad_q)
+    grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor], grad_q: Tensor,
+    totals: list[Tensor],
+) -> None:  # fmt: skip
+    """Adds to the gradient of q and to those of the later keys and values, `totals`."""
+    jit().merge_backward(grad_out, q, out, lse, later, grad_q, totals)
 
 
 @merge_backward.register_fake
-def _(grad_out, q, out, lse, later, grad_q):
-    return later[0].new_empty(len(later), *later[0].shape)
+def _(grad_out, q, out, lse, later, grad_q, totals):
+    return None
+
+
+@torch.library.custom_op("eagle3::norm_backward", mutates_args=())
+def norm_backward(
+    grad_x: Tensor | None, grad_first: Tensor, grad_normed: Tensor, x: Tensor, weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of x, and of the weight in parts [*,D] fp32 to be added up; see `Norm`."""
+    return jit().norm_backward(grad_x, grad_first, grad_normed, x, weight, eps)
+
+
+@norm_backward.register_fake
+def _(grad_x, grad_first, grad_normed, x, weight, eps):
+    parts = x.new_empty(-(-len(x) // NORM_ROWS), x.shape[1], dtype=torch.float32)
+    return torch.empty_like(x), parts
 
 
 POINTWISE: list = []  # by number, because an operator takes no function

@@ -8,7 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagle3.kernels.fused import NORM_ROWS
+
 SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
+NORM_WARPS = 8
 HEADS_BLOCK, HEADS_WARPS = 16, 4
 MERGE_WARPS = 1
 
@@ -193,7 +196,7 @@ def merge_kernel(
 
 @triton.jit
 def merge_backward_kernel(
-    grad_out, q, out, lse, keys, values, grad_q, grads, stride, scale,
+    grad_out, q, out, lse, keys, values, grad_q, grad_keys, grad_values, scale,
     S: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +206,7 @@ def merge_backward_kernel(
     head = (row * G + group) * R + r
     place = head[:, None] * D + at[None]
     mine = (row * G + group) * D + at
-    kind = grads.dtype.element_ty
+    kind = grad_q.dtype.element_ty
     x = tl.load(q + place, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad_out + place, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(g * tl.load(out + place, mask=inside, other=0.0).to(tl.float32), 1)
@@ -215,10 +218,11 @@ def merge_backward_kernel(
         p = tl.exp(tl.sum(x * key[None], 1) * scale - total)
         grad_score = p * (tl.sum(g * value[None], 1) - delta) * scale
         grad_x += grad_score[:, None] * key[None]
-        grad_key = tl.sum(grad_score[:, None] * x, 0)
-        grad_value = tl.sum(p[:, None] * g, 0)
-        tl.store(grads + 2 * i * stride + mine, grad_key.to(kind), mask=within)
-        tl.store(grads + (2 * i + 1) * stride + mine, grad_value.to(kind), mask=within)
+        to_key, to_value = grad_keys[i] + mine, grad_values[i] + mine
+        grad_key = tl.load(to_key, mask=within, other=0.0) + tl.sum(grad_score[:, None] * x, 0)
+        grad_value = tl.load(to_value, mask=within, other=0.0) + tl.sum(p[:, None] * g, 0)
+        tl.store(to_key, grad_key.to(kind), mask=within)
+        tl.store(to_value, grad_value.to(kind), mask=within)
     tl.store(grad_q + place, grad_x.to(kind), mask=inside)
 
 
@@ -239,10 +243,47 @@ def merge(q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor]) -> tuple[Ten
     return merged, merged_lse
 
 
-def merge_backward(grad_out, q, out, lse, later: list[Tensor], grad_q: Tensor) -> Tensor:
-    grads = later[0].new_empty(len(later), *later[0].shape)
-    grads[:, len(q) :] = 0  # rows that have no query at this step
-    keys, values, stride = tuple(later[::2]), tuple(later[1::2]), grads.stride(0)
-    tensors = (grad_out, q, out, lse, keys, values, grad_q, grads, stride)
-    launch_merge(merge_backward_kernel, q, later, *tensors)
-    return grads
+def merge_backward(grad_out, q, out, lse, later: list[Tensor], grad_q, totals: list[Tensor]):
+    pairs = tuple(later[::2]), tuple(later[1::2]), grad_q, tuple(totals[::2]), tuple(totals[1::2])
+    launch_merge(merge_backward_kernel, q, later, grad_out, q, out, lse, *pairs)
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad_x, grad_first, grad_normed, x, weight, out, parts, rows, count, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows, whose gradients of the weight are added up; `grad_x` is read if KEPT."""
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    at = tl.arange(0, BLOCK)
+    kind = out.dtype.element_ty
+    scale = tl.load(weight + at, mask=at < D, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([BLOCK], tl.float32)
+    for row in range(first, tl.minimum(first + ROWS, rows)):
+        within = (at < D) & (row + 0 * at < count)
+        place = row * D + at
+        values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
+        normed = values * tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+        g = tl.load(grad_normed + place, mask=within, other=0.0).to(tl.float32)
+        grad_weight += g * normed
+        g *= scale
+        total = g - normed * (tl.sum(g * normed, 0) / D)
+        total *= tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+        total += tl.load(grad_first + place, mask=within, other=0.0).to(tl.float32)
+        if KEPT:
+            total += tl.load(grad_x + place, mask=at < D, other=0.0).to(tl.float32)
+        tl.store(out + place, total.to(kind), mask=at < D)
+    tl.store(parts + tl.program_id(0) * D + at, grad_weight, mask=at < D)
+
+
+def norm_backward(grad_x, grad_first, grad_normed, x, weight, eps: float):
+    (rows, size), kept = x.shape, grad_x is not None
+    out, programs = torch.empty_like(x), triton.cdiv(rows, NORM_ROWS)
+    parts = x.new_empty(programs, size, dtype=torch.float32)
+    if rows:
+        tensors = grad_x.contiguous() if kept else x, grad_first, grad_normed, x, weight, out, parts
+        norm_backward_kernel[(programs,)](
+            *tensors, rows, len(grad_first), eps, D=size, ROWS=NORM_ROWS, KEPT=kept,
+            BLOCK=triton.next_power_of_2(size), num_warps=NORM_WARPS,
+        )  # fmt: skip
+    return out, parts
