@@ -107,7 +107,8 @@ class Eager:
     @staticmethod
     def norm(norm: torch.nn.RMSNorm, x: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """x [n,D] itself, its first `count` rows, and these normed."""
-        return x, x[:count], norm(x[:count])
+        first = x[:count]
+        return x, first, norm(first)
 
     @staticmethod
     def linear(x: Tensor, weight: Any, residual: Tensor | None = None) -> Tensor:
