@@ -83,7 +83,8 @@ class Pairs:
     """The M pairs of a batch as the fused loss takes them.
 
     `teachers` [U+1,H] with a row of zeros behind them, `head` [Vd,H], `argmax` int64 [U+1],
-    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id.
+    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id. `scale` is what
+    backward will begin with, if that is known.
     """
 
     batch: Batch
@@ -95,6 +96,7 @@ class Pairs:
     pointwise: Pointwise
     chunk_rows: int
     kernels: Any
+    scale: float | None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -103,6 +105,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, students_MD, lm_head_VD, pairs: Pairs):
         batch, weights = pairs.batch, pairs.weights
+        grad_weights = weights if pairs.scale is None else weights * pairs.scale
         want_gradients = any(ctx.needs_input_grad)
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
@@ -121,7 +124,7 @@ class FusedLoss(torch.autograd.Function):
                 students_MD[here] @ head.T,
                 pairs.teachers[start:stop] @ pairs.head.T,
                 teacher_of_pair - start,
-                weights[here],
+                grad_weights[here],
             )
             correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
@@ -131,14 +134,18 @@ class FusedLoss(torch.autograd.Function):
         if want_gradients and grad_head is None:
             grad_head = torch.zeros_like(lm_head_VD)
         ctx.save_for_backward(grad_students, grad_head)
+        ctx.scale = pairs.scale
         ctx.mark_non_differentiable(losses, correct)
         return (losses * weights).sum(), losses, correct
 
     @staticmethod
     def backward(ctx, grad, *unused):
         grad_students, grad_head = ctx.saved_tensors
-        # In place: backward runs once, and these are as large as the activations of a step.
-        return grad_students.mul_(grad), grad_head.mul_(grad), None
+        if ctx.scale is None:
+            # In place: backward runs once, and these are as large as the activations of a step.
+            return grad_students.mul_(grad), grad_head.mul_(grad), None
+        torch._assert_async((grad / ctx.scale - 1).abs() < 1e-5)  # the host does not wait
+        return grad_students, grad_head, None
 
 
 class SoftTargetLoss:
@@ -164,8 +171,10 @@ class SoftTargetLoss:
         features: Features,
         batch: Batch,
         draft_head: torch.Tensor,
+        scale: float | None = None,
     ) -> LossOutput:
-        """`hidden_ND` is what `unroll` returned; `draft_head` as in `FrozenWeights`.
+        """`hidden_ND` is what `unroll` returned; `draft_head` as in `FrozenWeights`. With fused
+        kernels the loss must be multiplied by `scale` before backward, if that is given.
 
         A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the
         accuracy it counts regardless, as a miss.
@@ -179,9 +188,10 @@ class SoftTargetLoss:
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         weights = powers.to(argmax.device)[batch.pair_step] * counted
         students = draft.norm(TakeRows.apply(hidden_ND, batch.pair_index))
+        kernels = draft.kernels.pick(hidden_ND)
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
-            self.chunk_rows, draft.kernels.pick(hidden_ND),
+            self.chunk_rows, kernels, scale if kernels.scales_first else None,
         )  # fmt: skip
         loss, losses, correct = FusedLoss.apply(students, draft.lm_head.weight, pairs)
         sums = losses.new_zeros(2, num_steps)

@@ -82,6 +82,8 @@ def own_scores(q_NGRd: Tensor, key: Tensor) -> Tensor:
 class Eager:
     """Any device and dtype."""
 
+    scales_first = False  # whether the loss is scaled before its gradients, not these behind it
+
     @classmethod
     def pick(cls, x: Tensor) -> type["Eager"]:
         """The kernels for tensors like `x`."""

@@ -177,6 +177,8 @@ class Heads(torch.autograd.Function):
 class Fused:
     """Half precision and fp32, on CUDA (or in Triton's interpreter)."""
 
+    scales_first = True
+
     def __init__(self):
         """Raises ConfigError."""
         if not has_triton():
