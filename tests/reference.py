@@ -190,8 +190,9 @@ class Case:
         return Features(self.packed(self.aux, order), last, logits.argmax(-1), logits.logsumexp(-1))
 
     def fast(
-        self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None
-    ):
+        self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None,
+        scale=None,
+    ):  # fmt: skip
         """The trainer's loss (not yet divided) and its batch."""
         documents = [Document(*d) for d in self.documents(order)]
         supervised = getattr(supervision, mask)
@@ -200,7 +201,8 @@ class Case:
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
         function = partial(trainer_loss.lk, eta=3.0) if pointwise == "lk" else trainer_loss.kl
         soft_target = trainer_loss.SoftTargetLoss(function, gamma, chunk_rows, supervised)
-        return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
+        rows = self.head[self.draft.t2d]
+        return soft_target(self.draft, hidden, features, batch, rows, scale), batch
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         names, parameters = zip(*self.draft.named_parameters(), strict=True)

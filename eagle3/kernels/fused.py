@@ -17,7 +17,6 @@ from torch import Tensor
 from eagle3.errors import ConfigError
 from eagle3.kernels.eager import Eager, Weights
 
-
 NORM_ROWS = 16  # of one program of `norm_backward`
 
 

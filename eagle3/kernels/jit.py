@@ -259,20 +259,21 @@ def norm_backward_kernel(
     kind = out.dtype.element_ty
     scale = tl.load(weight + at, mask=at < D, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([BLOCK], tl.float32)
-    for row in range(first, tl.minimum(first + ROWS, rows)):
-        within = (at < D) & (row + 0 * at < count)
+    for i in range(ROWS):
+        row = first + i
+        inside, within = (at < D) & (row + 0 * at < rows), (at < D) & (row + 0 * at < count)
         place = row * D + at
         values = tl.load(x + place, mask=within, other=0.0).to(tl.float32)
-        normed = values * tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+        inverse = tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+        normed = values * inverse
         g = tl.load(grad_normed + place, mask=within, other=0.0).to(tl.float32)
         grad_weight += g * normed
         g *= scale
-        total = g - normed * (tl.sum(g * normed, 0) / D)
-        total *= tl.rsqrt(tl.sum(values * values, 0) / D + eps)
+        total = inverse * (g - normed * (tl.sum(g * normed, 0) / D))
         total += tl.load(grad_first + place, mask=within, other=0.0).to(tl.float32)
         if KEPT:
-            total += tl.load(grad_x + place, mask=at < D, other=0.0).to(tl.float32)
-        tl.store(out + place, total.to(kind), mask=at < D)
+            total += tl.load(grad_x + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + place, total.to(kind), mask=inside)
     tl.store(parts + tl.program_id(0) * D + at, grad_weight, mask=at < D)
 
 
