@@ -48,7 +48,7 @@ def aligned(types: list, place: tuple = ()) -> dict:
         if isinstance(kind, tuple):
             found |= aligned(list(kind), (*place, number))
         elif kind != "fp32":
-            found[*place, number] = [["tt.divisibility", 16]]
+            found[(*place, number)] = [["tt.divisibility", 16]]
     return found
 
 

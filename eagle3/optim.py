@@ -54,9 +54,8 @@ def step_if_finite(
     norm = torch.nn.utils.get_total_norm(grads)
     skipped = ~norm.isfinite()
     fused, scale = optimizer.defaults.get("fused"), None
-    if (
-        fused and norm.is_cuda
-    ):  # the kernel divides by it, where clipping would be a pass of its own
+    if fused and norm.is_cuda:
+        # The kernel divides by it, where clipping would be a pass of its own.
         scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
     else:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
