@@ -7,6 +7,7 @@ import torch
 from reference import attend, relative_error
 
 from eagle3.batch import DocumentSpans
+from eagle3.draft import flash
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import Auto, FlashAttn, FlashCPU, FlashCUDA, Varlen
 
@@ -144,3 +145,19 @@ def test_the_total_matters_in_backward():
     out, grad_q, grad_k, grad_v, *later = errors(Unmerged, torch.float64)
     assert max(out, grad_v, *later) < 1e-12
     assert grad_q > 0.05 and grad_k > 0.05
+
+
+@pytest.mark.parametrize(
+    "installed, capability, calls",
+    [(True, (9, 0), ["FA3"]), (True, (8, 0), []), (False, (9, 0), [])],
+)
+def test_flash_attention_3_where_it_runs(monkeypatch, installed, capability, calls):
+    found = []
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", found.append)
+    flash.use_flash_attention_3.cache_clear()
+    flash.use_flash_attention_3()
+    flash.use_flash_attention_3()
+    assert found == calls
+    flash.use_flash_attention_3.cache_clear()

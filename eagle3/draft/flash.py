@@ -3,9 +3,12 @@
 Shapes as in `draft/attention.py`: T packed tokens, N query rows, H query heads of size d.
 """
 
+import functools
+import importlib.util
 from itertools import accumulate, pairwise, starmap
 
 import torch
+import torch.nn.attention
 
 from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
 
@@ -99,11 +102,22 @@ class Varlen:
         return grad_q[places], grad_k, grad_v
 
 
+@functools.cache
+def use_flash_attention_3() -> None:
+    """Have torch's flash operators call the package, where it is installed and the GPU a Hopper."""
+    installed = importlib.util.find_spec("flash_attn_interface") is not None
+    if installed and torch.cuda.get_device_capability() == (9, 0):
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+
+
 class FlashCUDA(Varlen):
-    """The varlen flash kernel inside torch: CUDA, fp16 and bf16, head size up to 256."""
+    """The varlen flash kernel inside torch, or FlashAttention 3 where installed: CUDA, fp16 and
+    bf16, head size up to 256.
+    """
 
     @staticmethod
     def kernel(q, k, v, spans):
+        use_flash_attention_3()
         forward = torch.ops.aten._flash_attention_forward
         return forward(q, k, v, *spans, 0.0, True, False, scale=scale_of(q))[:2]
 
