@@ -13,20 +13,35 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 
-class DocumentSpans(NamedTuple):
-    """Where packed documents lie: `cu_seqlens` int32 [B+1] on the device, `lengths` on the host.
-
-    A single document may have queries only from its token `first` on.
+class Queries(NamedTuple):
+    """Documents have queries only from some token on: `counts` on the host, `cu_seqlens` int32
+    [B+1]; and where a token lies among the tokens with queries, `of_token` int64 [T].
     """
 
     cu_seqlens: torch.Tensor
+    counts: list[int]
+    of_token: torch.Tensor
+
+
+class DocumentSpans(NamedTuple):
+    """Where packed documents lie: `cu_seqlens` int32 [B+1] on the device, `lengths` on the host."""
+
+    cu_seqlens: torch.Tensor
     lengths: list[int]
-    first: int = 0
+    queries: Queries | None = None  # of all tokens
 
     def to(self, device: torch.device) -> "DocumentSpans":
-        return self._replace(cu_seqlens=self.cu_seqlens.to(device, non_blocking=True))
+        return tree_map_only(torch.Tensor, lambda x: x.to(device, non_blocking=True), self)
+
+    def with_queries(self, counts: torch.Tensor) -> "DocumentSpans":
+        """Queries of the last `counts` int64 [B] tokens of each document alone; on the host."""
+        cu_seqlens = F.pad(counts.cumsum(0), (1, 0))
+        before = (self.cu_seqlens - cu_seqlens)[1:].repeat_interleave(torch.tensor(self.lengths))
+        of_token = torch.arange(len(before)) - before
+        return self._replace(queries=Queries(cu_seqlens.int(), counts.tolist(), of_token))
 
 
 @dataclass
@@ -164,6 +179,10 @@ def pack(
     rows = order[: int((depth > 0).sum())]
     row_counts = needed_KT.sum(1).tolist()
 
+    # Attention begins with the first row of a document that is needed, or its last token.
+    firsts = (cu_seqlens[1:] - 1).scatter_reduce(0, document_ids[rows], rows, "amin")
+    spans = DocumentSpans(cu_seqlens.int(), lengths).with_queries(cu_seqlens[1:] - firsts)
+
     teacher_place = torch.full((len(input_ids) + 1,), -1)
     teacher_place[teacher_rows] = torch.arange(len(teacher_rows))
     step, row_place = supervised_KT[:, rows].nonzero(as_tuple=True)
@@ -179,7 +198,7 @@ def pack(
         loss_mask=loss_mask,
         position_ids=places - starts,
         document_ends=ends,
-        documents=DocumentSpans(cu_seqlens.int(), lengths),
+        documents=spans,
         document_keys=[document.key for document in documents],
         teacher_rows=teacher_rows,
         own=places,

@@ -123,6 +123,7 @@ class DraftSection:
     config: Optional[str]
     init_from: Optional[str]
     attention: dict[str, Any]
+    kernels: dict[str, Any]
     initial: dict[str, Any]
 
 

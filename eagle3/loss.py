@@ -13,7 +13,7 @@ rows, Vd draft vocabulary, D and H hidden sizes of draft and target.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch.nn import functional as F
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from eagle3.batch import Batch, Features, SupervisedMask
 from eagle3.config import Within
 from eagle3.draft.model import Draft
+from eagle3.kernels.eager import TakeRows
 
 Pointwise = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -82,7 +83,8 @@ class Pairs:
     """The M pairs of a batch as the fused loss takes them.
 
     `teachers` [U+1,H] with a row of zeros behind them, `head` [Vd,H], `argmax` int64 [U+1],
-    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id.
+    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id. `scale` is what
+    backward will begin with, if that is known.
     """
 
     batch: Batch
@@ -93,6 +95,8 @@ class Pairs:
     target_ids: torch.Tensor
     pointwise: Pointwise
     chunk_rows: int
+    kernels: Any
+    scale: float | None
 
 
 class FusedLoss(torch.autograd.Function):
@@ -101,11 +105,12 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, students_MD, lm_head_VD, pairs: Pairs):
         batch, weights = pairs.batch, pairs.weights
+        grad_weights = weights if pairs.scale is None else weights * pairs.scale
         want_gradients = any(ctx.needs_input_grad)
         losses = weights.new_zeros(len(students_MD))
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
-        grad_students = torch.zeros_like(students_MD) if want_gradients else None
-        grad_head = torch.zeros_like(lm_head_VD) if want_gradients else None
+        grad_students = torch.empty_like(students_MD) if want_gradients else None
+        grad_head = None
         head = lm_head_VD.to(students_MD.dtype)
         for start in range(0, len(pairs.teachers), pairs.chunk_rows):
             stop = min(start + pairs.chunk_rows, len(pairs.teachers))
@@ -114,26 +119,33 @@ class FusedLoss(torch.autograd.Function):
             if here.start == here.stop:
                 continue
             teacher_of_pair = batch.pair_teacher[here]
-            teacher = (pairs.teachers[start:stop] @ pairs.head.T).to(weights.dtype).softmax(-1)
-            logits = (students_MD[here] @ head.T).to(weights.dtype)
-            losses[here], grad = pairs.pointwise(logits, teacher[teacher_of_pair - start])
-            correct[here] = pairs.target_ids[logits.argmax(-1)] == pairs.argmax[teacher_of_pair]
+            losses[here], best, grad = pairs.kernels.loss_chunk(
+                pairs.pointwise,
+                students_MD[here] @ head.T,
+                pairs.teachers[start:stop] @ pairs.head.T,
+                teacher_of_pair - start,
+                grad_weights[here],
+            )
+            correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
-                grad = grad.mul_(weights[here, None]).to(students_MD.dtype)
                 torch.mm(grad, head, out=grad_students[here])
-                grad_head += grad.T @ students_MD[here]
+                product = grad.T, students_MD[here]
+                grad_head = pairs.kernels.add_product(grad_head, *product, lm_head_VD.dtype)
+        if want_gradients and grad_head is None:
+            grad_head = torch.zeros_like(lm_head_VD)
         ctx.save_for_backward(grad_students, grad_head)
+        ctx.scale = pairs.scale
         ctx.mark_non_differentiable(losses, correct)
         return (losses * weights).sum(), losses, correct
 
     @staticmethod
     def backward(ctx, grad, *unused):
         grad_students, grad_head = ctx.saved_tensors
-        return (
-            grad_students * grad.to(grad_students.dtype),
-            grad_head * grad.to(grad_head.dtype),
-            None,
-        )
+        if ctx.scale is None:
+            # In place: backward runs once, and these are as large as the activations of a step.
+            return grad_students.mul_(grad), grad_head.mul_(grad), None
+        torch._assert_async((grad / ctx.scale - 1).abs() < 1e-5)  # the host does not wait
+        return grad_students, grad_head, None
 
 
 class SoftTargetLoss:
@@ -159,8 +171,10 @@ class SoftTargetLoss:
         features: Features,
         batch: Batch,
         draft_head: torch.Tensor,
+        scale: float | None = None,
     ) -> LossOutput:
-        """`hidden_ND` is what `unroll` returned; `draft_head` as in `FrozenWeights`.
+        """`hidden_ND` is what `unroll` returned; `draft_head` as in `FrozenWeights`. With fused
+        kernels the loss must be multiplied by `scale` before backward, if that is given.
 
         A pair counts in the loss only if the target's argmax lies in the draft vocabulary; in the
         accuracy it counts regardless, as a miss.
@@ -173,10 +187,11 @@ class SoftTargetLoss:
         powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
         weights = powers.to(argmax.device)[batch.pair_step] * counted
-        students = draft.head_input(hidden_ND[batch.pair_index])
+        students = draft.head_input(TakeRows.apply(hidden_ND, batch.pair_index))
+        kernels = draft.kernels.pick(hidden_ND)
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
-            self.chunk_rows,
+            self.chunk_rows, kernels, scale if kernels.scales_first else None,
         )  # fmt: skip
         loss, losses, correct = FusedLoss.apply(students, draft.lm_head.weight, pairs)
         sums = losses.new_zeros(2, num_steps)

@@ -53,10 +53,15 @@ def step_if_finite(
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     skipped = ~norm.isfinite()
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    if optimizer.defaults.get("fused"):
-        # The fused kernel reads `found_inf`, as a GradScaler sets it, and then changes nothing.
-        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+    fused, scale = optimizer.defaults.get("fused"), None
+    if fused and norm.is_cuda:
+        # The kernel divides by it, where clipping would be a pass of its own.
+        scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    if fused:
+        # The kernel reads `found_inf`, as a GradScaler sets it, and then changes nothing.
+        optimizer.grad_scale, optimizer.found_inf = scale, skipped.float()
         optimizer.step()
     elif not skipped:
         optimizer.step()

@@ -186,6 +186,7 @@ def build_trainer(
     section, shape, weights = config.train, config.parallel, target.load_weights()
     torch.manual_seed(config.seed)
     draft = build_draft(config.draft, target, weights, supply).to(target.device)
+    draft.kernels = instantiate(config.draft.kernels)
     frozen = FrozenWeights(weights.embedding, weights.head[draft.target_ids])
     loss = instantiate(config.loss)
 
@@ -272,7 +273,8 @@ class Trainer:
             batch = batch.to(self.frozen.embedding.device)
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
-            output = self.loss(self.draft, hidden_ND, features, batch, self.frozen.draft_head)
+            given = self.draft, hidden_ND, features, batch, self.frozen.draft_head
+            output = self.loss(*given, scale=1 / normaliser)
             (output.loss / normaliser).backward()
             flops = training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)

@@ -19,8 +19,8 @@ import torch
 
 from eagle3.batch import Batch
 from eagle3.draft.attention import KeysValues
-from eagle3.draft.model import Draft, DraftConfig, linear
-from eagle3.draft.rope import rotate
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.kernels.eager import TakeRows
 
 
 def unroll(
@@ -35,42 +35,45 @@ def unroll(
     # once and read by every step, one token further on each time.
     length, own, rows = len(batch.input_ids), batch.own, batch.rows
     input_ids = torch.cat([batch.input_ids, batch.input_ids.new_zeros(1)])
-    embedded_weight, hidden_weight = draft.qkv_weight(0), draft.qkv_weight(1)
-    embedded_tokens = linear(draft.midlayer.input_layernorm(embedding[input_ids]), embedded_weight)
-    query_size = draft.config.num_attention_heads * draft.config.head_dim
+    kernels = draft.kernels.pick(embedding)
+    weights = draft.weights(kernels, embedding.dtype)
+    normed_tokens = draft.midlayer.input_layernorm(embedding[input_ids])
+    embedded_tokens = kernels.share(kernels.linear(normed_tokens, weights.embedded))
+    heads, kv_heads = draft.config.num_attention_heads, draft.config.num_key_value_heads
+    query_size = heads * draft.config.head_dim
 
-    def embedded(places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return embedded_tokens[torch.where(places < ends, places, length)]
+    def within(places: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return torch.where(places < ends, places, length)
 
     # Rows meet only in k^0 and v^0, so these are made of every token; the rest of rows in need
     # alone.
-    hidden_OD = draft.fuse(aux_hidden_states_OA.to(embedding.dtype))
+    hidden_OD = draft.fuse(aux_hidden_states_OA.to(embedding.dtype), kernels, weights)
     normed_OD = draft.midlayer.hidden_norm(hidden_OD)
-    k0_v0 = linear(normed_OD, hidden_weight[query_size:])
-    k0_v0 = k0_v0 + embedded(own + 1, batch.document_ends[own])[:, query_size:]
-    k0, v0 = k0_v0.unflatten(-1, (-1, draft.config.head_dim)).chunk(2, dim=-2)
-    k0 = rotate(k0, *draft.rope(batch.position_ids[own], batch.max_length))
-    keys_values = (batch.exchange or KeysValues)(draft.attention, batch, k0, v0.contiguous())
+    _, k0, v0 = kernels.heads(
+        kernels.linear(normed_OD, weights.hidden[query_size:]), embedded_tokens,
+        within(own + 1, batch.document_ends[own]),
+        *draft.rope(batch.position_ids[own], batch.max_length), (0, kv_heads, kv_heads),
+    )  # fmt: skip
+    keys_values = (batch.exchange or KeysValues)(kernels, draft.attention, batch, k0, v0)
 
-    hidden_ND, normed_ND, outputs = hidden_OD[rows], normed_OD[rows], []
+    hidden_ND, normed_ND = (TakeRows.apply(x, rows) for x in (hidden_OD, normed_OD))
+    outputs = []
     places = own[rows]
     ends, positions = batch.document_ends[places], batch.position_ids[places]
     # Step 0 always runs, so that every weight gets a gradient on every rank.
     for step in range(max(1, batch.num_steps)):
         count = batch.row_counts[step]
-        ahead = embedded(places[:count] + step + 1, ends[:count])
-        cos, sin = draft.rope(positions[:count] + step, batch.max_length + step)
-        if step == 0:
-            q = linear(normed_ND, hidden_weight[:query_size]) + ahead[:, :query_size]
-            q, later = q.unflatten(-1, (-1, draft.config.head_dim)), ()
-        else:
-            hidden_ND = hidden_ND[:count]
-            normed_ND = draft.midlayer.hidden_norm(hidden_ND)
-            q, k, v = draft.split_heads(linear(normed_ND, hidden_weight) + ahead)
-            # A view of v would keep q, k and v for backward.
-            later = rotate(k, cos, sin), v.contiguous()
-        attended = keys_values.attend(rotate(q, cos, sin), *later)
-        hidden_ND = draft.finish(hidden_ND, attended)
+        ahead = within(places[:count] + step + 1, ends[:count])
+        rotation = draft.rope(positions[:count] + step, batch.max_length + step)
+        weight, counts = weights.hidden[:query_size], (heads, 0, 0)
+        if step > 0:
+            norm = draft.midlayer.hidden_norm
+            outputs[-1], hidden_ND, normed_ND = kernels.norm(norm, hidden_ND, count)
+            weight, counts = weights.hidden, (heads, kv_heads, kv_heads)
+        qkv = kernels.linear(normed_ND, weight)
+        q, *own_kv = kernels.heads(qkv, embedded_tokens, ahead, *rotation, counts)
+        attended = keys_values.attend(q, *(own_kv if step else ()))
+        hidden_ND = draft.finish(hidden_ND, attended, kernels, weights)
         outputs.append(hidden_ND)
     return torch.cat(outputs)
 

@@ -74,6 +74,9 @@ def pytest_collection_modifyitems(config, items):
         for mark in ("slow", "gpu", "engines"):
             if mark in item.keywords and not config.getoption(f"--{mark}"):
                 item.add_marker(pytest.mark.skip(reason=f"needs --{mark}"))
+        # Read where triton is imported, which torch does by itself.
+        if "triton" in item.keywords and "TRITON_INTERPRET" not in os.environ:
+            item.add_marker(pytest.mark.skip(reason="needs Triton, and TRITON_INTERPRET=1"))
     if config.getoption("--fast"):
         config.hook.pytest_deselected(items=[item for item in items if "runs" in item.keywords])
         items[:] = [item for item in items if "runs" not in item.keywords]

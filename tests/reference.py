@@ -22,6 +22,7 @@ from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, Features, pack
 from eagle3.draft.attention import Attend
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.kernels.eager import Eager
 from eagle3.ttt import unroll
 
 
@@ -194,8 +195,9 @@ class Case:
         return Features(self.packed(self.aux, order), last, logits.argmax(-1), logits.logsumexp(-1))
 
     def fast(
-        self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None
-    ):
+        self, gamma=0.8, ttt_steps=5, mask="serving", pointwise="kl", chunk_rows=4096, order=None,
+        scale=None,
+    ):  # fmt: skip
         """The trainer's loss (not yet divided) and its batch."""
         documents = [Document(*d) for d in self.documents(order)]
         supervised = getattr(supervision, mask)
@@ -204,7 +206,8 @@ class Case:
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
         function = partial(trainer_loss.lk, eta=3.0) if pointwise == "lk" else trainer_loss.kl
         soft_target = trainer_loss.SoftTargetLoss(function, gamma, chunk_rows, supervised)
-        return soft_target(self.draft, hidden, features, batch, self.head[self.draft.t2d]), batch
+        rows = self.head[self.draft.t2d]
+        return soft_target(self.draft, hidden, features, batch, rows, scale), batch
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         names, parameters = zip(*self.draft.named_parameters(), strict=True)
@@ -275,4 +278,5 @@ def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 def attend(backend, documents, rows, q, k, v, later):
     """The fast attention on plain tensors: `later` is a list of (k^i, v^i)."""
-    return Attend.apply(backend, documents, rows, q, k, v, *(x for pair in later for x in pair))
+    own = [x for pair in later for x in pair]
+    return Attend.apply(Eager, backend, documents, rows, own, q, k, v, *own)

@@ -1,14 +1,17 @@
 """Every backend against the plain form, a row at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from reference import attend, relative_error
 
 from eagle3.batch import DocumentSpans
+from eagle3.draft import flash
 from eagle3.draft.attention import Dense
-from eagle3.draft.flash import Auto, FlashAttn, FlashCPU, FlashCUDA
+from eagle3.draft.flash import Auto, FlashAttn, FlashCPU, FlashCUDA, Varlen
 
-LENGTHS = [5, 1, 12, 3]
+LENGTHS, QUERIES = [5, 1, 12, 3], [5, 1, 12, 1]  # the last of these tokens may have queries
 # Rows in the order of need, not of place; none from the document of one token.
 ROWS = torch.tensor([16, 3, 4, 20, 9, 6, 0, 17])
 
@@ -43,7 +46,8 @@ def plain(q, k, v, later):
 
 def errors(backend, dtype, heads=4, kv_heads=2, steps=3, head_dim=8, device="cpu"):
     """Relative errors of the output and of every gradient, against the plain form in float64."""
-    documents = DocumentSpans(torch.tensor([0, *LENGTHS]).cumsum(0).int().to(device), LENGTHS)
+    documents = DocumentSpans(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
+    documents = documents.with_queries(torch.tensor(QUERIES)).to(device)
 
     def merged(q, k, v, later):
         rows, q, k, v = (x.to(device) for x in (ROWS, q, k, v))
@@ -60,7 +64,52 @@ def errors(backend, dtype, heads=4, kv_heads=2, steps=3, head_dim=8, device="cpu
     return [relative_error(*pair) for pair in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto])
+class PlainVarlen(Varlen):
+    """What the flash kernels for CUDA are taken to do."""
+
+    @staticmethod
+    def parts(spans):
+        """By document: its queries, its keys, and which of these a query does not see."""
+        queries, keys = (pairwise(x.tolist()) for x in spans[:2])
+        for (start, stop), (first, last) in zip(queries, keys, strict=True):
+            hidden = torch.ones(stop - start, last - first).triu(1 + last - first - stop + start)
+            yield slice(start, stop), slice(first, last), hidden.bool()
+
+    @staticmethod
+    def scores(q, k, hidden):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("nhd,thd->hnt", q, k).double() * q.shape[-1] ** -0.5
+        return scores.masked_fill(hidden, float("-inf"))
+
+    @staticmethod
+    def kernel(q, k, v, spans):
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float64)
+        for queries, keys, hidden in PlainVarlen.parts(spans):
+            scores = PlainVarlen.scores(q[queries], k[keys], hidden)
+            values = v[keys].repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
+            out[queries] = torch.einsum("hnt,thd->nhd", scores.softmax(-1), values).to(out.dtype)
+            lse[:, queries] = scores.logsumexp(-1)
+        return out, lse
+
+    @staticmethod
+    def kernel_backward(grad_out, q, k, v, out, lse, spans):
+        dtype = q.dtype
+        grad_out, q, k, v, out = (x.double() for x in (grad_out, q, k, v, out))
+        grads, ratio = [torch.zeros_like(x) for x in (q, k, v)], q.shape[1] // k.shape[1]
+        delta = (grad_out * out).sum(-1).T
+        for queries, keys, hidden in PlainVarlen.parts(spans):
+            p = (PlainVarlen.scores(q[queries], k[keys], hidden) - lse[:, queries, None]).exp()
+            own_k, own_v = (x[keys].repeat_interleave(ratio, dim=1) for x in (k, v))
+            grad_p = torch.einsum("nhd,thd->hnt", grad_out[queries], own_v)
+            grad_scores = p * (grad_p - delta[:, queries, None]) * q.shape[-1] ** -0.5
+            grads[0][queries] = torch.einsum("hnt,thd->nhd", grad_scores, own_k)
+            for grad, weight, x in ((grads[1], grad_scores, q), (grads[2], p, grad_out)):
+                each = torch.einsum("hnt,nhd->thd", weight, x[queries])
+                grad[keys] = each.unflatten(1, (-1, ratio)).sum(2)
+        return [grad.to(dtype) for grad in grads]
+
+
+@pytest.mark.parametrize("backend", [Dense, FlashCPU, Auto, PlainVarlen])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("steps", [0, 1, 6])
 @pytest.mark.parametrize(
@@ -96,3 +145,19 @@ def test_the_total_matters_in_backward():
     out, grad_q, grad_k, grad_v, *later = errors(Unmerged, torch.float64)
     assert max(out, grad_v, *later) < 1e-12
     assert grad_q > 0.05 and grad_k > 0.05
+
+
+@pytest.mark.parametrize(
+    "installed, capability, calls",
+    [(True, (9, 0), ["FA3"]), (True, (8, 0), []), (False, (9, 0), [])],
+)
+def test_flash_attention_3_where_it_runs(monkeypatch, installed, capability, calls):
+    found = []
+    monkeypatch.setattr(flash.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", found.append)
+    flash.use_flash_attention_3.cache_clear()
+    flash.use_flash_attention_3()
+    flash.use_flash_attention_3()
+    assert found == calls
+    flash.use_flash_attention_3.cache_clear()

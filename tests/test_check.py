@@ -240,14 +240,14 @@ def test_layers_in_another_order_are_read_so():
     for norm in draft.fc_norm:
         torch.nn.init.normal_(norm.weight)
     own, parts, orders = copy.deepcopy(draft.state_dict()), torch.randn(5, 3, 8), []
-    expected = draft.fuse(torch.cat([*parts], -1))
+    expected = draft.fc(draft.fc_norm(torch.cat([*parts], -1)))
     for words, tensors in repairs(own, config):
         _, found, order = words.partition("the layers of fc in the order ")
         if found:
             orders.append(ast.literal_eval(order))
             draft.load_state_dict(own | tensors)
             fed = torch.cat([parts[number - 1] for number in orders[-1]], -1)
-            torch.testing.assert_close(draft.fuse(fed), expected)
+            torch.testing.assert_close(draft.fc(draft.fc_norm(fed)), expected)
     assert {(5, 4, 3, 2, 1), (2, 3, 4, 5, 1), (1, 4, 3, 2, 5)} <= {*orders}
     assert {(0, 1, 2), *other_orders(3)} == {*permutations(range(3))}
 

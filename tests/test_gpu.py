@@ -11,6 +11,9 @@ from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
 from eagle3.draft.model import Draft, DraftConfig
+from eagle3.kernels.eager import Eager
+from eagle3.kernels.fused import Fused
+from eagle3.optim import step_if_finite
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.target.hf import HFTarget
 from eagle3.ttt import unroll
@@ -77,6 +80,41 @@ def test_bf16_training_step_is_near_fp32():
     half_loss, half = gradients(CUDA, torch.bfloat16)
     assert half_loss == pytest.approx(loss, rel=2e-2)
     assert all(distance(h, e) < 0.1 for h, e in zip(half, expected, strict=True))
+
+
+def test_fused_kernels_equal_the_plain_ones():
+    config = DraftConfig(256, 512, 6, 2, 64, 1000, 400, 256, 1024)
+    t2d = torch.arange(1000) < 400
+    batch = batch_of(400, 7, t2d).to(CUDA)
+    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
+    n = len(batch.teacher_rows)
+    last, argmax = torch.randn(n, 256, device=CUDA), torch.randint(400, (n,), device=CUDA)
+    aux, embedding = torch.randn(sum(LENGTHS), 768, device=CUDA), torch.randn(1000, 256).to(CUDA)
+    head = torch.randn(400, 256, device=CUDA) * 0.1
+
+    def run(kernels, dtype):
+        draft.kernels, scale = kernels, 1 / batch.normaliser
+        draft.zero_grad()
+        given = Features(aux.to(dtype), last.to(dtype), argmax, argmax.float())
+        hidden = unroll(draft, embedding.to(dtype), given.aux_hidden_states, batch)
+        loss = soft_target_loss(chunk_rows=100)
+        output = loss(draft, hidden, given, batch, head.to(dtype), scale)
+        (output.loss * scale).backward()
+        return output.step_loss, *(p.grad.clone() for p in draft.parameters())
+
+    for dtype, limit in ((torch.float32, 2e-3), (torch.bfloat16, 5e-2)):  # fp32 products in TF32
+        pairs = zip(run(Fused, dtype), run(Eager, dtype), strict=True)
+        assert all(distance(value, expected) < limit for value, expected in pairs)
+
+
+def test_clipping_within_the_optimiser():
+    weights = [torch.ones(50, device=device).requires_grad_() for device in (CPU, CUDA)]
+    for weight in weights:
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        for factor in (3.0, 0.01, float("inf"), 1.0):
+            weight.grad = (torch.arange(50.0) * factor).to(weight.device)
+            step_if_finite(optimizer, [weight], 0.5)
+    assert distance(weights[1], weights[0]) < 1e-5
 
 
 def test_packed_target_on_cuda(target_folder):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from eagle3.decode.tree import Candidates, Tree, chain
 from eagle3.draft.model import Draft
-from eagle3.draft.rope import rotate
+from eagle3.kernels.eager import Eager, rotate
 
 
 class Drafter:
@@ -35,7 +35,8 @@ class Drafter:
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
         self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
         # One product where training has two: here the time is that of starting kernels.
-        self.qkv_weight = torch.cat([draft.qkv_weight(0), draft.qkv_weight(1)], dim=1)
+        self.weights = draft.weights(Eager, dtype)
+        self.qkv_weight = torch.cat([self.weights.embedded, self.weights.hidden], dim=1)
         # The draft keeps the tables, and training could not use inference tensors.
         with torch.inference_mode(False):
             positions = torch.arange(max_length + steps, device=device)
@@ -63,7 +64,8 @@ class Drafter:
         batch, width = next_ids.shape
         first, count = self.numbers.new_tensor([self.lengths, counts])
         slots, row = first[:, None] + self.numbers[:width], self.numbers[:batch]
-        hidden = self.draft.fuse(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
+        aux = aux_hidden_states.to(self.embedding.dtype).flatten(0, 1)
+        hidden = self.draft.fuse(aux, Eager, self.weights)
         q, k, v = self.project(next_ids.flatten(), hidden, self.rotation[:, slots.flatten()])
         # Rows that are not real are overwritten by the next ones, and hidden until then.
         self.keys[row[:, None], :, slots] = k.view(batch, width, *k.shape[1:])
@@ -110,7 +112,8 @@ class Drafter:
                 query, k, v = self.project(tokens, hidden, rotation[:, :, step - 1])
                 self.keys[:, :, slots] = k.view(batch, topk, *k.shape[1:]).transpose(1, 2)
                 self.values[:, :, slots] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
-            hidden = self.draft.finish(hidden, self.attend(query, length, visible))
+            attended = self.attend(query, length, visible)
+            hidden = self.draft.finish(hidden, attended, Eager, self.weights)
             logits.append(self.draft.logits(hidden))
             if topk == 1:
                 tokens = self.target_ids[rule.draw(logits[-1])]

@@ -4,7 +4,7 @@ A backend (a flash kernel) computes the causal part
 
     out_c = sum_j exp(s_j - lse_c) v_j,   lse_c = log sum_j exp(s_j),   s_j = scale q.k^0_j, j <= t
 
-and `Attend` merges in the row's later keys, of score s^i = scale q.k^i, by log-sum-exp:
+and `Attend` has kernels merge in the row's later keys, of score s^i = scale q.k^i, by log-sum-exp:
 
     lse = log(exp(lse_c) + sum_i exp(s^i))
     out = exp(lse_c - lse) out_c + sum_i exp(s^i - lse) v^i
@@ -39,60 +39,36 @@ class Backend(Protocol):
 class Attend(torch.autograd.Function):
     """softmax over the causal step-0 keys and the row's own later keys, differentiable.
 
-    `later` alternates k^1, v^1, k^2, v^2, ..., each [>= N,G,d]. Rows are ordered by how many steps
-    need them, so the first N rows of each are those of q. Backward keeps only references to these
-    tensors, which the unroll has anyway: no score or probability is stored.
+    `later` alternates k^1, v^1, k^2, v^2, ..., each [>= N,G,d], as the kernels share them. Rows are
+    ordered by how many steps need them, so the first N rows of each are those of q. Backward keeps
+    only references to these tensors, which the unroll has anyway: no score or probability is
+    stored.
     """
 
     @staticmethod
-    def forward(ctx, backend, documents, rows, q, k, v, *later):
+    def forward(ctx, kernels, backend, documents, rows, later, q, k, v, *anchors):
         out, lse = backend.forward(q, rows, k, v, documents)
-        q_NGRd = q.unflatten(1, (k.shape[1], -1))
-        scores = [own_scores(q_NGRd, key) for key in later[::2]]
-        if scores:
-            total = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
-            out = out * (lse - total).exp()[..., None].to(out.dtype)
-            for score, value in zip(scores, later[1::2], strict=True):
-                p_NGR = (score - total).exp().to(out.dtype).unflatten(1, (k.shape[1], -1))
-                out += (p_NGR[..., None] * value[: len(q), :, None]).flatten(1, 2)
-            lse = total
-        ctx.save_for_backward(rows, q, k, v, out, lse, *later)
-        ctx.backend, ctx.documents = backend, documents
+        if later:
+            out, lse = kernels.merge(q, out, lse, later)
+        ctx.save_for_backward(rows, q, k, v, out, lse)
+        ctx.given = kernels, backend, documents, later
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        rows, q, k, v, out, lse, *later = ctx.saved_tensors
+        rows, q, k, v, out, lse = ctx.saved_tensors
+        (kernels, backend, documents, later), ctx.given = ctx.given, None
         # The kernel sees k^0 and v^0 alone, but normalises by all keys, through out and lse.
-        grad_q, grad_k, grad_v = ctx.backend.backward(
-            grad_out.contiguous(), q, rows, k, v, out, lse, ctx.documents
-        )
-        groups = (k.shape[1], -1)
-        q_NGRd, grad_out_NGRd = q.unflatten(1, groups), grad_out.unflatten(1, groups)
-        delta_NGR = (grad_out * out).sum(-1, dtype=lse.dtype).unflatten(1, groups)
-        grads = []
-        for key, value in zip(later[::2], later[1::2], strict=True):
-            p_NGR = (own_scores(q_NGRd, key) - lse).exp().unflatten(1, groups)
-            grad_p_NGR = (grad_out_NGRd * value[: len(q), :, None]).sum(-1, dtype=lse.dtype)
-            grad_score = (p_NGR * (grad_p_NGR - delta_NGR) * scale_of(q)).to(q.dtype)
-            grad_q += (grad_score[..., None] * key[: len(q), :, None]).flatten(1, 2)
-            # Rows behind the first N have no query at this step, and zero gradient.
-            grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-            grad_key[: len(q)] = (grad_score[..., None] * q_NGRd).sum(2)
-            grad_value[: len(q)] = (p_NGR.to(q.dtype)[..., None] * grad_out_NGRd).sum(2)
-            grads += [grad_key, grad_value]
-        return None, None, None, grad_q, grad_k, grad_v, *grads
+        inputs = grad_out.contiguous(), q, rows, k, v, out, lse, documents
+        grad_q, grad_k, grad_v = backend.backward(*inputs)
+        grads = ()
+        if later:
+            grads = kernels.merge_backward(grad_out, q, out, lse, later, grad_q)
+        return None, None, None, None, None, grad_q, grad_k, grad_v, *grads
 
 
 def scale_of(q: torch.Tensor) -> float:
     return q.shape[-1] ** -0.5
-
-
-def own_scores(q_NGRd: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Scaled products of each row's queries with its own key [>= N,G,d] -> [N,H], >= fp32."""
-    wide = torch.promote_types(key.dtype, torch.float32)
-    products = (q_NGRd * key[: len(q_NGRd), :, None]).sum(-1, dtype=wide)
-    return products.flatten(1) * scale_of(q_NGRd)
 
 
 def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,16 +80,18 @@ def empty_outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class KeysValues:
     """What a batch's rows attend to: k^0 (rotated), v^0 [T,G,d], and each row's own later ones."""
 
-    def __init__(self, backend: Backend, batch: Batch, k0: torch.Tensor, v0: torch.Tensor):
-        self.backend, self.documents, self.rows = backend, batch.documents, batch.rows
+    def __init__(self, kernels, backend: Backend, batch: Batch, k0, v0):
+        self.kernels, self.backend = kernels, backend
+        self.documents, self.rows = batch.documents, batch.rows
         self.k0, self.v0 = k0, v0
-        self.later: list[torch.Tensor] = []
+        self.later: list = []
 
     def attend(self, q: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
         """Attention [N,H,d] of the first N rows: q [N,H,d]; own k, v [N,G,d], none at step 0."""
-        self.later += own
-        rows = self.rows[: len(q)]
-        return Attend.apply(self.backend, self.documents, rows, q, self.k0, self.v0, *self.later)
+        self.later += map(self.kernels.share, own)
+        later, rows = list(self.later), self.rows[: len(q)]
+        given = self.kernels, self.backend, self.documents, rows, later, q, self.k0, self.v0
+        return Attend.apply(*given, *self.kernels.anchors(later))
 
 
 class Dense:

@@ -3,9 +3,12 @@
 Shapes as in `draft/attention.py`: T packed tokens, N query rows, H query heads of size d.
 """
 
+import functools
+import importlib.util
 from itertools import accumulate, pairwise, starmap
 
 import torch
+import torch.nn.attention
 
 from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
 
@@ -55,38 +58,66 @@ class Varlen:
     """A backend over a varlen kernel: all documents in one call, each at its cumulative lengths.
 
     The kernel aligns its causal mask bottom right: the last query of a document sees all its keys.
-    A document whose queries begin at token `first` (a segment of a shared batch) therefore needs no
-    zero queries before that, and q is scattered to the tokens from `first` on alone.
+    A document whose queries begin at some token needs no queries before that, so there are as many
+    as `documents.queries` says. Where no row is in need among them, any query and gradient will
+    do, if lse is infinite: the kernel then finds probabilities of zero.
     """
+
+    @staticmethod
+    def place(rows, documents):
+        """Where rows lie among the queries, and which of the rows to take for each of those."""
+        queries = documents.queries
+        places = rows if queries is None else queries.of_token[rows]
+        total = sum(documents.lengths if queries is None else queries.counts)
+        numbers = torch.arange(len(rows), device=rows.device)
+        return places, numbers.new_zeros(total).index_copy_(0, places, numbers)
 
     @staticmethod
     def spans(documents):
         """cu_seqlens of queries and keys, and the longest of each."""
-        cu_seqlens, longest = documents.cu_seqlens, max(documents.lengths)
-        cu_seqlens_q = (cu_seqlens - documents.first).clamp(min=0)
-        return cu_seqlens_q, cu_seqlens, longest - documents.first, longest
+        keys = documents.cu_seqlens, max(documents.lengths)
+        queries = keys
+        if documents.queries is not None:
+            queries = documents.queries.cu_seqlens, max(documents.queries.counts)
+        return queries[0], keys[0], queries[1], keys[1]
 
     @classmethod
     def forward(cls, q, rows, k, v, documents):
-        rows = rows - documents.first
-        q = scatter(q, rows, len(k) - documents.first)
-        out, lse_HS = cls.kernel(q, k, v, cls.spans(documents))
-        return out[rows], lse_HS.transpose(0, 1)[rows]
+        if not len(rows):
+            return empty_outputs(q)
+        places, row_of_place = cls.place(rows, documents)
+        out, lse_HS = cls.kernel(q[row_of_place], k, v, cls.spans(documents))
+        return out[places], lse_HS.transpose(0, 1)[places]
 
     @classmethod
     def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
-        rows, length = rows - documents.first, len(k) - documents.first
-        grad_out, q, out, lse = (scatter(x, rows, length) for x in (grad_out, q, out, lse))
-        lse_HS, spans = lse.transpose(0, 1).contiguous(), cls.spans(documents)
+        places, row_of_place = cls.place(rows, documents)
+        if not len(rows):
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        lse_HS = lse.new_full((lse.shape[1], len(row_of_place)), float("inf"))
+        lse_HS[:, places] = lse.transpose(0, 1)
+        grad_out, q, out = (x[row_of_place] for x in (grad_out, q, out))
+        spans = cls.spans(documents)
         grad_q, grad_k, grad_v = cls.kernel_backward(grad_out, q, k, v, out, lse_HS, spans)
-        return grad_q[rows], grad_k, grad_v
+        return grad_q[places], grad_k, grad_v
+
+
+@functools.cache
+def use_flash_attention_3() -> None:
+    """Have torch's flash operators call the package, where it is installed and the GPU a Hopper."""
+    installed = importlib.util.find_spec("flash_attn_interface") is not None
+    if installed and torch.cuda.get_device_capability() == (9, 0):
+        torch.nn.attention.activate_flash_attention_impl("FA3")
 
 
 class FlashCUDA(Varlen):
-    """The varlen flash kernel inside torch: CUDA, fp16 and bf16, head size up to 256."""
+    """The varlen flash kernel inside torch, or FlashAttention 3 where installed: CUDA, fp16 and
+    bf16, head size up to 256.
+    """
 
     @staticmethod
     def kernel(q, k, v, spans):
+        use_flash_attention_3()
         forward = torch.ops.aten._flash_attention_forward
         return forward(q, k, v, *spans, 0.0, True, False, scale=scale_of(q))[:2]
 

@@ -1,8 +1,8 @@
 """The EAGLE3 draft: one decoder layer that reads some layers of the target, three mostly.
 
 Parameters carry the names of the portable format, so `state_dict` is what is exported. Weights are
-kept in fp32 and cast to the dtype of the activations where they are used (free when both are fp32):
-the gradients of the K steps then add up in fp32 whatever the model computes in.
+kept in fp32 and cast to the dtype of the activations by the kernels that use them (free when both
+are fp32): the gradients of the K steps then add up in fp32 whatever the model computes in.
 
 EAGLE-3.1 (arXiv 2605.09992) norms each of these layers before fc (`fc_norm`), and what the next
 step reads, which then needs no other norm before the head (`norm_output`). Names of the keys and
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from eagle3.draft.attention import Backend
 from eagle3.draft.rope import Rope
+from eagle3.kernels.eager import Weights, linear
+from eagle3.kernels.fused import Auto
 
 
 @dataclass
@@ -50,11 +52,6 @@ class DraftConfig:
         return self.num_aux_hidden_states * self.target_hidden_size
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T in the dtype of x; the gradient of the weight has the weight's own dtype."""
-    return F.linear(x, weight.to(x.dtype))
-
-
 class Linear(nn.Linear):
     """A linear layer without bias that follows the dtype of its input."""
 
@@ -78,27 +75,6 @@ class NormEach(nn.ModuleList):
         return torch.cat([norm(part) for norm, part in parts], dim=-1)
 
 
-class GatedDown(torch.autograd.Function):
-    """(silu(gate) * up) @ down^T that keeps only gate and up for backward.
-
-    Autograd would also keep silu(gate) and the product: [n, intermediate_size] each, at every step.
-    """
-
-    @staticmethod
-    def forward(ctx, gate, up, down):
-        ctx.save_for_backward(gate, up, down)
-        return F.linear(F.silu(gate).mul_(up), down)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up, down = ctx.saved_tensors
-        activated = F.silu(gate)  # computed again: cheap beside the three products
-        grad_down = grad.flatten(0, -2).T @ (activated * up).flatten(0, -2)
-        grad_product = grad @ down
-        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
-        return grad_gate, grad_product.mul_(activated), grad_down
-
-
 class MLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -106,13 +82,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        down = self.down_proj.weight.to(x.dtype)
-        return GatedDown.apply(self.gate_proj(x), self.up_proj(x), down)
-
 
 class SelfAttention(nn.Module):
-    """The projections alone: `Draft.qkv_weight` joins those of q, k and v into one product."""
+    """The projections alone: those of q, k and v are joined into one product."""
 
     def __init__(self, config: DraftConfig):
         super().__init__()
@@ -146,7 +118,7 @@ class Draft(nn.Module):
     def __init__(self, config: DraftConfig, attention: type[Backend], t2d: Tensor, d2t: Tensor):
         """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
         super().__init__()
-        self.config, self.attention = config, attention
+        self.config, self.attention, self.kernels = config, attention, Auto
         norm = partial(RMSNorm, config.target_hidden_size, config.rms_norm_eps)
         norms = NormEach(norm() for _ in range(config.num_aux_hidden_states))
         self.fc_norm = norms if config.fc_norm else nn.Identity()
@@ -166,30 +138,26 @@ class Draft(nn.Module):
         """int64 [Vd]: the target's id of every draft id."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def qkv_weight(self, half: int) -> Tensor:
-        """[(H+2G)d,D]: the columns of q, k, v for the embedding (half 0) or state (half 1)."""
-        attention, size = self.midlayer.self_attn, self.config.hidden_size
-        columns = slice(half * size, (half + 1) * size)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return torch.cat([p.weight[:, columns] for p in projections])
+    def weights(self, kernels, dtype: torch.dtype) -> Weights:
+        """Those of the layer and of fc for a pass that computes in `dtype`."""
+        attention, mlp = self.midlayer.self_attn, self.midlayer.mlp
+        qkv = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        rest = (p.weight for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        return kernels.weights(self.fc.weight, qkv, *rest, dtype)
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n,(H+2G)d] -> q [n,H,d], k [n,G,d], v [n,G,d], views of it."""
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        qkv = qkv.unflatten(-1, (-1, self.config.head_dim))
-        return qkv.split((heads, kv_heads, kv_heads), dim=-2)
-
-    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+    def fuse(self, aux_hidden_states: Tensor, kernels, weights: Weights) -> Tensor:
         """The target's layers [n,A] -> the first hidden state [n,D]."""
-        return self.fc(self.fc_norm(aux_hidden_states))
+        return kernels.linear(self.fc_norm(aux_hidden_states), weights.fc)
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor, kernels, weights: Weights) -> Tensor:
         """Output projection, residual and MLP: hidden [n,D], attended [n,H,d] -> next hidden [n,D].
 
         The next step reads the residual stream itself, or with `norm_output` its norm.
         """
-        hidden = hidden + self.midlayer.self_attn.o_proj(attended.flatten(1))
-        hidden = hidden + self.midlayer.mlp(self.midlayer.post_attention_layernorm(hidden))
+        hidden = kernels.linear(attended.flatten(1), weights.o, hidden)
+        norm = self.midlayer.post_attention_layernorm
+        _, hidden, normed = kernels.norm(norm, hidden, len(hidden))
+        hidden = kernels.feed_forward(normed, weights, hidden)
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def head_input(self, hidden: Tensor) -> Tensor:

@@ -30,12 +30,6 @@ class Rope(torch.nn.Module):
         return cos[positions][:, None], sin[positions][:, None]
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate heads `x` [n, heads, head_dim] in at least fp32; returned in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 def max_positions(longest: int, rope: dict[str, Any]) -> int:
     """Tokens that a model reads: `longest`, its max_position_embeddings, scaled as `rope` says.
 

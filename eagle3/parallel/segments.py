@@ -75,6 +75,6 @@ def segments_of(tokens: torch.Tensor, batch: Batch) -> list[Segment]:
         length = end - start
         rows = torch.arange(length - (last - first), length)
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-        documents = DocumentSpans(cu_seqlens, [length], length - len(rows))
+        documents = DocumentSpans(cu_seqlens, [length]).with_queries(torch.tensor([len(rows)]))
         segments.append(Segment(slice(first, last), slice(start, end), rows, documents))
     return segments

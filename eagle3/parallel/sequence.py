@@ -68,7 +68,7 @@ class Exchange(NamedTuple):
     def to(self, device: torch.device) -> "Exchange":
         return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
 
-    def __call__(self, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
+    def __call__(self, kernels, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
         """Send k0, v0 [O,G,d] of the own tokens; `KeysValues` of all, for this rank's heads."""
         sequence, heads = self.sequence, (self.sequence.ulysses, -1)
         shares = torch.cat([k0.unflatten(1, heads), v0.unflatten(1, heads)], dim=2)  # [O,u,2G/u,d]
@@ -76,7 +76,7 @@ class Exchange(NamedTuple):
         sent = shares.transpose(0, 1).repeat(sequence.ring, 1, 1, 1).flatten(0, 1)  # [P*O,2G/u,d]
         arrived = all_to_all(sent, self.tokens_of_rank, [len(k0)] * sequence.size, sequence.group)
         k, v = arrived.index_select(0, self.arrival_of_token).chunk(2, dim=1)  # [T,G/u,d] each
-        return SharedKeysValues(self, backend, batch, k.contiguous(), v.contiguous())
+        return SharedKeysValues(self, kernels, backend, batch, k.contiguous(), v.contiguous())
 
     def rows_to_heads(self, tensors: list[Tensor], step: int) -> list[Tensor]:
         """This rank's rows with all heads, each [n,H,d] -> the group's, in the order of `rows`,
@@ -108,8 +108,8 @@ class Exchange(NamedTuple):
 class SharedKeysValues(KeysValues):
     """Those of a shared batch, for this rank's heads: k0, v0 [T,G/u,d]."""
 
-    def __init__(self, exchange: Exchange, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
-        super().__init__(Segmented(backend), batch, k0, v0)
+    def __init__(self, exchange: Exchange, kernels, backend: Backend, batch: Batch, k0, v0):
+        super().__init__(kernels, Segmented(backend), batch, k0, v0)
         self.exchange, self.documents, self.rows = exchange, exchange.segments, exchange.rows
 
     def attend(self, q: Tensor, *own: Tensor) -> Tensor:

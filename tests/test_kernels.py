@@ -1,0 +1,272 @@
+"""The fused kernels against the plain ones: in Triton's interpreter, and as its compiler sees
+them. `TRITON_INTERPRET=1 pytest tests/test_kernels.py`, with Triton of the version that torch for
+CUDA pins.
+"""
+
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT
+from reference import random_case, relative_error
+
+from eagle3.draft.flash import Auto as AutoFlash
+from eagle3.errors import ConfigError
+from eagle3.kernels import fused
+from eagle3.kernels.eager import Eager
+from eagle3.kernels.fused import Auto, Fused
+from eagle3.loss import kl, lk
+
+TRITON = pytest.mark.triton
+LIMITS = pytest.mark.parametrize(
+    "dtype, limit", [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)], ids=["fp32", "bf16"]
+)
+
+
+@pytest.fixture(autouse=True)
+def needs_triton(request):
+    if "triton" in request.keywords:
+        pytest.importorskip("triton", reason="Triton is not installed")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(values, expected, limit):
+    """Each to its own limit in relative norm; what is expected is computed in float64."""
+    for value, wide in zip(values, expected, strict=True):
+        assert value.shape == wide.shape
+        assert torch.equal(value.double(), wide) or relative_error(value, wide) < limit
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("rows, inner", [(9, 200), (1, 7), (0, 64), (3, 1500)])
+def test_swiglu(dtype, limit, rows, inner):
+    gate_up, grad = normal(rows, 2 * inner).to(dtype), normal(rows, inner, seed=1).to(dtype)
+    wide = gate_up.double().requires_grad_()
+    gate, up = wide.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    (wide_grad,) = torch.autograd.grad(expected, wide, grad.double())
+    grad_gate_up, activated = fused.swiglu_backward(grad, gate_up)
+    values = fused.swiglu(gate_up), activated, grad_gate_up
+    close(values, (expected, expected, wide_grad), limit)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("counts", [(6, 2, 2), (0, 2, 2), (6, 0, 0)], ids=str)
+@pytest.mark.parametrize("rows, size", [(11, 16), (1, 8), (0, 8), (5, 12), (4, 2)])
+def test_heads(dtype, limit, counts, rows, size):
+    """Some rows read what follows the end of a document, together."""
+    length, width = 20, sum(counts) * size
+    all_columns = width if sum(counts) == 10 else 10 * size
+    places = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:rows]
+    places[::4] = length
+    angles = normal(rows, 1, size // 2)
+    inputs = normal(rows, width).to(dtype), normal(length + 1, all_columns, seed=1).to(dtype)
+    weights = [normal(rows, count, size, seed=2).to(dtype) for count in counts]
+
+    def run(kernels, projected, tokens):
+        leaves = projected.clone().requires_grad_(), tokens.clone().requires_grad_()
+        read = kernels.share(leaves[1])
+        rotation = angles.cos().to(wide_of(projected)), angles.sin().to(wide_of(projected))
+        outputs = kernels.heads(leaves[0], read, places, *rotation, counts)
+        total = sum((x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True))
+        return [*(x.detach() for x in outputs), *torch.autograd.grad(total, leaves)]
+
+    close(run(Fused, *inputs), run(Eager, *(x.double() for x in inputs)), limit)
+
+
+def wide_of(x):
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("rows, groups, ratio, size", [(13, 2, 4, 16), (1, 1, 1, 8), (5, 2, 3, 12)])
+def test_later_keys(dtype, limit, steps, rows, groups, ratio, size):
+    q, out, grad_out, grad_q = normal(4, rows, groups * ratio, size).to(dtype)
+    lse = normal(rows, groups * ratio, seed=1)
+    later = [
+        normal(rows + 2 * steps - i // 2, groups, size, seed=2 + i).to(dtype)
+        for i in range(2 * steps)
+    ]
+
+    shared = [Fused.share(x) for x in later]
+    merged, total = Fused.merge(q, out, lse, shared)
+    wide = [x.double() for x in later]
+    close((merged, total), Eager.merge(q.double(), out.double(), lse.double(), wide), limit)
+    # Both from what forward has kept.
+    inputs = grad_out, q, merged, total
+    added, expected = grad_q.clone(), grad_q.double()
+    Fused.merge_backward(*inputs, shared, added)
+    grads = [each.total() for each in shared]
+    wide_grads = Eager.merge_backward(*(x.double() for x in inputs), wide, expected)
+    close([added, *grads], [expected, *wide_grads], limit)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("rows, count, size", [(37, 35, 96), (16, 16, 7), (1, 1, 8), (3, 0, 8)])
+def test_norm(dtype, limit, kept, rows, count, size):
+    norm = torch.nn.RMSNorm(size, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    x = normal(rows, size).to(dtype)
+    weights = normal(3, rows, size, seed=1).to(dtype)
+
+    def run(kernels, norm, x):
+        leaf = x.clone().requires_grad_()
+        outputs = kernels.norm(norm, leaf, count)[0 if kept else 1 :]
+        own = weights[-len(outputs) :].to(x.dtype)
+        total = sum((y * w[: len(y)]).sum() for y, w in zip(outputs, own, strict=True))
+        grads = torch.autograd.grad(total, (leaf, norm.weight))
+        return [*(y.detach() for y in outputs), *grads]
+
+    values = run(Fused, norm, x)
+    close(values, run(Eager, norm.to(dtype).double(), x.double()), limit)
+
+
+@TRITON
+@pytest.mark.runs
+def test_compiled_for_every_gpu_without_spills():
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "dev" / "compile_kernels.py"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+POINTWISE = {"kl": kl, "lk": partial(lk, eta=3.0)}
+
+
+@TRITON
+@pytest.mark.runs
+@LIMITS
+@pytest.mark.parametrize("name", POINTWISE)
+def test_loss_chunk(dtype, limit, name):
+    """Compiled once for chunks of any size. Of equals, the first is the argmax."""
+    torch._dynamo.reset()
+    for pairs, teachers, vocab in ((23, 5, 777), (8, 3, 777), (1, 1, 777)):
+        logits = (3 * normal(pairs, vocab)).to(dtype)
+        logits[0, 7] = logits[0, 400] = 30.0
+        teacher = (3 * normal(teachers, vocab, seed=1)).to(dtype)
+        teacher[-1] = 0  # the uniform one, of rows beyond a document
+        rows = torch.arange(pairs) * teachers // pairs
+        weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
+        given = logits.clone(), teacher, rows, weights
+        value, best, grad = Fused.loss_chunk(POINTWISE[name], *given)
+        assert grad.dtype == dtype and best[0] == 7 and torch.equal(given[0], logits)
+        wide = logits.double(), teacher.double(), rows, weights.double()
+        expected = Eager.loss_chunk(POINTWISE[name], *wide)
+        close((value, grad), (expected[0], expected[2]), limit)
+        assert torch.equal(best, expected[1])
+
+
+def step(case, kernels, pointwise="kl"):
+    """Losses of the steps, and gradients by name."""
+    case.draft.kernels = kernels
+    out, batch = case.fast(pointwise=pointwise)
+    return out.step_loss.detach(), case.gradients(out.loss / batch.normaliser)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """The loss as test_loss_chunk compiles it, which takes half a minute."""
+
+    def region(number):
+        return partial(Eager.loss_chunk, fused.POINTWISE[number])
+
+    monkeypatch.setattr(fused, "compiled_loss_chunk", region)
+
+
+@TRITON
+@pytest.mark.parametrize("pointwise", ["kl", "lk"])
+def test_whole_step(pointwise, without_compiler):
+    """Chunks, row sets, documents of one token and rows beyond them, as in test_ttt."""
+    case = random_case(AutoFlash, dtype=torch.float32)
+    losses, gradients = step(case, Fused, pointwise)
+    expected, expected_gradients = step(case.to(torch.float64), Eager, pointwise)
+    assert relative_error(losses, expected) < 1e-6
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@TRITON
+def test_gradients_of_a_step_in_bf16_are_as_near_to_exact_as_the_plain_ones(without_compiler):
+    case = random_case(AutoFlash, dtype=torch.float32, lengths=(23, 9, 17))
+    for name in ("embedding", "head", "aux", "last_hidden"):
+        setattr(case, name, getattr(case, name).bfloat16())
+    wide = case.to(torch.float64)
+    with torch.no_grad():  # what both compute with
+        for parameter in wide.draft.parameters():
+            parameter.copy_(parameter.bfloat16())
+    _, exact = step(wide, Eager)
+    errors = []
+    for kernels in (Fused, Eager):
+        _, gradients = step(case, kernels)
+        errors.append(sum(relative_error(x, exact[name]) for name, x in gradients.items()))
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_gradients_of_weights_are_summed_exactly_where_the_plain_ones_round():
+    """What a weight gets from the steps of an unroll in bf16, against float64."""
+    weights = [normal(8, 16, seed=i).requires_grad_() for i in range(8)]
+    fc, *qkv, o, gate, up, down = (x.bfloat16().float().detach() for x in weights)
+    down = down.T.contiguous()
+    leaves = [x.requires_grad_() for x in (fc, *qkv, o, gate, up, down)]
+    inputs, grads = normal(7, 64, 8, seed=8).bfloat16(), normal(7, 64, 24, seed=9).bfloat16()
+
+    def run(kernels, dtype):
+        given = kernels.weights(leaves[0], leaves[1:4], *leaves[4:], dtype)
+        hidden = [kernels.linear(x.to(dtype), given.hidden) for x in inputs]
+        embedded = [kernels.linear(x.to(dtype), given.embedded[8:]) for x in inputs]
+        product = sum((y * g.to(dtype)).sum() for y, g in zip(hidden, grads, strict=True))
+        product += sum(
+            (y * g[:, :16].to(dtype)).sum() for y, g in zip(embedded, grads, strict=True)
+        )
+        return torch.autograd.grad(product, leaves[1:4])
+
+    exact = run(Eager, torch.float64)
+    for value, plain, wide in zip(
+        run(Fused, torch.bfloat16), run(Eager, torch.bfloat16), exact, strict=True
+    ):
+        assert value.dtype == torch.float32 and relative_error(value, wide) < 1e-6
+        assert relative_error(plain, wide) > 1e-3
+
+
+def test_cpus_and_gpus_without_triton_run_the_plain_kernels(monkeypatch, capsys):
+    assert Auto.pick(torch.zeros(1)) is Eager
+    fused.without_triton.cache_clear()
+    monkeypatch.setattr(fused, "has_triton", lambda: False)
+
+    class OnCUDA:
+        is_cuda, dtype = True, torch.bfloat16
+
+    assert Auto.pick(OnCUDA) is Eager and Auto.pick(OnCUDA) is Eager
+    assert capsys.readouterr().out.count("Triton is not installed") == 1
+    with pytest.raises(ConfigError, match="fused needs Triton"):
+        Fused()
+    monkeypatch.setattr(fused, "has_triton", lambda: True)
+    assert Auto.pick(OnCUDA) is Fused and Fused().pick(OnCUDA) is Fused
+    OnCUDA.dtype = torch.float64
+    assert Auto.pick(OnCUDA) is Eager
+
+
+def test_backward_must_begin_with_the_scale_that_the_loss_was_given():
+    case = random_case(AutoFlash, dtype=torch.float32)
+    case.draft.kernels = type("Scaled", (Eager,), {"scales_first": True})
+    plain, batch = case.fast()
+    expected = case.gradients(plain.loss / batch.normaliser)
+    scaled, _ = case.fast(scale=1 / batch.normaliser)
+    assert torch.equal(scaled.loss, plain.loss)
+    for name, gradient in case.gradients(scaled.loss / batch.normaliser).items():
+        assert relative_error(gradient, expected[name]) < 1e-6, name
+    wrong, _ = case.fast(scale=1 / batch.normaliser)
+    with pytest.raises(RuntimeError):
+        case.gradients(wrong.loss)
