@@ -211,7 +211,7 @@ def build_trainer(
     optimizer = instantiate(config.optimizer)(draft.parameters())
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
-    meter = Meter(steps, loss.gamma, target.device)
+    meter = Meter(steps, loss.weights, target.device)
     trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
     if saved:
         try:
@@ -275,7 +275,9 @@ class Trainer:
             (output.loss / normaliser).backward()
             flops = training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
+            self.loss.weights.measure(batch, output.correct)
             waited = 0.0
+        self.loss.weights.advance(self.ranks, self.frozen.embedding.device)
         self.ranks.all_reduce_gradients(self.optim.parameters, self.optim.reduce_dtype)
         return self.optim.step()
 
@@ -296,6 +298,7 @@ class Trainer:
             "tokens_per_update": self.loader.tokens_per_update,
             "meters": self.ranks.all_gather(self.meter.state()),
         }
+        plain |= self.loss.weights.state()
         return CheckpointState(tensors | moments, plain)
 
     def restore(self, state: CheckpointState) -> None:
@@ -308,6 +311,7 @@ class Trainer:
         self.update, self.best = plain["update"], plain["best"]
         self.best_update = plain["best_update"]
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
+        self.loss.weights.restore(plain)
         # A rank that was not there before begins with the state that its process has.
         own = with_prefix(state.tensors, f"rank_{rank}/")
         if "rng" in own:

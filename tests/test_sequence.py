@@ -100,7 +100,7 @@ def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     optim = GuardedOptimizer(optimizer, scheduler, 0.5, "fp32")
     optim.reduce_dtype = reduce_dtype
     loss = soft_target_loss(kl, chunk_rows=7)
-    meter = Meter(STEPS, loss.gamma, torch.device("cpu"))
+    meter = Meter(STEPS, loss.weights, torch.device("cpu"))
     return Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
 
 
