@@ -137,6 +137,7 @@ class Train:
     eval_every: Annotated[int, Within(1)]
     log_every: Annotated[int, Within(1)]
     keep_last: Annotated[int, Within(1)]
+    best_by: Annotated[list[float], Within(0, 100)]
     resume: str
     deterministic: bool
 
@@ -145,6 +146,7 @@ class Train:
 class Eval:
     """The held-out prompts; `best` is chosen by acceptance at `draft_length`."""
 
+    temperature: Annotated[list[float], Within(0, 100)]
     num_prompts: Annotated[int, Within(1)]
     max_new_tokens: Annotated[int, Within(2)]
     draft_length: Annotated[int, Within(1, MAX_STEPS)]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from hydra.utils import get_class
@@ -19,7 +20,7 @@ from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import evaluate, load_answers, pack_answers
+from eagle3.evaluate import evaluate, load_answers, pack_answers, suffix
 from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
@@ -59,8 +60,8 @@ def train(
 ) -> dict[int, str]:
     """Train on every rank; leaves checkpoints/, metrics.jsonl and evaluation.json in `run_dir`.
 
-    Keeps `last` and `best` (by `eval/acceptance_length`) checkpoints; without held-out answers the
-    last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
+    Keeps `last` and `best` (by acceptance at `train.best_by`) checkpoints; without held-out answers
+    the last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
     """
     section, folder = config.train, run_dir / "checkpoints"
     last, best = folder / "last", folder / "best"
@@ -80,8 +81,14 @@ def train(
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
-        answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
+        answers = {
+            temperature: pack_answers(
+                load_answers(data.answers, temperature), draft.t2d, steps, tokens
+            )
+            for temperature in config.eval.temperature
+        }
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
+    chosen_by = [f"eval/acceptance_length{suffix(each)}" for each in section.best_by]
     path = run_dir / "metrics.jsonl"
     lines = JsonLines(path, resumed_at, history) if ranks.is_main else None
     log = lines.log if lines else lambda metrics, step: None
@@ -123,7 +130,7 @@ def train(
             if evaluates and (trainer.update % section.eval_every == 0 or is_last):
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
                 log(evaluation, trainer.update)
-                acceptance = evaluation["eval/acceptance_length"]
+                acceptance = fmean(evaluation[name] for name in chosen_by)
                 bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
                 trainer.best = max(trainer.best, acceptance)
@@ -156,6 +163,8 @@ def train(
         write_atomically(run_dir / "evaluation.json", [json.dumps(values).encode()])
         length = evaluation.acceptance_length[draft_length]
         found = f"{length:.2f} at draft length {draft_length}, update {update}"
+        for name, at in evaluation.sampled.items():
+            found += f"; {at.acceptance_length[draft_length]:.2f} at temperature {name}"
         print(f"train: best acceptance length {found}")
     elif ranks.is_main:
         print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
