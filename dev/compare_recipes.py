@@ -1,7 +1,7 @@
 """Ways to train a draft against today's default, at equal data, paired over seeds and prompts.
 
     python dev/compare_recipes.py --seeds 5                      # all recipes, the embedded target
-    python dev/compare_recipes.py --recipes default mix --add 'both=draft=eagle31 loss=mix'
+    python dev/compare_recipes.py --recipes mix --add 'both=draft=eagle31 loss=mix'
     python dev/compare_recipes.py --seeds 2 experiment=smollm2-135m data.path=prompts.jsonl
 
 Words at the end are overrides of run.py for all runs. Each cell, a recipe and a seed, is a run in
@@ -139,7 +139,7 @@ def table(folder: Path, recipes: dict[str, str], base: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("outputs/recipes"))
-    parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--recipes", default="", metavar="NAME,NAME")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OVERRIDES")
     parser.add_argument("--base", default="default", help="what differences are against")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
@@ -148,7 +148,8 @@ def main() -> int:
     options, given = parser.parse_known_args()
     recipes = RECIPES | dict(each.split("=", 1) for each in options.add)
     added = [each.split("=", 1)[0] for each in options.add]
-    chosen = [*options.recipes, *added] or list(recipes)
+    named = [name for name in options.recipes.split(",") if name]
+    chosen = [*named, *added] or list(recipes)
     if unknown := {*chosen, options.base} - recipes.keys():
         parser.error(f"{', '.join(unknown)}: no recipe; there are {', '.join(recipes)}")
     shared, layers5 = shared_overrides(given)
