@@ -58,9 +58,9 @@ def shared_overrides(given: list[str]) -> tuple[list[str], str]:
     values = compose_flat(given)
     model = {name: values[f"model.{name}"] for name in Model.__annotations__}
     last = read_spec(Model(**model)).num_layers - 4
-    layers = [round(1 + step * last / 4) for step in range(5)]
-    stages = [stage for stage in values["stages"] if stage not in AFTER]
-    return [*given, f"stages={stages}".replace("'", "")], f"model.aux_layer_ids={layers}"
+    layers = ",".join(str(round(1 + step * last / 4)) for step in range(5))
+    stages = ",".join(stage for stage in values["stages"] if stage not in AFTER)
+    return [*given, f"stages=[{stages}]"], f"model.aux_layer_ids=[{layers}]"
 
 
 def run_cell(folder: Path, overrides: list[str]) -> str:
@@ -71,7 +71,9 @@ def run_cell(folder: Path, overrides: list[str]) -> str:
         run = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
     if run.returncode == 0:
         return ""
-    return f"{folder} failed: {Path(log.name).read_text().strip().splitlines()[-1]}"
+    said = Path(log.name).read_text().strip().splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
+    return f"{folder} ended with {run.returncode}: {(errors or said)[-1]}"
 
 
 def read_cells(folder: Path, name: str) -> dict[int, dict[str, torch.Tensor]]:
