@@ -354,18 +354,16 @@ def walk(
     left_PA = torch.tensor([len(of) - 1 for of in ids])[:, None] - torch.arange(longest)
     begins_PA = F.pad(reached_PAK.new_ones(count, 1), (0, longest + width))
     for place in range(longest):
-        begins_PA[:, place + 1 : place + 1 + width] += (
-            begins_PA[:, place, None] * emitted_PAK[:, place]
-        )
+        reaches = slice(place + 1, place + 1 + width)
+        begins_PA[:, reaches] += begins_PA[:, place, None] * emitted_PAK[:, place]
     begins_PA = begins_PA[:, :longest] * (left_PA > 0)
     accepted_PK = (begins_PA[..., None] * reached_PAK).sum(1)[:, 1:]
     first_P = (reached_PAK[:, :1] * (torch.arange(width) < left_PA[:, :1, None])).sum((1, 2))
-    return [
-        Answer(of, rounds, accepted, 0.0, "", [first] if rounds else [])
-        for of, rounds, accepted, first in zip(
-            ids, begins_PA.sum(1).tolist(), accepted_PK.tolist(), first_P.tolist(), strict=True
-        )
-    ]
+    answers, rounds = [], begins_PA.sum(1).tolist()
+    for number, (of, accepted) in enumerate(zip(ids, accepted_PK.tolist(), strict=True)):
+        first = [float(first_P[number])] if rounds[number] else []
+        answers.append(Answer(of, rounds[number], accepted, 0.0, "", first))
+    return answers
 
 
 def summarise(answers: list[Answer], steps: int) -> dict[str, Any]:

@@ -178,7 +178,9 @@ class Reached(Powers):
 
     def __call__(self, num_steps: int) -> torch.Tensor:
         right, reached = self.sums[:, : num_steps - 1]
-        return F.pad((right / reached).cumprod(0), (1, 0), value=1.0)
+        # What no row has got to for long has decayed to 0 of 0.
+        chances = right / reached.clamp(min=torch.finfo(reached.dtype).tiny)
+        return F.pad(chances.cumprod(0), (1, 0), value=1.0)
 
     def measure(self, batch: Batch, correct: torch.Tensor) -> None:
         right_TK = by_step(batch, correct).long().cumprod(1)

@@ -81,12 +81,9 @@ def train(
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
-        answers = {
-            temperature: pack_answers(
-                load_answers(data.answers, temperature), draft.t2d, steps, tokens
-            )
-            for temperature in config.eval.temperature
-        }
+        answers = {}
+        for at in config.eval.temperature:
+            answers[at] = pack_answers(load_answers(data.answers, at), draft.t2d, steps, tokens)
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
     chosen_by = [f"eval/acceptance_length{suffix(each)}" for each in section.best_by]
     path = run_dir / "metrics.jsonl"
