@@ -144,7 +144,7 @@ class Train:
 
 @dataclass
 class Eval:
-    """The held-out prompts; `best` is chosen by acceptance at `draft_length`."""
+    """The held-out prompts; acceptance at `draft_length` says which checkpoint is `best`."""
 
     temperature: Annotated[list[float], Within(0, 100)]
     num_prompts: Annotated[int, Within(1)]

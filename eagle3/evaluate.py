@@ -12,6 +12,7 @@ tokens, U teacher rows, V vocabulary.
 """
 
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -42,6 +43,15 @@ from eagle3.ttt import unroll
 
 COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth of its length at 5
 FORMAT = 2  # of the files, part of their fingerprint
+
+
+@dataclass
+class HeldOut(Document):
+    """A prompt and its answer, which the loss mask has; sampled ones have `log_p` fp32 [U], the
+    log-probability of the token behind each teacher row, at the temperature of the answer.
+    """
+
+    log_p: torch.Tensor | None = None
 
 
 def generate(
@@ -77,7 +87,7 @@ def write_answers(
         answered = 0
         for number, path in enumerate(paths):
             tensors = load_tensors(path)
-            facts["shortened_at_ties"] += int(tensors.get("shortened", 0))
+            facts["shortened_at_ties"] += int(tensors["shortened"])
             answered += len(tensors["input_ids"]) - len(asked[path])
             link(path, answer_path(folder, number, temperature))
         facts[f"answer_tokens{suffix(temperature)}"] = answered
@@ -89,24 +99,21 @@ def answer_prompts(
     place: Path,
 ) -> None:  # fmt: skip
     """Write the answers of prompts by path, of which some are there, a file each as it ends."""
-    missing = [path for path in asked if not is_whole(path)]
+    missing = {path: ids for path, ids in asked.items() if not is_whole(path)}
     print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {place}")
-    waiting = ((path, asked[path]) for path in missing)
     units = f"prompts at temperature {temperature:g}" if temperature else "prompts"
-    sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else None
     with Progress("generate", len(asked), units, len(asked) - len(missing)) as bar:
-        given = section.batch_size, section.max_new_tokens, sampling, bar.count_tokens
-        answers = target.load().answer(lambda: next(waiting, None), *given) if missing else []
-        head = target.load_weights().head if missing and temperature else None
-        for path, answer in answers:
-            if temperature:
-                document = read_answer(target.load(), asked[path], answer)
-                more = {"log_p": log_likelihoods(document, head, temperature)}
-            else:
-                document, cut = with_features(target.load(), asked[path], answer)
-                more = {"shortened": torch.tensor(cut)}
+        if not missing:
+            return
+        given = target.load(), missing, section, bar
+        answers = greedy_answers(*given)
+        if temperature:
+            answers = sampled_answers(*given, temperature, target.load_weights().head)
+        for path, document, cut in answers:
             tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
-            save_tensors(path, tensors | more | {"input_ids": document.input_ids})
+            tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
+            tensors |= {"log_p": document.log_p} if temperature else {}
+            save_tensors(path, tensors)
             bar.advance()
 
 
@@ -141,15 +148,41 @@ def read_answer(target: Any, prompt: list[int], answer: list[int]) -> Document:
     return compute_features(target, [document])[0]
 
 
-def log_likelihoods(document: Document, head: torch.Tensor, temperature: float) -> torch.Tensor:
-    """fp32 [U]: of the token behind each teacher row, by the target over its whole vocabulary."""
-    found, following = [], document.input_ids[document.loss_mask].long()[1:].to(head.device)
-    last = document.features.last_hidden_states[: len(following)].to(head.device)
+def sampled_answers(
+    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress, temperature: float,
+    head: torch.Tensor,
+) -> Iterator[tuple[Path, HeldOut, bool]]:  # fmt: skip
+    """As `greedy_answers`; none is cut, as whatever was sampled has its probability. `head` [V,H]
+    is the target's.
+    """
+    waiting, sampling = iter(asked.items()), {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+    given = section.batch_size, section.max_new_tokens, sampling, bar.count_tokens
+    for path, answer in target.answer(lambda: next(waiting, None), *given):
+        document = read_answer(target, asked[path], answer)
+        yield path, HeldOut(**vars(document), log_p=log_p(document, head, temperature)), False
+
+
+def log_p(document: Document, head: torch.Tensor, temperature: float) -> torch.Tensor:
+    """fp32 [U]: the log-probability of the token behind each teacher row, over all of V; 0 behind
+    the last.
+    """
+    following = document.input_ids[document.loss_mask].long()[1:].to(head.device)
+    found = [torch.zeros(0)]
     # All logits at once would be 2 GB for 4,096 tokens of a vocabulary of 128k.
-    for rows, ids in zip(last.split(256), following.split(256), strict=True):
-        logits = (rows @ head.T).float() / temperature
-        found.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat([*found, found[0].new_zeros(1) if found else torch.zeros(1)]).cpu()
+    for rows, ids in zip(document.features.last_hidden_states.split(256), following.split(256)):
+        logits = (rows[: len(ids)].to(head.device) @ head.T).float() / temperature
+        found.append((logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)).cpu())
+    return F.pad(torch.cat(found), (0, 1))
+
+
+def greedy_answers(
+    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress
+) -> Iterator[tuple[Path, Document, bool]]:
+    """Answers as they end, with the target's features, and whether they were cut."""
+    waiting = iter(asked.items())
+    given = section.batch_size, section.max_new_tokens, None, bar.count_tokens
+    for path, answer in target.answer(lambda: next(waiting, None), *given):
+        yield path, *with_features(target, asked[path], answer)
 
 
 def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Document, bool]:
@@ -165,15 +198,6 @@ def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Do
     keep = len(ids) if len(wrong) == 0 else start + int(wrong[0]) + 1
     features = document.features.select(slice(keep), slice(keep - start))
     return Document(0, ids[:keep], document.loss_mask[:keep], features), keep < len(ids)
-
-
-@dataclass
-class HeldOut(Document):
-    """A prompt and its answer, which the loss mask has; sampled ones have `log_p` fp32 [U], the
-    log-probability of the token behind each teacher row, at the temperature of the answer.
-    """
-
-    log_p: torch.Tensor | None = None
 
 
 def load_answers(folder: Path, temperature: float = 0.0) -> list[HeldOut]:

@@ -28,7 +28,7 @@ from eagle3.evaluate import (
     generate,
     link,
     load_answers,
-    log_likelihoods,
+    log_p,
     pack_answers,
     walk,
 )
@@ -157,7 +157,7 @@ class Markov:
             logits = self.lm_head(last)[prompt:]
             features = Features(aux, last[prompt:], logits.argmax(-1), logits.logsumexp(-1))
             document = HeldOut(number, ids, torch.arange(len(ids)) >= prompt, features)
-            document.log_p = log_likelihoods(document, self.head, temperature)
+            document.log_p = log_p(document, self.head, temperature)
             documents.append(document)
         packed = pack_answers(documents, self.draft.t2d, steps, 1 << 20)
         frozen = FrozenWeights(self.embedding, self.head[1:])
