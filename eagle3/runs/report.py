@@ -261,7 +261,7 @@ def summary(run_dir: Path, stages: list[str]) -> Group:
     tables = []
     if evaluation:
         columns = acceptance_lengths(evaluation)
-        titles = [f"acceptance length{name and f', {name}'}" for name in columns]
+        titles = [f"acceptance, {name}" if name else "acceptance length" for name in columns]
         table = Table("held-out prompts", *titles, box=SIMPLE_HEAD)
         for length in evaluation["acceptance_length"]:
             table.add_row(f"{length} drafted", *(cell("", at[length]) for at in columns.values()))
