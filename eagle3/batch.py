@@ -222,6 +222,15 @@ def starts_of(counts: list[int]) -> torch.Tensor:
     return counts.cumsum(0) - counts
 
 
+def by_step(batch: Batch, values_M: torch.Tensor) -> torch.Tensor:
+    """[T,K]: values of the pairs by (row, step); zero or False where there is no pair."""
+    starts = starts_of(batch.row_counts).to(values_M.device)
+    rows = batch.rows[batch.pair_index - starts[batch.pair_step]]
+    values_TK = values_M.new_zeros(len(batch.input_ids), len(starts))
+    values_TK[rows, batch.pair_step] = values_M
+    return values_TK
+
+
 def count_before(pair_teacher: torch.Tensor, num_teachers: int) -> list[int]:
     """For u = 0 .. U + 1 the number of pairs whose teacher comes before u."""
     counts = torch.bincount(pair_teacher, minlength=num_teachers + 1)

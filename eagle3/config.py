@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from eagle3.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
+MAX_STEPS = 16  # of the unroll, and drafted tokens a round
 HYDRA_KEYS = ("_target_", "_partial_", "_convert_")  # of a node that is called
 
 
@@ -116,7 +117,7 @@ class HiddenStates:
 
 @dataclass
 class DraftSection:
-    ttt_steps: Annotated[int, Within(1, 16)]
+    ttt_steps: Annotated[int, Within(1, MAX_STEPS)]
     vocab_size: Annotated[int, Within(1)]
     fc_norm: bool
     norm_output: bool
@@ -139,17 +140,19 @@ class Train:
     eval_every: Annotated[int, Within(1)]
     log_every: Annotated[int, Within(1)]
     keep_last: Annotated[int, Within(1)]
+    best_by: Annotated[list[float], Within(0, 100)]
     resume: str
     deterministic: bool
 
 
 @dataclass
 class Eval:
-    """The held-out prompts; `best` is chosen by acceptance at `draft_length`."""
+    """The held-out prompts; acceptance at `draft_length` says which checkpoint is `best`."""
 
+    temperature: Annotated[list[float], Within(0, 100)]
     num_prompts: Annotated[int, Within(1)]
     max_new_tokens: Annotated[int, Within(2)]
-    draft_length: Annotated[int, Within(1, 16)]
+    draft_length: Annotated[int, Within(1, MAX_STEPS)]
     batch_size: Annotated[int, Within(1)]
 
 

@@ -1,10 +1,14 @@
-"""The target's own answers to held-out prompts, and exact greedy acceptance without decoding.
+"""The target's own answers to held-out prompts, and exact acceptance without decoding.
 
-On text that the target generated greedily, the draft at anchor t proposes exactly what chain
-drafting would propose when served there. So one teacher-forced unroll, and a walk over anchors t ->
-t + emitted, gives the acceptance length of every draft length at once.
+On text that the target wrote, the draft at anchor t proposes exactly what chain drafting would
+propose when served there. So one teacher-forced unroll, and a walk over anchors t -> t + emitted,
+gives the acceptance length of every draft length at once. On greedy text a draft is accepted or
+not. On text sampled at a temperature the token x was emitted with probability p(x), as an accepted
+draft with min(p(x), q(x)), and what comes next depends on the text alone: so a draft was accepted
+there with chance min(1, q(x) / p(x)), and the walk adds up the chances that a round begins at t.
 
-n tokens of an answer and its prompt, K steps, M supervised pairs, T packed tokens.
+n tokens of an answer and its prompt, P answers, A anchors, K steps, M supervised pairs, T packed
+tokens, U teacher rows, V vocabulary.
 """
 
 import shutil
@@ -19,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from eagle3.batch import Batch, Document, Features, fill, pack, serving, starts_of
+from eagle3.batch import Batch, Document, Features, by_step, fill, pack, serving
 from eagle3.config import DraftSection, Eval
 from eagle3.draft.attention import Dense
 from eagle3.draft.model import Draft
-from eagle3.engines.engine import Answer, answer_of_rounds, is_loop
+from eagle3.engines.engine import Answer, is_loop
 from eagle3.errors import DamageError
 from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
@@ -41,6 +46,15 @@ COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth o
 FORMAT = 3  # of the files, part of their fingerprint
 
 
+@dataclass
+class HeldOut(Document):
+    """A prompt and its answer, which the loss mask has; sampled ones have `log_p` fp32 [U], the
+    log-probability of the token behind each teacher row, at the temperature of the answer.
+    """
+
+    log_p: torch.Tensor | None = None
+
+
 def generate(
     section: Eval, prompts: list[dict[str, Any]], target: TargetHandle, cache_dir: str, write: bool
 ) -> Path:
@@ -48,39 +62,65 @@ def generate(
 
     Without `write` they must be there. Raises RunError.
     """
-    # What an answer depends on beside its prompt.
+    # What an answer depends on beside its prompt and its temperature.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
-    kept = Path(cache_dir, "answers", fingerprint(known))
+    kept = {}
+    for temperature in section.temperature:
+        sampled = {"temperature": temperature} if temperature else {}
+        kept[temperature] = Path(cache_dir, "answers", fingerprint(known | sampled))
     fill_folder = partial(write_answers, section, prompts, target, kept) if write else None
-    return artefact(cache_dir, "generated", known | {"prompts": prompts}, fill_folder, "generate")
+    made_from = known | {"eval.temperature": section.temperature, "prompts": prompts}
+    return artefact(cache_dir, "generated", made_from, fill_folder, "generate")
 
 
 def write_answers(
-    section: Eval, prompts: list[dict], target: TargetHandle, kept: Path, folder: Path
+    section: Eval, prompts: list[dict], target: TargetHandle, kept: dict[float, Path], folder: Path
 ) -> dict[str, int]:
-    """Answer the prompts that `kept` lacks, a file each as it ends, and link those of all into
-    `folder`. Returns the facts.
+    """Answer prompts at every temperature, whose folder in the cache is `kept`; link the answers
+    into `folder`. Returns the facts.
     """
-    kept.mkdir(parents=True, exist_ok=True)
-    paths = [kept / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
-    asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
-    missing = [path for path in asked if not is_whole(path)]
-    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {kept}")
-    with Progress("generate", len(asked), "prompts", len(asked) - len(missing)) as bar:
-        wanted = {path: asked[path] for path in missing}
-        answers = greedy_answers(target.load(), wanted, section, bar) if missing else []
+    facts = {"answers": len(prompts), "shortened_at_ties": 0}
+    for temperature, place in kept.items():
+        place.mkdir(parents=True, exist_ok=True)
+        paths = [place / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
+        asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
+        answer_prompts(section, target, temperature, asked, place)
+        answered = 0
+        for number, path in enumerate(paths):
+            tensors = load_tensors(path)
+            facts["shortened_at_ties"] += int(tensors["shortened"])
+            answered += len(tensors["input_ids"]) - len(asked[path])
+            link(path, answer_path(folder, number, temperature))
+        facts[f"answer_tokens{suffix(temperature)}"] = answered
+    return facts
+
+
+def answer_prompts(
+    section: Eval, target: TargetHandle, temperature: float, asked: dict[Path, list[int]],
+    place: Path,
+) -> None:  # fmt: skip
+    """Write the answers of prompts by path, of which some are there, a file each as it ends."""
+    missing = {path: ids for path, ids in asked.items() if not is_whole(path)}
+    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {place}")
+    units = f"prompts at temperature {temperature:g}" if temperature else "prompts"
+    with Progress("generate", len(asked), units, len(asked) - len(missing)) as bar:
+        if not missing:
+            return
+        given = target.load(), missing, section, bar
+        answers = greedy_answers(*given)
+        if temperature:
+            answers = sampled_answers(*given, temperature, target.load_weights().head)
         for path, document, cut in answers:
             tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
             tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
+            tensors |= {"log_p": document.log_p} if temperature else {}
             save_tensors(path, tensors)
             bar.advance()
-    shortened = answered = 0
-    for number, path in enumerate(paths):
-        tensors = load_tensors(path)
-        shortened += int(tensors["shortened"])
-        answered += len(tensors["input_ids"]) - len(asked[path])
-        link(path, answer_path(folder, number))
-    return {"answers": len(prompts), "answer_tokens": answered, "shortened_at_ties": shortened}
+
+
+def suffix(temperature: float) -> str:
+    """Of names: nothing at temperature 0, `_t1` at 1."""
+    return f"_t{temperature:g}" if temperature else ""
 
 
 def is_whole(path: Path) -> bool:
@@ -98,8 +138,42 @@ def link(path: Path, name: Path) -> None:
         shutil.copyfile(path, name)
 
 
-def answer_path(folder: Path, number: int) -> Path:
-    return folder / f"answer_{number:05d}.safetensors"
+def answer_path(folder: Path, number: int, temperature: float) -> Path:
+    return folder / f"answer_{number:05d}{suffix(temperature)}.safetensors"
+
+
+def read_answer(target: Any, prompt: list[int], answer: list[int]) -> Document:
+    """An answer behind its prompt, with the target's features."""
+    ids = torch.tensor(prompt + answer)
+    document = Document(0, ids, torch.arange(len(ids)) >= len(prompt))
+    return compute_features(target, [document])[0]
+
+
+def sampled_answers(
+    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress, temperature: float,
+    head: torch.Tensor,
+) -> Iterator[tuple[Path, HeldOut, bool]]:  # fmt: skip
+    """As `greedy_answers`; none is cut, as whatever was sampled has its probability. `head` [V,H]
+    is the target's.
+    """
+    waiting, sampling = iter(asked.items()), {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+    given = section.batch_size, section.max_new_tokens, sampling, bar.count_tokens
+    for path, answer in target.answer(lambda: next(waiting, None), *given):
+        document = read_answer(target, asked[path], answer)
+        yield path, HeldOut(**vars(document), log_p=log_p(document, head, temperature)), False
+
+
+def log_p(document: Document, head: torch.Tensor, temperature: float) -> torch.Tensor:
+    """fp32 [U]: the log-probability of the token behind each teacher row, over all of V; 0 behind
+    the last.
+    """
+    following = document.input_ids[document.loss_mask].long()[1:].to(head.device)
+    found = [torch.zeros(0)]
+    # All logits at once would be 2 GB for 4,096 tokens of a vocabulary of 128k.
+    for rows, ids in zip(document.features.last_hidden_states.split(256), following.split(256)):
+        logits = (rows[: len(ids)].to(head.device) @ head.T).float() / temperature
+        found.append((logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)).cpu())
+    return F.pad(torch.cat(found), (0, 1))
 
 
 def greedy_answers(
@@ -139,9 +213,8 @@ def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Do
     """The answer up to a token that isn't the packed pass's argmax; and where there is one, the
     answer's ids up to there with the argmax behind.
     """
-    ids, start = torch.tensor(prompt + answer), len(prompt)
-    document = Document(0, ids, torch.arange(len(ids)) >= start)
-    (document,) = compute_features(target, [document])
+    document, start = read_answer(target, prompt, answer), len(prompt)
+    ids = document.input_ids
     # Teacher rows begin at the answer's first token, whose argmax is its second.
     argmax = document.features.argmax
     wrong = (argmax[:-1] != ids[start + 1 :]).nonzero()
@@ -153,15 +226,15 @@ def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Do
     return document, [*answer[:count], int(argmax[count - 1])]
 
 
-def load_answers(folder: Path) -> list[Document]:
-    """Prompts with their answers, which the loss mask has, in order of the prompts."""
+def load_answers(folder: Path, temperature: float = 0.0) -> list[HeldOut]:
+    """The answers at a temperature, in order of the prompts."""
     answers = []
     for number, prompt in enumerate(read_inputs(folder)["prompts"]):
-        tensors = load_tensors(answer_path(folder, number))
+        tensors = load_tensors(answer_path(folder, number, temperature))
         features = Features(*(tensors[field.name] for field in fields(Features)))
         ids = tensors["input_ids"]
         mask = torch.arange(len(ids)) >= len(prompt["input_ids"])
-        answers.append(Document(number, ids, mask, features))
+        answers.append(HeldOut(number, ids, mask, features, tensors.get("log_p")))
     return answers
 
 
@@ -175,14 +248,15 @@ def cover(
     if section.init_from is not None:
         start = locate(section.init_from, "draft.init_from")
         vocab = read_draft(start, Dense, spec).target_ids
-    rounds, known = [], []
-    for answer in load_answers(folder):
+    chances, known, answers = [], [], load_answers(folder)
+    for answer in answers:
         known_n = torch.isin(answer.input_ids, torch.as_tensor(vocab))
         known.append(known_n[answer.loss_mask])
-        # As `accepted_pairs`: what row t drafts at step k is the token at t + k + 2.
-        accepted_nK = F.pad(known_n, (0, draft_length + 1))[2:].unfold(0, draft_length, 1)
-        rounds.append(walk(answer, accepted_nK, draft_length))
-    share, most = float(torch.cat(known).float().mean()), acceptance_length(rounds)
+        # What row t drafts at step k is the token at t + k + 2.
+        ahead_n = F.pad(known_n.double(), (0, draft_length + 1))[2:]
+        chances.append(ahead_n.unfold(0, draft_length, 1))
+    most = acceptance_length(walk(answers, chances, draft_length))
+    share = float(torch.cat(known).float().mean())
     if share >= COVERED or most is None:
         return {"vocab_coverage": share}
     held = f"only {share:.1%} of the target's answers is in the draft vocabulary"
@@ -204,83 +278,142 @@ def pack_answers(
 
 
 @dataclass
-class Evaluation:
-    """Means over the rounds of all held-out answers; `acceptance_length` by draft length.
+class Acceptance:
+    """Means over the rounds of all answers at a temperature; `acceptance_length` by draft length.
 
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
-    `first_round` (tokens of the first round after the prompt) and `loop_free` (acceptance length
-    without answers that loop) are at `draft_length`. `loss` is per row supervised at step 0.
+    `first_round` (tokens of the first round after the prompt), `loop_free` (acceptance length
+    without answers that loop), and `tokens` and `rounds` of every answer are at `draft_length`.
     """
 
-    draft_length: int
     acceptance_length: dict[int, float]
     accepted_at: list[float]
     first_round: float
     loop_free: float
     loops: int
     answers: int
+    tokens: list[int]
+    rounds: list[float]
+
+
+@dataclass
+class Evaluation(Acceptance):
+    """Greedy acceptance, and by temperature that on `sampled` answers.
+
+    `loss` is per row supervised at step 0 of the greedy answers.
+    """
+
+    draft_length: int
     loss: float
+    sampled: dict[str, Acceptance]
 
     def metrics(self) -> dict[str, float]:
-        length = self.acceptance_length[self.draft_length]
+        metrics = {"eval/acceptance_length": self.acceptance_length[self.draft_length]}
+        for name, at in self.sampled.items():
+            length = at.acceptance_length[self.draft_length]
+            metrics[f"eval/acceptance_length_t{name}"] = length
+        metrics["eval/loss"] = self.loss
         at = {f"eval/accepted_at_{k}": share for k, share in enumerate(self.accepted_at, start=1)}
-        return {"eval/acceptance_length": length, "eval/loss": self.loss} | at
+        return metrics | at
 
 
 @torch.no_grad()
 def evaluate(
-    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: Packed, draft_length: int
-) -> Evaluation:
-    """Unroll over the held-out answers and walk each of them at every draft length."""
-    total_loss, num_rows = 0.0, 0
-    documents, accepted_nK = [], []
-    for batch, answers in packed:
-        batch = batch.to(frozen.embedding.device)
-        hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
-        output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
-        total_loss += float(output.loss)
-        num_rows += batch.normaliser
-        documents += answers
-        accepted_nK += accepted_pairs(batch, output.correct).cpu().split(batch.documents.lengths)
-    walks = {
-        length: [walk(*each, length) for each in zip(documents, accepted_nK, strict=True)]
-        for length in range(1, accepted_nK[0].shape[1] + 1)
-    }
+    draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: dict[float, Packed],
+    draft_length: int,
+) -> Evaluation:  # fmt: skip
+    """Unroll over the held-out answers, by temperature, and walk each of them at every draft
+    length.
+    """
+    total_loss, num_rows, found = 0.0, 0, {}
+    for temperature, batches in packed.items():
+        documents, chances_nK = [], []
+        for batch, answers in batches:
+            batch = batch.to(frozen.embedding.device)
+            hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
+            if temperature:
+                log_p = torch.cat([answer.log_p for answer in answers]).to(hidden_ND.device)
+                log_q_M = draft_likelihoods(draft, hidden_ND, batch, temperature, loss.chunk_rows)
+                chance_M = (log_q_M - log_p[batch.pair_teacher]).clamp(max=0).exp()
+            else:
+                output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
+                total_loss += float(output.loss)
+                num_rows += batch.normaliser
+                chance_M = output.correct
+            documents += answers
+            chances_nK += by_step(batch, chance_M.double()).cpu().split(batch.documents.lengths)
+        found[temperature] = accept(documents, chances_nK, draft_length)
+    greedy, mean_loss = vars(found.pop(0.0)), total_loss / max(1, num_rows)
+    sampled = {f"{temperature:g}": each for temperature, each in found.items()}
+    return Evaluation(**greedy, draft_length=draft_length, loss=mean_loss, sampled=sampled)
+
+
+def draft_likelihoods(
+    draft: Draft, hidden_ND: torch.Tensor, batch: Batch, temperature: float, chunk_rows: int
+) -> torch.Tensor:
+    """fp32 [M]: the log-probability of the text's token, -inf where the draft cannot say it."""
+    draft_ids = torch.full((draft.config.vocab_size,), -1, device=hidden_ND.device)
+    draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=hidden_ND.device)
+    # The teacher of a pair predicts the token that the pair drafts.
+    wanted_M = draft_ids[batch.input_ids[batch.teacher_rows[batch.pair_teacher] + 1]]
+    found = []
+    for pairs, ids in zip(batch.pair_index.split(chunk_rows), wanted_M.split(chunk_rows)):
+        log_q = (draft.logits(hidden_ND[pairs]).float() / temperature).log_softmax(-1)
+        said = log_q.gather(1, ids.clamp(min=0)[:, None])[:, 0]
+        found.append(said.masked_fill(ids < 0, -torch.inf))
+    return torch.cat(found)
+
+
+def accept(
+    documents: list[HeldOut], chances_nK: list[torch.Tensor], draft_length: int
+) -> Acceptance:
+    """From the chance of every draft to be accepted, float64 [n,K] of each answer."""
+    lengths = range(1, chances_nK[0].shape[1] + 1)
+    walks = {length: walk(documents, chances_nK, length) for length in lengths}
     facts = summarise(walks[draft_length], draft_length)
-    return Evaluation(
-        draft_length=draft_length,
+    return Acceptance(
         acceptance_length={length: acceptance_length(w) or 0.0 for length, w in walks.items()},
         accepted_at=[share or 0.0 for share in facts["accepted_by_position"]],
         first_round=facts["first_round"] or 0.0,
         loop_free=facts["acceptance_length_loop_free"] or 0.0,
         loops=facts["loops"],
         answers=len(documents),
-        loss=total_loss / max(1, num_rows),
+        tokens=[len(answer.ids) - 1 for answer in walks[draft_length]],
+        rounds=[answer.rounds for answer in walks[draft_length]],
     )
 
 
-def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:
-    """bool [T,K]: whether the token drafted at (row, step) is the target's; False without one."""
-    starts = starts_of(batch.row_counts).to(correct_M.device)
-    rows = batch.rows[batch.pair_index - starts[batch.pair_step]]
-    accepted = correct_M.new_zeros(len(batch.input_ids), len(starts))  # bool
-    accepted[rows, batch.pair_step] = correct_M
-    return accepted
-
-
-def walk(document: Document, accepted_nK: torch.Tensor, draft_length: int) -> Answer:
-    """The answer in `document` as the rounds of a decoder would commit it.
+def walk(
+    documents: list[Document], chances_nK: list[torch.Tensor], draft_length: int
+) -> list[Answer]:
+    """The answers with the rounds, expected ones, in which a decoder would commit them.
 
     The first answer token comes from the prefill. A round drafts `draft_length` tokens at its
-    anchor row t, commits the accepted ones and the target's next, as far as the answer goes.
+    anchor row t, commits the accepted ones and the target's next, as far as the answer goes: the
+    k-th draft of row t is accepted, when those before it were, with chance [t,k-1], which is 0
+    beyond the answer's end. Of `emitted` the answers have only the first round.
     """
-    leading = accepted_nK[:, :draft_length].long().cumprod(1).sum(1).tolist()
-    ids, accepted = document.input_ids[document.loss_mask].tolist(), []
-    anchor = len(leading) - len(ids) - 1
-    while anchor < len(leading) - 2:
-        accepted.append(leading[anchor])
-        anchor += accepted[-1] + 1
-    return answer_of_rounds(ids, "", accepted, draft_length, 0.0)
+    ids = [document.input_ids[document.loss_mask].tolist() for document in documents]
+    # Anchors are the rows from the last of the prompt to the one that has a token to draft.
+    anchors = [chance[-len(of) - 1 : -2] for chance, of in zip(chances_nK, ids, strict=True)]
+    # [P,A,k]: the chance that at least k = 0 .. draft_length are accepted.
+    reached_PAK = pad_sequence(anchors, batch_first=True)[..., :draft_length].cumprod(2)
+    reached_PAK = F.pad(reached_PAK, (1, 0), value=1.0)
+    emitted_PAK = reached_PAK - F.pad(reached_PAK[..., 1:], (0, 1))
+    count, longest, width = reached_PAK.shape
+    left_PA = torch.tensor([len(of) - 1 for of in ids])[:, None] - torch.arange(longest)
+    begins_PA = F.pad(reached_PAK.new_ones(count, 1), (0, longest + width))
+    for place in range(longest):
+        reaches = slice(place + 1, place + 1 + width)
+        begins_PA[:, reaches] += begins_PA[:, place, None] * emitted_PAK[:, place]
+    begins_PA = begins_PA[:, :longest] * (left_PA > 0)
+    accepted_PK = (begins_PA[..., None] * reached_PAK).sum(1)[:, 1:]
+    first_P = (reached_PAK[:, :1] * (torch.arange(width) < left_PA[:, :1, None])).sum((1, 2))
+    answers, rounds = [], begins_PA.sum(1).tolist()
+    for number, (of, accepted) in enumerate(zip(ids, accepted_PK.tolist(), strict=True)):
+        first = [float(first_P[number])] if rounds[number] else []
+        answers.append(Answer(of, rounds[number], accepted, 0.0, "", first))
+    return answers
 
 
 def summarise(answers: list[Answer], steps: int) -> dict[str, Any]:

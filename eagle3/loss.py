@@ -3,7 +3,7 @@
     l^k_t = W_lm RMS(h^{k+1}_t)                     the draft's logits of (row t, step k)
     j     = t + k + 1                               its teacher's row
     p     = softmax(W_head z_j) on the draft vocabulary S
-    loss  = sum_k gamma^k sum_t M^k_t CE(p, l^k_t) / normaliser
+    loss  = sum_k w_k sum_t M^k_t CE(p, l^k_t) / normaliser         w_k = gamma^k by default
 
 A teacher's row j serves every pair (t, k) with t + k + 1 = j, so the loss waits for the whole
 unroll and then walks chunks of teacher rows: their probabilities once, the logits of all pairs that
@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import torch
 from torch.nn import functional as F
 
-from eagle3.batch import Batch, Features, SupervisedMask
-from eagle3.config import Within
+from eagle3.batch import Batch, Features, SupervisedMask, by_step
+from eagle3.config import MAX_STEPS, Within
 from eagle3.draft.model import Draft
 from eagle3.kernels.eager import TakeRows
 
@@ -76,6 +76,131 @@ def lk(
     entropy = torch.special.entr(teacher).sum(-1)
     value = weight[:, 0] * (cross_entropy - entropy) + (1 - weight[:, 0]) * (1 - acceptance[:, 0])
     return value, weight * kl_gradient + (1 - weight) * student * (rate - below)
+
+
+def acceptance(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chance [m] that rejection sampling keeps a drafted token, sum min(p, q); gradient."""
+    student = logits.softmax(-1)
+    below = (student < teacher).to(student.dtype)
+    slope = below - (student * below).sum(-1, keepdim=True)
+    return torch.minimum(student, teacher).sum(-1), student * slope
+
+
+def tv(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Total variation: 1 - acceptance."""
+    chance, gradient = acceptance(logits, teacher)
+    return 1 - chance, -gradient
+
+
+def nla(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log(acceptance), whose gradient does not fade where draft and target hardly meet."""
+    chance, gradient = acceptance(logits, teacher)
+    chance = chance.clamp_min(torch.finfo(logits.dtype).tiny)
+    return -chance.log(), -gradient / chance[:, None]
+
+
+def reverse_kl(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q | p): seeks one of the teacher's modes where cross-entropy covers them all."""
+    log_student = logits.log_softmax(-1)
+    # A teacher whose probability rounds to 0 would make the loss infinite.
+    log_teacher = teacher.clamp_min(torch.finfo(teacher.dtype).tiny).log()
+    student, ratio = log_student.exp(), log_student - log_teacher
+    value = (student * ratio).sum(-1)
+    return value, student * (ratio - value[:, None])
+
+
+def jsd(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Jensen-Shannon divergence: (KL(p | m) + KL(q | m)) / 2 with m = (p + q) / 2."""
+    log_student = logits.log_softmax(-1)
+    student = log_student.exp()
+    middle = ((student + teacher) / 2).clamp_min(torch.finfo(teacher.dtype).tiny).log()
+    ratio = (log_student - middle) / 2
+    own = (student * ratio).sum(-1)
+    entropies = torch.xlogy(teacher, teacher) - teacher * middle
+    return entropies.sum(-1) / 2 + own, student * (ratio - own[:, None])
+
+
+Share = Annotated[float, Within(0, 1e6)]
+
+
+def mix(
+    logits: torch.Tensor, teacher: torch.Tensor, kl: Share, tv: Share, nla: Share,
+    reverse_kl: Share, jsd: Share,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The sum of the losses of these names, each times its share; those of share 0 cost nothing."""
+    value, gradient = torch.zeros_like(logits[:, 0]), torch.zeros_like(logits)
+    for pointwise, share in zip(MIXED, (kl, tv, nla, reverse_kl, jsd), strict=True):
+        if share:
+            value_of_one, gradient_of_one = pointwise(logits, teacher)
+            value = value + share * value_of_one
+            gradient = gradient + share * gradient_of_one
+    return value, gradient
+
+
+MIXED = (kl, tv, nla, reverse_kl, jsd)
+
+
+class Powers:
+    """Weights of the steps: step k weighs gamma^k, whatever is measured."""
+
+    def __init__(self, gamma: float):
+        self.gamma = gamma
+
+    def __call__(self, num_steps: int) -> torch.Tensor:
+        """float64 [K]."""
+        return torch.tensor([self.gamma**k for k in range(num_steps)], dtype=torch.float64)
+
+    def measure(self, batch: Batch, correct: torch.Tensor) -> None:
+        """Note which pairs of a micro-step were `correct` [M]."""
+
+    def advance(self, ranks: Any, device: torch.device) -> None:
+        """Behind an update: take up what all ranks have measured in it."""
+
+    def state(self) -> dict[str, list]:
+        """What a checkpoint keeps."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, whose plain values `state` are."""
+
+
+class Reached(Powers):
+    """Step k weighs the chance that drafting gets there: that it was right at all steps before.
+
+    The running mean of what was seen: each update counts `decay` times as much as the one behind
+    it. Before anything was measured, a step is taken to be right in a share gamma.
+    """
+
+    def __init__(self, gamma: float, decay: Annotated[float, Within(0, 1)]):
+        self.decay = decay
+        # By step: rows that were right there and at all steps before; those that had got there.
+        self.sums = torch.tensor([[gamma], [1.0]], dtype=torch.float64).repeat(1, MAX_STEPS)
+        self.new = torch.zeros_like(self.sums)
+
+    def __call__(self, num_steps: int) -> torch.Tensor:
+        right, reached = self.sums[:, : num_steps - 1]
+        # What no row has got to for long has decayed to 0 of 0.
+        chances = right / reached.clamp(min=torch.finfo(reached.dtype).tiny)
+        return F.pad(chances.cumprod(0), (1, 0), value=1.0)
+
+    def measure(self, batch: Batch, correct: torch.Tensor) -> None:
+        right_TK = by_step(batch, correct).long().cumprod(1)
+        reached_TK = by_step(batch, torch.ones_like(correct)) * F.pad(right_TK, (1, -1), value=1)
+        sums = torch.stack([right_TK.sum(0), reached_TK.sum(0)])
+        self.new = self.new.to(sums.device)
+        self.new[:, : sums.shape[1]] += sums
+
+    def advance(self, ranks: Any, device: torch.device) -> None:
+        # Whole numbers add up to the same in any order, so that ranks stay equal.
+        new = ranks.all_reduce_tensor(self.new.to(device))
+        self.sums = self.decay * self.sums.to(device) + new
+        self.new = torch.zeros_like(new)
+
+    def state(self) -> dict[str, list]:
+        return {"reached": self.sums.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.sums = torch.tensor(state["reached"], dtype=torch.float64)
 
 
 @dataclass
@@ -157,12 +282,15 @@ class SoftTargetLoss:
         gamma: Annotated[float, Within(0, 1)],
         chunk_rows: Annotated[int, Within(1, 1 << 30)],
         mask: SupervisedMask,
+        weights: Callable[[float], Powers] = Powers,
     ):
-        """`gamma` weights step k by gamma^k; `chunk_rows` teacher rows are in work at a time.
+        """`weights` makes those of the steps of `gamma`; `chunk_rows` teacher rows are in work at a
+        time.
 
         `mask` says which pairs count; the loader applies it, because it needs no target.
         """
-        self.pointwise, self.gamma, self.chunk_rows, self.mask = pointwise, gamma, chunk_rows, mask
+        self.pointwise, self.chunk_rows, self.mask = pointwise, chunk_rows, mask
+        self.weights = weights(gamma)
 
     def __call__(
         self,
@@ -184,9 +312,8 @@ class SoftTargetLoss:
         teachers = F.pad(features.last_hidden_states.to(hidden_ND.dtype), (0, 0, 0, 1))
         argmax = F.pad(features.argmax, (0, 1))
         num_steps = len(batch.row_counts)
-        powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
-        weights = powers.to(argmax.device)[batch.pair_step] * counted
+        weights = self.weights(num_steps).to(argmax.device, wide)[batch.pair_step] * counted
         students = draft.head_input(TakeRows.apply(hidden_ND, batch.pair_index))
         kernels = draft.kernels.pick(hidden_ND)
         pairs = Pairs(

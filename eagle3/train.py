@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from hydra.utils import get_class
@@ -19,7 +20,7 @@ from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import evaluate, load_answers, pack_answers
+from eagle3.evaluate import evaluate, load_answers, pack_answers, suffix
 from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
@@ -59,8 +60,8 @@ def train(
 ) -> dict[int, str]:
     """Train on every rank; leaves checkpoints/, metrics.jsonl and evaluation.json in `run_dir`.
 
-    Keeps `last` and `best` (by `eval/acceptance_length`) checkpoints; without held-out answers the
-    last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
+    Keeps `last` and `best` (by acceptance at `train.best_by`) checkpoints; without held-out answers
+    the last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
     """
     section, folder = config.train, run_dir / "checkpoints"
     last, best = folder / "last", folder / "best"
@@ -80,8 +81,11 @@ def train(
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
-        answers = pack_answers(load_answers(data.answers), draft.t2d, steps, tokens)
+        answers = {}
+        for at in config.eval.temperature:
+            answers[at] = pack_answers(load_answers(data.answers, at), draft.t2d, steps, tokens)
         measure = partial(evaluate, draft, trainer.frozen, trainer.loss, answers, draft_length)
+    chosen_by = [f"eval/acceptance_length{suffix(each)}" for each in section.best_by]
     path = run_dir / "metrics.jsonl"
     lines = JsonLines(path, resumed_at, history) if ranks.is_main else None
     log = lines.log if lines else lambda metrics, step: None
@@ -123,7 +127,7 @@ def train(
             if evaluates and (trainer.update % section.eval_every == 0 or is_last):
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
                 log(evaluation, trainer.update)
-                acceptance = evaluation["eval/acceptance_length"]
+                acceptance = fmean(evaluation[name] for name in chosen_by)
                 bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
                 trainer.best = max(trainer.best, acceptance)
@@ -156,6 +160,8 @@ def train(
         write_atomically(run_dir / "evaluation.json", [json.dumps(values).encode()])
         length = evaluation.acceptance_length[draft_length]
         found = f"{length:.2f} at draft length {draft_length}, update {update}"
+        for name, at in evaluation.sampled.items():
+            found += f"; {at.acceptance_length[draft_length]:.2f} at temperature {name}"
         print(f"train: best acceptance length {found}")
     elif ranks.is_main:
         print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
@@ -212,7 +218,7 @@ def build_trainer(
     optimizer = instantiate(config.optimizer)(draft.parameters())
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
-    meter = Meter(steps, loss.gamma, target.device)
+    meter = Meter(steps, loss.weights, target.device)
     trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
     if saved:
         try:
@@ -278,7 +284,9 @@ class Trainer:
             (output.loss / normaliser).backward()
             flops = training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
+            self.loss.weights.measure(batch, output.correct)
             waited = 0.0
+        self.loss.weights.advance(self.ranks, self.frozen.embedding.device)
         self.ranks.all_reduce_gradients(self.optim.parameters, self.optim.reduce_dtype)
         return self.optim.step()
 
@@ -299,6 +307,7 @@ class Trainer:
             "tokens_per_update": self.loader.tokens_per_update,
             "meters": self.ranks.all_gather(self.meter.state()),
         }
+        plain |= self.loss.weights.state()
         return CheckpointState(tensors | moments, plain)
 
     def restore(self, state: CheckpointState) -> None:
@@ -311,6 +320,7 @@ class Trainer:
         self.update, self.best = plain["update"], plain["best"]
         self.best_update = plain["best_update"]
         self.meter.restore(plain["meters"], rank, self.ranks.world_size)
+        self.loss.weights.restore(plain)
         # A rank that was not there before begins with the state that its process has.
         own = with_prefix(state.tensors, f"rank_{rank}/")
         if "rng" in own:

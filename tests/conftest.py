@@ -29,7 +29,7 @@ from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.export.write import portable_config, speculators_config, write_draft
-from eagle3.loss import SoftTargetLoss, kl
+from eagle3.loss import Powers, SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
 from eagle3.pipeline import run_pipeline
 from eagle3.runs.progress import Progress
@@ -102,9 +102,11 @@ def spec_of(path, layers=None, dtype="float32", **model) -> TargetSpec:
     return read_spec(Model(path=str(path), aux_layer_ids=layers, dtype=dtype, **given))
 
 
-def soft_target_loss(pointwise=kl, gamma=0.8, chunk_rows=1024, mask=serving) -> SoftTargetLoss:
+def soft_target_loss(
+    pointwise=kl, gamma=0.8, chunk_rows=1024, mask=serving, weights=Powers
+) -> SoftTargetLoss:
     """The loss with the values that conf/loss has."""
-    return SoftTargetLoss(pointwise, gamma, chunk_rows, mask)
+    return SoftTargetLoss(pointwise, gamma, chunk_rows, mask, weights)
 
 
 def handle_of(folder, layers=None, **section) -> TargetHandle:

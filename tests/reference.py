@@ -84,7 +84,19 @@ def pair_losses(logits, teacher, pointwise: str, eta: float = 3.0):
     cross_entropy = -(teacher * log_student).sum(-1)
     if pointwise == "kl":
         return cross_entropy
-    acceptance = torch.minimum(log_student.exp(), teacher).sum(-1)
+    tiny = torch.finfo(teacher.dtype).tiny
+    student, log_teacher = log_student.exp(), teacher.clamp(min=tiny).log()
+    if pointwise == "reverse_kl":
+        return (student * (log_student - log_teacher)).sum(-1)
+    if pointwise == "jsd":
+        middle = (student + teacher) / 2
+        own = student * (log_student - middle.log())
+        return (own + teacher * (log_teacher - middle.log())).sum(-1) / 2
+    acceptance = torch.minimum(student, teacher).sum(-1)
+    if pointwise in ("tv", "nla"):
+        return 1 - acceptance if pointwise == "tv" else -acceptance.log()
+    if pointwise == "mix":
+        return 0.1 * cross_entropy + 0.9 * (1 - acceptance)
     weight = torch.exp(-eta * acceptance.detach())
     kl_divergence = cross_entropy + torch.xlogy(teacher, teacher).sum(-1)
     return weight * kl_divergence + (1 - weight) * (1 - acceptance)
@@ -204,7 +216,7 @@ class Case:
         batch = pack(documents, self.draft.t2d, ttt_steps, supervised)
         features = self.features(batch, order)
         hidden = unroll(self.draft, self.embedding, features.aux_hidden_states, batch)
-        function = partial(trainer_loss.lk, eta=3.0) if pointwise == "lk" else trainer_loss.kl
+        function = {"kl": trainer_loss.kl, "lk": partial(trainer_loss.lk, eta=3.0)}[pointwise]
         soft_target = trainer_loss.SoftTargetLoss(function, gamma, chunk_rows, supervised)
         rows = self.head[self.draft.t2d]
         return soft_target(self.draft, hidden, features, batch, rows, scale), batch

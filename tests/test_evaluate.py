@@ -1,8 +1,11 @@
-"""The anchor walk equals really decoding, for every draft length, on text the target generated."""
+"""The anchor walk equals really decoding, for every draft length, on text the target generated: at
+temperature 0 round by round, above it in the mean, which is counted out over few tokens.
+"""
 
+import collections
+import itertools
 import os
 import shutil
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,15 +16,25 @@ from conftest import fit, flip, handle_of, section, soft_target_loss, spec_of
 from safetensors.torch import load_file
 
 from eagle3 import evaluate as module
-from eagle3.batch import Document
+from eagle3.batch import Document, Features
 from eagle3.data.vocab import vocab_tensors
-from eagle3.decode.speculate import speculate
-from eagle3.draft.flash import FlashCPU
+from eagle3.decode.speculate import Sampling, speculate
+from eagle3.draft.flash import Auto, FlashCPU
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft
-from eagle3.evaluate import evaluate, generate, link, load_answers, pack_answers, walk
+from eagle3.draft.model import Draft, DraftConfig
+from eagle3.evaluate import (
+    HeldOut,
+    evaluate,
+    generate,
+    link,
+    load_answers,
+    log_p,
+    pack_answers,
+    walk,
+)
 from eagle3.loss import FrozenWeights
 from eagle3.runs.artefact import read_facts
+from eagle3.ttt import unroll
 
 STEPS = 6
 
@@ -41,7 +54,7 @@ def answers(handle, tmp_path_factory):
     torch.manual_seed(3)
     ids = [torch.randint(9, 2048, (n,)).tolist() for n in (5, 17, 1, 30)]
     prompts = [{"id": str(i), "input_ids": row} for i, row in enumerate(ids)]
-    section = SimpleNamespace(max_new_tokens=24, batch_size=3)
+    section = SimpleNamespace(max_new_tokens=24, batch_size=3, temperature=[0.0])
     folder = generate(section, prompts, handle, str(tmp_path_factory.mktemp("answers")), True)
     loaded = load_answers(folder)
     assert read_facts(folder)["answers"] == 4 and [a.key for a in loaded] == [0, 1, 2, 3]
@@ -67,7 +80,7 @@ def draft(target, answers):
 def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
     packed = pack_answers(answers, draft.t2d, STEPS, tokens_per_step)
     frozen = FrozenWeights(target.embedding, target.head[draft.target_ids])
-    evaluation = evaluate(draft, frozen, soft_target_loss(), packed, 4)
+    evaluation = evaluate(draft, frozen, soft_target_loss(), {0.0: packed}, 4)
     assert 1.3 < evaluation.acceptance_length[4] < 5
     for length in range(1, STEPS + 1):
         decoded = []
@@ -87,30 +100,155 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
 
 
 def test_walk_by_hand():
-    accepted = torch.zeros(9, 3, dtype=torch.bool)
-    accepted[2, :2] = True  # the anchor behind a prompt of 3: two accepted
-    accepted[5, 0] = True
-    accepted[5, 2] = True  # unreachable: the draft before it missed
+    chances = torch.zeros(9, 3, dtype=torch.float64)
+    chances[2, :2] = 1  # the anchor behind a prompt of 3: two accepted
+    chances[5, 0] = 1
+    chances[5, 2] = 1  # unreachable: the draft before it missed
 
-    def emitted(length, draft_length):
+    def walked(length, draft_length, at=chances):
         document = Document(0, torch.arange(length), torch.arange(length) >= 3)
-        return walk(document, accepted[:length], draft_length).emitted
+        # No draft has a chance beyond the end.
+        inside = torch.arange(length)[:, None] + torch.arange(3) + 2 < length
+        (answer,) = walk([document], [at[:length] * inside], draft_length)
+        return answer.rounds, answer.accepted_at, answer.emitted
 
-    assert emitted(9, 3) == [3, 2] and emitted(9, 1) == [2, 1, 2]
-    assert emitted(5, 3) == [1], "the answer ends inside the accepted run"
-    assert emitted(4, 3) == [], "one token, and that is the prefill's"
+    assert walked(9, 3) == (2, [2, 1, 0], [3]) and walked(9, 1) == (3, [2], [2])
+    assert walked(5, 3) == (1, [1, 0, 0], [1]), "the answer ends inside the accepted run"
+    assert walked(4, 3) == (0, [0, 0, 0], []), "one token, and that is the prefill's"
+    # Three tokens: a round of 1, 2 or 3, where 1/2 x 1/4 end at once; then one of 1 (3/4) or 2.
+    chances = torch.zeros(9, 3, dtype=torch.float64)
+    chances[2, :2], chances[3, 0] = torch.tensor([0.5, 0.25]), 0.25
+    rounds = 1 + 0.5 * (1 + 0.75) + 0.5 * 0.75
+    assert walked(7, 2, chances) == (rounds, [0.5 + 0.5 * 0.25, 0.125], [1 + 0.5 + 0.125])
+
+
+class Markov:
+    """A target whose next token depends on the newest alone, and a draft for all but one token."""
+
+    eos_token_ids = frozenset()
+
+    def __init__(self, vocab_size):
+        random = torch.Generator().manual_seed(1)
+        normal = torch.randn(2, vocab_size, 16, generator=random, dtype=torch.float64)
+        self.embedding, self.head = normal[0], 0.2 * normal[1]
+        t2d, d2t = vocab_tensors(np.arange(1, vocab_size), vocab_size)
+        shape = DraftConfig(
+            hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, vocab_size=vocab_size, draft_vocab_size=vocab_size - 1,
+            target_hidden_size=16, max_position_embeddings=64, rms_norm_eps=1e-5,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        self.draft = Draft(shape, Auto, t2d, d2t).double()
+        for parameter in self.draft.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+
+    def states(self, input_ids, position_ids, cache=None, visible=None):
+        last = self.embedding[input_ids]
+        return torch.cat([last] * 3, dim=-1), last
+
+    def lm_head(self, last):
+        return last @ self.head.T
+
+    def evaluate(self, texts, prompt, temperature, steps, draft_length):
+        """Acceptance on texts int64 [n], which begin with `prompt` tokens, and their batch."""
+        documents = []
+        for number, ids in enumerate(texts):
+            aux, last = self.states(ids, None)
+            logits = self.lm_head(last)[prompt:]
+            features = Features(aux, last[prompt:], logits.argmax(-1), logits.logsumexp(-1))
+            document = HeldOut(number, ids, torch.arange(len(ids)) >= prompt, features)
+            document.log_p = log_p(document, self.head, temperature)
+            documents.append(document)
+        packed = pack_answers(documents, self.draft.t2d, steps, 1 << 20)
+        frozen = FrozenWeights(self.embedding, self.head[1:])
+        at = {0.0: packed, temperature: packed}
+        found = evaluate(self.draft, frozen, soft_target_loss(chunk_rows=50), at, draft_length)
+        return found.sampled[f"{temperature:g}"], packed[0][0]
+
+
+@pytest.mark.parametrize("draft_length", [1, 2])
+def test_acceptance_at_a_temperature_counted_out(draft_length):
+    """All that speculative sampling can do for four tokens over a vocabulary of four: of each text
+    the chance, and the rounds that it takes on average.
+    """
+    target, prompt, temperature = Markov(4), [2, 1], 0.7
+    texts = [torch.tensor([*prompt, *ids]) for ids in itertools.product(range(4), repeat=4)]
+    found, batch = target.evaluate(texts, 2, temperature, 2, draft_length)
+    with torch.no_grad():
+        aux = batch.features.aux_hidden_states
+        hidden = unroll(target.draft, target.embedding, aux, batch)
+        logits = target.draft.logits(hidden).split(batch.row_counts)
+    q = {}  # by what the draft has read, and its step
+    for step, (count, rows) in enumerate(zip(batch.row_counts, logits, strict=True)):
+        for row, one in zip(batch.rows[:count].tolist(), rows, strict=True):
+            read = batch.input_ids[row // 6 * 6 : row + step + 2]
+            q[tuple(read.tolist()), step] = [0.0, *(one / temperature).softmax(-1).tolist()]
+    p = (target.lm_head(target.embedding) / temperature).softmax(-1).tolist()
+    outcomes = collections.defaultdict(lambda: [0.0, 0.0])
+
+    def go_on(text, rounds, step, chance):
+        """`step` drafts of a round, which began before, were accepted."""
+        if len(text) == 6:
+            outcomes[text][0] += chance
+            outcomes[text][1] += chance * rounds
+            return
+        says = p[text[-1]]
+        if step == draft_length:
+            residual, refused = says, 1.0
+        else:
+            drafts, refused = q[text, step], 0.0
+            residual = [max(0.0, one - other) for one, other in zip(says, drafts)]
+            for token, drawn in enumerate(drafts):
+                kept = min(1.0, says[token] / drawn) if drawn else 0.0
+                refused += drawn * (1 - kept)
+                if drawn:
+                    go_on((*text, token), rounds, step + 1, chance * drawn * kept)
+        for token, share in enumerate(residual):
+            own = chance * refused * share / sum(residual)
+            ends = len(text) == 5
+            go_on((*text, token), rounds + (not ends), 0, own)
+
+    for token in range(4):
+        go_on((*prompt, token), 1, 0, p[prompt[-1]][token])
+    assert sum(chance for chance, _ in outcomes.values()) == pytest.approx(1)
+    for text, rounds in zip(texts, found.rounds, strict=True):
+        said = [p[one][other] for one, other in zip(text.tolist()[1:], text.tolist()[2:])]
+        chance, weighted = outcomes[tuple(text.tolist())]
+        assert chance == pytest.approx(np.prod(said))
+        assert rounds == pytest.approx(weighted / chance, rel=1e-5)
+    assert max(found.rounds) - min(found.rounds) > 0.5
+
+
+@pytest.mark.runs
+def test_acceptance_at_a_temperature_is_that_of_sampling():
+    """On answers that the decoder sampled, its rounds are as expected, by a z-test."""
+    target, temperature, steps = Markov(24), 0.8, 4
+    prompts = list(torch.randint(24, (600, 3), generator=torch.Generator().manual_seed(0)))
+    rule = Sampling(temperature, torch.Generator().manual_seed(0))
+    decoded = speculate(target, target.draft, prompts, steps, 1, steps + 1, 20, rule)
+    texts = [torch.cat([prompt, torch.tensor(g.ids)]) for prompt, g in zip(prompts, decoded)]
+    found, _ = target.evaluate(texts, 3, temperature, steps, steps)
+    rounds = torch.tensor([len(generation.emitted) for generation in decoded]).double()
+    apart = rounds - torch.tensor(found.rounds)
+    assert abs(apart.mean()) < 4 * apart.std() / len(apart) ** 0.5
+    accepted = [count for generation in decoded for count in generation.accepted]
+    shares = [sum(count > k for count in accepted) / len(accepted) for k in range(steps)]
+    assert found.accepted_at == pytest.approx(shares, abs=0.02) and shares[1] > 0.1
+    assert found.acceptance_length[steps] == pytest.approx(600 * 19 / rounds.sum().item(), rel=0.02)
 
 
 ASKED = {"num_prompts": 4, "max_new_tokens": 6, "batch_size": 2, "aux_layer_ids": [1, 3, 5]}
+ASKED |= {"temperature": [0.0, 1.0]}
 # What changes from one call to the next, and which of the prompts are then answered.
 CHANGES = {
     "nothing": ({}, []),
-    "more prompts": ({"num_prompts": 6}, [4, 5]),
+    "more prompts": ({"num_prompts": 6}, [4, 4, 5, 5]),
     "fewer prompts": ({"num_prompts": 2}, []),
-    "another batch": ({"batch_size": 3, "num_prompts": 5}, [4]),
-    "longer answers": ({"max_new_tokens": 7}, [0, 1, 2, 3]),
-    "other layers": ({"aux_layer_ids": [1, 2, 5]}, [0, 1, 2, 3]),
+    "another batch": ({"batch_size": 3, "num_prompts": 5}, [4, 4]),
+    "longer answers": ({"max_new_tokens": 7}, [0, 0, 1, 1, 2, 2, 3, 3]),
+    "other layers": ({"aux_layer_ids": [1, 2, 5]}, [0, 0, 1, 1, 2, 2, 3, 3]),
     "a damaged answer": ({"damaged": 1}, [1]),
+    "another temperature": ({"temperature": [0.0, 0.5, 1.0]}, [0, 1, 2, 3]),
 }
 
 
@@ -130,21 +268,23 @@ def test_an_answer_is_kept_by_what_it_depends_on(target, tmp_path, monkeypatch, 
     def ask(num_prompts, aux_layer_ids, damaged=None, **limits):
         prompts = [{"id": str(i), "input_ids": [9 + i, 30, 40]} for i in range(num_prompts)]
         known = {"target": "weights", "aux_layer_ids": aux_layer_ids}
-        handle = SimpleNamespace(identity=known, load=lambda: target)
+        handle = SimpleNamespace(identity=known, load=lambda: target, load_weights=lambda: target)
         return generate(SimpleNamespace(**limits), prompts, handle, str(tmp_path), True)
 
     monkeypatch.setattr(target, "answer", answer)
     folder, (changes, again) = ask(**ASKED), CHANGES[what]
-    first = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    first = [load_file(path) for path in sorted(folder.glob("answer_?????.safetensors"))]
     if "damaged" in changes:
         flip(folder / f"answer_{changes['damaged']:05d}.safetensors", -1)
         shutil.rmtree(folder)
-    assert sorted(taken) == [0, 1, 2, 3]
+    assert sorted(taken) == [0, 0, 1, 1, 2, 2, 3, 3]
     taken.clear()
     folder = ask(**ASKED | changes)
     assert sorted(taken) == again
-    found = load_answers(folder)
-    assert len(found) == changes.get("num_prompts", 4)
+    found, sampled = load_answers(folder), load_answers(folder, 1.0)
+    assert len(found) == len(sampled) == changes.get("num_prompts", 4)
+    assert all(len(a.log_p) == len(a.features.argmax) and a.log_p.max() <= 0 for a in sampled)
+    assert [*found[0].input_ids] != [*sampled[0].input_ids]
     for document, tensors in zip(found, first, strict=False):
         if "max_new_tokens" not in changes:
             assert torch.equal(document.input_ids, tensors["input_ids"])
@@ -152,11 +292,12 @@ def test_an_answer_is_kept_by_what_it_depends_on(target, tmp_path, monkeypatch, 
 
 def test_an_interrupted_generation_keeps_what_is_finished(target, tmp_path, monkeypatch, capsys):
     original, prompts = target.answer, [{"input_ids": [9 + i, 30, 40]} for i in range(4)]
-    handle = SimpleNamespace(identity={}, load=lambda: target)
-    asked = SimpleNamespace(max_new_tokens=4, batch_size=2), prompts, handle, str(tmp_path), True
+    handle = SimpleNamespace(identity={}, load=lambda: target, load_weights=lambda: target)
+    section = SimpleNamespace(max_new_tokens=4, batch_size=2, temperature=[0.0])
+    asked = section, prompts, handle, str(tmp_path), True
 
     def interrupted(*given):
-        yield from islice(original(*given), 3)
+        yield from itertools.islice(original(*given), 3)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(target, "answer", interrupted)

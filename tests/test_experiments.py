@@ -4,6 +4,7 @@ on a tiny target.
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -109,3 +110,39 @@ def test_recipes_train(experiment, tokenizer, tmp_path):
     shape = json.loads((draft / "config.json").read_text())
     assert shape["architectures"] == ["LlamaForCausalLMEagle3"]
     assert shape["max_position_embeddings"] == 131072
+
+
+def write_cell(folder, rounds, sampled):
+    """As training leaves it: 20 answers of 30 tokens behind the first, whose rounds these are."""
+    folder.mkdir(parents=True)
+    tokens = {"tokens": [30] * 20}
+    content = tokens | {"rounds": rounds, "sampled": {"1": tokens | {"rounds": sampled}}}
+    (folder / "evaluation.json").write_text(json.dumps(content))
+
+
+def test_recipes_are_compared_over_seeds_and_prompts(tmp_path):
+    """By hand, where all answers of a run take as many rounds; prompts that differ widen it."""
+    recipes = runpy.run_path(str(ROOT / "dev" / "compare_recipes.py"))
+    for seed, (base, other) in enumerate([(15, 12), (12, 10), (10, 7.5)]):
+        write_cell(tmp_path / "default" / str(seed), [base] * 20, [20] * 20)
+        write_cell(tmp_path / "tv" / str(seed), [other] * 20, [10, 20] * 10)
+    write_cell(tmp_path / "tv" / "3", [1] * 20, [1] * 20)  # without a pair
+    named = {"default": "", "tv": "loss=tv", "lk": "loss=lk"}
+    rows = recipes["table"](tmp_path, named, "default").splitlines()
+    assert len(rows) == 4 and rows[2].startswith("| default |  | 3 | 2.500 |  | 1.500 |  | 0.600 |")
+    # Differences of 0.5, 0.5 and 1.0: a mean of 2/3, and 4.30 x 0.2887 / sqrt(3) around it.
+    assert "| tv | `loss=tv` | 3 | 3.167 | +0.667 ± 0.717 (+26.7%) | 2.000 | +0.500 ± " in rows[3]
+    spread = float(re.findall(r"± ([0-9.]+)", rows[3])[1])
+    # A round's share of 30/15 changes by 1/3 of it from prompt to prompt.
+    assert spread == pytest.approx(1.96 * 2 / 3 / 20**0.5, rel=0.1)
+
+
+def test_every_recipe_composes():
+    """But those of a single option of `loss`, as tests/test_config.py composes every option."""
+    recipes = runpy.run_path(str(ROOT / "dev" / "compare_recipes.py"))
+    shared, five = recipes["shared_overrides"]([])
+    assert shared == ["stages=[prepare,generate,capture,train]"]
+    assert five == "model.aux_layer_ids=[1,2,4,6,7]"
+    for overrides in recipes["RECIPES"].values():
+        if "eagle31" not in overrides and not overrides.startswith("loss="):
+            compose_config(*overrides.replace("LAYERS5", five).split())

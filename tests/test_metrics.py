@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eagle3.loss import Powers
 from eagle3.runs import metrics
 from eagle3.runs.metrics import Meter, peak_flops
 
 GAMMA = 0.8
+WEIGHTS = Powers(GAMMA)
 FIRST = [6.0, 4.0], [3.0, 1.0], SimpleNamespace(pair_counts=[10, 5], normaliser=12, tokens=100)
 SECOND = [2.0, 8.0], [2.0, 2.0], SimpleNamespace(pair_counts=[10, 15], normaliser=8, tokens=60)
 
@@ -35,7 +37,7 @@ def clock(monkeypatch):
 
 
 def test_loss_and_accuracy_are_ratios_of_the_sums_of_a_window():
-    meter = Meter(2, GAMMA)
+    meter = Meter(2, WEIGHTS)
     add(meter, *SECOND)
     meter.read()
     add(meter, *FIRST)
@@ -55,11 +57,11 @@ def test_loss_and_accuracy_are_ratios_of_the_sums_of_a_window():
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_restored_window_reads_as_one_that_was_not_interrupted(ranks):
     """Of two ranks, gone on with by as many or by one."""
-    meter = Meter(2, GAMMA)
+    meter = Meter(2, WEIGHTS)
     add(meter, *FIRST)
     add(meter, *SECOND)
     states = [json.loads(json.dumps(meter.state()))] * 2
-    resumed = [Meter(2, GAMMA) for _ in range(ranks)]
+    resumed = [Meter(2, WEIGHTS) for _ in range(ranks)]
     for rank, meter in enumerate(resumed):
         meter.restore(states, rank, ranks)
     read = [meter.read() for meter in resumed]
@@ -69,7 +71,7 @@ def test_a_restored_window_reads_as_one_that_was_not_interrupted(ranks):
 
 
 def test_many_small_sums_keep_their_digits():
-    meter = Meter(1, GAMMA)
+    meter = Meter(1, WEIGHTS)
     add_one(meter, loss=2.0**25)
     for _ in range(100):
         add_one(meter, normaliser=0)
@@ -77,7 +79,7 @@ def test_many_small_sums_keep_their_digits():
 
 
 def test_rates_count_training_time_only(clock):
-    meter = Meter(1, GAMMA)
+    meter = Meter(1, WEIGHTS)
     add_one(meter, tokens=300, waited=0.5)
     clock[0] += 5
     meter.excluded_seconds += 3.0
@@ -90,7 +92,7 @@ def test_rates_count_training_time_only(clock):
 
 
 def test_two_processes_read_the_same_global_numbers(clock):
-    meters, sums = [Meter(2, GAMMA) for _ in range(2)], []
+    meters, sums = [Meter(2, WEIGHTS) for _ in range(2)], []
     for _ in range(2):  # first to know what each process sends, then to read the sum of both
         clock[0] = 0.0
         for meter, numbers, waited in zip(meters, (FIRST, SECOND), (1.0, 0.0), strict=True):
@@ -113,7 +115,7 @@ class NoSync(TorchDispatchMode):
 
 
 def test_adding_never_waits_for_the_device():
-    meter = Meter(2, GAMMA)
+    meter = Meter(2, WEIGHTS)
     with NoSync():
         add(meter, *FIRST)
     assert meter.read()["supervised_tokens"] == 10
@@ -121,7 +123,7 @@ def test_adding_never_waits_for_the_device():
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    meter = Meter(2, GAMMA, "cuda")
+    meter = Meter(2, WEIGHTS, "cuda")
     sums = [torch.tensor(numbers, device="cuda") for numbers in FIRST[:2]]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -141,7 +143,7 @@ def test_mfu_is_model_flops_over_the_peak_of_all_gpus_of_known_cards(monkeypatch
         assert peak_flops(f"NVIDIA {name}") == flops
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(metrics, "peak_memory_bytes", lambda device: 0)
-    meter = Meter(1, GAMMA)
+    meter = Meter(1, WEIGHTS)
     meter.device = SimpleNamespace(type="cuda")
     add_one(meter, flops=500 * 989e9)
     clock[0] += 1.0

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.runs
 @pytest.fixture(scope="module")
 def given(settings):
     """A line of the log is the mean of two updates."""
-    return [*settings, "train.log_every=2"]
+    return [*settings, "train.log_every=2", "train.best_by=[0,1]"]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,11 @@ def test_everything_is_written(finished, given):
     assert trained[-1]["loss"] < trained[0]["loss"]
     evaluated = [row for row in rows if "eval/acceptance_length" in row]
     assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
-    checkpoints = run_dir / "checkpoints"
+    checkpoints, names = run_dir / "checkpoints", ("", "_t1")
     assert os.readlink(checkpoints / "last") == "step_6"
+    means = [sum(row[f"eval/acceptance_length{name}"] for name in names) for row in evaluated]
+    best = [2, 4, 6][means.index(max(means))]
+    assert os.readlink(checkpoints / "best") == f"step_{best}"
     assert (checkpoints / "best" / "state.json").exists()
     kept = {path.name for path in checkpoints.glob("step_*")}
     assert kept == {os.readlink(checkpoints / "best"), "step_4", "step_6"}
@@ -78,6 +81,10 @@ def test_everything_is_written(finished, given):
     # The walk over cached text and real decoding of the exported draft (bf16) see about the same.
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert abs(evaluation["acceptance_length"]["3"] - value) < 1
+    (measured,) = [row for row in evaluated if row["step"] == evaluation["update"] == best]
+    sampled = evaluation["sampled"]["1"]
+    assert measured["eval/acceptance_length_t1"] == sampled["acceptance_length"]["3"] > 1
+    assert sampled["acceptance_length"]["3"] == sum(sampled["tokens"]) / sum(sampled["rounds"])
     assert "<svg" in (run_dir / "report.html").read_text()
     (recorded,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
     content = recorded.read_bytes()

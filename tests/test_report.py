@@ -371,6 +371,22 @@ def test_runs_that_measured_little(tmp_path):
     assert read_json(tmp_path / "benchmark.json") == {"a": None, "b": None}
 
 
+def test_what_was_measured_at_several_temperatures(tmp_path):
+    """A line and a column each, the exported update marked; one of it alone needs no name."""
+    sampled = EVALUATION | {"acceptance_length": {"1": 1.4, "2": 1.8, "10": 2.9}, "loops": 7}
+    del sampled["update"]
+    evaluation = EVALUATION | {"sampled": {"1": sampled}, "tokens": [91] * 64, "update": 40}
+    rows = [{**row, "eval/acceptance_length_t1": 1.25 + row["step"] / 100} for row in METRICS[-3:]]
+    parsed = page_of(tmp_path, metrics=[*METRICS[:-3], *rows], evaluation=evaluation)
+    text = words(parsed.root)
+    assert parsed.said("li").count("temperature 1") == 2
+    assert text.count("best 2.00 at update 40") == 1 and "91, 91" not in text
+    assert "Held-out evaluation, temperature 1" in parsed.said("h3")
+    lines = printed(tmp_path)
+    assert any(re.fullmatch(r" *10 drafted +3.70 +2.90", line) for line in lines)
+    assert all(len(line) <= 80 for line in lines)
+
+
 CAPTURED = {"prepared": {"documents": 12}, "generated": {"vocab_coverage": 0.5}}
 CAPTURED |= {"hidden_states": {"documents": 7}, "regenerated": [{"answers": 3}, {"answers": 4}]}
 TRAINED = {"evaluation": EVALUATION, "metrics": METRICS}

@@ -21,7 +21,7 @@ from eagle3.draft.attention import Dense
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.loader import Loader
-from eagle3.loss import FrozenWeights, kl
+from eagle3.loss import FrozenWeights, Powers, Reached, kl
 from eagle3.optim import GuardedOptimizer
 from eagle3.parallel import sequence
 from eagle3.parallel.ranks import Ranks, init_ranks
@@ -99,8 +99,10 @@ def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     optim = GuardedOptimizer(optimizer, scheduler, 0.5, "fp32")
     optim.reduce_dtype = reduce_dtype
-    loss = soft_target_loss(kl, chunk_rows=7)
-    meter = Meter(STEPS, loss.gamma, torch.device("cpu"))
+    # What is counted for one weights of the steps, of all ranks, decides the next updates.
+    weights = partial(Reached, decay=0.9) if stored else Powers
+    loss = soft_target_loss(kl, chunk_rows=7, weights=weights)
+    meter = Meter(STEPS, loss.weights, torch.device("cpu"))
     return Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
 
 

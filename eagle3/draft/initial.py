@@ -85,6 +85,10 @@ def random(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
     draft.lm_head.weight.data.copy_(head[draft.target_ids.to(head.device)])
 
 
+def drawn(draft: Draft, embedding: torch.Tensor, head: torch.Tensor) -> None:
+    """Weights as `Draft` draws them, the head too."""
+
+
 @torch.no_grad()
 def induction(
     draft: Draft,

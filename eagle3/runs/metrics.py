@@ -1,5 +1,6 @@
 """Numbers of the training loop, summed on the device and read only when they are logged."""
 
+import operator
 import re
 import resource
 import sys
@@ -34,10 +35,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Sums of micro-steps since the last `read`; `gamma` weights the loss of step k by gamma^k."""
+    """Sums of micro-steps since the last `read`; `weights` gives those of the steps' losses [K]."""
 
-    def __init__(self, ttt_steps: int, gamma: float, device: torch.device | str = "cpu"):
-        self.ttt_steps, self.gamma, self.device = ttt_steps, gamma, torch.device(device)
+    def __init__(self, ttt_steps: int, weights: Callable, device: torch.device | str = "cpu"):
+        self.ttt_steps, self.weights, self.device = ttt_steps, weights, torch.device(device)
         # float64, because a window adds up thousands of float32 sums.
         self.device_sums = torch.zeros(2, ttt_steps, dtype=torch.float64, device=self.device)
         self.restart()
@@ -85,7 +86,8 @@ class Meter:
         loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
         normaliser, tokens, flops, waited, seconds, processes = numbers.tolist()
         step_losses = (loss_sums / normaliser).tolist()
-        metrics = {"loss": sum(self.gamma**k * loss for k, loss in enumerate(step_losses))}
+        weights = self.weights(steps).tolist()
+        metrics = {"loss": sum(map(operator.mul, weights, step_losses))}
         metrics |= {f"loss/step_{k}": loss for k, loss in enumerate(step_losses)}
         accuracies = enumerate((correct / counts).tolist())
         metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in accuracies}

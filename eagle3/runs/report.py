@@ -38,17 +38,20 @@ COSTLESS = {"prompt_lookup": "prompt look-up", "bigram": "a bigram"}
 MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
+MEASURED = "eval/acceptance_length"  # at temperature 0; at 1 with `_t1` behind it
+
 Line = list[tuple[float, float]]
 
 
 class Plot:
     """Lines by label, and where they lie on a drawing whose y axis begins at `floor`, if given."""
 
+    highest: tuple[float, float]  # the point that a ring is drawn around, if one is
+
     def __init__(self, lines: dict[str, Line], floor: float | None = None, width=420, height=270):
         self.lines, self.floor, self.width, self.height = lines, floor, width, height
         self.left, self.right, self.top, self.bottom = 42, width - 14, 10, height - 44
         points = [point for line in lines.values() for point in line] or [(0.0, 0.0)]
-        self.highest = max(points, key=lambda point: point[1])  # of equal ones the first
         xs, ys = zip(*points, strict=True)
         # Half a unit where all values are the same: a range of no length cannot be drawn.
         margin = (max(xs) - min(xs)) * 0.07 or 0.5
@@ -87,8 +90,10 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
     if evaluation:
-        line = [(int(k), value) for k, value in evaluation["acceptance_length"].items()]
-        plots["draft_length"] = Plot({"": line}, floor=1)
+        lines = {}
+        for name, lengths in acceptance_lengths(evaluation).items():
+            lines[name] = [(int(k), value) for k, value in lengths.items()]
+        plots["draft_length"] = Plot(lines, floor=1)
         accepted = accepted or {"held-out prompts": evaluation["accepted_at"]}
     if accepted:
         lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
@@ -100,10 +105,18 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
             lines[config] = [(math.log2(n), some["tokens"] / some["rounds"]) for n, some in points]
         plots["prompt_length"] = Plot(lines, floor=1)
         plots["prompt_length"].x_ticks = [(math.log2(size), f"{size:,}") for size in sizes]
-    measured = [(row["step"], row.get("eval/acceptance_length")) for row in metrics]
-    evaluated = [point for point in measured if point[1] is not None]
+    evaluated = {}
+    for key in sorted({key for row in metrics for key in row if key.startswith(MEASURED)}):
+        points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
+        evaluated[f"temperature {key.removeprefix(MEASURED).lstrip('_t') or 0}"] = points
+    if len(evaluated) == 1:
+        evaluated = {"": points}
     if evaluated:
-        plots["evaluations"] = Plot({"": evaluated})
+        plots["evaluations"] = plot = Plot(evaluated)
+        # What `best` was chosen by need not be the first line.
+        points = next(iter(evaluated.values()))
+        exported = [point for point in points if point[0] == evaluation.get("update")]
+        plot.highest = exported[0] if exported else max(points, key=lambda point: point[1])
     trained = [row for row in metrics if "loss" in row]
     if trained:
         # However many steps the unroll had, as the metrics name them.
@@ -113,6 +126,13 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
         plots["loss"] = Plot({"": curve(trained, "loss")})
         plots["step_losses"], plots["step_accuracies"] = Plot(losses), Plot(accuracies, floor=0)
     return plots
+
+
+def acceptance_lengths(evaluation: dict) -> dict[str, dict[str, float]]:
+    """By temperature in words, and by draft length; nothing has to be named where it is 0 alone."""
+    sampled = evaluation.get("sampled", {})
+    lengths = {"temperature 0" if sampled else "": evaluation["acceptance_length"]}
+    return lengths | {f"temperature {t}": at["acceptance_length"] for t, at in sampled.items()}
 
 
 def curve(trained: list[dict], key: str) -> Line:
@@ -139,6 +159,8 @@ def write_report(run_dir: Path) -> Path:
     warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
     warnings += missing(run, benchmark, evaluation or training)
     facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
+    for name, at in evaluation.get("sampled", {}).items():
+        facts[f"Held-out evaluation, temperature {name}"] = at
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
     values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}
@@ -263,9 +285,11 @@ def summary(run_dir: Path, stages: list[str]) -> Group:
     rows = benchmark_rows(read_json(run_dir / "benchmark.json")) if "benchmark" in stages else []
     tables = []
     if evaluation:
-        table = Table("held-out prompts", "acceptance length", box=SIMPLE_HEAD)
-        for length, accepted in evaluation["acceptance_length"].items():
-            table.add_row(f"{length} drafted", cell("", accepted))
+        columns = acceptance_lengths(evaluation)
+        titles = [f"acceptance, {name}" if name else "acceptance length" for name in columns]
+        table = Table("held-out prompts", *titles, box=SIMPLE_HEAD)
+        for length in evaluation["acceptance_length"]:
+            table.add_row(f"{length} drafted", *(cell("", at[length]) for at in columns.values()))
         tables.append(table)
     if rows:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
