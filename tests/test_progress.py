@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import rich
 from conftest import TRAIN_ONLY, run_command
 
 from eagle3.runs import progress
@@ -103,6 +104,13 @@ def test_a_terminal_has_a_bar_of_the_same_words(clock, monkeypatch):
     moving, _, last = terminal.getvalue().rpartition("capture: ")
     assert "1,250 of 5,000 documents, 3.0k tokens, 3,000 tokens/s, ETA 0:03" in moving
     assert last == "1,250 documents, 3.0k tokens, 3,000 tokens/s, in 0:01\n"
+    monkeypatch.setattr(rich.get_console(), "_width", 60)
+    terminal.seek(0)
+    terminal.truncate()
+    with Progress(*DOCUMENTS) as bar:
+        bar.advance(1250, 3000, loss=18.557, acceptance=1.296)
+    moving = terminal.getvalue().rpartition("capture: ")[0]
+    assert "1.296" in moving and "…" not in moving, "no word is lost in a narrow one"
     monkeypatch.setenv("TERM", "dumb")
     terminal.seek(0)
     terminal.truncate()

@@ -111,7 +111,7 @@ def test_a_run_that_fails_late_is_reported_with_the_command_that_goes_on(
         return command_to_resume(*given)
 
     monkeypatch.setattr("eagle3.runs.tracking.command_to_resume", command)
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=200, markup=False)
     config, *given = arguments(tmp_path, ["seed=3", "stages=[prepare,generate]"])
     config.stages = ["prepare", "generate"]
     with (

@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.progress
 from rich.filesize import pick_unit_and_suffix
+from rich.table import Column
 
 # What ends before its first line is due shows only its end.
 FIRST_LINE, BETWEEN_LINES = 5.0, 30.0  # seconds
@@ -33,9 +34,10 @@ class Progress(AbstractContextManager):
         self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            text = rich.progress.TextColumn("{task.description}", markup=False)
-            # As wide as the words leave room for.
-            bar = rich.progress.BarColumn(bar_width=None)
+            # Words that a narrow terminal has no room for go on in a second line.
+            words = {"markup": False, "table_column": Column()}
+            text = rich.progress.TextColumn("{task.description}", **words)
+            bar = rich.progress.BarColumn(bar_width=20)
             self.bar = rich.progress.Progress(text, bar, transient=True)
             self.task = self.bar.add_task(self.line(), total=1.0)
 
