@@ -315,7 +315,7 @@ def test_an_answer_goes_on_behind_a_near_tie(answers, target, tmp_path, monkeypa
     original, compute = target.answer, module.compute_features
     prompts = [{"input_ids": a.input_ids[~a.loss_mask].tolist()} for a in answers]
     handle = SimpleNamespace(identity={}, load=lambda: target)
-    asked = SimpleNamespace(max_new_tokens=24, batch_size=3), prompts, handle
+    asked = SimpleNamespace(max_new_tokens=24, batch_size=3, temperature=[0.0]), prompts, handle
 
     def rounded(take, *given):  # otherwise at the third token of each answer, and behind each tie
         for key, ids in original(take, *given):
