@@ -10,15 +10,16 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from reference import random_case, relative_error
 
+from eagle3.config import instantiate
 from eagle3.draft.flash import Auto as AutoFlash
 from eagle3.errors import ConfigError
 from eagle3.kernels import fused
 from eagle3.kernels.eager import Eager
 from eagle3.kernels.fused import Auto, Fused
-from eagle3.loss import kl, lk
 
 TRITON = pytest.mark.triton
 LIMITS = pytest.mark.parametrize(
@@ -133,25 +134,27 @@ def test_norm(dtype, limit, kept, rows, count, size):
     close(values, run(Eager, norm.to(dtype).double(), x.double()), limit)
 
 
+LOSSES = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/loss/*.yaml")}
+
+
 @TRITON
 @pytest.mark.runs
-def test_compiled_for_every_gpu_without_spills():
+@pytest.mark.parametrize("losses", [[], list(LOSSES)], ids=["own", "losses"])
+def test_compiled_for_every_gpu_without_spills(losses):
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "dev" / "compile_kernels.py"]
+    command = [sys.executable, ROOT / "dev" / "compile_kernels.py", *losses]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-POINTWISE = {"kl": kl, "lk": partial(lk, eta=3.0)}
 
 
 @TRITON
 @pytest.mark.runs
 @LIMITS
-@pytest.mark.parametrize("name", POINTWISE)
+@pytest.mark.parametrize("name", LOSSES)
 def test_loss_chunk(dtype, limit, name):
     """Compiled once for chunks of any size. Of equals, the first is the argmax."""
     torch._dynamo.reset()
+    pointwise = instantiate(LOSSES[name]["pointwise"] | {"_partial_": True})
     for pairs, teachers, vocab in ((23, 5, 777), (8, 3, 777), (1, 1, 777)):
         logits = (3 * normal(pairs, vocab)).to(dtype)
         logits[0, 7] = logits[0, 400] = 30.0
@@ -160,10 +163,10 @@ def test_loss_chunk(dtype, limit, name):
         rows = torch.arange(pairs) * teachers // pairs
         weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
         given = logits.clone(), teacher, rows, weights
-        value, best, grad = Fused.loss_chunk(POINTWISE[name], *given)
+        value, best, grad = Fused.loss_chunk(pointwise, *given)
         assert grad.dtype == dtype and best[0] == 7 and torch.equal(given[0], logits)
         wide = logits.double(), teacher.double(), rows, weights.double()
-        expected = Eager.loss_chunk(POINTWISE[name], *wide)
+        expected = Eager.loss_chunk(pointwise, *wide)
         close((value, grad), (expected[0], expected[2]), limit)
         assert torch.equal(best, expected[1])
 

@@ -358,6 +358,12 @@ def _(grad_x, grad_first, grad_normed, x, weight, eps):
     return torch.empty_like(x), parts
 
 
+# By itself Inductor writes out what several sums read: [m,Vd] in fp32, once or more.
+INDUCTOR = {
+    "realize_reads_threshold": 1 << 20,
+    "realize_acc_reads_threshold": 1 << 20,
+    "realize_opcount_threshold": 1 << 20,
+}
 POINTWISE: list = []  # by number, because an operator takes no function
 
 
@@ -370,10 +376,8 @@ def number_of(pointwise) -> int:
 @functools.cache
 def compiled_loss_chunk(number: int):
     """Two kernels whatever the loss: the statistics of the teacher's rows, then the rest."""
-    # By itself Inductor writes out what several sums read: [m,Vd] in fp32, once or more.
-    names = ("realize_reads_threshold", "realize_acc_reads_threshold", "realize_opcount_threshold")
     region = functools.partial(Eager.loss_chunk, POINTWISE[number])
-    return torch.compile(region, options=dict.fromkeys(names, 1 << 20))
+    return torch.compile(region, options=INDUCTOR)
 
 
 @torch.library.custom_op("eagle3::loss_chunk", mutates_args=())
