@@ -24,7 +24,7 @@ from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
-from eagle3.loader import Loader
+from eagle3.loader import Feed, Loader
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, load_target
@@ -212,7 +212,8 @@ def build_trainer(
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
     meter = Meter(steps, loss.gamma, target.device)
-    trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
+    feed = Feed(target.device)
+    trainer = Trainer(draft, frozen, loss, features, loader, feed, optim, meter, ranks)
     if saved:
         try:
             trainer.restore(saved)
@@ -251,6 +252,7 @@ class Trainer:
     loss: SoftTargetLoss
     features: Callable[[Batch], Features]  # of batches whose documents came without
     loader: Loader
+    feed: Feed
     optim: GuardedOptimizer
     meter: Meter
     ranks: Ranks
@@ -267,8 +269,7 @@ class Trainer:
         if not normaliser:  # all of its documents are damaged: it changes nothing and counts
             self.optim.scheduler.step()
             return torch.zeros(())
-        for batch in batches:
-            batch = batch.to(self.frozen.embedding.device)
+        for batch in self.feed(batches):
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, self.frozen.draft_head)
