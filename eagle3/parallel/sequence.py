@@ -43,7 +43,7 @@ from eagle3.batch import (
     split_by_cost,
     starts_of,
     to_device,
-)  # fmt: skip
+)
 from eagle3.draft.attention import Backend, KeysValues
 from eagle3.draft.model import DraftConfig
 from eagle3.parallel.segments import Segment, Segmented, segments_of
