@@ -77,8 +77,8 @@ def distance(found: Tensor, right: Tensor) -> float:
 class Fused:
     """Within it, the norms, rotation and gated MLPs of a model are regions.
 
-    Modules are known by their names and parameters, and by what they make of random numbers: those
-    that make something else keep their own code.
+    Modules are known by their names and parameters, and by what they make of numbers: those that
+    make something else keep their own code.
     """
 
     def __init__(self, model: nn.Module):
@@ -121,7 +121,7 @@ def norm(module: nn.Module) -> Callable | None:
         return None
     weight = module.weight
     # In fp32, as a large weight and one more are the same in bf16.
-    x = torch.randn(8, len(weight), device=weight.device)
+    x = torch.linspace(-3, 3, 8 * len(weight), device=weight.device).view(8, -1)
     for offset in (0.0, 1.0):
         function = rms_norm(eps, offset)
         if distance(function(x, weight), module(x)) < 1e-4:
@@ -137,10 +137,13 @@ def feed_forward(module: nn.Module) -> Callable | None:
     linear = {name for name, child in children.items() if isinstance(child, nn.Linear)}
     if linear not in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
         return None
+    if module.down_proj.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None  # quantised: what its products take is their own affair
     activation = getattr(module, "act_fn", getattr(module, "activation_fn", None))
     down, together = module.down_proj, children.get("gate_up_proj")
     points = torch.linspace(-9, 9, 999, device=down.weight.device)
-    x = torch.randn(8, down.out_features, dtype=down.weight.dtype, device=points.device)
+    x = torch.linspace(-3, 3, 8 * down.out_features, device=points.device)
+    x = x.view(8, -1).to(down.weight.dtype)
 
     def forward(x: Tensor, product: Callable) -> Tensor:
         halves = together(x).chunk(2, -1) if together else (module.gate_proj(x), module.up_proj(x))
@@ -151,8 +154,7 @@ def feed_forward(module: nn.Module) -> Callable | None:
         if activation is not None and distance(function(points), activation(points)) < 1e-6:
             rounding = 4 * torch.finfo(x.dtype).eps
             if distance(forward(x, gated(name)), module(x)) < max(1e-5, rounding):
-                operator = region(
-                    f"gated_{name}", "(Tensor gate, Tensor up) -> Tensor", gated(name)
-                )
-                return functools.partial(forward, product=operator)
+                schema = "(Tensor gate, Tensor up) -> Tensor"
+                product = region(f"gated_{name}", schema, gated(name))
+                return functools.partial(forward, product=product)
     return None
