@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 from torch.nn import functional as F
 
-from eagle3.batch import Batch, Features, SupervisedMask, to_device
+from eagle3.batch import Batch, Features, SupervisedMask
 from eagle3.config import Within
 from eagle3.draft.model import Draft
 
@@ -172,7 +172,7 @@ class SoftTargetLoss:
         num_steps = len(batch.row_counts)
         powers = torch.tensor([self.gamma**k for k in range(num_steps)], dtype=wide)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
-        weights = to_device(powers, argmax.device)[batch.pair_step] * counted
+        weights = powers.to(argmax.device)[batch.pair_step] * counted
         students = draft.norm(hidden_ND[batch.pair_index])
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,

@@ -212,8 +212,7 @@ def build_trainer(
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
     meter = Meter(steps, loss.gamma, target.device)
-    feed = Feed(target.device)
-    trainer = Trainer(draft, frozen, loss, features, loader, feed, optim, meter, ranks)
+    trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
     if saved:
         try:
             trainer.restore(saved)
@@ -252,13 +251,15 @@ class Trainer:
     loss: SoftTargetLoss
     features: Callable[[Batch], Features]  # of batches whose documents came without
     loader: Loader
-    feed: Feed
     optim: GuardedOptimizer
     meter: Meter
     ranks: Ranks
     update: int = 0
     best: float = -math.inf
     best_update: int = 0
+
+    def __post_init__(self):
+        self.feed = Feed(self.frozen.embedding.device)
 
     def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""

@@ -20,7 +20,7 @@ from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import Draft, DraftConfig
-from eagle3.loader import Feed, Loader
+from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, kl
 from eagle3.optim import GuardedOptimizer
 from eagle3.parallel import sequence
@@ -101,8 +101,7 @@ def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     optim.reduce_dtype = reduce_dtype
     loss = soft_target_loss(kl, chunk_rows=7)
     meter = Meter(STEPS, loss.gamma, torch.device("cpu"))
-    feed = Feed(torch.device("cpu"))
-    return Trainer(draft, frozen, loss, features, loader, feed, optim, meter, ranks)
+    return Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
 
 
 def train(trainer):
