@@ -10,9 +10,11 @@ loss alone, which has a torch reference beside it: that one runs here, compiled 
 given. SpecForge is handed the target's logits, as its online mode is; the other two are handed what
 `Features` holds.
 
-CPU-seconds are those of one thread, the contenders taking turns, the median of the repeats. Saved
-bytes are the distinct storages that autograd keeps for backward, without parameters and inputs.
-Peak memory is how far the resident memory of a fresh process rises during the step (Linux).
+CPU-seconds are those of one thread, the contenders taking turns, the median of the repeats. "By
+document" is this trainer with `train.tokens_per_step` so small that each document has a micro-step
+of its own. Saved bytes are the distinct storages that autograd keeps for backward, without
+parameters and inputs. Peak memory is how far the resident memory of a fresh process rises during
+the step (Linux).
 """
 
 import argparse
@@ -23,6 +25,8 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -42,7 +46,7 @@ sys.path[:0] = [str(root), str(root / "tests")]
 from reference import Case, dense_loss, relative_error  # noqa: E402
 
 from eagle3 import batch as supervision  # noqa: E402
-from eagle3.batch import Document, pack  # noqa: E402
+from eagle3.batch import Batch, Document, fill, pack, split_features  # noqa: E402
 from eagle3.draft.flash import Auto  # noqa: E402
 from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
@@ -106,32 +110,34 @@ def draw_case(share: float, documents: int, seed: int) -> Case:
     return Case(draft, embedding, head, lengths, input_ids, loss_mask, aux, last_hidden)
 
 
-def this_trainer(case: Case, mask: str):
-    batch = pack(
-        [Document(*d) for d in case.documents()],
-        case.draft.t2d,
-        TTT_STEPS,
-        getattr(supervision, mask),
-    )
-    features, draft_head, loss = (
-        case.features(batch),
-        case.head[case.draft.t2d],
-        SoftTargetLoss(kl, GAMMA, 1024, getattr(supervision, mask)),
-    )
+def this_trainer(case: Case, mask: str, tokens_per_step: int = 1 << 30):
+    """In micro-steps of at most so many tokens, or of one document."""
+    mask = getattr(supervision, mask)
+    loss, draft_head = SoftTargetLoss(kl, GAMMA, 1024, mask), case.head[case.draft.t2d]
+
+    def packed(documents: list[Document]) -> Batch:
+        return pack(documents, case.draft.t2d, TTT_STEPS, mask)
+
+    documents = [Document(*d) for d in case.documents()]
+    whole, batches = packed(documents), []
+    features = split_features(whole, case.features(whole))
+    documents = [replace(d, features=f) for d, f in zip(documents, features, strict=True)]
+    for group in fill(documents, case.lengths, tokens_per_step):
+        batches.append(packed(group))
 
     def step() -> float:
-        hidden = unroll(case.draft, case.embedding, features.aux_hidden_states, batch)
-        total = loss(case.draft, hidden, features, batch, draft_head).loss / batch.normaliser
-        total.backward()
-        return total.item()
+        total = 0.0
+        for batch in batches:
+            hidden = unroll(case.draft, case.embedding, batch.features.aux_hidden_states, batch)
+            output = loss(case.draft, hidden, batch.features, batch, draft_head)
+            (output.loss / whole.normaliser).backward()
+            total += output.loss.item() / whole.normaliser
+        return total
 
-    inputs = [
-        case.embedding,
-        draft_head,
-        *vars(features).values(),
-        *vars(batch).values(),
-        batch.documents.cu_seqlens,
-    ]
+    inputs = [case.embedding, draft_head]
+    for batch in batches:
+        inputs += [*vars(batch.features).values(), *vars(batch).values()]
+        inputs.append(batch.documents.cu_seqlens)
     return step, case.draft, inputs
 
 
@@ -226,13 +232,15 @@ def specforge(case: Case, mask: str):
 
 CONTENDERS = {
     "this trainer": (this_trainer, "serving"),
+    "this trainer, by document": (partial(this_trainer, tokens_per_step=1), "serving"),
     "padded dense": (dense, "serving"),
     "this trainer, shifted": (this_trainer, "shifted"),
+    "this trainer, shifted, by document": (partial(this_trainer, tokens_per_step=1), "shifted"),
     "SpecForge": (specforge, "shifted"),
 }
 PEERS = {
-    "dense": ["this trainer", "padded dense"],
-    "specforge": ["this trainer, shifted", "SpecForge"],
+    "dense": ["this trainer", "this trainer, by document", "padded dense"],
+    "specforge": ["this trainer, shifted", "this trainer, shifted, by document", "SpecForge"],
 }
 
 
@@ -322,7 +330,7 @@ def measure(share: float, options: argparse.Namespace, console: Console) -> None
     own = "this trainer"
     peaks = {name: peak_bytes(name, share, options) for name in names}
     for name in names:
-        own = name if name.startswith("this trainer") else own
+        own = name if name in ("this trainer", "this trainer, shifted") else own
         median = statistics.median(seconds[name])
         cpu = median / statistics.median(seconds[own])
         row = [f"{losses[name]:.6f}", f"{median:.2f}", f"{flops[name] / 1e12:.3f}"]
@@ -330,7 +338,7 @@ def measure(share: float, options: argparse.Namespace, console: Console) -> None
         row += [f"{costs[name] / costs[own]:.2f}" for costs in (flops, saved, peaks)]
         table.add_row(name, *row)
     console.print(table)
-    for ours, theirs in (PEERS[peer] for peer in options.peer):
+    for ours, *_, theirs in (PEERS[peer] for peer in options.peer):
         worst = max(relative_error(gradients[theirs][n], g) for n, g in gradients[ours].items())
         factor = statistics.median(seconds[theirs]) / statistics.median(seconds["this trainer"])
         console.print(

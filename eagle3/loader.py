@@ -4,12 +4,14 @@ The order depends on the seed and nothing else: an update's documents are fixed 
 together, and then dealt, so that training does not depend on how many there are.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from eagle3.batch import Batch, Document, fill, split_by_cost
 from eagle3.config import Train
@@ -110,3 +112,36 @@ def fill_micro_steps(
         steps[place].append(number)
         room[place] -= lengths[number]
     return steps
+
+
+class Feed:
+    """Batches on the device, for one after the other to be worked on.
+
+    A GPU copies a batch while it works on the one before: the copy is on a stream of its own, and
+    the host, which never waits in a step, issues it long before that work is done.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.used: deque[tuple[Batch, torch.cuda.Event]] = deque()  # with the end of its work
+
+    def __call__(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Each batch on the device; what its work needs is issued before the next is asked for."""
+        for batch in batches:
+            if self.stream is None:
+                yield batch.to(self.device)
+                continue
+            computing = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self.stream):
+                # Memory of a batch goes back to this stream's pool. Another stream works on it, so
+                # nothing may be put there before that has ended: the batch is held here until this
+                # stream waits for the end. (`record_stream` would keep the memory from being used
+                # again until the host looks, and a host far ahead would take ever more.)
+                while len(self.used) > 1:
+                    self.stream.wait_event(self.used[0][1])
+                    self.used.popleft()
+                moved = batch.to(self.device)
+            computing.wait_stream(self.stream)
+            yield moved
+            self.used.append((moved, computing.record_event()))

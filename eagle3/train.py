@@ -25,7 +25,7 @@ from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
-from eagle3.loader import Loader
+from eagle3.loader import Feed, Loader
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, load_target
@@ -266,6 +266,9 @@ class Trainer:
     best: float = -math.inf
     best_update: int = 0
 
+    def __post_init__(self):
+        self.feed = Feed(self.frozen.embedding.device)
+
     def train_update(self, batches: list[Batch], waited: float) -> torch.Tensor:
         """One optimiser step on all micro-batches; returns the gradient norm, on the device."""
         self.update += 1
@@ -275,8 +278,7 @@ class Trainer:
         if not normaliser:  # all of its documents are damaged: it changes nothing and counts
             self.optim.scheduler.step()
             return torch.zeros(())
-        for batch in batches:
-            batch = batch.to(self.frozen.embedding.device)
+        for batch in self.feed(batches):
             features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
             given = self.draft, hidden_ND, features, batch, self.frozen.draft_head

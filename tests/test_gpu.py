@@ -13,6 +13,7 @@ from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.kernels.eager import Eager
 from eagle3.kernels.fused import Fused
+from eagle3.loader import Feed
 from eagle3.optim import step_if_finite
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.target.hf import HFTarget
@@ -121,6 +122,32 @@ def test_packed_target_on_cuda(target_folder):
     batch = batch_of(2048, 3, torch.ones(2048, dtype=torch.bool))
     expected = HFTarget(spec_of(target_folder), CPU)(batch)
     for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 3e-2)):
-        features = HFTarget(spec_of(target_folder, dtype=dtype), CUDA)(batch.to(CUDA))
+        target = HFTarget(spec_of(target_folder, dtype=dtype), CUDA, kernels="fused")
+        features = target(batch.to(CUDA))
+        assert distance(features.logsumexp, expected.logsumexp) < tolerance
         assert distance(features.aux_hidden_states, expected.aux_hidden_states) < tolerance
         assert distance(features.last_hidden_states, expected.last_hidden_states) < tolerance
+
+
+def test_a_step_on_a_fed_batch_does_not_wait_for_the_device():
+    """From the third on, when everything has been compiled and every table made."""
+    config = DraftConfig(256, 512, 4, 2, 64, 1000, 400, 256, 1024)
+    t2d, losses = torch.arange(1000) < 400, []
+    batch = batch_of(400, 7, t2d)
+    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
+    embedding, head = (torch.randn(n, 256, dtype=torch.bfloat16, device=CUDA) for n in (1000, 400))
+    n = len(batch.teacher_rows)
+    states = torch.randn(sum(LENGTHS), 768), torch.randn(n, 256)
+    features = Features(*states, torch.randint(400, (n,)), torch.zeros(n))
+    batch.features = features.select(torch.arange(sum(LENGTHS)), torch.arange(n))
+    assert all(x.is_pinned() for x in vars(batch.features).values())
+    try:
+        for moved in Feed(CUDA)([batch] * 4):
+            hidden = unroll(draft, embedding, moved.features.aux_hidden_states, moved)
+            output = soft_target_loss()(draft, hidden, moved.features, moved, head)
+            (output.loss / batch.normaliser).backward()
+            losses.append(output.loss.detach())
+            torch.cuda.set_sync_debug_mode("error" if len(losses) > 1 else "default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len({float(loss) for loss in losses}) == 1

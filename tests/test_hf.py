@@ -3,6 +3,7 @@ derived from.
 """
 
 import pickle
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -15,10 +16,12 @@ from transformers import (
     FalconConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    GemmaConfig,
     GPTJConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
@@ -28,6 +31,7 @@ from transformers import (
 from eagle3.batch import Document, pack, serving
 from eagle3.draft.initial import derive_config
 from eagle3.errors import ConfigError
+from eagle3.target import fused
 from eagle3.target.generation import TextBatch
 from eagle3.target.hf import HFTarget, gap
 from eagle3.target.layers import engines_default
@@ -185,3 +189,73 @@ def test_what_is_not_finite_is_not_close():
     ones, nan = torch.ones(3, 2), torch.full((3, 2), torch.nan)
     assert gap(ones, ones) == gap(nan, nan) == gap(0 * ones, 0 * ones) == 0
     assert gap(nan, ones) > 1e9 and gap(ones / 0, ones) > 1e9
+
+
+REGIONS = {"llama": (17, 8), "qwen3": (33, 8), "qwen3-moe": (33, 0), "gemma": (17, 8)}
+REGIONS |= {"phi": (0, 0), "phi3": (17, 8)}
+MORE = {"gemma": GemmaConfig(**SHAPE, head_dim=16), "phi": PhiConfig(**SHAPE)}
+MORE["phi3"] = Phi3Config(**SHAPE, pad_token_id=0)
+
+
+@pytest.mark.parametrize("family", REGIONS)
+def test_fused_kernels_give_the_states_of_the_models_own_code(family, tmp_path, monkeypatch):
+    """Norms and gated MLPs are found by what they compute; all families rotate queries and keys."""
+    compile = torch.compile  # of one family traced, with no machine code made; it takes long
+
+    def trace(function, **options):
+        return compile(function, backend="aot_eager", **options) if family == "llama" else function
+
+    monkeypatch.setattr(torch, "compile", trace)
+    fused.region.cache_clear()
+    model = AutoModelForCausalLM.from_config((FAMILIES | MORE)[family])
+    for name, weight in model.named_parameters():
+        weight.data += 0.3 * torch.randn_like(weight) * ("norm" in name)
+    model.save_pretrained(tmp_path)
+    _, batch = packed([13, 1, 30, 7])
+    own, ours = (HFTarget(spec_of(tmp_path), CPU, kernels=kind) for kind in ("eager", "fused"))
+    modules = list(ours.model.modules())
+    forwards = [type(m).__name__ for m in modules if hasattr(m.forward, "own")]
+    norms = sum(name.endswith("RMSNorm") for name in forwards)
+    assert (norms, len(forwards) - norms) == REGIONS[family]
+    source = sys.modules[type(ours.decoder.layers[0].self_attn).__module__]
+    assert source.apply_rotary_pos_emb.own.__module__ == source.__name__
+    wanted, found = own(batch), ours(batch)
+    for name, states in vars(found).items():
+        assert_close(states, getattr(wanted, name), **CLOSE)
+    half = HFTarget(spec_of(tmp_path, dtype="bfloat16"), CPU, kernels="fused")(batch)
+    assert gap(half.last_hidden_states, wanted.last_hidden_states) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [(RuntimeError("no Triton"), "no Triton"), (None, "the states differ by")],
+)
+def test_without_fused_kernels_the_own_code_is_used(
+    failure, reason, target_folder, monkeypatch, capsys
+):
+    """A line of the log says why; where they were asked for, the run is refused."""
+    wrong = Mock(side_effect=failure or (lambda *tensors: (2 * tensors[0], 2 * tensors[1])))
+
+    def region(name, schema, function):
+        return wrong if "rotate" in name else function
+
+    monkeypatch.setattr(fused, "region", region)
+    target = HFTarget(spec_of(target_folder), CPU)
+    _, batch = packed([13, 1, 30], 2048)
+    wanted = target(batch).aux_hidden_states
+    target.fuse("auto")
+    assert f"target: without fused kernels: {reason}" in capsys.readouterr().out
+    assert torch.equal(target(batch).aux_hidden_states, wanted)
+    with pytest.raises(ConfigError, match=rf"fused does not work here \({reason}.*=eager"):
+        target.fuse("fused")
+
+
+def test_packed_documents_do_not_wait_for_the_device(target_folder, monkeypatch):
+    """transformers finds packed documents by asking the device, unless it is asked for no mask."""
+    target = HFTarget(spec_of(target_folder), CPU)
+    ask = "transformers.masking_utils.find_packed_sequence_indices"
+    monkeypatch.setattr(ask, Mock(side_effect=AssertionError))
+    _, batch = packed([13, 1, 30], 2048)
+    target(batch)
+    with pytest.raises(AssertionError):
+        target.states(batch.input_ids, batch.position_ids)

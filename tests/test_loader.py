@@ -1,5 +1,7 @@
 """Which documents an update holds, how replicas share them, and going on in the middle."""
 
+import contextlib
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from eagle3.batch import Document, pack, serving, split_by_cost
-from eagle3.loader import Loader, fill_micro_steps
+from eagle3.loader import Feed, Loader, fill_micro_steps
 
 
 class Documents:
@@ -104,3 +106,44 @@ def test_loader_goes_on_where_it_was(documents):
             assert keys(got) == keys(want)
             for one, other in zip(got, want, strict=True):
                 assert torch.equal(one.input_ids, other.input_ids)
+
+
+def test_a_batch_is_held_until_the_copying_stream_waits_for_its_work(monkeypatch):
+    """Two batches are on the device; the third is copied behind the work on the first."""
+    calls, moved = [], []
+
+    class Stream:
+        def __init__(self, device):
+            self.name = "copying"
+
+        def wait_event(self, number):
+            held = moved[number]() is not None
+            calls.append(f"{self.name} waits for work {number}, held: {held}")
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            return len(moved) - 1
+
+    class Batch:
+        def to(self, device):
+            calls.append(f"copy {len(moved)}, on the device: {sum(x() is not None for x in moved)}")
+            batch = Batch()
+            moved.append(weakref.ref(batch))
+            return batch
+
+    computing = Stream("cuda")
+    computing.name = "computing"
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    feed = Feed(torch.device("cuda"))
+    for update in [[Batch()], [Batch(), Batch()]]:
+        for _ in feed(update):
+            calls.append("work")
+    ahead = "computing waits for copying"
+    assert calls == [
+        "copy 0, on the device: 0", ahead, "work", "copy 1, on the device: 1", ahead, "work",
+        "copying waits for work 0, held: True", "copy 2, on the device: 1", ahead, "work",
+    ]  # fmt: skip

@@ -8,11 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import ROOT, TRAIN_ONLY, kill_group, losses, run, run_command, start_command, wait_for
 
+from eagle3.parallel import ranks
 from eagle3.runs.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.runs
@@ -183,3 +186,18 @@ def test_torchrun_shows_a_plan_and_sweeps(settings, tmp_path):
         assert (job / ".hydra" / "config.yaml").exists() and len(losses(job)) == 2
         launch = json.loads((job / "run.json").read_text())["config"]["launch"]
         assert launch["nproc_per_node"] == 2
+
+
+def test_blocks_of_gpu_memory_can_grow_unless_the_user_chose_otherwise(monkeypatch):
+    """Batches differ in rows: what one leaves free, the next would often just not fit into."""
+    set_settings, launch = Mock(), SimpleNamespace(threads=None)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", set_settings)
+    monkeypatch.setattr(ranks, "choose_device", torch.device)
+    train = SimpleNamespace(deterministic=False)
+    config = SimpleNamespace(launch=launch, device="cuda", train=train)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    ranks.set_up_process(config)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    ranks.set_up_process(config)
+    set_settings.assert_called_once_with("expandable_segments:True")

@@ -1,6 +1,7 @@
 """The store of hidden states: what comes back, damaged, cut and missing files, who may write."""
 
 import errno
+import io
 import os
 import time
 
@@ -10,8 +11,9 @@ import torch
 from conftest import flip, hidden_states_section, in_another_process
 from safetensors.numpy import load_file
 
-from eagle3.batch import Document, Features
+from eagle3.batch import Document, Features, concatenate_features
 from eagle3.errors import RunError
+from eagle3.hidden_states import shards
 from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
 from eagle3.hidden_states.shards import DTYPES, Shard, document_bytes, shard_path
 from eagle3.hidden_states.store import HybridStore, Store, create_store, is_complete, open_store
@@ -117,7 +119,8 @@ def test_int8_bound_holds_for_any_states(width):
     for wanted in (states, states.bfloat16()):
         values, scales = quantise(wanted)
         assert values.dtype == torch.int8 and scales.shape == (300, -(-width // GROUP))
-        assert within_bound(dequantise(values, scales), wanted) and values.abs().max() <= 127
+        dequantise(values, scales, out=(found := torch.empty(values.shape, dtype=torch.bfloat16)))
+        assert within_bound(found, wanted) and values.abs().max() <= 127
         largest = torch.stack([g.abs().amax(1) for g in wanted.float().split(GROUP, 1)], 1)
         assert (scales.double() * 127 >= largest.double() * (1 - 1e-7)).all()
 
@@ -218,19 +221,41 @@ def test_missing_cut_and_exchanged_shards(tmp_path):
     assert set() < set(store.damaged) <= lost
 
 
+def test_documents_of_a_batch_lie_side_by_side(tmp_path):
+    """They are joined without a copy, unless one between them could not be read."""
+    documents = make(tmp_path)
+    keys = [d.key for d in documents[1:9]]
+    for store in (read(tmp_path), read(tmp_path, "skip")):
+        found = [d.features for d in store.load(keys).values()]
+        joined, lost = concatenate_features(found), store.on_damage == "skip"
+        wanted = Features(*map(torch.cat, zip(*(vars(f).values() for f in found), strict=True)))
+        assert all(map(torch.equal, vars(joined).values(), vars(wanted).values()))
+        first = found[0].aux_hidden_states
+        assert (joined.aux_hidden_states.data_ptr() == first.data_ptr()) == (not lost)
+        before = length(documents[0]) + length(documents[1])
+        flip(shard_path(tmp_path, 0), store.open(0).starts["input_ids"] + 4 * before)
+
+
 def test_what_is_read_and_a_disk_that_fails(tmp_path, monkeypatch):
     """One document's bytes; a short read is damage, too many open files are not."""
     one, two, three = make(tmp_path)[3:6]
-    store, sizes, fromfile = read(tmp_path, "skip"), [], np.fromfile
+    store, sizes = read(tmp_path, "skip"), []
 
     def patched(function):
-        monkeypatch.setattr(np, "fromfile", function)
+        monkeypatch.setattr(shards, "open", function, raising=False)
 
-    patched(lambda *a, **b: sizes.append(a[2]) or fromfile(*a, **b))
+    class File(io.FileIO):
+        cut = 0
+
+        def readinto(self, memory):
+            sizes.append(len(memory))
+            return super().readinto(memory[: len(memory) - self.cut])
+
+    patched(File)
     store.load([one.key])
     stored = document_bytes(length(one), len(one.features.argmax), SIZES, "bf16")
     assert sum(sizes) == stored - 40
-    patched(lambda *a, **b: fromfile(*a, **b)[:-1])
+    File.cut = 1
     assert store.load([two.key]) == {} and "its disk fails" in store.damaged[two.key]
 
     def refuse(*args, **kwargs):

@@ -5,8 +5,6 @@ import math
 import torch
 from torch.nn import functional as F
 
-from eagle3.batch import empty_on_host
-
 GROUP = 128  # one scale a token is too coarse: some channels are a hundred times the others
 CHUNK = 256  # rows; a chunk's copies stay in the cache
 
@@ -34,13 +32,10 @@ def quantise(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, scales
 
 
-def dequantise(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """int8 [n,A], bf16 scales [n,G] -> bf16 [n,A]."""
-    n, width = values.shape
-    states = empty_on_host(n, (width,), torch.bfloat16)
-    for place in range(0, n, CHUNK):
+def dequantise(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """int8 [n,A], bf16 scales [n,G] -> `out` bf16 [n,A]."""
+    for place in range(0, len(values), CHUNK):
         rows = slice(place, place + CHUNK)
-        wide = scales[rows].repeat_interleave(GROUP, 1)[:, :width]
+        wide = scales[rows].repeat_interleave(GROUP, 1)[:, : values.shape[1]]
         # int8 values and their scales are exact in bf16, so the product is rounded once.
-        torch.mul(values[rows], wide, out=states[rows])
-    return states
+        torch.mul(values[rows], wide, out=out[rows])

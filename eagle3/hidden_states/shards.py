@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from eagle3.batch import Document, Features
+from eagle3.batch import Document, Features, empty_on_host
 from eagle3.errors import DamageError, RunError
 from eagle3.hidden_states.int8 import GROUP, dequantise, quantise
 
@@ -136,15 +136,16 @@ def shard_number(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("shard_"))
 
 
-def read(path: Path, start: int, size: int) -> np.ndarray:
-    """Bytes uint8 [size] from `start` on. Raises DamageError."""
+def read(path: Path, start: int, memory: np.ndarray) -> np.ndarray:
+    """Fill `memory` uint8 [n] with the bytes from `start` on. Raises DamageError."""
     # A memory map would save a copy, but a page that cannot be read kills the process with SIGBUS.
     if not path.exists():
         raise DamageError(f"{path} is missing")
-    found = np.fromfile(path, np.uint8, size, offset=start)
-    if len(found) != size:
-        raise DamageError(f"{path} ends too early, or its disk fails")
-    return found
+    with open(path, "rb") as file:
+        file.seek(start)
+        if file.readinto(memory) != len(memory):
+            raise DamageError(f"{path} ends too early, or its disk fails")
+    return memory
 
 
 class Shard:
@@ -153,13 +154,14 @@ class Shard:
     def __init__(self, path: Path, store: str):
         self.path = path
         try:
-            start = 8 + int.from_bytes(read(path, 0, 8), "little")
+            start = 8 + int.from_bytes(read(path, 0, np.empty(8, np.uint8)), "little")
             self.bytes = path.stat().st_size
-            header = json.loads(read(path, 8, start - 8).tobytes())
+            header = json.loads(read(path, 8, np.empty(start - 8, np.uint8)).tobytes())
             checksum, _, text = header.pop("__metadata__")["eagle3"].partition(" ")
             spans = {name: entry["data_offsets"] for name, entry in header.items()}
             first, end = spans["documents"]
-            self.records = read(path, start + first, end - first).view(RECORD)
+            records = np.empty(end - first, np.uint8)
+            self.records = read(path, start + first, records).view(RECORD)
             head = json.loads(text)
             sizes = head["hidden_size"], header["aux_hidden_states"]["shape"][1]
             self.columns = columns(sizes, head["dtype"])
@@ -174,22 +176,33 @@ class Shard:
         counts = {per: self.records[per] for per in ("tokens", "teacher_rows")}
         self.rows_before = {per: count.cumsum() - count for per, count in counts.items()}
 
-    def load(self, place: int) -> Document:
-        """The document of `records[place]`; aux in bf16 where it was int8. Raises DamageError."""
-        record, digest, values = self.records[place], xxhash.xxh3_64(), {}
+    def empty_states(self, tokens: int, teacher_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the auxiliary and the last hidden states of documents."""
+        last, aux = (self.columns[name] for name in ("last_hidden_states", "aux_hidden_states"))
+        rooms = (tokens, aux.shape), (teacher_rows, last.shape)
+        return tuple(empty_on_host(rows, shape, last.dtype) for rows, shape in rooms)
+
+    def load(self, place: int, aux: torch.Tensor, last: torch.Tensor) -> Document:
+        """The document of `records[place]`, whose hidden states are read into `aux` and `last`; aux
+        in bf16 where it was int8. Raises DamageError.
+        """
+        record, digest = self.records[place], xxhash.xxh3_64()
+        values = {"aux_hidden_states": aux, "last_hidden_states": last}
+        if "aux_scales" in self.columns:
+            values["aux_hidden_states"] = torch.empty(aux.shape, dtype=torch.int8)
         for name, column in self.columns.items():
-            rows, width = int(record[column.per]), column.row_bytes
-            start = self.starts[name] + int(self.rows_before[column.per][place]) * width
-            memory = read(self.path, start, rows * width)
-            digest.update(memory)
-            # Through rows of bytes, as a tensor of no bytes can't be viewed as wider numbers.
-            by_row = torch.from_numpy(memory).view(rows, width).view(column.dtype)
-            values[name] = by_row.view(rows, *column.shape)
+            rows = int(record[column.per])
+            if name not in values:
+                values[name] = torch.empty(rows, *column.shape, dtype=column.dtype)
+            start = self.starts[name]
+            start += int(self.rows_before[column.per][place]) * column.row_bytes
+            memory = values[name].flatten().view(torch.uint8).numpy()
+            digest.update(read(self.path, start, memory))
         if digest.intdigest() != record["checksum"]:
             raise DamageError(f"its bytes in {self.path} do not match their checksum")
         if "aux_scales" in values:
-            scales = values["aux_scales"]
-            values["aux_hidden_states"] = dequantise(values["aux_hidden_states"], scales)
+            dequantise(values["aux_hidden_states"], values["aux_scales"], out=aux)
+            values["aux_hidden_states"] = aux
         values["argmax"] = values["argmax"].long()
         features = Features(*(values[field.name] for field in fields(Features)))
         return Document(int(record["key"]), values["input_ids"], values["loss_mask"], features)

@@ -60,6 +60,7 @@ class Store:
         self.indexed: set[int] = set()  # numbers of shards
         # By key: a document's shard << 24 | its place there, or -1. A dict would be 20 times that.
         self.places, self.damaged = np.full(1024, -1), {}
+        self.counts = np.zeros((1024, 2), int)  # by key: tokens, teacher rows
         self.totals: Counter[str] = Counter()  # over the shards that were scanned
         self.scan()
 
@@ -114,21 +115,32 @@ class Store:
         shard = self.open(number)
         keys = shard.records["key"]
         if keys.max() >= len(self.places):
+            self.counts = np.append(self.counts, np.zeros((keys.max() + 1, 2), int), 0)
             self.places = np.append(self.places, np.full(keys.max() + 1, -1))
-        self.places[keys] = (number << 24) + np.arange(len(keys))
-        rows = {name: int(shard.records[name].sum()) for name in ("tokens", "teacher_rows")}
-        self.totals.update(shards=1, documents=len(keys), bytes=shard.bytes, **rows)
+        counts = np.stack([shard.records[name] for name in ("tokens", "teacher_rows")], 1)
+        self.counts[keys], self.empty_states = counts, shard.empty_states
+        self.places[keys] = (number << 24) + np.arange(len(keys))  # last, as threads read by it
+        tokens, teacher_rows = counts.sum(0).tolist()
+        found = {"documents": len(keys), "tokens": tokens, "teacher_rows": teacher_rows}
+        self.totals.update(found, shards=1, bytes=shard.bytes)
 
     def __contains__(self, key: int) -> bool:
         return key < len(self.places) and self.places[key] >= 0
 
     def load(self, keys: list[int]) -> dict[int, Document]:
-        """Those documents that are there, by key, every byte of them checked. Raises RunError."""
-        found = {}
-        for key in filter(self.__contains__, keys):
+        """Those documents that are there, by key, every byte of them checked. Raises RunError.
+
+        Their hidden states lie side by side in the order of the keys, as in a batch.
+        """
+        found, keys = {}, [key for key in dict.fromkeys(keys) if key in self]
+        ends = self.counts[keys].cumsum(0)
+        starts = (ends - self.counts[keys]).tolist()
+        states = self.empty_states(*ends[-1].tolist()) if keys else ()
+        for key, *spans in zip(keys, starts, ends.tolist()):
             number, place = divmod(int(self.places[key]), 1 << 24)
+            own = [x[start:end] for x, start, end in zip(states, *spans)]
             try:
-                found[key] = self.open(number).load(place)
+                found[key] = self.open(number).load(place, *own)
             except DamageError as damage:
                 # From now on it is as if it were not there: mode=hybrid computes and adds it again.
                 self.places[key] = -1

@@ -145,6 +145,9 @@ def set_up_process(config: RunConfig, processes: int = 1) -> None:
             mallopt(M_TRIM_THRESHOLD, 1 << 30)
             mallopt(M_TOP_PAD, 1 << 26)
             mallopt(M_MMAP_THRESHOLD, 1 << 25)
+    elif not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # No two batches have equally many rows: blocks of fixed sizes would leave ever more holes.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.train.deterministic)

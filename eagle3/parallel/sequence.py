@@ -34,7 +34,16 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.utils._pytree import tree_map_only
 
-from eagle3.batch import Batch, Features, count_before, pack, serving, split_by_cost, starts_of
+from eagle3.batch import (
+    Batch,
+    Features,
+    count_before,
+    pack,
+    serving,
+    split_by_cost,
+    starts_of,
+    to_device,
+)
 from eagle3.draft.attention import Backend, KeysValues
 from eagle3.draft.model import DraftConfig
 from eagle3.parallel.segments import Segment, Segmented, segments_of
@@ -66,7 +75,7 @@ class Exchange(NamedTuple):
     row_of_arrival: list[Tensor]
 
     def to(self, device: torch.device) -> "Exchange":
-        return tree_map_only(Tensor, lambda x: x.to(device, non_blocking=True), self)
+        return tree_map_only(Tensor, lambda x: to_device(x, device), self)
 
     def __call__(self, kernels, backend: Backend, batch: Batch, k0: Tensor, v0: Tensor):
         """Send k0, v0 [O,G,d] of the own tokens; `KeysValues` of all, for this rank's heads."""
@@ -135,9 +144,9 @@ class Route:
     def send(self, x: Tensor, group) -> Tensor:
         """`x` of the places that this rank has -> of those it wants."""
         arrived = x.new_empty(sum(self.received), *x.shape[1:])
-        picked = x[self.picked.to(x.device)]
+        picked = x[to_device(self.picked, x.device)]
         dist.all_to_all_single(arrived, picked, self.received, self.sent, group)
-        return arrived[self.arrival_of_wanted.to(x.device)]
+        return arrived[to_device(self.arrival_of_wanted, x.device)]
 
 
 class Sequence:

@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from typing import Annotated, Any
@@ -17,9 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from eagle3.batch import Batch, DocumentSpans, Features
-from eagle3.config import Within
+from eagle3.config import OneOf, Within
 from eagle3.errors import ConfigError, RunError, first_line
 from eagle3.target import loading
+from eagle3.target.fused import Fused, statistics
 from eagle3.target.generation import Sampler, Take, Text, TextBatch, answer, answer_padded, similar
 from eagle3.target.packed_attention import applied_windows, asked_windows
 from eagle3.target.spec import TargetSpec, check_supported, end_token_ids
@@ -39,6 +41,7 @@ class HFTarget:
     def __init__(
         self, spec: TargetSpec, device: torch.device, attention: str = "auto",
         batch_tokens: Annotated[int, Within(1)] = 16384, tp_size: int = 1,
+        kernels: Annotated[str, OneOf(("auto", "eager", "fused"))] = "auto",
     ):  # fmt: skip
         self.spec, self.config, self.device = spec, spec.config, device
         self.batch_tokens, self.aux_layer_ids = batch_tokens, spec.aux_layer_ids
@@ -74,9 +77,12 @@ class HFTarget:
 
         for layer_id in self.aux_layer_ids:
             layers[layer_id].register_forward_hook(partial(capture, layer_id))
-        self.way, self.longest_together = "alone", math.inf
+        self.way, self.longest_together, self.unmasked = "alone", math.inf, None
+        self.fused, self.statistics = nullcontext(), statistics
         self.check_outputs()
         self.choose_way(ours)
+        if kernels == "fused" or (kernels == "auto" and device.type == "cuda"):
+            self.fuse(kernels)
 
     @staticmethod
     def check_settings(section: dict[str, Any], spec: TargetSpec) -> None:
@@ -138,7 +144,35 @@ class HFTarget:
             close = attempt(lambda: gap(both_orders(), right)) <= self.tolerance
             if close and not asked_windows - applied_windows - {None, 0}:
                 break
+        self.unmasked = "documents" if config._attn_implementation == "packed" else None
         self.longest_together = loading.rope_limit(self.config)
+
+    @torch.no_grad()
+    def fuse(self, kernels: str) -> None:
+        """Let packed documents go through fused kernels, if these give the states that the model's
+        own code gives; else say why not, or raise ConfigError where nothing else is wanted.
+        """
+        pair = self.probe_ids[0], self.probe_ids[1, :20]
+        right = self.probe(pair)
+        try:
+            self.fused = Fused(self.model)
+            error = gap(self.probe(pair), right)
+            # Compiled for as many rows as a chunk may have: few would be cut into parts.
+            self.fused.statistics(self.lm_head(right[:1, -1].to(self.head).expand(512, -1)))
+        except torch.OutOfMemoryError:  # says nothing of the model
+            raise
+        except Exception as failure:  # of whatever compiles
+            reason = first_line(failure)
+        else:
+            if error <= self.tolerance:
+                self.statistics = self.fused.statistics
+                return
+            reason = f"the states differ by {error:.2g}"
+        self.fused = nullcontext()
+        if kernels == "fused":
+            remedy = "set target.kernels=eager"
+            raise ConfigError(f"target.kernels=fused does not work here ({reason}); {remedy}")
+        print(f"target: without fused kernels: {reason}")
 
     def probe(self, documents: Sequence[torch.Tensor]) -> torch.Tensor:
         """int64 [n] each -> [T,L+1,H]: the L layers' and the last hidden states, as batches get."""
@@ -297,7 +331,14 @@ class HFTarget:
         """`states` of packed documents, int64 [T] ids and positions."""
         together = max(documents.lengths) <= self.longest_together
         if self.way == "packed" and together:
-            return self.states(ids, places, documents=documents)
+            config, name = self.model.config, self.model.config._attn_implementation
+            # Asked for masks, transformers would wait for the device to see where documents begin.
+            config._attn_implementation = self.unmasked or name
+            try:
+                with self.fused:  # decoding is bound by the host, which kernels do not help
+                    return self.states(ids, places, documents=documents)
+            finally:
+                config._attn_implementation = name
         texts, found = ids.split(documents.lengths), {}
         left = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         while left:
@@ -316,7 +357,7 @@ class HFTarget:
     def __call__(self, batch: Batch) -> Features:
         aux, last = self.document_states(batch.input_ids, batch.position_ids, batch.documents)
         last = last[batch.teacher_rows]
-        return Features(aux, last, *head_statistics(last, self.head))
+        return Features(aux, last, *head_statistics(last, self.head, self.statistics))
 
 
 def gap(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -336,13 +377,12 @@ def attempt(compute: Callable[[], float]) -> float:
         return math.inf
 
 
-def head_statistics(last: torch.Tensor, head: torch.Tensor, chunk_bytes: int = 1 << 28) -> tuple:
+def head_statistics(
+    last: torch.Tensor, head: torch.Tensor, compute: Callable = statistics,
+    chunk_bytes: int = 1 << 28,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """argmax int64 [U] and logsumexp [U] (at least fp32) of last @ head.T, in chunks of rows."""
     # All logits at once would be 8 GB for 16,384 rows of a vocabulary of 128k.
-    wide = torch.promote_types(last.dtype, torch.float32)
-    argmax, logsumexp = [], []
-    for rows in last.split(max(1, chunk_bytes // (4 * len(head)))):
-        logits = (rows @ head.T).to(wide)
-        argmax.append(logits.argmax(-1))
-        logsumexp.append(logits.logsumexp(-1))
+    parts = last.split(max(1, chunk_bytes // (4 * len(head))))
+    argmax, logsumexp = zip(*(compute(rows @ head.T) for rows in parts), strict=True)
     return torch.cat(argmax), torch.cat(logsumexp)

@@ -96,4 +96,5 @@ def packed_mask(
 
 
 AttentionInterface.register("packed", packed_attention)
+AttentionInterface.register("documents", packed_attention)  # which is asked for no masks
 AttentionMaskInterface.register("packed", packed_mask)
