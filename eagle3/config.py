@@ -127,6 +127,7 @@ class DraftSection:
 @dataclass
 class Train:
     epochs: Annotated[int, Within(1)]
+    data_share: Annotated[float, Within(1e-6, 1)]
     max_steps: Annotated[Optional[int], Within(1)]
     tokens_per_step: Annotated[int, Within(4)]
     documents_per_update: Annotated[Optional[int], Within(1)]

@@ -175,6 +175,8 @@ class Evaluation:
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
     `first_round` (tokens of the first round after the prompt) and `loop_free` (acceptance length
     without answers that loop) are at `draft_length`. `loss` is per row supervised at step 0.
+    `prompts` has what runs are compared by, under the fingerprint of each prompt: `tokens` that
+    rounds committed, and how many `rounds`, by draft length from 1.
     """
 
     draft_length: int
@@ -185,6 +187,7 @@ class Evaluation:
     loops: int
     answers: int
     loss: float
+    prompts: dict[str, dict[str, Any]]
 
     def metrics(self) -> dict[str, float]:
         length = self.acceptance_length[self.draft_length]
@@ -221,7 +224,15 @@ def evaluate(
         loops=facts["loops"],
         answers=len(documents),
         loss=total_loss / max(1, num_rows),
+        prompts=dict(map(by_prompt, documents, zip(*walks.values(), strict=True))),
     )
+
+
+def by_prompt(document: Document, walks: tuple[Answer, ...]) -> tuple[str, dict[str, Any]]:
+    """An entry of `Evaluation.prompts`; `walks` are those of every draft length."""
+    prompt = document.input_ids[~document.loss_mask].tolist()
+    counts = {"tokens": len(walks[0].ids) - 1, "rounds": [walk.rounds for walk in walks]}
+    return fingerprint(prompt), counts
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.evaluate import evaluate, generate, link, load_answers, pack_answers, walk
 from eagle3.loss import FrozenWeights
-from eagle3.runs.artefact import read_facts
+from eagle3.runs.artefact import fingerprint, read_facts
 
 STEPS = 6
 
@@ -84,6 +84,11 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
             accepted = [count for generation in decoded for count in generation.accepted]
             shares = [sum(count > k for count in accepted) / len(accepted) for k in range(4)]
             assert evaluation.accepted_at == shares
+        # By prompt too, which is what runs are compared by.
+        for generation, answer in zip(decoded, answers, strict=True):
+            counted = evaluation.prompts[fingerprint(answer.input_ids[~answer.loss_mask].tolist())]
+            assert counted["tokens"] == len(generation.ids) - 1
+            assert counted["rounds"][length - 1] == len(generation.emitted)
 
 
 def test_walk_by_hand():
