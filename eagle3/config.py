@@ -54,7 +54,7 @@ class OneOf(tuple):
 # In the order in which the pipeline runs those that are listed.
 STAGES = (
     "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
-    "benchmark",
+    "benchmark", "compare",
 )  # fmt: skip
 
 # The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is
@@ -166,6 +166,12 @@ class Check:
 
 
 @dataclass
+class Sweep:
+    resume: Optional[str]
+    trial: Annotated[Optional[int], Within(0)]
+
+
+@dataclass
 class Parallel:
     """`ulysses` x `ring` ranks share each micro-batch; groups of them train on other documents."""
 
@@ -192,6 +198,8 @@ class RunConfig:
     device: Annotated[str, OneOf(("auto", "cpu", "cuda"))]
     cache_dir: str
     draft_path: Optional[str]
+    runs: list[str]
+    sweep: Sweep
     model: Model
     data: Data
     view: View

@@ -173,10 +173,9 @@ class Evaluation:
     """Means over the rounds of all held-out answers; `acceptance_length` by draft length.
 
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
-    `first_round` (tokens of the first round after the prompt) and `loop_free` (acceptance length
-    without answers that loop) are at `draft_length`. `loss` is per row supervised at step 0.
-    `prompts` has what runs are compared by, under the fingerprint of each prompt: `tokens` that
-    rounds committed, and how many `rounds`, by draft length from 1.
+    `first_round` (tokens of the first round after the prompt), `loop_free` (acceptance length
+    without answers that loop), and `tokens` and `rounds` of every answer are at `draft_length`.
+    `loss` is per row supervised at step 0; `prompts` are fingerprints, by which runs are paired.
     """
 
     draft_length: int
@@ -186,8 +185,10 @@ class Evaluation:
     loop_free: float
     loops: int
     answers: int
+    tokens: list[int]
+    rounds: list[float]
     loss: float
-    prompts: dict[str, dict[str, Any]]
+    prompts: list[str]
 
     def metrics(self) -> dict[str, float]:
         length = self.acceptance_length[self.draft_length]
@@ -223,16 +224,11 @@ def evaluate(
         loop_free=facts["acceptance_length_loop_free"] or 0.0,
         loops=facts["loops"],
         answers=len(documents),
+        tokens=[len(answer.ids) - 1 for answer in walks[draft_length]],
+        rounds=[answer.rounds for answer in walks[draft_length]],
         loss=total_loss / max(1, num_rows),
-        prompts=dict(map(by_prompt, documents, zip(*walks.values(), strict=True))),
+        prompts=[fingerprint(each.input_ids[~each.loss_mask].tolist()) for each in documents],
     )
-
-
-def by_prompt(document: Document, walks: tuple[Answer, ...]) -> tuple[str, dict[str, Any]]:
-    """An entry of `Evaluation.prompts`; `walks` are those of every draft length."""
-    prompt = document.input_ids[~document.loss_mask].tolist()
-    counts = {"tokens": len(walks[0].ids) - 1, "rounds": [walk.rounds for walk in walks]}
-    return fingerprint(prompt), counts
 
 
 def accepted_pairs(batch: Batch, correct_M: torch.Tensor) -> torch.Tensor:

@@ -84,11 +84,10 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
             accepted = [count for generation in decoded for count in generation.accepted]
             shares = [sum(count > k for count in accepted) / len(accepted) for k in range(4)]
             assert evaluation.accepted_at == shares
-        # By prompt too, which is what runs are compared by.
-        for generation, answer in zip(decoded, answers, strict=True):
-            counted = evaluation.prompts[fingerprint(answer.input_ids[~answer.loss_mask].tolist())]
-            assert counted["tokens"] == len(generation.ids) - 1
-            assert counted["rounds"][length - 1] == len(generation.emitted)
+            assert evaluation.rounds == [len(generation.emitted) for generation in decoded]
+            assert evaluation.tokens == [len(generation.ids) - 1 for generation in decoded]
+            prompts = [answer.input_ids[~answer.loss_mask].tolist() for answer in answers]
+            assert evaluation.prompts == [fingerprint(prompt) for prompt in prompts]
 
 
 def test_walk_by_hand():

@@ -129,7 +129,9 @@ def write_report(run_dir: Path) -> Path:
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
     warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
     warnings += missing(run, benchmark, evaluation or training)
-    measured = {key: value for key, value in evaluation.items() if key != "prompts"}
+    # Of every answer: for comparisons, and too long to be read.
+    by_answer = ("prompts", "tokens", "rounds")
+    measured = {key: value for key, value in evaluation.items() if key not in by_answer}
     facts = {"Training, at its end": training, "Held-out evaluation": measured}
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
