@@ -102,12 +102,12 @@ class Run:
         pairs = zip(at.get("tokens", ()), at.get("rounds", ()))
         return dict(zip(prompts, pairs)) if isinstance(prompts, list) else {}
 
-    def over(self, axis: str, key: str) -> list[tuple[float, float]]:
-        """What was logged as `key`, over updates ("step") or over the tokens trained on."""
+    def over(self, size: int | None, key: str) -> list[tuple[float, float]]:
+        """What was logged as `key`, over the tokens trained on in units of `size`, or updates."""
         points, tokens = [], 0
         for row in self.metrics:
             tokens += row.get("tokens") or 0
-            points.append(row | {"step": tokens if axis == "tokens" else row["step"]})
+            points.append(row | {"step": tokens / size if size else row["step"]})
         return curve(points, key)
 
 
@@ -257,36 +257,37 @@ def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
 
 def read_plots(runs: list[Run]) -> dict[str, tuple[Plot, str, dict[str, bool]]]:
     """Curves of all runs laid over each other, by title: with what the x axis has, and options."""
-    axis = "tokens" if all(run.total("tokens") for run in runs) else "step"
-    unit = "tokens trained on" if axis == "tokens" else "update"
-    dots, plots = {"points": True}, {}
-
-    def add(title: str, lines: dict[str, list], x: str, options: dict, floor=None) -> None:
-        lines = {label: line for label, line in lines.items() if line}
-        if lines:
-            plots[title] = Plot(lines, floor=floor), x, options
-
-    for temperature in columns(runs):
-        at = "" if temperature == GREEDY else f", temperature {temperature}"
-        key = "eval/acceptance_length" + (f"_t{temperature}" if at else "")
-        lines = {run.label: run.over(axis, key) for run in runs}
-        add(f"Acceptance length while training{at}", lines, unit, dots)
-        for title, name, x in (
-            ("Acceptance length by draft length", "acceptance_length", "drafted tokens a round"),
-            ("Accepted by position", "accepted_at", "position in the draft"),
-        ):
-            lines = {run.label: series(run.at(temperature).get(name, ())) for run in runs}
-            add(f"{title}{at}", lines, x, dots, floor=1 if name == "acceptance_length" else 0)
-    ends = sorted(
-        (run.total("tokens") or 0, run.acceptance[GREEDY].length)
-        for run in runs
-        if GREEDY in run.acceptance
+    totals, plots, dots = [run.total("tokens") for run in runs], {}, {"points": True}
+    size, unit = (
+        (10**6, "million")
+        if max(total or 0 for total in totals) > 5 * 10**6
+        else (1000, "thousand")
     )
-    if axis == "tokens" and len(ends) > 1 and ends[-1][0] > 1.2 * ends[0][0]:
-        add(
-            "Best acceptance length by tokens trained on", {"": ends}, unit, dots | {"values": True}
-        )
-    add("Loss", {run.label: run.over(axis, "loss") for run in runs}, unit, {})
+    axis = f"{unit} tokens trained on"
+    if None in totals:
+        size, axis = None, "update"
+
+    def add(title: str, lines: list[list], x: str, options: dict, floor=None) -> None:
+        if any(lines):  # those of other runs stay, or a run would change its colour
+            labelled = dict(zip([run.label for run in runs], lines, strict=True))
+            plots[title] = Plot(labelled, floor=floor), x, options
+
+    for temperature in temperatures(runs):
+        at = "" if temperature == GREEDY else f" at T {temperature}"
+        key = "eval/acceptance_length" + (f"_t{temperature}" if at else "")
+        lines = [run.over(size, key) for run in runs]
+        add(f"Acceptance length{at} while training", lines, axis, dots)
+        lines = [series(run.at(temperature).get("acceptance_length", {})) for run in runs]
+        add(f"Acceptance length{at} by draft length", lines, "drafted tokens a round", dots, 1)
+        lines = [series(run.at(temperature).get("accepted_at", [])) for run in runs]
+        add(f"Accepted{at} by position", lines, "position in the draft", dots, 0)
+    known = zip(runs, totals) if size else ()
+    reached = [(run.acceptance.get(GREEDY), total) for run, total in known]
+    ends = sorted((total / size, found.length) for found, total in reached if found)
+    if len(ends) > 1 and ends[-1][0] > 1.2 * ends[0][0]:  # as of sweep=data
+        options = dots | {"values": True}
+        plots["Best acceptance length by tokens"] = Plot({"": ends}), axis, options
+    add("Loss", [run.over(size, "loss") for run in runs], axis, {})
     return plots
 
 

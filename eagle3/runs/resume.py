@@ -32,7 +32,8 @@ FREE = {
     "regenerate", "runs", "stages", "sweep", "target.batch_tokens", "target.dp_size",
     "target.ep_size", "target.mem_fraction_static", "target.port", "target.python",
     "target.ready_seconds", "target.server_args", "target.tp_size", "target.url",
-    "train.eval_every", "train.keep_last", "train.log_every", "train.resume", "train.save_every", "view",
+    "train.eval_every", "train.keep_last", "train.log_every", "train.resume",
+    "train.save_every", "view",
 }  # fmt: skip
 # What lets a run start programs, or run code that came with a model: a folder may be a stranger's.
 RUNS_CODE = (
