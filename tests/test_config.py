@@ -245,6 +245,7 @@ NEEDED = {  # what an option asks for; engines are not installed here
     "data=jsonl": ["data.path=run.py"],
     "model=hf": ["model.path=x/y"],
     "experiment=smollm2-135m": ["data.path=run.py"],
+    "experiment=finetuned": ["data.path=run.py", "model.path=x/y", "draft.init_from=x/y"],
     "parallel=usp": ["launch.nproc_per_node=2"],
     "target=sglang": ["target.url=http://127.0.0.1:1", "stages=[prepare,generate,train]"],
     "benchmark=sglang": ["benchmark.url=http://a", "benchmark.alone_url=http://b"],
