@@ -91,7 +91,8 @@ def main() -> None:
             end_tasks()
         if failed:
             print(*failed, sep="\n", file=sys.stderr)
-            raise RunError(f"{len(failed)} jobs of the sweep failed{sweep.how_to_go_on()}")
+            counted = f"{len(failed)} job{'s' * (len(failed) > 1)} of the sweep failed"
+            raise RunError(f"{counted}{sweep.how_to_go_on()}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The whole pipeline on an untrained target: what is written, reuse, resuming bit for bit,
-interruption, sweeps.
+interruption.
 """
 
 import json
@@ -250,16 +250,6 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
     said = result.stderr
     assert result.returncode == 1 and said.startswith("error: Not a directory"), said
     assert said.count("\n") == 1
-
-
-def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
-    sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2"]
-    result = run_command("-m", *settings, *sweep, TRAIN_ONLY)
-    assert result.returncode == 0, result.stderr
-    for number, rate in enumerate((1e-4, 5e-4)):
-        info = json.loads((tmp_path / str(number) / "run.json").read_text())
-        assert info["config"]["optimizer"]["lr"] == rate
-        assert (tmp_path / str(number) / ".hydra" / "config.yaml").exists()
 
 
 def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):

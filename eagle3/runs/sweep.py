@@ -85,10 +85,12 @@ def note_failure(run_dir: Path, number: int, overrides: list[str]) -> Iterator[N
 def collect_failures(folder: Path) -> list[str]:
     """A line for each job that failed, in their order; folders in which no run began go."""
     given = yaml.safe_load((folder / SWEEP).read_text())["hydra"]["overrides"]["task"]
+    given = [each.replace("\\", "") for each in given]
     failures = []
     for path in list(folder.rglob(FAILURE)):
         failure = read_json(path)
-        swept = [each for each in failure["overrides"] if each not in given]
+        # Without escapes, as a sweeper writes what is given in its own way.
+        swept = [each for each in failure["overrides"] if each.replace("\\", "") not in given]
         failures.append((failure["job"], " ".join(swept), failure["sentence"]))
         path.unlink()
         with suppress(OSError):
