@@ -37,12 +37,12 @@ def job(composed: DictConfig) -> float | None:
     if swept:
         # A launcher of other processes would end the sweep if it were told of an error.
         failures = sweep.note_failure(run_dir, settings.job.num, overrides)
-
-    def how_to_go_on(kept: str) -> str:
-        alone = f"; go on with: {resume.command_to_resume(run_dir, overrides)}"
-        return f"; {kept}{sweep.how_to_go_on() or alone}"
-
-    with exit_when_interrupted(how_to_go_on), failures, resume.claim(run_dir):
+    command = partial(resume.command_to_resume, run_dir, overrides)
+    with (
+        exit_when_interrupted(lambda kept: f"; {kept}; go on with: {command()}"),
+        failures,
+        resume.claim(run_dir),
+    ):
         resume.redact_sweep(settings)
         if composed.sweep.resume is not None and sweep.is_finished(run_dir, overrides):
             from eagle3.runs.tracking import read_acceptance
@@ -74,7 +74,9 @@ def main() -> None:
         interrupt_on_signals()
         failed = []
         try:
-            before = exit_when_interrupted(lambda kept: sweep.how_to_go_on() or " before it began")
+            before = exit_when_interrupted(
+                lambda kept: "" if sweep.FOLDERS else " before the run began"
+            )
             with resume.remove_unused(sys.argv), before:
                 job()
                 for folder in sweep.FOLDERS:
@@ -83,6 +85,8 @@ def main() -> None:
                     failed = sweep.collect_failures(folder)
                     compare_sweep(folder)
         except SystemExit as ended:  # so hydra leaves where it only shows something
+            if ended.code and sweep.FOLDERS:
+                print(f"the sweep has stopped{sweep.how_to_go_on()}", file=sys.stderr)
             if ended.code:
                 raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

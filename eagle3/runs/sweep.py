@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from eagle3.config import Sweep
 from eagle3.errors import ConfigError, first_line
@@ -30,7 +31,8 @@ class NoteFolder(Callback):
     """Hydra's callback: says where a sweep's jobs lie, wherever they will run."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        FOLDERS.append(Path(config.hydra.sweep.dir))
+        with suppress(OmegaConfBaseException):  # hydra meets it too, and may raise
+            FOLDERS.append(Path(config.hydra.sweep.dir))
 
 
 def own(overrides: list[str]) -> list[str]:
@@ -39,8 +41,8 @@ def own(overrides: list[str]) -> list[str]:
 
 
 def how_to_go_on() -> str:
-    """The command for the jobs of this process's sweep that are not finished, behind what ended
-    it; "" where there is no such sweep.
+    """Behind what ended this process's sweep the command for its jobs that are not finished; ""
+    where it left no folder, or there is no sweep.
     """
     if not FOLDERS or not FOLDERS[-1].exists():
         return ""
