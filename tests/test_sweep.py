@@ -5,10 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import TRAIN_ONLY, losses, read_jsonl, run, run_command
+from conftest import TRAIN_ONLY, compose_config, losses, read_jsonl, run, run_command
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from eagle3.config import CONF, flatten
 from eagle3.errors import ConfigError
 from eagle3.runs import sweep
 from eagle3.runs.resume import sweep_folder
@@ -119,6 +125,34 @@ def test_a_sweep_goes_on_after_a_bad_job_and_is_taken_up_again(settings, tmp_pat
     assert (tmp_path / "0" / "metrics.jsonl").stat().st_mtime_ns == before
     assert "error: 2 jobs of the sweep failed" in again.stderr
     assert f"{tmp_path}/2 was made by " in again.stderr
+
+
+JOBS = {
+    "lr": [f"optimizer.lr={rate}" for rate in (5e-5, 1e-4, 2e-4, 4e-4)],
+    "lr optimizer.lr=1e-3,2e-3": ["optimizer.lr=0.001", "optimizer.lr=0.002"],
+    "ttt_steps": [f"draft.ttt_steps={steps}" for steps in (3, 5, 7, 9)],
+    "data": [f"train.data_share={share}" for share in ("0.125", "0.25", "0.5", "1")],
+    "drafts": ["draft=eagle3 draft/initial=induction", "draft=eagle3 draft/initial=random"],
+}
+
+
+@pytest.mark.parametrize("given", JOBS)
+def test_the_jobs_of_each_sweep_compose(given):
+    """As hydra's own sweeper makes them, without -m; further kinds of draft may come."""
+    choice, *more = given.split()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("run", [f"sweep={choice}"], return_hydra_config=True)
+        assert whole.hydra.mode == RunMode.MULTIRUN
+        loader = GlobalHydra.instance().config_loader()
+    parser, params = OverridesParser.create(loader), whole.hydra.sweeper.params
+    swept = parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *more])
+    (jobs,) = BasicSweeper.split_arguments(swept, None)
+    assert set(JOBS[given]) <= {" ".join(job) for job in jobs}, jobs
+    for job in jobs:
+        assert flatten(compose_config(f"sweep={choice}", *job))["train.data_share"] <= 1
+    if choice == "data":
+        assert compose_config("sweep=data").train.max_steps is None
 
 
 def test_a_missing_optuna_is_named(monkeypatch):
