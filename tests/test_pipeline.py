@@ -252,6 +252,16 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
     assert said.count("\n") == 1
 
 
+def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
+    sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2"]
+    result = run_command("-m", *settings, *sweep, TRAIN_ONLY)
+    assert result.returncode == 0, result.stderr
+    for number, rate in enumerate((1e-4, 5e-4)):
+        info = json.loads((tmp_path / str(number) / "run.json").read_text())
+        assert info["config"]["optimizer"]["lr"] == rate
+        assert (tmp_path / str(number) / ".hydra" / "config.yaml").exists()
+
+
 def test_terminated_process_leaves_a_resumable_run(settings, tmp_path):
     metrics = tmp_path / "run" / "metrics.jsonl"
     process = start_command([*settings, TRAIN_ONLY], tmp_path / "run", pause_at=3)
