@@ -23,6 +23,7 @@ from rich.text import Text
 from eagle3.benchmark.statistics import interval95
 from eagle3.config import flatten
 from eagle3.errors import ConfigError, RunError
+from eagle3.evaluate import ratio
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
 from eagle3.runs.report import Plot, cell, curve, templates
@@ -32,7 +33,6 @@ GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in it
 OWN = ("name", "runs", "stages", "sweep.", "train.resume", "cache_dir", "plan")
 OF_LOSS = ("loss.", "draft.ttt_steps", "draft.vocab_size")
 NOT_COMPARABLE = "losses are not comparable"
-WIDE = ("tokens", "from the best at T 1")  # columns that only the page has room for
 MOST_SHOWN = 3  # settings in the legend of a curve
 LAST_LINES = 5  # of metrics.jsonl, over which the loss at the end is a mean
 
@@ -119,7 +119,8 @@ def read_run(path: Path) -> Run:
     evaluation, metrics = read_json(path / "evaluation.json"), read_metrics(path / "metrics.jsonl")
     if not metrics and not evaluation:
         raise RunError(f"{path} was not trained: it has no metrics.jsonl and no evaluation.json")
-    if evaluation and not {"acceptance_length", "draft_length"} <= evaluation.keys():
+    lengths, length = (evaluation.get(key) for key in ("acceptance_length", "draft_length"))
+    if evaluation and not (isinstance(lengths, dict) and str(length) in lengths):
         raise RunError(f"{path / 'evaluation.json'} is damaged or of an older version")
     return Run(path, path.name, flatten(recorded["config"]), evaluation, metrics)
 
@@ -136,7 +137,9 @@ def find_runs(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     """
     folders, runs, refused = [], [], []
     for pattern in map(str, given):
-        matched = [path for path in map(Path, glob(pattern)) if path.is_dir()]
+        folder = Path(pattern).expanduser()
+        matched = [folder] if folder.is_dir() else map(Path, glob(str(folder)))
+        matched = [path for path in matched if path.is_dir()]
         if not matched:
             raise ConfigError(f"runs: {pattern} names no folder; give runs, sweeps or patterns")
         for path in sorted(matched, key=in_order):
@@ -201,7 +204,7 @@ def measure(runs: list[Run], temperature: str) -> list[str]:
             counts = [known[run.path][prompt] for prompt in shared]
             tokens, rounds = map(sum, zip(*counts, strict=True))
             interval = interval95(counts, torch.div, seed=0)
-            run.acceptance[temperature] = Acceptance(tokens / rounds, interval)
+            run.acceptance[temperature] = Acceptance(ratio(tokens, rounds) or 0.0, interval)
         if len(shared) < max(map(len, known.values())):
             notes = [f"{where}: over the {len(shared)} prompts that all runs have"]
     best = max(measured, key=lambda run: run.acceptance[temperature].length)
@@ -305,9 +308,9 @@ def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:
     columns = cells(runs, notes)
     if settings:
         console.print(table_of(runs, settings))
-    # Of a terminal's 80 columns.
-    narrow = {title: column for title, column in columns.items() if title not in WIDE}
-    console.print(table_of(runs, narrow))
+    # A terminal has 80 columns.
+    wide = [title for title in columns if title == "tokens" or title.startswith("from the best at")]
+    console.print(table_of(runs, {title: columns[title] for title in columns if title not in wide}))
     for note in notes:
         console.print(f"compare: {note}")
     page = templates().get_template("compare.html")
@@ -321,4 +324,7 @@ def compare_sweep(folder: Path) -> None:
     """The end of a sweep, where a job of it was trained."""
     trained = [path.parent for path in folder.rglob("metrics.jsonl")]
     if trained:
-        show([folder], folder, Console(markup=False, soft_wrap=True))
+        try:
+            show([folder], folder, Console(markup=False, soft_wrap=True))
+        except RunError as error:  # those that failed are named all the same
+            print(f"compare: {error}")
