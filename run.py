@@ -8,7 +8,6 @@ if __name__ == "__main__":  # Ctrl-C while the imports last shows no traceback
 import math
 import os
 import sys
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,32 +17,38 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from eagle3.errors import RunError
-from eagle3.hydra_errors import note_failure, one_sentence
-from eagle3.runs import resume
+from eagle3.hydra_errors import one_sentence
+from eagle3.runs import resume, sweep
 from eagle3.runs.signals import exit_when_interrupted, interrupt_on_signals
 
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises, and `one_sentence` says what is shown
 for library in ("HUB", "DATASETS"):  # eagle3/runs/progress.py is what shows progress
     os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
-MAIN, FAILED = os.getpid(), []  # the jobs of a sweep that failed in this process
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="run")
 def job(composed: DictConfig) -> float | None:
     """One job of a run or sweep; returns its acceptance length, for a sweeper to maximise."""
     settings = HydraConfig.get()
-    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
-    # Elsewhere than in this process a launcher hands on what was raised.
-    sweeps = settings.mode == RunMode.MULTIRUN and os.getpid() == MAIN
+    run_dir, overrides = Path(settings.runtime.output_dir), sweep.own(settings.overrides.task)
+    swept = settings.mode == RunMode.MULTIRUN
+    failures = one_sentence(SHOW_TRACEBACK)
+    if swept:
+        # A launcher of other processes would end the sweep if it were told of an error.
+        failures = sweep.note_failure(run_dir, settings.job.num, overrides)
     command = partial(resume.command_to_resume, run_dir, overrides)
     with (
-        note_failure(FAILED, settings.job.num, overrides) if sweeps else nullcontext(),
         exit_when_interrupted(lambda kept: f"; {kept}; go on with: {command()}"),
-        one_sentence(SHOW_TRACEBACK),
+        failures,
         resume.claim(run_dir),
     ):
         resume.redact_sweep(settings)
+        if composed.sweep.resume is not None and sweep.is_finished(run_dir, overrides):
+            from eagle3.runs.tracking import read_acceptance
+
+            print(f"{run_dir} is finished")
+            return read_acceptance(run_dir)
         config = resume.load_config(composed, run_dir, overrides)
         # torch and transformers take seconds to load, which a typo need not wait for
         from eagle3.checks import check
@@ -67,19 +72,31 @@ def main() -> None:
 
             return serve_tasks()
         interrupt_on_signals()
+        failed = []
         try:
-            before = exit_when_interrupted(lambda kept: " before the run began")
+            before = exit_when_interrupted(
+                lambda kept: "" if sweep.FOLDERS else " before the run began"
+            )
             with resume.remove_unused(sys.argv), before:
                 job()
+                for folder in sweep.FOLDERS:
+                    from eagle3.benchmark.compare import compare_sweep
+
+                    failed = sweep.collect_failures(folder)
+                    compare_sweep(folder)
         except SystemExit as ended:  # so hydra leaves where it only shows something
+            if ended.code and sweep.FOLDERS:
+                print(f"the sweep has stopped{sweep.how_to_go_on()}", file=sys.stderr)
             if ended.code:
                 raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from eagle3.parallel.launch import end_tasks
 
             end_tasks()
-        if FAILED:
-            raise RunError(f"jobs of the sweep that failed: {'; '.join(FAILED)}; all others ran")
+        if failed:
+            print(*failed, sep="\n", file=sys.stderr)
+            counted = f"{len(failed)} job{'s' * (len(failed) > 1)} of the sweep failed"
+            raise RunError(f"{counted}{sweep.how_to_go_on()}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ what a key may be is read from the parameter that it is for.
 """
 
 import inspect
-import pydoc
 import re
 import sys
 import typing
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
+
+from hydra.utils import get_object
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,7 +73,7 @@ def parameter_hints(path: Path) -> dict[str, Any]:
     named = re.search(r"^_target_: (\S+)", path.read_text(), re.MULTILINE)
     if named is None:
         return {}
-    called = pydoc.locate(named[1])
+    called = get_object(named[1])
     function = called.__init__ if inspect.isclass(called) else called
     return typing.get_type_hints(function, include_extras=True)
 
@@ -105,7 +106,7 @@ def group(folder: Path) -> str:
     for path in options:
         mark = " (default)" if is_default(path) else ""
         text += f"\n`{key}={path.stem}`{mark}: {heading(path)}\n"
-        if key in ("experiment", "data", "model") and path.stem != "hf":
+        if key in ("experiment", "data", "model", "sweep") and path.stem != "hf":
             continue  # these name values of keys that stand elsewhere
         hints, rows = parameter_hints(path), []
         for name, default, meaning in entries(path):

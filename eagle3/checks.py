@@ -37,6 +37,8 @@ def check(config: RunConfig) -> None:
     """Raise ConfigError for the first value, path or pair that cannot work."""
     check_value("", config, RunConfig)
     check_stages(config)
+    if set(config.stages) == {"compare"}:
+        return
     check_processes(config)
     check_benchmark_section(config)
     check_data(config.data, ["plan"] if config.plan else reads_data(config))
@@ -110,6 +112,8 @@ def check_stages(config: RunConfig) -> None:
     stages = config.stages
     if not stages:
         raise ConfigError("stages is empty; name at least one")
+    if "compare" in stages and not config.runs:
+        raise ConfigError("stages=[compare] needs runs=[<folders of runs or sweeps, or patterns>]")
     if "regenerate" in stages and config.data.preformatted:
         raise ConfigError("stages: regenerate needs messages; set data.preformatted=false")
     hidden = config.hidden_states.path

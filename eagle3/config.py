@@ -55,7 +55,7 @@ class OneOf(tuple):
 # In the order in which the pipeline runs those that are listed.
 STAGES = (
     "import", "regenerate", "view", "prepare", "generate", "capture", "train", "export", "check",
-    "benchmark",
+    "benchmark", "compare",
 )  # fmt: skip
 
 # The sections, by which OmegaConf types a run. Where a group chooses what is built, the section is
@@ -131,6 +131,7 @@ class DraftSection:
 @dataclass
 class Train:
     epochs: Annotated[int, Within(1)]
+    data_share: Annotated[float, Within(1e-6, 1)]
     max_steps: Annotated[Optional[int], Within(1)]
     tokens_per_step: Annotated[int, Within(4)]
     documents_per_update: Annotated[Optional[int], Within(1)]
@@ -171,6 +172,12 @@ class Check:
 
 
 @dataclass
+class Sweep:
+    resume: Optional[str]
+    trial: Annotated[Optional[int], Within(0)]
+
+
+@dataclass
 class Parallel:
     """`ulysses` x `ring` ranks share each micro-batch; groups of them train on other documents."""
 
@@ -197,6 +204,8 @@ class RunConfig:
     device: Annotated[str, OneOf(("auto", "cpu", "cuda"))]
     cache_dir: str
     draft_path: Optional[str]
+    runs: list[str]
+    sweep: Sweep
     model: Model
     data: Data
     view: View

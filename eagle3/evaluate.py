@@ -284,6 +284,7 @@ class Acceptance:
     `accepted_at[k - 1]`: the share of rounds in which the k-th drafted token is accepted. It,
     `first_round` (tokens of the first round after the prompt), `loop_free` (acceptance length
     without answers that loop), and `tokens` and `rounds` of every answer are at `draft_length`.
+    `prompts` are fingerprints, by which runs are paired.
     """
 
     acceptance_length: dict[int, float]
@@ -294,6 +295,7 @@ class Acceptance:
     answers: int
     tokens: list[int]
     rounds: list[float]
+    prompts: list[str]
 
 
 @dataclass
@@ -380,6 +382,7 @@ def accept(
         answers=len(documents),
         tokens=[len(answer.ids) - 1 for answer in walks[draft_length]],
         rounds=[answer.rounds for answer in walks[draft_length]],
+        prompts=[fingerprint(each.input_ids[~each.loss_mask].tolist()) for each in documents],
     )
 
 

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import traceback
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,12 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from eagle3.config import RunConfig, compose_flat, nearest
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import FULL, free_bytes, size_text
-from eagle3.runs.logger import redact
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
-# Of hydra: hydra-<name>-launcher and hydra-<name>-sweeper bring options of these names.
-PLUGINS = ("submitit", "joblib", "ray", "rq", "optuna", "ax", "nevergrad")
+# Launchers and sweepers of hydra that come in packages, by the first word of their options.
+PLUGINS = {"submitit": "pip install -e '.[slurm]'", "joblib": "pip install -e '.[sweep]'"}
+PLUGINS |= {name: f"pip install hydra-{name}-launcher" for name in ("ray", "rq")}
+PLUGINS |= {name: f"pip install hydra-{name}-sweeper" for name in ("ax", "nevergrad")}
 EXPLAINED = (ConfigError, RunError, HydraException, OmegaConfBaseException, OSError)
 NULL_GROUP = "Config group override"  # of hydra's ValueError
 NEW_SOURCE = "{0} is no source of data yet: write '+data.sources={{{0}: {{path: ...}}}}'"
@@ -31,26 +31,15 @@ def one_sentence(show_traceback: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if show_traceback or not (isinstance(error, EXPLAINED) or NULL_GROUP in str(error)):
+        if show_traceback or not is_explained(error):
             raise
         message, exit_code = explain(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_code)
 
 
-@contextmanager
-def note_failure(failed: list[str], number: int, overrides: list[str]) -> Iterator[None]:
-    """What ends a job of a sweep is shown and noted in `failed`; a signal ends all jobs."""
-    try:
-        yield
-    except Exception:
-        traceback.print_exc()
-    except SystemExit as ended:
-        if ended.code > 128:
-            raise
-    else:
-        return
-    failed.append(f"{number} ({' '.join(redact(overrides))})")
+def is_explained(error: Exception) -> bool:
+    return isinstance(error, EXPLAINED) or NULL_GROUP in str(error)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -69,8 +58,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         allowed = ", ".join(error.options or ()) + nearest(option, error.options or ())
         unknown, plugin = f"{group or '--config-name'}={option} is unknown", option.split("_")[0]
         if group.startswith("hydra/") and plugin in PLUGINS:
-            package = f"hydra-{plugin}-{group.removeprefix('hydra/')}"
-            return f"{unknown}, because its package is missing: pip install {package}", 2
+            return f"{unknown}, because a package is missing: {PLUGINS[plugin]}", 2
         return f"{unknown}; allowed: {allowed}", 2
     if isinstance(error, OverrideParseException):
         return unreadable(error.override, error.message), 2

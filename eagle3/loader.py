@@ -54,13 +54,17 @@ class Loader:
         # The target passes over every token, the unroll over the supervised ones, at about the same
         # cost each.
         self.costs = self.lengths + self.documents.supervised
+        # A smaller share is part of a larger one, and everything is in its old order.
+        drawn = np.random.default_rng(self.seed).permutation(len(self.lengths))
+        kept = max(1, round(self.section.data_share * len(drawn)))
+        self.chosen = np.sort(drawn[:kept])
         planned = sum(len(self.plan_epoch(epoch)) for epoch in range(self.section.epochs))
         self.total_updates = min(planned, self.section.max_steps or planned)
         self.state = {"epoch": 0, "update": 0}
 
     def plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """Document numbers of each update of an epoch: a seeded shuffle, cut by either budget."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        order = self.chosen[np.random.default_rng([self.seed, epoch]).permutation(len(self.chosen))]
         count = self.section.documents_per_update
         if count is not None:
             return np.split(order, range(count, len(order), count))

@@ -14,6 +14,7 @@ from hydra.utils import get_class
 from rich.console import Console
 
 from eagle3.benchmark.check import check
+from eagle3.benchmark.compare import show as show_compared
 from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject
 from eagle3.checks import reads_data, reads_store_alone
@@ -54,6 +55,9 @@ def run_pipeline(
     ConfigError and RunError.
     """
     listed, cache_dir, data = set(config.stages), config.cache_dir, config.data
+    if listed == {"compare"}:  # which reads folders of runs, no model and no data
+        begin()
+        return show_compared(config.runs, run_dir, console)
     # run.json has what was asked for, as a resumed run asks the same.
     asked, hidden = config, replace(config.hidden_states, dtype=choose_dtype(config.hidden_states))
     config, mode = replace(config, hidden_states=hidden), get_class(config.mode["_target_"])
@@ -140,9 +144,11 @@ def run_pipeline(
                 prints = {"the data": made_from, "the target's answers": answers.name}
                 made = TrainingData(prepared.path, answers, folder, prints)
             with follow_metrics(run_dir / "metrics.jsonl", tracking.tracker):
-                damaged = run_on_ranks(train, config, run_dir, target, made)
+                damaged, pruned = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
             tracking.finish("train")
+            if pruned:
+                listed -= {"export", "check", "benchmark"}
         if "export" in listed:
             best = run_dir / "checkpoints" / "best"
             export_draft(best, config.export, target.spec, draft_length, run_dir)
@@ -154,6 +160,9 @@ def run_pipeline(
         if "benchmark" in listed:
             subject.prepared = prepared
             benchmark(request, tasks, subject, run_dir)
+        if "compare" in listed:
+            own = [run_dir] if (run_dir / "metrics.jsonl").exists() else []
+            show_compared([*config.runs, *own], run_dir, console)
     return read_acceptance(run_dir)
 
 

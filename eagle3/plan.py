@@ -100,14 +100,15 @@ def plan(
     memory = memory_of(config, spec, parameters, trained, peak)
     if device.type == "cuda":
         memory[GPU] = [torch.cuda.mem_get_info(device)[1]] * 3
-    tokens, epochs = int(documents.lengths.sum()), loader.total_updates / len(epoch)
+    tokens, share = int(documents.lengths.sum()), config.train.data_share
+    epochs = share * loader.total_updates / len(epoch)  # passes over all tokens
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
     speeds, hours = rates(device, dtype, gpus, draft.config), {}
     for name, flops in speeds.items():
         target = tokens * prefill / (flops * IN_PREFILL) / 3600  # of an epoch
         train = epochs * tokens * training / (flops * IN_TRAINING) / 3600
         # mode=hybrid runs the target in the first epoch, and then for what it has no room to keep.
-        first = min(1.0, epochs)
+        first = min(share, epochs)
         hours[name] = {
             "capture": target * float(documents.lengths @ stored) / tokens,
             "train, mode=online": train + epochs * target,
@@ -115,8 +116,8 @@ def plan(
             "train, mode=offline": train,  # reading runs behind it
         }
     data = {
-        "tokens an epoch": tokens,
-        "conversations an epoch": len(documents),
+        "tokens an epoch": round(share * tokens),
+        "conversations an epoch": len(loader.chosen),
         "share supervised": documents.supervised.sum() / tokens,
         "updates an epoch": len(epoch),
         "updates in all": loader.total_updates,

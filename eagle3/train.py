@@ -38,6 +38,7 @@ from eagle3.runs.metrics import Meter
 from eagle3.runs.progress import Progress
 from eagle3.runs.resume import command_to_resume
 from eagle3.runs.signals import note_signals
+from eagle3.runs.sweep import is_pruned
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
 from eagle3.ttt import training_flops, unroll
@@ -57,11 +58,12 @@ class TrainingData:
 
 def train(
     ranks: Ranks, config: RunConfig, run_dir: Path, target: TargetHandle, data: TrainingData
-) -> dict[int, str]:
+) -> tuple[dict[int, str], bool]:
     """Train on every rank; leaves checkpoints/, metrics.jsonl and evaluation.json in `run_dir`.
 
     Keeps `last` and `best` (by acceptance at `train.best_by`) checkpoints; without held-out answers
-    the last is the best. Returns why documents were left out, by key. Raises ConfigError, RunError.
+    the last is the best. Returns why documents were left out, by key, and whether Optuna has ended
+    the run before its last update. Raises ConfigError, RunError.
     """
     section, folder = config.train, run_dir / "checkpoints"
     last, best = folder / "last", folder / "best"
@@ -91,7 +93,7 @@ def train(
     log = lines.log if lines else lambda metrics, step: None
     position = ranks.rank, ranks.world_size, ranks.timeout
     checkpoints = CheckpointWriter(folder, section.keep_last, *position)
-    updates = iter(trainer.loader)
+    updates, pruned = iter(trainer.loader), False
 
     def kept() -> int:
         return int(last.resolve().name.partition("step_")[2] or 0)
@@ -102,7 +104,7 @@ def train(
         note_signals(ranks.world_size > 1) as received,
         Progress("train", total, "updates", trainer.update, ranks.is_main, kept) as bar,
     ):
-        while trainer.update < total:
+        while trainer.update < total and not pruned:
             began = time.perf_counter()
             batches = next(updates)  # packed meanwhile, unless the data is what is slow
             lr = trainer.optim.scheduler.get_last_lr()[0]
@@ -131,8 +133,10 @@ def train(
                 bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
                 trainer.best = max(trainer.best, acceptance)
+                reached = config.sweep, run_dir, trainer.update, acceptance
+                pruned = ranks.broadcast(ranks.is_main and not is_last and is_pruned(*reached))
 
-            due = trainer.update % section.save_every == 0 or is_last or stopping
+            due = trainer.update % section.save_every == 0 or is_last or stopping or pruned
             if due or (evaluates and is_best):
                 trainer.best_update = trainer.update if is_best else trainer.best_update
                 supply.sync()  # what a checkpoint says was trained on must be on disk by then
@@ -166,7 +170,7 @@ def train(
     elif ranks.is_main:
         print("train: no held-out answers to measure on; the last checkpoint is kept as the best")
     damaged = ranks.all_gather(supply.store.damaged if supply.store else {})
-    return {key: reason for each in damaged for key, reason in each.items()}
+    return {key: reason for each in damaged for key, reason in each.items()}, pruned
 
 
 def open_supply(

@@ -18,7 +18,7 @@ from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten, label, layout
 from eagle3.draft.initial import derive_config, read_config
 from eagle3.errors import ConfigError, first_line
-from eagle3.hydra_errors import explain, note_failure
+from eagle3.hydra_errors import explain
 from eagle3.runs.resume import command_to_resume, load_config, run_folder
 
 CONF = ROOT / "conf"
@@ -44,8 +44,10 @@ SENTENCES = {
     "data.path=a=b, c (1)/x": """quote the text, as 'data.path="a=b, c (1)/x"'""",
     "data.path=it's": """quote the text, as 'data.path="it'"'"'s"'""",
     "data.path": "data.path cannot be read (missing EQUAL at '<EOF>'); write key=value",
-    "hydra/launcher=submitit_slurm": "is missing: pip install hydra-submitit-launcher",
-    "hydra/sweeper=optuna": "its package is missing: pip install hydra-optuna-sweeper",
+    "hydra/launcher=submitit_slurm": "a package is missing: pip install -e '.[slurm]'",
+    "hydra/launcher=joblib": "because a package is missing: pip install -e '.[sweep]'",
+    "hydra/launcher=ray": "because a package is missing: pip install hydra-ray-launcher",
+    "hydra/sweeper=optuna": "allowed: basic, optuna_pruning; did you mean optuna_pruning?",
     "hydra/launcher=basi": "hydra/launcher=basi is unknown; allowed: basic; did you mean basic?",
     # single values
     "+loss.gama=0.5": "loss.gama is unknown to eagle3.loss.SoftTargetLoss",
@@ -127,23 +129,6 @@ def test_a_mistake_is_explained_under_a_debugger():
     finally:
         sys.settrace(before)
     assert SENTENCES[override] in explain(raised.value)[0]
-
-
-class OddError(Exception):
-    code = None  # as the errors of some libraries have
-
-
-@pytest.mark.parametrize("ended", [SystemExit(2), ValueError("x"), OddError("x")])
-def test_a_bad_job_of_a_sweep_is_noted(ended):
-    failed = []
-    with note_failure(failed, 1, ["x=1", "x.api_key=SESAME"]):
-        raise ended
-    assert failed == ["1 (x=1 x.api_key=<redacted>)"]
-
-
-def test_a_signal_ends_a_sweep():
-    with pytest.raises(SystemExit), note_failure([], 1, []):
-        raise SystemExit(143)
 
 
 MISTAKES = (
@@ -250,6 +235,7 @@ NEEDED = {  # what an option asks for; engines are not installed here
     "data=jsonl": ["data.path=run.py"],
     "model=hf": ["model.path=x/y"],
     "experiment=smollm2-135m": ["data.path=run.py"],
+    "experiment=finetuned": ["data.path=run.py", "model.path=x/y", "draft.init_from=x/y"],
     "parallel=usp": ["launch.nproc_per_node=2"],
     "target=sglang": ["target.url=http://127.0.0.1:1", "stages=[prepare,generate,train]"],
     "benchmark=sglang": ["benchmark.url=http://a", "benchmark.alone_url=http://b"],

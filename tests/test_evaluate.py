@@ -33,7 +33,7 @@ from eagle3.evaluate import (
     walk,
 )
 from eagle3.loss import FrozenWeights
-from eagle3.runs.artefact import read_facts
+from eagle3.runs.artefact import fingerprint, read_facts
 from eagle3.ttt import unroll
 
 STEPS = 6
@@ -97,6 +97,10 @@ def test_walk_equals_decoding(target, answers, draft, tokens_per_step):
             accepted = [count for generation in decoded for count in generation.accepted]
             shares = [sum(count > k for count in accepted) / len(accepted) for k in range(4)]
             assert evaluation.accepted_at == shares
+            assert evaluation.rounds == [len(generation.emitted) for generation in decoded]
+            assert evaluation.tokens == [len(generation.ids) - 1 for generation in decoded]
+            prompts = [answer.input_ids[~answer.loss_mask].tolist() for answer in answers]
+            assert evaluation.prompts == [fingerprint(prompt) for prompt in prompts]
 
 
 def test_walk_by_hand():

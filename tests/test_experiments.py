@@ -19,8 +19,9 @@ from eagle3.config import flatten
 from eagle3.runs.resume import load_config
 
 FOLDER = ROOT / "conf" / "experiment"
-# Those of CPUs are no guide's; tests/test_config.py composes them.
-EXPERIMENTS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"tiny", "smollm2-135m"})
+# Those of CPUs and of targets of one's own are no guide's; tests/test_config.py composes them.
+OWN = {"tiny", "smollm2-135m", "finetuned"}
+EXPERIMENTS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - OWN)
 GUIDE = {
     "model.path": "meta-llama/Llama-3.1-8B-Instruct", "data.max_length": 4096,
     "data.chat_template": "auto", "data.system_prompt": "llama2", "train.epochs": 2,
@@ -43,6 +44,13 @@ GUIDES = {
         "model.embedding_key": "model.embed_tokens.weight", "train.epochs": 4,
         "train.save_every": 1984, "optimizer.lr": 1e-4, "parallel.ulysses": 4, "parallel.ring": 1,
     },
+    "llama3.3-70b": {
+        "model.path": "meta-llama/Llama-3.3-70B-Instruct", "target.tp_size": 8,
+        "benchmark.tp_size": 8, "data.max_length": 4096, "launch.nproc_per_node": 8,
+    },
+    "qwen3-8b": {"model.path": "Qwen/Qwen3-8B", "target.tp_size": 1, "benchmark.tp_size": 1},
+    "qwen3-32b": {"model.path": "Qwen/Qwen3-32B", "target.tp_size": 4, "benchmark.tp_size": 4},
+    "qwen3-30b-a3b": QWEN | {"target.tp_size": 4, "benchmark.tp_size": 4},
 }  # fmt: skip
 ONE_STEP = [
     "device=cpu", "stages=[prepare,generate,capture,train,export]", "launch.nproc_per_node=1",
@@ -57,12 +65,32 @@ SHAPE = {
     "initializer_range": 0.1, "bos_token_id": None,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-TRAINED = {  # every architecture and every mode
-    "llama3-8b-sharegpt-online": LlamaConfig(**SHAPE),
-    "llama3-8b-sharegpt-offline": LlamaConfig(**SHAPE),
-    "qwen3-30b-a3b-sharegpt-offline": Qwen3MoeConfig(**SHAPE, **EXPERTS),
-    "qwen3-32b-sharegpt-capture": Qwen3Config(**SHAPE),
+LLAMA, QWEN3 = LlamaConfig(**SHAPE), Qwen3Config(**SHAPE)
+MIXTURE = Qwen3MoeConfig(**SHAPE, **EXPERTS)
+# By command line: every architecture and every mode, and the others too where there is time.
+TRAINED = {
+    "llama3-8b-sharegpt-online": LLAMA,
+    "llama3-8b-sharegpt-offline": LLAMA,
+    "qwen3-30b-a3b-sharegpt-offline": MIXTURE,
+    "qwen3-32b-sharegpt-capture": QWEN3,
 }
+SLOWLY = {
+    "llama3-8b-perfectblend-online": LLAMA,
+    "llama3-8b-perfectblend-online mode=offline": LLAMA,
+    "llama3-8b-speedrun": LLAMA,
+    "llama3.3-70b": LLAMA,
+    "llama3.3-70b mode=offline data=perfectblend-llama3.3-70b-instruct": LLAMA,
+    "qwen3-8b": QWEN3,
+    "qwen3-8b mode=offline data=perfectblend": QWEN3,
+    "qwen3-32b": QWEN3,
+    "qwen3-32b mode=offline data=perfectblend": QWEN3,
+    "qwen3-30b-a3b": MIXTURE,
+    "qwen3-30b-a3b data=perfectblend": MIXTURE,
+    "qwen3-30b-a3b mode=offline model=qwen3-30b-a3b-instruct-2507": MIXTURE,
+    "qwen3-30b-a3b model=qwen3-30b-a3b-thinking-2507": MIXTURE,
+    "qwen3-30b-a3b-sharegpt-capture": MIXTURE,
+}
+RECIPES = [*TRAINED, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOWLY)]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -74,6 +102,7 @@ def test_recipes_are_small_deltas_that_compose(experiment):
     composed = compose_config(f"experiment={experiment}")
     captures = get_object(load_config(composed, Path("nowhere"), []).mode["_target_"]).captures
     assert captures == ("offline" in experiment or "capture" in experiment)
+    assert experiment in [recipe.split()[0] for recipe in (TRAINED | SLOWLY)]
     values, expected = flatten(composed), GUIDES.get(experiment, {})
     assert {key: values[key] for key in expected} == expected
 
@@ -92,17 +121,17 @@ def test_the_commands_of_the_guides_page_compose():
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("experiment", TRAINED)
-def test_recipes_train(experiment, tokenizer, tmp_path):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_train(recipe, tokenizer, tmp_path):
     """A tiny target and a small file stand in the recipe's place."""
     torch.manual_seed(0)
-    config, target = TRAINED[experiment], tmp_path / "target"
+    config, target = (TRAINED | SLOWLY)[recipe], tmp_path / "target"
     config.vocab_size, config.eos_token_id = len(tokenizer), tokenizer.eos_token_id
     AutoModelForCausalLM.from_config(config).save_pretrained(target)
     tokenizer.save_pretrained(target)
     (tmp_path / "sharegpt.json").write_text(json.dumps(list(sharegpt_rows(14))))
     paths = [f"model.path={target}", f"data.path={tmp_path / 'sharegpt.json'}"]
-    given = [f"experiment={experiment}", *ONE_STEP, *paths, f"cache_dir={tmp_path / 'cache'}"]
+    given = [*f"experiment={recipe}".split(), *ONE_STEP, *paths, f"cache_dir={tmp_path / 'cache'}"]
     run(given, tmp_path / "run")
     assert losses(tmp_path / "run").keys() == {1}
     draft = tmp_path / "run" / "draft"
@@ -144,5 +173,19 @@ def test_every_recipe_composes():
     assert shared == ["stages=[prepare,generate,capture,train]"]
     assert five == "model.aux_layer_ids=[1,2,4,6,7]"
     for overrides in recipes["RECIPES"].values():
-        if "eagle31" not in overrides and not overrides.startswith("loss="):
+        if not overrides.startswith("loss="):
             compose_config(*overrides.replace("LAYERS5", five).split())
+
+
+@pytest.mark.runs
+def test_a_finetuned_target_goes_on_with_a_published_draft(exported, target_folder, tmp_path):
+    """Of the same vocabulary, whatever the conversations have, and from its weights."""
+    (tmp_path / "sharegpt.json").write_text(json.dumps(list(sharegpt_rows(14))))
+    changed = ["draft.vocab_size=2048", "optimizer.lr=1e-9"]
+    given = ["experiment=finetuned", *ONE_STEP, *changed, f"model.path={target_folder}"]
+    given += [f"draft.init_from={exported / 'portable'}", f"cache_dir={tmp_path / 'cache'}"]
+    run([*given, "data.max_length=96", f"data.path={tmp_path / 'sharegpt.json'}"], tmp_path / "run")
+    before = load_file(exported / "portable" / "model.safetensors")
+    after = load_file(tmp_path / "run" / "draft" / "model.safetensors")
+    assert torch.equal(after["d2t"], before["d2t"]) and len(after["d2t"]) == 300
+    assert torch.allclose(after["fc.weight"].float(), before["fc.weight"].float(), atol=1e-3)

@@ -36,7 +36,8 @@ def documents():
 
 
 def loader(documents, replica=0, replicas=1, tokens_per_update=256, **changes):
-    section = {"epochs": 2, "max_steps": None, "tokens_per_step": 128, "documents_per_update": None}
+    section = {"epochs": 2, "max_steps": None, "tokens_per_step": 128, "data_share": 1.0}
+    section |= {"documents_per_update": None}
     in_vocab = torch.ones(50, dtype=torch.bool)
     pack_documents = partial(pack, in_draft_vocab=in_vocab, ttt_steps=3, mask=serving)
     section = SimpleNamespace(**section | changes)
@@ -61,6 +62,18 @@ def test_plans_depend_on_the_seed_alone(documents):
     assert np.concatenate(plans[0]).tolist() != np.concatenate(other).tolist()
     counted = loader(documents, documents_per_update=8).plan_epoch(0)
     assert [len(update) for update in counted] == [8] * 7 + [1]
+
+
+def test_a_smaller_share_of_the_data_is_part_of_a_larger_one(documents):
+    """Every epoch passes over the same documents, in an order of its own."""
+    trained = {}
+    for share in (0.001, 0.25, 0.5, 1.0):
+        epochs = [loader(documents, data_share=share).plan_epoch(epoch) for epoch in (0, 1)]
+        first, second = (sorted(np.concatenate(epoch).tolist()) for epoch in epochs)
+        assert first == second
+        trained[share] = set(first)
+    assert [len(each) for each in trained.values()] == [1, 14, 28, 57]
+    assert trained[0.001] < trained[0.25] < trained[0.5] < trained[1.0]
 
 
 def test_micro_steps_hold_every_document_once(documents):

@@ -46,7 +46,8 @@ def test_loss_and_accuracy_are_ratios_of_the_sums_of_a_window():
     expected = {"loss/step_0": 8 / 20, "loss/step_1": 12 / 20, "loss": (8 + GAMMA * 12) / 20}
     expected |= {"accuracy/step_0": 5 / 20, "accuracy/step_1": 3 / 20, "supervised_tokens": 20}
     assert {name: read[name] for name in expected} == pytest.approx(expected)
-    rest = {"tokens_per_second", "data_wait_fraction", "peak_memory_bytes"}
+    expected |= {"tokens": 160}
+    rest = {"tokens_per_second", "seconds", "data_wait_fraction", "peak_memory_bytes"}
     assert set(read) == expected.keys() | rest and 50e6 < read["peak_memory_bytes"] < 1e12
     add(meter, [1.0, 0.0], [1.0, 0.0], SimpleNamespace(pair_counts=[2, 0], normaliser=2, tokens=1))
     read = meter.read()
@@ -85,6 +86,7 @@ def test_rates_count_training_time_only(clock):
     meter.excluded_seconds += 3.0
     read = meter.read()
     assert (read["tokens_per_second"], read["data_wait_fraction"]) == (150, 0.25)
+    assert (read["tokens"], read["seconds"]) == (300, 2)
     add_one(meter, tokens=300)
     clock[0] += 3
     read = meter.read()
@@ -101,7 +103,7 @@ def test_two_processes_read_the_same_global_numbers(clock):
         clock[0] = 2.0
         read = [meter.read(lambda own: sums.append(own) or sum(sums[:2])) for meter in meters]
     expected = {"loss": (8 + GAMMA * 12) / 20, "accuracy/step_1": 3 / 20}
-    expected |= {"tokens_per_second": 80, "data_wait_fraction": 0.25}
+    expected |= {"tokens_per_second": 80, "data_wait_fraction": 0.25, "tokens": 160, "seconds": 2}
     for each in read:
         assert {name: each[name] for name in expected} == pytest.approx(expected)
 

@@ -1,5 +1,5 @@
 """The whole pipeline on an untrained target: what is written, reuse, resuming bit for bit,
-interruption, sweeps.
+interruption.
 """
 
 import json

@@ -174,17 +174,6 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 
 @pytest.mark.runs
-def test_a_sweep_goes_on_after_a_bad_job(settings, tmp_path):
-    jobs = ["draft.ttt_steps=3,99,4", "stages=[prepare]", f"hydra.sweep.dir={tmp_path}"]
-    result = run_command("-m", *settings, *jobs)
-    first, last = result.stderr.splitlines()[-2:]
-    assert result.returncode == 1 and "draft.ttt_steps=99 must be within 1 and 16" in first
-    assert last.startswith("error: jobs of the sweep that failed: 1 (")
-    assert "draft.ttt_steps=99" in last and last.endswith("; all others ran")
-    assert sorted(path.parent.name for path in tmp_path.glob("*/run.json")) == ["0", "2"]
-
-
-@pytest.mark.runs
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGINT] * 2])
 def test_a_signal_outside_training_is_said(settings, tmp_path, numbers):
     """While a server is asked that never answers."""

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from eagle3.errors import ConfigError, RunError
+from eagle3.runs import artefact as artefact_module
 from eagle3.runs import tracking
-from eagle3.runs.artefact import artefact
+from eagle3.runs.artefact import artefact, fingerprint
 from eagle3.runs.logger import REDACTED, NoTracker
 from eagle3.runs.resume import command_to_resume
 from eagle3.runs.tracking import Tracking, git_commit, read_acceptance, track_run
@@ -213,6 +216,29 @@ NEAR = [
     ({"data.system_prompt": "Be as brief as you can."}, "data.system_prompt (changed)"),
     ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "dtype": "x"}, "c null -> 3 and 2 more\n"),
 ]
+
+
+def test_runs_that_start_together_make_an_artefact_once(tmp_path, monkeypatch):
+    """The second says that it waits, and finds what the first has made."""
+    begun, told, written = threading.Event(), threading.Event(), []
+
+    def note(line):
+        if line == f"prepare: another run makes {fingerprint({'a': 1})}; waiting for it":
+            told.set()
+
+    def write(folder):
+        written.append(folder)
+        begun.set()
+        assert told.wait(60)
+        return {}
+
+    monkeypatch.setattr(artefact_module, "print", note, raising=False)
+    asked = str(tmp_path), "prepared", {"a": 1}, write, "prepare"
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(artefact, *asked)
+        assert begun.wait(60)
+        second = pool.submit(artefact, *asked)
+        assert first.result() == second.result() and len(written) == 1
 
 
 @pytest.mark.parametrize("changes, words", NEAR)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from xxhash import xxh3_128
 
 from eagle3.config import flatten
@@ -75,7 +75,7 @@ def artefact(
             raise RunError(f"cache_dir={cache_dir} has no {kind}/{name}: add {stage} to stages")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{path}.lock").acquire()
+            lock = acquire(FileLock(f"{path}.lock"), stage)
         except OSError as error:
             raise RunError(f"cache_dir={cache_dir} cannot be written: {error}") from error
         # Runs of a sweep want the same artefact at the same moment: one writes it, others wait.
@@ -91,6 +91,14 @@ def artefact(
     except DamageError as damage:
         raise RunError(f"{damage}; delete {path} and add {stage} to stages") from damage
     return path
+
+
+def acquire(lock: FileLock, stage: str) -> Any:
+    """The lock, once nobody else has it."""
+    with suppress(Timeout):
+        return lock.acquire(timeout=0)
+    print(f"{stage}: another run makes {Path(lock.lock_file).stem}; waiting for it")
+    return lock.acquire()
 
 
 def read_facts(path: Path) -> dict[str, Any]:

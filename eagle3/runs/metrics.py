@@ -93,6 +93,7 @@ class Meter:
         metrics |= {f"accuracy/step_{k}": accuracy for k, accuracy in accuracies}
         # `seconds` is summed too: divided by the processes it is the window's length.
         metrics["tokens_per_second"] = tokens * processes / seconds
+        metrics |= {"tokens": int(tokens), "seconds": seconds / processes}
         metrics |= {"supervised_tokens": int(counts[0]), "data_wait_fraction": waited / seconds}
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
         peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))

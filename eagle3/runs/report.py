@@ -158,9 +158,15 @@ def write_report(run_dir: Path) -> Path:
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
     warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
     warnings += missing(run, benchmark, evaluation or training)
-    facts = {"Training, at its end": training, "Held-out evaluation": evaluation}
+    by_temperature = {"": evaluation}
     for name, at in evaluation.get("sampled", {}).items():
-        facts[f"Held-out evaluation, temperature {name}"] = at
+        by_temperature[f", temperature {name}"] = at
+    facts = {"Training, at its end": training}
+    # Of every answer: for comparisons, and too long to be read.
+    unread = ("prompts", "tokens", "rounds", "sampled")
+    for name, at in by_temperature.items():
+        measured = {key: value for key, value in at.items() if key not in unread}
+        facts[f"Held-out evaluation{name}"] = measured
     facts |= {"Benchmark protocol": benchmark.get("protocol", {})} | artefacts(run)
     values = {"run": run, "evaluation": evaluation, "facts": facts, "beaten": beaten(rows)}
     values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}

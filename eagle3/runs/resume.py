@@ -22,17 +22,18 @@ from omegaconf.errors import OmegaConfBaseException
 from eagle3.config import RunConfig, check_targets, compose_flat, flatten
 from eagle3.errors import ConfigError, DamageError, RunError
 from eagle3.runs.artefact import STATE, fingerprint, read_manifest
-from eagle3.runs.disk import instead_of, read_json, step_folders
+from eagle3.runs.disk import instead_of, read_json, step_folders, write_atomically
 from eagle3.runs.logger import REDACTED, redact
 
 # Keys and sections that may change when a run is resumed, because no weight depends on them.
 FREE = {
     "benchmark", "cache_dir", "check", "data.num_proc", "device", "draft_path", "export",
     "hidden_states.on_damage", "hidden_states.path", "launch", "logger", "name", "parallel", "plan",
-    "regenerate", "stages", "target.batch_tokens", "target.dp_size", "target.ep_size",
-    "target.mem_fraction_static", "target.port", "target.python", "target.ready_seconds",
-    "target.server_args", "target.tp_size", "target.url", "train.eval_every", "train.keep_last",
-    "train.log_every", "train.resume", "train.save_every", "view",
+    "regenerate", "runs", "stages", "sweep", "target.batch_tokens", "target.dp_size",
+    "target.ep_size", "target.mem_fraction_static", "target.port", "target.python",
+    "target.ready_seconds", "target.server_args", "target.tp_size", "target.url",
+    "train.eval_every", "train.keep_last", "train.log_every", "train.resume",
+    "train.save_every", "view",
 }  # fmt: skip
 # What lets a run start programs, or run code that came with a model: a folder may be a stranger's.
 RUNS_CODE = (
@@ -139,8 +140,18 @@ def run_folder(resume: str, default: str) -> str:
             return str(folder)
 
 
+def sweep_folder(resume: str | None, default: str) -> str:
+    """Hydra's sweep dir: the sweep that `sweep.resume` names, else a new one, made here."""
+    if resume is None:
+        return run_folder("auto", default)
+    if not (Path(resume) / SWEEP).is_file():
+        raise ConfigError(f"sweep.resume={resume} is no folder of a sweep ({SWEEP}); give one")
+    return resume
+
+
 # Cached: hydra asks once for each job of a sweep.
 OmegaConf.register_new_resolver("run_dir", run_folder, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("sweep_dir", sweep_folder, use_cache=True, replace=True)
 
 
 @contextmanager
@@ -182,7 +193,8 @@ def redact_sweep(settings: DictConfig) -> None:
 
 
 def write_redacted(path: Path, text: str) -> None:
-    path.write_text(yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False))
+    shown = yaml.safe_dump(redact(yaml.safe_load(text)), sort_keys=False)
+    write_atomically(path, [shown.encode()])  # jobs of a sweep write its file together
 
 
 def private_copy(cache_dir: str, run_dir: Path) -> Path:

@@ -121,6 +121,7 @@ def track_run(
                 command = partial(command_to_resume, run_dir, overrides, left)
                 name_command(error, command, console)
             raise
+        tracking.content["finished"] = True
         show_results(run_dir, tracking)
         exit_code = 0  # what a tracker shows of a run: finished, not failed
     finally:
