@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TRAIN_ONLY,
     handle_of,
     kill_group,
@@ -64,6 +65,10 @@ def test_everything_is_written(finished, given):
     assert [row["step"] for row in trained] == [2, 4, 6]
     named = "loss loss/step_2 accuracy/step_2 lr grad_norm tokens_per_second supervised_tokens"
     assert {*named.split(), "data_wait_fraction", "peak_memory_bytes"} <= trained[0].keys()
+    documented = re.findall(r"^\| `(\S+)` \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    logged = {re.sub(r"_\d+$", "_k", key) for row in rows for key in row} - {"step"}
+    columns = {"suite", "config", "position", "accepted"}
+    assert logged | columns | {"mfu"} == {*documented}
     assert trained[-1]["loss"] < trained[0]["loss"]
     evaluated = [row for row in rows if "eval/acceptance_length" in row]
     assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
