@@ -155,6 +155,7 @@ class Eval:
 class Export:
     speculators: bool
     verifier: Optional[str]
+    push_to_hub: Optional[str]
 
 
 @dataclass

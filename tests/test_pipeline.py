@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import weakref
 from pathlib import Path
@@ -28,6 +29,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from eagle3 import pipeline
 from eagle3.benchmark.builtin import Builtin
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
@@ -48,6 +50,19 @@ def finished(given, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("finished")
     value = run([*given, "logger=wandb", "logger.mode=offline"], run_dir)
     return run_dir, value
+
+
+def test_a_draft_is_pushed_at_the_end(finished, tmp_path, monkeypatch):
+    run_dir, pushed = shutil.copytree(finished[0], tmp_path / "run", symlinks=True), []
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr(pipeline, "push", lambda *given: pushed.append(given))
+    given = [f"train.resume={run_dir}", "stages=[export]", "export.push_to_hub=me/draft"]
+    run(given, run_dir)
+    ((_, report, repository, command),) = pushed
+    assert report.exists() and repository == "me/draft"
+    assert command == f"python run.py train.resume={run_dir} 'stages=[export]'"
+    text = (run_dir / "draft" / "README.md").read_text()
+    assert "--speculative-draft-model-path me/draft" in text and "| heldout |" in text
 
 
 def option(settings, name):
@@ -80,6 +95,7 @@ def test_everything_is_written(finished, given):
     assert load_file(run_dir / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     (row,) = json.loads((run_dir / "benchmark.json").read_text())["suites"]["heldout"]
     assert row["lossless"] is True and value == row["acceptance_length"] >= 1
+    assert "| heldout | 1, 3, 1, 4 | 2 |" in (run_dir / "draft" / "README.md").read_text()
     # The walk over cached text and real decoding of the exported draft (bf16) see about the same.
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert abs(evaluation["acceptance_length"]["3"] - value) < 1
