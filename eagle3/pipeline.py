@@ -157,6 +157,7 @@ def run_pipeline(
         if "benchmark" in listed:
             subject.prepared = prepared
             benchmark(request, tasks, subject, run_dir)
+            tracking.finish("benchmark")
             if draft == run_dir / "draft":
                 write_card(run_dir)  # with what was measured
         if "export" in listed and config.export.push_to_hub:

@@ -122,12 +122,14 @@ def train(
             is_best = not evaluates
             if evaluates and (trainer.update % section.eval_every == 0 or is_last):
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
-                log(evaluation, trainer.update)
+                spent = {"seconds/evaluation": time.perf_counter() - began}
+                log(evaluation | spent, trainer.update)
                 acceptance = evaluation["eval/acceptance_length"]
                 bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
                 trainer.best = max(trainer.best, acceptance)
 
+            evaluated = time.perf_counter()
             due = trainer.update % section.save_every == 0 or is_last or stopping
             if due or (evaluates and is_best):
                 trainer.best_update = trainer.update if is_best else trainer.best_update
@@ -142,7 +144,9 @@ def train(
                 kept = f"stopped after update {trainer.update} of {total}, which is kept"
                 print(f"{kept}; go on with: {command_to_resume(run_dir)}")
                 raise SystemExit(128 + stopping)
-            trainer.meter.excluded_seconds += time.perf_counter() - began
+            now = time.perf_counter()
+            trainer.meter.excluded_seconds += now - began
+            trainer.meter.checkpoint_seconds += now - evaluated
         checkpoints.wait()
         ranks.barrier()
 
@@ -269,7 +273,8 @@ class Trainer:
             return torch.zeros(())
         for batch in batches:
             batch = batch.to(self.frozen.embedding.device)
-            features = batch.features or self.features(batch)
+            with self.meter.target():
+                features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
             output = self.loss(self.draft, hidden_ND, features, batch, self.frozen.draft_head)
             (output.loss / normaliser).backward()

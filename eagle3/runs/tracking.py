@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,6 +56,8 @@ class Tracking:
         tracker.start(run_dir, run_name(config.name, first), shown, tracker_id, bool(before))
         versions = {name: version(name) for name in PACKAGES}
         self.inputs: dict[str, Any] = before.get("inputs", {})
+        self.seconds: dict[str, float] = before.get("seconds", {})  # by stage
+        self.began = time.monotonic()
         self.content = {
             "config": settings,
             "overrides": first,
@@ -64,13 +67,21 @@ class Tracking:
             "git": git_commit(),
             "seeds": {"seed": config.seed},
             "inputs": self.inputs,
+            "seconds": self.seconds,
         }
 
     def write(self) -> None:
         text = json.dumps(redact(self.content), indent=1, default=str)
         write_atomically(self.path, [text.encode()])
 
+    def spend(self, stage: str) -> None:
+        """The time since the stage before is this one's."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.began
+        self.began = now
+
     def finish(self, stage: str) -> None:
+        self.spend(stage)
         self.left = [each for each in self.left if STAGES.index(each) > STAGES.index(stage)]
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
@@ -118,6 +129,8 @@ def track_run(
         try:
             yield tracking
         except BaseException as error:
+            if tracking.left:
+                tracking.spend(tracking.left[0])
             if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
                 with suppress(Exception):  # that would hide why the run failed
                     show_results(run_dir, tracking)
