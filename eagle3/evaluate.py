@@ -73,7 +73,7 @@ def write_answers(
             tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
             tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
             save_tensors(path, tensors)
-            bar.advance()
+            bar.advance(answers=1)
     shortened = answered = 0
     for number, path in enumerate(paths):
         tensors = load_tensors(path)

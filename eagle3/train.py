@@ -116,7 +116,9 @@ def train(
                 skipped = int(trainer.optim.skipped)
                 metrics |= {"lr": lr, "grad_norm": float(norm), "skipped_updates": skipped}
                 log(metrics, trainer.update)
-                bar.advance(0, loss=metrics["loss"])
+                ends = [metrics[f"accuracy/step_{k}"] for k in (0, config.draft.ttt_steps - 1)]
+                shown = {"loss": metrics["loss"], "accuracy": f"{ends[0]:.2f} to {ends[1]:.2f}"}
+                bar.advance(0, **shown, memory=f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB")
 
             began = time.perf_counter()
             is_best = not evaluates

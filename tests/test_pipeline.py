@@ -275,12 +275,18 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
 
 
 def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
+    """Which a tracker takes for a group; whatever is printed is ours."""
     sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2"]
-    result = run_command("-m", *settings, *sweep, TRAIN_ONLY)
-    assert result.returncode == 0, result.stderr
+    tracker = ["logger=wandb", "logger.mode=disabled"]
+    result = run_command("-m", *settings, *sweep, *tracker, TRAIN_ONLY)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    end = r"^train: 2 updates, \S+ tokens, .* tokens/s, loss \S+, accuracy 0\.\d\d to 0\.\d\d, "
+    end += r"memory \S+ GB, acceptance \d\.\d{3}, in \d"
+    assert len(re.findall(end, result.stdout, re.M)) == 2, result.stdout
     for number, rate in enumerate((1e-4, 5e-4)):
         info = json.loads((tmp_path / str(number) / "run.json").read_text())
         assert info["config"]["optimizer"]["lr"] == rate
+        assert info["config"]["logger"]["group"] == f"{tmp_path.parent.name} {tmp_path.name}"
         assert (tmp_path / str(number) / ".hydra" / "config.yaml").exists()
 
 

@@ -198,7 +198,7 @@ class Journal(AbstractContextManager):
         line = to_line(entry | {"checksum": fingerprint(entry)})
         self.stream.write(line)
         self.stream.flush()
-        self.bar.advance()
+        self.bar.advance(answers=len(texts))
         self.offsets[dialogue.key] = self.stream.tell() - len(line)
 
     def read(self, key: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.progress
 from rich.filesize import pick_unit_and_suffix
+from rich.table import Column
 
 # What ends before its first line is due shows only its end.
 FIRST_LINE, BETWEEN_LINES = 5.0, 30.0  # seconds
@@ -29,13 +30,15 @@ class Progress(AbstractContextManager):
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
         self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
+        self.answers = 0
         self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
-            text = rich.progress.TextColumn("{task.description}", markup=False)
-            # As wide as the words leave room for.
-            bar = rich.progress.BarColumn(bar_width=None)
-            self.bar = rich.progress.Progress(text, bar, transient=True)
+            # Where they do not fit into a line, the words take two.
+            words = Column(no_wrap=False)
+            text = rich.progress.TextColumn("{task.description}", markup=False, table_column=words)
+            bar = rich.progress.BarColumn(bar_width=10)
+            self.bar = rich.progress.Progress(bar, text, transient=True)
             self.task = self.bar.add_task(self.line(), total=1.0)
 
     def __enter__(self) -> "Progress":
@@ -43,10 +46,13 @@ class Progress(AbstractContextManager):
             self.bar.start()
         return self
 
-    def advance(self, count: int = 1, tokens: int = 0, **values: float) -> None:
-        """So many more are done and took so many tokens; `values` are shown until replaced."""
+    def advance(
+        self, count: int = 1, tokens: int = 0, answers: int = 0, **values: float | str
+    ) -> None:
+        """So many more are done, and took so many tokens; `values` are shown until replaced."""
         self.done += count
         self.tokens += tokens
+        self.answers += answers
         self.values |= values
         if self.bar:
             self.bar.update(self.task, completed=self.fraction, description=self.line())
@@ -99,18 +105,20 @@ class Progress(AbstractContextManager):
         return f"{self.stage}: {', '.join(parts)}, in {duration(time.monotonic() - self.began)}"
 
     def rates(self) -> list[str]:
-        """The tokens of this call and their rate; where none are counted, that of the units."""
+        """The tokens of this call, and the rates of answers and tokens; without, that of units."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         if self.tokens:
             unit, suffix = pick_unit_and_suffix(self.tokens, ["", "k", "M", "B"], 1000)
             digits = int(unit > 1 and self.tokens < 100 * unit)  # 850, 3.4k, 210k
             counted = f"{self.tokens / unit:.{digits}f}{suffix} tokens"
-            return [counted, f"{self.tokens / seconds:,.0f} tokens/s"]
+            answers = [f"{self.answers / seconds:,.1f} answers/s"] if self.answers else []
+            return [counted, *answers, f"{self.tokens / seconds:,.0f} tokens/s"]
         now = self.done - self.before
         return [f"{now / seconds:,.1f} {self.units}/s"] if now else []
 
     def named_values(self) -> list[str]:
-        return [f"{name} {value:.3f}" for name, value in self.values.items()]
+        shown = {k: v if isinstance(v, str) else f"{v:.3f}" for k, v in self.values.items()}
+        return [f"{name} {value}" for name, value in shown.items()]
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self.bar:
