@@ -408,9 +408,12 @@ def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
         assert serve_text(engine, str(run_dir / "draft"), None, None, None, []) in text
     assert ("license: other\n" in text) == (licence == "license: other") and CARDS[licence] in text
     assert "SESAME" not in text and ModelCard(text).data.tags == ["eagle3", "speculative-decoding"]
+    config = RUN["config"] | {"data": {"path": None, "sources": {}}}
+    (run_dir / "run.json").write_text(json.dumps(RUN | {"config": config}))
     for name in ("evaluation", "benchmark"):
         (run_dir / f"{name}.json").unlink()
-    assert "\nNot measured.\n" in write_card(run_dir).read_text()
+    text = write_card(run_dir).read_text()
+    assert "\nNot measured.\n" in text and "hidden states that were stored before" in text
 
 
 def test_the_card_of_a_draft_for_the_hub_names_no_folder(run_dir, monkeypatch):

@@ -275,7 +275,7 @@ BROKEN = """
 import os, signal, sys
 from pathlib import Path
 from eagle3.runs import logger
-logger.START_SECONDS, logger.CALL_SECONDS, logger.FINISH_SECONDS = 1.0, 3.0, 3.0
+logger.START_SECONDS, logger.CALL_SECONDS, logger.FINISH_SECONDS = 1.0, 1.5, 1.5
 trackers = logger.Trackers(mode=sys.argv[2], wandb=logger.Wandb)
 trackers.start(Path(sys.argv[1]), "name", {}, "abc", False)
 if sys.argv[3] != "0":
@@ -288,7 +288,7 @@ trackers.finish()
 """
 BREAKS = [
     ("offline", signal.SIGKILL, "failed: Connection lost; the run goes on"),
-    ("offline", signal.SIGSTOP, "failed: no answer for 3 seconds; the run goes on"),
+    ("offline", signal.SIGSTOP, "failed: no answer for 2 seconds; the run goes on"),
     ("online", 0, "connection refused: this run is kept offline"),
 ]
 
