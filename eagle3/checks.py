@@ -22,6 +22,7 @@ from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote, names_data
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
+from eagle3.export.card import check_push
 from eagle3.export.read import check_given
 from eagle3.hidden_states.import_specforge import is_specforge
 from eagle3.parallel.launch import is_torchrun
@@ -41,6 +42,8 @@ def check(config: RunConfig) -> None:
         return
     check_processes(config)
     check_benchmark_section(config)
+    if config.export.push_to_hub and "export" in config.stages and not config.plan:
+        check_push(config.export.push_to_hub)
     check_data(config.data, ["plan"] if config.plan else reads_data(config))
     check_files(config)
     check_against_target(config)

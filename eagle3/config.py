@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, SCMode
 
@@ -161,6 +162,7 @@ class Eval:
 class Export:
     speculators: bool
     verifier: Optional[str]
+    push_to_hub: Optional[str]
 
 
 @dataclass
@@ -254,6 +256,13 @@ def label(group: str, *, _root_: DictConfig) -> str:
     return "+".join(filter(None, map(last_part, given)))[:80] or option
 
 
+def sweep_name() -> str | None:
+    """The sweep that this job is of, by which a tracker groups its runs; None for a single run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return " ".join(Path(HydraConfig.get().sweep.dir).parts[-2:])
+
+
 def last_part(path: str) -> str:
     """The last part of a path, a hub id or an address, as the name of a folder; formats go."""
     if "://" in path:  # which may hold a login, in front and behind
@@ -267,6 +276,7 @@ def last_part(path: str) -> str:
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 OmegaConf.register_new_resolver("label", label, replace=True)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 # All nodes of a Slurm job compute the same port, and two jobs on a node hardly ever share one.
 OmegaConf.register_new_resolver("package", lambda p: str(Path(__file__).parent / p), replace=True)
 
@@ -293,6 +303,7 @@ def compose_flat(overrides: list[str]) -> dict[str, Any]:
 
 
 OFFERED = (
+    "eagle3.runs.logger.NoTracker",  # which older runs have in their run.json
     *(f"torch.optim.{name}" for name in ("Adafactor", "Adam", "AdamW", "NAdam", "RAdam", "SGD")),
     # those that take the number of updates behind the optimiser
     *(f"torch.optim.lr_scheduler.{name}" for name in ("CosineAnnealingLR", "PolynomialLR")),

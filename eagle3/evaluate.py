@@ -115,7 +115,7 @@ def answer_prompts(
             tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
             tensors |= {"log_p": document.log_p} if temperature else {}
             save_tensors(path, tensors)
-            bar.advance()
+            bar.advance(answers=1)
 
 
 def suffix(temperature: float) -> str:

@@ -26,6 +26,7 @@ from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import cover, generate
+from eagle3.export.card import push, write_card
 from eagle3.export.read import locate
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
@@ -37,6 +38,7 @@ from eagle3.plan import plan, show
 from eagle3.runs.artefact import read_facts
 from eagle3.runs.disk import name_full_disk
 from eagle3.runs.logger import follow_metrics
+from eagle3.runs.report import write_report
 from eagle3.runs.resume import command_to_resume
 from eagle3.runs.tracking import read_acceptance, track_run
 from eagle3.target.handle import TargetHandle
@@ -152,6 +154,7 @@ def run_pipeline(
         if "export" in listed:
             best = run_dir / "checkpoints" / "best"
             export_draft(best, config.export, target.spec, draft_length, run_dir)
+            write_card(run_dir)
             tracking.finish("export")
         if "check" in listed:
             attention = instantiate(config.draft.attention)
@@ -160,6 +163,12 @@ def run_pipeline(
         if "benchmark" in listed:
             subject.prepared = prepared
             benchmark(request, tasks, subject, run_dir)
+            tracking.finish("benchmark")
+            if draft == run_dir / "draft":
+                write_card(run_dir)  # with what was measured
+        if "export" in listed and config.export.push_to_hub:
+            again = command_to_resume(run_dir, overrides, ["export"])
+            push(run_dir, write_report(run_dir), config.export.push_to_hub, again)
         if "compare" in listed:
             own = [run_dir] if (run_dir / "metrics.jsonl").exists() else []
             show_compared([*config.runs, *own], run_dir, console)

@@ -122,13 +122,16 @@ def train(
                 skipped = int(trainer.optim.skipped)
                 metrics |= {"lr": lr, "grad_norm": float(norm), "skipped_updates": skipped}
                 log(metrics, trainer.update)
-                bar.advance(0, loss=metrics["loss"])
+                ends = [metrics[f"accuracy/step_{k}"] for k in (0, config.draft.ttt_steps - 1)]
+                shown = {"loss": metrics["loss"], "accuracy": f"{ends[0]:.2f} to {ends[1]:.2f}"}
+                bar.advance(0, **shown, memory=f"{metrics['peak_memory_bytes'] / 1e9:.1f} GB")
 
             began = time.perf_counter()
             is_best = not evaluates
             if evaluates and (trainer.update % section.eval_every == 0 or is_last):
                 evaluation = ranks.broadcast(measure().metrics() if ranks.is_main else None)
-                log(evaluation, trainer.update)
+                spent = {"seconds/evaluation": time.perf_counter() - began}
+                log(evaluation | spent, trainer.update)
                 acceptance = fmean(evaluation[name] for name in chosen_by)
                 bar.advance(0, acceptance=acceptance)
                 is_best = acceptance > trainer.best
@@ -136,6 +139,7 @@ def train(
                 reached = config.sweep, run_dir, trainer.update, acceptance
                 pruned = ranks.broadcast(ranks.is_main and not is_last and is_pruned(*reached))
 
+            evaluated = time.perf_counter()
             due = trainer.update % section.save_every == 0 or is_last or stopping or pruned
             if due or (evaluates and is_best):
                 trainer.best_update = trainer.update if is_best else trainer.best_update
@@ -150,7 +154,9 @@ def train(
                 kept = f"stopped after update {trainer.update} of {total}, which is kept"
                 print(f"{kept}; go on with: {command_to_resume(run_dir)}")
                 raise SystemExit(128 + stopping)
-            trainer.meter.excluded_seconds += time.perf_counter() - began
+            now = time.perf_counter()
+            trainer.meter.excluded_seconds += now - began
+            trainer.meter.checkpoint_seconds += now - evaluated
         checkpoints.wait()
         ranks.barrier()
 
@@ -283,7 +289,8 @@ class Trainer:
             self.optim.scheduler.step()
             return torch.zeros(())
         for batch in self.feed(batches):
-            features = batch.features or self.features(batch)
+            with self.meter.target():
+                features = batch.features or self.features(batch)
             hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
             given = self.draft, hidden_ND, features, batch, self.frozen.draft_head
             output = self.loss(*given, scale=1 / normaliser)

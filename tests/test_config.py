@@ -350,6 +350,11 @@ def test_going_on_with_a_run(tmp_path):
     assert (named.optimizer["lr"], named.train.max_steps) == (0.5, 3)
     assert (named.train.keep_last, named.stages) == (9, ["export"])
     assert resumed(*overrides, "parallel.ring=2").parallel.ring == 2
+    recorded = json.loads((run_dir / "run.json").read_text())
+    del recorded["config"]["export"]["push_to_hub"], recorded["config"]["eval"]["draft_length"]
+    (run_dir / "run.json").write_text(json.dumps(recorded))
+    older = resumed(f"train.resume={run_dir}")
+    assert older.export.push_to_hub is None and older.eval.draft_length == 5
     with pytest.raises(ConfigError, match=r"draft\.ttt_steps=4 differs from the run"):
         resumed(f"train.resume={run_dir}", "draft.ttt_steps=4")
     with pytest.raises(ConfigError, match=r"optimizer\.lr=\S+ differs from .* has 0\.5"):

@@ -5,11 +5,14 @@ read; every defect is found and its engines named; a sound draft has none.
 import json
 import re
 import shutil
+import threading
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import edit_model, make_config, spec_of
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
@@ -21,8 +24,10 @@ from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import write
+from eagle3.export.card import check_push, push, write_card
 from eagle3.export.read import locate, read_any
 from eagle3.export.rules import ALL, find_all, read_draft
+from eagle3.export.serve import serve_text
 from eagle3.export.write import export_draft, portable_config, write_draft
 
 LAYERS, EVERY = [1, 3, 4], set(ALL)
@@ -111,7 +116,10 @@ def test_what_is_written_is_read(target, tmp_path, exported):
 
 
 def test_the_stage(target, target_folder, tmp_path, monkeypatch):
-    draft, asked = make_draft(target, torch.arange(300)), (Export(True, None), target, 4, tmp_path)
+    draft, asked = (
+        make_draft(target, torch.arange(300)),
+        (Export(True, None, None), target, 4, tmp_path),
+    )
     with pytest.raises(RunError, match="put train before export in stages"):
         export_draft(tmp_path / "nothing", *asked)
     checkpoint = asdict(draft.config), draft.state_dict()
@@ -366,3 +374,163 @@ def test_a_draft_reaches_as_far_as_the_scaled_rope_of_its_target(
     assert not too_short()
     assert f"not {reach}: set" in too_short(max_position_embeddings=reach - 1)[0]
     assert not too_short(max_position_embeddings=longest, rope_scaling=scaling)
+
+
+RUN = {
+    "config": {
+        "export": {"push_to_hub": None}, "data": {"path": "some/chats", "sources": {}},
+        "model": {"revision": None}, "eval": {"max_new_tokens": 96}, "seed": 3,
+        "optimizer": {"_target_": "eagle3.optim.adamw", "lr": 1e-4}, "hub": {"token": "SESAME"},
+    },
+    "overrides": ["optimizer.lr=1e-4", "hub.token=SESAME"], "git": "abcdef",
+    "inputs": {"prepared": {"documents": 12345}}, "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+EVALUATION = {"acceptance_length": {"1": 1.5, "2": 2.25}, "answers": 64, "update": 40}
+BENCHMARK = {
+    "suites": {"mtbench": [{"config": [1, 2, 1, 3], "num_prompts": 80, "speedup": 1.5,
+                            "acceptance_length": 2.4, "lossless": True}]},
+    "protocol": {"temperature": 0.0, "max_new_tokens": 1024, "system_prompt": None},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path, exported):
+    shutil.copytree(exported / "portable", tmp_path / "draft")
+    files = {"run": RUN, "evaluation": EVALUATION, "benchmark": BENCHMARK}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+CARDS = {"license: other": "licence of the target | named", "no": "not named in its folder"}
+
+
+@pytest.mark.parametrize("licence", CARDS)
+def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
+    target = tmp_path / "my-target"
+    shutil.copytree(target_folder, target)
+    (target / "README.md").write_text(f"---\n{licence}\nlicense_name: named\n---\n# A target\n")
+    made_for = {"target": str(target), "draft_length": 3}
+    edit_model(run_dir / "draft", {"made_for": made_for})
+    text = write_card(run_dir).read_text()
+    assert "EAGLE3 draft for my-target" in text and "some/chats, 12,345 conversations" in text
+    assert "| 2 | 2.25 |" in text and "64 held-out prompts" in text and "at most\n96 new" in text
+    assert "| mtbench | 1, 2, 1, 3 | 80 | 2.40 | – | 1.50× | yes |" in text
+    assert "Protocol: temperature 0.00; max new tokens 1024." in text
+    assert "| optimizer | adamw |" in text and "python run.py optimizer.lr=1e-4" in text
+    for engine in ("sglang", "vllm", "trtllm"):
+        assert serve_text(engine, str(run_dir / "draft"), None, None, None, []) in text
+    assert ("license: other\n" in text) == (licence == "license: other") and CARDS[licence] in text
+    assert "SESAME" not in text and ModelCard(text).data.tags == ["eagle3", "speculative-decoding"]
+    config = RUN["config"] | {"data": {"path": None, "sources": {}}}
+    (run_dir / "run.json").write_text(json.dumps(RUN | {"config": config}))
+    for name in ("evaluation", "benchmark"):
+        (run_dir / f"{name}.json").unlink()
+    text = write_card(run_dir).read_text()
+    assert "\nNot measured.\n" in text and "hidden states that were stored before" in text
+
+
+def test_the_card_of_a_draft_for_the_hub_names_no_folder(run_dir, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    made_for = {"target": "some/target", "draft_length": 3}
+    edit_model(run_dir / "draft", {"made_for": made_for})
+    config = RUN["config"] | {"export": {"push_to_hub": "me/draft"}}
+    (run_dir / "run.json").write_text(json.dumps(RUN | {"config": config}))
+    text = write_card(run_dir).read_text()
+    assert "--speculative-draft-model-path me/draft" in text and "base_model: some/target" in text
+    assert str(run_dir) not in text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub to create a repository and make a commit in it."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        root, server = f"http://{self.headers['Host']}", self.server
+        if self.headers["Authorization"] != "Bearer hf_SESAME" or server.refuses in self.path:
+            return self.answer({"error": "no"}, 403)
+        if self.path == "/api/repos/create":
+            server.made.append(json.loads(body))
+            return self.answer({"url": f"{root}/me/draft"})
+        if self.path.endswith("/preupload/main"):
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+            files = [
+                {"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in zip(paths, modes)
+            ]
+            return self.answer({"files": files})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{root}/lfs/{each['oid']}"}}
+            return self.answer({"transfer": "basic", "objects": objects})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        server.commits.append([json.loads(line) for line in body.splitlines()])
+        self.answer({"commitUrl": f"{root}/me/draft/commit/a", "commitOid": "a", "success": True})
+
+    def do_PUT(self):
+        self.server.large.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer({})
+
+    def answer(self, content, status=200):
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *given):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.made, server.commits, server.large, server.refuses = [], [], [], "nothing"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (
+        ("ENDPOINT", address), ("HF_HUB_DISABLE_XET", True), ("HF_HUB_OFFLINE", False),
+    ):  # fmt: skip
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setenv("HF_TOKEN", "hf_SESAME")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_draft_goes_to_the_hub_with_its_card_and_the_report(run_dir, hub):
+    write_card(run_dir)
+    (run_dir / "report.html").write_text("<!doctype html>")
+    push(run_dir, run_dir / "report.html", "me/draft", "python run.py again")
+    assert hub.made[0]["name"] == "draft" and hub.made[0]["organization"] == "me"
+    ((_, *files),) = hub.commits
+    paths = {file["value"]["path"]: file["key"] for file in files}
+    plain = dict.fromkeys(("README.md", "config.json", "report.html"), "file")
+    assert paths == plain | {"model.safetensors": "lfsFile"}
+    assert hub.large == [(run_dir / "draft" / "model.safetensors").read_bytes()]
+
+
+@pytest.mark.parametrize("refused", ["/repos/create", "/lfs/", "/commit/"])
+def test_a_failed_upload_names_the_draft_and_the_command(run_dir, hub, refused):
+    hub.refuses = refused
+    before = {path.name: path.read_bytes() for path in (run_dir / "draft").iterdir()}
+    (run_dir / "report.html").write_text("<!doctype html>")
+    said = rf"failed \(.+\); the draft is in {run_dir}/draft; go on with: python run.py again$"
+    with pytest.raises(RunError, match=f"^export.push_to_hub=me/draft {said}"):
+        push(run_dir, run_dir / "report.html", "me/draft", "python run.py again")
+    assert before == {path.name: path.read_bytes() for path in (run_dir / "draft").iterdir()}
+
+
+@pytest.mark.parametrize("repository, token, said", [
+    ("a draft", "hf_x", "is no hub id; write it as name/draft"),
+    ("me/draft", None, "needs a login: hf auth login, or set HF_TOKEN"),
+])  # fmt: skip
+def test_an_upload_that_cannot_begin_is_refused_at_once(monkeypatch, repository, token, said):
+    monkeypatch.setattr("eagle3.export.card.get_token", lambda: token)
+    with pytest.raises(ConfigError, match=said):
+        check_push(repository)

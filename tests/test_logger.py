@@ -5,16 +5,29 @@ its files.
 import json
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, compose_config
+from omegaconf import OmegaConf
 
+from eagle3.config import instantiate
+from eagle3.errors import ConfigError
 from eagle3.runs import logger
-from eagle3.runs.logger import REDACTED, JsonLines, NoTracker, follow_metrics, read_metrics, redact
+from eagle3.runs.logger import (
+    REDACTED,
+    JsonLines,
+    NoTracker,
+    Trackers,
+    follow_metrics,
+    read_metrics,
+    redact,
+)  # fmt: skip
 
 SECRET_KEYS = """
     token HF_TOKEN hfToken access_token use_auth_token hub.token client_secret passwd db_password
@@ -142,15 +155,101 @@ def test_a_resumed_run_sends_no_line_twice(tmp_path):
     assert tracker.rows == [(1, {"loss": 4.0})]
 
 
-def test_a_tracker_that_fails_is_said_once_and_ends_nothing(tmp_path, capsys):
-    path, tracker = tmp_path / "metrics.jsonl", Recorder(failing=(1, 2))
-    with pytest.raises(KeyError), follow_metrics(path, tracker):  # the thread ends in any case
+class Stuck(Recorder):
+    """Never answers, and notes that it was left."""
+
+    def log(self, metrics, step):
+        self.arrived.wait()
+
+    def abandon(self):
+        self.rows.append("left")
+
+
+def test_a_tracker_that_fails_or_hangs_is_said_once_and_ends_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logger, "CALL_SECONDS", 0.2)
+    made = Recorder(failing=(1, 2)), Stuck(), Recorder()
+    trackers = Trackers("p", None, None, None, None, *(lambda *given, t=t: t for t in made))
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(KeyError), follow_metrics(path, trackers):  # the thread ends in any case
         lines = JsonLines(path)
         for step in range(1, 4):
             lines.log({"loss": 1.0}, step)
         raise KeyError
-    assert tracker.rows == [(3, {"loss": 1.0})]
-    assert capsys.readouterr().err.count("no network") == 1
+    failing, stuck, whole = (tracker.rows for tracker in made)
+    assert failing == [(3, {"loss": 1.0})] and stuck == ["left"] and len(whole) == 3
+    trackers.finish()
+    said = capsys.readouterr().err.splitlines()
+    goes_on = "the run goes on, and metrics.jsonl has all of it"
+    assert sorted(said) == [
+        f"logger=tensorboard failed: no answer for 0 seconds; {goes_on}",
+        f"logger=wandb failed: no network; {goes_on}",
+    ]
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "tensorboard"), ("trackio", "trackio")])
+def test_a_tracker_that_is_not_installed_is_named_with_its_command(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    for loaded in [each for each in sys.modules if each.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    config = compose_config(f"logger=[wandb,{name}]", "logger.mode=disabled").logger
+    node = OmegaConf.to_container(config, resolve=True)
+    del node["wandb"]
+    with pytest.raises(ConfigError) as raised:
+        instantiate(node).start(Path("."), "name", {}, "id", False)
+    said = f"logger={name} needs {module}: pip install -e '.[{name}]'"
+    assert str(raised.value) == said
+
+
+def test_several_trackers_are_chosen_at_once():
+    config = compose_config("logger=[jsonl,wandb,tensorboard,trackio]", "logger.project=mine")
+    trackers = instantiate(OmegaConf.to_container(config.logger, resolve=True))
+    assert list(trackers.used) == ["wandb", "tensorboard", "trackio"]
+    assert {tracker.project for tracker in trackers.used.values()} == {"mine"}
+    assert not instantiate(OmegaConf.to_container(compose_config().logger)).used
+
+
+def test_tensorboard_reads_what_a_resumed_run_has_logged(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, resumed in ((1, False), (2, True)):  # update 2 is computed again
+        trackers = Trackers(tensorboard=logger.TensorBoard)
+        trackers.start(tmp_path, "name", {"hub": {"token": "SESAME"}}, "id", resumed)
+        for step in (first, first + 1):
+            trackers.log({"loss": first / step}, step)
+        trackers.table("acceptance", ["position", "accepted"], [[1, 0.5]])
+        trackers.finish()
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in read.Scalars("loss")] == [
+        (1, 1.0), (2, 1.0), (3, pytest.approx(2 / 3)),
+    ]  # fmt: skip
+    texts = [read.Tensors(tag)[-1].tensor_proto.string_val[0] for tag in read.Tags()["tensors"]]
+    assert any(b"| 1 | 0.5 |" in text for text in texts)
+    assert not any(b"SESAME" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.runs
+def test_trackio_goes_on_with_a_run(tmp_path):
+    pytest.importorskip("trackio")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom eagle3.runs.logger import Trackers, Trackio\n"
+        "for first in (1, 3):\n"
+        "    trackers = Trackers('proj', group='grp', trackio=Trackio)\n"
+        "    trackers.start(Path(sys.argv[1]), 'my run', {'token': 'SESAME'}, 'id', first > 1)\n"
+        "    for step in (first, first + 1):\n"
+        "        trackers.log({'loss': 3.0 / step}, step)\n"
+        "    trackers.table('acceptance', ['position'], [[1]])\n"
+        "    trackers.finish()\n"
+        "import trackio\n"
+        "(run,) = trackio.Api().runs('proj')\n"
+        "rows = trackio.SQLiteStorage.get_logs('proj', run.name)\n"
+        "print(run.name, *(row['loss'] for row in rows if row.get('loss')))\n"
+    )
+    ended = run_python(code, tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert ended.returncode == 0 and "failed" not in ended.stderr, ended.stderr
+    assert ended.stdout.split("\n")[:-1] == ["my run id 3.0 1.5 1.0 0.75"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if b"SESAME" in path.read_bytes()]
 
 
 def run_python(code, *arguments, **environment):
@@ -163,39 +262,74 @@ def run_python(code, *arguments, **environment):
 
 @pytest.mark.runs
 def test_wandb_without_a_login_is_one_sentence(tmp_path):
-    code = "from eagle3.runs.logger import Wandb\n"
-    code += f"Wandb('p', mode='online').start({str(tmp_path)!r}, 'n', {{}})\n"
+    code = "from pathlib import Path\nfrom eagle3.runs.logger import Trackers, Wandb\n"
+    code += "trackers = Trackers(mode='online', wandb=Wandb)\n"
+    code += f"trackers.start(Path({str(tmp_path)!r}), 'n', {{}}, 'id', False)\n"
     ended = run_python(code, HOME=str(tmp_path), WANDB_API_KEY="", WANDB_MODE="online")
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("eagle3.errors.ConfigError: logger=wandb: ")
     assert "logger.mode=offline" in last
 
 
+BROKEN = """
+import os, signal, sys
+from pathlib import Path
+from eagle3.runs import logger
+logger.START_SECONDS, logger.CALL_SECONDS, logger.FINISH_SECONDS = 1.0, 1.5, 1.5
+trackers = logger.Trackers(mode=sys.argv[2], wandb=logger.Wandb)
+trackers.start(Path(sys.argv[1]), "name", {}, "abc", False)
+if sys.argv[3] != "0":
+    service = trackers.used["wandb"].wandb.setup().ensure_service()._proc._process
+    service.send_signal(int(sys.argv[3]))
+for step in range(3):
+    trackers.log({"loss": 1.0}, step)
+trackers.keep(Path(sys.argv[1]))
+trackers.finish()
+"""
+BREAKS = [
+    ("offline", signal.SIGKILL, "failed: Connection lost; the run goes on"),
+    ("offline", signal.SIGSTOP, "failed: no answer for 2 seconds; the run goes on"),
+    ("online", 0, "connection refused: this run is kept offline"),
+]
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize("mode, number, said", BREAKS)
+def test_a_broken_wandb_ends_no_run_and_holds_up_no_process(tmp_path, mode, number, said):
+    """Its service crashes or hangs; the network is dead."""
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    ended = run_python(BROKEN, tmp_path, mode, int(number), WANDB_MODE=mode, **nowhere)
+    shown = ended.stdout + ended.stderr
+    assert ended.returncode == 0 and shown.count(said) == 1 and "Traceback" not in shown, shown
+    assert list((tmp_path / "wandb").glob("offline-run-*-abc/*.wandb"))
+
+
 OFFLINE_RUN = """
 import sys, time
 from pathlib import Path
-from eagle3.runs.logger import Wandb
+from eagle3.runs.logger import Trackers, Wandb
 def children():
     task = Path("/proc/self/task") / str(Path("/proc/self").readlink())
     return len((task / "children").read_text().split())
 run_dir = Path(sys.argv[1])
-tracker = Wandb("proj", group="grp", mode="offline", tags=["a"])
+tracker = Trackers("proj", group="grp", mode="offline", tags=["a"], wandb=Wandb)
 config = {"optimizer": {"lr": 1e-4}, "hub": {"token": "SESAME"}}
 config["overrides"] = ["hub.token=SESAME", "seed=3"]
-run_id = tracker.start(run_dir, "my run", config, None)
+tracker.start(run_dir, "my run", config, "abc", False)
 for step in range(1, 4):
     tracker.log({"loss": 3.0 / step, "accuracy/step_0": 0.1 * step}, step)
-tracker.page(run_dir / "report.html")
+tracker.keep(run_dir / "report.html")
+tracker.keep(run_dir / "draft")
+tracker.table("acceptance", ["position", "accepted"], [[1, 0.75], [2, 0.5]])
 before = children()
 tracker.finish()
 for _ in range(6000):
     if children():
         time.sleep(0.1)
-after = children()
-again = Wandb("proj", mode="offline")
-again_id = again.start(run_dir / "again", "my run", config, run_id)
+print(before, children())
+again = Trackers("proj", mode="offline", wandb=Wandb)
+again.start(run_dir / "again", "my run", config, "abc", True)
 again.finish()
-print(run_id, before, after, again_id)
 """
 
 
@@ -224,16 +358,20 @@ def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
     """In its own process, whose command line holds the secret too; then gone on with."""
     (tmp_path / "report.html").write_text("<!doctype html><title>the report</title>")
     (tmp_path / "again").mkdir()
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text('{"hidden_size": 64}')
     ended = run_python(OFFLINE_RUN, tmp_path, "hub.token=SESAME")
     assert ended.returncode == 0, ended.stderr
-    run_id, before, after, again = ended.stdout.split()
+    said, counts, _ = ended.stdout.splitlines()
+    before, after = counts.split()
     assert int(before) > 0 and int(after) == 0, "finish ends the background service"
-    assert again == run_id
+    assert said.startswith("logger=wandb: offline; to send it: wandb sync ") and not ended.stderr
+    assert list((tmp_path / "again" / "wandb").glob("offline-run-*-abc"))
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (path,) = folder.glob("*.wandb")
     records = offline_records(path)
     (run,) = (record.run for record in records if record.HasField("run"))
-    assert (run.run_id, run.project, run.run_group) == (run_id, "proj", "grp")
+    assert (run.run_id, run.project, run.run_group) == ("abc", "proj", "grp")
     config = {update.key: json.loads(update.value_json) for update in run.config.update}
     assert run.display_name == "my run" and config["hub"] == {"token": REDACTED}
     assert config["overrides"] == [f"hub.token={REDACTED}", "seed=3"]
@@ -246,6 +384,13 @@ def test_an_offline_run_holds_config_and_curves_but_no_secret(tmp_path):
     assert curves == [[1, 3.0, 0.1], [2, 1.5, 0.2], [3, 1.0, pytest.approx(0.3)]]
     axes = [(record.metric.glob_name, record.metric.step_metric) for record in records]
     assert ("*", "step") in axes
+    assert list(run.tags) == ["a"]
+    kept = [record.artifact for record in records if record.HasField("artifact")]
+    kept += [record.request.log_artifact.artifact for record in records]
+    names = {each.name: each.type for each in kept if each.type in ("draft", "report")}
+    assert names == {"draft-abc": "draft", "report-abc": "report"}
+    (table,) = (folder / "files/media/table").glob("acceptance_*.json")
+    assert json.loads(table.read_text())["data"] == [[1, 0.75], [2, 0.5]]
     (page,) = (folder / "files/media/html").glob("report_*.html")
     assert page.read_text() == "<!doctype html><title>the report</title>"
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]

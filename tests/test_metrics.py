@@ -48,6 +48,7 @@ def test_loss_and_accuracy_are_ratios_of_the_sums_of_a_window():
     assert {name: read[name] for name in expected} == pytest.approx(expected)
     expected |= {"tokens": 160}
     rest = {"tokens_per_second", "seconds", "data_wait_fraction", "peak_memory_bytes"}
+    rest |= {f"seconds/{part}" for part in ("data", "target", "draft", "checkpoint")}
     assert set(read) == expected.keys() | rest and 50e6 < read["peak_memory_bytes"] < 1e12
     add(meter, [1.0, 0.0], [1.0, 0.0], SimpleNamespace(pair_counts=[2, 0], normaliser=2, tokens=1))
     read = meter.read()
@@ -84,7 +85,13 @@ def test_rates_count_training_time_only(clock):
     add_one(meter, tokens=300, waited=0.5)
     clock[0] += 5
     meter.excluded_seconds += 3.0
+    meter.checkpoint_seconds += 2.5
+    with meter.target():
+        clock[0] += 0.25
+    clock[0] -= 0.25
     read = meter.read()
+    parts = [read[f"seconds/{name}"] for name in ("data", "target", "draft", "checkpoint")]
+    assert parts == [0.5, 0.25, 1.25, 2.5]
     assert (read["tokens_per_second"], read["data_wait_fraction"]) == (150, 0.25)
     assert (read["tokens"], read["seconds"]) == (300, 2)
     add_one(meter, tokens=300)
@@ -130,11 +137,13 @@ def test_on_a_gpu():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        meter.add(*sums, FIRST[2], 0.0, 1e9)
+        with meter.target():
+            meter.add(*sums, FIRST[2], 0.0, 1e9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     read = meter.read()
     assert read["loss"] == pytest.approx((6 + GAMMA * 4) / 12)
+    assert read["seconds/target"] > 0
     assert read["peak_memory_bytes"] == torch.cuda.max_memory_allocated()
     assert ("mfu" in read) == (peak_flops(torch.cuda.get_device_name()) is not None)
 

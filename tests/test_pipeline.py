@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import weakref
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TRAIN_ONLY,
     handle_of,
     kill_group,
@@ -27,6 +29,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
+from eagle3 import pipeline
 from eagle3.benchmark.builtin import Builtin
 from eagle3.errors import ConfigError, RunError
 from eagle3.hidden_states.supply import Online
@@ -49,6 +52,19 @@ def finished(given, tmp_path_factory):
     return run_dir, value
 
 
+def test_a_draft_is_pushed_at_the_end(finished, tmp_path, monkeypatch):
+    run_dir, pushed = shutil.copytree(finished[0], tmp_path / "run", symlinks=True), []
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    monkeypatch.setattr(pipeline, "push", lambda *given: pushed.append(given))
+    given = [f"train.resume={run_dir}", "stages=[export]", "export.push_to_hub=me/draft"]
+    run(given, run_dir)
+    ((_, report, repository, command),) = pushed
+    assert report.exists() and repository == "me/draft"
+    assert command == f"python run.py train.resume={run_dir} 'stages=[export]'"
+    text = (run_dir / "draft" / "README.md").read_text()
+    assert "--speculative-draft-model-path me/draft" in text and "| heldout |" in text
+
+
 def option(settings, name):
     return next(o.removeprefix(f"{name}=") for o in settings if o.startswith(f"{name}="))
 
@@ -64,6 +80,11 @@ def test_everything_is_written(finished, given):
     assert [row["step"] for row in trained] == [2, 4, 6]
     named = "loss loss/step_2 accuracy/step_2 lr grad_norm tokens_per_second supervised_tokens"
     assert {*named.split(), "data_wait_fraction", "peak_memory_bytes"} <= trained[0].keys()
+    first = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.M)
+    documented = re.findall(r"`(\S+)`", " ".join(first))
+    logged = {re.sub(r"_\d+$", "_k", key) for row in rows for key in row} - {"step"}
+    columns = {"suite", "config", "position", "accepted"}
+    assert logged | columns | {"mfu"} == {*documented}
     assert trained[-1]["loss"] < trained[0]["loss"]
     evaluated = [row for row in rows if "eval/acceptance_length" in row]
     assert [row["step"] for row in evaluated] == [2, 4, 6] and "eval/accepted_at_3" in evaluated[0]
@@ -78,6 +99,7 @@ def test_everything_is_written(finished, given):
     assert load_file(run_dir / "draft" / "model.safetensors")["lm_head.weight"].shape == (300, 64)
     (row,) = json.loads((run_dir / "benchmark.json").read_text())["suites"]["heldout"]
     assert row["lossless"] is True and value == row["acceptance_length"] >= 1
+    assert "| heldout | 1, 3, 1, 4 | 2 |" in (run_dir / "draft" / "README.md").read_text()
     # The walk over cached text and real decoding of the exported draft (bf16) see about the same.
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert abs(evaluation["acceptance_length"]["3"] - value) < 1
@@ -272,12 +294,18 @@ def test_folders_that_cannot_be_written(settings, tmp_path):
 
 
 def test_sweep_makes_a_run_dir_a_job(settings, tmp_path):
+    """Which a tracker takes for a group; whatever is printed is ours."""
     sweep = [f"hydra.sweep.dir={tmp_path}", "optimizer.lr=1e-4,5e-4", "train.max_steps=2"]
-    result = run_command("-m", *settings, *sweep, TRAIN_ONLY)
-    assert result.returncode == 0, result.stderr
+    tracker = ["logger=wandb", "logger.mode=disabled"]
+    result = run_command("-m", *settings, *sweep, *tracker, TRAIN_ONLY)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    end = r"^train: 2 updates, \S+ tokens, .* tokens/s, loss \S+, accuracy 0\.\d\d to 0\.\d\d, "
+    end += r"memory \S+ GB, acceptance \d\.\d{3}, in \d"
+    assert len(re.findall(end, result.stdout, re.M)) == 2, result.stdout
     for number, rate in enumerate((1e-4, 5e-4)):
         info = json.loads((tmp_path / str(number) / "run.json").read_text())
         assert info["config"]["optimizer"]["lr"] == rate
+        assert info["config"]["logger"]["group"] == f"{tmp_path.parent.name} {tmp_path.name}"
         assert (tmp_path / str(number) / ".hydra" / "config.yaml").exists()
 
 

@@ -59,6 +59,9 @@ DOCUMENTS = ("capture", 5000, "documents")
         # Within the first batch nothing is done yet.
         ([(9, (0, 90))], ("generate", 48, "prompts"), {},
          ["0 of 48 prompts, 90 tokens, 10 tokens/s", "0 prompts, 90 tokens, 10 tokens/s, in 0:09"]),
+        # Answers are counted beside the rows that they are for.
+        ([(2, (1, 500, 3)), (4, (1, 400, 2))], ("regenerate", None, "rows"), {},
+         ["2 rows, 900 tokens, 1.2 answers/s, 225 tokens/s, in 0:04"]),
         # Nobody counts tokens, nor knows how many rows there are.
         ([(8, (40,))], ROWS, {}, ["40 rows, 5.0 rows/s", "40 rows, 5.0 rows/s, in 0:08"]),
         ([(8, (40,))], ROWS, {"shown": False}, []),
@@ -74,10 +77,10 @@ def test_rows_of_files_are_counted_by_the_share_that_is_read(clock, capsys):
     with Progress(*ROWS) as bar:
         for row in bar.follow([(0.25, "a"), (0.5, "b")]):
             clock[0] += 10
-            bar.advance(loss=2.5 if row == "b" else 1.5)
+            bar.advance(loss=2.5 if row == "b" else 1.5, memory="3 GB")
     assert capsys.readouterr().out.splitlines() == [
-        "prepare: 1 rows (25%), 0.1 rows/s, ETA 0:30, loss 1.500",
-        "prepare: 2 rows, 0.1 rows/s, loss 2.500, in 0:20",
+        "prepare: 1 rows (25%), 0.1 rows/s, ETA 0:30, loss 1.500, memory 3 GB",
+        "prepare: 2 rows, 0.1 rows/s, loss 2.500, memory 3 GB, in 0:20",
     ]
 
 
@@ -102,6 +105,7 @@ def test_a_terminal_has_a_bar_of_the_same_words(clock, monkeypatch):
         monkeypatch.setenv(name, value)
     show(clock, [(1, (1250, 3000))], *DOCUMENTS)
     moving, _, last = terminal.getvalue().rpartition("capture: ")
+    assert moving.count("\n") == 1, "one line, which is rewritten until its end"
     assert "1,250 of 5,000 documents, 3.0k tokens, 3,000 tokens/s, ETA 0:03" in moving
     assert last == "1,250 documents, 3.0k tokens, 3,000 tokens/s, in 0:01\n"
     monkeypatch.setattr(rich.get_console(), "_width", 60)

@@ -13,7 +13,8 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, compose_config
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from eagle3.runs.disk import read_json
@@ -283,7 +284,42 @@ def test_nothing_is_wider_than_the_page(tmp_path):
     assert text.count("<details") == text.count("</details") == 4
 
 
-WIDTHS = (320, 360, 800, 1280, 2560)
+SPENT = {"prepare": 10.0, "capture": 20.0, "train": 100.0, "benchmark": 30.0, "export": 5.0}
+PASSED = {"data": 1.0, "target": 9.0, "draft": 50.0, "checkpoint": 5.0}
+
+
+def test_where_the_time_went_is_one_bar(tmp_path):
+    metrics = [row | {f"seconds/{k}": s / 2 for k, s in PASSED.items()} for row in training(2)]
+    metrics.append({"step": 2, "eval/acceptance_length": 2.0, "seconds/evaluation": 15.0})
+    parsed = page_of(tmp_path, run=RUN | {"seconds": SPENT}, metrics=metrics)
+    (bar,) = parsed.root.iterfind(".//div[@class='bar']")
+    shares = [float(part.get("style").rpartition(" ")[2].rstrip("%")) for part in bar]
+    parts = [11.0, 29.0, 50.0, 45.0, 10.0, 20.0]
+    assert shares == pytest.approx([100 * part / 165 for part in parts], abs=0.01)
+    legend = parsed.said("ul[@class='legend']/li")[-6:]
+    assert legend[0] == "data 0:11, 7 %" and legend[-1] == "loading and the rest 0:20, 12 %"
+    assert "2:45 in all" in words(parsed.root)
+    assert "Where the time went" not in page_of(tmp_path).said("h2"), "of an older run"
+
+
+def test_what_differs_how_to_repeat_it_and_how_to_serve_it(tmp_path):
+    config = OmegaConf.to_container(compose_config("model=llama3-8b", "optimizer.lr=3e-4"))
+    (tmp_path / "draft").mkdir()
+    run = RUN | {"config": config, "overrides": ["optimizer.lr=3e-4", "data.path=a b"]}
+    parsed = page_of(tmp_path, run=run)
+    assert not parsed.said("pre[@class='copied']")[1:], "no draft was exported"
+    (tmp_path / "draft" / "config.json").touch()
+    parsed = page_of(tmp_path, run=run)
+    serve, command = parsed.said("pre[@class='copied']")
+    assert command == "python run.py optimizer.lr=3e-4 'data.path=a b'"
+    folder = tmp_path / "draft"
+    engines = ("sglang", "vllm", "trtllm")
+    assert serve == " ".join(f"bash launch/serve.sh {folder} {engine}" for engine in engines)
+    assert len(parsed.said("table[@class='changed']/tr")) == 1
+    assert parsed.table["optimizer.lr"] == ["0.0003", "0.0001"]
+
+
+WIDTHS = (320, 360, 400, 800, 1280, 2560)
 FRAME = '<iframe width={} height=600 style="border:0" srcdoc="{}"></iframe>'
 MEASURE = """<pre id=widths></pre><script>
 onload = () => { widths.textContent = [...document.querySelectorAll("iframe")].map(frame => {
@@ -311,7 +347,11 @@ def test_a_browser_finds_nothing_wider_than_the_page(tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'user'}"]
     command += ["--disable-gpu", "--dump-dom", f"file://{tmp_path / 'frames.html'}"]
     dump = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
-    assert '<pre id="widths">0,0,0,0,0</pre>' in dump
+    assert '<pre id="widths">0,0,0,0,0,0</pre>' in dump
+    command[-2:] = ["--enable-logging=stderr", "--window-size=400,900", f"file://{path}"]
+    shot = f"--screenshot={tmp_path / 'page.png'}"
+    said = subprocess.run([*command, shot], capture_output=True, text=True, timeout=300).stderr
+    assert (tmp_path / "page.png").stat().st_size > 10_000 and "CONSOLE" not in said, said
 
 
 def test_points_lie_inside_a_drawing_in_their_order():

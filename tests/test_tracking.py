@@ -32,8 +32,13 @@ class Recorder(NoTracker):
     """Keeps the names of its calls, and what `start` was given."""
 
     def start(self, *given):
-        self.given, self.ended = given, []
-        return "id"
+        self.given, self.ended, self.shown = given, [], []
+
+    def keep(self, path):
+        self.shown.append(path.name)
+
+    def table(self, name, columns, rows):
+        self.shown.append((name, rows))
 
     def finish(self, exit_code=0):
         self.ended.append(exit_code)
@@ -60,12 +65,14 @@ def test_a_resumed_run_keeps_how_it_was_started_and_a_listed_stage_prints(tmp_pa
     rejected = ["prepare:", "rejected", "6", "x", "[no]", "turn"]
     assert lines[-2:] == [["prepare:", "some_folder"], rejected]
     resumed = track(tmp_path, ["train.resume=x"])
-    assert resumed.tracker.given[3] == "id", "the run at the tracker goes on too"
+    run_id, goes_on = resumed.tracker.given[3:]
+    assert run_id == first.tracker.given[3] and goes_on, "the run at the tracker goes on too"
+    assert resumed.tracker.given[1] == "test seed=3 token=redacted"
     resumed.note("generate", (tmp_path, {"answers": 4}))
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["overrides"] == ["seed=3", f"hub.token={REDACTED}"]
-    assert content["resumed_with"] == ["train.resume=x"] and content["tracker_id"] == "id"
+    assert content["resumed_with"] == ["train.resume=x"] and content["tracker_id"] == run_id
     assert content["config"]["regenerate"]["extra_body"] == {"api_key": REDACTED}
     assert content["seeds"] == {"seed": 3}
     assert content["inputs"]["prepared"] == FACTS | {"path": "some_folder"}
@@ -83,6 +90,38 @@ def test_the_tracker_ends_with_the_run(tmp_path, monkeypatch, fails):
         if fails:
             raise KeyError
     assert tracker.ended == [int(fails)] and (tmp_path / "report.html").exists() != fails
+    assert tracker.shown == ([] if fails else ["report.html"])
+
+
+def test_a_tracker_gets_the_draft_the_report_and_acceptance_by_position(tmp_path, monkeypatch):
+    tracker, console = Recorder(), Console(file=io.StringIO())
+    monkeypatch.setattr(tracking, "instantiate", lambda node: tracker)
+    config, *given = arguments(tmp_path)
+    config.stages = ["export"]
+    rows = [{"config": [1, 2, 1, 3], "acceptance_length": 2.5, "accepted_by_position": [0.9]}]
+    evaluation = {"acceptance_length": {"1": 1.5}, "draft_length": 1, "accepted_at": [0.5, 0.25]}
+    with track_run(config, *given, torch.device("cpu"), console) as noted:
+        noted.finish("export")
+        (tmp_path / "benchmark.json").write_text(json.dumps({"suites": {"a": rows}}))
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    held_out = [["held-out prompts", "walked", k, share] for k, share in ((1, 0.5), (2, 0.25))]
+    table = "acceptance_by_position", [*held_out, ["a", "[1, 2, 1, 3]", 1, 0.9]]
+    assert tracker.shown == ["report.html", "draft", table]
+
+
+NAMES = [
+    ([], "n"),
+    (["optimizer.lr=1e-4", "+draft.ttt_steps=5", "seed=1"], "n lr=1e-4 ttt_steps=5 seed=1"),
+    (["name=n", "cache_dir=/x", "logger=wandb", "logger.mode=offline", "hydra.run.dir=/y"], "n"),
+    (["data.path=s3://key:word@host/a/chat.jsonl", "model=hf"], "n path=chat model=hf"),
+    (["hub.token=SESAME"], "n token=redacted"),
+    (["data.path=" + "x" * 200], "n path=" + "x" * 121),
+]
+
+
+@pytest.mark.parametrize("overrides, name", NAMES)
+def test_a_tracker_names_a_run_by_its_overrides(overrides, name):
+    assert tracking.run_name("n", overrides) == name
 
 
 FAILURES = [

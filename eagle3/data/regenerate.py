@@ -203,7 +203,7 @@ class Journal(AbstractContextManager):
         line = to_line(entry | {"checksum": fingerprint(entry)})
         self.stream.write(line)
         self.stream.flush()
-        self.bar.complete(dialogue.counts["answer_tokens"])
+        self.bar.complete(dialogue.counts["answer_tokens"], len(texts))
         self.offsets[dialogue.key] = self.stream.tell() - len(line)
 
     def read(self, key: str) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What can be followed of a run: metrics.jsonl always, an experiment tracker if one is chosen."""
 
 import contextlib
+import io
 import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,8 @@ SECRET_KEY = re.compile(
 SECRET_VARIABLE = re.compile(r"(?i)(token|secret|passw(or)?d|(api|access|private|secret)_?key)$")
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 POLL_SECONDS = 2.0
+# What a tracker may take to begin, for a call while training, and to send the last at the end.
+START_SECONDS, CALL_SECONDS, FINISH_SECONDS = 30.0, 60.0, 600.0
 
 
 def redact(config: Any) -> Any:
@@ -102,63 +106,224 @@ class JsonLines:
             file.write(line)
 
 
-class NoTracker:
-    """metrics.jsonl is all there is; trackers, which conf/logger names, have these methods."""
-
-    def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Begin a run, or go on with the one of that id; returns its id."""
-
-    def log(self, metrics: dict, step: int) -> None:
-        """Numbers as of update `step`."""
-
-    def page(self, path: Path) -> None:
-        """A page (.html) of the run, to be shown."""
-
-    def finish(self, exit_code: int = 0) -> None:
-        """End the run and whatever the tracker started."""
-
-
 @dataclass
-class Wandb(NoTracker):
-    """Weights & Biases; `mode` null leaves it to W&B's own settings and environment variables."""
+class NoTracker:
+    """metrics.jsonl is all there is; trackers have these methods, and what conf/logger sets."""
 
-    project: str
+    project: str = "eagle3"
     entity: str | None = None
     group: str | None = None
     mode: Annotated[str | None, OneOf(("online", "offline", "disabled"))] = None
     tags: list[str] | None = None
+
+    def start(self, run_dir: Path, name: str, config: dict, run_id: str, resumed: bool) -> None:
+        """Begin the run of that id, or go on with it. Raises ConfigError where it never can."""
+
+    def log(self, metrics: dict, step: int) -> None:
+        """Numbers as of update `step`."""
+
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        """A table of results, to be shown."""
+
+    def keep(self, path: Path) -> None:
+        """The report (.html), or a folder such as the draft, as it is now."""
+
+    def finish(self, exit_code: int = 0) -> None:
+        """End the run and whatever the tracker started."""
+
+    def abandon(self) -> None:
+        """What hangs is left; nothing of it may keep the process from ending."""
+
+
+@dataclass
+class Trackers(NoTracker):
+    """Those of a run, which ends by none of them: one that fails is said once, and one that hangs
+    is left.
+    """
+
+    wandb: Callable[..., NoTracker] | None = None
+    tensorboard: Callable[..., NoTracker] | None = None
+    trackio: Callable[..., NoTracker] | None = None
+
+    def __post_init__(self):
+        shared = self.project, self.entity, self.group, self.mode, self.tags
+        made = {"wandb": self.wandb, "tensorboard": self.tensorboard, "trackio": self.trackio}
+        self.used = {name: make(*shared) for name, make in made.items() if make}
+        self.failed: set[str] = set()
+
+    def start(self, *given) -> None:
+        for name, tracker in list(self.used.items()):
+            try:
+                tracker.start(*given)
+            except ImportError as error:
+                install = f"pip install -e '.[{name}]'"
+                raise ConfigError(f"logger={name} needs {error.name}: {install}") from error
+            except ConfigError:
+                raise
+            except Exception as error:
+                self.say(name, first_line(error))
+                del self.used[name]
+
+    def log(self, metrics: dict, step: int) -> None:
+        self.each(lambda tracker: tracker.log(metrics, step))
+
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        self.each(lambda tracker: tracker.table(name, columns, rows))
+
+    def keep(self, path: Path) -> None:
+        self.each(lambda tracker: tracker.keep(path), FINISH_SECONDS)
+
+    def finish(self, exit_code: int = 0) -> None:
+        self.each(lambda tracker: tracker.finish(exit_code), FINISH_SECONDS)
+
+    def each(self, action: Callable[[NoTracker], None], seconds: float | None = None) -> None:
+        """`action` on every tracker, for at most `seconds` on each."""
+        for name, tracker in list(self.used.items()):
+            thread = threading.Thread(target=self.attempt, args=(name, tracker, action))
+            thread.daemon = True
+            thread.start()
+            thread.join(seconds or CALL_SECONDS)
+            if thread.is_alive():
+                self.say(name, f"no answer for {seconds or CALL_SECONDS:.0f} seconds")
+                del self.used[name]
+                tracker.abandon()
+
+    def attempt(self, name: str, tracker: NoTracker, action: Callable[[NoTracker], None]) -> None:
+        try:
+            action(tracker)
+        except Exception as error:  # whatever a tracker raises, training is worth more
+            self.say(name, first_line(error))
+
+    def say(self, name: str, reason: str) -> None:
+        if name not in self.failed:
+            kept = "the run goes on, and metrics.jsonl has all of it"
+            print(f"logger={name} failed: {reason.rstrip('.')}; {kept}", file=sys.stderr)
+        self.failed.add(name)
+
+
+class Wandb(NoTracker):
+    """Weights & Biases; `mode` null leaves it to W&B's own settings and environment variables."""
+
     run = None  # W&B's, once it was started
 
-    def start(self, run_dir: str, name: str, config: dict, run_id: str | None = None) -> str | None:
-        """Files lie under `run_dir`/wandb. Raises ConfigError where W&B cannot start."""
+    def start(self, run_dir: Path, name: str, config: dict, run_id: str, resumed: bool) -> None:
+        """Files lie under `run_dir`/wandb. Without a network the run is kept there alone."""
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # a second that only runs with this tracker pay
 
         self.wandb = wandb
         # Else W&B stores the command line, which may hold a token, and a diff of the code.
-        private = {"x_disable_meta": True, "disable_git": True, "disable_code": True}
-        given = asdict(self) | {"name": name, "id": run_id, "resume": "allow" if run_id else None}
-        given |= {"settings": private | {"console": "off"}, "config": redact(config)}
+        settings = {"x_disable_meta": True, "disable_git": True, "disable_code": True}
+        settings |= {"console": "off", "init_timeout": START_SECONDS}
+        given = {"project": self.project, "entity": self.entity, "group": self.group}
+        given |= {"mode": self.mode, "tags": self.tags, "name": name, "id": run_id}
+        given |= {"resume": "allow" if resumed else None, "settings": settings}
+        given |= {"config": redact(config), "dir": str(run_dir)}
         try:
-            self.run = wandb.init(dir=str(run_dir), **given)
+            self.run = wandb.init(**given)
+        except wandb.errors.CommError as error:
+            print(f"logger=wandb: {first_line(error).rstrip('.')}: this run is kept offline")
+            wandb.teardown()  # whose service has the id, as of a run that is still to begin
+            self.run = wandb.init(**given | {"mode": "offline"})
         except wandb.errors.Error as error:
             message = first_line(error).rstrip(".")
             raise ConfigError(f"logger=wandb: {message}; or set logger.mode=offline.") from error
+        folder = Path(self.run.dir).parent
+        offline = f"offline; to send it: wandb sync {folder}" if self.run.offline else "disabled"
+        print(f"logger=wandb: {self.run.url or offline}")
         # W&B's own step may only grow, and a resumed run logs some updates again: ours is an axis.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        return self.run.id
 
     def log(self, metrics: dict, step: int) -> None:
         self.run.log({**metrics, "step": step})  # W&B queues it: nothing waits for the network
 
-    def page(self, path: Path) -> None:
-        self.run.log({path.stem: self.wandb.Html(path.read_text(), inject=False)})
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        self.run.log({name: self.wandb.Table(columns=columns, data=rows)})
+
+    def keep(self, path: Path) -> None:
+        # Not copied first: a draft may be gigabytes.
+        artifact = self.wandb.Artifact(f"{path.stem}-{self.run.id}", path.stem)
+        if path.is_dir():
+            artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+        else:
+            self.run.log({path.stem: self.wandb.Html(path.read_text(), inject=False)})
+            artifact.add_file(str(path), skip_cache=True)
+        self.run.log_artifact(artifact)
+
+    def finish(self, exit_code: int = 0) -> None:
+        try:
+            if self.run is not None:
+                self.run.finish(exit_code=exit_code)
+                self.wandb.teardown(exit_code=exit_code)
+                self.run = None
+        except Exception:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        # Else W&B waits for its service at the end of the process, however long that takes.
+        with contextlib.suppress(Exception):
+            service = self.wandb.setup().ensure_service()
+            service._cleanup()
+            service._proc._process.kill()
+
+
+class TensorBoard(NoTracker):
+    """Event files under `run_dir`/tensorboard: `tensorboard --logdir outputs` shows all runs."""
+
+    writer = None
+
+    def start(self, run_dir: Path, name: str, config: dict, run_id: str, resumed: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        text = yaml.safe_dump(redact(config), sort_keys=False)
+        self.open, self.text = partial(SummaryWriter, str(run_dir / "tensorboard")), text
+
+    def log(self, metrics: dict, step: int) -> None:
+        if self.writer is None:  # what a resumed run logs again is no longer shown as it was
+            self.writer = self.open(purge_step=step)
+            self.writer.add_text("config", f"```\n{self.text}```")
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        self.writer = self.writer or self.open()
+        self.writer.add_text(name, text)
+
+    def finish(self, exit_code: int = 0) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Trackio(NoTracker):
+    """trackio, on this machine, or where its environment variables say (TRACKIO_SPACE_ID)."""
+
+    run = None
+
+    def start(self, run_dir: Path, name: str, config: dict, run_id: str, resumed: bool) -> None:
+        import trackio
+
+        self.trackio = trackio
+        # Its runs have no other id than their name.
+        given = {"name": f"{name} {run_id}", "group": self.group, "resume": "allow"}
+        with contextlib.redirect_stdout(io.StringIO()):  # two lines of advertisement
+            self.run = trackio.init(self.project, config=redact(config), embed=False, **given)
+        trackio.context_vars.current_run.set(None)  # which it would end, aloud, once more
+
+    def log(self, metrics: dict, step: int) -> None:
+        self.run.log(metrics, step=step)
+
+    def table(self, name: str, columns: list[str], rows: list[list]) -> None:
+        self.run.log({name: self.trackio.Table(columns=columns, data=rows)})
 
     def finish(self, exit_code: int = 0) -> None:
         if self.run is not None:
-            self.run.finish(exit_code=exit_code)
-            self.wandb.teardown(exit_code=exit_code)
-            self.run = None
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.run.finish()
 
 
 @contextlib.contextmanager
@@ -172,12 +337,13 @@ def follow_metrics(path: Path, tracker: NoTracker) -> Iterator[None]:
     ended = threading.Event()
     # A thread that reads the file: training waits for no tracker, and may be other processes.
     thread = threading.Thread(target=forward_metrics, args=(path, tracker, sent, ended))
+    thread.daemon = True
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(FINISH_SECONDS)
 
 
 def place(row: dict) -> tuple[int, bool]:
@@ -187,7 +353,7 @@ def place(row: dict) -> tuple[int, bool]:
 
 def forward_metrics(path: Path, tracker: NoTracker, sent: tuple, ended: threading.Event) -> None:
     """Send the lines after the place `sent`, until the block has ended and none is left."""
-    file, rest, failed, last = None, b"", False, False
+    file, rest, last = None, b"", False
     while not last:
         last = ended.wait(POLL_SECONDS)
         with contextlib.suppress(FileNotFoundError):
@@ -199,10 +365,5 @@ def forward_metrics(path: Path, tracker: NoTracker, sent: tuple, ended: threadin
             if place(row) <= sent:
                 continue
             sent = place(row)
-            try:
-                measured = {key: value for key, value in row.items() if value is not None}
-                tracker.log(measured, measured.pop("step"))
-            except Exception as error:  # whatever a tracker raises, training is worth more
-                if not failed:
-                    print(f"the tracker failed at update {sent[0]}: {error}", file=sys.stderr)
-                failed = True
+            measured = {key: value for key, value in row.items() if value is not None}
+            tracker.log(measured, measured.pop("step"))

@@ -5,7 +5,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -47,8 +48,10 @@ class Meter:
         self.device_sums.zero_()
         # K counts of pairs, then normaliser, tokens, flops
         self.host_sums = torch.zeros(self.ttt_steps + 3, dtype=torch.float64)
-        self.data_wait_seconds = 0.0
-        self.excluded_seconds = 0.0  # whoever does other things than training adds them up here
+        self.data_wait_seconds = self.target_seconds = 0.0
+        self.target_events: list[tuple] = []  # of a GPU, which does not tell the host when
+        # Whoever does other things than training adds them up here; checkpoints are among them.
+        self.excluded_seconds = self.checkpoint_seconds = 0.0
         self.began = time.perf_counter()
 
     def state(self) -> dict[str, list]:
@@ -73,18 +76,34 @@ class Meter:
         self.host_sums += torch.tensor(numbers, dtype=torch.float64)
         self.data_wait_seconds += waited
 
+    @contextmanager
+    def target(self) -> Iterator[None]:
+        """What the block takes is the target's part of the time."""
+        if self.device.type == "cuda":
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            yield
+            ended.record()
+            self.target_events.append((began, ended))
+        else:
+            start = time.perf_counter()
+            yield
+            self.target_seconds += time.perf_counter() - start
+
     def read(self, all_reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict:
         """The metrics since the last read, of all processes, whose tensors `all_reduce` sums."""
         # The copy waits for the device, so that the clock is read after its work.
         self.device_sums.cpu()
         seconds = max(time.perf_counter() - self.began - self.excluded_seconds, 1e-9)
+        events = sum(began.elapsed_time(ended) for began, ended in self.target_events) / 1000
+        numbers = [self.data_wait_seconds, self.target_seconds + events, seconds, 1.0]
         # The 1.0 counts the processes: one exchange carries everything.
-        clock = torch.tensor([self.data_wait_seconds, seconds, 1.0], dtype=torch.float64)
+        clock = torch.tensor(numbers, dtype=torch.float64)
         host_sums = torch.cat([self.host_sums, clock]).to(self.device)
         sums = all_reduce(torch.cat([self.device_sums.flatten(), host_sums]))
         steps = self.ttt_steps
-        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 6])
-        normaliser, tokens, flops, waited, seconds, processes = numbers.tolist()
+        loss_sums, correct, counts, numbers = sums.cpu().split([steps, steps, steps, 7])
+        normaliser, tokens, flops, waited, target, seconds, processes = numbers.tolist()
         step_losses = (loss_sums / normaliser).tolist()
         weights = self.weights(steps).tolist()
         metrics = {"loss": sum(map(operator.mul, weights, step_losses))}
@@ -96,6 +115,9 @@ class Meter:
         metrics |= {"tokens": int(tokens), "seconds": seconds / processes}
         metrics |= {"supervised_tokens": int(counts[0]), "data_wait_fraction": waited / seconds}
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        parts = {"data": waited, "target": target, "draft": seconds - waited - target}
+        metrics |= {f"seconds/{name}": spent / processes for name, spent in parts.items()}
+        metrics["seconds/checkpoint"] = self.checkpoint_seconds
         peak = self.device.type == "cuda" and peak_flops(torch.cuda.get_device_name(self.device))
         if peak:
             metrics["mfu"] = flops / (seconds * peak)

@@ -30,6 +30,7 @@ class Progress(AbstractContextManager):
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
         self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
+        self.answers = 0
         self.completed = 0  # tokens of units that `complete` heard of
         self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
@@ -37,7 +38,7 @@ class Progress(AbstractContextManager):
             # Words that a narrow terminal has no room for go on in a second line.
             words = {"markup": False, "table_column": Column()}
             text = rich.progress.TextColumn("{task.description}", **words)
-            bar = rich.progress.BarColumn(bar_width=20)
+            bar = rich.progress.BarColumn(bar_width=10)
             self.bar = rich.progress.Progress(text, bar, transient=True)
             self.task = self.bar.add_task(self.line(), total=1.0)
 
@@ -46,10 +47,13 @@ class Progress(AbstractContextManager):
             self.bar.start()
         return self
 
-    def advance(self, count: int = 1, tokens: int = 0, **values: float) -> None:
-        """So many more are done and took so many tokens; `values` are shown until replaced."""
+    def advance(
+        self, count: int = 1, tokens: int = 0, answers: int = 0, **values: float | str
+    ) -> None:
+        """So many more are done, and took so many tokens; `values` are shown until replaced."""
         self.done += count
         self.tokens += tokens
+        self.answers += answers
         self.values |= values
         if self.bar:
             self.bar.update(self.task, completed=self.fraction, description=self.line())
@@ -57,10 +61,10 @@ class Progress(AbstractContextManager):
             self.due = time.monotonic() + BETWEEN_LINES
             print(self.line(), flush=True)
 
-    def complete(self, tokens: int) -> None:
+    def complete(self, tokens: int, answers: int) -> None:
         """One more is done, whose tokens were counted as they came."""
         self.completed += tokens
-        self.advance()
+        self.advance(answers=answers)
 
     def skip(self) -> None:
         """One more that was done before this call."""
@@ -110,18 +114,20 @@ class Progress(AbstractContextManager):
         return f"{self.stage}: {', '.join(parts)}, in {duration(time.monotonic() - self.began)}"
 
     def rates(self) -> list[str]:
-        """The tokens of this call and their rate; where none are counted, that of the units."""
+        """The tokens of this call, and the rates of answers and tokens; without, that of units."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         if self.tokens:
             unit, suffix = pick_unit_and_suffix(self.tokens, ["", "k", "M", "B"], 1000)
             digits = int(unit > 1 and self.tokens < 100 * unit)  # 850, 3.4k, 210k
             counted = f"{self.tokens / unit:.{digits}f}{suffix} tokens"
-            return [counted, f"{self.tokens / seconds:,.0f} tokens/s"]
+            answers = [f"{self.answers / seconds:,.1f} answers/s"] if self.answers else []
+            return [counted, *answers, f"{self.tokens / seconds:,.0f} tokens/s"]
         now = self.done - self.before
         return [f"{now / seconds:,.1f} {self.units}/s"] if now else []
 
     def named_values(self) -> list[str]:
-        return [f"{name} {value:.3f}" for name, value in self.values.items()]
+        shown = {k: v if isinstance(v, str) else f"{v:.3f}" for k, v in self.values.items()}
+        return [f"{name} {value}" for name, value in shown.items()]
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self.bar:

@@ -1,8 +1,9 @@
 """A run's results, from its files: report.html, the page that shows it; tables for a terminal."""
 
 import math
+import shlex
 from collections import Counter, defaultdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from eagle3.config import compose_flat, flatten
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
+from eagle3.runs.progress import duration
 
 RATES = ("tokens_per_second", "baseline_tokens_per_second")
 # The columns of the benchmark, in their order.
@@ -39,6 +42,13 @@ MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
 MEASURED = "eval/acceptance_length"  # at temperature 0; at 1 with `_t1` behind it
+REST = "loading and the rest"
+# The stages whose time goes to the same as a part of training.
+PARTS = {
+    "data": ["prepare", "view"], "target": ["import", "regenerate", "generate", "capture"],
+    "draft": [], "evaluation": ["check", "benchmark"], "checkpoint": ["export"], REST: [],
+}  # fmt: skip
+UNCOMPARED = ("name", "model.path", "cache_dir", "train.resume", "stages", "plan")
 
 Line = list[tuple[float, float]]
 
@@ -135,6 +145,32 @@ def acceptance_lengths(evaluation: dict) -> dict[str, dict[str, float]]:
     return lengths | {f"temperature {t}": at["acceptance_length"] for t, at in sampled.items()}
 
 
+def time_parts(run: dict, metrics: list[dict]) -> dict[str, float]:
+    """Seconds by what they went to: of whole stages, and of training as its lines have them."""
+    stages, names = run.get("seconds", {}), [part for part in PARTS if part != REST]
+    trained = {name: sum(row.get(f"seconds/{name}") or 0.0 for row in metrics) for name in names}
+    parts = {}
+    for name in names:
+        parts[name] = trained[name] + sum(stages.get(stage, 0.0) for stage in PARTS[name])
+    parts[REST] = max(0.0, stages.get("train", 0.0) - sum(trained.values()))
+    return parts if sum(parts.values()) else {}
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Every key of a run of a model of the user's own, as conf/ has it."""
+    return compose_flat(["model=hf"])
+
+
+def changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs from the defaults: (value, default) by dotted key."""
+    known, found = defaults(), {}
+    for key, value in flatten(config).items():
+        if key not in known or known[key] != value:
+            found[key] = value, known.get(key)
+    return {key: pair for key, pair in found.items() if key not in UNCOMPARED}
+
+
 def curve(trained: list[dict], key: str) -> Line:
     """(update, value) where it was measured; means of neighbours where points are too many."""
     points = [(row["step"], row[key]) for row in trained if row.get(key) is not None]
@@ -152,8 +188,8 @@ def templates() -> Environment:
 def write_report(run_dir: Path) -> Path:
     """Make `run_dir`/report.html, which loads nothing, from the run's files; return its path."""
     run, benchmark = (redact(read_json(run_dir / f"{name}.json")) for name in ("run", "benchmark"))
-    logged = reversed(read_metrics(run_dir / "metrics.jsonl"))
-    last = next((row for row in logged if "loss" in row), {})
+    metrics = read_metrics(run_dir / "metrics.jsonl")
+    last = next((row for row in reversed(metrics) if "loss" in row), {})
     training = {key: value for key, value in last.items() if "/" not in key}
     evaluation, rows = read_json(run_dir / "evaluation.json"), benchmark_rows(benchmark)
     warnings = [f"{r['suite']} {r['config']}: {r['warning']}." for r in rows if r.get("warning")]
@@ -172,6 +208,11 @@ def write_report(run_dir: Path) -> Path:
     values |= {"columns": benchmark_columns(rows), "titles": TITLES, "cell": cell, "rows": rows}
     values |= {"warnings": warnings, "samples": benchmark.get("samples", {})}
     values["lengths"] = by_prompt_length(rows)
+    values |= {"times": time_parts(run, metrics), "duration": duration}
+    values |= {"changed": changed(run["config"])}
+    values["command"] = shlex.join(["python", "run.py", *run.get("overrides", [])])
+    if (run_dir / "draft" / "config.json").exists():
+        values["draft"] = shlex.quote(str((run_dir / "draft").resolve()))
     for row in rows:
         row |= {"cells": cells(row), "costless": best_without_draft(row)[0]}
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=100)

@@ -253,6 +253,8 @@ def take_up(composed: DictConfig, run_dir: Path, overrides: list[str] | None) ->
     recorded = read_json(run_dir / "run.json", parse_constant=float)["config"]
     whole = read_json(private_copy(recorded["cache_dir"], run_dir)) or recorded
     saved = OmegaConf.merge(OmegaConf.structured(RunConfig), literal(whole))
+    for key in OmegaConf.missing_keys(saved):  # which are newer than the run
+        OmegaConf.update(saved, key, OmegaConf.select(composed, key))
     before, keys = flatten(saved), flatten(composed)
     resumed = composed if overrides is None else OmegaConf.merge(saved)
     # +key, ~key and group/name@package=option: what they set lies under the bare name.

@@ -3,6 +3,8 @@
 import json
 import platform
 import subprocess
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -16,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from eagle3.config import STAGES, RunConfig, instantiate
+from eagle3.config import STAGES, RunConfig, instantiate, last_part
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import FULL, read_json, write_atomically
 from eagle3.runs.logger import NoTracker, redact
@@ -30,6 +32,9 @@ ARTEFACTS = {
     "import": "imported", "regenerate": "regenerated", "prepare": "prepared",
     "generate": "generated", "capture": "hidden_states",
 }  # fmt: skip
+
+# Overrides that are the same for all runs of a project, or say nothing of a draft.
+SAME = ("cache_dir=", "hydra", "logger", "name=", "plan=", "stages=", "train.resume=")
 
 
 class Tracking:
@@ -46,25 +51,37 @@ class Tracking:
         keep_private(settings, run_dir)
         # With the command line of its first start a resumed run can be made again.
         first = before.get("overrides", overrides)
-        given = settings | {"overrides": first}, before.get("tracker_id")
+        tracker_id = before.get("tracker_id") or uuid.uuid4().hex[:8]
+        shown = settings | {"overrides": first}
+        tracker.start(run_dir, run_name(config.name, first), shown, tracker_id, bool(before))
         versions = {name: version(name) for name in PACKAGES}
         self.inputs: dict[str, Any] = before.get("inputs", {})
+        self.seconds: dict[str, float] = before.get("seconds", {})  # by stage
+        self.began = time.monotonic()
         self.content = {
             "config": settings,
             "overrides": first,
             "resumed_with": overrides if before else None,
             "versions": versions | {"python": platform.python_version()},
-            "tracker_id": tracker.start(str(run_dir), config.name, *given),
+            "tracker_id": tracker_id,
             "git": git_commit(),
             "seeds": {"seed": config.seed},
             "inputs": self.inputs,
+            "seconds": self.seconds,
         }
 
     def write(self) -> None:
         text = json.dumps(redact(self.content), indent=1, default=str)
         write_atomically(self.path, [text.encode()])
 
+    def spend(self, stage: str) -> None:
+        """The time since the stage before is this one's."""
+        now = time.monotonic()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.began
+        self.began = now
+
     def finish(self, stage: str) -> None:
+        self.spend(stage)
         self.left = [each for each in self.left if STAGES.index(each) > STAGES.index(stage)]
 
     def note(self, stage: str, *artefacts: tuple[Path, dict[str, Any]]) -> None:
@@ -112,6 +129,8 @@ def track_run(
         try:
             yield tracking
         except BaseException as error:
+            if tracking.left:
+                tracking.spend(tracking.left[0])
             if is_run(run_dir) or len(tracking.left) < len(set(config.stages)):
                 with suppress(Exception):  # that would hide why the run failed
                     show_results(run_dir, tracking)
@@ -131,12 +150,39 @@ def track_run(
 def show_results(run_dir: Path, tracking: Tracking) -> None:
     """Write run.json and the report, and print what was achieved."""
     tracking.write()
-    report = write_report(run_dir)
-    tracking.tracker.page(report)
+    report, tracker = write_report(run_dir), tracking.tracker
+    tracker.keep(report)
+    if "export" in tracking.stages and "export" not in tracking.left:
+        tracker.keep(run_dir / "draft")
+    if rows := acceptance_by_position(run_dir):
+        tracker.table("acceptance_by_position", ["suite", "config", "position", "accepted"], rows)
     tracking.console.print(summary(run_dir, tracking.stages))
     # Of other runs the page has nothing new, unless that a stage is missing.
     if tracking.left or {"train", "benchmark"} & {*tracking.stages}:
         tracking.console.print(f"report: {report}")
+
+
+def run_name(name: str, overrides: list[str]) -> str:
+    """What a tracker calls a run: its name, and the overrides that tell it from its neighbours."""
+    parts = [name]
+    for override in redact(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if not override.lstrip("+~").startswith(SAME):
+            parts.append(f"{key.rpartition('.')[2]}={last_part(value)}")
+    return " ".join(parts)[:128]  # W&B takes no longer ones
+
+
+def acceptance_by_position(run_dir: Path) -> list[list]:
+    """Rows of (suite, config, position, share of rounds in which its token was accepted)."""
+    evaluation = read_json(run_dir / "evaluation.json")
+    measured = [("held-out prompts", "walked", evaluation.get("accepted_at", []))]
+    for row in benchmark_rows(read_json(run_dir / "benchmark.json")):
+        measured.append((row["suite"], str(row["config"]), row["accepted_by_position"] or []))
+    return [
+        [suite, config, position, share]
+        for suite, config, shares in measured
+        for position, share in enumerate(shares, start=1)
+    ]
 
 
 def name_command(error: BaseException, command: Callable[[], str], console: Console) -> None:
