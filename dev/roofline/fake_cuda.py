@@ -1,5 +1,5 @@
-"""A CUDA device that is not there, for a torch without CUDA. `load` must run before torch is
-imported; `Streams` stands in for streams, events and pinned memory.
+"""A CUDA device that is not there, for a torch without CUDA, and stand-ins for what torch cannot do
+on tensors without data. `load` must run before torch is imported.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from unittest import mock
 
 TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
 SOURCE = Path(__file__).with_name("guard.cpp")
+# Of these a CPU build has no kernel for CUDA, and would take them apart before they are recorded.
+WHOLE = ("_fused_rms_norm", "_fused_rms_norm_backward", "silu_backward")
 
 
 def load() -> None:
@@ -23,6 +25,10 @@ def load() -> None:
         guard = build()
         ctypes.CDLL(str(TORCH / "lib" / "libtorch_cpu.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(guard), ctypes.RTLD_GLOBAL)
+        import torch
+
+        for name in WHOLE:
+            torch.library.impl(f"aten::{name}", "CUDA", lambda *given: None)
 
 
 def build() -> Path:
@@ -35,8 +41,7 @@ def build() -> Path:
     if compiler is None:
         raise SystemExit("error: the simulator needs a C++ compiler; install g++ or set CXX")
     cache.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    include = TORCH / "include"
+    unfinished, include = library.with_suffix(f".{os.getpid()}"), TORCH / "include"
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", str(SOURCE)]
     command += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{TORCH / 'lib'}"]
     subprocess.run([*command, "-lc10", "-ltorch_cpu", "-o", str(unfinished)], check=True)
@@ -45,29 +50,32 @@ def build() -> Path:
 
 
 class Streams:
-    """What torch has for streams, replaced while this is entered: which copies run beside the step,
-    and how often the host waits.
+    """Side streams and pinned memory, as far as they decide which copies run beside the step, and
+    for what the host waits: `on_sync()`, and `on_pin(tensor)` for a copy into pinned memory.
     """
 
-    def __init__(self):
-        self.open, self.pinned = 0, {}
-        self.on_sync, self.on_pin = (lambda: None), (lambda tensor: None)
+    def __init__(self, on_sync, on_pin):
+        self.on_sync, self.on_pin, self.open, self.pinned = on_sync, on_pin, 0, {}
 
-    def is_pinned(self, tensor) -> bool:
+    def is_pinned(self, tensor, *device) -> bool:
         return tensor.untyped_storage()._cdata in self.pinned
+
+    def mark(self, tensor):
+        storage = tensor.untyped_storage()
+        self.pinned[storage._cdata] = storage  # kept, as an address may be used again
+        return tensor
 
     def pin(self, tensor, *device):
         if not self.is_pinned(tensor):
             self.on_pin(tensor)
         return self.mark(tensor)
 
-    def mark(self, tensor):
-        storage = tensor.untyped_storage()
-        self.pinned[storage._cdata] = storage
-        return tensor
+    def pinning(self, make):
+        def made(*given, pin_memory=False, **named):
+            tensor = make(*given, **named)
+            return self.mark(tensor) if pin_memory else tensor
 
-    def wait(self, *stream) -> None:
-        self.on_sync()
+        return made
 
     @contextlib.contextmanager
     def on(self, stream):
@@ -75,47 +83,51 @@ class Streams:
         yield
         self.open -= 1
 
-    @contextlib.contextmanager
-    def replaced(self):
-        import torch
-        from torch.utils import _device
 
-        _device._device_constructors()  # which remembers torch's own, for `with device:`
-        streams = self
+@contextlib.contextmanager
+def stand_ins(streams: Streams):
+    """Put them in place of torch's own."""
+    import torch
+    from torch.utils import _device
 
-        class Stream:
-            """A stream or an event: nothing but `synchronize` makes the host wait."""
+    class Stream:
+        """A stream or an event: `synchronize` alone makes the host wait."""
 
-            device_index, query = 0, lambda *given: True
-            wait_stream = wait_event = wait = record = lambda *given: None
-            synchronize = streams.wait
+        wait_stream = wait_event = wait = record = lambda *given: None
 
-            def __init__(self, *given, **named):
-                pass
+        def __init__(self, *given, **named): ...
 
-            def record_event(self, event=None):
-                return event or Stream()
+        def synchronize(self):
+            streams.on_sync()
 
-        def pinning(make):
-            def made(*given, pin_memory=False, **named):
-                tensor = make(*given, **named)
-                return streams.mark(tensor) if pin_memory else tensor
+        def record_event(self, event=None):
+            return event or Stream()
 
-            return made
+        def query(self):
+            return True
 
-        stand_ins = {
-            torch.cuda: {
-                "Stream": Stream, "Event": Stream, "stream": self.on, "synchronize": self.wait,
-                "is_initialized": lambda: True,
-                "current_stream": Stream, "default_stream": Stream,
-            },
-            torch.Tensor: {
-                "record_stream": lambda tensor, stream: None, "pin_memory": self.pin,
-                "is_pinned": lambda tensor, *device: self.is_pinned(tensor),
-            },
-            torch: {name: pinning(getattr(torch, name)) for name in ("empty", "zeros")},
-        }  # fmt: skip
-        with contextlib.ExitStack() as stack:
-            for owner, names in stand_ins.items():
-                stack.enter_context(mock.patch.multiple(owner, **names))
-            yield self
+    _device._device_constructors()  # remembers torch's own, for `with device:`
+    find_spec = importlib.util.find_spec
+    of_torch = {name: streams.pinning(getattr(torch, name)) for name in ("empty", "zeros")}
+    of_cuda = {
+        "Stream": Stream, "Event": Stream, "current_stream": Stream, "default_stream": Stream,
+        "stream": streams.on, "synchronize": lambda *device: streams.on_sync(),
+        "is_initialized": lambda: True,
+    }  # fmt: skip
+    of_tensors = {
+        "pin_memory": lambda tensor, *device: streams.pin(tensor),
+        "is_pinned": lambda tensor, *device: streams.is_pinned(tensor),
+        "record_stream": lambda tensor, stream: None,
+    }
+    with (
+        mock.patch.multiple(torch, **of_torch),
+        mock.patch.multiple(torch.cuda, **of_cuda),
+        mock.patch.multiple(torch.Tensor, **of_tensors),
+        # Modules of tensors without data cannot be moved.
+        mock.patch.object(torch.nn.Module, "to", lambda module, *given, **named: module),
+        # The machine has Triton; no kernel of it is ever asked for.
+        mock.patch.object(
+            importlib.util, "find_spec", lambda *given: given[0] == "triton" or find_spec(*given)
+        ),
+    ):
+        yield
