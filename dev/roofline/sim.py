@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,10 +42,11 @@ from rich.table import Table  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from eagle3.batch import Batch, Document, Features  # noqa: E402
+from eagle3.batch import Document, Features  # noqa: E402
 from eagle3.config import RunConfig  # noqa: E402
 from eagle3.draft.model import Draft  # noqa: E402
 from eagle3.parallel.ranks import Ranks  # noqa: E402
+from eagle3.plan import target_costs  # noqa: E402
 from eagle3.target.hf import HFTarget  # noqa: E402
 from eagle3.target.spec import TargetSpec, read_spec  # noqa: E402
 from eagle3.train import Trainer, build_draft, build_trainer  # noqa: E402
@@ -127,8 +129,17 @@ def make_trainer(config: RunConfig, spec: TargetSpec, source: Conversations, tar
     return trainer
 
 
-def simulate(options: argparse.Namespace) -> tuple[Recorder, Batch, Draft]:
-    """Run it; what was recorded, of which batch and draft."""
+@dataclass
+class Simulated:
+    """What was recorded of `tokens`; `flops` as `plan=true` counts them, without `attention`."""
+
+    recorder: Recorder
+    tokens: int
+    flops: float
+    attention: float
+
+
+def simulate(options: argparse.Namespace) -> Simulated:
     overrides = ["name=simulated", "model=hf", f"model.path={options.model}", "mode=offline"]
     overrides += [f"loss={options.loss}", f"train.tokens_per_step={options.tokens}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -136,7 +147,7 @@ def simulate(options: argparse.Namespace) -> tuple[Recorder, Batch, Draft]:
     spec, count = read_spec(config.model), options.tokens // options.length
     runs_target = options.online or options.prefill
     stored = None if runs_target else spec.config.hidden_size
-    source = Conversations(count, options.length, options.supervised, stored)
+    source, flops = Conversations(count, options.length, options.supervised, stored), 0.0
     with recording([options.length] * count, not options.json or options.operators) as recorder:
         target = make_target(spec, config.target) if runs_target else None
         trainer = make_trainer(config, spec, source, target)
@@ -150,31 +161,35 @@ def simulate(options: argparse.Namespace) -> tuple[Recorder, Batch, Draft]:
                 target(batch)
             else:
                 trainer.train_update([batch], waited=0.0)
-        return recorder, batch, trainer.draft
+    shape, attention = trainer.draft.config, 0.0
+    if runs_target:
+        flops += batch.tokens * target_costs(spec, source)[2]
+    if not options.prefill:
+        flops += training_flops(shape, batch)
+        # Each row of each step meets half of its document's keys, forward and backward.
+        keys = sum(batch.row_counts) * options.length / 2
+        attention = 14 * keys * shape.num_attention_heads * shape.head_dim
+    return Simulated(recorder, batch.tokens, flops, attention)
 
 
-def summary(recorder: Recorder, batch: Batch, draft: Draft, options) -> dict:
+def summary(found: Simulated, flash: int) -> dict:
     """What --json prints."""
-    ideal, predicted = (play(recorder.calls, m) for m in (IDEAL, likely(options.flash)))
-    found = {
-        "likely_tokens_per_second": round(batch.tokens / predicted.wall),
-        "ideal_tokens_per_second": round(batch.tokens / ideal.wall),
+    recorder, tokens = found.recorder, found.tokens
+    ideal, predicted = (play(recorder.calls, machine) for machine in (IDEAL, likely(flash)))
+    return {
+        "likely_tokens_per_second": round(tokens / predicted.wall),
+        "ideal_tokens_per_second": round(tokens / ideal.wall),
+        "limit_tokens_per_second": round(tokens * IDEAL.products / (found.flops + found.attention)),
         "likely_milliseconds": round(1e3 * predicted.wall, 2),
         "ideal_milliseconds": round(1e3 * ideal.wall, 2),
         "host_milliseconds": round(1e3 * predicted.host, 2),
+        "share_of_products": round(found.flops / (IDEAL.products * predicted.wall), 3),
         "peak_gib": round(recorder.peak / 2**30, 2),
         "gigabytes": round(sum(call.cost.bytes for call in recorder.calls) / 1e9, 1),
         "kernels": predicted.kernels,
         "syncs": predicted.syncs,
         "waits_for_copies": predicted.waits,
     }
-    if not (options.online or options.prefill):
-        shape, flops = draft.config, training_flops(draft.config, batch)
-        rows = sum(batch.row_counts) / batch.tokens
-        pairs = sum(n * n / 2 for n in batch.documents.lengths) * rows
-        flops += 14 * pairs * shape.num_attention_heads * shape.head_dim
-        found["limit_tokens_per_second"] = round(batch.tokens * IDEAL.products / flops)
-    return found
 
 
 def operators(recorder: Recorder, flash: int) -> list[dict]:
@@ -242,14 +257,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    recorder, batch, draft = simulate(options)
-    found = summary(recorder, batch, draft, options)
+    simulated = simulate(options)
+    found = summary(simulated, options.flash)
     if options.operators:
-        found["operators"] = operators(recorder, options.flash)
+        found["operators"] = operators(simulated.recorder, options.flash)
     if options.json:
         print(json.dumps(found, indent=None if options.operators else 2))
     else:
-        show(recorder, found, options)
+        show(simulated.recorder, found, options)
 
 
 if __name__ == "__main__":
