@@ -298,7 +298,7 @@ GROUPS = {
     foreach_norm: "_foreach_norm",
     foreach: "_foreach_mul_ _foreach_add_ _foreach_copy_ _foreach_zero_",
     copy: "copy_ _to_copy cat clone",
-    fill: "zeros ones full arange scalar_tensor zero_ fill_ zeros_like ones_like full_like "
+    fill: "zeros ones full arange randn scalar_tensor zero_ fill_ zeros_like ones_like full_like "
     "new_zeros new_ones new_full",
 }
 RULES = {f"aten::{name}": rule for rule, names in GROUPS.items() for name in names.split()}

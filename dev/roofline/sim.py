@@ -18,115 +18,36 @@ import os
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import fake_cuda
 
 fake_cuda.load()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from hydra import compose, initialize_config_dir  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
 from prices import IDEAL, likely, play  # noqa: E402
 from record import CUDA, Recorder, recording  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from workload import LLAMA, Documents, Work, make_target, make_trainer  # noqa: E402
 
-from eagle3.batch import Document, Features  # noqa: E402
-from eagle3.config import RunConfig  # noqa: E402
-from eagle3.draft.model import Draft  # noqa: E402
-from eagle3.parallel.ranks import Ranks  # noqa: E402
 from eagle3.plan import target_costs  # noqa: E402
 from eagle3.target.hf import HFTarget  # noqa: E402
-from eagle3.target.spec import TargetSpec, read_spec  # noqa: E402
-from eagle3.train import Trainer, build_draft, build_trainer  # noqa: E402
 from eagle3.ttt import training_flops  # noqa: E402
 
 
-class Conversations:
-    """Equal documents as a `Supply` has them, each with two answers that are `supervised` of its
-    tokens; with features, which take no memory, if `hidden_size` is given.
-    """
-
-    def __init__(self, count: int, length: int, supervised: float, hidden_size: int | None):
-        self.hidden_size, self.mask = hidden_size, torch.zeros(length, dtype=torch.bool)
-        answer = round(length * supervised / 2)
-        for end in (length // 2, length):
-            self.mask[end - answer : end] = True
-        self.lengths = np.full(8 * count, length)
-        self.supervised = np.full(8 * count, int(self.mask.sum()))
-
-    def begin(self, epoch: int) -> None: ...
-
-    def load(self, numbers: list[int]) -> list[Document]:
-        # Every token lies in the draft vocabulary.
-        ids, features = torch.zeros(len(self.mask), dtype=torch.int32), None
-        if self.hidden_size:
-            teachers = int(self.mask[0]) + int((self.mask[1:] | self.mask[:-1]).sum())
-            shapes = (len(self.mask), 3 * self.hidden_size), (teachers, self.hidden_size)
-            states = [torch.zeros(1, dtype=torch.bfloat16).expand(shape) for shape in shapes]
-            argmax, logsumexp = torch.zeros(teachers, dtype=torch.long), torch.zeros(teachers)
-            features = Features(*states, argmax, logsumexp)
-        return [Document(number, ids, self.mask, features) for number in numbers]
-
-
 class Target(HFTarget):
-    """With weights that have no values, so that nothing is tried out with them."""
+    """Its weights have no values, so nothing is tried out with them."""
 
     def check_outputs(self) -> None: ...
 
     def choose_way(self, automatic: bool) -> None:
         self.way, self.longest_together = "packed", float("inf")
         self.model.config._attn_implementation = "packed"
-
-
-def make_target(spec: TargetSpec, section: dict) -> Target:
-    def without_weights(path, dtype, **others):
-        with CUDA:
-            return AutoModelForCausalLM.from_config(spec.config, dtype=getattr(torch, dtype))
-
-    settings = {name: value for name, value in section.items() if not name.startswith("_")}
-    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", without_weights):
-        return Target(spec, CUDA, **settings)
-
-
-def draft_on_device(*given) -> Draft:
-    """Modules of fake tensors cannot be moved, nor can ids without data be looked at."""
-
-    def vocab_tensors(vocab: range, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(vocab_size, dtype=torch.bool), torch.empty(len(vocab), dtype=torch.long)
-
-    with CUDA, mock.patch("eagle3.train.vocab_tensors", vocab_tensors):
-        return build_draft(*given)
-
-
-def make_trainer(config: RunConfig, spec: TargetSpec, source: Conversations, target) -> Trainer:
-    vocab_size, size = spec.config.vocab_size, spec.config.hidden_size
-    with unset_fake_temporarily():
-        every = torch.ones(vocab_size, dtype=torch.bool)
-
-    def load_weights() -> SimpleNamespace:
-        pair = torch.empty(2, vocab_size, size, dtype=getattr(torch, spec.dtype), device=CUDA)
-        return SimpleNamespace(embedding=pair[0].clone(), head=pair[1].clone())
-
-    source.prepared, source.features = SimpleNamespace(vocab=range(config.draft.vocab_size)), target
-    handle = SimpleNamespace(spec=spec, device=CUDA, load_weights=load_weights)
-    if target is not None:
-        handle.load_weights = lambda: target
-    with mock.patch("eagle3.train.build_draft", draft_on_device):
-        trainer = build_trainer(config, handle, source, None, Ranks())
-    trainer.loader.pack_documents = partial(trainer.loader.pack_documents, in_draft_vocab=every)
-    return trainer
 
 
 @dataclass
@@ -140,17 +61,18 @@ class Simulated:
 
 
 def simulate(options: argparse.Namespace) -> Simulated:
-    overrides = ["name=simulated", "model=hf", f"model.path={options.model}", "mode=offline"]
-    overrides += [f"loss={options.loss}", f"train.tokens_per_step={options.tokens}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("run", [*overrides, *options.overrides]))
-    spec, count = read_spec(config.model), options.tokens // options.length
-    runs_target = options.online or options.prefill
-    stored = None if runs_target else spec.config.hidden_size
-    source, flops = Conversations(count, options.length, options.supervised, stored), 0.0
-    with recording([options.length] * count, not options.json or options.operators) as recorder:
-        target = make_target(spec, config.target) if runs_target else None
-        trainer = make_trainer(config, spec, source, target)
+    runs_target, given = options.online or options.prefill, [f"loss={options.loss}"]
+    work = Work(
+        options.model, options.tokens, options.length, options.supervised, not runs_target,
+        given + options.overrides,
+    )  # fmt: skip
+    (config, spec), flops = work.config(), 0.0
+    places = not options.json or options.operators
+    with recording([work.length] * work.count, places) as recorder:
+        with unset_fake_temporarily():
+            documents = Documents(work, config, spec, random=False)
+        target = make_target(config, spec, CUDA, Target) if runs_target else None
+        trainer = make_trainer(config, spec, documents, target, CUDA)
         updates = iter(trainer.loader)
         for _ in range(1 if options.prefill else 2):
             [batch] = next(updates)
@@ -163,11 +85,11 @@ def simulate(options: argparse.Namespace) -> Simulated:
                 trainer.train_update([batch], waited=0.0)
     shape, attention = trainer.draft.config, 0.0
     if runs_target:
-        flops += batch.tokens * target_costs(spec, source)[2]
+        flops += batch.tokens * target_costs(spec, documents)[2]
     if not options.prefill:
         flops += training_flops(shape, batch)
         # Each row of each step meets half of its document's keys, forward and backward.
-        keys = sum(batch.row_counts) * options.length / 2
+        keys = sum(batch.row_counts) * work.length / 2
         attention = 14 * keys * shape.num_attention_heads * shape.head_dim
     return Simulated(recorder, batch.tokens, flops, attention)
 
@@ -240,7 +162,7 @@ def show(recorder: Recorder, found: dict, options) -> None:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("--model", default=str(HERE / "llama3-8b"), help="folder of a config.json")
+    parser.add_argument("--model", type=Path, default=LLAMA, help="folder of a config.json")
     parser.add_argument("--tokens", type=int, default=16384, help="of a step")
     parser.add_argument("--length", type=int, default=2048, help="of a document")
     parser.add_argument("--supervised", type=float, default=0.6, help="share of the tokens")
