@@ -30,6 +30,7 @@ class Machine:
     pinned: float = 50e9
     host_call: float = 5e-6  # to issue a call's first kernel, `host_kernel` each further one
     host_kernel: float = 2.5e-6
+    host_own: float = 4e-5  # an operator written in Python, and its launch by Triton
     host_view: float = 1e-6
     launch: float = 5e-6  # from issue to start, where the device waits
     sync: float = 1e-5
@@ -100,7 +101,8 @@ def play(calls: list, machine: Machine) -> Played:
             total.host = max(total.host, device) + machine.sync
             total.syncs += 1
         else:
-            total.host += machine.host_call + (cost.kernels - 1) * machine.host_kernel
+            first = machine.host_own if call.name.startswith("eagle3::") else machine.host_call
+            total.host += first + (cost.kernels - 1) * machine.host_kernel
             if call.hidden:
                 continue
             seconds = cost.seconds(machine)
@@ -298,7 +300,7 @@ GROUPS = {
     foreach_norm: "_foreach_norm",
     foreach: "_foreach_mul_ _foreach_add_ _foreach_copy_ _foreach_zero_",
     copy: "copy_ _to_copy cat clone",
-    fill: "zeros ones full arange randn scalar_tensor zero_ fill_ zeros_like ones_like full_like "
+    fill: "zeros ones full arange scalar_tensor zero_ fill_ zeros_like ones_like full_like "
     "new_zeros new_ones new_full",
 }
 RULES = {f"aten::{name}": rule for rule, names in GROUPS.items() for name in names.split()}
@@ -323,4 +325,4 @@ def price(call: Call, views: bool) -> Cost | None:
         return Cost("view", kernels=0)
     if call.name.startswith("eagle3::"):
         return OWN.get(call.name, own)(call)
-    return RULES.get(call.name, pointwise)(call)
+    return RULES.get(call.name, pointwise if call.ins else fill)(call)

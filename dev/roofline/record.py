@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from fake_cuda import Streams, stand_ins
 from prices import Call, Cost, price
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -57,12 +57,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, schema = kwargs or {}, function._schema
-        if schema.name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
-            self.streams.on_sync()
-            return 1  # what is decided by it is not simulated
         if schema.name in ("aten::normal_", "aten::uniform_"):
             return args[0]  # would want a generator on the device
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except DataDependentOutputException:
+            self.streams.on_sync()
+            return 0  # where a target tries something out: the distance is none
         ins, outs = (
             [leaf for leaf in tree_leaves(each) if isinstance(leaf, torch.Tensor)]
             for each in ((args, kwargs), result)

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from prices import IDEAL, likely, play  # noqa: E402
 from record import CUDA, Recorder, recording  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -41,12 +43,16 @@ from eagle3.ttt import training_flops  # noqa: E402
 
 
 class Target(HFTarget):
-    """Its weights have no values, so nothing is tried out with them."""
+    """Nothing can be tried out with weights that have no values: all is found to work."""
 
     def check_outputs(self) -> None: ...
 
+    def probe(self, documents: list[torch.Tensor]) -> torch.Tensor:
+        return self.head.new_empty(1, 1, self.head.shape[1])
+
     def choose_way(self, automatic: bool) -> None:
-        self.way, self.longest_together = "packed", float("inf")
+        self.way, self.unmasked, self.longest_together = "packed", "documents", float("inf")
+        self.probe_ids, self.tolerance = torch.zeros(2, 24, dtype=torch.long), 1.0
         self.model.config._attn_implementation = "packed"
 
 
@@ -179,7 +185,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    simulated = simulate(options)
+    with redirect_stdout(sys.stderr):
+        simulated = simulate(options)
     found = summary(simulated, options.flash)
     if options.operators:
         found["operators"] = operators(simulated.recorder, options.flash)
