@@ -22,20 +22,20 @@ import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev" / "roofline")]
 
 from workload import LLAMA, Documents, Work, make_target, make_trainer  # noqa: E402
 
+from eagle3.draft.initial import draft_config  # noqa: E402
 from eagle3.runs.metrics import peak_memory_bytes  # noqa: E402
 
 # What others have published for training at these shapes, tokens/s on one GPU.
@@ -85,7 +85,9 @@ class Check:
             self.failed.append(name)
             self.results[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
         self.free()
-        print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+        found, spent = self.results[name], time.monotonic() - began
+        rate = f"{found['tokens_per_second']:,} tokens/s, " if "tokens_per_second" in found else ""
+        print(f"{name}: {rate}in {spent:.1f} s", flush=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
 
@@ -93,7 +95,7 @@ class Check:
         given = [f"draft/kernels={kernels}", *overrides]
         if self.tiny:
             small = {"model": ROOT / "eagle3" / "tiny" / "target", "tokens": 256, "length": 64}
-            given += ["model.dtype=float32", "draft.vocab_size=1024", "loss.chunk_rows=64"]
+            given += ["draft.vocab_size=1024", "loss.chunk_rows=64"]
             return Work(**small | sizes, supervised=supervised, overrides=given)
         return Work(LLAMA, **sizes, supervised=supervised, overrides=given)
 
@@ -207,18 +209,20 @@ def prefill(check: Check, work: Work) -> dict:
 
 
 def tests(check: Check) -> dict:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *(["--gpu"] * (not check.tiny))]
+    files = [p for p in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in p.read_text()]
+    command = [sys.executable, "-m", "pytest", "--gpu", "-m", "gpu", *map(str, files)]
+    command += ["--collect-only"] * (check.device.type != "cuda")
     most = max(30.0, min(240.0, check.ends - time.monotonic()))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=most)
     lines = done.stdout.strip().splitlines()
-    if done.returncode not in (0, 5):  # 5: none was chosen
+    if done.returncode:
         raise RuntimeError("\n".join(lines[-30:]))
     return {"pytest": lines[-1]}
 
 
 def costliest(check: Check, work: Work) -> list[dict]:
-    """The operators that take the most time on the device, by the shapes of their tensors."""
-    update, rounds = prepared_update(check, work), 2
+    """The operators that take the most time on the device, those alike in their shapes together."""
+    update, rounds, sizes = prepared_update(check, work), 2, sizes_of(work)
     for _ in range(3):
         update()
     check.wait()
@@ -231,14 +235,14 @@ def costliest(check: Check, work: Work) -> list[dict]:
         spent = sum(kernel.duration for kernel in event.kernels)
         if check.device.type != "cuda" and event.name.startswith("aten::"):
             spent = event.self_cpu_time_total
-        if not spent:
-            continue
-        owner = owner_of(event)
-        row = groups[key(owner.name, flat(owner.input_shapes or []))]
-        row["name"], row["milliseconds"] = owner.name, row["milliseconds"] + spent / 1e3 / rounds
-        row["calls"] += 1
-        row["kernel"] = max((kernel.name for kernel in event.kernels), key=len, default="")[:80]
-    rows = [{"key": name} | row for name, row in groups.items()]
+        if spent:
+            owner = owner_of(event)
+            row = groups[key(owner.name, flat(owner.input_shapes or []), sizes)]
+            row["milliseconds"] += spent / 1e3 / rounds
+            row["calls"] += 1 / rounds
+            longest = max(event.kernels, key=lambda kernel: kernel.duration, default=None)
+            row["kernel"] = longest.name[:60] if longest else ""
+    rows = [{"operator": name} | row for name, row in groups.items()]
     return sorted(rows, key=lambda row: -row["milliseconds"])[:COSTLIEST]
 
 
@@ -262,9 +266,22 @@ def flat(shapes: list) -> list[list[int]]:
     return found
 
 
-def key(name: str, shapes: list[list[int]]) -> str:
-    different = sorted({tuple(shape) for shape in shapes if shape})
-    return f"{SAME.get(name, name)} {different}"
+def sizes_of(work: Work) -> set[int]:
+    """Those that the model has; others count rows."""
+    config, spec = work.config()
+    shape = draft_config(config.draft, spec.config)
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    sizes = {*range(9), queries, keys, 2 * keys, queries + 2 * keys, *vars(shape).values()}
+    sizes |= {2 * shape.hidden_size, 3 * shape.target_hidden_size, 2 * shape.intermediate_size}
+    return sizes | {shape.head_dim // 2}
+
+
+def key(name: str, shapes: list[list[int]], sizes: set[int]) -> str:
+    """As the rows are fewer from step to step, they are n here."""
+    different = {tuple(n if n in sizes else "n" for n in shape) for shape in shapes if shape}
+    texts = sorted(f"[{', '.join(map(str, shape))}]" for shape in different)
+    return f"{SAME.get(name, name).removeprefix('aten::')} {' '.join(texts)}"
 
 
 class Arguments(TorchDispatchMode):
@@ -322,7 +339,7 @@ def predict(check: Check, works: dict[str, Work]) -> dict[str, dict]:
         given += [f"--supervised={work.supervised}"]
         kind = name.partition(",")[0]
         given += {"prefill": ["--prefill"], "online": ["--online"]}.get(kind, [])
-        given += ["--operators"] if name == PROFILED else []
+        given += ["--operators"] * (name == next(iter(works)))
         arguments.append(given + work.overrides)
     command = [sys.executable, "-c", PREDICT, json.dumps(arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -334,37 +351,32 @@ def predict(check: Check, works: dict[str, Work]) -> dict[str, dict]:
 
 def table(check: Check, works: dict[str, Work], predicted: dict[str, dict]) -> str:
     """For docs/speed.md."""
-    where = check.results.get("machine", {})
-    lines = [
-        f"{where.get('device')}, torch {where.get('torch')}; {next(iter(works.values())).model.name}",
-        "",
-        "| what | tokens/s measured | predicted | ms | GiB measured | predicted | host ms | syncs |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    found, first = check.results, next(iter(works))
+    where = f"{found['machine'].get('device')}, torch {torch.__version__}"
+    heading = (
+        "what | tokens/s measured | predicted | ms | GiB measured | predicted | host ms | syncs"
+    )
+    lines = [f"{where}; {works[first].model.name}", "", f"| {heading} |", "|---" * 8 + "|"]
     for name in works:
-        row, guess = check.results.get(name, {}), predicted.get(name, {})
+        row, guess = found.get(name, {}), predicted.get(name, {})
         if "milliseconds" in row:
             cells = [name, f"{row['tokens_per_second']:,}"]
             cells += [f"{guess['likely_tokens_per_second']:,}" if guess else "-"]
             cells += [row["milliseconds"], row.get("peak_gib", "-"), guess.get("peak_gib", "-")]
             cells += [row.get("host_milliseconds", "-"), row.get("syncs", "-")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [f"| {name} | {rate} | | | | | | |" for name, rate in PEERS.items()]
-    guesses = {}
-    for row in predicted.get(PROFILED, {}).get("operators", []):
-        place = key(row["name"], row["shapes"])
-        guesses[place] = guesses.get(place, 0.0) + row["milliseconds"]
-    lines += ["", "| costliest operators of a step | calls | ms measured | predicted | kernel |"]
-    lines += ["|---|---|---|---|---|"]
-    profile = check.results.get("costliest", [])
+    lines += [f"| {name} | {rate} |" + " |" * 6 for name, rate in PEERS.items()]
+    guesses, sizes = defaultdict(float), sizes_of(works[first])
+    for row in predicted.get(first, {}).get("operators", []):
+        guesses[key(row["name"], row["shapes"], sizes)] += row["milliseconds"]
+    lines += ["", f"| costliest of {first} | calls | ms measured | predicted | kernel |"]
+    lines.append("|---" * 5 + "|")
+    profile = found.get("costliest", [])
     for row in profile if isinstance(profile, list) else ():
-        guess = f"{guesses[row['key']]:.2f}" if row["key"] in guesses else "-"
-        cells = [row["key"], row["calls"], f"{row['milliseconds']:.2f}", guess, row["kernel"]]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        name, spent = row["operator"], f"{row['milliseconds']:.2f}"
+        guess = f"{guesses[name]:.2f}" if name in guesses else "-"
+        lines.append(f"| {name} | {row['calls']:.0f} | {spent} | {guess} | {row['kernel']} |")
     return "\n".join(lines) + "\n"
-
-
-PROFILED = "step, fused, 60 %"
 
 
 def main() -> None:
@@ -372,29 +384,50 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="shapes that a CPU can do")
-    parser.add_argument("--minutes", type=float, default=9.5, help="parts that take longer are left out")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=9.5, help="parts beyond are left out")
+    parser.add_argument("--repeats", type=int, default=10, help="updates measured of each")
     parser.add_argument("--folder", type=Path, default=Path("outputs/gpu_check"))
-    options = parser.parse_args()
+    options, cuda = parser.parse_args(), torch.cuda.is_available()
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         sys.exit(f"error: torch {torch.__version__} is too old; this needs 2.11 or newer")
-    cuda = torch.cuda.is_available()
     if not cuda and not options.tiny:
         sys.exit("error: torch sees no CUDA device; --tiny shows on a CPU that the script runs")
+    if cuda:
+        torch.cuda.init()
     device, ends = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     check = Check(device, options.tiny, options.repeats, ends, options.folder)
-    best = "fused" if cuda else "eager"
-    works = {}
-    for share, kernels in product((0.6, 0.9, 1.0), ("eager", "fused") if cuda else ("eager",)):
+    choices, works = ("fused", "eager") if cuda else ("eager",), {}
+    best = choices[0]
+    for kernels, share in product(choices, (0.6, 0.9, 1.0)):
         works[f"step, {kernels}, {100 * share:.0f} %"] = check.work(share, kernels)
     main_table = list(works)
-    works[f"step, {best}, 60 %, lk"] = check.work(0.6, best, "loss=lk")
+    works["step, 60 %, lk"] = check.work(0.6, best, "loss=lk")
     for tokens in () if options.tiny else (2048, 32768):
-        works[f"step, {best}, 60 %, {tokens:,} tokens"] = check.work(0.6, best, tokens=tokens)
-    works["prefill"] = check.work(0.6, best, stored=False)
+        works[f"step, 60 %, {tokens:,} tokens"] = check.work(0.6, best, tokens=tokens)
+    for kernels in choices:
+        given = best, f"target.kernels={kernels}"
+        works[f"prefill, {kernels}"] = check.work(0.6, *given, stored=False)
     for share in (0.6, 1.0):
         works[f"online, {100 * share:.0f} %"] = check.work(share, best, stored=False)
-    ...
+
+    check.part("machine", 5, machine)
+    with ThreadPoolExecutor(1) as beside:
+        predicting = beside.submit(predict, check, works)
+        for name in main_table:
+            check.part(name, 15, step, works[name])
+        check.part("tests", 45, tests)
+        for name in list(works)[len(main_table) :]:
+            check.part(name, 20, prefill if name.startswith("prefill") else step, works[name])
+        check.part("costliest", 20, costliest, works[main_table[0]])
+        if cuda:
+            check.part("candidates", 40, candidates, works[main_table[0]])
+        predicted = predicting.result()
+    check.part("predicted", 0, lambda check: predicted)
+    text = table(check, works, predicted)
+    (check.folder / "speed.md").write_text(text)
+    print(f"\n{text}\nAll of it is in {check.folder}.")
+    if check.failed:
+        sys.exit(f"error: failed: {', '.join(check.failed)}")
 
 
 if __name__ == "__main__":

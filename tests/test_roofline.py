@@ -45,7 +45,8 @@ def small():
         calls = [call for call in recorder.calls if call.cost.bytes]
         yield [(call.name, call.cost.kind, call.cost.bytes, call.hidden) for call in calls]
         played = play(recorder.calls, likely(2))
-        yield [played.syncs, played.waits, recorder.now == before, recorder.peak - before]
+        memory = recorder.now - before, recorder.peak - before
+        yield [played.syncs, played.waits, *memory]
 
 results = [list(small())]
 for arguments in json.loads(sys.argv[1]):
@@ -53,19 +54,19 @@ for arguments in json.loads(sys.argv[1]):
     results.append(sim.summary(sim.simulate(options), options.flash))
 print(json.dumps(results))
 """
-# The most of each; of GiB also what the draft's weights and moments take.
+# The most of each, with about a fiftieth to spare; GiB with the draft's weights and moments.
 LIMITS = {
     "--supervised 0.6": {
-        "likely_milliseconds": 455, "gigabytes": 570, "kernels": 2330, "peak_gib": 23.2,
-        "waits_for_copies": 12, "host_milliseconds": 75,
+        "likely_milliseconds": 277, "host_milliseconds": 6.9, "gigabytes": 179, "kernels": 745,
+        "peak_gib": 19.7,
     },
     "--supervised 1.0": {
-        "likely_milliseconds": 690, "gigabytes": 875, "kernels": 2520, "peak_gib": 29.4,
-        "waits_for_copies": 12, "host_milliseconds": 82,
+        "likely_milliseconds": 438, "host_milliseconds": 7.7, "gigabytes": 264, "kernels": 818,
+        "peak_gib": 26.1,
     },
     "--prefill": {
-        "likely_milliseconds": 488, "gigabytes": 500, "kernels": 1470, "peak_gib": 19.3,
-        "waits_for_copies": 0, "host_milliseconds": 9,
+        "likely_milliseconds": 413, "host_milliseconds": 9.3, "gigabytes": 241, "kernels": 511,
+        "peak_gib": 19.5,
     },
 }  # fmt: skip
 
@@ -95,14 +96,16 @@ def test_what_is_recorded(simulated):
         ["pin_memory", "host", 4 * mega, False],
         ["eagle3::doubled_rows", "plain", 1024 * 4 * 4 * 4, False],
     ]
-    assert numbers == [2, 1, True, 4 * mega]
+    assert numbers[:3] == [2, 1, 0] and numbers[3] >= 4 * mega
 
 
 @pytest.mark.parametrize("arguments", LIMITS)
 def test_nothing_slows_down_unseen(simulated, arguments):
-    """At most as much as LIMITS say, and at least nine tenths: who makes it better lowers them."""
+    """Nothing is waited for, and nothing takes more than its limit, or less than nine tenths of it:
+    who makes a step better lowers the limits.
+    """
     found = simulated[1][arguments]
-    assert found["syncs"] == 0
+    assert (found["syncs"], found["waits_for_copies"]) == (0, 0)
     for name, most in LIMITS[arguments].items():
         assert 0.9 * most <= found[name] <= most, (name, found[name])
 
