@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from compare_step import saved_bytes
-from gpu_step import SHAPES
 from rich.console import Console
 from time_parallel import (
+    LLAMA3_8B,
     SMALL,
     STEPS,
     TIMEOUT,
@@ -100,7 +100,7 @@ def routed_bytes(batch: Batch, layout: Layout, config: DraftConfig, element: int
 
 def compare_work(title: str, lengths: np.ndarray, console: Console) -> None:
     """Prints a row a layout."""
-    config, length = SHAPES["llama3-8b"], int(lengths.sum())
+    config, length = LLAMA3_8B, int(lengths.sum())
     title = f"{title}, {length:,} tokens, Llama-3.1-8B shapes in bf16: the busiest rank; MB: mean"
     columns = ("layout", "tokens", "rows", "pairs", "TFLOP", "/ mean", "sent MB")
     shown = table(title, *columns, "public scheme MB", "ratio", "kB a token", "online MB")

@@ -24,8 +24,6 @@ from rich.table import Table
 root = Path(__file__).parents[1]
 sys.path[:0] = [str(root), str(root / "dev")]
 
-from gpu_step import SHAPES  # noqa: E402
-
 from eagle3.batch import Batch, Document, Features, pack, serving, split_by_cost  # noqa: E402
 from eagle3.draft.flash import Auto  # noqa: E402
 from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
@@ -37,6 +35,7 @@ from eagle3.parallel.sequence import Sequence  # noqa: E402
 from eagle3.ttt import unroll  # noqa: E402
 
 STEPS, TURN_TOKENS, TIMEOUT = 7, 600, timedelta(minutes=10)
+LLAMA3_8B = DraftConfig(4096, 14336, 32, 8, 128, 128256, 32000, 4096, 131072, 500000.0)
 # Llama-3.1-8B by 32, with enough heads for ulysses 4.
 SMALL = DraftConfig(128, 448, 16, 4, 8, 4008, 1000, 128, 16384)
 
@@ -157,7 +156,7 @@ def timed(rank: int, layout: Layout, folder: str, options: argparse.Namespace) -
         else (torch.device("cpu"), torch.float32)
     )
     connect(rank, layout.ranks, folder, device)
-    config = SHAPES["llama3-8b"] if cuda else SMALL
+    config = LLAMA3_8B if cuda else SMALL
     ranks = Ranks(rank, layout.ranks, rank)
     model = make_model(config, device, dtype)
     sequence = None
@@ -196,7 +195,7 @@ def compare_time(options: argparse.Namespace, console: Console) -> None:
         Layout(1, 2, halves),
         Layout(halves, 2),
     ]
-    heads = SHAPES["llama3-8b"].num_key_value_heads
+    heads = LLAMA3_8B.num_key_value_heads
     shown = table(
         "The same documents in each layout",
         "layout",

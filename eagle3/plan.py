@@ -39,7 +39,10 @@ from eagle3.target.spec import TargetSpec
 from eagle3.ttt import unroll
 
 H200_FLOPS = 790e12  # bf16 products, measured
-IN_PREFILL, IN_TRAINING = 0.5, 0.4  # of those
+# Of those, what `dev/roofline/sim.py --json` predicts as share_of_products: with --prefill, and of
+# a step by the share of its tokens that is supervised (--supervised).
+IN_PREFILL, IN_TRAINING = 0.792, {0.3: 0.669, 0.6: 0.714, 1.0: 0.738}
+CPU, ON_CPU = "this machine", (0.5, 0.4)  # assumed, prefill and training
 ROWS_CUDA, ROWS_CPU = 16384, 512  # of the products that are measured
 SAMPLE_ROWS, SCAN_BYTES = 1000, 1 << 25  # of each source: rows to encode at least, bytes to read
 MEASURED_STEPS = 4
@@ -55,6 +58,7 @@ class Plan:
     disk: dict[str, tuple[int, int]]  # (bytes, room there) by what is written
     memory: dict[str, list[int]]  # bytes on a GPU: training online, training offline, capture
     speeds: dict[str, float]  # FLOP/s by device
+    shares: dict[str, tuple[float, float]]  # of those, in prefill and in training
     hours: dict[str, dict[str, float]]  # by device and what is done
     recommended: str
     exact: bool
@@ -104,9 +108,12 @@ def plan(
     epochs = share * loader.total_updates / len(epoch)  # passes over all tokens
     kept = disk[KEPT][0] / disk[f"hidden states, {config.hidden_states.dtype}"][0]
     speeds, hours = rates(device, dtype, gpus, draft.config), {}
-    for name, flops in speeds.items():
-        target = tokens * prefill / (flops * IN_PREFILL) / 3600  # of an epoch
-        train = epochs * tokens * training / (flops * IN_TRAINING) / 3600
+    supervised = documents.supervised.sum() / tokens
+    on_gpu = IN_PREFILL, np.interp(supervised, [*IN_TRAINING], [*IN_TRAINING.values()])
+    shares = {name: ON_CPU if name == CPU else on_gpu for name in speeds}
+    for name, (in_prefill, in_training) in shares.items():
+        target = tokens * prefill / (speeds[name] * in_prefill) / 3600  # of an epoch
+        train = epochs * tokens * training / (speeds[name] * in_training) / 3600
         # mode=hybrid runs the target in the first epoch, and then for what it has no room to keep.
         first = min(share, epochs)
         hours[name] = {
@@ -118,7 +125,7 @@ def plan(
     data = {
         "tokens an epoch": round(share * tokens),
         "conversations an epoch": len(loader.chosen),
-        "share supervised": documents.supervised.sum() / tokens,
+        "share supervised": supervised,
         "updates an epoch": len(epoch),
         "updates in all": loader.total_updates,
         "parameters of the target": parameters,
@@ -127,9 +134,9 @@ def plan(
     }
     if "regenerate" in config.stages and not prepared:
         data["tokens of an answer, at most"] = longest_answer(config)
-    # All devices spend the same shares of their time alike, so any of them can tell.
+    # The first device is the GPU that a run of this size is for.
     best = recommend(disk, memory, next(iter(hours.values())))
-    return Plan(data, disk, memory, speeds, hours, best, prepared is not None)
+    return Plan(data, disk, memory, speeds, shares, hours, best, prepared is not None)
 
 
 def estimate(sources: SourceFiles, chat: Chat, config: RunConfig) -> tuple[Prepared, np.ndarray]:
@@ -335,7 +342,7 @@ def rates(
     measured = 2 * rows * b.numel() / timer.blocked_autorange(min_run_time=1).median
     if device.type == "cuda":
         return {f"{gpus} GPUs like this": gpus * measured}
-    return {f"{gpus} x H200": gpus * H200_FLOPS, "this machine": measured}
+    return {f"{gpus} x H200": gpus * H200_FLOPS, CPU: measured}
 
 
 def recommend(
@@ -369,6 +376,10 @@ def show(made: Plan, console: Console) -> None:
     table("Hours", list(made.hours), rows)
     speeds = ", ".join(f"{name} {flops / 1e12:,.4g}" for name, flops in made.speeds.items())
     console.print(f"\nTFLOP/s of products: {speeds} (measured).")
-    console.print(f"Assumed: {IN_PREFILL:.0%} of that in prefill, {IN_TRAINING:.0%} in training.")
+    for name, (prefill, training) in made.shares.items():
+        why = "assumed" if name == CPU else "predicted"
+        console.print(
+            f"{name}: {prefill:.0%} of it in prefill, {training:.0%} in training ({why})."
+        )
     console.print("Not counted: answers of the target, preparing, evaluation, benchmark.\n")
     console.print(f"Recommended: {made.recommended}.")

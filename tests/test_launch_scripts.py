@@ -1,7 +1,8 @@
 """launch/torchrun.sh and launch/slurm.sbatch with stand-ins for torchrun and Slurm; sweeps through
-submitit.
+submitit; launch/gpu_check.sh without a GPU.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -127,3 +128,30 @@ def test_a_sweep_through_submitit(tmp_path):
     assert sorted(path.parent.name for path in tmp_path.glob("*/.hydra")) == ["0", "1"]
     for job in (tmp_path / "0", tmp_path / "1"):
         assert (job / "checkpoints" / "last").exists() and (job / "logs/rank_1.log").exists()
+
+
+@pytest.mark.slow
+def test_the_gpu_script_without_a_gpu(tmp_path):
+    """At tiny shapes each part leaves its numbers and its row, beside what is predicted."""
+    command = ["bash", "launch/gpu_check.sh"]
+    environment = os.environ | {
+        "INSTALL": "0",
+        "PYTHON": sys.executable,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 1200}
+    refused = subprocess.run(command, **given)
+    assert refused.returncode == 1 and "torch sees no CUDA device" in refused.stderr
+    options = ["--tiny", "--repeats", "1", "--minutes", "60", "--folder", str(tmp_path)]
+    done = subprocess.run([*command, *options], **given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    steps = [f"step, eager, {share} %" for share in (60, 90, 100)]
+    steps += ["step, 60 %, lk", "online, 60 %", "online, 100 %", "prefill, eager"]
+    assert set(results) == {*steps, "machine", "tests", "costliest", "predicted"}
+    assert len(results["costliest"]) == 20 and set(results["predicted"]) == set(steps)
+    assert all(results[step]["tokens_per_second"] > 0 for step in steps)
+    table = (tmp_path / "speed.md").read_text()
+    assert all(f"| {name} | " in table for name in (*steps, "speculators, 7 steps, as published"))
+    matched = [line for line in table.splitlines() if line.startswith("| mm ")]
+    assert matched and not any("| - |" in line for line in matched)
