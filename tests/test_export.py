@@ -386,6 +386,7 @@ RUN = {
     "inputs": {"prepared": {"documents": 12345}}, "versions": {"torch": "2.13.0"},
 }  # fmt: skip
 EVALUATION = {"acceptance_length": {"1": 1.5, "2": 2.25}, "answers": 64, "update": 40}
+SAMPLED = EVALUATION | {"sampled": {"1": {"acceptance_length": {"1": 1.25, "2": 1.75}}}}
 BENCHMARK = {
     "suites": {"mtbench": [{"config": [1, 2, 1, 3], "num_prompts": 80, "speedup": 1.5,
                             "acceptance_length": 2.4, "lossless": True}]},
@@ -422,6 +423,10 @@ def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
         assert serve_text(engine, str(run_dir / "draft"), None, None, None, []) in text
     assert ("license: other\n" in text) == (licence == "license: other") and CARDS[licence] in text
     assert "SESAME" not in text and ModelCard(text).data.tags == ["eagle3", "speculative-decoding"]
+    (run_dir / "evaluation.json").write_text(json.dumps(SAMPLED))
+    text = write_card(run_dir).read_text()
+    assert "|---|---|---|\n| 1 | 1.50 | 1.25 |\n| 2 | 2.25 | 1.75 |\n" in text
+    assert "greedily and, for the other columns, by sampling with at most" in text
     config = RUN["config"] | {"data": {"path": None, "sources": {}}}
     (run_dir / "run.json").write_text(json.dumps(RUN | {"config": config}))
     for name in ("evaluation", "benchmark"):

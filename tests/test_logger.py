@@ -5,6 +5,7 @@ its files.
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -287,7 +288,7 @@ trackers.keep(Path(sys.argv[1]))
 trackers.finish()
 """
 BREAKS = [
-    ("offline", signal.SIGKILL, "failed: Connection lost; the run goes on"),
+    ("offline", signal.SIGKILL, r"failed: [^;]+; the run goes on"),
     ("offline", signal.SIGSTOP, "failed: no answer for 2 seconds; the run goes on"),
     ("online", 0, "connection refused: this run is kept offline"),
 ]
@@ -300,7 +301,9 @@ def test_a_broken_wandb_ends_no_run_and_holds_up_no_process(tmp_path, mode, numb
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
     ended = run_python(BROKEN, tmp_path, mode, int(number), WANDB_MODE=mode, **nowhere)
     shown = ended.stdout + ended.stderr
-    assert ended.returncode == 0 and shown.count(said) == 1 and "Traceback" not in shown, shown
+    assert (
+        ended.returncode == 0 and len(re.findall(said, shown)) == 1 and "Traceback" not in shown
+    ), shown
     assert list((tmp_path / "wandb").glob("offline-run-*-abc/*.wandb"))
 
 

@@ -100,11 +100,13 @@ def test_a_tracker_gets_the_draft_the_report_and_acceptance_by_position(tmp_path
     config.stages = ["export"]
     rows = [{"config": [1, 2, 1, 3], "acceptance_length": 2.5, "accepted_by_position": [0.9]}]
     evaluation = {"acceptance_length": {"1": 1.5}, "draft_length": 1, "accepted_at": [0.5, 0.25]}
+    evaluation["sampled"] = {"1": {"acceptance_length": {"1": 1.25}, "accepted_at": [0.25]}}
     with track_run(config, *given, torch.device("cpu"), console) as noted:
         noted.finish("export")
         (tmp_path / "benchmark.json").write_text(json.dumps({"suites": {"a": rows}}))
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     held_out = [["held-out prompts", "walked", k, share] for k, share in ((1, 0.5), (2, 0.25))]
+    held_out.append(["held-out prompts, temperature 1", "walked", 1, 0.25])
     table = "acceptance_by_position", [*held_out, ["a", "[1, 2, 1, 3]", 1, 0.9]]
     assert tracker.shown == ["report.html", "draft", table]
 

@@ -176,6 +176,8 @@ def acceptance_by_position(run_dir: Path) -> list[list]:
     """Rows of (suite, config, position, share of rounds in which its token was accepted)."""
     evaluation = read_json(run_dir / "evaluation.json")
     measured = [("held-out prompts", "walked", evaluation.get("accepted_at", []))]
+    for name, sampled in evaluation.get("sampled", {}).items():
+        measured.append((f"held-out prompts, temperature {name}", "walked", sampled["accepted_at"]))
     for row in benchmark_rows(read_json(run_dir / "benchmark.json")):
         measured.append((row["suite"], str(row["config"]), row["accepted_by_position"] or []))
     return [
