@@ -318,11 +318,11 @@ def empty_on_host(rows: int, columns: tuple[int, ...], dtype: torch.dtype) -> to
     return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(rows, *columns)
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A copy for which the host does not wait, as it would if the memory were not pinned. torch
     gives pinned memory to nobody else before the copies from it are done.
     """
-    if tensor.is_cpu and device.type == "cuda":
+    if tensor.is_cpu and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()  # the same where it is
     return tensor.to(device, non_blocking=True)
 
