@@ -61,7 +61,7 @@ class Progress(AbstractContextManager):
             self.due = time.monotonic() + BETWEEN_LINES
             print(self.line(), flush=True)
 
-    def complete(self, tokens: int, answers: int) -> None:
+    def complete(self, tokens: int, answers: int = 0) -> None:
         """One more is done, whose tokens were counted as they came."""
         self.completed += tokens
         self.advance(answers=answers)
