@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "dev" / "roofline")]
 from workload import LLAMA, Documents, Work, make_target, make_trainer  # noqa: E402
 
 from eagle3.draft.initial import draft_config  # noqa: E402
+from eagle3.parallel.ranks import set_up_process  # noqa: E402
 from eagle3.runs.metrics import peak_memory_bytes  # noqa: E402
 
 # What others have published for training at these shapes, tokens/s on one GPU.
@@ -312,11 +313,13 @@ def candidates(check: Check, work: Work) -> list[dict]:
         names = sorted(name for name in constants if name.rpartition("_")[0] == prefix)
         chosen = [getattr(jit, name) for name in names]
         choices = [
-            [1, 2, 4, 8] if name.endswith("_WARPS") else [value // 2, value, 2 * value, 4 * value]
+            [1, 2, 4, 8] if name.endswith("_WARPS") else [value // 2, value, 2 * value]
             for name, value in zip(names, chosen)
         ]
         operators = [name for name in seen.calls if name.startswith(prefix.lower())]
         for name, values in product(operators, product(*choices)):
+            if time.monotonic() > check.ends:
+                break
             function, args, kwargs = seen.calls[name]
             row = {"name": name, **dict(zip(names, values)), "chosen": list(values) == chosen}
             for constant, value in zip(names, values):
@@ -392,8 +395,6 @@ def main() -> None:
         sys.exit(f"error: torch {torch.__version__} is too old; this needs 2.11 or newer")
     if not cuda and not options.tiny:
         sys.exit("error: torch sees no CUDA device; --tiny shows on a CPU that the script runs")
-    if cuda:
-        torch.cuda.init()
     device, ends = torch.device("cuda" if cuda else "cpu"), time.monotonic() + 60 * options.minutes
     check = Check(device, options.tiny, options.repeats, ends, options.folder)
     choices, works = ("fused", "eager") if cuda else ("eager",), {}
@@ -410,6 +411,9 @@ def main() -> None:
     for share in (0.6, 1.0):
         works[f"online, {100 * share:.0f} %"] = check.work(share, best, stored=False)
 
+    set_up_process(works[main_table[0]].config()[0])  # which sets the allocator
+    if cuda:
+        torch.cuda.init()  # from here on memory for copies is pinned
     check.part("machine", 5, machine)
     with ThreadPoolExecutor(1) as beside:
         predicting = beside.submit(predict, check, works)
