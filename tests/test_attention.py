@@ -47,7 +47,7 @@ def plain(q, k, v, later):
 def errors(backend, dtype, heads=4, kv_heads=2, steps=3, head_dim=8, device="cpu"):
     """Relative errors of the output and of every gradient, against the plain form in float64."""
     documents = DocumentSpans(torch.tensor([0, *LENGTHS]).cumsum(0).int(), LENGTHS)
-    documents = documents.with_queries(torch.tensor(QUERIES)).to(device)
+    documents = documents.with_queries(torch.tensor(QUERIES)).to(torch.device(device))
 
     def merged(q, k, v, later):
         rows, q, k, v = (x.to(device) for x in (ROWS, q, k, v))
