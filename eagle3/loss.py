@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 from torch.nn import functional as F
 
-from eagle3.batch import Batch, Features, SupervisedMask, by_step
+from eagle3.batch import Batch, Features, SupervisedMask, by_step, to_device
 from eagle3.config import MAX_STEPS, Within
 from eagle3.draft.model import Draft
 from eagle3.kernels.eager import TakeRows
@@ -313,7 +313,8 @@ class SoftTargetLoss:
         argmax = F.pad(features.argmax, (0, 1))
         num_steps = len(batch.row_counts)
         counted = draft.t2d[argmax][batch.pair_teacher].to(wide)
-        weights = self.weights(num_steps).to(argmax.device, wide)[batch.pair_step] * counted
+        weights_K = to_device(self.weights(num_steps).to(wide), argmax.device)
+        weights = weights_K[batch.pair_step] * counted
         students = draft.head_input(TakeRows.apply(hidden_ND, batch.pair_index))
         kernels = draft.kernels.pick(hidden_ND)
         pairs = Pairs(
