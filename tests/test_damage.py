@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,7 +246,8 @@ def test_json_that_is_none(tmp_path, content):
 
 
 def test_a_damaged_line_of_a_journal_is_answered_again(tmp_path, tokenizer):
-    said = [SimpleNamespace(key=key, messages=turns(key), reason=None, counts={}) for key in "abcd"]
+    facts = {"reason": None, "counts": Counter()}
+    said = [SimpleNamespace(key=key, messages=turns(key), **facts) for key in "abcd"]
     path, chat = tmp_path / "journal.jsonl", Chat(tokenizer)
     with Journal(path, chat, UNSHOWN) as journal:
         for dialogue in said:

@@ -40,7 +40,7 @@ def composed(name):
 def section(name, **changed):
     """The section `benchmark`, as composed for benchmark=`name`."""
     given = {"suites": ["heldout"], "max_new_tokens": 11, "ready_seconds": 30}
-    return OmegaConf.to_container(composed(name)) | given | changed
+    return OmegaConf.to_container(composed(name), resolve=True) | given | changed
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
             return shared.deal(packed(documents))
 
     section = {"max_steps": UPDATES, "tokens_per_step": 160, "documents_per_update": None}
-    section = SimpleNamespace(epochs=9, **section)
+    section = SimpleNamespace(epochs=9, data_share=1.0, **section)
     replica, replicas = ranks.rank // group, ranks.world_size // group
     loader = Loader(Conversations(stored), section, pack_documents, 320, 3, replica, replicas)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
