@@ -187,11 +187,10 @@ def specforge(case: Case, mask: str):
     from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
 
     model.LogSoftmaxLoss.apply = specforge.core.loss._compute_loss
-    shape = {
-        name: value
-        for name, value in vars(case.draft.config).items()
-        if name != "initializer_range"
-    }
+    shape = dict(vars(case.draft.config))
+    # `norm_output` means something else there, and layers are always three.
+    for name in ("initializer_range", "num_aux_hidden_states", "fc_norm", "norm_output"):
+        del shape[name]
     theirs = LlamaForCausalLMEagle3(LlamaConfig(**shape, pad_token_id=0), attention_backend="sdpa")
     names = theirs.load_state_dict(
         case.draft.state_dict() | {"embed_tokens.weight": case.embedding}, strict=False
