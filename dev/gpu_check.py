@@ -270,11 +270,11 @@ def flat(shapes: list) -> list[list[int]]:
 def sizes_of(work: Work) -> set[int]:
     """Those that the model has; others count rows."""
     config, spec = work.config()
-    shape = draft_config(config.draft, spec.config)
+    shape = draft_config(config.draft, spec.config, len(spec.aux_layer_ids))
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     sizes = {*range(9), queries, keys, 2 * keys, queries + 2 * keys, *vars(shape).values()}
-    sizes |= {2 * shape.hidden_size, 3 * shape.target_hidden_size, 2 * shape.intermediate_size}
+    sizes |= {2 * shape.hidden_size, shape.aux_size, 2 * shape.intermediate_size}
     return sizes | {shape.head_dim // 2}
 
 
