@@ -50,8 +50,7 @@ def small():
 
 results = [list(small())]
 for arguments in json.loads(sys.argv[1]):
-    options = sim.parse(["--json", *arguments])
-    results.append(sim.summary(sim.simulate(options), options.flash))
+    results.append(sim.predict(sim.parse(["--json", *arguments]))[1])
 print(json.dumps(results))
 """
 # The most of each, with about a fiftieth to spare; GiB with the draft's weights and moments.

@@ -183,13 +183,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
+def predict(options: argparse.Namespace) -> tuple[Simulated, dict]:
+    """What was simulated, and what --json prints of it."""
     with redirect_stdout(sys.stderr):
         simulated = simulate(options)
     found = summary(simulated, options.flash)
     if options.operators:
         found["operators"] = operators(simulated.recorder, options.flash)
+    return simulated, found
+
+
+def main() -> None:
+    options = parse()
+    simulated, found = predict(options)
     if options.json:
         print(json.dumps(found, indent=None if options.operators else 2))
     else:
