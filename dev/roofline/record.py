@@ -77,6 +77,8 @@ class Recorder(TorchDispatchMode):
         if (cost := price(call, views and not written)) is not None:
             self.peak = max(self.peak, self.now + cost.temporary)
             self.add(schema.name, cost, *ins)
+            if cost.kind == "copy" and not kwargs.get("non_blocking", args[2:3] == (True,)):
+                self.streams.on_sync()  # torch waits until such a copy is done
         return result
 
     def add(self, name: str, cost: Cost, *tensors: torch.Tensor) -> None:
