@@ -11,21 +11,16 @@ import torch
 import torch.nn.attention
 
 from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
-
-
-def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Put `values` [N, ...] at `rows` of zeros [length, ...].
-
-    A flash kernel takes a query's place from its position in q and knows no gathered rows. So q is
-    scattered to full length, which is cheap beside the rest of a step (attention is less than 5 %
-    of the work). A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
-    """
-    return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
+from eagle3.kernels.eager import scatter
 
 
 class FlashCPU:
     """The flash kernel that torch ships for CPUs (fp32, fp64, bf16), one call a document: it takes
     no lengths and aligns its causal mask top left, so queries begin with the document.
+
+    It takes a query's place from its position in q and knows no gathered rows, so q is scattered to
+    full length, which is cheap beside the rest of a step (attention is less than 5 % of the work).
+    A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
     """
 
     @staticmethod
