@@ -47,17 +47,18 @@ ROOT = Path(__file__).parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 B, F, L, I = "*bf16", "*fp32", "*i64", "i32"  # noqa: E741
 SIZES = {"H": 32, "G": 8, "W": 8, "D": 128, "HEADS": jit.HEADS_BLOCK, "HALF": 64}
-GROUPS = {"S": 6, "G": 8, "R": 4, "D": 128, "HEADS": 4, "SIZE": 128}
+GROUPS = {"S": 6, "G": 8, "R": 16, "D": 128, "HEADS": 16, "SIZE": 128}
 SIX = (B,) * 6
-# Of each kernel, at the shapes of a draft for Llama-3.1-8B: types, constants and warps.
+# Of each kernel, at the shapes of a draft for Llama-3.1-8B: types, constants and warps. Its 4 query
+# heads to a key put as much on a warp as 16 do.
 KERNELS = {
     jit.swiglu_kernel: ([B, B, I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
     jit.swiglu_backward_kernel: ([B] * 4 + [I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
     jit.heads_kernel: ([B, B, L, F, F, B, B, B, I, I, I], SIZES, jit.HEADS_WARPS),
     jit.heads_backward_kernel: ([B, B, B, L, F, F, B, B, I, I, I, I], SIZES, jit.HEADS_WARPS),
-    jit.merge_kernel: ([B, B, F, SIX, SIX, B, F, "fp32"], GROUPS, jit.MERGE_WARPS),
+    jit.merge_kernel: ([B, B, F, SIX, SIX, B, F, "fp32"], GROUPS, jit.merge_warps(16, 128)),
     jit.merge_backward_kernel: (
-        [B, B, B, F, SIX, SIX, B, SIX, SIX, "fp32"], GROUPS, jit.MERGE_WARPS,
+        [B, B, B, F, SIX, SIX, B, SIX, SIX, "fp32"], GROUPS, jit.merge_warps(16, 128),
     ),
     jit.norm_backward_kernel: (
         [B] * 6 + [F, I, I, "fp32"],

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from itertools import pairwise, product, starmap
 from pathlib import Path
 
 import torch
@@ -50,12 +50,7 @@ import json, sys
 sys.path.insert(0, "dev/roofline")
 import sim
 for arguments in json.loads(sys.argv[1]):
-    options = sim.parse(["--json", *arguments])
-    simulated = sim.simulate(options)
-    found = sim.summary(simulated, options.flash)
-    if options.operators:
-        found["operators"] = sim.operators(simulated.recorder, options.flash)
-    print(json.dumps(found), flush=True)
+    print(json.dumps(sim.predict(sim.parse(["--json", *arguments]))[1]), flush=True)
 """
 SAME = {"aten::_to_copy": "aten::copy_", "aten::clone": "aten::copy_"}  # names in the profiler
 COSTLIEST = 20
@@ -104,6 +99,12 @@ class Check:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def mark(self):
+        """This moment, on the device."""
+        if self.device.type == "cuda":
+            return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+        return time.perf_counter()
+
     def free(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
@@ -138,30 +139,30 @@ def milliseconds(check: Check, call: Callable, warm: int = 3) -> tuple[list[floa
     for _ in range(warm):
         call()
     check.wait()
-    issued, marks = [], []
-    for _ in range(check.repeats + 1):
-        if check.device.type == "cuda":
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
+    issued, marks = [], [check.mark()]
+    for _ in range(check.repeats):
         began = time.perf_counter()
-        if len(marks) <= check.repeats:
-            call()
-            issued.append(1e3 * (time.perf_counter() - began))
+        call()
+        issued.append(1e3 * (time.perf_counter() - began))
+        marks.append(check.mark())
     check.wait()
     if check.device.type == "cuda":
-        return [a.elapsed_time(b) for a, b in pairwise(marks)], issued
+        return list(starmap(torch.cuda.Event.elapsed_time, pairwise(marks))), issued
     return [1e3 * (b - a) for a, b in pairwise(marks)], issued
 
 
-def prepared_update(check: Check, work: Work) -> Callable:
-    """A function that trains on the next batch."""
+def prepare(check: Check, work: Work) -> tuple:
+    """A trainer, the target if the work has one, and the batches of each update."""
     config, spec = work.config()
     target = None if work.stored else make_target(config, spec, check.device)
     documents = Documents(work, config, spec, random=True)
     trainer = make_trainer(config, spec, documents, target, check.device)
-    updates = iter(trainer.loader)
+    return trainer, target, iter(trainer.loader)
+
+
+def prepared_update(check: Check, work: Work) -> Callable:
+    """A function that trains on the next batch."""
+    trainer, _, updates = prepare(check, work)
     return lambda: trainer.train_update(next(updates), waited=0.0)
 
 
@@ -200,11 +201,8 @@ def measured(work: Work, times: list[float]) -> dict:
 
 
 def prefill(check: Check, work: Work) -> dict:
-    config, spec = work.config()
-    target = make_target(config, spec, check.device)
-    documents = Documents(work, config, spec, random=True)
-    trainer = make_trainer(config, spec, documents, target, check.device)
-    [batch] = next(iter(trainer.loader))
+    _, target, updates = prepare(check, work)
+    [batch] = next(updates)
     batch = batch.to(check.device)
     return measured(work, milliseconds(check, lambda: target(batch))[0]) | {"way": target.way}
 
@@ -270,11 +268,11 @@ def flat(shapes: list) -> list[list[int]]:
 def sizes_of(work: Work) -> set[int]:
     """Those that the model has; others count rows."""
     config, spec = work.config()
-    shape = draft_config(config.draft, spec.config)
+    shape = draft_config(config.draft, spec.config, len(spec.aux_layer_ids))
     queries = shape.num_attention_heads * shape.head_dim
     keys = shape.num_key_value_heads * shape.head_dim
     sizes = {*range(9), queries, keys, 2 * keys, queries + 2 * keys, *vars(shape).values()}
-    sizes |= {2 * shape.hidden_size, 3 * shape.target_hidden_size, 2 * shape.intermediate_size}
+    sizes |= {2 * shape.hidden_size, shape.aux_size, 2 * shape.intermediate_size}
     return sizes | {shape.head_dim // 2}
 
 

@@ -232,7 +232,7 @@ def starts_of(counts: list[int]) -> torch.Tensor:
 
 def by_step(batch: Batch, values_M: torch.Tensor) -> torch.Tensor:
     """[T,K]: values of the pairs by (row, step); zero or False where there is no pair."""
-    starts = starts_of(batch.row_counts).to(values_M.device)
+    starts = to_device(starts_of(batch.row_counts), values_M.device)
     rows = batch.rows[batch.pair_index - starts[batch.pair_step]]
     values_TK = values_M.new_zeros(len(batch.input_ids), len(starts))
     values_TK[rows, batch.pair_step] = values_M

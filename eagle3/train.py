@@ -299,6 +299,7 @@ class Trainer:
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
             self.loss.weights.measure(batch, output.correct)
             waited = 0.0
+            del features, hidden_ND, given, output  # or they would live through the next one's
         self.loss.weights.advance(self.ranks, self.frozen.embedding.device)
         self.ranks.all_reduce_gradients(self.optim.parameters, self.optim.reduce_dtype)
         return self.optim.step()

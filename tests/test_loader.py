@@ -4,11 +4,13 @@ import contextlib
 import weakref
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
+from eagle3 import train
 from eagle3.batch import Document, pack, serving, split_by_cost
 from eagle3.loader import Feed, Loader, fill_micro_steps
 
@@ -160,3 +162,28 @@ def test_a_batch_is_held_until_the_copying_stream_waits_for_its_work(monkeypatch
         "copy 0, on the device: 0", ahead, "work", "copy 1, on the device: 1", ahead, "work",
         "copying waits for work 0, held: True", "copy 2, on the device: 1", ahead, "work",
     ]  # fmt: skip
+
+
+def test_a_micro_step_leaves_nothing_to_the_next(monkeypatch):
+    """A graph keeps copies of the weights, and what it was made of, as long as anyone holds it."""
+    made = []
+
+    def unroll(*given):
+        assert all(each() is None for each in made)
+        hidden = torch.ones(2, requires_grad=True) * 2
+        made.append(weakref.ref(hidden))
+        return hidden
+
+    class Loss:
+        weights = MagicMock()
+
+        def __call__(self, draft, hidden, *given, scale):
+            return SimpleNamespace(loss=hidden.sum(), step_loss=0, step_correct=0, correct=0)
+
+    monkeypatch.setattr(train, "unroll", unroll)
+    monkeypatch.setattr(train, "training_flops", lambda *given: 0)
+    trainer = MagicMock(feed=iter, loss=Loss(), update=0)
+    trainer.ranks.all_reduce = int
+    batches = [SimpleNamespace(features=SimpleNamespace(aux_hidden_states=0), normaliser=1)] * 3
+    train.Trainer.train_update(trainer, batches, waited=0.0)
+    assert len(made) == 3

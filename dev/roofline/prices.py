@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-SMALL = 1 << 16  # bytes: the driver takes copies of so many without waiting for the device
+SMALL = 1 << 16  # bytes: copies of so many do not wait, and how so many lie does not matter
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,6 @@ def flash_backward(call: Call) -> Cost:
     return Cost("flash", call.reads + call.writes + extra, flops, kernels=5, rate="backward")
 
 
-def gather(kind: str):
-    """Rows are read where they lie; then the indices."""
-    return lambda call: Cost(kind, 2 * call.writes + sum(map(size, call.ins[1:])))
-
-
 def index_put(call: Call) -> Cost:
     """Adding up sorts the indices first."""
     values, accumulate = call.args[2], len(call.args) > 3 and call.args[3]
@@ -206,18 +201,10 @@ def foreach(call: Call) -> Cost:
     return Cost("plain", moved, kernels=len(lists) // 50 + 1)
 
 
-def foreach_norm(call: Call) -> Cost:
-    return Cost("plain", call.reads, kernels=len(call.args[0]) // 50 + 2)
-
-
 def logsumexp(call: Call) -> Cost:
     """amax, x - max, exp, sum: torch has no kernel for it."""
     each = size(call.ins[0])
     return Cost("plain", 6 * each, kernels=8, temporary=each)
-
-
-def fill(call: Call) -> Cost:
-    return Cost("plain", call.writes)
 
 
 def copy(call: Call) -> Cost:
@@ -239,17 +226,11 @@ def pointwise(call: Call) -> Cost:
     """Everything else: arguments read and results written once; slower where an argument is
     broadcast or not contiguous, or where short rows are reduced.
     """
-    first, shape = call.ins[0], call.outs[0].shape if call.outs else ()
-    strided = any(
-        t.dim()
-        and t.numel() > 1
-        and (t.shape != shape or not t.is_contiguous())
-        and size(t) > 1 << 16
-        for t in call.ins
-    )
-    reduces = call.name in ("aten::sum", "aten::mean", "aten::amax", "aten::argmax", "aten::max")
-    if reduces and first.dim() and first.shape[-1] >= 1024 and first.is_contiguous():
-        strided = False
+    shape, large = call.outs[0].shape if call.outs else (), [t for t in call.ins if size(t) > SMALL]
+    strided = any(t.shape != shape or not t.is_contiguous() for t in large)
+    if call.name in ("aten::sum", "aten::mean", "aten::amax", "aten::argmax", "aten::max"):
+        first = call.ins[0]
+        strided &= not (first.dim() and first.shape[-1] >= 1024 and first.is_contiguous())
     return Cost("strided" if strided else "plain", call.reads + call.writes)
 
 
@@ -274,36 +255,29 @@ def loss_chunk(call: Call) -> Cost:
     return Cost("plain", moved, instructions, kernels=2, rate="instructions")
 
 
-def index_copy(call: Call) -> Cost:
-    return Cost("index", 2 * size(call.args[3]))
-
-
-def index_add(call: Call) -> Cost:
-    return Cost("index", 3 * size(call.args[3]))
-
-
-def select_backward(call: Call) -> Cost:
-    """Zeros, and the part copied into them."""
-    return Cost("plain", call.writes + 2 * size(call.ins[0]), kernels=2)
+def rows(kind: str):
+    """Rows are read where they lie, and written; then the indices."""
+    return lambda call: Cost(kind, 2 * call.writes + sum(map(size, call.ins[1:])))
 
 
 GROUPS = {
     product: "mm bmm addmm baddbmm addmm_ baddbmm_",
     flash_forward: "_flash_attention_forward",
     flash_backward: "_flash_attention_backward",
-    gather("index"): "index_select gather embedding",
-    gather("plain"): "index",
+    rows("index"): "index_select gather embedding",
+    rows("plain"): "index",
     index_put: "index_put index_put_ _index_put_impl_",
-    index_copy: "index_copy index_copy_",
-    index_add: "index_add index_add_",
-    select_backward: "select_backward slice_backward",
+    lambda call: Cost("index", 2 * size(call.args[3])): "index_copy index_copy_",
+    lambda call: Cost("index", 3 * size(call.args[3])): "index_add index_add_",
+    # Zeros, and the part copied into them.
+    lambda call: Cost("plain", call.writes + 2 * size(call.ins[0]), kernels=2): "slice_backward",
     logsumexp: "logsumexp",
     fused_adamw: "_fused_adamw_",
-    foreach_norm: "_foreach_norm",
-    foreach: "_foreach_mul_ _foreach_add_ _foreach_copy_ _foreach_zero_",
+    lambda call: Cost("plain", call.reads, kernels=len(call.args[0]) // 50 + 2): "_foreach_norm",
+    foreach: "_foreach_mul_ _foreach_add_",
     copy: "copy_ _to_copy cat clone",
-    fill: "zeros ones full arange scalar_tensor zero_ fill_ zeros_like ones_like full_like "
-    "new_zeros new_ones new_full",
+    lambda call: Cost("plain", call.writes): "zeros full arange scalar_tensor zero_ fill_ "
+    "zeros_like ones_like full_like new_zeros new_full",
 }
 RULES = {f"aten::{name}": rule for rule, names in GROUPS.items() for name in names.split()}
 RULES["torch_attn::_varlen_attn"] = flash_forward
@@ -327,4 +301,4 @@ def price(call: Call, views: bool) -> Cost | None:
         return Cost("view", kernels=0)
     if call.name.startswith("eagle3::"):
         return OWN.get(call.name, own)(call)
-    return RULES.get(call.name, pointwise if call.ins else fill)(call)
+    return RULES.get(call.name, pointwise)(call)

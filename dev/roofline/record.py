@@ -4,6 +4,7 @@ import contextlib
 import linecache
 import re
 import sys
+import traceback
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ class Recorded:
     hidden: bool  # on a side stream
     shapes: list[list[int]]
     place: str = ""
-    function: str = ""
     backward: bool = False
 
     @property
@@ -77,6 +77,8 @@ class Recorder(TorchDispatchMode):
         if (cost := price(call, views and not written)) is not None:
             self.peak = max(self.peak, self.now + cost.temporary)
             self.add(schema.name, cost, *ins)
+            if cost.kind == "copy" and not kwargs.get("non_blocking", args[2:3] == (True,)):
+                self.streams.on_sync()  # torch waits until such a copy is done
         return result
 
     def add(self, name: str, cost: Cost, *tensors: torch.Tensor) -> None:
@@ -97,20 +99,18 @@ class Recorder(TorchDispatchMode):
         self.alive.remove(key)
         self.now -= size
 
-    def find(self) -> tuple[str, str, bool]:
-        """Place, function, and whether it is backward: of backward, the line of its forward."""
-        frame, frames, node = sys._getframe(3), [], torch._C._current_autograd_node()
-        while frame is not None:
-            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
-            frame = frame.f_back
+    def find(self) -> tuple[str, bool]:
+        """Place, and whether it is backward: of backward, the line of its forward."""
+        frames, node = traceback.walk_stack(sys._getframe(3)), torch._C._current_autograd_node()
+        frames = [(f.f_code.co_filename, line, f.f_code.co_name) for f, line in frames]
         ours = [each for each in frames if of_interest(each[0])]
         if node is not None and not any(name == "backward" for _, _, name in ours):
             text = "".join(node.metadata.get("traceback_") or ())  # kept by anomaly mode
             stack = [(file, int(line), name) for file, line, name in FRAME.findall(text)]
             ours = [each for each in reversed(stack) if of_interest(each[0])] or ours
-        file, line, name = ours[0] if ours else ("?", 0, "?")
+        file, line, _ = ours[0] if ours else ("?", 0, "?")
         file = file.removeprefix(f"{ROOT}/").rpartition("site-packages/")[2]
-        return f"{file}:{line}", name, node is not None
+        return f"{file}:{line}", node is not None
 
 
 def of_interest(file: str) -> bool:

@@ -1,6 +1,6 @@
 """Predicts a training step, or the target's prefill, on an H200 that need not be there.
 
-    python dev/roofline/sim.py --supervised 0.6            # phases and the costliest lines
+    python dev/roofline/sim.py --supervised 0.6            # the costliest lines
     python dev/roofline/sim.py --supervised 1.0 --loss lk --json
     python dev/roofline/sim.py --prefill                   # the target alone
     python dev/roofline/sim.py --online                    # the target, then a step
@@ -134,32 +134,22 @@ def operators(recorder: Recorder, flash: int) -> list[dict]:
 
 
 def show(recorder: Recorder, found: dict, options) -> None:
-    console, machine = Console(width=160, highlight=False), likely(options.flash)
-
-    def table(title: str, key, heading: str, most: int) -> None:
-        shown, sums = Table(title=title, title_justify="left"), defaultdict(lambda: np.zeros(5))
-        for call in recorder.calls:
-            if call.cost.kind != "view" and not call.hidden:
-                cost, times = call.cost, [call.cost.seconds(m) * 1e3 for m in (IDEAL, machine)]
-                sums[key(call)] += [cost.kernels, cost.flops / 1e12, cost.bytes / 1e9, *times]
-        shown.add_column(heading, no_wrap=True)
-        for name in ("kernels", "TFLOP", "GB", "ideal ms", "likely ms"):
-            shown.add_column(name, justify="right")
-        for name, row in sorted(sums.items(), key=lambda item: -item[1][4])[:most]:
-            shown.add_row(escape(name), f"{row[0]:.0f}", *(f"{value:.2f}" for value in row[1:]))
-        total = sum(sums.values())
-        shown.add_row("all", f"{total[0]:.0f}", *(f"{value:.2f}" for value in total[1:]))
-        console.print(shown)
-
-    def side(call) -> str:
-        return "backward" if call.backward else "forward"
-
-    def phase(call) -> str:
-        file = call.place.rpartition(":")[0]
-        return f"{call.cost.kind:8} {side(call):8} {call.function} ({file})"
-
-    table("Phases", phase, "kind, side, function", 40)
-    table("Lines", lambda c: f"{c.place:36} {side(c):8} {c.source[:60]}", "line", options.lines)
+    machine, sums = likely(options.flash), defaultdict(lambda: np.zeros(5))
+    for call in recorder.calls:
+        if call.cost.kind != "view" and not call.hidden:
+            cost, times = call.cost, [call.cost.seconds(m) * 1e3 for m in (IDEAL, machine)]
+            side = "backward" if call.backward else "forward"
+            line = f"{call.place:36} {side:8} {call.source[:60]}"
+            for name in (line, "all"):
+                sums[name] += [cost.kernels, cost.flops / 1e12, cost.bytes / 1e9, *times]
+    shown = Table()
+    shown.add_column("line", no_wrap=True)
+    for name in ("kernels", "TFLOP", "GB", "ideal ms", "likely ms"):
+        shown.add_column(name, justify="right")
+    for name, row in sorted(sums.items(), key=lambda item: -item[1][4])[: options.lines + 1]:
+        shown.add_row(escape(name), f"{row[0]:.0f}", *(f"{value:.2f}" for value in row[1:]))
+    console = Console(width=160, highlight=False)
+    console.print(shown)
     for name, value in found.items():
         console.print(f"{name.replace('_', ' '):28}{value:>12,}")
     console.print("A prediction: nothing of it was measured.")
@@ -183,13 +173,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = parse()
+def predict(options: argparse.Namespace) -> tuple[Simulated, dict]:
+    """What was simulated, and what --json prints of it."""
     with redirect_stdout(sys.stderr):
         simulated = simulate(options)
     found = summary(simulated, options.flash)
     if options.operators:
         found["operators"] = operators(simulated.recorder, options.flash)
+    return simulated, found
+
+
+def main() -> None:
+    options = parse()
+    simulated, found = predict(options)
     if options.json:
         print(json.dumps(found, indent=None if options.operators else 2))
     else:

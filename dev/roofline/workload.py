@@ -70,7 +70,7 @@ class Documents:
         self.prepared, self.features = SimpleNamespace(vocab=np.arange(vocab_size)), None
         self.teachers = int(self.mask[0]) + int((self.mask[1:] | self.mask[:-1]).sum())
         if work.stored:
-            shapes = (work.length, 3 * size), (self.teachers, size)
+            shapes = (work.length, spec.aux_size), (self.teachers, size)
             self.states = [empty_on_host(work.count * n, (w,), torch.bfloat16) for n, w in shapes]
             for states, shape in zip(self.states, shapes) if random else ():
                 states.view(work.count, *shape)[:] = torch.randn(shape)

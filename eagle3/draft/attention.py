@@ -63,6 +63,7 @@ class Attend(torch.autograd.Function):
         grad_q, grad_k, grad_v = backend.backward(*inputs)
         grads = ()
         if later:
+            grad_q = grad_q.contiguous()
             grads = kernels.merge_backward(grad_out, q, out, lse, later, grad_q)
         return None, None, None, None, None, grad_q, grad_k, grad_v, *grads
 

@@ -11,21 +11,16 @@ import torch
 import torch.nn.attention
 
 from eagle3.draft.attention import Backend, Dense, empty_outputs, scale_of
-
-
-def scatter(values: torch.Tensor, rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Put `values` [N, ...] at `rows` of zeros [length, ...].
-
-    A flash kernel takes a query's place from its position in q and knows no gathered rows. So q is
-    scattered to full length, which is cheap beside the rest of a step (attention is less than 5 %
-    of the work). A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
-    """
-    return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
+from eagle3.kernels.eager import scatter
 
 
 class FlashCPU:
     """The flash kernel that torch ships for CPUs (fp32, fp64, bf16), one call a document: it takes
     no lengths and aligns its causal mask top left, so queries begin with the document.
+
+    It takes a query's place from its position in q and knows no gathered rows, so q is scattered to
+    full length, which is cheap beside the rest of a step (attention is less than 5 % of the work).
+    A row left at q = 0, lse = 0, grad = 0 adds nothing to any gradient.
     """
 
     @staticmethod
@@ -66,20 +61,17 @@ class Varlen:
     @staticmethod
     def place(rows, documents):
         """Where rows lie among the queries, and which of the rows to take for each of those."""
-        queries = documents.queries
-        places = rows if queries is None else queries.of_token[rows]
-        total = sum(documents.lengths if queries is None else queries.counts)
+        places = documents.queries.of_token[rows]
         numbers = torch.arange(len(rows), device=rows.device)
-        return places, numbers.new_zeros(total).index_copy_(0, places, numbers)
+        row_of_place = numbers.new_zeros(sum(documents.queries.counts))
+        return places, row_of_place.index_copy_(0, places, numbers)
 
     @staticmethod
     def spans(documents):
         """cu_seqlens of queries and keys, and the longest of each."""
-        keys = documents.cu_seqlens, max(documents.lengths)
-        queries = keys
-        if documents.queries is not None:
-            queries = documents.queries.cu_seqlens, max(documents.queries.counts)
-        return queries[0], keys[0], queries[1], keys[1]
+        queries = documents.queries
+        longest = max(queries.counts), max(documents.lengths)
+        return queries.cu_seqlens, documents.cu_seqlens, *longest
 
     @classmethod
     def forward(cls, q, rows, k, v, documents):
@@ -91,9 +83,9 @@ class Varlen:
 
     @classmethod
     def backward(cls, grad_out, q, rows, k, v, out, lse, documents):
-        places, row_of_place = cls.place(rows, documents)
         if not len(rows):
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        places, row_of_place = cls.place(rows, documents)
         lse_HS = lse.new_full((lse.shape[1], len(row_of_place)), float("inf"))
         lse_HS[:, places] = lse.transpose(0, 1)
         grad_out, q, out = (x[row_of_place] for x in (grad_out, q, out))

@@ -36,6 +36,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def scatter(values: Tensor, rows: Tensor, length: int) -> Tensor:
+    """Put `values` [N, ...] at `rows` of zeros [length, ...]."""
+    return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
+
+
 class TakeRows(torch.autograd.Function):
     """x[rows], no row twice: its gradient then needs no sorting and no adding."""
 
@@ -47,8 +52,7 @@ class TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        out = grad.new_zeros(ctx.length, *grad.shape[1:])
-        return out.index_copy_(0, ctx.saved_tensors[0], grad), None
+        return scatter(grad, ctx.saved_tensors[0], ctx.length), None
 
 
 class GatedDown(torch.autograd.Function):
@@ -66,7 +70,7 @@ class GatedDown(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, down = ctx.saved_tensors
         activated = F.silu(gate)  # computed again: cheap beside the three products
-        grad_down = grad.flatten(0, -2).T @ (activated * up).flatten(0, -2)
+        grad_down = grad.T @ (activated * up)
         grad_product = grad @ down
         grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
         return grad_gate, grad_product.mul_(activated), grad_down

@@ -9,6 +9,9 @@ Shapes as in `eager.py`; C columns of `projected`.
 
 import functools
 import importlib.util
+import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +25,8 @@ NORM_ROWS = 16  # of one program of `norm_backward`
 
 @functools.cache
 def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Triton, and CUDA's torch: that of ROCm refuses products that add up in fp32."""
+    return importlib.util.find_spec("triton") is not None and torch.version.hip is None
 
 
 @functools.cache
@@ -181,11 +185,13 @@ class Fused:
     def __init__(self):
         """Raises ConfigError."""
         if not has_triton():
-            needed = "Triton, which comes with torch for CUDA; use draft.kernels=auto"
-            raise ConfigError(f"draft.kernels=fused needs {needed}")
+            needed = "Triton, which comes with torch for CUDA; use draft/kernels=auto"
+            raise ConfigError(f"draft/kernels=fused needs {needed}")
 
     @classmethod
     def pick(cls, x: Tensor) -> type["Fused"]:
+        if not (x.is_cuda or os.environ.get("TRITON_INTERPRET")):
+            raise ConfigError("draft/kernels=fused needs a CUDA device; use draft/kernels=auto")
         return cls
 
     @staticmethod
@@ -230,7 +236,6 @@ class Fused:
 
     @staticmethod
     def merge_backward(grad_out, q, out, lse, later, grad_q):
-        assert grad_q.is_contiguous()
         values, totals = [each.values for each in later], [each.total() for each in later]
         inputs = grad_out.contiguous(), q.contiguous(), out, lse
         merge_backward(*inputs, values, grad_q, totals)
@@ -262,100 +267,72 @@ class Auto:
 
 @functools.cache
 def without_triton() -> type[Eager]:
-    print("train: Triton is not installed, so the plain kernels run, at two thirds of the speed")
+    print("train: there is no Triton for CUDA, so the plain kernels run, which are slower")
     return Eager
 
 
-# The operators. Of each, what it returns on fake tensors stands below it.
+def operator(schema: str, fake: Callable) -> Callable:
+    """`eagle3::name` by its schema, which runs the function of that name in `jit.py`; `fake` gives
+    what it returns on tensors without data.
+    """
+    name, _, signature = schema.partition("(")
+
+    def launch(*tensors):
+        return getattr(jit(), name)(*tensors)
+
+    changed = re.findall(r"!\)\S* (\w+)", schema)
+    given = {"mutates_args": changed, "schema": f"({signature}"}
+    made = torch.library.custom_op(f"eagle3::{name}", launch, **given)
+    made.register_fake(fake)
+    return made
 
 
-@torch.library.custom_op("eagle3::swiglu", mutates_args=())
-def swiglu(gate_up: Tensor) -> Tensor:
-    return jit().swiglu(gate_up)
+swiglu = operator(
+    "swiglu(Tensor gate_up) -> Tensor",
+    lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+)
+# Gradient of gate_up, and silu(gate) * up, which the gradient of the weight needs.
+swiglu_backward = operator(
+    "swiglu_backward(Tensor grad, Tensor gate_up) -> (Tensor, Tensor)",
+    lambda grad, gate_up: (torch.empty_like(gate_up), torch.empty_like(grad)),
+)
 
 
-@swiglu.register_fake
-def _(gate_up):
-    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-
-
-@torch.library.custom_op("eagle3::swiglu_backward", mutates_args=())
-def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of gate_up, and silu(gate) * up, which the gradient of the weight needs."""
-    return jit().swiglu_backward(grad, gate_up)
-
-
-@swiglu_backward.register_fake
-def _(grad, gate_up):
-    return torch.empty_like(gate_up), torch.empty_like(grad)
-
-
-@torch.library.custom_op("eagle3::heads", mutates_args=())
-def heads(
-    projected: Tensor, tokens: Tensor, places: Tensor, cos: Tensor, sin: Tensor, counts: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return jit().heads(projected, tokens, places, cos, sin, counts)
-
-
-@heads.register_fake
-def _(projected, tokens, places, cos, sin, counts):
+def heads_of(projected, tokens, places, cos, sin, counts):
     size = projected.shape[1] // sum(counts)
-    q, k, v = (projected.new_empty(len(projected), count, size) for count in counts)
-    return q, k, v
+    return tuple(projected.new_empty(len(projected), count, size) for count in counts)
 
 
-@torch.library.custom_op("eagle3::heads_backward", mutates_args=("total",))
-def heads_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, places: Tensor, cos: Tensor, sin: Tensor,
-    total: Tensor,
-) -> Tensor:  # fmt: skip
-    """Gradient of `projected`, added also to `total` [T+1,*] at its places but the last."""
-    return jit().heads_backward(grad_q, grad_k, grad_v, places, cos, sin, total)
-
-
-@heads_backward.register_fake
-def _(grad_q, grad_k, grad_v, places, cos, sin, total):
-    count = sum(grad.shape[1] for grad in (grad_q, grad_k, grad_v))
-    return grad_k.new_empty(len(grad_k), count * grad_k.shape[2])
-
-
-@torch.library.custom_op("eagle3::merge", mutates_args=())
-def merge(q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return jit().merge(q, out, lse, later)
-
-
-@merge.register_fake
-def _(q, out, lse, later):
-    return torch.empty_like(out), torch.empty_like(lse)
-
-
-@torch.library.custom_op("eagle3::merge_backward", mutates_args=("grad_q", "totals"))
-def merge_backward(
-    grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor], grad_q: Tensor,
-    totals: list[Tensor],
-) -> None:  # fmt: skip
-    """Adds to the gradient of q and to those of the later keys and values, `totals`."""
-    jit().merge_backward(grad_out, q, out, lse, later, grad_q, totals)
-
-
-@merge_backward.register_fake
-def _(grad_out, q, out, lse, later, grad_q, totals):
-    return None
-
-
-@torch.library.custom_op("eagle3::norm_backward", mutates_args=())
-def norm_backward(
-    grad_x: Tensor | None, grad_first: Tensor, grad_normed: Tensor, x: Tensor, weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of x, and of the weight in parts [*,D] fp32 to be added up; see `Norm`."""
-    return jit().norm_backward(grad_x, grad_first, grad_normed, x, weight, eps)
-
-
-@norm_backward.register_fake
-def _(grad_x, grad_first, grad_normed, x, weight, eps):
-    parts = x.new_empty(-(-len(x) // NORM_ROWS), x.shape[1], dtype=torch.float32)
-    return torch.empty_like(x), parts
+heads = operator(
+    "heads(Tensor projected, Tensor tokens, Tensor places, Tensor cos, Tensor sin, SymInt[] counts)"
+    " -> (Tensor, Tensor, Tensor)",
+    heads_of,
+)
+# Gradient of `projected`, added also to `total` [T+1,*] at its places but the last.
+heads_backward = operator(
+    "heads_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor places, Tensor cos,"
+    " Tensor sin, Tensor(a!) total) -> Tensor",
+    lambda *given: torch.cat([grad.flatten(1) for grad in given[:3]], 1),
+)
+merge = operator(
+    "merge(Tensor q, Tensor out, Tensor lse, Tensor[] later) -> (Tensor, Tensor)",
+    lambda q, out, lse, later: (torch.empty_like(out), torch.empty_like(lse)),
+)
+# Adds to the gradient of q and to those of the later keys and values, `totals`.
+merge_backward = operator(
+    "merge_backward(Tensor grad_out, Tensor q, Tensor out, Tensor lse, Tensor[] later,"
+    " Tensor(a!) grad_q, Tensor(b!)[] totals) -> ()",
+    lambda *given: None,
+)
+# Gradient of x, and of the weight in parts [*,D] fp32 to be added up; see `Norm`.
+norm_backward = operator(
+    "norm_backward(Tensor? grad_x, Tensor grad_first, Tensor grad_normed, Tensor x, Tensor weight,"
+    " float eps) -> (Tensor, Tensor)",
+    lambda grad_x, grad_first, grad_normed, x, weight, eps: (
+        torch.empty_like(x),
+        x.new_empty(-(-len(x) // NORM_ROWS), x.shape[1], dtype=torch.float32),
+    ),
+)
 
 
 # By itself Inductor writes out what several sums read: [m,Vd] in fp32, once or more.

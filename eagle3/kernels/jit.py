@@ -228,12 +228,17 @@ def merge_backward_kernel(
 
 def launch_merge(kernel, q: Tensor, later: list[Tensor], *arguments) -> None:
     (rows, heads, size), groups = q.shape, later[0].shape[1]
+    block = triton.next_power_of_2(heads // groups), triton.next_power_of_2(size)
     if rows:
         kernel[(rows, groups)](
             *arguments, size**-0.5, S=len(later) // 2, G=groups, R=heads // groups, D=size,
-            HEADS=triton.next_power_of_2(heads // groups), SIZE=triton.next_power_of_2(size),
-            num_warps=MERGE_WARPS,
+            HEADS=block[0], SIZE=block[1], num_warps=merge_warps(*block),
         )  # fmt: skip
+
+
+def merge_warps(heads: int, size: int) -> int:
+    """More than 512 numbers of each tensor do not fit into the registers of a warp."""
+    return MERGE_WARPS * min(16, max(1, heads * size // 512))
 
 
 def merge(q: Tensor, out: Tensor, lse: Tensor, later: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 
 from eagle3.batch import Batch, DocumentSpans
 from eagle3.draft.attention import Backend, empty_outputs
-from eagle3.draft.flash import scatter
+from eagle3.kernels.eager import scatter
 
 
 class Segment(NamedTuple):

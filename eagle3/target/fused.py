@@ -24,16 +24,9 @@ ROTATION = "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)"
 @functools.cache
 def region(name: str, schema: str, function: Callable) -> Callable:
     """`function` as an operator, compiled when it is called first."""
-
-    @functools.cache
-    def compiled() -> Callable:
-        return torch.compile(function, dynamic=True)  # batches differ in length
-
-    def call(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return compiled()(*tensors)
-
+    compiled = torch.compile(function, dynamic=True)  # batches differ in length
     name = "eagle3::" + re.sub(r"\W", "_", name)
-    operator = torch.library.custom_op(name, call, mutates_args=(), schema=schema)
+    operator = torch.library.custom_op(name, compiled, mutates_args=(), schema=schema)
     operator.register_fake(function)
     return operator
 
