@@ -123,7 +123,8 @@ def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
     for batch in (1, 3):
         request.open([batch, 0, 0, 0])
         prompts, counted = [[0, i] for i in range(6)], []
-        answers = request.answer([batch, 0, 0, 0], prompts, Setup(2), counted.append)
+        request.count = counted.append
+        answers = request.answer([batch, 0, 0, 0], prompts, Setup(2))
         assert counted == [2] * 6, "as each answer comes"
         assert [answer.ids for answer in answers] == [[i + 1, i + 2] for i in range(6)]
         assert request.get("/most").json()[0] == batch

@@ -53,10 +53,7 @@ class Builtin(Request):
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
         self.rules[tuple(config)] = Sampling(self.temperature, generator)
 
-    def answer(
-        self, config: list[int], prompts: list[list[int]], setup: Setup,
-        count: Callable[[int], Any] = int,
-    ) -> list[Answer]:  # fmt: skip
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
         longest, rule = setup.max_new_tokens, self.rules[tuple(config)]
         ids = [torch.tensor(prompt, device=self.target.embedding.device) for prompt in prompts]
@@ -66,7 +63,7 @@ class Builtin(Request):
             drafter = None
             if steps:
                 drafter = drafter_for(self.target, self.draft, some, config[1:], longest)
-            generations += generate(self.target, some, longest, rule, drafter, count)
+            generations += generate(self.target, some, longest, rule, drafter, self.count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]
 
