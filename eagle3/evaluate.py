@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,46 +63,39 @@ def generate(
     """
     # What an answer depends on beside its prompt and its temperature.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
-    kept = {}
-    for temperature in section.temperature:
-        sampled = {"temperature": temperature} if temperature else {}
-        kept[temperature] = Path(cache_dir, "answers", fingerprint(known | sampled))
-    fill_folder = partial(write_answers, section, prompts, target, kept) if write else None
+
+    def fill_folder(folder: Path) -> dict[str, int]:
+        facts = {"answers": len(prompts), "shortened_at_ties": 0}
+        for temperature in section.temperature:
+            sampled = {"temperature": temperature} if temperature else {}
+            kept = Path(cache_dir, "answers", fingerprint(known | sampled))
+            paths = [kept / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
+            asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
+            answer_prompts(section, target, temperature, asked, kept)
+            answered = 0
+            for number, path in enumerate(paths):
+                tensors = load_tensors(path)
+                facts["shortened_at_ties"] += int(tensors["shortened"])
+                answered += len(tensors["input_ids"]) - len(asked[path])
+                link(path, answer_path(folder, number, temperature))
+            facts[f"answer_tokens{suffix(temperature)}"] = answered
+        return facts
+
     made_from = known | {"eval.temperature": section.temperature, "prompts": prompts}
-    return artefact(cache_dir, "generated", made_from, fill_folder, "generate")
-
-
-def write_answers(
-    section: Eval, prompts: list[dict], target: TargetHandle, kept: dict[float, Path], folder: Path
-) -> dict[str, int]:
-    """Answer prompts at every temperature, whose folder in the cache is `kept`; link the answers
-    into `folder`. Returns the facts.
-    """
-    facts = {"answers": len(prompts), "shortened_at_ties": 0}
-    for temperature, place in kept.items():
-        place.mkdir(parents=True, exist_ok=True)
-        paths = [place / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
-        asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
-        answer_prompts(section, target, temperature, asked, place)
-        answered = 0
-        for number, path in enumerate(paths):
-            tensors = load_tensors(path)
-            facts["shortened_at_ties"] += int(tensors["shortened"])
-            answered += len(tensors["input_ids"]) - len(asked[path])
-            link(path, answer_path(folder, number, temperature))
-        facts[f"answer_tokens{suffix(temperature)}"] = answered
-    return facts
+    return artefact(cache_dir, "generated", made_from, fill_folder if write else None, "generate")
 
 
 def answer_prompts(
     section: Eval, target: TargetHandle, temperature: float, asked: dict[Path, list[int]],
-    place: Path,
+    kept: Path,
 ) -> None:  # fmt: skip
     """Write the answers of prompts by path, of which some are there, a file each as it ends."""
+    kept.mkdir(parents=True, exist_ok=True)
     missing = {path: ids for path, ids in asked.items() if not is_whole(path)}
-    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {place}")
-    units = f"prompts at temperature {temperature:g}" if temperature else "prompts"
-    with Progress("generate", len(asked), units, len(asked) - len(missing)) as bar:
+    done, units = len(asked) - len(missing), "prompts"
+    units += f" at temperature {temperature:g}" if temperature else ""
+    print(f"generate: {done:,} of {len(asked):,} answers are in {kept}")
+    with Progress("generate", len(asked), units, done) as bar:
         if not missing:
             return
         given = target.load(), missing, section, bar
