@@ -13,7 +13,8 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, Sampling, drafter_for, generate
+from eagle3.decode.drafter import Drafter
+from eagle3.decode.speculate import Generation, Sampling, generate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
@@ -60,9 +61,8 @@ class Builtin(Request):
         generations = []
         for start in range(0, len(ids), batch):
             some = ids[start : start + batch]
-            drafter = None
-            if steps:
-                drafter = drafter_for(self.target, self.draft, some, config[1:], longest)
+            given = self.draft, self.target.embedding, some, longest, config[1:]
+            drafter = Drafter(*given) if steps else None
             generations += generate(self.target, some, longest, rule, drafter, self.count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]
