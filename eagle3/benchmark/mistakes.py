@@ -15,7 +15,7 @@ import torch
 from eagle3.batch import by_step
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.draft.rope import Rope
-from eagle3.evaluate import Packed, acceptance_length, draft_likelihoods, walk
+from eagle3.evaluate import Packed, acceptance_length, draft_likelihoods, walk, wanted_ids
 from eagle3.runs.checkpoint import Tensors
 from eagle3.ttt import unroll
 
@@ -70,7 +70,7 @@ def read_with(
     for batch, documents in packed:
         hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states[:, columns], batch)
         best_M = draft.target_ids[draft.logits(hidden_ND[batch.pair_index]).argmax(-1)]
-        right_M = (best_M == batch.features.argmax[batch.pair_teacher]).double()
+        right_M = (best_M == wanted_ids(batch)).double()
         answers += walk(documents, [by_step(batch, right_M).cpu()], draft_length)
         found_M = draft_likelihoods(draft, hidden_ND, batch, 1.0, len(best_M))
         likelihoods.append(found_M.clamp(min=math.log(FLOOR)).cpu())
