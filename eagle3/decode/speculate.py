@@ -218,6 +218,6 @@ def speculate(
     max_new_tokens: int, rule: Sampling | None = None,
 ) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
-    shape = steps, topk, verify_tokens
-    drafter = Drafter(draft, target.embedding, prompts, max_new_tokens, shape)
+    tree = steps, topk, verify_tokens
+    drafter = Drafter(draft, target.embedding, prompts, max_new_tokens, tree)
     return generate(target, prompts, max_new_tokens, rule, drafter)
