@@ -281,7 +281,7 @@ ALL_TOKENS = {"sglang": {"top_k": -1, "max_new_tokens": 9}, "vllm": {"top_k": 0,
 def test_nothing_but_the_temperature_shapes_what_is_drawn(name):
     request = instantiate(section(name, temperature=0.5))
 
-    async def post_all(bodies, batch, steps, count):
+    async def post_all(bodies, batch, steps):
         return bodies
 
     request.post_all = post_all
