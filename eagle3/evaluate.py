@@ -56,9 +56,8 @@ class HeldOut(Document):
 def generate(
     section: Eval, prompts: list[dict[str, Any]], target: TargetHandle, cache_dir: str, write: bool
 ) -> Path:
-    """The stage: the folder of the target's answers to `prompts` ({"id", "input_ids"}).
-
-    Without `write` they must be there. Raises RunError.
+    """The stage: the folder of the target's answers to `prompts` ({"id", "input_ids"}), which must
+    be there without `write`. Raises RunError.
     """
     # What an answer depends on beside its prompt and its temperature.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
@@ -110,7 +109,7 @@ def answer_prompts(
                 # At near ties decoding and the packed pass may round differently: what was decoded
                 # is the text that drafts must meet.
                 argmax, following = tensors["argmax"][:-1], torch.tensor(answer[1:])
-                apart += int((argmax.cpu() != following).sum())
+                apart += int((argmax != following).sum())
                 argmax.copy_(following)
             save_tensors(path, tensors)
             bar.advance(answers=1)
@@ -261,9 +260,7 @@ def evaluate(
     draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: dict[float, Packed],
     draft_length: int,
 ) -> Evaluation:  # fmt: skip
-    """Unroll over the held-out answers, by temperature, and walk each of them at every draft
-    length.
-    """
+    """Unroll over the held-out answers, by temperature, and walk each at every draft length."""
     total_loss, num_rows, found = 0.0, 0, {}
     for temperature, batches in packed.items():
         documents, chances_nK = [], []

@@ -62,9 +62,7 @@ def lk(
     logits: torch.Tensor, teacher: torch.Tensor, eta: Annotated[float, Within(0, 1e6)]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LK loss, adaptive (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
-    acceptance).
-
-    w is a constant to the gradient, and is taken pair by pair.
+    acceptance), which is taken pair by pair and a constant to the gradient.
     """
     cross_entropy, kl_gradient = kl(logits, teacher)
     chance, gradient = acceptance(logits, teacher)
