@@ -61,8 +61,9 @@ class Builtin(Request):
         generations = []
         for start in range(0, len(ids), batch):
             some = ids[start : start + batch]
-            given = self.draft, self.target.embedding, some, longest, config[1:]
-            drafter = Drafter(*given) if steps else None
+            drafter = None
+            if steps:
+                drafter = Drafter(self.draft, self.target.embedding, some, longest, config[1:])
             generations += generate(self.target, some, longest, rule, drafter, self.count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]
