@@ -12,11 +12,8 @@ tokens, U teacher rows, V vocabulary.
 """
 
 import shutil
-from collections import deque
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +40,7 @@ from eagle3.target.spec import TargetSpec
 from eagle3.ttt import unroll
 
 COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth of its length at 5
+MOST_APART = 0.1  # of the tokens; 0.02 are near ties of SmolLM2-135M in bf16
 FORMAT = 3  # of the files, part of their fingerprint
 
 
@@ -58,64 +56,66 @@ class HeldOut(Document):
 def generate(
     section: Eval, prompts: list[dict[str, Any]], target: TargetHandle, cache_dir: str, write: bool
 ) -> Path:
-    """The stage: the folder of the target's answers to `prompts` ({"id", "input_ids"}).
-
-    Without `write` they must be there. Raises RunError.
+    """The stage: the folder of the target's answers to `prompts` ({"id", "input_ids"}), which must
+    be there without `write`. Raises RunError.
     """
     # What an answer depends on beside its prompt and its temperature.
     known = target.identity | {"eval.max_new_tokens": section.max_new_tokens, "format": FORMAT}
-    kept = {}
-    for temperature in section.temperature:
-        sampled = {"temperature": temperature} if temperature else {}
-        kept[temperature] = Path(cache_dir, "answers", fingerprint(known | sampled))
-    fill_folder = partial(write_answers, section, prompts, target, kept) if write else None
+
+    def fill_folder(folder: Path) -> dict[str, int]:
+        facts = {"answers": len(prompts)}
+        for temperature in section.temperature:
+            sampled = {"temperature": temperature} if temperature else {}
+            kept = Path(cache_dir, "answers", fingerprint(known | sampled))
+            paths = [kept / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
+            asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
+            answer_prompts(section, target, temperature, asked, kept)
+            answered = 0
+            for number, path in enumerate(paths):
+                answered += len(load_tensors(path)["input_ids"]) - len(asked[path])
+                link(path, answer_path(folder, number, temperature))
+            facts[f"answer_tokens{suffix(temperature)}"] = answered
+        return facts
+
     made_from = known | {"eval.temperature": section.temperature, "prompts": prompts}
-    return artefact(cache_dir, "generated", made_from, fill_folder, "generate")
-
-
-def write_answers(
-    section: Eval, prompts: list[dict], target: TargetHandle, kept: dict[float, Path], folder: Path
-) -> dict[str, int]:
-    """Answer prompts at every temperature, whose folder in the cache is `kept`; link the answers
-    into `folder`. Returns the facts.
-    """
-    facts = {"answers": len(prompts), "shortened_at_ties": 0}
-    for temperature, place in kept.items():
-        place.mkdir(parents=True, exist_ok=True)
-        paths = [place / f"{fingerprint(prompt['input_ids'])}.safetensors" for prompt in prompts]
-        asked = {path: prompt["input_ids"] for path, prompt in zip(paths, prompts, strict=True)}
-        answer_prompts(section, target, temperature, asked, place)
-        answered = 0
-        for number, path in enumerate(paths):
-            tensors = load_tensors(path)
-            facts["shortened_at_ties"] += int(tensors["shortened"])
-            answered += len(tensors["input_ids"]) - len(asked[path])
-            link(path, answer_path(folder, number, temperature))
-        facts[f"answer_tokens{suffix(temperature)}"] = answered
-    return facts
+    return artefact(cache_dir, "generated", made_from, fill_folder if write else None, "generate")
 
 
 def answer_prompts(
     section: Eval, target: TargetHandle, temperature: float, asked: dict[Path, list[int]],
-    place: Path,
+    kept: Path,
 ) -> None:  # fmt: skip
     """Write the answers of prompts by path, of which some are there, a file each as it ends."""
+    kept.mkdir(parents=True, exist_ok=True)
     missing = {path: ids for path, ids in asked.items() if not is_whole(path)}
-    print(f"generate: {len(asked) - len(missing):,} of {len(asked):,} answers are in {place}")
-    units = f"prompts at temperature {temperature:g}" if temperature else "prompts"
-    with Progress("generate", len(asked), units, len(asked) - len(missing)) as bar:
+    done, units = len(asked) - len(missing), "prompts"
+    units += f" at temperature {temperature:g}" if temperature else ""
+    print(f"generate: {done:,} of {len(asked):,} answers are in {kept}")
+    with Progress("generate", len(asked), units, done) as bar:
         if not missing:
             return
-        given = target.load(), missing, section, bar
-        answers = greedy_answers(*given)
+        waiting, sampling, model, apart = iter(missing.items()), None, target.load(), 0
         if temperature:
-            answers = sampled_answers(*given, temperature, target.load_weights().head)
-        for path, document, cut in answers:
+            sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0}
+            head = target.load_weights().head
+        given = section.batch_size, section.max_new_tokens, sampling, bar.count_tokens
+        for path, answer in model.answer(lambda: next(waiting, None), *given):
+            document = read_answer(model, missing[path], answer)
             tensors = {name: x.contiguous() for name, x in vars(document.features).items()}
-            tensors |= {"input_ids": document.input_ids, "shortened": torch.tensor(cut)}
-            tensors |= {"log_p": document.log_p} if temperature else {}
+            tensors["input_ids"] = document.input_ids
+            if temperature:
+                tensors["log_p"] = log_p(document, head, temperature)
+            else:
+                # At near ties decoding and the packed pass may round differently: what was decoded
+                # is the text that drafts must meet.
+                argmax, following = tensors["argmax"][:-1], torch.tensor(answer[1:])
+                apart += int((argmax != following).sum())
+                argmax.copy_(following)
             save_tensors(path, tensors)
             bar.advance(answers=1)
+    if apart > MOST_APART * bar.tokens:
+        chosen = f"decoding chose {apart:,} of {bar.tokens:,} tokens otherwise than one pass over"
+        print(f"generate: warning: {chosen} the answers would, more than rounding explains")
 
 
 def suffix(temperature: float) -> str:
@@ -149,20 +149,6 @@ def read_answer(target: Any, prompt: list[int], answer: list[int]) -> Document:
     return compute_features(target, [document])[0]
 
 
-def sampled_answers(
-    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress, temperature: float,
-    head: torch.Tensor,
-) -> Iterator[tuple[Path, HeldOut, bool]]:  # fmt: skip
-    """As `greedy_answers`; none is cut, as whatever was sampled has its probability. `head` [V,H]
-    is the target's.
-    """
-    waiting, sampling = iter(asked.items()), {"temperature": temperature, "top_p": 1.0, "top_k": 0}
-    given = section.batch_size, section.max_new_tokens, sampling, bar.count_tokens
-    for path, answer in target.answer(lambda: next(waiting, None), *given):
-        document = read_answer(target, asked[path], answer)
-        yield path, HeldOut(**vars(document), log_p=log_p(document, head, temperature)), False
-
-
 def log_p(document: Document, head: torch.Tensor, temperature: float) -> torch.Tensor:
     """fp32 [U]: the log-probability of the token behind each teacher row, over all of V; 0 behind
     the last.
@@ -174,56 +160,6 @@ def log_p(document: Document, head: torch.Tensor, temperature: float) -> torch.T
         logits = (rows[: len(ids)].to(head.device) @ head.T).float() / temperature
         found.append((logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)).cpu())
     return F.pad(torch.cat(found), (0, 1))
-
-
-def greedy_answers(
-    target: Any, asked: dict[Path, list[int]], section: Eval, bar: Progress
-) -> Iterator[tuple[Path, Document, bool]]:
-    """Answers as they end, with the target's features, and whether they were cut.
-
-    Decoding and the packed pass round differently, so a near tie may go either way: behind one, the
-    answer goes on from the packed pass's own token. Where it gets no further so, it is cut (counted
-    as shortened). What is left is text on which the walk over anchors is exact.
-    """
-    waiting, begun, most = deque(asked), {}, section.max_new_tokens
-
-    def take() -> tuple[Path, list[int]] | None:
-        if not waiting:
-            return None
-        path = waiting.popleft()
-        return path, asked[path] + begun.get(path, [])
-
-    for path, answer in target.answer(take, section.batch_size, most, None, bar.count_tokens):
-        before = begun.pop(path, [])
-        document, better = with_features(target, asked[path], (before + answer)[:most])
-        # Only with more of it right, or two passes that undo each other would never end.
-        while len(before) < len(better) and (
-            len(better) == most or better[-1] in target.eos_token_ids
-        ):
-            before = better
-            document, better = with_features(target, asked[path], before)
-        if len(before) < len(better):
-            begun[path] = better
-            waiting.append(path)
-        else:
-            yield path, document, bool(better)
-
-
-def with_features(target: Any, prompt: list[int], answer: list[int]) -> tuple[Document, list[int]]:
-    """The answer up to a token that isn't the packed pass's argmax; and where there is one, the
-    answer's ids up to there with the argmax behind.
-    """
-    document, start = read_answer(target, prompt, answer), len(prompt)
-    ids = document.input_ids
-    # Teacher rows begin at the answer's first token, whose argmax is its second.
-    argmax = document.features.argmax
-    wrong = (argmax[:-1] != ids[start + 1 :]).nonzero()
-    if len(wrong) == 0:
-        return document, []
-    count = int(wrong[0]) + 1
-    keep, features = start + count, document.features.select(slice(start + count), slice(count))
-    document = Document(0, ids[:keep], document.loss_mask[:keep], features)
-    return document, [*answer[:count], int(argmax[count - 1])]
 
 
 def load_answers(folder: Path, temperature: float = 0.0) -> list[HeldOut]:
@@ -324,9 +260,7 @@ def evaluate(
     draft: Draft, frozen: FrozenWeights, loss: SoftTargetLoss, packed: dict[float, Packed],
     draft_length: int,
 ) -> Evaluation:  # fmt: skip
-    """Unroll over the held-out answers, by temperature, and walk each of them at every draft
-    length.
-    """
+    """Unroll over the held-out answers, by temperature, and walk each at every draft length."""
     total_loss, num_rows, found = 0.0, 0, {}
     for temperature, batches in packed.items():
         documents, chances_nK = [], []
@@ -350,14 +284,18 @@ def evaluate(
     return Evaluation(**greedy, draft_length=draft_length, loss=mean_loss, sampled=sampled)
 
 
+def wanted_ids(batch: Batch) -> torch.Tensor:
+    """int64 [M]: the text's token that each pair drafts, which its teacher predicts."""
+    return batch.input_ids[batch.teacher_rows[batch.pair_teacher] + 1]
+
+
 def draft_likelihoods(
     draft: Draft, hidden_ND: torch.Tensor, batch: Batch, temperature: float, chunk_rows: int
 ) -> torch.Tensor:
     """fp32 [M]: the log-probability of the text's token, -inf where the draft cannot say it."""
     draft_ids = torch.full((draft.config.vocab_size,), -1, device=hidden_ND.device)
     draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=hidden_ND.device)
-    # The teacher of a pair predicts the token that the pair drafts.
-    wanted_M = draft_ids[batch.input_ids[batch.teacher_rows[batch.pair_teacher] + 1]]
+    wanted_M = draft_ids[wanted_ids(batch)]
     found = []
     for pairs, ids in zip(batch.pair_index.split(chunk_rows), wanted_M.split(chunk_rows)):
         log_q = (draft.logits(hidden_ND[pairs]).float() / temperature).log_softmax(-1)

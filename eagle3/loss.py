@@ -62,20 +62,14 @@ def lk(
     logits: torch.Tensor, teacher: torch.Tensor, eta: Annotated[float, Within(0, 1e6)]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LK loss, adaptive (arXiv 2602.23881): w KL + (1 - w) (1 - acceptance), w = exp(-eta
-    acceptance).
-
-    acceptance = sum min(p, q) is the probability that rejection sampling keeps the drafted token; w
-    is a constant to the gradient, and is taken pair by pair.
+    acceptance), which is taken pair by pair and a constant to the gradient.
     """
     cross_entropy, kl_gradient = kl(logits, teacher)
-    student = kl_gradient + teacher
-    acceptance = torch.minimum(student, teacher).sum(-1, keepdim=True)
-    weight = (-eta * acceptance).exp()
-    below = (student < teacher).to(student.dtype)
-    rate = (student * below).sum(-1, keepdim=True)
-    entropy = torch.special.entr(teacher).sum(-1)
-    value = weight[:, 0] * (cross_entropy - entropy) + (1 - weight[:, 0]) * (1 - acceptance[:, 0])
-    return value, weight * kl_gradient + (1 - weight) * student * (rate - below)
+    chance, gradient = acceptance(logits, teacher)
+    weight = (-eta * chance).exp()
+    divergence = cross_entropy - torch.special.entr(teacher).sum(-1)
+    value = weight * divergence + (1 - weight) * (1 - chance)
+    return value, torch.lerp(-gradient, kl_gradient, weight[:, None])
 
 
 def acceptance(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

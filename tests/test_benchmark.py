@@ -110,10 +110,10 @@ class Echo(Request):
     def open(self, config):
         self.log.append(("open", config))
 
-    def answer(self, config, prompts, setup, count=int):
+    def answer(self, config, prompts, setup):
         self.log.append(("answer", config, len(prompts), prompts))
         answers = [self.one(config[1], prompt[: setup.max_new_tokens]) for prompt in prompts]
-        count(sum(len(answer.ids) for answer in answers))
+        self.count(sum(len(answer.ids) for answer in answers))
         return answers
 
     def one(self, steps, ids):
@@ -439,7 +439,8 @@ def test_builtin_answers_in_order_and_without_common_luck():
         request = instantiate(SECTION | {"temperature": temperature})
         request.target, request.chat, request.seed, request.rules = Cycle(), Words(), 0, {}
         request.open(config)
-        return request.answer(config, prompts, Setup(count), counted.append)
+        request.count = counted.append
+        return request.answer(config, prompts, Setup(count))
 
     found = answers([2, 0, 0, 0], [[0, 3], [1, 9, 5], [7]], 4)
     assert [a.ids for a in found] == [[4, 5, 6, 7], [6, 7, 8, 9], [8, 9, 10, 11]]

@@ -123,7 +123,8 @@ def test_requests_under_way_and_their_order(name, subject, python, tmp_path):
     for batch in (1, 3):
         request.open([batch, 0, 0, 0])
         prompts, counted = [[0, i] for i in range(6)], []
-        answers = request.answer([batch, 0, 0, 0], prompts, Setup(2), counted.append)
+        request.count = counted.append
+        answers = request.answer([batch, 0, 0, 0], prompts, Setup(2))
         assert counted == [2] * 6, "as each answer comes"
         assert [answer.ids for answer in answers] == [[i + 1, i + 2] for i in range(6)]
         assert request.get("/most").json()[0] == batch
@@ -280,7 +281,7 @@ ALL_TOKENS = {"sglang": {"top_k": -1, "max_new_tokens": 9}, "vllm": {"top_k": 0,
 def test_nothing_but_the_temperature_shapes_what_is_drawn(name):
     request = instantiate(section(name, temperature=0.5))
 
-    async def post_all(bodies, batch, steps, count):
+    async def post_all(bodies, batch, steps):
         return bodies
 
     request.post_all = post_all

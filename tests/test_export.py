@@ -263,6 +263,7 @@ DEFECTS = [
     ({"fc_norm": True}, None, EVERY, "fc_norm.0.weight is missing"),
     ({"norm_before_fc": True}, None, LOADERS, "input_norm.weight is missing"),
     ({}, put("fc_norm.0.weight", ONES), EVERY, "does not say fc_norm"),
+    ({}, put("fc_norm.weight", ONES), EVERY, "does not say fc_norm"),
     ({"fc_norm": True}, lambda t: t.update(NORMS), {"official"}, "fc_norm is true"),
     ({"use_aux_norm": True}, lambda t: t.update(NORMS), {"vllm"}, "use_aux_norm is true"),
     ({"norm_output": True}, None, {"official"}, "norm_output is true"),

@@ -108,6 +108,13 @@ def test_generation_equals_transformers(target, reference):
     assert target.eos_token_ids == reference.eos_token_ids
 
 
+def test_a_request_that_was_broken_off_is_no_answer(target, monkeypatch):
+    meta = {"finish_reason": {"type": "abort", "message": "no room"}}
+    monkeypatch.setattr(target, "post", lambda body: [{"output_ids": [5], "meta_info": meta}])
+    with pytest.raises(RunError, match=r"^SGLang broke off a request: no room$"):
+        target.generate([[1, 2]], 4)
+
+
 FAULTS = [
     ({"silent": True}, r"no hidden states came .* forward hook does not fire"),
     ({"skip": 3}, r"computed tokens 3 to .* prefix cache is on"),

@@ -13,7 +13,8 @@ from eagle3.benchmark.request import Request, Subject
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
-from eagle3.decode.speculate import Generation, Sampling, drafter_for, generate
+from eagle3.decode.drafter import Drafter
+from eagle3.decode.speculate import Generation, Sampling, generate
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
@@ -53,10 +54,7 @@ class Builtin(Request):
         generator = torch.Generator(self.target.embedding.device).manual_seed(self.seed)
         self.rules[tuple(config)] = Sampling(self.temperature, generator)
 
-    def answer(
-        self, config: list[int], prompts: list[list[int]], setup: Setup,
-        count: Callable[[int], Any] = int,
-    ) -> list[Answer]:  # fmt: skip
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         batch, steps, *_ = config
         longest, rule = setup.max_new_tokens, self.rules[tuple(config)]
         ids = [torch.tensor(prompt, device=self.target.embedding.device) for prompt in prompts]
@@ -65,8 +63,8 @@ class Builtin(Request):
             some = ids[start : start + batch]
             drafter = None
             if steps:
-                drafter = drafter_for(self.target, self.draft, some, config[1:], longest)
-            generations += generate(self.target, some, longest, rule, drafter, count)
+                drafter = Drafter(self.draft, self.target.embedding, some, longest, config[1:])
+            generations += generate(self.target, some, longest, rule, drafter, self.count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]
 

@@ -17,7 +17,7 @@ from eagle3.draft.attention import Backend
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
-from eagle3.evaluate import pack_answers, with_features
+from eagle3.evaluate import pack_answers, read_answer
 from eagle3.export.read import DraftFiles, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
 from eagle3.target.handle import TargetHandle
@@ -149,7 +149,7 @@ def decode(
     layers = sorted({layer for ids in choices for layer in ids})
     model = HFTarget(target.spec.with_layers(layers), target.device)
     answers = zip(prompts, model.generate(prompts, section.max_new_tokens), strict=True)
-    documents = [with_features(model, prompt, answer)[0] for prompt, answer in answers]
+    documents = [read_answer(model, prompt, answer) for prompt, answer in answers]
     documents = [document for document in documents if document.loss_mask.sum() > 2]
     if not documents:
         raise RunError("the target ends its answers at once")

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from hashlib import sha256
@@ -124,19 +123,18 @@ def measure(request: Request, configs: list[list[int]], tasks: list[Task], chat:
     trials: Trials = {tuple(config): {task.name: [] for task in tasks} for config in configs}
     total = len(configs) * sum(len(task.questions) for task in tasks)
     with Progress(f"benchmark {configs[-1]}", total, "questions", kept=lambda: 0) as bar:
+        request.count = bar.count_tokens
         for task, questions in groups:
             for config in configs:
-                asked = ask(request, config, questions, task, chat, bar.count_tokens)
-                trials[tuple(config)][task.name] += asked
+                trials[tuple(config)][task.name] += ask(request, config, questions, task, chat)
                 bar.advance(len(questions))
             configs = configs[::-1]  # a machine that grows slower favours none
     return trials
 
 
 def ask(
-    request: Request, config: list[int], questions: list[Question], task: Task, chat: Chat,
-    count: Callable[[int], Any],
-) -> list[Trial]:  # fmt: skip
+    request: Request, config: list[int], questions: list[Question], task: Task, chat: Chat
+) -> list[Trial]:
     """All turns of these questions, each after the model's own answers to the turns before."""
     trials = [Trial(question) for question in questions]
     wall = 0.0
@@ -147,7 +145,7 @@ def ask(
             trial.prompts.append(task.prompt_ids(trial.question, texts, chat))
         prompts = [trial.prompts[-1] for trial in going]
         began = time.perf_counter()
-        answers = request.answer(config, prompts, task.setup, count)
+        answers = request.answer(config, prompts, task.setup)
         wall += time.perf_counter() - began
         for trial, answer in zip(going, answers, strict=True):
             trial.answers.append(answer)

@@ -15,7 +15,7 @@ import torch
 from eagle3.batch import by_step
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.draft.rope import Rope
-from eagle3.evaluate import Packed, acceptance_length, walk
+from eagle3.evaluate import Packed, acceptance_length, draft_likelihoods, walk, wanted_ids
 from eagle3.runs.checkpoint import Tensors
 from eagle3.ttt import unroll
 
@@ -67,16 +67,13 @@ def read_with(
 ) -> Reading:
     """Of answers, one in each batch, and `columns` of their auxiliary states."""
     answers, likelihoods = [], []
-    draft_ids = torch.full((draft.config.vocab_size,), -1, device=embedding.device)
-    draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=embedding.device)
     for batch, documents in packed:
         hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states[:, columns], batch)
-        logits_MV = draft.logits(hidden_ND[batch.pair_index]).float()
-        wanted_M = draft_ids[batch.features.argmax[batch.pair_teacher]]
-        right_M = (logits_MV.argmax(-1) == wanted_M).double()
+        best_M = draft.target_ids[draft.logits(hidden_ND[batch.pair_index]).argmax(-1)]
+        right_M = (best_M == wanted_ids(batch)).double()
         answers += walk(documents, [by_step(batch, right_M).cpu()], draft_length)
-        found_M = logits_MV.softmax(-1).gather(1, wanted_M.clamp(min=0)[:, None])[:, 0]
-        likelihoods.append((found_M * (wanted_M >= 0)).clamp(min=FLOOR).log().cpu())
+        found_M = draft_likelihoods(draft, hidden_ND, batch, 1.0, len(best_M))
+        likelihoods.append(found_M.clamp(min=math.log(FLOOR)).cpu())
     return Reading(acceptance_length(answers), torch.cat(likelihoods))
 
 

@@ -1,7 +1,6 @@
 """What a benchmark is asked for and measures, whatever answers."""
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ class Request:
     execute_code_unconfined: bool
 
     in_process: ClassVar[bool]  # all configs can then be open side by side
+    count = int  # hears of new tokens as they come
 
     def __post_init__(self):
         self.configs = [in_steps(config, self.protocol) for config in self.configs]
@@ -65,13 +65,8 @@ class Request:
     def open(self, config: list[int]) -> None:
         """Get ready for questions under `config`; steps 0 is the target alone."""
 
-    def answer(
-        self, config: list[int], prompts: list[list[int]], setup: Setup,
-        count: Callable[[int], Any] = int,
-    ) -> list[Answer]:  # fmt: skip
-        """One answer per prompt, in order, `batch` at a time; each ends as `setup` says. `count`
-        hears of new tokens as they come.
-        """
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
+        """One answer per prompt, in order, `batch` at a time; each ends as `setup` says."""
 
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         """How it drafts: `greedy`, the likeliest tokens, or `sampled`; None where nobody knows."""

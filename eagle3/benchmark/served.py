@@ -1,7 +1,6 @@
 """`benchmark=sglang` and `vllm`: a stock server, one at a time, started or given by its address."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -133,37 +132,28 @@ class Served(Request):
         except httpx.HTTPError as error:
             raise RunError(f"no server answers at {self.address} ({error})") from error
 
-    def answer(
-        self, config: list[int], prompts: list[list[int]], setup: Setup,
-        count: Callable[[int], Any] = int,
-    ) -> list[Answer]:  # fmt: skip
+    def answer(self, config: list[int], prompts: list[list[int]], setup: Setup) -> list[Answer]:
         sampling = UNSHAPED | {"temperature": self.temperature, "stop": list(setup.stop)}
         given = (setup.max_new_tokens, sampling)
         bodies = [self.engine.request_body(prompt, *given) for prompt in prompts]
-        return asyncio.run(self.post_all(bodies, *config[:2], count))
+        return asyncio.run(self.post_all(bodies, *config[:2]))
 
-    async def post_all(
-        self, bodies: list[dict[str, Any]], batch: int, steps: int, count: Callable[[int], Any]
-    ) -> list[Answer]:
+    async def post_all(self, bodies: list[dict[str, Any]], batch: int, steps: int) -> list[Answer]:
         # Always `batch` under way: the next question waits for a connection, however long.
         limits = httpx.Limits(max_connections=batch)
         timeout = httpx.Timeout(self.timeout, pool=None)
         async with httpx.AsyncClient(timeout=timeout, trust_env=False, limits=limits) as client:
             # The first error, or Ctrl-C, waits for none of the others: `asyncio.run` cancels them.
-            posts = (self.post(client, body, steps, count) for body in bodies)
-            return await asyncio.gather(*posts)
+            return await asyncio.gather(*(self.post(client, body, steps) for body in bodies))
 
-    async def post(
-        self, client: httpx.AsyncClient, body: dict[str, Any], steps: int,
-        count: Callable[[int], Any],
-    ) -> Answer:  # fmt: skip
+    async def post(self, client: httpx.AsyncClient, body: dict[str, Any], steps: int) -> Answer:
         reason = ""
         try:
             response = await client.post(self.address + self.engine.generate_path, json=body)
             reason = f"HTTP {response.status_code} {response.text[:300]}"
             if response.status_code == 200:
                 answer = self.engine.read_reply(response.json(), steps)
-                count(len(answer.ids))
+                self.count(len(answer.ids))
                 return answer
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             reason = f"{type(error).__name__} {error} {reason}".strip()

@@ -232,9 +232,8 @@ def finish(
     files: list[DataFile],
 ) -> dict[str, Any]:  # fmt: skip
     """Write answers and rejects in the order of the rows; returns the facts. Raises RunError."""
-    names = "rows", "answered", "turns", "truncated", "loops", "retries", "answer_tokens"
-    counts, rejected = Counter(dict.fromkeys(names, 0)), Counter()
-    names = "conversations.jsonl", "rejects.jsonl"
+    counts = Counter(rows=0, answered=0, turns=0, truncated=0, loops=0, retries=0, answer_tokens=0)
+    rejected, names = Counter(), ("conversations.jsonl", "rejects.jsonl")
     with (folder / names[0]).open("wb") as conversations, (folder / names[1]).open("wb") as rejects:
         for row in rows:
             dialogue = Dialogue(row, system_prompt)

@@ -46,8 +46,7 @@ class Conversation:
 
 
 def read_conversation(row: dict[str, Any], preformatted: bool = False) -> Conversation:
-    """A row with messages, or instruction and output, or prompts alone; `text` if `preformatted`.
-
+    """A row with messages, or instruction and output, or prompts alone, or, `preformatted`, a text.
     Raises RowError.
     """
     if preformatted:

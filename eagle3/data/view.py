@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +155,12 @@ def show(collected: Collected, console: Console) -> None:
     for sample in collected.samples:
         console.rule(Text(sample.place), style="dim")
         # Shades alternate, so that one sees where a token ends.
-        text, number = Text(sample.summary + "\n", "dim"), 0
+        text, shades = Text(sample.summary + "\n", "dim"), cycle(SHADES)
         for supervised, pieces in groupby(sample.pieces, lambda piece: piece.supervised):
             text.append("⟦" if supervised and plain else "")
             for piece in pieces:
-                style = SHADES[number % 2] if supervised else "cyan" if piece.special else "dim"
-                text.append(visible(piece.text), style)
-                number += 1
+                style = "cyan" if piece.special else "dim"
+                text.append(visible(piece.text), next(shades) if supervised else style)
             text.append("⟧" if supervised and plain else "")
         console.print(text, soft_wrap=True)
     if collected.rendering is not None:

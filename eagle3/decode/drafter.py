@@ -11,29 +11,34 @@ query and G key/value heads of size d, V and Vd vocabularies.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
-from eagle3.decode.tree import Candidates, Tree, chain
+from eagle3.decode.tree import Candidates, Tree, chain, check_tree
 from eagle3.draft.model import Draft
 from eagle3.kernels.eager import Eager, rotate
 
 
 class Drafter:
-    """A draft beside `batch_size` texts that end before `max_length`."""
+    """A draft with room for prompts and answers, of a `tree`: steps, topk, verify_tokens."""
 
+    @torch.inference_mode()
     def __init__(
-        self, draft: Draft, embedding: torch.Tensor, batch_size: int, max_length: int, steps: int,
-        topk: int, verify_tokens: int,
+        self, draft: Draft, embedding: torch.Tensor, prompts: list[torch.Tensor],
+        max_new_tokens: int, tree: Sequence[int],
     ):  # fmt: skip
-        """`embedding` [V,D] is the target's; its dtype is the one computed in."""
+        """`embedding` [V,D] is the target's; its dtype is the one computed in. ConfigError."""
+        check_tree(*tree, draft.config.draft_vocab_size)
+        steps, topk, verify_tokens = tree
+        self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
+        batch_size, max_length = len(prompts), max(map(len, prompts)) + max_new_tokens
         dtype, config, device = embedding.dtype, draft.config, embedding.device
         if draft.lm_head.weight.dtype != dtype:
             # Once, where the layers would cast their weights at every call.
             draft = copy.deepcopy(draft).to(dtype)
         self.draft, self.embedding, self.target_ids = draft, embedding, draft.target_ids
-        self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
         # One product where training has two: here the time is that of starting kernels.
         self.weights = draft.weights(Eager, dtype)
         self.qkv_weight = torch.cat([self.weights.embedded, self.weights.hidden], dim=1)

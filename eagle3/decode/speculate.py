@@ -10,7 +10,7 @@ vocabularies.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from eagle3.decode.drafter import Drafter
-from eagle3.decode.tree import Tree, chain, check_tree
+from eagle3.decode.tree import Tree, chain
 from eagle3.draft.model import Draft
 from eagle3.target.generation import RowsCache
 
@@ -213,23 +213,11 @@ def generate(
     return batch.generations
 
 
-@torch.inference_mode()
-def drafter_for(
-    target, draft: Draft, prompts: list[torch.Tensor], shape: Sequence[int], max_new_tokens: int
-) -> Drafter:
-    """With room for these prompts and answers, of trees of `shape`: steps, topk, verify_tokens.
-    Raises ConfigError.
-    """
-    check_tree(*shape, draft.config.draft_vocab_size)
-    length = max(map(len, prompts)) + max_new_tokens
-    return Drafter(draft, target.embedding, len(prompts), length, *shape)
-
-
 def speculate(
     target, draft: Draft, prompts: list[torch.Tensor], steps: int, topk: int, verify_tokens: int,
     max_new_tokens: int, rule: Sampling | None = None,
 ) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
-    shape = steps, topk, verify_tokens
-    drafter = drafter_for(target, draft, prompts, shape, max_new_tokens)
+    tree = steps, topk, verify_tokens
+    drafter = Drafter(draft, target.embedding, prompts, max_new_tokens, tree)
     return generate(target, prompts, max_new_tokens, rule, drafter)

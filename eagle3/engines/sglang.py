@@ -100,13 +100,17 @@ class SGLang(Engine):
         more = {"top_k": -1, "max_new_tokens": max_new_tokens}
         return {"input_ids": prompt, "sampling_params": sampling | more}
 
-    def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
-        """Raises RunError where the reply lacks the counters of the request."""
-        ids, text, meta = reply["output_ids"], reply["text"], reply["meta_info"]
-        reason = meta["finish_reason"]
+    def read_ids(self, reply: dict[str, Any]) -> list[int]:
+        """The new tokens. Raises RunError where the server broke the request off."""
+        reason = reply["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
             raise RunError(f"SGLang broke off a request: {reason.get('message')}")
-        truncated = reason["type"] == "length"
+        return reply["output_ids"]
+
+    def read_reply(self, reply: dict[str, Any], steps: int) -> Answer:
+        """Raises RunError where the reply lacks the counters of the request."""
+        ids, text, meta = self.read_ids(reply), reply["text"], reply["meta_info"]
+        truncated = meta["finish_reason"]["type"] == "length"
         if len(ids) < 2:  # the prefill gave all there is, and no round was needed
             return answer_of_rounds(ids, text, [], steps, 0.0, truncated)
         if "decode_throughput" not in meta:

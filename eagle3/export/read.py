@@ -102,9 +102,8 @@ def named_layers(config: dict[str, Any]) -> list[int] | None:
 
 
 def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
-    """The shape in a config, filled up as vLLM 0.32 and SGLang 0.5.23 do. RunError without sizes.
-
-    SGLang reads `use_aux_norm` as another name of `fc_norm`.
+    """The shape in a config, filled up as vLLM 0.32 and SGLang 0.5.23 do, of which the latter reads
+    `use_aux_norm` as another name of `fc_norm`. Raises RunError without sizes.
     """
     given = {key: value for key, value in config.items() if value is not None}
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):

@@ -188,9 +188,9 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
             yield Finding(engines, f"{flag} is true, which they do not compute")
     # Engines make the norms of EAGLE-3.1 by the flag, and fill them with whatever is in the file.
     flags["fc_norm"] = files.shape.fc_norm
-    norms = {"fc_norm": "fc_norm.0.weight", "norm_before_fc": "input_norm.weight"}
-    for flag, name in norms.items():
-        if name in files.tensors and not flags.get(flag):
+    for flag, prefix in {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}.items():
+        name = next((name for name in files.tensors if name.startswith(prefix)), None)
+        if name and not flags.get(flag):
             yield Finding(ALL, f"{name} is left out: config.json does not say {flag}")
     if flags.get("norm_before_fc") and "input_norm.weight" not in files.tensors:
         yield Finding(LOADERS, "norm_before_fc is true, but input_norm.weight is missing")

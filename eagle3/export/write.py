@@ -27,7 +27,6 @@ OUTER = (
     "architectures", "draft_vocab_size", "target_hidden_size", "bos_token_id", "eos_token_id",
     "pad_token_id", "fc_norm", "norm_output", "eagle_config", LAYER_IDS, "made_for",
 )  # fmt: skip
-TOKENS = ("bos", "eos", "pad")
 COPIED = ("draft_vocab_size", "target_hidden_size", "tie_word_embeddings", "torch_dtype", LAYER_IDS)
 COPIED += ("fc_norm", "norm_output")
 
@@ -91,7 +90,7 @@ def portable_config(
         "mlp_bias": False,
         "rope_scaling": None,  # written, because the official code stops at llama3's
         "tie_word_embeddings": False,
-        **{f"{name}_token_id": getattr(target.config, f"{name}_token_id") for name in TOKENS},
+        **{name: getattr(target.config, name) for name in OUTER if name.endswith("_token_id")},
         # Each engine reads the key of its own, in its own numbers.
         "eagle_config": {LAYER_IDS: numbered_by("sglang", layer_ids), "use_aux_hidden_state": True},
         LAYER_IDS: numbered_by("vllm", layer_ids),

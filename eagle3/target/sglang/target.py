@@ -208,7 +208,7 @@ class SGLangTarget:
         if sampling is not None:
             chosen |= sampling | {"top_k": sampling["top_k"] or -1}  # ours has 0 for all tokens
         replies = self.post({"input_ids": prompts, "sampling_params": chosen})
-        return [reply["output_ids"] for reply in replies]
+        return list(map(ENGINE.read_ids, replies))
 
     def answer(
         self, take: Take, batch_size: int, max_new_tokens: int, sampling: dict | None = None,

@@ -118,8 +118,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, {"error": {"message": "a token is out of the vocabulary"}})
         with lock:
             prefill(prompts, body.get("rid") or ["health"] * len(prompts))
+            meta = {"finish_reason": {"type": "length"}}
             answers = [
-                {"output_ids": answer(prompt, body["sampling_params"])} for prompt in prompts
+                {"output_ids": answer(prompt, body["sampling_params"]), "meta_info": meta}
+                for prompt in prompts
             ]
         self.reply(200, answers)
 
