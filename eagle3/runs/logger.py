@@ -310,8 +310,10 @@ class Trackio(NoTracker):
         self.trackio = trackio
         # Its runs have no other id than their name.
         given = {"name": f"{name} {run_id}", "group": self.group, "resume": "allow"}
-        with contextlib.redirect_stdout(io.StringIO()):  # two lines of advertisement
+        with contextlib.redirect_stdout(io.StringIO()):  # several lines of advertisement
             self.run = trackio.init(self.project, config=redact(config), embed=False, **given)
+        # Were stdout redirected where it may hang, it would be lost to all.
+        trackio.run.print = lambda *given: None
         trackio.context_vars.current_run.set(None)  # which it would end, aloud, once more
 
     def log(self, metrics: dict, step: int) -> None:
@@ -322,8 +324,7 @@ class Trackio(NoTracker):
 
     def finish(self, exit_code: int = 0) -> None:
         if self.run is not None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.run.finish()
+            self.run.finish()
 
 
 @contextlib.contextmanager

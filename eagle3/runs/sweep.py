@@ -122,11 +122,12 @@ def open_study(path: Path, seed: int = 0, n_startup_trials: int = 0) -> Any:
 
 def is_pruned(section: Sweep, run_dir: Path, update: int, acceptance: float) -> bool:
     """Report what a trial of Optuna has reached; whether it ends here, below the others' median."""
-    if section.trial is None:
+    studies = [path / STUDY for path in run_dir.parents if (path / STUDY).exists()]
+    if section.trial is None or not studies:
         return False
     import optuna
 
-    study = open_study(next(p / STUDY for p in run_dir.parents if (p / STUDY).exists()))
+    study = open_study(studies[0])
     state = study.trials[section.trial].state
     if state.is_finished():  # someone goes on with it by hand
         return False
