@@ -175,10 +175,10 @@ def curve(trained: list[dict], key: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def templates() -> Environment:
-    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
-    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+def templates(folder: Path = Path(__file__).parent, autoescape: bool = True) -> Environment:
+    # In pages names of runs and suites, and data rows quoted in reasons, are anybody's text.
+    loader = FileSystemLoader(folder, encoding="utf-8")
+    return Environment(loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_report(run_dir: Path) -> Path:
