@@ -105,6 +105,18 @@ def test_what_cannot_be_compared_is_said(tmp_path, case):
         assert runs[1].numbers["tokens/s"] == 500 and runs[1].numbers["device hours"] is None
 
 
+def test_runs_without_held_out_answers(tmp_path):
+    for name in "ab":
+        make(tmp_path / name, 2.5)
+    (tmp_path / "a" / "evaluation.json").unlink()
+    columns = cells(*compare([tmp_path]))
+    assert columns["acceptance"][0] == "–" and columns["acceptance"][1].startswith("2.")
+    (tmp_path / "b" / "evaluation.json").unlink()
+    assert "acceptance" not in cells(*compare([tmp_path]))
+    show([tmp_path], tmp_path, Console(file=io.StringIO()))
+    assert "2 runs compared" in (tmp_path / "compare.html").read_text()
+
+
 def test_a_run_as_good_as_the_best_is_not_it(tmp_path):
     make(tmp_path / "a", 2.5)
     make(tmp_path / "b", 2.5)

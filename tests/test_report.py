@@ -451,6 +451,13 @@ def test_runs_of_some_stages_and_those_that_failed(tmp_path, stages, files, said
     assert {"Hidden states", "Prepared", "Regenerated, 2"} <= set(parsed.said("h3"))
 
 
+def test_a_pruned_trial_has_not_failed(tmp_path):
+    stages = {"name": "x", "stages": ["train", "benchmark"]}
+    parsed = page_of(tmp_path, run=RUN | {"config": stages, "pruned": True}, **TRAINED)
+    (sentence,) = parsed.said("p[@class='warning']")
+    assert sentence.startswith("Optuna ended this run before its last update")
+
+
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):
     metrics = list(training(5000))
     metrics += [{"step": s, "eval/acceptance_length": 2 + (s == 777)} for s in range(1, 2000, 2)]

@@ -94,7 +94,7 @@ class Run:
 
     def at(self, temperature: str) -> dict[str, Any]:
         """What was evaluated at a temperature; {} where nothing was."""
-        sampled = self.evaluation.get("sampled") or {}
+        sampled = self.evaluation.get("sampled", {})
         return self.evaluation if temperature == GREEDY else sampled.get(temperature, {})
 
     def counts(self, temperature: str) -> dict[str, tuple[float, float]]:
@@ -174,8 +174,7 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     differing = [key for key in runs[0].settings if key.startswith(OF_LOSS)]
     if differing:
         notes.append(f"{NOT_COMPARABLE}, because runs differ in {', '.join(differing)}")
-    temperatures = [run.evaluation.get("sampled") or {} for run in runs]
-    for temperature in dict.fromkeys([GREEDY, *(t for each in temperatures for t in each)]):
+    for temperature in temperatures(runs):
         notes += measure(runs, temperature)
     return runs, notes
 
@@ -188,8 +187,6 @@ def setting(config: dict[str, Any], key: str) -> str:
 def measure(runs: list[Run], temperature: str) -> list[str]:
     """Give the runs that were evaluated at a temperature their acceptance; returns notes."""
     measured = [run for run in runs if run.at(temperature)]
-    if not measured:
-        return []
     known = {run.path: run.counts(temperature) for run in measured}
     first, *others = known.values()
     shared = [prompt for prompt in first if all(prompt in each for each in others)]
@@ -220,7 +217,8 @@ def measure(runs: list[Run], temperature: str) -> list[str]:
 
 def temperatures(runs: list[Run]) -> list[str]:
     """Those at which a run was evaluated."""
-    return list(dict.fromkeys(t for run in runs for t in run.acceptance))
+    known = [run.evaluation for run in runs if run.evaluation]
+    return list(dict.fromkeys(t for each in known for t in (GREEDY, *each.get("sampled", ()))))
 
 
 def with_interval(value: str, interval: list[float] | None) -> str:
@@ -282,9 +280,8 @@ def read_plots(runs: list[Run]) -> dict[str, tuple[Plot, str, dict[str, bool]]]:
         add(f"Acceptance length{at} by draft length", lines, "drafted tokens a round", dots, 1)
         lines = [series(run.at(temperature).get("accepted_at", [])) for run in runs]
         add(f"Accepted{at} by position", lines, "position in the draft", dots, 0)
-    known = zip(runs, totals) if size else ()
-    reached = [(run.acceptance.get(GREEDY), total) for run, total in known]
-    ends = sorted((total / size, found.length) for found, total in reached if found)
+    measured = [run for run in runs if size and GREEDY in run.acceptance]
+    ends = sorted((run.total("tokens") / size, run.acceptance[GREEDY].length) for run in measured)
     if len(ends) > 1 and ends[-1][0] > 1.2 * ends[0][0]:  # as of sweep=data
         options = dots | {"values": True}
         plots["Best acceptance length by tokens"] = Plot({"": ends}), axis, options

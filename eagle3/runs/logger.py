@@ -163,7 +163,7 @@ class Trackers(NoTracker):
         for name, error in self.each(begin, 3 * START_SECONDS).items():
             if isinstance(error, ConfigError):
                 raise error
-            del self.used[name]
+            self.used.pop(name, None)
 
     def log(self, metrics: dict, step: int) -> None:
         self.each(lambda tracker: tracker.log(metrics, step))

@@ -30,8 +30,8 @@ class Progress(AbstractContextManager):
     ):  # fmt: skip
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
-        self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
-        self.answers = 0
+        self.expected, self.values, self.share = expected, {}, 0.0
+        self.tokens = self.answers = 0
         self.completed = 0  # tokens of units that `complete` heard of
         self.printing, self.ended = threading.Lock(), threading.Event()
         self.watching = threading.Thread(target=self.watch, daemon=True)

@@ -220,6 +220,8 @@ def write_report(run_dir: Path) -> Path:
 
 def missing(run: dict, benchmark: dict, trained: dict) -> list[str]:
     """A sentence for each stage that is listed, or suite that is asked, and left no result."""
+    if run.get("pruned"):
+        return ["Optuna ended this run before its last update, so that it has no draft."]
     suites = benchmark.get("suites", {})
     done = {"train": bool(trained), "benchmark": any(suites.values())}
     stages = [stage for stage in run["config"].get("stages", []) if not done.get(stage, True)]
