@@ -29,6 +29,7 @@ class OddError(Exception):
 
 FAILED = {
     "a=1 is wrong": ConfigError("a=1 is wrong"),
+    "a=http://<redacted>@host": ConfigError("a=http://me:SESAME@host"),
     "ValueError: x": ValueError("x\nmore"),
     "OddError: OddError": OddError(),
 }
@@ -49,7 +50,8 @@ def test_bad_jobs_are_named_with_their_sentences(tmp_path, capsys):
         with sweep.note_failure(folder / f"{number}", number, [f"x={number}", "y.api_key=SESAME"]):
             raise raised
     (folder / "2" / "run.json").write_text("{}")
-    assert "error: a=1 is wrong\n" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "error: a=1 is wrong\n" in shown and "SESAME" not in shown
     lines = sweep.collect_failures(folder)
     assert lines == [f"job {n} (x={n}): {sentence}" for n, sentence in enumerate(FAILED, start=1)]
     assert sorted(path.name for path in folder.rglob("*")) == ["2", "multirun.yaml", "run.json"]

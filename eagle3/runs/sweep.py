@@ -74,7 +74,7 @@ def note_failure(run_dir: Path, number: int, overrides: list[str]) -> Iterator[N
         yield
     except Exception as error:
         if is_explained(error):
-            sentence, _ = explain(error)
+            sentence = redact(explain(error)[0])
             print(f"error: {sentence}", file=sys.stderr)
         else:
             traceback.print_exc()
