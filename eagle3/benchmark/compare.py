@@ -27,7 +27,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import ratio
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
-from eagle3.runs.report import Plot, cell, curve, templates
+from eagle3.runs.report import Plot, cell, curve, series, templates
 
 GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in its `sampled`
 # Of the config: what every run has for itself, and what changes the meaning of a loss.
@@ -221,8 +221,10 @@ def temperatures(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(t for each in known for t in (GREEDY, *each.get("sampled", ()))))
 
 
-def with_interval(value: str, interval: list[float] | None) -> str:
-    return f"{value} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else value
+def with_interval(value: float | None, interval: list[float] | None, form: str = ".2f") -> str:
+    """Such as 2.41 [2.30, 2.52]; None is the difference of the best run, and not shown."""
+    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    return "best" if value is None else f"{value:{form}}{bounds}"
 
 
 def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
@@ -233,10 +235,9 @@ def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
         lengths, differences = [], []
         for run in runs:
             found, length, difference = run.acceptance.get(temperature), "–", "–"
-            if found is not None:
-                length = with_interval(f"{found.length:.2f}", found.interval)
-                difference = "best" if found.difference is None else f"{found.difference:+.2f}"
-                difference = with_interval(difference, found.difference_interval)
+            if found:
+                length = with_interval(found.length, found.interval)
+                difference = with_interval(found.difference, found.difference_interval, "+.2f")
             lengths.append(length)
             differences.append(difference)
         shown |= {f"acceptance{at}": lengths, f"from the best{at}": differences}
@@ -287,11 +288,6 @@ def read_plots(runs: list[Run]) -> dict[str, tuple[Plot, str, dict[str, bool]]]:
         plots["Best acceptance length by tokens"] = Plot({"": ends}), axis, options
     add("Loss", [run.over(size, "loss") for run in runs], axis, {})
     return plots
-
-
-def series(values: dict[str, float] | list[float]) -> list[tuple[float, float]]:
-    pairs = values.items() if isinstance(values, dict) else enumerate(values, start=1)
-    return [(int(place), value) for place, value in pairs]
 
 
 def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:

@@ -99,13 +99,11 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
     if evaluation:
-        lines = {}
-        for name, lengths in acceptance_lengths(evaluation).items():
-            lines[name] = [(int(k), value) for k, value in lengths.items()]
+        lines = {name: series(each) for name, each in acceptance_lengths(evaluation).items()}
         plots["draft_length"] = Plot(lines, floor=1)
         accepted = accepted or {"held-out prompts": evaluation["accepted_at"]}
     if accepted:
-        lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
+        lines = {suite: series(shares) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
     if lengths := by_prompt_length(rows):
         lines, sizes = {}, sorted({size for found in lengths.values() for size in found})
@@ -133,6 +131,12 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
         plots["loss"] = Plot({"": curve(trained, "loss")})
         plots["step_losses"], plots["step_accuracies"] = Plot(losses), Plot(accuracies, floor=0)
     return plots
+
+
+def series(values: dict[str, float] | list[float]) -> Line:
+    """Values by number, or from the first on."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values, start=1)
+    return [(int(place), value) for place, value in pairs]
 
 
 def acceptance_lengths(evaluation: dict) -> dict[str, dict[str, float]]:
