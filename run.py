@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from eagle3.errors import RunError
+from eagle3.errors import ConfigError, RunError
 from eagle3.hydra_errors import one_sentence
 from eagle3.runs import resume, sweep
 from eagle3.runs.signals import exit_when_interrupted, interrupt_on_signals
@@ -44,6 +44,8 @@ def job(composed: DictConfig) -> float | None:
         resume.claim(run_dir),
     ):
         resume.redact_sweep(settings)
+        if composed.sweep.resume is not None and not swept:
+            raise ConfigError("sweep.resume goes on with a sweep: add -m, or its sweep=<name>")
         if composed.sweep.resume is not None and sweep.is_finished(run_dir, overrides):
             from eagle3.runs.tracking import read_acceptance
 
@@ -84,10 +86,11 @@ def main() -> None:
 
                     failed = sweep.collect_failures(folder)
                     compare_sweep(folder)
-        except SystemExit as ended:  # so hydra leaves where it only shows something
-            if ended.code and sweep.FOLDERS:
-                print(f"the sweep has stopped{sweep.how_to_go_on()}", file=sys.stderr)
-            if ended.code:
+        except BaseException as ended:
+            # Without a code hydra leaves where it only shows something.
+            if not isinstance(ended, SystemExit) or ended.code:
+                if how := sweep.how_to_go_on():
+                    print(f"the sweep has stopped{how}", file=sys.stderr)
                 raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from eagle3.parallel.launch import end_tasks

@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from eagle3.config import RunConfig, compose_flat, nearest
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.disk import FULL, free_bytes, size_text
+from eagle3.runs.logger import redact
 
 OPEN = ("data.chat_template_kwargs.", "regenerate.extra_body.", "benchmark.paths.")
 # Launchers and sweepers of hydra that come in packages, by the first word of their options.
@@ -34,7 +35,7 @@ def one_sentence(show_traceback: bool) -> Iterator[None]:
         if show_traceback or not is_explained(error):
             raise
         message, exit_code = explain(error)
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {redact(message)}", file=sys.stderr)
         sys.exit(exit_code)
 
 

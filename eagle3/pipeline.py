@@ -149,6 +149,7 @@ def run_pipeline(
                 damaged, pruned = run_on_ranks(train, config, run_dir, target, made)
             tracking.note_damage(damaged)
             tracking.finish("train")
+            tracking.content["pruned"] = pruned
             if pruned:
                 listed -= {"export", "check", "benchmark"}
         if "export" in listed:
@@ -166,12 +167,13 @@ def run_pipeline(
             tracking.finish("benchmark")
             if draft == run_dir / "draft":
                 write_card(run_dir)  # with what was measured
-        if "export" in listed and config.export.push_to_hub:
-            again = command_to_resume(run_dir, overrides, ["export"])
-            push(run_dir, write_report(run_dir), config.export.push_to_hub, again)
         if "compare" in listed:
             own = [run_dir] if (run_dir / "metrics.jsonl").exists() else []
             show_compared([*config.runs, *own], run_dir, console)
+            tracking.finish("compare")
+        if "export" in listed and config.export.push_to_hub:
+            again = command_to_resume(run_dir, overrides, ["export"])
+            push(run_dir, write_report(run_dir), config.export.push_to_hub, again)
     return read_acceptance(run_dir)
 
 

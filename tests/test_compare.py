@@ -8,7 +8,7 @@ import pytest
 from conftest import run
 from rich.console import Console
 
-from eagle3.benchmark.compare import compare, compare_sweep, find_runs, show
+from eagle3.benchmark.compare import cells, compare, compare_sweep, find_runs, show
 from eagle3.errors import ConfigError, RunError
 
 EVIL = "<script>alert(1)</script>"
@@ -26,10 +26,10 @@ def rounds_at(acceptance, temperature=0):
     return [tokens / acceptance * (0.5 + n % 7 / 6) for n, tokens in enumerate(TOKENS)]
 
 
-def make(folder, acceptance, sampled=None, older=False, evaluation=None, **config):
+def make(folder, acceptance, sampled=None, older=False, evaluation=None, pruned=False, **config):
     """A run's folder, as this version or an older one left it."""
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"config": CONFIG | config}))
+    (folder / "run.json").write_text(json.dumps({"config": CONFIG | config, "pruned": pruned}))
     lines = [{"step": step, "loss": 4 / step, "tokens_per_second": 500.0} for step in (1, 2, 3)]
     if not older:
         lines = [line | {"tokens": 1000, "seconds": 1800.0} for line in lines]
@@ -60,7 +60,7 @@ def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     worse, best = (run.acceptance["0"] for run in runs)
     factor = sum(TOKENS) / sum(rounds_at(1.0))
     assert best.length == pytest.approx(2.6 * factor)
-    assert worse.difference == pytest.approx(-0.1 * factor) and best.difference == 0
+    assert worse.difference == pytest.approx(-0.1 * factor) and best.difference is None
     low, high = worse.difference_interval
     assert low < worse.difference < high < 0 and best.difference_interval is None
     assert high - low < (worse.interval[1] - worse.interval[0]) / 10
@@ -81,8 +81,9 @@ NOTES = {
     ),
     "an older version": (
         {"older": True},
-        "held-out prompts: no intervals, because no prompts are in all runs", False,
+        "held-out prompts: no intervals, because too few prompts are in all", False,
     ),
+    "a pruned trial": ({"pruned": True}, "ended by Optuna before their last update: b", True),
     "fewer prompts": (
         {"evaluation": {"prompts": [*PROMPTS[:30], *"xyzuvwrstq"]}},
         "held-out prompts: over the 30 prompts that all runs have", True,
@@ -102,6 +103,24 @@ def test_what_cannot_be_compared_is_said(tmp_path, case):
         assert [run.acceptance["0"].length for run in runs] == [1.5, 1.5]
     if case == "an older version":
         assert runs[1].numbers["tokens/s"] == 500 and runs[1].numbers["device hours"] is None
+
+
+def test_runs_without_held_out_answers(tmp_path):
+    for name in "ab":
+        make(tmp_path / name, 2.5)
+    (tmp_path / "a" / "evaluation.json").unlink()
+    columns = cells(*compare([tmp_path]))
+    assert columns["acceptance"][0] == "–" and columns["acceptance"][1].startswith("2.")
+    (tmp_path / "b" / "evaluation.json").unlink()
+    assert "acceptance" not in cells(*compare([tmp_path]))
+    show([tmp_path], tmp_path, Console(file=io.StringIO()))
+    assert "2 runs compared" in (tmp_path / "compare.html").read_text()
+
+
+def test_a_run_as_good_as_the_best_is_not_it(tmp_path):
+    make(tmp_path / "a", 2.5)
+    make(tmp_path / "b", 2.5)
+    assert cells(*compare([tmp_path]))["from the best"] == ["best", "+0.00 [0.00, 0.00]"]
 
 
 BAD = {
@@ -192,6 +211,13 @@ def test_a_sweep_without_training_has_no_comparison(tmp_path, capsys):
     (tmp_path / "0" / "run.json").write_text(json.dumps({"config": CONFIG}))
     compare_sweep(tmp_path)
     assert capsys.readouterr().out == "" and not (tmp_path / "compare.html").exists()
+
+
+def test_a_full_disk_hides_no_failed_jobs(tmp_path, capsys):
+    make(tmp_path / "0", 2.0)
+    (tmp_path / "compare.html").mkdir()
+    compare_sweep(tmp_path)
+    assert "compare: [Errno" in capsys.readouterr().out
 
 
 def test_the_stage_needs_no_model_and_no_data(tmp_path, capsys):

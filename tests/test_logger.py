@@ -187,6 +187,26 @@ def test_a_tracker_that_fails_or_hangs_is_said_once_and_ends_nothing(tmp_path, c
     ]
 
 
+class Asleep(Stuck):
+    def start(self, *given):
+        self.arrived.wait()
+
+
+class Broken(NoTracker):
+    def start(self, *given):
+        raise OSError("no disk")
+
+
+def test_a_tracker_that_cannot_begin_is_left(capsys, monkeypatch):
+    monkeypatch.setattr(logger, "START_SECONDS", 0.05)
+    made = Asleep(), Broken(), Recorder()
+    trackers = Trackers("p", None, None, None, None, *(lambda *given, t=t: t for t in made))
+    trackers.start(Path("."), "name", {}, "id", False)
+    assert list(trackers.used) == ["trackio"] and made[0].rows == ["left"]
+    said = capsys.readouterr().err
+    assert "wandb failed: no answer" in said and "tensorboard failed: no disk; the run" in said
+
+
 @pytest.mark.parametrize("name, module", [("tensorboard", "tensorboard"), ("trackio", "trackio")])
 def test_a_tracker_that_is_not_installed_is_named_with_its_command(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)

@@ -4,6 +4,7 @@ import io
 import re
 import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ def clock(monkeypatch):
     """Seconds that a test sets."""
     now = [100.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "BETWEEN_LOOKS", 3600.0)
     return now
 
 
@@ -71,6 +73,19 @@ def test_lines_elsewhere_than_in_a_terminal(steps, given, named, shown, clock, c
     monkeypatch.setenv("FORCE_COLOR", "1")
     show(clock, steps, *given, **named)
     assert capsys.readouterr().out.splitlines() == [f"{given[0]}: {line}" for line in shown]
+
+
+def test_a_line_comes_when_due_though_nothing_advances(clock, monkeypatch):
+    printed, shown = threading.Event(), io.StringIO()
+    shown.flush = printed.set
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(progress, "BETWEEN_LOOKS", 0.01)
+    with Progress(*DOCUMENTS) as bar:
+        clock[0] += 6
+        assert printed.wait(60)
+    assert not bar.watching.is_alive()
+    rest = "documents, in 0:06"
+    assert shown.getvalue() == f"capture: 0 of 5,000 documents\ncapture: 0 {rest}\n"
 
 
 def test_rows_of_files_are_counted_by_the_share_that_is_read(clock, capsys):

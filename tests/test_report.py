@@ -100,7 +100,9 @@ RUN = {
     "config": {"name": f"run {EVIL}", "train": {"tokens_per_step": 4096}, "hf_token": "SESAME"},
     "overrides": [f"name={EVIL}", "hub.token=SESAME"], "git": "abcdef+",
     "versions": {"torch": "2.13.0"}, "hardware": {"device": "cuda", "name": "H200 & co"},
-    "inputs": {"prepared": {"documents": 12}, "generated": {"vocab_coverage": 0.9734}},
+    "inputs": {
+        "prepared": {"documents": 12, "tokens": 34567}, "generated": {"vocab_coverage": 0.9734},
+    },
 }  # fmt: skip
 SUITES = {f"mt {EVIL}": [result(2.41, 1.52, True), result(3.02, 1.93, "tie", tie_gap=0.00123)]}
 SUITES["$x_1$"] = [result(2.0, 1.2, True)]
@@ -146,7 +148,7 @@ def test_the_page(tmp_path):
     expected |= {"acceptance, loops left out": ["2.22"] * 3, "answers": ["64"], "update": ["40"]}
     expected |= {"system prompt": [EVIL], "max new tokens": ["20,000"], "documents": ["12"]}
     expected |= {"tokens per second": ["1,040"], "peak memory": ["2.15 GB"]}
-    expected |= {"temperature": ["0.00"]}
+    expected |= {"temperature": ["0.00"], "tokens": ["34,567"]}
     assert expected.items() <= parsed.table.items()
     assert parsed.table["95 % interval"][0] == "2.31 – 2.51"
     assert [svg["aria-label"] for svg in parsed.named("svg")] == [
@@ -447,6 +449,13 @@ def test_runs_of_some_stages_and_those_that_failed(tmp_path, stages, files, said
     sentences = [f"The {name} left no result: it failed or was stopped." for name in missing]
     assert parsed.said("p[@class='warning']") == sentences
     assert {"Hidden states", "Prepared", "Regenerated, 2"} <= set(parsed.said("h3"))
+
+
+def test_a_pruned_trial_has_not_failed(tmp_path):
+    stages = {"name": "x", "stages": ["train", "benchmark"]}
+    parsed = page_of(tmp_path, run=RUN | {"config": stages, "pruned": True}, **TRAINED)
+    (sentence,) = parsed.said("p[@class='warning']")
+    assert sentence.startswith("Optuna ended this run before its last update")
 
 
 def test_a_long_run_makes_a_small_page_and_keeps_its_best(tmp_path):

@@ -29,7 +29,8 @@ from eagle3.benchmark import scoring
 from eagle3.checks import check
 from eagle3.config import instantiate
 from eagle3.errors import ConfigError
-from eagle3.runs.logger import NoTracker
+from eagle3.hydra_errors import one_sentence
+from eagle3.runs.logger import REDACTED, NoTracker
 from eagle3.runs.resume import RUNS_CODE, claim, literal, load_config, run_folder
 from eagle3.runs.tracking import Tracking
 
@@ -139,6 +140,12 @@ def test_what_a_run_needs_is_kept_apart_from_what_it_shows(tmp_path, monkeypatch
         resumed(run_dir)
     again = [f"data.path={login}", "data.system_prompt=say open-sesame"]
     assert resumed(run_dir, *again).data == first.data
+
+
+def test_an_error_shows_no_login(capsys):
+    with pytest.raises(SystemExit), one_sentence(False):
+        raise ConfigError("data.path=http://me:SESAME@host/x does not exist")
+    assert capsys.readouterr().err == f"error: data.path=http://{REDACTED}@host/x does not exist\n"
 
 
 @pytest.mark.runs

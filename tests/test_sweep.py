@@ -1,5 +1,6 @@
 """What jobs of a sweep share: failures by name, finished jobs, Optuna's study; the command."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from eagle3.config import CONF, flatten
+from eagle3.config import CONF, Sweep, flatten
 from eagle3.errors import ConfigError
 from eagle3.runs import sweep
 from eagle3.runs.resume import sweep_folder
@@ -28,6 +29,7 @@ class OddError(Exception):
 
 FAILED = {
     "a=1 is wrong": ConfigError("a=1 is wrong"),
+    "a=http://<redacted>@host": ConfigError("a=http://me:SESAME@host"),
     "ValueError: x": ValueError("x\nmore"),
     "OddError: OddError": OddError(),
 }
@@ -48,7 +50,8 @@ def test_bad_jobs_are_named_with_their_sentences(tmp_path, capsys):
         with sweep.note_failure(folder / f"{number}", number, [f"x={number}", "y.api_key=SESAME"]):
             raise raised
     (folder / "2" / "run.json").write_text("{}")
-    assert "error: a=1 is wrong\n" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "error: a=1 is wrong\n" in shown and "SESAME" not in shown
     lines = sweep.collect_failures(folder)
     assert lines == [f"job {n} (x={n}): {sentence}" for n, sentence in enumerate(FAILED, start=1)]
     assert sorted(path.name for path in folder.rglob("*")) == ["2", "multirun.yaml", "run.json"]
@@ -84,6 +87,10 @@ def test_finished_jobs_are_known(tmp_path, case):
         assert sweep.is_finished(tmp_path, ["x=1", "y=2"]) == expected
 
 
+def test_a_trial_without_a_study_is_not_pruned(tmp_path):
+    assert not sweep.is_pruned(Sweep(resume=None, trial=3), tmp_path, 1, 1.0)
+
+
 def test_only_a_sweep_is_gone_on_with(tmp_path):
     with pytest.raises(ConfigError, match="is no folder of a sweep"):
         sweep_folder(str(tmp_path), "unused")
@@ -97,9 +104,23 @@ def test_the_command_that_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "FOLDERS", [])
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     sweep.NoteFolder().on_multirun_start(config=config, config_name="run")
-    command = "python run.py -m x=1,2 'a.api_key=<redacted>'"
-    assert sweep.how_to_go_on() == f"; go on with: {command} sweep.resume={tmp_path}"
+    again = "python run.py -m x=1,2 'a.api_key=<redacted>'"
+    assert sweep.how_to_go_on() == f"; go on with: {again} sweep.resume={tmp_path}"
     assert sweep.own(["sweep=lr", "x=1", "sweep.trial=3"]) == ["x=1"]
+
+
+def test_a_sweep_that_ends_by_an_error_says_how_to_go_on(monkeypatch, tmp_path, capsys):
+    """Such as a launcher's, one of whose processes was killed."""
+    monkeypatch.setattr("sys.argv", ["run.py", "-m", "x=1,2"])
+    monkeypatch.setattr(sweep, "FOLDERS", [tmp_path])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which it sets
+    command = importlib.import_module("run")
+    monkeypatch.setattr(command, "interrupt_on_signals", lambda: None)
+    monkeypatch.setattr(command, "job", lambda: {}["killed"])
+    with pytest.raises(KeyError):
+        command.main()
+    how = f"python run.py -m x=1,2 sweep.resume={tmp_path}"
+    assert capsys.readouterr().err == f"the sweep has stopped; go on with: {how}\n"
 
 
 @pytest.mark.runs
@@ -125,6 +146,8 @@ def test_a_sweep_goes_on_after_a_bad_job_and_is_taken_up_again(settings, tmp_pat
     assert (tmp_path / "0" / "metrics.jsonl").stat().st_mtime_ns == before
     assert "error: 2 jobs of the sweep failed" in again.stderr
     assert f"{tmp_path}/2 was made by " in again.stderr
+    alone = run_command(f"sweep.resume={tmp_path}")
+    assert alone.returncode == 2 and "goes on with a sweep: add -m" in alone.stderr
 
 
 JOBS = {

@@ -182,6 +182,7 @@ def test_the_command_that_goes_on_repeats_what_is_left(tmp_path):
     command = f"python run.py train.resume={tmp_path} 'stages=[benchmark]'"
     command += " ++benchmark.execute_code=true"
     assert command_to_resume(tmp_path, [], started.left) == command
+    assert "SESAME" not in command_to_resume(tmp_path / "none", ["+hub.token=SESAME"])
 
 
 def test_stages_behind_regenerate_read_its_answers_again(tmp_path):

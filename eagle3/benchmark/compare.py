@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
+from math import prod
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,7 +27,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import ratio
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
-from eagle3.runs.report import Plot, cell, curve, templates
+from eagle3.runs.report import Plot, cell, curve, series, templates
 
 GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in its `sampled`
 # Of the config: what every run has for itself, and what changes the meaning of a loss.
@@ -39,13 +40,13 @@ LAST_LINES = 5  # of metrics.jsonl, over which the loss at the end is a mean
 
 @dataclass
 class Acceptance:
-    """Over prompts that all runs have, with the difference to the best run; intervals are None
-    where there are fewer than two such prompts.
+    """Over prompts that all runs have, with the difference to the best run, which itself has none;
+    intervals are None where there are fewer than two such prompts.
     """
 
     length: float
     interval: list[float] | None = None
-    difference: float = 0.0
+    difference: float | None = None
     difference_interval: list[float] | None = None
 
 
@@ -58,6 +59,7 @@ class Run:
     config: dict[str, Any]
     evaluation: dict[str, Any]
     metrics: list[dict[str, Any]]
+    pruned: bool
     settings: dict[str, str] = field(default_factory=dict)  # in which the runs differ
     acceptance: dict[str, Acceptance] = field(default_factory=dict)  # by temperature
 
@@ -81,19 +83,18 @@ class Run:
         tokens, seconds = self.total("tokens"), self.total("seconds")
         rates = [row["tokens_per_second"] for row in self.trained if "tokens_per_second" in row]
         rate = fmean(rates) if rates else None
-        known = (self.config.get(f"launch.{key}") or 1 for key in ("nproc_per_node", "nnodes"))
-        processes = next(known) * next(known)
+        launch = [self.config.get(f"launch.{key}", 1) for key in ("nproc_per_node", "nnodes")]
         losses = [row["loss"] for row in self.trained[-LAST_LINES:] if row["loss"] is not None]
         return {
             "loss": fmean(losses) if losses else None,
             "tokens": tokens,
             "tokens/s": tokens / seconds if tokens and seconds else rate,
-            "device hours": None if seconds is None else seconds * processes / 3600,
+            "device hours": None if seconds is None else seconds * prod(launch) / 3600,
         }
 
     def at(self, temperature: str) -> dict[str, Any]:
         """What was evaluated at a temperature; {} where nothing was."""
-        sampled = self.evaluation.get("sampled") or {}
+        sampled = self.evaluation.get("sampled", {})
         return self.evaluation if temperature == GREEDY else sampled.get(temperature, {})
 
     def counts(self, temperature: str) -> dict[str, tuple[float, float]]:
@@ -122,7 +123,8 @@ def read_run(path: Path) -> Run:
     lengths, length = (evaluation.get(key) for key in ("acceptance_length", "draft_length"))
     if evaluation and not (isinstance(lengths, dict) and str(length) in lengths):
         raise RunError(f"{path / 'evaluation.json'} is damaged or of an older version")
-    return Run(path, path.name, flatten(recorded["config"]), evaluation, metrics)
+    pruned = recorded.get("pruned", False)
+    return Run(path, path.name, flatten(recorded["config"]), evaluation, metrics, pruned)
 
 
 def in_order(path: Path) -> list[Any]:
@@ -167,11 +169,12 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
         if len(set(values)) > 1 and not key.startswith(OWN):
             for run, value in zip(runs, values, strict=True):
                 run.settings[key] = value
+    if pruned := [run.name for run in runs if run.pruned]:
+        notes.append(f"ended by Optuna before their last update: {', '.join(pruned)}")
     differing = [key for key in runs[0].settings if key.startswith(OF_LOSS)]
     if differing:
         notes.append(f"{NOT_COMPARABLE}, because runs differ in {', '.join(differing)}")
-    temperatures = [run.evaluation.get("sampled") or {} for run in runs]
-    for temperature in dict.fromkeys([GREEDY, *(t for each in temperatures for t in each)]):
+    for temperature in temperatures(runs):
         notes += measure(runs, temperature)
     return runs, notes
 
@@ -184,46 +187,44 @@ def setting(config: dict[str, Any], key: str) -> str:
 def measure(runs: list[Run], temperature: str) -> list[str]:
     """Give the runs that were evaluated at a temperature their acceptance; returns notes."""
     measured = [run for run in runs if run.at(temperature)]
-    if not measured:
-        return []
-    known, notes = {run.path: run.counts(temperature) for run in measured}, []
-    first = known[measured[0].path]
-    shared = [prompt for prompt in first if all(prompt in each for each in known.values())]
+    known = {run.path: run.counts(temperature) for run in measured}
+    first, *others = known.values()
+    shared = [prompt for prompt in first if all(prompt in each for each in others)]
     lengths = {run.evaluation["draft_length"] for run in measured}
-    where = "held-out prompts" if temperature == GREEDY else f"temperature {temperature}"
-    if len(lengths) > 1 or len(shared) < 2:
-        why = "their draft lengths differ" if len(lengths) > 1 else "no prompts are in all runs"
-        notes = [f"{where}: no intervals, because {why}"] * (len(measured) > 1)
-        shortest = str(min(lengths))
-        for run in measured:
-            run.acceptance[temperature] = Acceptance(
-                run.at(temperature)["acceptance_length"][shortest]
-            )
-    else:
-        for run in measured:
+    paired = len(lengths) == 1 and len(shared) > 1
+    for run in measured:
+        length, interval = run.at(temperature)["acceptance_length"][str(min(lengths))], None
+        if paired:
             counts = [known[run.path][prompt] for prompt in shared]
-            tokens, rounds = map(sum, zip(*counts, strict=True))
+            length = ratio(*map(sum, zip(*counts, strict=True))) or 0.0
             interval = interval95(counts, torch.div, seed=0)
-            run.acceptance[temperature] = Acceptance(ratio(tokens, rounds) or 0.0, interval)
-        if len(shared) < max(map(len, known.values())):
-            notes = [f"{where}: over the {len(shared)} prompts that all runs have"]
+        run.acceptance[temperature] = Acceptance(length, interval)
     best = max(measured, key=lambda run: run.acceptance[temperature].length)
     for run in measured:
         found = run.acceptance[temperature]
-        found.difference = found.length - best.acceptance[temperature].length
-        if found.interval is not None and run is not best:
+        if run is not best:
+            found.difference = found.length - best.acceptance[temperature].length
+        if paired and run is not best:
             counts = [(*known[run.path][each], *known[best.path][each]) for each in shared]
             found.difference_interval = interval95(counts, lambda a, b, c, d: a / b - c / d, seed=0)
-    return notes
+    where = "held-out prompts" if temperature == GREEDY else f"temperature {temperature}"
+    if not paired:
+        why = "their draft lengths differ" if len(lengths) > 1 else "too few prompts are in all"
+        return [f"{where}: no intervals, because {why}"] * (len(measured) > 1)
+    some = len(shared) < max(map(len, known.values()))
+    return [f"{where}: over the {len(shared)} prompts that all runs have"] * some
 
 
 def temperatures(runs: list[Run]) -> list[str]:
     """Those at which a run was evaluated."""
-    return list(dict.fromkeys(t for run in runs for t in run.acceptance))
+    known = [run.evaluation for run in runs if run.evaluation]
+    return list(dict.fromkeys(t for each in known for t in (GREEDY, *each.get("sampled", ()))))
 
 
-def with_interval(value: str, interval: list[float] | None) -> str:
-    return f"{value} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else value
+def with_interval(value: float | None, interval: list[float] | None, form: str = ".2f") -> str:
+    """Such as 2.41 [2.30, 2.52]; None is the difference of the best run, and not shown."""
+    bounds = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
+    return "best" if value is None else f"{value:{form}}{bounds}"
 
 
 def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
@@ -234,10 +235,9 @@ def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
         lengths, differences = [], []
         for run in runs:
             found, length, difference = run.acceptance.get(temperature), "–", "–"
-            if found is not None:
-                length = with_interval(f"{found.length:.2f}", found.interval)
-                difference = f"{found.difference:+.2f}" if found.difference else "best"
-                difference = with_interval(difference, found.difference_interval)
+            if found:
+                length = with_interval(found.length, found.interval)
+                difference = with_interval(found.difference, found.difference_interval, "+.2f")
             lengths.append(length)
             differences.append(difference)
         shown |= {f"acceptance{at}": lengths, f"from the best{at}": differences}
@@ -261,11 +261,8 @@ def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
 def read_plots(runs: list[Run]) -> dict[str, tuple[Plot, str, dict[str, bool]]]:
     """Curves of all runs laid over each other, by title: with what the x axis has, and options."""
     totals, plots, dots = [run.total("tokens") for run in runs], {}, {"points": True}
-    size, unit = (
-        (10**6, "million")
-        if max(total or 0 for total in totals) > 5 * 10**6
-        else (1000, "thousand")
-    )
+    many = max(total or 0 for total in totals) > 5 * 10**6
+    size, unit = (10**6, "million") if many else (1000, "thousand")
     axis = f"{unit} tokens trained on"
     if None in totals:
         size, axis = None, "update"
@@ -284,19 +281,13 @@ def read_plots(runs: list[Run]) -> dict[str, tuple[Plot, str, dict[str, bool]]]:
         add(f"Acceptance length{at} by draft length", lines, "drafted tokens a round", dots, 1)
         lines = [series(run.at(temperature).get("accepted_at", [])) for run in runs]
         add(f"Accepted{at} by position", lines, "position in the draft", dots, 0)
-    known = zip(runs, totals) if size else ()
-    reached = [(run.acceptance.get(GREEDY), total) for run, total in known]
-    ends = sorted((total / size, found.length) for found, total in reached if found)
+    measured = [run for run in runs if size and GREEDY in run.acceptance]
+    ends = sorted((run.total("tokens") / size, run.acceptance[GREEDY].length) for run in measured)
     if len(ends) > 1 and ends[-1][0] > 1.2 * ends[0][0]:  # as of sweep=data
         options = dots | {"values": True}
         plots["Best acceptance length by tokens"] = Plot({"": ends}), axis, options
     add("Loss", [run.over(size, "loss") for run in runs], axis, {})
     return plots
-
-
-def series(values: dict[str, float] | list[float]) -> list[tuple[float, float]]:
-    pairs = values.items() if isinstance(values, dict) else enumerate(values, start=1)
-    return [(int(place), value) for place, value in pairs]
 
 
 def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:
@@ -309,8 +300,8 @@ def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:
     if settings:
         console.print(table_of(runs, settings))
     # A terminal has 80 columns.
-    wide = [title for title in columns if title == "tokens" or title.startswith("from the best at")]
-    console.print(table_of(runs, {title: columns[title] for title in columns if title not in wide}))
+    left_out = "tokens", *(title for title in columns if title.startswith("from the best at"))
+    console.print(table_of(runs, {k: v for k, v in columns.items() if k not in left_out}))
     for note in notes:
         console.print(f"compare: {note}")
     page = templates().get_template("compare.html")
@@ -326,5 +317,5 @@ def compare_sweep(folder: Path) -> None:
     if trained:
         try:
             show([folder], folder, Console(markup=False, soft_wrap=True))
-        except RunError as error:  # those that failed are named all the same
+        except (RunError, OSError) as error:  # those that failed are named all the same
             print(f"compare: {error}")

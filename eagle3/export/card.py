@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, hf_hub_download
-from jinja2 import Environment, FileSystemLoader
 
 from eagle3.config import flatten, last_part
 from eagle3.errors import ConfigError, RunError, first_line
@@ -14,7 +13,7 @@ from eagle3.export.read import is_hub_id
 from eagle3.export.serve import ENGINES, serve_text
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import redact
-from eagle3.runs.report import benchmark_rows, cell, cells
+from eagle3.runs.report import benchmark_rows, cell, cells, templates
 
 RECIPE = (
     "mode._target_", "draft.ttt_steps", "draft.vocab_size", "draft.init_from", "loss.gamma",
@@ -44,8 +43,7 @@ def write_card(run_dir: Path) -> Path:
     values |= {"data": data_names(config["data"]), "regenerated": "regenerated" in inputs}
     values |= {"documents": inputs.get("prepared", {}).get("documents")}
     values |= {"rows": [{"cells": cells(row)} for row in rows]}
-    loader = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    card = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True).get_template("card.md")
+    card = templates(Path(__file__).parent, autoescape=False).get_template("card.md")
     path = folder / "README.md"
     write_atomically(path, [(card.render(values).strip() + "\n").encode()])
     return path
@@ -55,6 +53,8 @@ def recipe(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
     """What was trained how, by key of the config."""
     settings, versions = flatten(run["config"]), run.get("versions", {})
     found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in RECIPE}
+    if settings.get("draft.init_from"):
+        found["draft.init_from"] = name_of(settings["draft.init_from"])
     found |= {"update of the checkpoint": evaluation.get("update"), "commit": run.get("git")}
     found |= {name: versions.get(name) for name in ("torch", "transformers")}
     return {key: cell("", value) for key, value in found.items() if value is not None}

@@ -1,7 +1,6 @@
 """What can be followed of a run: metrics.jsonl always, an experiment tracker if one is chosen."""
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -152,17 +151,19 @@ class Trackers(NoTracker):
         self.failed: set[str] = set()
 
     def start(self, *given) -> None:
-        for name, tracker in list(self.used.items()):
+        def begin(tracker: NoTracker) -> None:
             try:
                 tracker.start(*given)
             except ImportError as error:
+                name = type(tracker).__name__.lower()
                 install = f"pip install -e '.[{name}]'"
                 raise ConfigError(f"logger={name} needs {error.name}: {install}") from error
-            except ConfigError:
-                raise
-            except Exception as error:
-                self.say(name, first_line(error))
-                del self.used[name]
+
+        # W&B may need its own limit twice, and loads for seconds.
+        for name, error in self.each(begin, 3 * START_SECONDS).items():
+            if isinstance(error, ConfigError):
+                raise error
+            self.used.pop(name, None)
 
     def log(self, metrics: dict, step: int) -> None:
         self.each(lambda tracker: tracker.log(metrics, step))
@@ -176,23 +177,29 @@ class Trackers(NoTracker):
     def finish(self, exit_code: int = 0) -> None:
         self.each(lambda tracker: tracker.finish(exit_code), FINISH_SECONDS)
 
-    def each(self, action: Callable[[NoTracker], None], seconds: float | None = None) -> None:
-        """`action` on every tracker, for at most `seconds` on each."""
+    def each(
+        self, action: Callable[[NoTracker], None], seconds: float | None = None
+    ) -> dict[str, Exception]:
+        """`action` on every tracker, for at most `seconds` on each; returns what they raised."""
+        limit, raised = seconds or CALL_SECONDS, {}
         for name, tracker in list(self.used.items()):
-            thread = threading.Thread(target=self.attempt, args=(name, tracker, action))
-            thread.daemon = True
+            given = name, partial(action, tracker), raised
+            thread = threading.Thread(target=self.attempt, args=given, daemon=True)
             thread.start()
-            thread.join(seconds or CALL_SECONDS)
+            thread.join(limit)
             if thread.is_alive():
-                self.say(name, f"no answer for {seconds or CALL_SECONDS:.0f} seconds")
+                self.say(name, f"no answer for {limit:.0f} seconds")
                 del self.used[name]
                 tracker.abandon()
+        return raised
 
-    def attempt(self, name: str, tracker: NoTracker, action: Callable[[NoTracker], None]) -> None:
+    def attempt(self, name: str, action: Callable[[], None], raised: dict[str, Exception]) -> None:
         try:
-            action(tracker)
+            action()
         except Exception as error:  # whatever a tracker raises, training is worth more
-            self.say(name, first_line(error))
+            raised[name] = error
+            if not isinstance(error, ConfigError):
+                self.say(name, first_line(error))
 
     def say(self, name: str, reason: str) -> None:
         if name not in self.failed:
@@ -310,8 +317,10 @@ class Trackio(NoTracker):
         self.trackio = trackio
         # Its runs have no other id than their name.
         given = {"name": f"{name} {run_id}", "group": self.group, "resume": "allow"}
-        with contextlib.redirect_stdout(io.StringIO()):  # two lines of advertisement
-            self.run = trackio.init(self.project, config=redact(config), embed=False, **given)
+        # They advertise. Were stdout redirected, all would lose it where a call hangs.
+        for module in (trackio, trackio.run, trackio.utils):
+            module.print = lambda *text, **named: None
+        self.run = trackio.init(self.project, config=redact(config), embed=False, **given)
         trackio.context_vars.current_run.set(None)  # which it would end, aloud, once more
 
     def log(self, metrics: dict, step: int) -> None:
@@ -322,8 +331,7 @@ class Trackio(NoTracker):
 
     def finish(self, exit_code: int = 0) -> None:
         if self.run is not None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.run.finish()
+            self.run.finish()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from rich.filesize import pick_unit_and_suffix
 from rich.table import Column
 
 # What ends before its first line is due shows only its end.
-FIRST_LINE, BETWEEN_LINES = 5.0, 30.0  # seconds
+FIRST_LINE, BETWEEN_LINES, BETWEEN_LOOKS = 5.0, 30.0, 1.0  # seconds
 
 
 class Progress(AbstractContextManager):
@@ -29,9 +30,11 @@ class Progress(AbstractContextManager):
     ):  # fmt: skip
         self.stage, self.total, self.units, self.shown = stage, total, units, shown
         self.done = self.before = done
-        self.tokens, self.expected, self.values, self.share = 0, expected, {}, 0.0
-        self.answers = 0
+        self.expected, self.values, self.share = expected, {}, 0.0
+        self.tokens = self.answers = 0
         self.completed = 0  # tokens of units that `complete` heard of
+        self.printing, self.ended = threading.Lock(), threading.Event()
+        self.watching = threading.Thread(target=self.watch, daemon=True)
         self.kept, self.began = kept or (lambda: self.done), time.monotonic()
         self.due, self.bar = self.began + FIRST_LINE, None
         if shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
@@ -45,7 +48,14 @@ class Progress(AbstractContextManager):
     def __enter__(self) -> "Progress":
         if self.bar:
             self.bar.start()
+        elif self.shown:
+            self.watching.start()
         return self
+
+    def watch(self) -> None:
+        """Lines that come due while nothing advances, as in one long pass."""
+        while not self.ended.wait(BETWEEN_LOOKS):
+            self.print_due()
 
     def advance(
         self, count: int = 1, tokens: int = 0, answers: int = 0, **values: float | str
@@ -54,12 +64,17 @@ class Progress(AbstractContextManager):
         self.done += count
         self.tokens += tokens
         self.answers += answers
-        self.values |= values
+        self.values = self.values | values  # never changed under the thread that shows them
         if self.bar:
             self.bar.update(self.task, completed=self.fraction, description=self.line())
-        elif self.shown and time.monotonic() >= self.due and self.done != self.total:
-            self.due = time.monotonic() + BETWEEN_LINES
-            print(self.line(), flush=True)
+        elif self.shown:
+            self.print_due()
+
+    def print_due(self) -> None:
+        with self.printing:
+            if time.monotonic() >= self.due and self.done != self.total:
+                self.due = time.monotonic() + BETWEEN_LINES
+                print(self.line(), flush=True)
 
     def complete(self, tokens: int, answers: int = 0) -> None:
         """One more is done, whose tokens were counted as they came."""
@@ -132,6 +147,9 @@ class Progress(AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         if self.bar:
             self.bar.stop()
+        elif self.shown:
+            self.ended.set()
+            self.watching.join()
         if error is None and self.shown:
             print(self.end(), flush=True)
         if isinstance(error, KeyboardInterrupt):  # which runs/signals.py tells

@@ -42,11 +42,10 @@ MAX_POINTS = 150  # a browser draws no more than these legibly on 400 pixels
 MAX_SUITES = 6  # as many as there are colours
 
 MEASURED = "eval/acceptance_length"  # at temperature 0; at 1 with `_t1` behind it
-REST = "loading and the rest"
-# The stages whose time goes to the same as a part of training.
+# Parts of training, and the stages whose time goes to the same.
 PARTS = {
     "data": ["prepare", "view"], "target": ["import", "regenerate", "generate", "capture"],
-    "draft": [], "evaluation": ["check", "benchmark"], "checkpoint": ["export"], REST: [],
+    "draft": [], "evaluation": ["check", "benchmark"], "checkpoint": ["export"],
 }  # fmt: skip
 UNCOMPARED = ("name", "model.path", "cache_dir", "train.resume", "stages", "plan")
 
@@ -93,20 +92,18 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     evaluation = read_json(run_dir / "evaluation.json")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     rows = benchmark_rows(read_json(run_dir / "benchmark.json"))
-    accepted: dict[str, list[float]] = {}
+    accepted = {}
     for row in rows:
         # Of several configs of a suite the first: lines of all would hide one another.
         if row["accepted_by_position"] and len(accepted) < MAX_SUITES:
             accepted.setdefault(row["suite"], row["accepted_by_position"])
     plots = {}
     if evaluation:
-        lines = {}
-        for name, lengths in acceptance_lengths(evaluation).items():
-            lines[name] = [(int(k), value) for k, value in lengths.items()]
+        lines = {name: series(each) for name, each in acceptance_lengths(evaluation).items()}
         plots["draft_length"] = Plot(lines, floor=1)
         accepted = accepted or {"held-out prompts": evaluation["accepted_at"]}
     if accepted:
-        lines = {suite: list(enumerate(shares, 1)) for suite, shares in accepted.items()}
+        lines = {suite: series(shares) for suite, shares in accepted.items()}
         plots["position"] = Plot(lines, floor=0)
     if lengths := by_prompt_length(rows):
         lines, sizes = {}, sorted({size for found in lengths.values() for size in found})
@@ -119,12 +116,10 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     for key in sorted({key for row in metrics for key in row if key.startswith(MEASURED)}):
         points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
         evaluated[f"temperature {key.removeprefix(MEASURED).lstrip('_t') or 0}"] = points
-    if len(evaluated) == 1:
-        evaluated = {"": points}
     if evaluated:
-        plots["evaluations"] = plot = Plot(evaluated)
-        # What `best` was chosen by need not be the first line.
         points = next(iter(evaluated.values()))
+        plots["evaluations"] = plot = Plot(evaluated if len(evaluated) > 1 else {"": points})
+        # What `best` was chosen by need not be the first line.
         exported = [point for point in points if point[0] == evaluation.get("update")]
         plot.highest = exported[0] if exported else max(points, key=lambda point: point[1])
     trained = [row for row in metrics if "loss" in row]
@@ -138,6 +133,12 @@ def read_plots(run_dir: Path) -> dict[str, Plot]:
     return plots
 
 
+def series(values: dict[str, float] | list[float]) -> Line:
+    """Values by number, or from the first on."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values, start=1)
+    return [(int(place), value) for place, value in pairs]
+
+
 def acceptance_lengths(evaluation: dict) -> dict[str, dict[str, float]]:
     """By temperature in words, and by draft length; nothing has to be named where it is 0 alone."""
     sampled = evaluation.get("sampled", {})
@@ -147,12 +148,13 @@ def acceptance_lengths(evaluation: dict) -> dict[str, dict[str, float]]:
 
 def time_parts(run: dict, metrics: list[dict]) -> dict[str, float]:
     """Seconds by what they went to: of whole stages, and of training as its lines have them."""
-    stages, names = run.get("seconds", {}), [part for part in PARTS if part != REST]
-    trained = {name: sum(row.get(f"seconds/{name}") or 0.0 for row in metrics) for name in names}
-    parts = {}
-    for name in names:
-        parts[name] = trained[name] + sum(stages.get(stage, 0.0) for stage in PARTS[name])
-    parts[REST] = max(0.0, stages.get("train", 0.0) - sum(trained.values()))
+    seconds, parts = run.get("seconds", {}), {}
+    rest = seconds.get("train", 0.0)
+    for name, stages in PARTS.items():
+        trained = sum(row.get(f"seconds/{name}") or 0.0 for row in metrics)
+        parts[name] = trained + sum(seconds.get(stage, 0.0) for stage in stages)
+        rest -= trained
+    parts["loading and the rest"] = max(0.0, rest)
     return parts if sum(parts.values()) else {}
 
 
@@ -164,11 +166,9 @@ def defaults() -> dict[str, Any]:
 
 def changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs from the defaults: (value, default) by dotted key."""
-    known, found = defaults(), {}
-    for key, value in flatten(config).items():
-        if key not in known or known[key] != value:
-            found[key] = value, known.get(key)
-    return {key: pair for key, pair in found.items() if key not in UNCOMPARED}
+    known, given = defaults(), flatten(config)
+    keys = [key for key in given if key not in UNCOMPARED and known.get(key, ...) != given[key]]
+    return {key: (given[key], known.get(key)) for key in keys}
 
 
 def curve(trained: list[dict], key: str) -> Line:
@@ -179,10 +179,10 @@ def curve(trained: list[dict], key: str) -> Line:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def templates() -> Environment:
-    folder = FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    # Names of runs and suites, and data rows quoted in reasons, are anybody's text.
-    return Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+def templates(folder: Path = Path(__file__).parent, autoescape: bool = True) -> Environment:
+    # In pages names of runs and suites, and data rows quoted in reasons, are anybody's text.
+    loader = FileSystemLoader(folder, encoding="utf-8")
+    return Environment(loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -198,8 +198,8 @@ def write_report(run_dir: Path) -> Path:
     for name, at in evaluation.get("sampled", {}).items():
         by_temperature[f", temperature {name}"] = at
     facts = {"Training, at its end": training}
-    # Of every answer: for comparisons, and too long to be read.
-    unread = ("prompts", "tokens", "rounds", "sampled")
+    # Drawn, or of every answer: for comparisons, and too long to be read.
+    unread = ("acceptance_length", "prompts", "tokens", "rounds", "sampled")
     for name, at in by_temperature.items():
         measured = {key: value for key, value in at.items() if key not in unread}
         facts[f"Held-out evaluation{name}"] = measured
@@ -224,6 +224,8 @@ def write_report(run_dir: Path) -> Path:
 
 def missing(run: dict, benchmark: dict, trained: dict) -> list[str]:
     """A sentence for each stage that is listed, or suite that is asked, and left no result."""
+    if run.get("pruned"):
+        return ["Optuna ended this run before its last update, so that it has no draft."]
     suites = benchmark.get("suites", {})
     done = {"train": bool(trained), "benchmark": any(suites.values())}
     stages = [stage for stage in run["config"].get("stages", []) if not done.get(stage, True)]

@@ -69,7 +69,7 @@ def command_to_resume(
     run_dir: Path, overrides: list[str] | None = None, stages: Sequence[str] = ()
 ) -> str:
     """What goes on with a run, by `stages` or its own: by its checkpoint, if it has one, else the
-    command with `overrides` (None: those of run.json).
+    command with `overrides` (None: those of run.json), without logins.
     """
     recorded = read_json(run_dir / "run.json")
     listed = [f"stages=[{','.join(stages)}]"] if stages else []
@@ -81,7 +81,7 @@ def command_to_resume(
         given = recorded.get("overrides", []) if overrides is None else overrides
         before = [each for each in given if not (listed and each.startswith("stages="))]
         shown = differing([*before, *listed])
-    return shlex.join(["python", "run.py", *shown])
+    return shlex.join(["python", "run.py", *redact(shown)])
 
 
 def differing(overrides: list[str]) -> list[str]:
@@ -206,9 +206,7 @@ def private_copy(cache_dir: str, run_dir: Path) -> Path:
 def keep_private(settings: dict[str, Any], run_dir: Path) -> None:
     path = private_copy(settings["cache_dir"], run_dir)
     if redact(settings) == settings:
-        if path.exists():
-            path.unlink()
-        return
+        return path.unlink(missing_ok=True)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(json.dumps(settings))

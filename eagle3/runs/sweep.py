@@ -74,7 +74,7 @@ def note_failure(run_dir: Path, number: int, overrides: list[str]) -> Iterator[N
         yield
     except Exception as error:
         if is_explained(error):
-            sentence, _ = explain(error)
+            sentence = redact(explain(error)[0])
             print(f"error: {sentence}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -122,11 +122,12 @@ def open_study(path: Path, seed: int = 0, n_startup_trials: int = 0) -> Any:
 
 def is_pruned(section: Sweep, run_dir: Path, update: int, acceptance: float) -> bool:
     """Report what a trial of Optuna has reached; whether it ends here, below the others' median."""
-    if section.trial is None:
+    studies = [path / STUDY for path in run_dir.parents if (path / STUDY).exists()]
+    if section.trial is None or not studies:
         return False
     import optuna
 
-    study = open_study(next(p / STUDY for p in run_dir.parents if (p / STUDY).exists()))
+    study = open_study(studies[0])
     state = study.trials[section.trial].state
     if state.is_finished():  # someone goes on with it by hand
         return False
