@@ -48,15 +48,20 @@ def make(folder, acceptance, sampled=None, older=False, evaluation=None, **confi
 
 def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     """A run alone is uncertain by what its prompts differ in; not so a difference."""
-    make(tmp_path / "10", 2.6, sampled=2.0, optimizer={"lr": 3e-4}, name="y", cache_dir="d")
-    make(tmp_path / "9", 2.5)
+    changed = {
+        "optimizer": {"lr": 3e-4},
+        "mode": {"_target_": "eagle3.hidden_states.supply.Hybrid"},
+    }
+    make(tmp_path / "10", 2.6, sampled=2.0, name="y", cache_dir="d", **changed)
+    make(tmp_path / "9", 2.5, mode={"_target_": "eagle3.hidden_states.supply.Online"})
     runs, notes = compare([tmp_path])
     assert [run.name for run in runs] == ["9", "10"] and notes == []
     assert [run.settings for run in runs] == [
-        {"optimizer.lr": "0.0001"},
-        {"optimizer.lr": "0.0003"},
+        {"optimizer.lr": "0.0001", "mode": "Online"},
+        {"optimizer.lr": "0.0003", "mode": "Hybrid"},
     ]
-    assert [run.label for run in runs] == ["9, lr=0.0001", "10, lr=0.0003"]
+    labels = ["9, lr=0.0001, mode=Online", "10, lr=0.0003, mode=Hybrid"]
+    assert [run.label for run in runs] == labels
     worse, best = (run.acceptance["0"] for run in runs)
     factor = sum(TOKENS) / sum(rounds_at(1.0))
     assert best.length == pytest.approx(2.6 * factor)
@@ -73,7 +78,7 @@ def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
 NOTES = {
     "another mask": (
         {"loss": {"gamma": 0.8, "mask": {"_target_": "eagle3.batch.shifted"}}},
-        "losses are not comparable, because runs differ in loss.mask._target_", True,
+        "losses are not comparable, because runs differ in loss.mask", True,
     ),
     "another draft length": (
         {"evaluation": {"draft_length": 1}},
@@ -161,6 +166,7 @@ def test_the_page_and_the_table(tmp_path, count):
         "\n", ""
     )
     assert max(map(len, printed.splitlines()[:-3])) <= 80
+    assert "…" not in printed
     page = Parser(text)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img"}
     pictures = [named["aria-label"] for tag, named in page.tags if tag == "svg"]

@@ -166,7 +166,7 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
         values = [setting(run.config, key) for run in runs]
         if len(set(values)) > 1 and not key.startswith(OWN):
             for run, value in zip(runs, values, strict=True):
-                run.settings[key] = value
+                run.settings[key.removesuffix("._target_")] = value
     differing = [key for key in runs[0].settings if key.startswith(OF_LOSS)]
     if differing:
         notes.append(f"{NOT_COMPARABLE}, because runs differ in {', '.join(differing)}")
@@ -177,7 +177,10 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def setting(config: dict[str, Any], key: str) -> str:
+    """As it is shown; a function or class by its last name."""
     value = config.get(key, "–")
+    if key.endswith("._target_"):
+        value = str(value).rpartition(".")[2]
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -252,7 +255,8 @@ def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
     """A row for each run. Of text, because a value may hold what rich takes for markup."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ["run", *columns]:
-        table.add_column(Text(title), justify="left" if title == "run" else "right")
+        justify = "left" if title == "run" else "right"
+        table.add_column(Text(title), justify=justify, overflow="fold")  # nothing is cut off
     for row in zip([run.name for run in runs], *columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table
