@@ -30,7 +30,7 @@ from eagle3.runs.report import Plot, cell, curve, templates
 
 GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in its `sampled`
 # Of the config: what every run has for itself, and what changes the meaning of a loss.
-OWN = ("name", "runs", "stages", "sweep.", "train.resume", "cache_dir", "plan")
+OWN = ("name", "runs", "stages", "sweep.", "train.resume", "cache_dir", "plan", "logger.")
 OF_LOSS = ("loss.", "draft.ttt_steps", "draft.vocab_size")
 NOT_COMPARABLE = "losses are not comparable"
 MOST_SHOWN = 3  # settings in the legend of a curve
@@ -255,8 +255,7 @@ def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
     """A row for each run. Of text, because a value may hold what rich takes for markup."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ["run", *columns]:
-        justify = "left" if title == "run" else "right"
-        table.add_column(Text(title), justify=justify, overflow="fold")  # nothing is cut off
+        table.add_column(Text(title), justify="left" if title == "run" else "right")
     for row in zip([run.name for run in runs], *columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table
