@@ -75,6 +75,15 @@ def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     assert runs[0].numbers == numbers | {"tokens/s": 3000 / 5400, "device hours": 3.0}
 
 
+def test_more_settings_than_runs_stand_below_each_other(tmp_path):
+    for number in (1, 2):
+        make(tmp_path / f"{number}", 2.5, data={f"setting_{key}": number for key in range(20)})
+    console = Console(width=80, record=True, file=io.StringIO())
+    show([tmp_path], tmp_path, console)
+    printed = [line.split() for line in console.export_text().splitlines()]
+    assert ["setting", "1", "2"] in printed and ["data.setting_19", "1", "2"] in printed
+
+
 NOTES = {
     "another mask": (
         {"loss": {"gamma": 0.8, "mask": {"_target_": "eagle3.batch.shifted"}}},

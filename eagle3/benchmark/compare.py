@@ -251,12 +251,12 @@ def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
     return shown
 
 
-def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
-    """A row for each run. Of text, because a value may hold what rich takes for markup."""
+def table_of(columns: dict[str, list[str]]) -> Table:
+    """Columns by title, names first. Of text, as a value may hold what rich takes for markup."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ["run", *columns]:
-        table.add_column(Text(title), justify="left" if title == "run" else "right")
-    for row in zip([run.name for run in runs], *columns.values(), strict=True):
+    for number, title in enumerate(columns):
+        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table
 
@@ -309,11 +309,15 @@ def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:
     runs, notes = compare(given)
     settings = {key: [run.settings[key] for run in runs] for key in runs[0].settings}
     columns = cells(runs, notes)
-    if settings:
-        console.print(table_of(runs, settings))
-    # A terminal has 80 columns.
+    names = {"run": [run.name for run in runs]}
+    if len(settings) > len(runs):  # a terminal has 80 columns
+        turned = {run.name: list(run.settings.values()) for run in runs}
+        console.print(table_of({"setting": list(settings)} | turned))
+    elif settings:
+        console.print(table_of(names | settings))
     wide = [title for title in columns if title == "tokens" or title.startswith("from the best at")]
-    console.print(table_of(runs, {title: columns[title] for title in columns if title not in wide}))
+    shown = {title: columns[title] for title in columns if title not in wide}
+    console.print(table_of(names | shown))
     for note in notes:
         console.print(f"compare: {note}")
     page = templates().get_template("compare.html")
