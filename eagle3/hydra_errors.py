@@ -111,8 +111,10 @@ def wrong_key_or_value(error: Exception) -> str:
 def type_of(key: str) -> str | None:
     """What a key of the typed config holds, such as int; None where it has no such key."""
     hint: Any = RunConfig
-    for name in key.split("."):
-        hint = getattr(hint, "__annotations__", {}).get(name)
-    while typing.get_origin(hint) in (typing.Annotated, typing.Union):
+    name, _, of_a_list = key.partition("[")
+    for part in name.split("."):
+        hint = getattr(hint, "__annotations__", {}).get(part)
+    wrapped = (typing.Annotated, typing.Union, *([list] if of_a_list else []))
+    while typing.get_origin(hint) in wrapped:
         hint = typing.get_args(hint)[0]
     return getattr(typing.get_origin(hint) or hint, "__name__", None) if hint else None

@@ -27,7 +27,7 @@ from eagle3.data.view import view
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import cover, generate
 from eagle3.export.card import push, write_card
-from eagle3.export.read import locate
+from eagle3.export.read import locate, read_config
 from eagle3.export.write import export_draft
 from eagle3.hidden_states.capture import capture, locate_store
 from eagle3.hidden_states.import_specforge import choose_dtype, import_specforge, is_specforge
@@ -85,6 +85,8 @@ def run_pipeline(
         show(plan(config, target.spec, sources, chat, prepared, device, run_dir), console)
         return None
 
+    if config.draft.init_from and "train" in listed:  # a wrong one would end a late stage
+        read_config(locate(config.draft.init_from, "draft.init_from"))
     if listed & {"check", "benchmark"}:
         draft = find_draft(config, run_dir)
         subject = Subject(draft, target, chat, data, cache_dir, config.seed)

@@ -247,7 +247,12 @@ def build_draft(
     """The draft that `draft.init_from` names, else a new one with the data's draft vocabulary."""
     spec, attention = target.spec, instantiate(section.attention)
     if section.init_from is not None:
-        return read_draft(locate(section.init_from, "draft.init_from"), attention, spec)
+        draft = read_draft(locate(section.init_from, "draft.init_from"), attention, spec)
+        for name in ("fc_norm", "norm_output"):
+            if getattr(section, name) and not getattr(draft.config, name):
+                has = f"draft.init_from={section.init_from} has {name}=false"
+                raise ConfigError(f"draft.{name}=true, but {has}; leave it and draft=eagle31 out")
+        return draft
     # An imported store comes without prepared data, and counts its own tokens.
     vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
     if len(vocab) != section.vocab_size:

@@ -48,15 +48,20 @@ def make(folder, acceptance, sampled=None, older=False, evaluation=None, pruned=
 
 def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     """A run alone is uncertain by what its prompts differ in; not so a difference."""
-    make(tmp_path / "10", 2.6, sampled=2.0, optimizer={"lr": 3e-4}, name="y", cache_dir="d")
-    make(tmp_path / "9", 2.5)
+    changed = {
+        "optimizer": {"lr": 3e-4},
+        "mode": {"_target_": "eagle3.hidden_states.supply.Hybrid"},
+    }
+    make(tmp_path / "10", 2.6, sampled=2.0, name="y", cache_dir="d", logger={"tags": []}, **changed)
+    make(tmp_path / "9", 2.5, mode={"_target_": "eagle3.hidden_states.supply.Online"})
     runs, notes = compare([tmp_path])
     assert [run.name for run in runs] == ["9", "10"] and notes == []
     assert [run.settings for run in runs] == [
-        {"optimizer.lr": "0.0001"},
-        {"optimizer.lr": "0.0003"},
+        {"optimizer.lr": "0.0001", "mode": "Online"},
+        {"optimizer.lr": "0.0003", "mode": "Hybrid"},
     ]
-    assert [run.label for run in runs] == ["9, lr=0.0001", "10, lr=0.0003"]
+    labels = ["9, lr=0.0001, mode=Online", "10, lr=0.0003, mode=Hybrid"]
+    assert [run.label for run in runs] == labels
     worse, best = (run.acceptance["0"] for run in runs)
     factor = sum(TOKENS) / sum(rounds_at(1.0))
     assert best.length == pytest.approx(2.6 * factor)
@@ -70,10 +75,19 @@ def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     assert runs[0].numbers == numbers | {"tokens/s": 3000 / 5400, "device hours": 3.0}
 
 
+def test_more_settings_than_runs_stand_below_each_other(tmp_path):
+    for number in (1, 2):
+        make(tmp_path / f"{number}", 2.5, data={f"setting_{key}": number for key in range(20)})
+    console = Console(width=80, record=True, file=io.StringIO())
+    show([tmp_path], tmp_path, console)
+    printed = [line.split() for line in console.export_text().splitlines()]
+    assert ["setting", "1", "2"] in printed and ["data.setting_19", "1", "2"] in printed
+
+
 NOTES = {
     "another mask": (
         {"loss": {"gamma": 0.8, "mask": {"_target_": "eagle3.batch.shifted"}}},
-        "losses are not comparable, because runs differ in loss.mask._target_", True,
+        "losses are not comparable, because runs differ in loss.mask", True,
     ),
     "another draft length": (
         {"evaluation": {"draft_length": 1}},

@@ -34,6 +34,8 @@ SENTENCES = {
     "train.epochs=null": "train.epochs=None must be of type int",
     "train.deterministic=7x": "train.deterministic=7x must be of type bool",
     "stages=train": "stages=train must be of type list, as 'stages=[train]'",
+    "eval.temperature=[0,warm]": "eval.temperature[1]=warm must be of type float",
+    "model.aux_layer_ids=[0,x]": "model.aux_layer_ids[1]=x must be of type int",
     "model.aux_layer_ids=x": "model.aux_layer_ids=x must be of type list",
     "train.resume=conf": "train.resume=conf must be a run with a checkpoint",
     "model=hf": "model.path has no value; set model.path=...",

@@ -7,16 +7,19 @@ import re
 import runpy
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, losses, run, sharegpt_rows
+from conftest import ROOT, compose_config, losses, run, section, sharegpt_rows, spec_of
 from hydra.utils import get_object
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from eagle3.config import flatten
+from eagle3.errors import ConfigError
 from eagle3.runs.resume import load_config
+from eagle3.train import build_draft
 
 FOLDER = ROOT / "conf" / "experiment"
 # Those of CPUs and of targets of one's own are no guide's; tests/test_config.py composes them.
@@ -175,6 +178,13 @@ def test_every_recipe_composes():
     for overrides in recipes["RECIPES"].values():
         if not overrides.startswith("loss="):
             compose_config(*overrides.replace("LAYERS5", five).split())
+
+
+@pytest.mark.parametrize("name", ["fc_norm", "norm_output"])
+def test_a_start_that_is_no_draft_of_the_kind_asked_for_is_refused(exported, target_folder, name):
+    start, target = str(exported / "portable"), SimpleNamespace(spec=spec_of(target_folder))
+    with pytest.raises(ConfigError, match=f"draft.{name}=true, but draft.init_from=.*=false; "):
+        build_draft(section("draft", init_from=start, **{name: True}), target, None, None)
 
 
 @pytest.mark.runs

@@ -380,8 +380,9 @@ def test_a_draft_reaches_as_far_as_the_scaled_rope_of_its_target(
 RUN = {
     "config": {
         "export": {"push_to_hub": None}, "data": {"path": "some/chats", "sources": {}},
-        "model": {"revision": None}, "eval": {"max_new_tokens": 96}, "seed": 3,
+        "model": {"revision": None, "aux_layer_ids": [0, 1]}, "eval": {"max_new_tokens": 96},
         "optimizer": {"_target_": "eagle3.optim.adamw", "lr": 1e-4}, "hub": {"token": "SESAME"},
+        "loss": {"weights": {"_target_": "eagle3.loss.Reached"}}, "seed": 3,
     },
     "overrides": ["optimizer.lr=1e-4", "hub.token=SESAME"], "git": "abcdef",
     "inputs": {"prepared": {"documents": 12345}}, "versions": {"torch": "2.13.0"},
@@ -420,6 +421,7 @@ def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
     assert "| mtbench | 1, 2, 1, 3 | 80 | 2.40 | – | 1.50× | yes |" in text
     assert "Protocol: temperature 0.00; max new tokens 1024." in text
     assert "| optimizer | adamw |" in text and "python run.py optimizer.lr=1e-4" in text
+    assert "| loss.weights | Reached |" in text and "| model.aux_layer_ids | 0, 1 |" in text
     for engine in ("sglang", "vllm", "trtllm"):
         assert serve_text(engine, str(run_dir / "draft"), None, None, None, []) in text
     assert ("license: other\n" in text) == (licence == "license: other") and CARDS[licence] in text

@@ -254,6 +254,13 @@ def test_a_draft_that_is_not_there(settings, tmp_path, stage):
     assert not (tmp_path / "cache").exists(), "it is missed before the first stage"
 
 
+def test_a_start_that_is_no_draft_is_missed_before_the_first_stage(settings, tmp_path):
+    wrong = [f"draft.init_from={tmp_path}", f"cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(RunError, match=r"draft at .* cannot be read: .*config\.json"):
+        run([*settings, *wrong], tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_questions_are_read_before_the_first_stage(settings, tmp_path):
     suite = write_jsonl(tmp_path / "own.jsonl", {"prompt": "one"}, {"nothing": 1})
     own = [f"benchmark.suites=['{suite}:1']", f"cache_dir={tmp_path / 'cache'}"]

@@ -31,7 +31,7 @@ from eagle3.runs.report import Plot, cell, curve, series, templates
 
 GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in its `sampled`
 # Of the config: what every run has for itself, and what changes the meaning of a loss.
-OWN = ("name", "runs", "stages", "sweep.", "train.resume", "cache_dir", "plan")
+OWN = ("name", "runs", "stages", "sweep.", "train.resume", "cache_dir", "plan", "logger.")
 OF_LOSS = ("loss.", "draft.ttt_steps", "draft.vocab_size")
 NOT_COMPARABLE = "losses are not comparable"
 MOST_SHOWN = 3  # settings in the legend of a curve
@@ -168,7 +168,7 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
         values = [setting(run.config, key) for run in runs]
         if len(set(values)) > 1 and not key.startswith(OWN):
             for run, value in zip(runs, values, strict=True):
-                run.settings[key] = value
+                run.settings[key.removesuffix("._target_")] = value
     if pruned := [run.name for run in runs if run.pruned]:
         notes.append(f"ended by Optuna before their last update: {', '.join(pruned)}")
     differing = [key for key in runs[0].settings if key.startswith(OF_LOSS)]
@@ -180,7 +180,10 @@ def compare(given: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
 
 
 def setting(config: dict[str, Any], key: str) -> str:
+    """As it is shown; a function or class by its last name."""
     value = config.get(key, "–")
+    if key.endswith("._target_"):
+        value = str(value).rpartition(".")[2]
     return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -248,12 +251,12 @@ def cells(runs: list[Run], notes: list[str]) -> dict[str, list[str]]:
     return shown
 
 
-def table_of(runs: list[Run], columns: dict[str, list[str]]) -> Table:
-    """A row for each run. Of text, because a value may hold what rich takes for markup."""
+def table_of(columns: dict[str, list[str]]) -> Table:
+    """Columns by title, names first. Of text, as a value may hold what rich takes for markup."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ["run", *columns]:
-        table.add_column(Text(title), justify="left" if title == "run" else "right")
-    for row in zip([run.name for run in runs], *columns.values(), strict=True):
+    for number, title in enumerate(columns):
+        table.add_column(Text(title), justify="right" if number else "left", overflow="fold")
+    for row in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table
 
@@ -297,11 +300,15 @@ def show(given: Sequence[str | Path], folder: Path, console: Console) -> None:
     runs, notes = compare(given)
     settings = {key: [run.settings[key] for run in runs] for key in runs[0].settings}
     columns = cells(runs, notes)
-    if settings:
-        console.print(table_of(runs, settings))
-    # A terminal has 80 columns.
-    left_out = "tokens", *(title for title in columns if title.startswith("from the best at"))
-    console.print(table_of(runs, {k: v for k, v in columns.items() if k not in left_out}))
+    names = {"run": [run.name for run in runs]}
+    if len(settings) > len(runs):  # a terminal has 80 columns
+        turned = {run.name: list(run.settings.values()) for run in runs}
+        console.print(table_of({"setting": list(settings)} | turned))
+    elif settings:
+        console.print(table_of(names | settings))
+    wide = [title for title in columns if title == "tokens" or title.startswith("from the best at")]
+    shown = {title: columns[title] for title in columns if title not in wide}
+    console.print(table_of(names | shown))
     for note in notes:
         console.print(f"compare: {note}")
     page = templates().get_template("compare.html")

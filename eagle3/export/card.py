@@ -16,11 +16,11 @@ from eagle3.runs.logger import redact
 from eagle3.runs.report import benchmark_rows, cell, cells, templates
 
 RECIPE = (
-    "mode._target_", "draft.ttt_steps", "draft.vocab_size", "draft.init_from", "loss.gamma",
-    "loss.pointwise._target_", "loss.mask._target_", "optimizer._target_", "optimizer.lr",
-    "scheduler._target_", "train.epochs", "train.tokens_per_step", "train.grad_accum",
-    "train.documents_per_update", "data.max_length", "launch.nproc_per_node", "launch.nnodes",
-    "model.dtype", "seed",
+    "mode._target_", "model.aux_layer_ids", "draft.ttt_steps", "draft.vocab_size",
+    "draft.init_from", "loss.gamma", "loss.pointwise._target_", "loss.mask._target_",
+    "loss.weights._target_", "optimizer._target_", "optimizer.lr", "scheduler._target_",
+    "train.epochs", "train.tokens_per_step", "train.grad_accum", "train.documents_per_update",
+    "data.max_length", "launch.nproc_per_node", "launch.nnodes", "model.dtype", "seed",
 )  # fmt: skip
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
