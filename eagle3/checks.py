@@ -127,7 +127,7 @@ def check_stages(config: RunConfig) -> None:
         raise ConfigError(f"data.max_length={length} must be at most train.tokens_per_step={room}")
     measured, chosen = config.eval.temperature, config.train.best_by
     if 0 not in measured or len({*measured}) < len(measured):
-        raise ConfigError(f"eval.temperature={measured} must have 0, and each temperature once")
+        raise ConfigError(f"eval.temperature={measured} must have 0, as [0,1] does, and each once")
     if not chosen or not {*chosen} <= {*measured}:
         raise ConfigError(f"train.best_by={chosen} must be some of eval.temperature={measured}")
     if config.hidden_states.max_disk is not None:  # read here, so that a typo ends no long run

@@ -87,6 +87,8 @@ def run_pipeline(
 
     if config.draft.init_from and "train" in listed:  # a wrong one would end a late stage
         read_config(locate(config.draft.init_from, "draft.init_from"))
+        unused = "draft.vocab_size, draft.config and draft.initial are not used"
+        print(f"train: draft.init_from brings its shape and its vocabulary; {unused}")
     if listed & {"check", "benchmark"}:
         draft = find_draft(config, run_dir)
         subject = Subject(draft, target, chat, data, cache_dir, config.seed)

@@ -71,7 +71,7 @@ SENTENCES = {
     "hidden_states.max_disk=lots": "hidden_states.max_disk=lots is no size; write it as 500GB or",
     "check.engines=[sglang,vlm]": "must be one of sglang, vllm, trtllm, official; did you mean vll",
     "data.chat_template=lama3": "data.chat_template=lama3 is none of auto, chatml,",
-    "eval.temperature=[1]": "eval.temperature=[1.0] must have 0, and each temperature once",
+    "eval.temperature=[1]": "eval.temperature=[1.0] must have 0, as [0,1] does, and each once",
     "eval.temperature=[0,-1]": "eval.temperature=[0.0, -1.0] must be within 0 and 100",
     "train.best_by=[0.5]": "train.best_by=[0.5] must be some of eval.temperature=[0.0, 1.0]",
     "train.best_by=[]": "train.best_by=[] must be some of eval.temperature",

@@ -188,13 +188,14 @@ def test_a_start_that_is_no_draft_of_the_kind_asked_for_is_refused(exported, tar
 
 
 @pytest.mark.runs
-def test_a_finetuned_target_goes_on_with_a_published_draft(exported, target_folder, tmp_path):
+def test_a_finetuned_target_goes_on_with_a_draft(exported, target_folder, tmp_path, capsys):
     """Of the same vocabulary, whatever the conversations have, and from its weights."""
     (tmp_path / "sharegpt.json").write_text(json.dumps(list(sharegpt_rows(14))))
     changed = ["draft.vocab_size=2048", "optimizer.lr=1e-9"]
     given = ["experiment=finetuned", *ONE_STEP, *changed, f"model.path={target_folder}"]
     given += [f"draft.init_from={exported / 'portable'}", f"cache_dir={tmp_path / 'cache'}"]
     run([*given, "data.max_length=96", f"data.path={tmp_path / 'sharegpt.json'}"], tmp_path / "run")
+    assert "draft.vocab_size, draft.config and draft.initial are not used" in capsys.readouterr().out
     before = load_file(exported / "portable" / "model.safetensors")
     after = load_file(tmp_path / "run" / "draft" / "model.safetensors")
     assert torch.equal(after["d2t"], before["d2t"]) and len(after["d2t"]) == 300
