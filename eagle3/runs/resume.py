@@ -206,7 +206,9 @@ def private_copy(cache_dir: str, run_dir: Path) -> Path:
 def keep_private(settings: dict[str, Any], run_dir: Path) -> None:
     path = private_copy(settings["cache_dir"], run_dir)
     if redact(settings) == settings:
-        return path.unlink(missing_ok=True)
+        if path.exists():  # a cache whose folder is a file is said later, by its key
+            path.unlink()
+        return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(json.dumps(settings))
