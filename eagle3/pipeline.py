@@ -85,7 +85,9 @@ def run_pipeline(
         show(plan(config, target.spec, sources, chat, prepared, device, run_dir), console)
         return None
 
-    if config.draft.init_from and "train" in listed:  # a wrong one would end a late stage
+    if "train" in listed:  # what cannot work would end a late stage
+        instantiate(config.draft.kernels)
+    if config.draft.init_from and "train" in listed:
         read_config(locate(config.draft.init_from, "draft.init_from"))
         unused = "draft.vocab_size, draft.config and draft.initial are not used"
         print(f"train: draft.init_from brings its shape and its vocabulary; {unused}")

@@ -261,6 +261,14 @@ def test_a_start_that_is_no_draft_is_missed_before_the_first_stage(settings, tmp
     assert not (tmp_path / "cache").exists()
 
 
+def test_kernels_that_cannot_run_are_missed_before_the_first_stage(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("eagle3.kernels.fused.has_triton", lambda: False)
+    fused = ["draft/kernels=fused", f"cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(ConfigError, match="draft/kernels=fused needs Triton"):
+        run([*settings, *fused], tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_questions_are_read_before_the_first_stage(settings, tmp_path):
     suite = write_jsonl(tmp_path / "own.jsonl", {"prompt": "one"}, {"nothing": 1})
     own = [f"benchmark.suites=['{suite}:1']", f"cache_dir={tmp_path / 'cache'}"]
