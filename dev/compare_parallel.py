@@ -40,8 +40,8 @@ from torch.utils._pytree import tree_flatten
 
 from eagle3.batch import Batch
 from eagle3.draft.model import DraftConfig
+from eagle3.draft.ttt import training_flops
 from eagle3.parallel.sequence import Sequence
-from eagle3.ttt import training_flops
 
 PER_RANK = 16384
 LAYOUTS = [Layout(1), Layout(8), Layout(2, 4), Layout(1, 1, 8), Layout(1, 2, 4), Layout(1, 8)]

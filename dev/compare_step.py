@@ -48,9 +48,9 @@ from reference import Case, dense_loss, relative_error  # noqa: E402
 from eagle3 import batch as supervision  # noqa: E402
 from eagle3.batch import Batch, Document, fill, pack, split_features  # noqa: E402
 from eagle3.draft.flash import Auto  # noqa: E402
-from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
+from eagle3.draft.model import EAGLE3, DraftConfig  # noqa: E402
+from eagle3.draft.ttt import unroll  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
-from eagle3.ttt import unroll  # noqa: E402
 
 TTT_STEPS, GAMMA, TURN_TOKENS = 7, 0.8, 200
 aten = torch.ops.aten
@@ -88,7 +88,7 @@ def draw_case(share: float, documents: int, seed: int) -> Case:
     t2d = torch.zeros(vocab_size, dtype=torch.bool)
     t2d[target_ids] = True
     torch.manual_seed(seed)
-    draft = Draft(config, Auto, t2d, target_ids - torch.arange(draft_vocab_size))
+    draft = EAGLE3(config, Auto, t2d, target_ids - torch.arange(draft_vocab_size))
     draws = (5.46 + 0.7 * normal(1000, documents)).exp().long().clamp(32, 1024)
     draws = draws[(draws.float().mean(1) - 300).abs() < 30]
     by_padding = (draws.amax(1) / draws.float().mean(1)).argsort()

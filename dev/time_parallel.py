@@ -26,13 +26,13 @@ sys.path[:0] = [str(root), str(root / "dev")]
 
 from eagle3.batch import Batch, Document, Features, pack, serving, split_by_cost  # noqa: E402
 from eagle3.draft.flash import Auto  # noqa: E402
-from eagle3.draft.model import Draft, DraftConfig  # noqa: E402
+from eagle3.draft.model import EAGLE3, DraftConfig  # noqa: E402
+from eagle3.draft.ttt import unroll  # noqa: E402
 from eagle3.loader import fill_micro_steps  # noqa: E402
 from eagle3.loss import SoftTargetLoss, kl  # noqa: E402
 from eagle3.optim import step_if_finite  # noqa: E402
 from eagle3.parallel.ranks import Ranks  # noqa: E402
 from eagle3.parallel.sequence import Sequence  # noqa: E402
-from eagle3.ttt import unroll  # noqa: E402
 
 STEPS, TURN_TOKENS, TIMEOUT = 7, 600, timedelta(minutes=10)
 LLAMA3_8B = DraftConfig(4096, 14336, 32, 8, 128, 128256, 32000, 4096, 131072, 500000.0)
@@ -94,7 +94,7 @@ def micro_steps(
 
 @dataclass
 class Model:
-    draft: Draft
+    draft: EAGLE3
     embedding: torch.Tensor
     head: torch.Tensor
     loss: SoftTargetLoss
@@ -108,7 +108,7 @@ def make_model(config: DraftConfig, device: torch.device, dtype: torch.dtype) ->
     torch.manual_seed(0)
     ids = torch.arange(config.vocab_size, device=device)
     with device:
-        draft = Draft(
+        draft = EAGLE3(
             config,
             Auto,
             ids < config.draft_vocab_size,

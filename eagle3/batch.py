@@ -90,6 +90,7 @@ class Document:
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     features: Features | None = None
+    epoch: int = 0  # that it is read in
 
 
 @dataclass
@@ -156,9 +157,10 @@ SupervisedMask = Callable[..., tuple[torch.Tensor, int]]
 
 
 def pack(
-    documents: list[Document], in_draft_vocab: torch.Tensor, ttt_steps: int, mask: SupervisedMask
-) -> Batch:
-    """Concatenate documents and find their row sets.
+    documents: list[Document], in_draft_vocab: torch.Tensor, ttt_steps: int, mask: SupervisedMask,
+    anchors: int | None = None,
+) -> Batch:  # fmt: skip
+    """Concatenate documents and find their row sets, of each document at most `anchors` rows.
 
     `in_draft_vocab` bool [V]; `mask` is `serving` or `shifted`, below. Everything here is known
     before the target has run, so a loader's thread does it one update ahead. Documents that all
@@ -177,6 +179,12 @@ def pack(
     follows_answer = loss_mask.roll(1) & (places > starts)
     teacher_rows = (loss_mask | follows_answer).nonzero()[:, 0]
     supervised_KT, normaliser = mask(loss_mask, in_draft_vocab[input_ids], ends, lengths, ttt_steps)
+
+    if anchors is not None:
+        kept_T = draw_anchors(documents, supervised_KT[0], lengths, anchors)
+        before = max(1, int(supervised_KT[0].sum()))
+        normaliser = normaliser * int((supervised_KT[0] & kept_T).sum()) // before
+        supervised_KT = supervised_KT & kept_T
 
     # A row runs through step k while k or a later step supervises it. Ordered by how many steps
     # that is, every step's rows are a prefix of the rows before: no gather is needed from step to
@@ -222,6 +230,22 @@ def pack(
         features=concatenate_features(known) if complete else None,
         loaded=[] if complete else documents,
     )
+
+
+def draw_anchors(
+    documents: list[Document], rows_T: torch.Tensor, lengths: list[int], anchors: int
+) -> torch.Tensor:
+    """bool [T]: of each document's `rows_T` bool [T] `anchors`, the same in every layout of ranks,
+    others in another epoch.
+    """
+    kept = []
+    for document, rows in zip(documents, rows_T.split(lengths), strict=True):
+        places, kept_n = rows.nonzero()[:, 0], rows.clone()
+        if len(places) > anchors:
+            drawn = np.random.default_rng([document.epoch, document.key]).permutation(len(places))
+            kept_n[places[torch.from_numpy(drawn[anchors:])]] = False
+        kept.append(kept_n)
+    return torch.cat(kept)
 
 
 def starts_of(counts: list[int]) -> torch.Tensor:

@@ -7,7 +7,7 @@ import inspect
 import math
 import types
 import typing
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from eagle3.benchmark.scoring import namespaces
 from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, layout, nearest
 from eagle3.data.chat import load_chat
 from eagle3.data.sources import may_be_remote, names_data
+from eagle3.data.vocab import complete_section
 from eagle3.draft.initial import draft_config
 from eagle3.errors import ConfigError
 from eagle3.export.card import check_push
@@ -222,6 +223,7 @@ def check_against_target(config: RunConfig) -> None:
     model, spec = config.model, read_spec(config.model)
     target, ids = spec.config, model.aux_layer_ids
     check_supported(target)
+    config = replace(config, draft=complete_section(config.draft, spec))
     last = spec.num_layers - 1
     if ids is not None and (not ids or sorted(set(ids) & {*range(last + 1)}) != ids):
         wanted = f"different layers of 0..{last}, low to high"
@@ -257,6 +259,12 @@ def check_draft_shape(config: RunConfig, target: PretrainedConfig, num_layers: i
         limit = getattr(shape, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
+    drafted, length = config.draft.ttt_steps, config.eval.draft_length
+    if shape.reads_mask_token and length > drafted:
+        problem = (
+            f"eval.draft_length={length} is more than the {drafted} tokens that a block drafts"
+        )
+        raise ConfigError(f"{problem}; raise draft.block or lower eval.draft_length")
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"

@@ -118,10 +118,18 @@ class HiddenStates:
 
 @dataclass
 class DraftSection:
+    """`layers`, `block`, `anchors`, `mask_token_id` and `markov_rank` are of block drafters."""
+
+    architecture: dict[str, Any]
     ttt_steps: Annotated[int, Within(1, MAX_STEPS)]
     vocab_size: Annotated[int, Within(1)]
     fc_norm: bool
     norm_output: bool
+    layers: Annotated[int, Within(1)]
+    block: Annotated[int, Within(2, MAX_STEPS)]
+    anchors: Annotated[Optional[int], Within(1)]
+    mask_token_id: Annotated[Optional[int], Within(0)]
+    markov_rank: Annotated[int, Within(1)]
     config: Optional[str]
     init_from: Optional[str]
     attention: dict[str, Any]

@@ -37,7 +37,6 @@ from eagle3.runs.progress import Progress
 from eagle3.runs.tensors import load_tensors, save_tensors
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import TargetSpec
-from eagle3.ttt import unroll
 
 COVERED = 0.95  # of a text; a draft that misses one token in 20 loses a tenth of its length at 5
 MOST_APART = 0.1  # of the tokens; 0.02 are near ties of SmolLM2-135M in bf16
@@ -266,10 +265,11 @@ def evaluate(
         documents, chances_nK = [], []
         for batch, answers in batches:
             batch = batch.to(frozen.embedding.device)
-            hidden_ND = unroll(draft, frozen.embedding, batch.features.aux_hidden_states, batch)
+            hidden_ND = draft.unroll(frozen.embedding, batch.features.aux_hidden_states, batch)
             if temperature:
                 log_p = torch.cat([answer.log_p for answer in answers]).to(hidden_ND.device)
-                log_q_M = draft_likelihoods(draft, hidden_ND, batch, temperature, loss.chunk_rows)
+                given = draft, hidden_ND, batch, frozen.draft_head, temperature
+                log_q_M = draft_likelihoods(*given, loss.chunk_rows)
                 chance_M = (log_q_M - log_p[batch.pair_teacher]).clamp(max=0).exp()
             else:
                 output = loss(draft, hidden_ND, batch.features, batch, frozen.draft_head)
@@ -290,15 +290,16 @@ def wanted_ids(batch: Batch) -> torch.Tensor:
 
 
 def draft_likelihoods(
-    draft: Draft, hidden_ND: torch.Tensor, batch: Batch, temperature: float, chunk_rows: int
-) -> torch.Tensor:
+    draft: Draft, hidden_ND: torch.Tensor, batch: Batch, draft_head: torch.Tensor,
+    temperature: float, chunk_rows: int,
+) -> torch.Tensor:  # fmt: skip
     """fp32 [M]: the log-probability of the text's token, -inf where the draft cannot say it."""
     draft_ids = torch.full((draft.config.vocab_size,), -1, device=hidden_ND.device)
     draft_ids[draft.target_ids] = torch.arange(len(draft.target_ids), device=hidden_ND.device)
     wanted_M = draft_ids[wanted_ids(batch)]
     found = []
     for pairs, ids in zip(batch.pair_index.split(chunk_rows), wanted_M.split(chunk_rows)):
-        log_q = (draft.logits(hidden_ND[pairs]).float() / temperature).log_softmax(-1)
+        log_q = (draft.logits(hidden_ND[pairs], draft_head).float() / temperature).log_softmax(-1)
         said = log_q.gather(1, ids.clamp(min=0)[:, None])[:, 0]
         found.append(said.masked_fill(ids < 0, -torch.inf))
     return torch.cat(found)

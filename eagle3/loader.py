@@ -71,11 +71,13 @@ class Loader:
         updates = fill(order.tolist(), self.lengths[order].tolist(), self.tokens_per_update)
         return list(map(np.array, updates))
 
-    def pack_update(self, documents: np.ndarray) -> list[Batch]:
+    def pack_update(self, documents: np.ndarray, epoch: int = 0) -> list[Batch]:
         mine = split_by_cost(documents, self.costs, self.replicas)[self.replica]
         batches = []
         for numbers in fill_micro_steps(mine, self.lengths, self.section.tokens_per_step):
             loaded = self.documents.load(numbers)
+            for document in loaded:
+                document.epoch = epoch
             if loaded:
                 batches.append(self.pack_documents(loaded))
         return batches
@@ -92,12 +94,12 @@ class Loader:
                 plan = self.plan_epoch(epoch)
                 if number < len(plan):
                     self.documents.begin(epoch)
-                    packed_ahead = packer.submit(self.pack_update, plan[number])
+                    packed_ahead = packer.submit(self.pack_update, plan[number], epoch)
                 while number < len(plan):
                     update, number = packed_ahead.result(), number + 1
                     self.state = {"epoch": epoch, "update": number}
                     if number < len(plan):
-                        packed_ahead = packer.submit(self.pack_update, plan[number])
+                        packed_ahead = packer.submit(self.pack_update, plan[number], epoch)
                     yield update
                 epoch, number = epoch + 1, 0
 

@@ -202,8 +202,10 @@ class Pairs:
     """The M pairs of a batch as the fused loss takes them.
 
     `teachers` [U+1,H] with a row of zeros behind them, `head` [Vd,H], `argmax` int64 [U+1],
-    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id. `scale` is what
-    backward will begin with, if that is known.
+    `weights` [M], `target_ids` int64 [Vd]: the target's id of every draft id. `frozen` [Vd,*] are
+    the first columns of the draft's head, where those are not trained. `scale` is what backward
+    will begin with, if that is known. `chances` [M], where asked for: that of each pair's draft to
+    be accepted, which the loss fills in.
     """
 
     batch: Batch
@@ -216,13 +218,17 @@ class Pairs:
     chunk_rows: int
     kernels: Any
     scale: float | None
+    frozen: torch.Tensor | None = None
+    chances: torch.Tensor | None = None
 
 
 class FusedLoss(torch.autograd.Function):
-    """Sum of weighted pair losses; makes the gradients of both inputs while going forward."""
+    """Sum of weighted pair losses; makes the gradients of both inputs, the students and what is
+    trained of the head, while going forward.
+    """
 
     @staticmethod
-    def forward(ctx, students_MD, lm_head_VD, pairs: Pairs):
+    def forward(ctx, students_MD, trained_VD, pairs: Pairs):
         batch, weights = pairs.batch, pairs.weights
         grad_weights = weights if pairs.scale is None else weights * pairs.scale
         want_gradients = any(ctx.needs_input_grad)
@@ -230,7 +236,9 @@ class FusedLoss(torch.autograd.Function):
         correct = torch.zeros(len(students_MD), dtype=torch.bool, device=students_MD.device)
         grad_students = torch.empty_like(students_MD) if want_gradients else None
         grad_head = None
-        head = lm_head_VD.to(students_MD.dtype)
+        parts = [x.to(students_MD.dtype) for x in (pairs.frozen, trained_VD) if x is not None]
+        head = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        first = 0 if pairs.frozen is None else pairs.frozen.shape[1]
         for start in range(0, len(pairs.teachers), pairs.chunk_rows):
             stop = min(start + pairs.chunk_rows, len(pairs.teachers))
             # Pairs lie in order of their teacher, so those of a chunk of teachers are a slice.
@@ -238,20 +246,20 @@ class FusedLoss(torch.autograd.Function):
             if here.start == here.stop:
                 continue
             teacher_of_pair = batch.pair_teacher[here]
-            losses[here], best, grad = pairs.kernels.loss_chunk(
-                pairs.pointwise,
-                students_MD[here] @ head.T,
-                pairs.teachers[start:stop] @ pairs.head.T,
-                teacher_of_pair - start,
-                grad_weights[here],
-            )
+            logits = students_MD[here] @ head.T
+            teacher = pairs.teachers[start:stop] @ pairs.head.T
+            given = logits, teacher, teacher_of_pair - start, grad_weights[here]
+            if pairs.chances is not None:
+                pairs.chances[here] = 1 - pairs.kernels.loss_chunk(tv, *given)[0]
+            losses[here], best, grad = pairs.kernels.loss_chunk(pairs.pointwise, *given)
             correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
                 torch.mm(grad, head, out=grad_students[here])
-                product = grad.T, students_MD[here]
-                grad_head = pairs.kernels.add_product(grad_head, *product, lm_head_VD.dtype)
-        if want_gradients and grad_head is None:
-            grad_head = torch.zeros_like(lm_head_VD)
+                if trained_VD is not None:
+                    product = grad.T, students_MD[here, first:]
+                    grad_head = pairs.kernels.add_product(grad_head, *product, trained_VD.dtype)
+        if want_gradients and grad_head is None and trained_VD is not None:
+            grad_head = torch.zeros_like(trained_VD)
         ctx.save_for_backward(grad_students, grad_head)
         ctx.scale = pairs.scale
         ctx.mark_non_differentiable(losses, correct)
@@ -262,7 +270,8 @@ class FusedLoss(torch.autograd.Function):
         grad_students, grad_head = ctx.saved_tensors
         if ctx.scale is None:
             # In place: backward runs once, and these are as large as the activations of a step.
-            return grad_students.mul_(grad), grad_head.mul_(grad), None
+            grads = [x if x is None else x.mul_(grad) for x in (grad_students, grad_head)]
+            return *grads, None
         torch._assert_async((grad / ctx.scale - 1).abs() < 1e-5)  # the host does not wait
         return grad_students, grad_head, None
 
@@ -311,11 +320,15 @@ class SoftTargetLoss:
         weights = weights_K[batch.pair_step] * counted
         students = draft.head_input(TakeRows.apply(hidden_ND, batch.pair_index))
         kernels = draft.kernels.pick(hidden_ND)
+        frozen, trained = draft.head_weights(draft_head)
+        chances = torch.empty_like(weights) if draft.measures_chances else None
         pairs = Pairs(
             batch, teachers, draft_head, argmax, weights, draft.target_ids, self.pointwise,
-            self.chunk_rows, kernels, scale if kernels.scales_first else None,
+            self.chunk_rows, kernels, scale if kernels.scales_first else None, frozen, chances,
         )  # fmt: skip
-        loss, losses, correct = FusedLoss.apply(students, draft.lm_head.weight, pairs)
+        loss, losses, correct = FusedLoss.apply(students, trained, pairs)
+        if draft.measures_chances:
+            loss = loss + draft.confidence_loss(students, chances, weights)
         sums = losses.new_zeros(2, num_steps)
         sums[0].index_add_(0, batch.pair_step, losses * counted)
         sums[1].index_add_(0, batch.pair_step, correct.to(wide))

@@ -24,6 +24,7 @@ from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
 from eagle3.data.sources import find_sources, names_data
 from eagle3.data.view import view
+from eagle3.data.vocab import complete_section
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import cover, generate
 from eagle3.export.card import push, write_card
@@ -66,6 +67,7 @@ def run_pipeline(
     device, draft_length = choose_device(config.device), config.eval.draft_length
     processes = config.launch.nproc_per_node
     target = TargetHandle(read_spec(config.model), config.target, device, processes)
+    config = replace(config, draft=complete_section(config.draft, target.spec))
     counts = config.eval.num_prompts, target.spec.config.vocab_size, config.draft.vocab_size
 
     # What the listed stages read, beside what lies in the run's own folder.

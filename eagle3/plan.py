@@ -36,7 +36,6 @@ from eagle3.loader import Loader
 from eagle3.loss import SoftTargetLoss
 from eagle3.runs.disk import free_bytes, parse_size, size_text
 from eagle3.target.spec import TargetSpec
-from eagle3.ttt import unroll
 
 H200_FLOPS = 790e12  # bf16 products, measured
 # Of those, what `dev/roofline/sim.py --json` predicts as share_of_products: with --prefill, and of
@@ -226,7 +225,7 @@ def draft_without_data(shape: DraftConfig) -> Draft:
     with torch.device("meta"):
         t2d = torch.empty(shape.vocab_size, dtype=torch.bool)
         d2t = torch.empty(shape.draft_vocab_size, dtype=torch.long)
-        return Draft(shape, NO_ATTENTION, t2d, d2t)
+        return shape.build(NO_ATTENTION, t2d, d2t)
 
 
 def measure_step(
@@ -245,7 +244,7 @@ def measure_step(
             aux = torch.empty(batch.tokens, shape.aux_size, dtype=dtype)
             last, argmax = torch.empty(teachers, size, dtype=dtype), torch.empty(teachers).long()
             features = Features(aux, last, argmax, torch.empty(teachers))
-            hidden = unroll(draft, embedding, aux, batch)
+            hidden = draft.unroll(embedding, aux, batch)
             loss(draft, hidden, features, batch, head).loss.backward()
     return counter.get_total_flops(), live.peak
 

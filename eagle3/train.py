@@ -41,7 +41,6 @@ from eagle3.runs.signals import note_signals
 from eagle3.runs.sweep import is_pruned
 from eagle3.target.handle import TargetHandle
 from eagle3.target.weights import TargetWeights
-from eagle3.ttt import training_flops, unroll
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -210,7 +209,10 @@ def build_trainer(
     group = math.prod(layout(config))
     replica, replicas = ranks.rank // group, ranks.world_size // group
     in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
-    packed = partial(pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask)
+    anchors = config.draft.anchors if draft.config.reads_mask_token else None
+    packed = partial(
+        pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask, anchors=anchors
+    )
     features, pack_documents = supply.features, packed
     if group > 1:
         sequence = Sequence(*layout(config), ranks.rank, draft.config, ranks.timeout)
@@ -260,8 +262,8 @@ def build_draft(
         raise ConfigError(f"{problem}{len(vocab)} tokens; set draft.vocab_size={len(vocab)}")
     t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
     shape = draft_config(section, spec.config, len(spec.aux_layer_ids))
-    draft = Draft(shape, attention, t2d, d2t)
-    instantiate(section.initial)(draft, weights.embedding, weights.head)
+    draft = shape.build(attention, t2d, d2t)
+    draft.begin(instantiate(section.initial), weights.embedding, weights.head)
     return draft
 
 
@@ -296,11 +298,11 @@ class Trainer:
         for batch in self.feed(batches):
             with self.meter.target():
                 features = batch.features or self.features(batch)
-            hidden_ND = unroll(self.draft, self.frozen.embedding, features.aux_hidden_states, batch)
+            hidden_ND = self.draft.unroll(self.frozen.embedding, features.aux_hidden_states, batch)
             given = self.draft, hidden_ND, features, batch, self.frozen.draft_head
             output = self.loss(*given, scale=1 / normaliser)
             (output.loss / normaliser).backward()
-            flops = training_flops(self.draft.config, batch)
+            flops = self.draft.training_flops(self.draft.config, batch)
             self.meter.add(output.step_loss, output.step_correct, batch, waited, flops)
             self.loss.weights.measure(batch, output.correct)
             waited = 0.0
@@ -318,7 +320,7 @@ class Trainer:
         if self.frozen.embedding.is_cuda:
             tensors[f"rank_{rank}/rng_cuda"] = torch.cuda.get_rng_state()
         plain = counts | {
-            "draft": asdict(self.draft.config),
+            "draft": asdict(self.draft.config) | {"architecture": self.draft.config.architecture},
             "update": self.update,
             "best": self.best,
             "best_update": self.best_update,

@@ -27,7 +27,8 @@ from eagle3.config import HiddenStates, Model
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft
+from eagle3.draft.model import EAGLE3
+from eagle3.draft.ttt import unroll
 from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.loss import Powers, SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
@@ -36,7 +37,6 @@ from eagle3.runs.progress import Progress
 from eagle3.runs.resume import load_config
 from eagle3.target.handle import TargetHandle
 from eagle3.target.spec import TargetSpec, read_spec
-from eagle3.ttt import unroll
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "eagle3" / "tiny"
@@ -301,7 +301,7 @@ def exported(target_folder, tmp_path_factory) -> Path:
     target = spec_of(target_folder)
     torch.manual_seed(0)
     t2d, d2t = vocab_tensors(torch.randperm(2048)[:300].sort().values.numpy(), 2048)
-    draft = Draft(derive_config(target.config, 300), Auto, t2d, d2t)
+    draft = EAGLE3(derive_config(target.config, 300), Auto, t2d, d2t)
     folder = tmp_path_factory.mktemp("exported")
     portable = portable_config(draft.config, target, str(target_folder), 3)
     write_draft(draft, folder / "portable", portable)

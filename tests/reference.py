@@ -21,9 +21,9 @@ from eagle3 import batch as supervision
 from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, Features, pack
 from eagle3.draft.attention import Attend
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.kernels.eager import Eager
-from eagle3.ttt import unroll
 
 
 @dataclass
@@ -260,7 +260,7 @@ def random_case(
         target_hidden_size=24, max_position_embeddings=64, rms_norm_eps=1e-5,
         num_aux_hidden_states=layers, **variant,
     )  # fmt: skip
-    draft = Draft(config, attention, t2d, target_ids - torch.arange(draft_vocab_size))
+    draft = EAGLE3(config, attention, t2d, target_ids - torch.arange(draft_vocab_size))
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.copy_(normal(*parameter.shape) * 0.2 + (parameter.dim() == 1))

@@ -8,9 +8,9 @@ from conftest import soft_target_loss
 
 from eagle3.batch import Document, Features, pack, shifted
 from eagle3.draft.flash import Auto
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.loss import kl
-from eagle3.ttt import unroll
 
 FOLDER = Path(__file__).parent / "data" / "specforge"
 TTT_STEPS, GAMMA = 7, 0.8
@@ -31,7 +31,7 @@ class Fixture:
             head_dim=64, vocab_size=4096, draft_vocab_size=1024, target_hidden_size=256,
             max_position_embeddings=2048,
         )  # fmt: skip
-        self.draft = Draft(config, Auto, t2d, d2t)
+        self.draft = EAGLE3(config, Auto, t2d, d2t)
         weights = {key[6:]: bf16(arrays[key]) for key in arrays.files if key.startswith("draft.")}
         self.draft.load_state_dict(weights | {"t2d": t2d, "d2t": d2t})
         self.embedding = torch.zeros(4096, 256)

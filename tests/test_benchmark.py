@@ -25,7 +25,7 @@ from eagle3.data.rows import RowError
 from eagle3.decode.speculate import Generation
 from eagle3.decode.tree import Candidates
 from eagle3.draft.flash import FlashCPU
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
@@ -151,7 +151,7 @@ def decoded(folder, target, prompts=(), subject=None, **changed):
     vocab_size, hidden = target.embedding.shape
     config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
     whole = torch.ones(vocab_size, dtype=torch.bool)
-    draft = Draft(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
+    draft = EAGLE3(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: draft)
         request = instantiate(SECTION | changed)

@@ -22,13 +22,13 @@ from eagle3.data.chat import Chat, load_chat
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
 from eagle3.export.write import portable_config, write_draft
 from eagle3.hidden_states.capture import compute_features
 from eagle3.target.hf import HFTarget
-from eagle3.ttt import unroll
 
 LAYERS, ENGINES = [1, 3, 4], ["sglang", "vllm", "trtllm", "official"]
 WEIGHTS = ["config.json", "generation_config.json", "model.safetensors"]
@@ -147,13 +147,13 @@ def learn_by_heart(target_folder, tokenizer, folder, **variant):
     t2d, d2t = vocab_tensors(used.numpy(), 2048)
     torch.manual_seed(0)
     shape = replace(derive_config(spec.config, len(used)), **variant)
-    draft = Draft(shape, Auto, t2d, d2t)
+    draft = EAGLE3(shape, Auto, t2d, d2t)
     batch = pack(compute_features(target, documents), t2d, 3, serving)
     wanted = torch.searchsorted(draft.target_ids, batch.features.argmax[batch.pair_teacher])
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     for _ in range(60):
         hidden = unroll(draft, target.embedding, batch.features.aux_hidden_states, batch)
-        logits = draft.logits(hidden[batch.pair_index])
+        logits = draft.logits(hidden[batch.pair_index], None)
         torch.nn.functional.cross_entropy(logits, wanted).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -236,7 +236,7 @@ def test_a_wrong_draft_of_the_right_shape_is_named(
 def test_layers_in_another_order_are_read_so():
     """With their norms; of three all orders, of five the likely ones."""
     config = DraftConfig(8, 8, 2, 2, 4, 9, 9, 8, 64, num_aux_hidden_states=5, fc_norm=True)
-    draft = Draft(config, Auto, torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.int64))
+    draft = EAGLE3(config, Auto, torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.int64))
     for norm in draft.fc_norm:
         torch.nn.init.normal_(norm.weight)
     own, parts, orders = copy.deepcopy(draft.state_dict()), torch.randn(5, 3, 8), []

@@ -13,10 +13,10 @@ from eagle3.decode.speculate import Sampling, accept_matching, generate, specula
 from eagle3.decode.tree import Candidates, Tree
 from eagle3.decode.tree import chain as drafted_chain
 from eagle3.draft.flash import FlashCPU
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.errors import ConfigError
 from eagle3.target.hf import HFTarget
-from eagle3.ttt import unroll
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def make_draft(target, draft_vocab_size, seed=0, **variant):
     t2d = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, kept, True)
     sizes = hidden, 2 * hidden, 4, 2, hidden // 4, vocab_size, draft_vocab_size, hidden, 512
     config = DraftConfig(*sizes, initializer_range=0.15, **variant)
-    draft = Draft(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
+    draft = EAGLE3(config, FlashCPU, t2d, kept - torch.arange(draft_vocab_size)).double()
     for name, parameter in draft.named_parameters():
         if "norm" in name and variant:  # as if trained: else they would hardly matter
             parameter.data += 0.5 * torch.randn_like(parameter)
@@ -89,7 +89,7 @@ def trained(target, prompts):
 
 def teacher_forced(draft, embedding, aux, batch, ttt_steps):
     """Logits of `unroll` by (row, step)."""
-    outputs = draft.logits(unroll(draft, embedding, aux, batch)).split(batch.row_counts)
+    outputs = draft.logits(unroll(draft, embedding, aux, batch), None).split(batch.row_counts)
     rows = batch.rows.tolist()
     return {(rows[i], k): x for k in range(ttt_steps) for i, x in enumerate(outputs[k])}
 
@@ -235,7 +235,7 @@ def slow_tree(draft, embedding, aux, text, steps, topk, verify_tokens):
         padded = torch.cat([aux, torch.zeros(len(whole) - len(aux), aux.shape[1], dtype=aux.dtype)])
         place = batch.rows[: batch.row_counts[len(path)]].tolist().index(len(aux) - 1)
         hidden = unroll(draft, embedding, padded, batch).split(batch.row_counts)[len(path)][place]
-        scores = draft.logits(hidden[None])[0].log_softmax(-1)
+        scores = draft.logits(hidden[None], None)[0].log_softmax(-1)
         best = scores.argsort(descending=True)[:topk]
         return [(float(scores[i]), (*path, int(draft.target_ids[i]))) for i in best]
 

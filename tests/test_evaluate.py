@@ -21,7 +21,8 @@ from eagle3.data.vocab import vocab_tensors
 from eagle3.decode.speculate import Sampling, speculate
 from eagle3.draft.flash import Auto, FlashCPU
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.evaluate import (
     HeldOut,
     evaluate,
@@ -34,7 +35,6 @@ from eagle3.evaluate import (
 )
 from eagle3.loss import FrozenWeights
 from eagle3.runs.artefact import fingerprint, read_facts
-from eagle3.ttt import unroll
 
 STEPS = 6
 
@@ -69,7 +69,7 @@ def draft(target, answers):
     seen = torch.cat([a.input_ids for a in answers]).unique()[:-4]
     others = torch.arange(0, 2048, 9)
     t2d, d2t = vocab_tensors(torch.cat([seen, others]).unique().numpy(), 2048)
-    draft = Draft(derive_config(target.config, len(d2t)), FlashCPU, t2d, d2t)
+    draft = EAGLE3(derive_config(target.config, len(d2t)), FlashCPU, t2d, d2t)
     batch, _ = pack_answers(answers, t2d, 4, 4096)[0]
     fit(draft, target, batch, updates=40, lr=3e-3)
     return draft
@@ -142,7 +142,7 @@ class Markov:
             target_hidden_size=16, max_position_embeddings=64, rms_norm_eps=1e-5,
         )  # fmt: skip
         torch.manual_seed(1)
-        self.draft = Draft(shape, Auto, t2d, d2t).double()
+        self.draft = EAGLE3(shape, Auto, t2d, d2t).double()
         for parameter in self.draft.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
 
@@ -181,7 +181,7 @@ def test_acceptance_at_a_temperature_counted_out(draft_length):
     with torch.no_grad():
         aux = batch.features.aux_hidden_states
         hidden = unroll(target.draft, target.embedding, aux, batch)
-        logits = target.draft.logits(hidden).split(batch.row_counts)
+        logits = target.draft.logits(hidden, None).split(batch.row_counts)
     q = {}  # by what the draft has read, and its step
     for step, (count, rows) in enumerate(zip(batch.row_counts, logits, strict=True)):
         for row, one in zip(batch.rows[:count].tolist(), rows, strict=True):

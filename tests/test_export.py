@@ -21,7 +21,7 @@ from eagle3.config import Export
 from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft
+from eagle3.draft.model import EAGLE3
 from eagle3.errors import ConfigError, RunError
 from eagle3.export import write
 from eagle3.export.card import check_push, push, write_card
@@ -55,7 +55,7 @@ def folder(exported, tmp_path):
 def make_draft(target, ids):
     torch.manual_seed(1)
     maps = vocab_tensors(ids.numpy(), 2048)
-    return Draft(derive_config(target.config, len(ids)), Auto, *maps)
+    return EAGLE3(derive_config(target.config, len(ids)), Auto, *maps)
 
 
 def found(draft, target, severity=None):

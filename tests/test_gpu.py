@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_map_only
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import Auto, FlashAttn, FlashCUDA
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 from eagle3.kernels.eager import Eager
 from eagle3.kernels.fused import Fused
 from eagle3.loader import Feed
 from eagle3.optim import step_if_finite
 from eagle3.parallel.segments import Segmented, segments_of
 from eagle3.target.hf import HFTarget
-from eagle3.ttt import unroll
 
 pytestmark = pytest.mark.gpu
 LENGTHS, CUDA, CPU = [130, 1, 77, 300], torch.device("cuda"), torch.device("cpu")
@@ -62,7 +62,7 @@ def test_bf16_training_step_is_near_fp32():
     config = DraftConfig(256, 512, 4, 2, 64, 1000, 400, 256, 1024)
     t2d = torch.arange(1000) < 400
     batch = batch_of(400, 7, t2d)
-    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64))
+    draft = EAGLE3(config, Auto, t2d, torch.zeros(400, dtype=torch.int64))
     embedding, head = torch.randn(1000, 256), torch.randn(400, 256) * 0.1
     n = len(batch.teacher_rows)
     last, argmax = torch.randn(n, 256), torch.randint(400, (n,))
@@ -87,7 +87,7 @@ def test_fused_kernels_equal_the_plain_ones():
     config = DraftConfig(256, 512, 6, 2, 64, 1000, 400, 256, 1024)
     t2d = torch.arange(1000) < 400
     batch = batch_of(400, 7, t2d).to(CUDA)
-    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
+    draft = EAGLE3(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
     n = len(batch.teacher_rows)
     last, argmax = torch.randn(n, 256, device=CUDA), torch.randint(400, (n,), device=CUDA)
     aux, embedding = torch.randn(sum(LENGTHS), 768, device=CUDA), torch.randn(1000, 256).to(CUDA)
@@ -134,7 +134,7 @@ def test_a_step_on_a_fed_batch_does_not_wait_for_the_device():
     config = DraftConfig(256, 512, 4, 2, 64, 1000, 400, 256, 1024)
     t2d, losses = torch.arange(1000) < 400, []
     batch = batch_of(400, 7, t2d)
-    draft = Draft(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
+    draft = EAGLE3(config, Auto, t2d, torch.zeros(400, dtype=torch.int64)).to(CUDA)
     embedding, head = (torch.randn(n, 256, dtype=torch.bfloat16, device=CUDA) for n in (1000, 400))
     n = len(batch.teacher_rows)
     states = torch.randn(sum(LENGTHS), 768), torch.randn(n, 256)

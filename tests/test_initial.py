@@ -6,8 +6,8 @@ from conftest import soft_target_loss
 from eagle3.batch import Document, Features, pack, serving
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import induction, random
-from eagle3.draft.model import Draft, DraftConfig
-from eagle3.ttt import unroll
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import unroll
 
 
 def copied_share(initial, layers=3, **variant) -> float:
@@ -20,7 +20,7 @@ def copied_share(initial, layers=3, **variant) -> float:
     config = DraftConfig(*shape, num_aux_hidden_states=layers, **variant)
     t2d, d2t = torch.ones(vocab, dtype=torch.bool), torch.zeros(vocab, dtype=torch.int64)
     embedding, head = torch.randn(vocab, size), torch.randn(vocab, size)
-    draft = Draft(config, Auto, t2d, d2t)
+    draft = EAGLE3(config, Auto, t2d, d2t)
     initial(draft, embedding, head)
     ids = torch.randperm(vocab)[:60].repeat(2)
     batch = pack([Document(0, ids, torch.arange(120) >= 60)], t2d, 1, serving)
@@ -46,6 +46,6 @@ def test_the_head_starts_as_the_targets():
     d2t = t2d.nonzero()[:, 0] - torch.arange(20)
     head, embedding = torch.randn(50, 32), torch.randn(50, 32)
     for initial in (random, induction):
-        draft = Draft(config, Auto, t2d, d2t)
+        draft = EAGLE3(config, Auto, t2d, d2t)
         initial(draft, embedding, head)
         assert torch.equal(draft.lm_head.weight, head[t2d])

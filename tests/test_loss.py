@@ -12,8 +12,8 @@ from reference import pair_losses, random_case, relative_error
 from eagle3 import loss as losses
 from eagle3.config import instantiate
 from eagle3.draft.flash import Auto
+from eagle3.draft.ttt import unroll
 from eagle3.loss import Reached, lk, mix
-from eagle3.ttt import unroll
 
 NAMES = ("kl", "tv", "nla", "reverse_kl", "jsd")
 

@@ -23,12 +23,12 @@ from eagle3.data.chat import Chat
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.data.sources import find_files
 from eagle3.draft.flash import Auto
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.ttt import training_flops, unroll
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import document_bytes
 from eagle3.runs.disk import check_disk, free_bytes, size_text
 from eagle3.target.spec import TargetSpec
-from eagle3.ttt import training_flops, unroll
 
 LLAMA = LlamaConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -89,7 +89,7 @@ def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps, variant
     hollow = planning.draft_without_data(config)
     flops, peak = planning.measure_step(hollow, batch, loss, dtype)
     assert flops == pytest.approx(training_flops(config, batch), rel=1e-3)
-    draft = Draft(config, Auto, in_vocab, ids)
+    draft = EAGLE3(config, Auto, in_vocab, ids)
     length, teachers = len(batch.input_ids), len(batch.teacher_rows)
     embedding = torch.randn(300, 96).to(dtype)
     aux, last = torch.randn(length, config.aux_size).to(dtype), torch.randn(teachers, 96).to(dtype)

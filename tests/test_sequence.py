@@ -19,7 +19,7 @@ from conftest import free_port, soft_target_loss
 from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
 from eagle3.draft.flash import FlashCPU
-from eagle3.draft.model import Draft, DraftConfig
+from eagle3.draft.model import EAGLE3, DraftConfig
 from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, Powers, Reached, kl
 from eagle3.optim import GuardedOptimizer
@@ -78,7 +78,7 @@ def imagine(batch):
 def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
     torch.manual_seed(0)
     d2t = CHOSEN.nonzero()[:, 0] - torch.arange(40)
-    draft = Draft(SHAPE, FlashCPU, CHOSEN, d2t).double()
+    draft = EAGLE3(SHAPE, FlashCPU, CHOSEN, d2t).double()
     embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
     frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
     features, group = imagine, ulysses * ring

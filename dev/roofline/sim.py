@@ -37,9 +37,9 @@ from rich.table import Table  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 from workload import LLAMA, Documents, Work, make_target, make_trainer  # noqa: E402
 
+from eagle3.draft.ttt import training_flops  # noqa: E402
 from eagle3.plan import target_costs  # noqa: E402
 from eagle3.target.hf import HFTarget  # noqa: E402
-from eagle3.ttt import training_flops  # noqa: E402
 
 
 class Target(HFTarget):

@@ -20,6 +20,7 @@ from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import pack_answers, read_answer
 from eagle3.export.read import DraftFiles, named_layers, read_any
 from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
+from eagle3.loss import FrozenWeights
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
 from eagle3.target.spec import TargetSpec
@@ -156,11 +157,12 @@ def decode(
     any_token = torch.ones(draft.config.vocab_size, dtype=torch.bool)
     packed = pack_answers(documents, any_token, draft_length, 1)
     packed = [(batch.to(target.device), answers) for batch, answers in packed]
+    frozen = FrozenWeights(model.embedding, model.head)
     columns = torch.arange(len(layers) * model.config.hidden_size).view(len(layers), -1)
 
     def read(draft: Draft, ids: list[int]) -> Reading:
         chosen = columns[[layers.index(layer) for layer in ids]].flatten()
-        return read_with(draft, model.embedding, packed, chosen, draft_length)
+        return read_with(draft, frozen, packed, chosen, draft_length)
 
     named, *others = choices
     as_it_is = read(draft, named)

@@ -16,8 +16,8 @@ from eagle3.batch import by_step
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.draft.rope import Rope
 from eagle3.evaluate import Packed, acceptance_length, draft_likelihoods, walk, wanted_ids
+from eagle3.loss import FrozenWeights
 from eagle3.runs.checkpoint import Tensors
-from eagle3.ttt import unroll
 
 # How many times as likely another way must find the target's tokens to show a mistake, and by how
 # many standard errors; for sound drafts none came to 1.03 on text of the kind they learnt, but to
@@ -63,16 +63,17 @@ def compare(reading: Reading, as_it_is: Reading, suspect: bool = False) -> Way:
 
 @torch.no_grad()
 def read_with(
-    draft: Draft, embedding: torch.Tensor, packed: Packed, columns: torch.Tensor, draft_length: int
+    draft: Draft, frozen: FrozenWeights, packed: Packed, columns: torch.Tensor, draft_length: int
 ) -> Reading:
     """Of answers, one in each batch, and `columns` of their auxiliary states."""
     answers, likelihoods = [], []
     for batch, documents in packed:
-        hidden_ND = unroll(draft, embedding, batch.features.aux_hidden_states[:, columns], batch)
-        best_M = draft.target_ids[draft.logits(hidden_ND[batch.pair_index]).argmax(-1)]
+        head, aux = frozen.draft_head, batch.features.aux_hidden_states[:, columns]
+        hidden_ND = draft.unroll(frozen.embedding, aux, batch)
+        best_M = draft.target_ids[draft.logits(hidden_ND[batch.pair_index], head).argmax(-1)]
         right_M = (best_M == wanted_ids(batch)).double()
         answers += walk(documents, [by_step(batch, right_M).cpu()], draft_length)
-        found_M = draft_likelihoods(draft, hidden_ND, batch, 1.0, len(best_M))
+        found_M = draft_likelihoods(draft, hidden_ND, batch, head, 1.0, len(best_M))
         likelihoods.append(found_M.clamp(min=math.log(FLOOR)).cpu())
     return Reading(acceptance_length(answers), torch.cat(likelihoods))
 

@@ -1,9 +1,49 @@
 """The draft vocabulary: which target tokens the draft can propose."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+from hydra.utils import get_object
+from transformers import PreTrainedTokenizerBase
 
-from eagle3.errors import RunError
+from eagle3.config import DraftSection
+from eagle3.data.chat import load_tokenizer
+from eagle3.errors import ConfigError, RunError
+from eagle3.target.spec import TargetSpec
+
+SPARE = ("mask", "reserved", "unused", "fim_pad", "pad")  # in names of tokens that no text holds
+
+
+def complete_section(section: DraftSection, spec: TargetSpec) -> DraftSection:
+    """What a block drafter takes from its target: the whole vocabulary, and a token for the slots
+    that are empty. Raises ConfigError.
+    """
+    kind, size = get_object(section.architecture["_target_"]), spec.config.vocab_size
+    section = kind.complete(section, size)
+    if not kind.reads_mask_token:
+        return section
+    given = section.mask_token_id
+    if given is None:
+        given = find_spare_token(load_tokenizer(spec), size)
+    if given is None or given >= size:
+        wanted = f"an id below {size} of a token that no text holds"
+        raise ConfigError(f"draft.mask_token_id={section.mask_token_id}: give {wanted}")
+    return replace(section, mask_token_id=given)
+
+
+def find_spare_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
+    """A token that no text holds: the tokenizer's own for masks, an id that it never gives, or one
+    whose name says so.
+    """
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    if len(tokenizer) < vocab_size:
+        return len(tokenizer)
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    names = {name.lower(): i for name, i in tokenizer.get_added_vocab().items() if i not in ends}
+    found = (i for word in SPARE for name, i in names.items() if word in name and i < vocab_size)
+    return next(found, None)
 
 
 def choose_vocab(counts: np.ndarray, size: int, always: set[int]) -> np.ndarray:

@@ -119,7 +119,7 @@ class Drafter:
                 self.values[:, :, slots] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
             attended = self.attend(query, length, visible)
             hidden = self.draft.finish(hidden, attended, Eager, self.weights)
-            logits.append(self.draft.logits(hidden))
+            logits.append(self.draft.logits(hidden, None))
             if topk == 1:
                 tokens = self.target_ids[rule.draw(logits[-1])]
                 drafted.append(tokens)

@@ -87,8 +87,8 @@ class KeysValues:
         self.k0, self.v0 = k0, v0
         self.later: list = []
 
-    def attend(self, q: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
-        """Attention [N,H,d] of the first N rows: q [N,H,d]; own k, v [N,G,d], none at step 0."""
+    def attend(self, q: torch.Tensor, *own: torch.Tensor, step: int = 0) -> torch.Tensor:
+        """Attention [N,H,d] of the rows of a step: q [N,H,d]; own k, v [N,G,d], or none."""
         self.later += map(self.kernels.share, own)
         later, rows = list(self.later), self.rows[: len(q)]
         given = self.kernels, self.backend, self.documents, rows, later, q, self.k0, self.v0

@@ -2,10 +2,11 @@
 
 import json
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from hydra.utils import get_object
 from transformers import PretrainedConfig
 
 from eagle3.config import DraftSection
@@ -55,7 +56,7 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
     Maximum positions and RoPE theta are always the target's: the guides' files carry the training
     length. Raises ConfigError.
     """
-    names = {f.name for f in fields(DraftConfig)} - {"max_position_embeddings", "rope_theta"}
+    names = {f.name for f in fields(derived)} - {"max_position_embeddings", "rope_theta"}
     try:
         values = json.loads(Path(path).read_text())
         shape = {name: values[name] for name in names if values.get(name) is not None}
@@ -71,9 +72,9 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
 
 def draft_config(section: DraftSection, target: PretrainedConfig, num_layers: int) -> DraftConfig:
     """The shape that the config asks for, reading `num_layers` of the target. Or ConfigError."""
-    norms = {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
-    derived = derive_config(target, section.vocab_size)
-    derived = replace(derived, num_aux_hidden_states=num_layers, **norms)
+    kind = get_object(section.architecture["_target_"])
+    values = asdict(derive_config(target, section.vocab_size)) | kind.chosen(section)
+    derived = kind(**values | {"num_aux_hidden_states": num_layers})
     return derived if section.config is None else read_config(section.config, derived)
 
 

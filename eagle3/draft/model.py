@@ -12,13 +12,17 @@ n tokens, D hidden size, A layers of the target side by side, H query and G key/
 d, V and Vd the target's and the draft's vocabulary (equations: `ttt.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eagle3.config import DraftSection
+from eagle3.draft import ttt
 from eagle3.draft.attention import Backend
 from eagle3.draft.rope import Rope
 from eagle3.kernels.eager import Weights, linear
@@ -28,6 +32,9 @@ from eagle3.kernels.fused import Auto
 @dataclass
 class DraftConfig:
     """Shape of a draft; `target_hidden_size` and `vocab_size` are the target's."""
+
+    architecture: ClassVar[str] = "LlamaForCausalLMEagle3"  # as engines call it
+    reads_mask_token: ClassVar[bool] = False
 
     hidden_size: int
     intermediate_size: int
@@ -50,6 +57,20 @@ class DraftConfig:
     def aux_size(self) -> int:
         """A: numbers that a token's auxiliary states have, all layers together."""
         return self.num_aux_hidden_states * self.target_hidden_size
+
+    @staticmethod
+    def chosen(section: DraftSection) -> dict[str, Any]:
+        """The fields that the config has keys of its own for."""
+        return {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
+
+    @classmethod
+    def complete(cls, section: DraftSection, target_vocab_size: int) -> DraftSection:
+        """The config's section with what follows from its other keys and from the target."""
+        return section
+
+    def build(self, attention: type[Backend], t2d: Tensor, d2t: Tensor) -> "Draft":
+        """A draft of this shape with drawn weights; arguments as `Draft` takes them."""
+        return EAGLE3(self, attention, t2d, d2t)
 
 
 class Linear(nn.Linear):
@@ -109,16 +130,71 @@ class Layer(nn.Module):
 
 
 class Draft(nn.Module):
-    """fc, one layer, a norm and a head over the draft vocabulary.
+    """What all drafts share, and what training asks of them.
 
-    It has no forward: training (`ttt.unroll`) and serving (`decode`) attend to different keys, so
-    each calls the parts of a forward pass, which are the methods here.
+    It has no forward: training (`unroll`) and serving (`decode`) attend to different keys, so each
+    calls the parts of a forward pass, which are the methods of the drafts.
     """
+
+    measures_chances = False  # whether `confidence_loss` asks for them
 
     def __init__(self, config: DraftConfig, attention: type[Backend], t2d: Tensor, d2t: Tensor):
         """`t2d` bool [V], `d2t` int64 [Vd] of offsets: target id = draft id + d2t[draft id]."""
         super().__init__()
         self.config, self.attention, self.kernels = config, attention, Auto
+        self.rope = Rope(config.head_dim, config.rope_theta)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("d2t", d2t)
+
+    def draw_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Linear):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    @property
+    def target_ids(self) -> Tensor:
+        """int64 [Vd]: the target's id of every draft id."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def begin(self, initial: Callable[..., None], embedding: Tensor, head: Tensor) -> None:
+        """Set first weights: `initial` is an option of draft/initial, [V,D] are the target's."""
+        raise NotImplementedError
+
+    def unroll(self, embedding: Tensor, aux_hidden_states: Tensor, batch) -> Tensor:
+        """The states behind the batch's rows at all steps, one step behind the other; see `ttt`."""
+        raise NotImplementedError
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the head reads of what `unroll` returned: [n,*] -> [n,S]."""
+        raise NotImplementedError
+
+    def head_weights(self, target_head: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The head's columns [Vd,S], first those that are the target's and stay as they are, then
+        those that are trained; `target_head` [Vd,H] are the target's rows.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor, target_head: Tensor) -> Tensor:
+        """[n,*] -> [n,Vd]; training calls this on no more than a chunk of rows (see `loss`)."""
+        x, parts = self.head_input(hidden), self.head_weights(target_head)
+        found = [part.to(x.dtype) for part in parts if part is not None]
+        return F.linear(x, torch.cat(found, 1) if len(found) > 1 else found[0])
+
+    def confidence_loss(self, students: Tensor, chances: Tensor, weights: Tensor) -> Tensor:
+        """A loss beside that of the pairs: `students` [M,S] as `head_input` made them, the chance
+        [M] of each to be accepted, `weights` [M].
+        """
+        raise NotImplementedError
+
+
+class EAGLE3(Draft):
+    """fc, one layer, a norm and a head over the draft vocabulary."""
+
+    unroll = ttt.unroll
+    training_flops = staticmethod(ttt.training_flops)
+
+    def __init__(self, config: DraftConfig, attention: type[Backend], t2d: Tensor, d2t: Tensor):
+        super().__init__(config, attention, t2d, d2t)
         norm = partial(RMSNorm, config.target_hidden_size, config.rms_norm_eps)
         norms = NormEach(norm() for _ in range(config.num_aux_hidden_states))
         self.fc_norm = norms if config.fc_norm else nn.Identity()
@@ -126,17 +202,10 @@ class Draft(nn.Module):
         self.midlayer = Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
-        self.rope = Rope(config.head_dim, config.rope_theta)
-        self.register_buffer("t2d", t2d)
-        self.register_buffer("d2t", d2t)
-        for module in self.modules():
-            if isinstance(module, Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+        self.draw_weights()
 
-    @property
-    def target_ids(self) -> Tensor:
-        """int64 [Vd]: the target's id of every draft id."""
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+    def begin(self, initial: Callable[..., None], embedding: Tensor, head: Tensor) -> None:
+        initial(self, embedding, head)
 
     def weights(self, kernels, dtype: torch.dtype) -> Weights:
         """Those of the layer and of fc for a pass that computes in `dtype`."""
@@ -164,6 +233,5 @@ class Draft(nn.Module):
         """What `finish` returned, with the one norm before the head in any case: [n,D] -> [n,D]."""
         return hidden if self.config.norm_output else self.norm(hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n,D] -> [n,Vd]; training calls this on no more than a chunk of rows (see `loss`)."""
-        return self.lm_head(self.head_input(hidden))
+    def head_weights(self, target_head: Tensor | None) -> tuple[None, Tensor]:
+        return None, self.lm_head.weight

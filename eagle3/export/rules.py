@@ -52,7 +52,7 @@ def read_draft(draft: Path | DraftFiles, attention: Backend, target: TargetSpec)
     d2t = files.tensors.get("d2t", torch.zeros(files.shape.draft_vocab_size)).long()
     t2d = torch.zeros(files.shape.vocab_size, dtype=torch.bool)
     t2d[d2t + torch.arange(len(d2t))] = True
-    draft = Draft(files.shape, attention, t2d, d2t)
+    draft = files.shape.build(attention, t2d, d2t)
     for name, parameter in draft.named_parameters():
         parameter.data.copy_(files.tensors[name])
     return draft
@@ -207,7 +207,7 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
     shape, found = files.shape, files.tensors
     with torch.device("meta"):  # names and shapes alone, no memory
-        draft = Draft(shape, Dense, torch.empty(0), torch.empty(0))
+        draft = shape.build(Dense, torch.empty(0), torch.empty(0))
     expected = dict(draft.named_parameters())
     whole = shape.draft_vocab_size == shape.vocab_size
     for name in sorted((expected.keys() | found.keys()) - {"d2t", "t2d"}):

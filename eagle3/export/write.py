@@ -12,6 +12,7 @@ from rich.console import Console
 
 from eagle3.config import Export
 from eagle3.draft.attention import Dense
+from eagle3.draft.block import ARCHITECTURES
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, SINGLE, absolute
@@ -39,7 +40,8 @@ def export_draft(
         raise RunError(f"{run_dir} has no checkpoint to export; put train before export in stages")
     # As it was trained: `draft.init_from` may have brought another shape than the config's.
     shape, state = load_draft(checkpoint)
-    draft = Draft(DraftConfig(**shape), Dense, state["t2d"], state["d2t"])
+    kind = ARCHITECTURES[shape.pop("architecture", DraftConfig.architecture)]
+    draft = kind(**shape).build(Dense, state["t2d"], state["d2t"])
     draft.load_state_dict(state)
     verifier = absolute(section.verifier or target.path)
     portable = portable_config(draft.config, target, verifier, draft_length)

@@ -101,6 +101,11 @@ class Eager:
         return Weights(fc, *halves, o, (gate, up), down)
 
     @staticmethod
+    def layer_weights(qkv: list[Tensor], o, gate, up, down, dtype: torch.dtype) -> Weights:
+        """Those of a layer that reads one thing alone: `hidden` is q, k and v [(H+2G)d,D]."""
+        return Weights(None, None, torch.cat(qkv), o, (gate, up), down)
+
+    @staticmethod
     def share(x: Tensor) -> Any:
         """`x` as `heads` and `merge` take it, which may add up the gradient of many reads."""
         return x

@@ -204,6 +204,11 @@ class Fused:
         return Weights(share_weights([fc], dtype), embedded, hidden, *rest)
 
     @staticmethod
+    def layer_weights(qkv, o, gate, up, down, dtype) -> Weights:
+        parts = (share_weights(weights, dtype) for weights in (qkv, [o], [gate, up], [down]))
+        return Weights(None, None, *parts)
+
+    @staticmethod
     def share(x):
         total = Total(x, x.dtype)
         return Shared(Anchor.apply(total, x), x.detach(), total)

@@ -121,11 +121,10 @@ class SharedKeysValues(KeysValues):
         super().__init__(kernels, Segmented(backend), batch, k0, v0)
         self.exchange, self.documents, self.rows = exchange, exchange.segments, exchange.rows
 
-    def attend(self, q: Tensor, *own: Tensor) -> Tensor:
-        step = (len(self.later) + len(own)) // 2
+    def attend(self, q: Tensor, *own: Tensor, step: int = 0) -> Tensor:
         # At step 0 the keys are k0; later q, k and v travel in one message.
         shares = self.exchange.rows_to_heads([q, *own], step)
-        return self.exchange.heads_to_rows(super().attend(*shares), step)
+        return self.exchange.heads_to_rows(super().attend(*shares, step=step), step)
 
 
 class Route:

@@ -15,16 +15,20 @@ EAGLE-3.1 differs in `Draft.fuse`, W_fc [RMS(a_1); RMS(a_2); ...], and in `Draft
 h^{k+1}_t = RMS(y + MLP(RMS(y))) goes to the head as it is.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from eagle3.batch import Batch
 from eagle3.draft.attention import KeysValues
-from eagle3.draft.model import Draft, DraftConfig
 from eagle3.kernels.eager import TakeRows
+
+if TYPE_CHECKING:
+    from eagle3.draft.model import EAGLE3, DraftConfig
 
 
 def unroll(
-    draft: Draft, embedding: torch.Tensor, aux_hidden_states_OA: torch.Tensor, batch: Batch
+    draft: "EAGLE3", embedding: torch.Tensor, aux_hidden_states_OA: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
     """h^1, h^2, ... of all steps one behind the other: [N_0 + N_1 + ..., D].
 
@@ -72,13 +76,13 @@ def unroll(
             weight, counts = weights.hidden, (heads, kv_heads, kv_heads)
         qkv = kernels.linear(normed_ND, weight)
         q, *own_kv = kernels.heads(qkv, embedded_tokens, ahead, *rotation, counts)
-        attended = keys_values.attend(q, *(own_kv if step else ()))
+        attended = keys_values.attend(q, *(own_kv if step else ()), step=step)
         hidden_ND = draft.finish(hidden_ND, attended, kernels, weights)
         outputs.append(hidden_ND)
     return torch.cat(outputs)
 
 
-def training_flops(config: DraftConfig, batch: Batch) -> int:
+def training_flops(config: "DraftConfig", batch: Batch) -> int:
     """FLOPs of the products in a forward and backward pass of unroll and loss.
 
     Attention, a few per cent, is left out.
