@@ -169,7 +169,7 @@ def load_answers(folder: Path, temperature: float = 0.0) -> list[HeldOut]:
         features = Features(*(tensors[field.name] for field in fields(Features)))
         ids = tensors["input_ids"]
         mask = torch.arange(len(ids)) >= len(prompt["input_ids"])
-        answers.append(HeldOut(number, ids, mask, features, tensors.get("log_p")))
+        answers.append(HeldOut(number, ids, mask, features, log_p=tensors.get("log_p")))
     return answers
 
 
