@@ -246,12 +246,15 @@ class FusedLoss(torch.autograd.Function):
             if here.start == here.stop:
                 continue
             teacher_of_pair = batch.pair_teacher[here]
-            logits = students_MD[here] @ head.T
-            teacher = pairs.teachers[start:stop] @ pairs.head.T
-            given = logits, teacher, teacher_of_pair - start, grad_weights[here]
+            logits = [students_MD[here] @ head.T, pairs.teachers[start:stop] @ pairs.head.T]
+            rows, weights_here = teacher_of_pair - start, grad_weights[here]
             if pairs.chances is not None:
-                pairs.chances[here] = 1 - pairs.kernels.loss_chunk(tv, *given)[0]
-            losses[here], best, grad = pairs.kernels.loss_chunk(pairs.pointwise, *given)
+                distance = pairs.kernels.loss_chunk(tv, *logits, rows, weights_here)[0]
+                pairs.chances[here] = 1 - distance
+            # Handed over, so that nobody else keeps them in memory.
+            losses[here], best, grad = pairs.kernels.loss_chunk(
+                pairs.pointwise, logits.pop(0), logits.pop(0), rows, weights_here
+            )
             correct[here] = pairs.target_ids[best] == pairs.argmax[teacher_of_pair]
             if want_gradients:
                 torch.mm(grad, head, out=grad_students[here])
