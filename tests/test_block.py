@@ -11,12 +11,15 @@ from torch.nn import functional as F
 
 from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, draw_anchors, pack, serving
+from eagle3.config import compose_flat
 from eagle3.draft.attention import Dense
 from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
 
 BLOCK = 5
-POINTWISE = partial(trainer_loss.mix, kl=0.1, tv=0.9, nla=0.0, reverse_kl=0.0, jsd=0.0)
+SHARES = ("kl", "tv", "nla", "reverse_kl", "jsd")
+MIX = compose_flat(["loss=mix"])  # DSpark's, as its paper writes it: equations 9 to 12
+POINTWISE = partial(trainer_loss.mix, **{name: MIX[f"loss.pointwise.{name}"] for name in SHARES})
 
 
 def block_case(kind, attention=Auto, dtype=torch.float64, **sizes):
@@ -98,7 +101,7 @@ def dense_loss(case, batch, gamma: float):
                 logits = logits + w2 @ bias
             p, q = teacher[document, place + step + 1], logits.softmax(-1)
             chance = torch.minimum(p, q).sum()
-            each = -0.1 * (p * q.log()).sum() + 0.9 * (1 - chance)
+            each = -0.1 * (p * q.log()).sum() + 0.9 * (p - q).abs().sum()
             if isinstance(config, DSparkConfig):
                 proj = draft.confidence_head["proj"]
                 sure = (proj.weight[0] @ torch.cat([state, bias]) + proj.bias[0]).sigmoid()

@@ -10,11 +10,13 @@ Row t drafts behind x_{t+1}, the newest token, from what the target knew at toke
     logits of a slot = target's head RMS(z)
 
 In DFlash (arXiv 2602.06036) slot s drafts the token that it stands for, x_{t+1+s}, so that the
-first slot drafts nothing; in DSpark slot s drafts the one behind it, x_{t+2+s}, and a bias of low
-rank makes a chain of the block: logits + W_2 W_1[x_{t+1+s}]. Either way step k of a row drafts
-x_{t+k+2}, as in `ttt`, so pairs, teachers, loss and acceptance are those of EAGLE3. Tensors, keys
-and slots as in vLLM 0.32 (`qwen3_dflash.py`, `qwen3_dspark.py`) and SGLang 0.5.23 (`dflash.py`,
-`dspark.py`).
+first slot drafts nothing; in DSpark (arXiv 2607.05147) slot s drafts the one behind it, x_{t+2+s},
+and a bias of low rank makes a chain of the block: logits + W_2 W_1[x_{t+1+s}]. Either way step k
+of a row drafts x_{t+k+2}, as in `ttt`, so pairs, teachers, loss and acceptance are those of EAGLE3.
+Rows, mask, positions and first weights as in DeepSpec, which trained the drafts of DSpark's paper;
+its cross-entropy is against the text's token, ours against the target's probabilities. Tensors,
+keys and slots as in vLLM 0.32 (`qwen3_dflash.py`, `qwen3_dspark.py`) and SGLang 0.5.23
+(`dflash.py`, `dspark.py`).
 
 N rows of B slots, H query and G key/value heads of size d (R = H/G), D hidden size, T tokens of
 which O are this rank's own, S numbers that the head reads.
@@ -310,7 +312,9 @@ class DSpark(DFlash):
         return F.linear(students.to(wide), proj.weight, proj.bias)[:, 0]
 
     def confidence_loss(self, students: Tensor, chances: Tensor, weights: Tensor) -> Tensor:
-        """Binary cross-entropy against the chance that rejection sampling keeps the token."""
+        """Binary cross-entropy against the chance that rejection sampling keeps the token, which is
+        a constant here; the layers and W_1 learn from it too (the paper's equations 8 and 11, 5.1).
+        """
         sure = self.confidence(students).to(chances.dtype)
         each = F.binary_cross_entropy_with_logits(sure, chances, reduction="none")
         return (each * weights).sum()
