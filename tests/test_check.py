@@ -14,7 +14,7 @@ import torch
 from conftest import edit_model, handle_of, section, spec_of
 
 from eagle3.batch import Document, pack, serving
-from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_embedding
+from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_shipped
 from eagle3.benchmark.mistakes import NORMS, Reading, compare, other_orders, repairs
 from eagle3.benchmark.request import Subject
 from eagle3.config import Check
@@ -108,15 +108,15 @@ def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
     def ship(change):
         shipped = change(target.load_weights().embedding.bfloat16())
         edit_model(folder, tensors=lambda t: t.update({"embed_tokens.weight": shipped}))
-        return list(judge_embedding(read_any(folder), target))
+        return list(judge_shipped(read_any(folder), target))
 
-    assert list(judge_embedding(read_any(folder), target)) == []
+    assert list(judge_shipped(read_any(folder), target)) == []
     assert ship(lambda embedding: embedding) == []
     (other,) = ship(lambda embedding: embedding.roll(1, 0))
     (short,) = ship(lambda embedding: embedding[:9])
     own = {"hidden_size": 32, "target_hidden_size": 64}
     edit_model(folder, own, lambda t: t.pop("embed_tokens.weight") is None)
-    (own,) = judge_embedding(read_any(folder), target)
+    (own,) = judge_shipped(read_any(folder), target)
     said = {"differs": other, "in 9 of 9 rows": short, "needs its own": own}
     assert all(f.severity == "wrong" and words in f.sentence for words, f in said.items())
 

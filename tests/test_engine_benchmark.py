@@ -196,7 +196,7 @@ def test_running_servers(name, run, address):
 
 
 UNFIT = [
-    ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
+    ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "drafts by EAGLE; the draft needs EAGLE3"),
     ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
     ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
     ("sglang", None, r"no server answers at http://127\.0\.0\.1:9 "),
