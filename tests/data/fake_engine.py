@@ -15,7 +15,8 @@ FLAGS = {
     str: "host dtype model-path random-seed max-running-requests mem-fraction-static model seed "
     "max-num-seqs per-request-spec-decode-metrics gpu-memory-utilization speculative-algorithm "
     "speculative-draft-model-path tensor-parallel-size tp-size",
-    int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port",
+    int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port "
+    "speculative-dspark-block-size",
 }
 SWITCHES = "enable-metrics enable-per-request-metrics die-at-start die-at-request refuse "
 SWITCHES += "disable-radix-cache no-enable-prefix-caching "
@@ -59,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         replies["/server_info"] = {
             f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names
         }
+        if options.speculative_algorithm in ("DFLASH", "DSPARK"):
+            replies["/server_info"] |= {"speculative_num_steps": 1, "speculative_eagle_topk": 1}
         lines = "".join(count.format(position) for position in range(steps))
         replies["/metrics"] = "vllm:num_requests_running 0.0\n" + lines
         self.reply(replies[self.path])
@@ -79,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def sglang(body):
-    steps = options.speculative_num_steps or 0
+    steps = options.speculative_num_steps or (options.speculative_num_draft_tokens or 1) - 1
     ids, accepted = answer(body["input_ids"], body["sampling_params"]["max_new_tokens"], steps)
     meta = {"finish_reason": {"type": "length"}}
     if options.enable_metrics:
