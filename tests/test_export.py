@@ -344,35 +344,38 @@ BLOCKS = {
 
 
 @pytest.fixture(scope="module")
-def blocks(target, target_folder, tmp_path_factory):
+def blocks(target, tmp_path_factory):
     """Block drafters on disk, by kind."""
-    folder = tmp_path_factory.mktemp("blocks")
+    asked, folders = (Export(False, None, None), target, 2), {}
     for name, (kind, changed, *_) in BLOCKS.items():
-        draft = block_draft(kind, target, **changed)
-        config = portable_config(draft.config, target, str(target_folder), 2)
-        write_draft(draft, folder / name, config)
-    return folder
+        draft, folder = block_draft(kind, target, **changed), tmp_path_factory.mktemp(name)
+        shape = asdict(draft.config) | {"architecture": kind.architecture}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write, "load_draft", lambda path: (shape, draft.state_dict()))  # noqa: B023
+            export_draft(folder, *asked, folder)
+        folders[name] = folder / "draft"
+    return folders
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_drafter_is_written_as_both_engines_read_it(blocks, target, name):
     """Its weights, no map and nothing of the target's; `made_for` is its whole block."""
     kind, changed, shapes, config = BLOCKS[name]
-    tensors = load_file(blocks / name / "model.safetensors")
+    tensors = load_file(blocks[name] / "model.safetensors")
     expected = {f"{name}.weight": shape for name, shape in shapes.items()}
     expected |= {"confidence_head.proj.bias": [1]} if name == "dspark" else {}
     assert {name: list(tensor.shape) for name, tensor in tensors.items()} == expected
     for tensor_name, tensor in tensors.items():
         precise = tensor_name.startswith("confidence_head.")
         assert tensor.dtype == (torch.float32 if precise else torch.bfloat16)
-    written = json.loads((blocks / name / "config.json").read_text())
+    written = json.loads((blocks[name] / "config.json").read_text())
     common = {"model_type": "qwen3", "block_size": 4, "num_hidden_layers": 2, "head_dim": 16}
     common |= {"num_target_layers": 8, "vocab_size": 2048, "rope_scaling": None}
     made_for = {"made_for": {"target": target.path, "draft_length": config["made_for"]}}
     assert (common | config | made_for).items() <= written.items()
     assert written.keys().isdisjoint({"eagle_config", IDS, "target_hidden_size"})
     draft = block_draft(kind, target, **changed)
-    loaded = read_draft(blocks / name, Auto, target)
+    loaded = read_draft(blocks[name], Auto, target)
     assert loaded.config == draft.config and torch.equal(loaded.target_ids, torch.arange(2048))
     for tensor_name, tensor in tensors.items():
         assert torch.equal(loaded.state_dict()[tensor_name], tensor.float())
@@ -391,11 +394,11 @@ SAME = [
 @pytest.mark.parametrize(("name", "config", "other"), SAME)
 def test_published_forms_of_a_block_drafter_are_read(blocks, target, tmp_path, name, config, other):
     """Keys in a section or outside of it, names with a prefix, and what stands for nothing."""
-    folder = shutil.copytree(blocks / name, tmp_path / "draft")
+    folder = shutil.copytree(blocks[name], tmp_path / "draft")
     edit_model(folder, config, rename("", "model."))
     files = read_any(folder)
     assert files.config["target_layer_ids"] == LAYERS
-    assert files.shape == replace(read_any(blocks / name).shape, **other)
+    assert files.shape == replace(read_any(blocks[name]).shape, **other)
     if not other:
         (finding,) = [f for f in find_all(files, target) if f.severity == "wrong"]
         assert finding.engines == ("vllm",) and "begin with model." in finding.sentence
@@ -410,7 +413,7 @@ def test_published_forms_of_a_block_drafter_are_read(blocks, target, tmp_path, n
     ({"block_size": 4.5}, "block_size=4.5 must be a whole number above 0"),
 ])  # fmt: skip
 def test_what_is_no_config_of_a_block_drafter_is_refused(blocks, tmp_path, config, words):
-    folder = shutil.copytree(blocks / "dflash", tmp_path / "draft")
+    folder = shutil.copytree(blocks["dflash"], tmp_path / "draft")
     edit_model(folder, config)
     with pytest.raises(RunError, match=re.escape(words)):
         read_any(folder)
@@ -464,7 +467,7 @@ OF_BLOCKS += [("dflash", {"sample_from_anchor": True}, None, OURS, "sample_from_
 def test_every_defect_of_a_block_drafter_is_found(
     blocks, target, tmp_path, name, config, tensors, engines, words
 ):
-    folder = shutil.copytree(blocks / name, tmp_path / "draft")
+    folder = shutil.copytree(blocks[name], tmp_path / "draft")
     edit_model(folder, config, tensors)
     engines = engines.get(name) if isinstance(engines, dict) else engines
     named = [f for f in found(folder, target, "wrong") if re.search(words, f.sentence)]
@@ -477,7 +480,7 @@ def test_every_defect_of_a_block_drafter_is_found(
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_sound_block_drafter_has_a_note_alone(blocks, target, name):
     """Whoever asks after engines without block drafters is told that they have none."""
-    (note,) = found(blocks / name, target)
+    (note,) = found(blocks[name], target)
     assert note.severity == "note" and note.engines == ("trtllm", "official")
     assert note.sentence.lower() == f"they read no {name} draft"
 
@@ -603,7 +606,7 @@ def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
 
 
 def test_the_card_names_the_kind_of_the_draft(run_dir, blocks):
-    kinds = {name: blocks / name for name in BLOCKS} | {"eagle31": run_dir / "eagle31"}
+    kinds = {name: blocks[name] for name in BLOCKS} | {"eagle31": run_dir / "eagle31"}
     shutil.copytree(run_dir / "draft", kinds["eagle31"])
     edit_model(kinds["eagle31"], {"norm_output": True})
     titles = {"dflash": "DFlash", "dspark": "DSpark", "eagle31": "EAGLE-3.1"}

@@ -60,8 +60,6 @@ class Handler(BaseHTTPRequestHandler):
         replies["/server_info"] = {
             f"speculative_{name}": getattr(options, f"speculative_{name}") for name in names
         }
-        if options.speculative_algorithm in ("DFLASH", "DSPARK"):
-            replies["/server_info"] |= {"speculative_num_steps": 1, "speculative_eagle_topk": 1}
         lines = "".join(count.format(position) for position in range(steps))
         replies["/metrics"] = "vllm:num_requests_running 0.0\n" + lines
         self.reply(replies[self.path])
