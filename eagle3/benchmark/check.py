@@ -19,7 +19,7 @@ from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import pack_answers, read_answer
 from eagle3.export.read import DraftFiles, named_layers, read_any
-from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
+from eagle3.export.rules import ALL, ENGINES, Finding, find_all, narrow, read_draft, readings
 from eagle3.loss import FrozenWeights
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
@@ -46,12 +46,12 @@ def check(
     """Print and write (check.json) what is found about a draft. RunError has all that is wrong."""
     folder, target = subject.draft_folder, subject.target
     files = read_any(folder)
-    findings = [*find_all(files, target.spec), *judge_shipped(files, target)]
+    findings = [*find_all(files, target.spec), *narrow(judge_shipped(files, target), files)]
     lengths, ways = {}, {}
     if section.decode:
         try:
             lengths, ways = decode(section, files, subject, attention, draft_length)
-            findings += judge(lengths, ways)
+            findings += narrow(judge(lengths, ways), files)
             if subject.chat is None:
                 reason = "the target has no chat template, or its tokenizer no offsets"
                 findings.append(Finding((), f"{reason}: plain text was decoded", "note"))

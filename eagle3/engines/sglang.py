@@ -91,9 +91,7 @@ class SGLang(Engine):
         chains = topk == 1 and whole_vocabulary  # else 0.5.23 does not start
         return {"eagle3": chains, "dflash": False, "dspark": True}[method]
 
-    def draft_options(
-        self, draft: str, method: str, drafting: Drafting, sampled: bool = False
-    ) -> dict:
+    def draft_options(self, draft: str, method: str, drafting: Drafting, sampled=False) -> dict:
         """The flags of a server with a draft, whose config names the `method`; `sampled`: drawn,
         not the likeliest, where it can.
         """

@@ -33,9 +33,7 @@ class VLLM(Engine):
     def samples_drafts(self, method: str, topk: int, whole_vocabulary: bool) -> bool:
         return True
 
-    def draft_options(
-        self, draft: str, method: str, drafting: Drafting, sampled: bool = False
-    ) -> dict:
+    def draft_options(self, draft: str, method: str, drafting: Drafting, sampled=False) -> dict:
         config = {"method": method, "model": draft, "num_speculative_tokens": drafting[0]}
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}

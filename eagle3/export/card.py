@@ -23,7 +23,7 @@ RECIPE = (
     "train.epochs", "train.tokens_per_step", "train.grad_accum", "train.documents_per_update",
     "data.max_length", "launch.nproc_per_node", "launch.nnodes", "model.dtype", "seed",
 )  # fmt: skip
-BLOCK_RECIPE = ("draft.layers", "draft.block", "draft.anchors")
+BLOCK = ("draft.layers", "draft.block", "draft.anchors")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -36,8 +36,8 @@ def write_card(run_dir: Path) -> Path:
     benchmark = redact(read_json(run_dir / "benchmark.json"))
     rows, inputs = benchmark_rows(benchmark), run.get("inputs", {})
     shape = read_shape(folder, read_config(folder))
-    values = {"commands": serve_commands(folder, shown), "shape": shape}
-    values |= {"recipe": recipe(run, evaluation, shape)}
+    values = {"commands": serve_commands(folder, shown), "recipe": recipe(run, evaluation, shape)}
+    values |= {"shape": shape}
     values |= {"command": shlex.join(["python", "run.py", *run.get("overrides", [])])}
     protocol = {k: v for k, v in benchmark.get("protocol", {}).items() if v is not None}
     values |= {"protocol": {key.replace("_", " "): cell(key, v) for key, v in protocol.items()}}
@@ -56,9 +56,8 @@ def write_card(run_dir: Path) -> Path:
 def recipe(run: dict[str, Any], evaluation: dict[str, Any], shape: DraftConfig) -> dict[str, str]:
     """What was trained how, by key of the config."""
     settings, versions = flatten(run["config"]), run.get("versions", {})
-    own = BLOCK_RECIPE if shape.reads_mask_token else ("draft.ttt_steps", "draft.vocab_size")
-    keys = (*RECIPE, *own)
-    found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in keys}
+    own = BLOCK if shape.reads_mask_token else ("draft.ttt_steps", "draft.vocab_size")
+    found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in RECIPE + own}
     if settings.get("draft.init_from"):
         found["draft.init_from"] = name_of(settings["draft.init_from"])
     found |= {"update of the checkpoint": evaluation.get("update"), "commit": run.get("git")}

@@ -30,12 +30,9 @@ KINDS = ARCHITECTURES | {"DSparkDraftModel": DSparkConfig}  # which both engines
 SIZES = {field.name for field in fields(DSparkConfig) if field.type is int} - {"mask_token_id"}
 # What transformers' LlamaConfig and Qwen3Config take where a file says nothing.
 ABSENT = {
-    "llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
-    "qwen3": {
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32,
-        "head_dim": 128,
-    },
-}  # fmt: skip
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
 
 
 def is_hub_id(path: str) -> bool:
@@ -142,6 +139,7 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
         "head_dim": given["hidden_size"] // given["num_attention_heads"],
         "target_hidden_size": given["hidden_size"],
         "draft_vocab_size": given["vocab_size"],
+        "rms_norm_eps": 1e-6,  # of both, and not that of DraftConfig
         "fc_norm": given.get("use_aux_norm", False),
     }
     if named := named_layers(config):

@@ -49,13 +49,16 @@ def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
     form = speculators if files.is_speculators else FORMS[type(files.shape)]
     own = [uncomputed] if files.shape.reads_mask_token else [variants, vocabulary]
     rules = [form, shape, layers, rope, tensors, *own]
-    findings = [finding for rule in rules for finding in rule(files, target)]
-    if not files.shape.reads_mask_token:
-        return findings
+    return [finding for rule in rules for finding in narrow(rule(files, target), files)]
+
+
+def narrow(findings: Iterator[Finding], files: DraftFiles) -> Iterator[Finding]:
+    """Without the engines that read no draft of this kind, of which a note says so."""
     for finding in findings:
-        finding.engines = tuple(name for name in finding.engines if name in READERS)
-    sentence = f"they read no {files.shape.title} draft"
-    return [Finding(("trtllm", "official"), sentence, "note"), *(f for f in findings if f.engines)]
+        if files.shape.reads_mask_token and finding.severity != "note":
+            finding.engines = tuple(name for name in finding.engines if name in READERS)
+        if finding.engines:
+            yield finding
 
 
 def read_draft(draft: Path | DraftFiles, attention: Backend, target: TargetSpec) -> Draft:
@@ -96,6 +99,7 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 def block(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """What engines need to know a block drafter by, and to draft with it."""
     shape, size = files.shape, target.config.vocab_size
+    yield Finding(("trtllm", "official"), f"they read no {shape.title} draft", "note")
     if files.config.get("model_type") != shape.model_type:
         yield Finding(READERS, f"model_type is not {shape.model_type}, which its layers are")
     token = shape.mask_token_id
