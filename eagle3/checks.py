@@ -259,6 +259,9 @@ def check_draft_shape(config: RunConfig, target: PretrainedConfig, num_layers: i
         limit = getattr(shape, name)
         if value > limit:
             raise ConfigError(f"{key}={value} must be at most the target's {name}={limit}")
+    if shape.reads_mask_token and config.export.speculators:
+        problem = f"export.speculators=true is a form of EAGLE3, not of draft={shape.method}"
+        raise ConfigError(f"{problem}, which engines read as it is exported; set it to false")
     drafted, length = config.draft.ttt_steps, config.eval.draft_length
     if shape.reads_mask_token and length > drafted:
         problem = (

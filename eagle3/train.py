@@ -250,6 +250,13 @@ def build_draft(
     spec, attention = target.spec, instantiate(section.attention)
     if section.init_from is not None:
         draft = read_draft(locate(section.init_from, "draft.init_from"), attention, spec)
+        own, kind = draft.config, get_class(section.architecture["_target_"])
+        if type(own) is not kind:
+            problem = f"draft.init_from={section.init_from} is of draft={own.method}"
+            raise ConfigError(f"{problem}, not draft={kind.method}; set it to that")
+        if own.most_drafts not in (None, section.ttt_steps):
+            has = f"draft.init_from={section.init_from} has blocks of {own.block_size} slots"
+            raise ConfigError(f"{has}; set draft.block={own.block_size}")
         for name in ("fc_norm", "norm_output"):
             if getattr(section, name) and not getattr(draft.config, name):
                 has = f"draft.init_from={section.init_from} has {name}=false"

@@ -309,6 +309,19 @@ def exported(target_folder, tmp_path_factory) -> Path:
     return folder
 
 
+def block_draft(kind, target, **changed):
+    """A drawn drafter of blocks of four for a small target."""
+    whole = target.config.vocab_size
+    shape = dataclasses.asdict(derive_config(target.config, whole))
+    shape |= {"num_hidden_layers": 2, "block_size": 4, "mask_token_id": 7} | changed
+    torch.manual_seed(2)
+    maps = torch.ones(whole, dtype=torch.bool), torch.zeros(whole, dtype=torch.int64)
+    draft = kind(**shape).build(Auto, *maps)
+    for parameter in draft.parameters():  # which may start as zeros
+        torch.nn.init.normal_(parameter, float(parameter.dim() == 1), 0.1)
+    return draft
+
+
 def edit_model(folder, config=None, tensors=None) -> None:
     """Change config.json and the tensors of a draft or target in place; None removes a key of the
     config, "null" makes it null; `tensors` changes a dict of them, or returns another.

@@ -11,19 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import edit_model, handle_of, section, spec_of
+from conftest import block_draft, edit_model, handle_of, section, spec_of
 
 from eagle3.batch import Document, pack, serving
-from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_embedding
+from eagle3.benchmark.check import QUESTIONS, candidates, check, judge, judge_shipped
 from eagle3.benchmark.mistakes import NORMS, Reading, compare, other_orders, repairs
 from eagle3.benchmark.request import Subject
 from eagle3.config import Check
 from eagle3.data.chat import Chat, load_chat
 from eagle3.data.vocab import vocab_tensors
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import EAGLE3, DraftConfig
-from eagle3.draft.ttt import unroll
 from eagle3.errors import ConfigError, RunError
 from eagle3.export.read import read_any
 from eagle3.export.write import portable_config, write_draft
@@ -108,16 +108,22 @@ def test_a_shipped_embedding_is_compared_with_the_targets(folder, target):
     def ship(change):
         shipped = change(target.load_weights().embedding.bfloat16())
         edit_model(folder, tensors=lambda t: t.update({"embed_tokens.weight": shipped}))
-        return list(judge_embedding(read_any(folder), target))
+        return list(judge_shipped(read_any(folder), target))
 
-    assert list(judge_embedding(read_any(folder), target)) == []
+    assert list(judge_shipped(read_any(folder), target)) == []
     assert ship(lambda embedding: embedding) == []
     (other,) = ship(lambda embedding: embedding.roll(1, 0))
     (short,) = ship(lambda embedding: embedding[:9])
     own = {"hidden_size": 32, "target_hidden_size": 64}
     edit_model(folder, own, lambda t: t.pop("embed_tokens.weight") is None)
-    (own,) = judge_embedding(read_any(folder), target)
+    (own,) = judge_shipped(read_any(folder), target)
+    draft = block_draft(DFlashConfig, target.spec)  # whose head is the target's too
+    write_draft(draft, folder, portable_config(draft.config, target.spec, "x", 3))
+    shipped = target.load_weights().head.roll(1, 0)
+    edit_model(folder, tensors=lambda t: t.update({"lm_head.weight": shipped}))
+    (head,) = judge_shipped(read_any(folder), target)
     said = {"differs": other, "in 9 of 9 rows": short, "needs its own": own}
+    said |= {"lm_head.weight differs": head}
     assert all(f.severity == "wrong" and words in f.sentence for words, f in said.items())
 
 
@@ -132,9 +138,14 @@ def trained31(target_folder, tokenizer, tmp_path_factory):
     return learn_by_heart(target_folder, tokenizer, folder, fc_norm=True, norm_output=True)
 
 
-def learn_by_heart(target_folder, tokenizer, folder, **variant):
-    """A draft on disk that has learnt the target's answers to the first of QUESTIONS, from layers
-    that differ much.
+@pytest.fixture(scope="module")
+def trained_block(target_folder, tokenizer, tmp_path_factory):
+    return learn_by_heart(target_folder, tokenizer, tmp_path_factory.mktemp("block"), DSparkConfig)
+
+
+def learn_by_heart(target_folder, tokenizer, folder, block=None, **variant):
+    """A draft on disk, a block drafter of the kind `block` or EAGLE3, that has learnt the target's
+    answers to the first of QUESTIONS, from layers that differ much.
     """
     chat, spec = Chat(tokenizer), spec_of(target_folder, [0, 3, 6])
     target = HFTarget(spec, torch.device("cpu"))
@@ -146,14 +157,18 @@ def learn_by_heart(target_folder, tokenizer, folder, **variant):
     used = torch.cat([one.input_ids[one.loss_mask] for one in documents]).unique()
     t2d, d2t = vocab_tensors(used.numpy(), 2048)
     torch.manual_seed(0)
-    shape = replace(derive_config(spec.config, len(used)), **variant)
-    draft = EAGLE3(shape, Auto, t2d, d2t)
+    if block:
+        draft = block_draft(block, spec, num_hidden_layers=1)
+        t2d = draft.t2d
+    else:
+        draft = EAGLE3(replace(derive_config(spec.config, len(used)), **variant), Auto, t2d, d2t)
+    head = draft.head_weights(target.head)[0]
     batch = pack(compute_features(target, documents), t2d, 3, serving)
     wanted = torch.searchsorted(draft.target_ids, batch.features.argmax[batch.pair_teacher])
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     for _ in range(60):
-        hidden = unroll(draft, target.embedding, batch.features.aux_hidden_states, batch)
-        logits = draft.logits(hidden[batch.pair_index], None)
+        hidden = draft.unroll(target.embedding, batch.features.aux_hidden_states, batch)
+        logits = draft.logits(hidden[batch.pair_index], head)
         torch.nn.functional.cross_entropy(logits, wanted).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -176,7 +191,7 @@ def projections(names, change):
 
 def side_by_side(weight):
     """Rows of heads of 16 as code that turns neighbours has them."""
-    return weight.view(-1, 2, 8, weight.shape[1]).transpose(1, 2).reshape_as(weight)
+    return weight.view(-1, 2, 8, *weight.shape[1:]).transpose(1, 2).reshape_as(weight)
 
 
 def one_higher(t):
@@ -200,17 +215,25 @@ MISTAKES = {
 }
 
 
+def turned_heads(t):
+    names = [name for name in t if re.search(r"\.[qk]_(proj|norm)\.", name)]
+    t.update({name: side_by_side(t[name]) for name in names})
+
+
+OF_BLOCKS = {"order": MISTAKES["reversed"], "rotary": ({}, turned_heads, MISTAKES["rotary"][2])}
 FORGOTTEN = {"norm_output": None}, None, "with norm_output=true it accepts"
 ANSWERED = {"num_prompts": 2, "max_new_tokens": 48}  # as `trained` has learnt them
 
 
 @pytest.mark.runs
-def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("made, count", [("trained", 20), ("trained_block", 12)])
+def test_a_sound_draft_passes(request, target, tokenizer, tmp_path, capsys, made, count):
     """What other layers would give is of no concern then, and is kept in check.json alone."""
-    asked = {"engines": ["sglang", "vllm"]} | ANSWERED
-    raised, content = run_check(trained, target, tokenizer, tmp_path, **asked)
+    asked, folder = {"engines": ["sglang", "vllm"]} | ANSWERED, request.getfixturevalue(made)
+    capsys.readouterr()
+    raised, content = run_check(folder, target, tokenizer, tmp_path, **asked)
     assert raised == "" and content["findings"] == []
-    assert len(content["decoded"]["other_ways"]) > 20
+    assert len(content["decoded"]["other_ways"]) > count
     assert content["decoded"]["acceptance_length"]["0,3,6"] > 3
     assert len(content["decoded"]["acceptance_length"]) > 1
     said = capsys.readouterr().out
@@ -219,8 +242,12 @@ def test_a_sound_draft_passes(trained, target, tokenizer, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "made, mistake",
-    [*(("trained", row) for row in MISTAKES.values()), ("trained31", FORGOTTEN)],
-    ids=[*MISTAKES, "a flag forgotten"],
+    [
+        *(("trained", row) for row in MISTAKES.values()),
+        ("trained31", FORGOTTEN),
+        *(("trained_block", row) for row in OF_BLOCKS.values()),
+    ],
+    ids=[*MISTAKES, "a flag forgotten", *(f"{name} of a block drafter" for name in OF_BLOCKS)],
 )
 @pytest.mark.runs
 def test_a_wrong_draft_of_the_right_shape_is_named(
@@ -231,6 +258,29 @@ def test_a_wrong_draft_of_the_right_shape_is_named(
     edit_model(folder, config, tensors)
     raised, _ = run_check(folder, target, tokenizer, tmp_path, engines=["sglang"], **ANSWERED)
     assert re.search(words, raised)
+
+
+@pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
+def test_each_mistake_of_a_block_drafter_is_undone(kind, target):
+    """Each way to read it is the undoing of one of them."""
+    draft = block_draft(kind, target.spec)
+    own = copy.deepcopy(draft.state_dict())
+    ways = dict(repairs(own, draft.config))
+    for words, changed in ways.items():
+        mistaken = own | changed
+        undone = (mistaken | fix for _, fix in repairs(mistaken, draft.config))
+        assert any(all(torch.equal(own[name], found[name]) for name in own) for found in undone)
+        assert not all(torch.equal(own[name], mistaken[name]) for name in own), words
+    pairs = "hidden_norm.weight and norm.weight", "q_norm.weight and k_norm.weight"
+    assert {f"{pair} exchanged" for pair in pairs} < ways.keys() and len(ways) == 11
+
+
+def test_a_block_drafter_is_not_asked_for_more_than_its_block(target, tokenizer, tmp_path):
+    draft = block_draft(DFlashConfig, target.spec, block_size=3)
+    config = portable_config(draft.config, target.spec, "x", 3)
+    write_draft(draft, tmp_path / "draft", config)
+    raised, _ = run_check(tmp_path / "draft", target, tokenizer, tmp_path, engines=["vllm"])
+    assert "at most 2 tokens a round: set eval.draft_length=2; set check.decode=false" in raised
 
 
 def test_layers_in_another_order_are_read_so():

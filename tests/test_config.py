@@ -96,6 +96,7 @@ SENTENCES = {
     "data.max_length=4096": "data.max_length=4096 must be at most train.tokens_per_step=",
     "target.tp_size=2": "target.tp_size=2: target=hf cannot split it; use target=sglang",
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
+    "draft=dspark & export.speculators=true": "is a form of EAGLE3, not of draft=dspark, which",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "parallel=usp & parallel.ring=2": "parallel.ring = 2 must divide launch.nproc_per_node x laun",
     "parallel=usp & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the draft's 2 key/",

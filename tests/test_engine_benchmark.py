@@ -196,7 +196,7 @@ def test_running_servers(name, run, address):
 
 
 UNFIT = [
-    ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "an EAGLE3 draft needs EAGLE3"),
+    ("sglang", ("--enable-metrics", *CHAIN, "EAGLE"), "drafts by EAGLE; the draft needs EAGLE3"),
     ("sglang", (*CHAIN, "EAGLE3"), "start it with --enable-metrics"),
     ("vllm", ("--enable-per-request-metrics", *SPECULATIVE), "metrics detailed"),
     ("sglang", None, r"no server answers at http://127\.0\.0\.1:9 "),
@@ -289,6 +289,55 @@ def test_nothing_but_the_temperature_shapes_what_is_drawn(name):
     wanted = {"temperature": 0.5, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     wanted |= ALL_TOKENS[name] | {"stop": ["x"]}
     assert wanted.items() <= body.get("sampling_params", body).items() and [4] in body.values()
+
+
+BLOCK = {"model_type": "qwen3", "num_hidden_layers": 1, "block_size": 4, "mask_token_id": 1}
+BLOCK |= {"target_layer_ids": [1], "markov_rank": 2, "markov_head_type": "vanilla"}
+KINDS = {
+    "dflash": BLOCK | {"architectures": ["DFlashDraftModel"]},
+    "dspark": BLOCK | {"architectures": ["Qwen3DSparkModel"]},
+}
+ASKED = {  # for three drafted tokens that are drawn where they can be; and whether they are
+    ("sglang", "dflash"): ("DFLASH", {"num-draft-tokens": 4}, False),
+    ("sglang", "dspark"): ("DSPARK", {"dspark-block-size": 3, "num-draft-tokens": 4}, True),
+    ("vllm", "dflash"): ("dflash", {"num_speculative_tokens": 3}, True),
+    ("vllm", "dspark"): ("dspark", {"num_speculative_tokens": 3}, True),
+}
+
+
+@pytest.mark.parametrize("name, kind", ASKED)
+def test_what_engines_are_asked_for_a_block_drafter(name, kind):
+    """SGLang draws for DSpark unasked, and says that a server which drafts blocks takes 1 step."""
+    engine, (method, sizes, drawn) = ENGINES[name], ASKED[name, kind]
+    assert engine.samples_drafts(kind, 1, True) == drawn
+    options = engine.draft_options("D", kind, (3, 1, 4), drawn)
+    if name == "vllm":
+        given = {"method": method, "model": "D", "draft_sample_method": "probabilistic"}
+        assert json.loads(options["--speculative-config"]) == given | sizes
+        return
+    given = {"algorithm": method, "draft-model-path": "D"} | sizes
+    assert options == {f"--speculative-{flag}": value for flag, value in given.items()}
+    info = {"algorithm": method, "num_steps": 1, "eagle_topk": 1, "num_draft_tokens": 4}
+    info = {f"speculative_{key}": value for key, value in info.items()}
+    answer = SimpleNamespace(status_code=200, url="http://a", json=lambda: info)
+    assert engine.read_drafting(lambda path: answer, kind) == (3, 1, 4)
+    with pytest.raises(RunError, match=f"drafts by {method}; the draft needs EAGLE3"):
+        engine.read_drafting(lambda path: answer, "eagle3")
+
+
+@runs
+@pytest.mark.parametrize("name, kind", [("sglang", "dspark"), ("vllm", "dflash")])
+def test_block_drafters_are_measured(name, kind, run, subject, python):
+    """At no more tokens than a block has, and without branches."""
+    edit_model(subject.draft_folder, KINDS[kind])
+    row = run(name, python)["suites"]["heldout"][0]
+    assert row["acceptance_length"] == 50 / (10 + 5 + 4 + 3 + 5) and row["lossless"]
+    assert row["drafts"] == "greedy"
+    with pytest.raises(RunError, match=r"configs=\[1, 5, 1, 6\]: the draft is a D.* at most [34] "):
+        run(name, python, [(1, 5, 1, 6)])
+    if name == "sglang":
+        with pytest.raises(RunError, match=r"configs=\[1, 2, 2, 4\]: .* of chains of at most"):
+            run(name, python, [(1, 2, 2, 4)])
 
 
 DRAWN = {"sglang": "--speculative-use-rejection-sampling", "vllm": '"probabilistic"'}

@@ -6,18 +6,22 @@ import json
 import re
 import runpy
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, compose_config, losses, run, section, sharegpt_rows, spec_of
+from conftest import ROOT, block_draft, compose_config, losses, run, section, sharegpt_rows, spec_of
 from hydra.utils import get_object
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from eagle3.config import flatten
+from eagle3.draft.block import DSparkConfig
 from eagle3.errors import ConfigError
+from eagle3.export.write import portable_config, write_draft
 from eagle3.runs.resume import load_config
 from eagle3.train import build_draft
 
@@ -185,6 +189,29 @@ def test_a_start_that_is_no_draft_of_the_kind_asked_for_is_refused(exported, tar
     start, target = str(exported / "portable"), SimpleNamespace(spec=spec_of(target_folder))
     with pytest.raises(ConfigError, match=f"draft.{name}=true, but draft.init_from=.*=false; "):
         build_draft(section("draft", init_from=start, **{name: True}), target, None, None)
+
+
+@pytest.mark.parametrize("option, changed, words", [
+    ("dflash", {}, "is of draft=dspark, not draft=dflash; set it to that"),
+    ("eagle3", {}, "is of draft=dspark, not draft=eagle3"),
+    ("dspark", {"ttt_steps": 7}, "has blocks of 4 slots; set draft.block=4"),
+    ("dspark", {"ttt_steps": 4}, None),
+])  # fmt: skip
+def test_a_block_drafter_goes_on_as_one(target_folder, tmp_path, option, changed, words):
+    target = SimpleNamespace(spec=spec_of(target_folder))
+    draft = block_draft(DSparkConfig, target.spec, markov_rank=8)
+    write_draft(draft, tmp_path / "D", portable_config(draft.config, target.spec, "x", 3))
+    chosen = OmegaConf.to_object(compose_config(f"draft={option}").draft)
+    chosen = replace(chosen, init_from=str(tmp_path / "D"), **changed)
+    if words is None:
+        return assert_same(build_draft(chosen, target, None, None), draft)
+    with pytest.raises(ConfigError, match=words):
+        build_draft(chosen, target, None, None)
+
+
+def assert_same(found, draft):
+    assert found.config == draft.config
+    assert torch.equal(found.fc.weight, draft.fc.weight.bfloat16().float())
 
 
 @pytest.mark.runs

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import edit_model, make_config, spec_of
+from conftest import block_draft, edit_model, make_config, spec_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -19,6 +19,7 @@ from transformers import LlamaConfig
 from eagle3.checks import check
 from eagle3.config import Export
 from eagle3.data.vocab import vocab_tensors
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import EAGLE3
@@ -318,6 +319,172 @@ def test_what_else_is_said_of_a_draft(folder, target, form, config, severity, wo
         assert len(findings) == len(named) and all("vllm" not in f.engines for f in findings)
 
 
+BLOCK_SHAPES = {"fc": [64, 192], "hidden_norm": [64], "norm": [64]} | {
+    f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in {
+        "input_layernorm": [64], "post_attention_layernorm": [64], "self_attn.q_norm": [16],
+        "self_attn.k_norm": [16], "self_attn.q_proj": [64, 64], "self_attn.k_proj": [32, 64],
+        "self_attn.v_proj": [32, 64], "self_attn.o_proj": [64, 64], "mlp.gate_proj": [128, 64],
+        "mlp.up_proj": [128, 64], "mlp.down_proj": [64, 128],
+    }.items()
+}  # fmt: skip
+SPARK_SHAPES = BLOCK_SHAPES | {
+    "markov_head.markov_w1": [2048, 8], "markov_head.markov_w2": [2048, 8],
+    "confidence_head.proj": [1, 72],
+}  # fmt: skip
+NESTED = {"mask_token_id": 7, "target_layer_ids": LAYERS}
+MARKOV = {"markov_rank": 8, "markov_head_type": "vanilla", "enable_confidence_head": True}
+MARKOV |= {"confidence_head_with_markov": True, "sample_from_anchor": True}
+# The kind, its fields, its tensors, and what its config.json must have: names of both engines.
+BLOCKS = {
+    "dflash": (DFlashConfig, {}, BLOCK_SHAPES, {
+        "architectures": ["DFlashDraftModel"], "dflash_config": NESTED, "made_for": 3}),
+    "dspark": (DSparkConfig, {"markov_rank": 8}, SPARK_SHAPES, {
+        "architectures": ["Qwen3DSparkModel"], "made_for": 4} | NESTED | MARKOV),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def blocks(target, tmp_path_factory):
+    """Block drafters on disk, by kind."""
+    asked, folders = (Export(False, None, None), target, 2), {}
+    for name, (kind, changed, *_) in BLOCKS.items():
+        draft, folder = block_draft(kind, target, **changed), tmp_path_factory.mktemp(name)
+        shape = asdict(draft.config) | {"architecture": kind.architecture}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(write, "load_draft", lambda path: (shape, draft.state_dict()))  # noqa: B023
+            export_draft(folder, *asked, folder)
+        folders[name] = folder / "draft"
+    return folders
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_drafter_is_written_as_both_engines_read_it(blocks, target, name):
+    """Its weights, no map and nothing of the target's; `made_for` is its whole block."""
+    kind, changed, shapes, config = BLOCKS[name]
+    tensors = load_file(blocks[name] / "model.safetensors")
+    expected = {f"{name}.weight": shape for name, shape in shapes.items()}
+    expected |= {"confidence_head.proj.bias": [1]} if name == "dspark" else {}
+    assert {name: list(tensor.shape) for name, tensor in tensors.items()} == expected
+    for tensor_name, tensor in tensors.items():
+        precise = tensor_name.startswith("confidence_head.")
+        assert tensor.dtype == (torch.float32 if precise else torch.bfloat16)
+    written = json.loads((blocks[name] / "config.json").read_text())
+    common = {"model_type": "qwen3", "block_size": 4, "num_hidden_layers": 2, "head_dim": 16}
+    common |= {"num_target_layers": 8, "vocab_size": 2048, "rope_scaling": None}
+    made_for = {"made_for": {"target": target.path, "draft_length": config["made_for"]}}
+    assert (common | config | made_for).items() <= written.items()
+    assert written.keys().isdisjoint({"eagle_config", IDS, "target_hidden_size"})
+    draft = block_draft(kind, target, **changed)
+    loaded = read_draft(blocks[name], Auto, target)
+    assert loaded.config == draft.config and torch.equal(loaded.target_ids, torch.arange(2048))
+    for tensor_name, tensor in tensors.items():
+        assert torch.equal(loaded.state_dict()[tensor_name], tensor.float())
+
+
+NOTHING = {"dflash_config": None, "mask_token_id": None, "target_layer_ids": None}
+SAME = [
+    ("dflash", NOTHING | NESTED, {}),
+    ("dflash", {"head_dim": None}, {"head_dim": 128}),  # what Qwen3's config takes then
+    ("dspark", NOTHING | {"dflash_config": NESTED}, {}),
+    ("dspark", {"architectures": ["DSparkDraftModel"]}, {}),
+    ("dspark", {"draft_vocab_size": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "other"), SAME)
+def test_published_forms_of_a_block_drafter_are_read(blocks, target, tmp_path, name, config, other):
+    """Keys in a section or outside of it, names with a prefix, and what stands for nothing."""
+    folder = shutil.copytree(blocks[name], tmp_path / "draft")
+    edit_model(folder, config, rename("", "model."))
+    files = read_any(folder)
+    assert files.config["target_layer_ids"] == LAYERS
+    assert files.shape == replace(read_any(blocks[name]).shape, **other)
+    if not other:
+        (finding,) = [f for f in find_all(files, target) if f.severity == "wrong"]
+        assert finding.engines == ("vllm",) and "begin with model." in finding.sentence
+        read_draft(folder, Auto, target)
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"dflash_config": NESTED | {"target_layer_ids": 3}}, "target_layer_ids=3 must be a list"),
+    ({"dflash_config": {"mask_token_id": 7}}, "config.json lacks target_layer_ids"),
+    ({"dflash_config": "x"}, "cannot be read: "),
+    ({"block_size": None}, "config.json lacks block_size"),
+    ({"block_size": 4.5}, "block_size=4.5 must be a whole number above 0"),
+])  # fmt: skip
+def test_what_is_no_config_of_a_block_drafter_is_refused(blocks, tmp_path, config, words):
+    folder = shutil.copytree(blocks["dflash"], tmp_path / "draft")
+    edit_model(folder, config)
+    with pytest.raises(RunError, match=re.escape(words)):
+        read_any(folder)
+
+
+BOTH, OURS = {"sglang", "vllm", "ours"}, {"ours"}
+BLOCK_DEFECTS = [
+    ({"model_type": "llama"}, None, BOTH, "model_type is not qwen3"),
+    ({"vocab_size": 999}, None, BOTH, "vocab_size is 999"),
+    ({"hidden_size": 32, "target_hidden_size": 64}, None, BOTH, "hidden_size is 32, not the targ"),
+    ({"hidden_act": "gelu"}, None, BOTH, "hidden_act is gelu"),
+    ({"target_layer_ids": [1, 3, 8], "dflash_config": None}, None, BOTH, "must be 3 of 0..7"),
+    ({"target_layer_ids": [3, 1, 4], "dflash_config": None}, None, BOTH, "low to high"),
+    ({"target_layer_ids": [0, 3, 4], "dflash_config": None}, None, OURS, "set model.aux_layer_ids"),
+    ({IDS: [1, 3, 4]}, None, {"sglang", "vllm"}, r"vLLM's key those of \[0, 2, 3\]"),
+    ({"mask_token_id": 2048, "dflash_config": NESTED | {"mask_token_id": 2048}}, None, BOTH,
+     "mask_token_id=2048 is no token of the target's 2048"),
+    ({"mask_token_id": "x", "dflash_config": NESTED | {"mask_token_id": "x"}}, None, BOTH, "='x'"),
+    ({"block_size": 1}, None, {"dflash": BOTH, "dspark": set()}, "block_size=1 drafts nothing"),
+    ({"draft_vocab_size": 300}, None, {"sglang", "ours"}, "drafts 300 tokens by d2t; they draft"),
+    ({}, lambda t: t.update(d2t=torch.zeros(2048).long()), {"sglang", "ours"}, "by d2t"),
+    ({"attention_bias": True}, None, OURS, "attention_bias=True is not computed here"),
+    ({"is_causal": True}, None, OURS, "is_causal=True"),
+    ({"dflash_config": NESTED | {"causal": True}}, None, OURS, "causal=True"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, None, OURS, "sliding_attention"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, None, OURS, "is not computed here"),
+    ({"max_position_embeddings": 256}, None, {"sglang"}, "_embeddings is 256"),
+    ({}, put("layers.1.mlp.up_proj.weight", torch.ones(2, 2)), BOTH, r"has shape \[2, 2\]"),
+    ({}, put("norm.weight", lambda x: x * float("nan")), BOTH, "finite"),
+    ({}, put("fc.weight", torch.zeros(64, 192)), {"sglang", "vllm"}, "all zeros"),
+    ({}, drop("hidden_norm.weight"), BOTH, "hidden_norm.weight is missing"),
+    ({}, rename("layers.0", "midlayer"), BOTH, r"layers\.0\.\S+ is missing"),
+    ({}, put("layers.2.mlp.up_proj.weight", torch.ones(2, 2)), BOTH, "is no tensor of a draft of"),
+    ({}, put("embed_tokens.weight", torch.ones(2, 2)), OURS, "embed_tokens.weight is there"),
+    ({}, put("lm_head.weight", torch.ones(2, 2)), OURS, "lm_head.weight is there"),
+]  # fmt: skip
+SPARK_DEFECTS = [
+    ({"markov_head_type": "gated"}, None, {"vllm", "ours"}, "they compute only vanilla"),
+    ({"markov_head_type": None}, None, {"sglang"}, "lacks markov_head_type"),
+    ({"sample_from_anchor": False}, None, OURS, "sample_from_anchor=False is not computed"),
+    ({"confidence_head_with_markov": False}, None, OURS, "confidence_head_with_markov=False"),
+    ({}, drop("confidence_head.proj.bias"), {"sglang", "ours"}, "proj.bias is missing"),
+    ({}, drop("markov_head.markov_w2.weight"), BOTH, "markov_w2.weight is missing"),
+]
+OF_BLOCKS = [(name, *row) for row in BLOCK_DEFECTS for name in BLOCKS]
+OF_BLOCKS += [("dspark", *row) for row in SPARK_DEFECTS]
+OF_BLOCKS += [("dflash", {"sample_from_anchor": True}, None, OURS, "sample_from_anchor=True")]
+
+
+@pytest.mark.parametrize(("name", "config", "tensors", "engines", "words"), OF_BLOCKS)
+def test_every_defect_of_a_block_drafter_is_found(
+    blocks, target, tmp_path, name, config, tensors, engines, words
+):
+    folder = shutil.copytree(blocks[name], tmp_path / "draft")
+    edit_model(folder, config, tensors)
+    engines = engines.get(name) if isinstance(engines, dict) else engines
+    named = [f for f in found(folder, target, "wrong") if re.search(words, f.sentence)]
+    assert {*(named[0].engines if named else ())} == engines
+    if "ours" in engines:
+        with pytest.raises(RunError, match=r"^draft at "):
+            read_draft(folder, Auto, target)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_sound_block_drafter_has_a_note_alone(blocks, target, name):
+    """Whoever asks after engines without block drafters is told that they have none."""
+    (note,) = found(blocks[name], target)
+    assert note.severity == "note" and note.engines == ("trtllm", "official")
+    assert note.sentence.lower() == f"they read no {name} draft"
+
+
 def test_another_target_and_no_draft(exported, target, tmp_path):
     other = LlamaConfig(**target.config.to_diff_dict() | {"vocab_size": 99})
     other = replace(target, config=other)
@@ -436,6 +603,27 @@ def test_the_card_of_a_draft(run_dir, tmp_path, target_folder, licence):
         (run_dir / f"{name}.json").unlink()
     text = write_card(run_dir).read_text()
     assert "\nNot measured.\n" in text and "hidden states that were stored before" in text
+
+
+def test_the_card_names_the_kind_of_the_draft(run_dir, blocks):
+    kinds = {name: blocks[name] for name in BLOCKS} | {"eagle31": run_dir / "eagle31"}
+    shutil.copytree(run_dir / "draft", kinds["eagle31"])
+    edit_model(kinds["eagle31"], {"norm_output": True})
+    titles = {"dflash": "DFlash", "dspark": "DSpark", "eagle31": "EAGLE-3.1"}
+    sizes = {"layers": 2, "block": 4, "anchors": 512, "ttt_steps": 7}
+    (run_dir / "run.json").write_text(
+        json.dumps(RUN | {"config": RUN["config"] | {"draft": sizes}})
+    )
+    for name, folder in kinds.items():
+        shutil.rmtree(run_dir / "draft")
+        shutil.copytree(folder, run_dir / "draft")
+        text = write_card(run_dir).read_text()
+        assert f"\n# {titles[name]} draft for " in text
+        is_block = name in BLOCKS
+        assert ModelCard(text).data.tags[0] == (name if is_block else "eagle3")
+        for words in ("the whole block |", "| draft.block | 4 |", "| draft.anchors | 512 |"):
+            assert (words in text) == is_block
+        assert ("| draft.ttt_steps | 7 |" in text) == ("trtllm:" in text) == (not is_block)
 
 
 def test_the_card_of_a_draft_for_the_hub_names_no_folder(run_dir, monkeypatch):

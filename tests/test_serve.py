@@ -91,6 +91,36 @@ def test_the_speculators_form_is_served_alone(draft, command, monkeypatch):
             serve_text(engine, folder, None, None, None, [])
 
 
+BLOCK = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+BLOCK |= {"num_hidden_layers": 1, "block_size": 8, "mask_token_id": 1, "target_layer_ids": [1]}
+BLOCKS = {  # of eight slots: the architecture, how many of them draft, and what SGLang is given
+    "dflash": ("DFlashDraftModel", 7, ""),
+    "dspark": ("Qwen3DSparkModel", 8, "  --speculative-dspark-block-size {} \\\n"),
+}
+
+
+@pytest.mark.parametrize("given", [None, 5])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_drafter_drafts_its_block_unless_told_otherwise(draft, command, name, given):
+    architecture, most, more = BLOCKS[name]
+    own = {"architectures": [architecture], "markov_rank": 2, "made_for": {"target": TARGET}}
+    folder, length = draft(BLOCK | own), given or most
+    asked = ["--draft-length", str(given)] if given else []
+    assert command(folder, *asked) == (
+        f"python -m sglang.launch_server \\\n  --model-path {TARGET} \\\n"
+        f"  --speculative-algorithm {name.upper()} \\\n"
+        f"  --speculative-draft-model-path '{folder}' \\\n"
+        f"{more.format(length)}  --speculative-num-draft-tokens {length + 1} \\\n"
+        "  --host 127.0.0.1\n"
+    )
+    config = f'{{"method": "{name}", "model": "{folder}", "num_speculative_tokens": {length}}}'
+    assert f"--speculative-config '{config}'" in command(folder, "vllm", *asked)
+    with pytest.raises(RunError, match=f"drafts at most {most} tokens a round, not 9"):
+        serve_text("vllm", folder, None, 9, None, [])
+    with pytest.raises(RunError, match=r"TensorRT-LLM serves no D(Flash|Spark) draft; take"):
+        serve_text("trtllm", folder, None, None, None, [])
+
+
 @pytest.mark.parametrize(
     ("made_for", "words"),
     [

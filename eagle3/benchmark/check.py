@@ -1,4 +1,4 @@
-"""The stage `check`: what is wrong with any EAGLE3 draft, by engine; needs no data or training."""
+"""The stage `check`: what is wrong with any draft, by engine; needs no data or training."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from eagle3.draft.model import Draft
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import pack_answers, read_answer
 from eagle3.export.read import DraftFiles, named_layers, read_any
-from eagle3.export.rules import ALL, ENGINES, Finding, find_all, read_draft, readings
+from eagle3.export.rules import ALL, ENGINES, Finding, find_all, narrow, read_draft, readings
 from eagle3.loss import FrozenWeights
 from eagle3.target.handle import TargetHandle
 from eagle3.target.hf import HFTarget
@@ -46,12 +46,12 @@ def check(
     """Print and write (check.json) what is found about a draft. RunError has all that is wrong."""
     folder, target = subject.draft_folder, subject.target
     files = read_any(folder)
-    findings = [*find_all(files, target.spec), *judge_embedding(files, target)]
+    findings = [*find_all(files, target.spec), *narrow(judge_shipped(files, target), files)]
     lengths, ways = {}, {}
     if section.decode:
         try:
             lengths, ways = decode(section, files, subject, attention, draft_length)
-            findings += judge(lengths, ways)
+            findings += narrow(judge(lengths, ways), files)
             if subject.chat is None:
                 reason = "the target has no chat template, or its tokenizer no offsets"
                 findings.append(Finding((), f"{reason}: plain text was decoded", "note"))
@@ -86,24 +86,27 @@ def check(
         raise RunError("\nerror: ".join(errors))  # run.py puts the first `error: `
 
 
-def judge_embedding(files: DraftFiles, target: TargetHandle) -> Iterator[Finding]:
-    """Of an embedding in the file; SGLang and TensorRT-LLM take the target's all the same."""
-    name = "embed_tokens.weight"
-    shipped, shape = files.tensors.get(name), files.shape
+def judge_shipped(files: DraftFiles, target: TargetHandle) -> Iterator[Finding]:
+    """Of an embedding in the file, and a block drafter's head; SGLang and TensorRT-LLM take the
+    target's all the same.
+    """
+    shape, name = files.shape, "embed_tokens.weight"
     if shape.target_hidden_size != shape.hidden_size:
-        if shipped is None:
+        if name not in files.tensors:
             yield Finding(ALL, f"its hidden_size is not the target's: it needs its own {name}")
-    elif shipped is not None:
+        return
+    for name in (name for name in shape.from_target if name in files.tensors):
+        shipped = files.tensors[name]
         try:
-            embedding = target.load_weights().embedding.to("cpu", torch.bfloat16)
+            weights = target.load_weights()
         except CANNOT as error:
             yield Finding(ALL, f"{name} was not compared with the target's: {error}", "note")
             return
-        rows = len(shipped)
-        if shipped.shape == embedding.shape:
+        rows, own = len(shipped), weights.head if name == "lm_head.weight" else weights.embedding
+        if shipped.shape == own.shape:
             # Rounding either to bf16 is no difference.
-            close = torch.isclose(shipped.bfloat16(), embedding, rtol=2**-7, atol=1e-6)
-            rows = int((~close).any(1).sum())
+            pair = shipped.bfloat16(), own.to("cpu", torch.bfloat16)
+            rows = int((~torch.isclose(*pair, rtol=2**-7, atol=1e-6)).any(1).sum())
         if rows:
             sentence = f"{name} differs from the target's in {rows:,} of {len(shipped):,} rows"
             yield Finding(ALL, f"{sentence}: vLLM and the official code draft with it, others not")
@@ -140,9 +143,12 @@ def decode(
     choices = candidates(files, target.spec)
     if not choices:
         raise RunError("it names no layers, or others than it reads; see model.aux_layer_ids")
+    most = files.shape.most_drafts or draft_length
+    if draft_length > most:
+        raise ConfigError(f"it drafts at most {most} tokens a round: set eval.draft_length={most}")
     # Which layers are right is what decoding shows; and SGLang too drafts with the target's
     # embedding, whatever the file has.
-    own = {name: t for name, t in files.tensors.items() if name != "embed_tokens.weight"}
+    own = {name: t for name, t in files.tensors.items() if name not in files.shape.from_target}
     files, spec = replace(files, tensors=own), target.spec.with_layers(choices[0])
     draft = read_draft(files, attention, spec).to(target.device).eval()
     target.close()  # two at once may not fit

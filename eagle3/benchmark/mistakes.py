@@ -24,6 +24,10 @@ from eagle3.runs.checkpoint import Tensors
 # 1.12 on other text, where it accepted no more: so more must be accepted, too.
 CLEARLY, ERRORS = 1.1, 4.0
 FLOOR = 1e-6  # a probability: what a token without a draft id has
+BLOCK_NORMS = (
+    ("hidden_norm.weight", "norm.weight"), ("q_norm.weight", "k_norm.weight"),
+    ("input_layernorm.weight", "post_attention_layernorm.weight"),
+)  # fmt: skip
 NORMS = (
     "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight",
     "midlayer.post_attention_layernorm.weight", "norm.weight",
@@ -85,9 +89,10 @@ def mended(draft: Draft, theta: float) -> Iterator[tuple[str, Draft]]:
         draft.load_state_dict(own | tensors)
         yield words, draft
     draft.load_state_dict(own)
-    config.norm_output = not config.norm_output
-    yield f"norm_output={str(config.norm_output).lower()}", draft
-    config.norm_output = not config.norm_output
+    if not config.reads_mask_token:
+        config.norm_output = not config.norm_output
+        yield f"norm_output={str(config.norm_output).lower()}", draft
+        config.norm_output = not config.norm_output
     for other in sorted({theta, 10000.0} - {config.rope_theta}):
         draft.rope = Rope(config.head_dim, other)
         yield f"rope_theta={other:g}", draft
@@ -105,7 +110,7 @@ def other_orders(count: int) -> list[tuple[int, ...]]:
 
 def repairs(own: Tensors, config: DraftConfig) -> Iterator[tuple[str, Tensors]]:
     """What fits in shape as well as the tensors of `own` do."""
-    head_dim, vocab_size, count = config.head_dim, config.vocab_size, config.num_aux_hidden_states
+    count = config.num_aux_hidden_states
     parts = own["fc.weight"].chunk(count, dim=1)
     for order in other_orders(count):
         changed = {"fc.weight": torch.cat([parts[place] for place in order], dim=1)}
@@ -115,20 +120,34 @@ def repairs(own: Tensors, config: DraftConfig) -> Iterator[tuple[str, Tensors]]:
     if parts[0].shape[0] == parts[0].shape[1]:
         transposed = torch.cat([part.T for part in parts], dim=1)
         yield "each layer's part of fc.weight transposed", {"fc.weight": transposed}
+    # The two numbers that RoPE turns lie side by side in some code, half a head apart in ours.
+    of_heads = ("q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight")
+    names = [name for name in own if name.endswith(of_heads)]
+    order = torch.arange(config.head_dim).view(-1, 2).T.flatten()
+    for words, rows in {"pairs to halves": order, "halves to pairs": order.argsort()}.items():
+        heads = {name: own[name].unflatten(0, (-1, config.head_dim)) for name in names}
+        turned = {name: head[:, rows].flatten(0, 1) for name, head in heads.items()}
+        yield f"the rows of q and k reordered from rotary {words}", turned
+    pairs = BLOCK_NORMS if config.reads_mask_token else combinations(NORMS, 2)
+    for one, other in pairs:
+        changed = {}
+        for name in own:
+            if name.endswith(one):  # in every layer
+                twin = name.removesuffix(one) + other
+                changed |= {name: own[twin], twin: own[name]}
+        yield f"{one} and {other} exchanged", changed
+    if not config.reads_mask_token:
+        yield from eagle3_repairs(own, config.vocab_size)
+
+
+def eagle3_repairs(own: Tensors, vocab_size: int) -> Iterator[tuple[str, Tensors]]:
+    """Of its columns for the embedding, and of its own vocabulary."""
     names = [f"midlayer.self_attn.{name}_proj.weight" for name in "qkv"]
     # Their columns are for the embedding, then for the hidden state.
     halves = {name: own[name].roll(own[name].shape[1] // 2, dims=1) for name in names}
     yield "the halves of the columns of q, k and v exchanged", halves
-    for one, other in combinations(NORMS, 2):
-        yield f"{one} and {other} exchanged", {one: own[other], other: own[one]}
     norms = {NORMS[0]: own[NORMS[1]], NORMS[1]: own[NORMS[0]]}
     yield "the halves of q, k and v and their norms exchanged", halves | norms
-    # The two numbers that RoPE turns lie side by side in some code, half a head apart in ours.
-    order = torch.arange(head_dim).view(-1, 2).T.flatten()
-    for words, rows in {"pairs to halves": order, "halves to pairs": order.argsort()}.items():
-        heads = {name: own[name].unflatten(0, (-1, head_dim)) for name in names[:2]}
-        turned = {name: head[:, rows].flatten(0, 1) for name, head in heads.items()}
-        yield f"the rows of q and k reordered from rotary {words}", turned
     d2t, places = own["d2t"], torch.arange(len(own["d2t"]), device=own["d2t"].device)
     maps = {"the numbers in d2t as ids": d2t, "ids one higher": d2t + places + 1}
     for words, ids in (maps | {"ids one lower": d2t + places - 1}).items():

@@ -63,17 +63,21 @@ class Served(Request):
         files, engine = read_any(folder), self.engine
         if files.is_speculators and not engine.reads_speculators:
             raise RunError(f"draft at {folder} has the form speculators, unknown to {engine.name}")
-        form = [] if files.is_speculators else rules.architecture(files, target)
+        form = rules.FORMS[type(files.shape)](files, target)
         # Not all rules: what only draws down acceptance is measured, and `check` says why.
-        for finding in (*rules.shape(files, target), *form):
+        for finding in (*rules.shape(files, target), *([] if files.is_speculators else form)):
             if finding.severity == "wrong" and engine.name.lower() in finding.engines:
                 raise RunError(f"draft at {folder}: {finding.sentence}")
+        most = files.shape.most_drafts
+        for config in self.configs if most else ():
+            if config[1] > most or config[2] > 1:
+                problem = f"benchmark.configs={config}: the draft is a {files.shape.title} draft"
+                raise RunError(f"{problem}, of chains of at most {most} tokens")
         return files.shape
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
         """Free the target's memory for the engine, which has the GPU to itself."""
-        shape = self.check_draft(subject.draft_folder, subject.target.spec)
-        self.whole_vocabulary = shape.draft_vocab_size == shape.vocab_size
+        self.shape = self.check_draft(subject.draft_folder, subject.target.spec)
         facts = {"runner": self.engine.name.lower(), "version": self.find_engine()}
         facts |= {key: getattr(self, key) for key in ("tp_size", "server_args", "url", "alone_url")}
         facts["dtype"] = subject.target.spec.dtype
@@ -94,7 +98,7 @@ class Served(Request):
             return
         # The address is often copied from a client of the OpenAI API, which wants /v1 behind it.
         self.address = url.rstrip("/").removesuffix("/v1")
-        actual = self.engine.read_drafting(self.get)
+        actual = self.engine.read_drafting(self.get, self.shape.method)
         if actual != drafting:
             problem = f"{url} drafts with [steps, topk, verify_tokens] = {list(actual)}"
             raise ConfigError(f"benchmark.configs={config}: {problem}; set benchmark.configs to it")
@@ -106,7 +110,8 @@ class Served(Request):
         options: dict[str, Any] = {}
         if drafting[0]:
             sampled = self.choice_of_drafts(drafting) == "sampled"
-            options = engine.draft_options(str(subject.draft_folder), drafting, sampled)
+            given = str(subject.draft_folder), self.shape.method, drafting
+            options = engine.draft_options(*given, sampled)
         # Room for the largest batch, so that the server can stay for all of them.
         batch = max(config[0] for config in self.configs)
         command = engine.benchmark_command(launch, options, batch, subject.seed)
@@ -117,7 +122,8 @@ class Served(Request):
     def choice_of_drafts(self, drafting: Drafting) -> str | None:
         if self.url:
             return None  # whoever started it has decided
-        sampled = self.engine.samples_drafts(drafting[1], self.whole_vocabulary)
+        method, whole = self.shape.method, self.shape.draft_vocab_size == self.shape.vocab_size
+        sampled = self.engine.samples_drafts(method, drafting[1], whole)
         return "sampled" if self.temperature > 0 and sampled else "greedy"
 
     def close(self) -> None:

@@ -41,12 +41,20 @@ from eagle3.kernels.eager import Eager, Weights, rotate
 @dataclass
 class DFlashConfig(DraftConfig):
     architecture: ClassVar[str] = "DFlashDraftModel"
+    model_type: ClassVar[str] = "qwen3"
+    method: ClassVar[str] = "dflash"
+    title: ClassVar[str] = "DFlash"
+    from_target: ClassVar[tuple[str, ...]] = ("embed_tokens.weight", "lm_head.weight")
     drafts_from: ClassVar[int] = 1  # the first slot that drafts
     reads_mask_token: ClassVar[bool] = True
 
     num_hidden_layers: int = 5
     block_size: int = 16  # slots
     mask_token_id: int = 0  # M
+
+    @property
+    def most_drafts(self) -> int:
+        return self.block_size - self.drafts_from
 
     @classmethod
     def complete(cls, section: DraftSection, target_vocab_size: int) -> DraftSection:
@@ -65,6 +73,8 @@ class DFlashConfig(DraftConfig):
 @dataclass
 class DSparkConfig(DFlashConfig):
     architecture: ClassVar[str] = "Qwen3DSparkModel"
+    method: ClassVar[str] = "dspark"
+    title: ClassVar[str] = "DSpark"
     drafts_from: ClassVar[int] = 0
 
     block_size: int = 7

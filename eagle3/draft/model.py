@@ -34,7 +34,11 @@ class DraftConfig:
     """Shape of a draft; `target_hidden_size` and `vocab_size` are the target's."""
 
     architecture: ClassVar[str] = "LlamaForCausalLMEagle3"  # as engines call it
+    model_type: ClassVar[str] = "llama"  # transformers' class of its config
+    method: ClassVar[str] = "eagle3"  # what engines call the drafting
+    from_target: ClassVar[tuple[str, ...]] = ("embed_tokens.weight",)  # not its own
     reads_mask_token: ClassVar[bool] = False
+    most_drafts: ClassVar[int | None] = None  # tokens a round; None: as many as are asked for
 
     hidden_size: int
     intermediate_size: int
@@ -57,6 +61,10 @@ class DraftConfig:
     def aux_size(self) -> int:
         """A: numbers that a token's auxiliary states have, all layers together."""
         return self.num_aux_hidden_states * self.target_hidden_size
+
+    @property
+    def title(self) -> str:
+        return "EAGLE-3.1" if self.fc_norm or self.norm_output else "EAGLE3"
 
     @staticmethod
     def chosen(section: DraftSection) -> dict[str, Any]:

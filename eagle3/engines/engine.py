@@ -107,9 +107,11 @@ class Engine:
         words = command_line(flags | {"--port": launch.port} | options)
         return [launch.python, "-m", self.module, *words, *launch.server_args]
 
-    def serve_command(self, target: str, draft: str | None, length: int) -> list[list[str]]:
+    def serve_command(
+        self, target: str, draft: str | None, method: str, length: int
+    ) -> list[list[str]]:
         """What a user types to serve chains, a list per line; `draft` None: `target` names it."""
-        drafting = self.draft_options(draft, (length, 1, length + 1)) if draft else {}
+        drafting = self.draft_options(draft, method, (length, 1, length + 1)) if draft else {}
         start = [program(self.name.lower(), "python"), "-m", self.module]
         flags = {self.launch_flags[0]: target} | drafting
         return [start, *([flag, str(value)] for flag, value in flags.items())]

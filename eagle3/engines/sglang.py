@@ -13,6 +13,13 @@ from eagle3.errors import ConfigError, RunError
 # With these a prompt's hidden states come in another order, from another process or not at all.
 CAPTURE_CONFLICTS = {"--enable-dp-attention", "--enable-mixed-chunk", "--pp-size"}
 CAPTURE_CONFLICTS |= {"--pipeline-parallel-size"}
+# By method, the flags of steps, topk and verify_tokens. The number of slots is that of the tokens
+# to verify in DFlash; in DSpark it is one less, and 0.5.23 wants it beside them.
+DRAFTING = {
+    "eagle3": ("num-steps", "eagle-topk", "num-draft-tokens"),
+    "dflash": (None, None, "num-draft-tokens"),
+    "dspark": ("dspark-block-size", None, "num-draft-tokens"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +86,22 @@ class SGLang(Engine):
         """What `capture_command` needs in its environment."""
         return {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
 
-    def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
+    def samples_drafts(self, method: str, topk: int, whole_vocabulary: bool) -> bool:
         """Whether it can draw drafts from their distribution, as it does the target's tokens."""
-        return topk == 1 and whole_vocabulary  # else 0.5.23 does not start
+        chains = topk == 1 and whole_vocabulary  # else 0.5.23 does not start
+        return {"eagle3": chains, "dflash": False, "dspark": True}[method]
 
-    def draft_options(self, draft: str, drafting: Drafting, sampled: bool = False) -> dict:
-        """The flags of a server with a draft; `sampled`: drawn, not the likeliest, where it can."""
-        steps, topk, verify_tokens = drafting
-        options = {
-            "--speculative-algorithm": "EAGLE3",
-            "--speculative-draft-model-path": draft,
-            "--speculative-num-steps": steps,
-            "--speculative-eagle-topk": topk,
-            "--speculative-num-draft-tokens": verify_tokens,
-        }
-        return options | ({"--speculative-use-rejection-sampling": True} if sampled else {})
+    def draft_options(self, draft: str, method: str, drafting: Drafting, sampled=False) -> dict:
+        """The flags of a server with a draft, whose config names the `method`; `sampled`: drawn,
+        not the likeliest, where it can.
+        """
+        options = {"--speculative-algorithm": method.upper()}
+        options["--speculative-draft-model-path"] = draft
+        for flag, value in zip(DRAFTING[method], drafting, strict=True):
+            options |= {f"--speculative-{flag}": value} if flag else {}
+        # DSpark is always drawn at a temperature.
+        asked = sampled and method == "eagle3"
+        return options | ({"--speculative-use-rejection-sampling": True} if asked else {})
 
     def request_body(self, prompt: list[int], max_new_tokens: int, sampling: dict) -> dict:
         """The JSON posted to `generate_path`; `sampling`: what engines spell alike."""
@@ -124,8 +132,10 @@ class SGLang(Engine):
         accepted_at = [sum(histogram[position:]) for position in range(1, steps + 1)]
         return Answer(ids, meta["spec_verify_ct"], accepted_at, seconds, text, None, truncated)
 
-    def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
-        """How a running server drafts, asked by `get(path)`. Raises RunError where it is none."""
+    def read_drafting(self, get: Callable[[str], httpx.Response], method: str) -> Drafting:
+        """How a running server drafts, asked by `get(path)`. Raises RunError where it is none, or
+        drafts by another method than the draft's.
+        """
         response = get("/server_info")
         if response.status_code != 200:
             raise RunError(f"{response.url} is no SGLang server; check benchmark.url")
@@ -133,8 +143,10 @@ class SGLang(Engine):
         algorithm = info.get("speculative_algorithm")
         if algorithm is None:
             return 0, 0, 0
-        if algorithm != "EAGLE3":
+        if algorithm != method.upper():
             # By another one it would run, and accept nothing.
-            raise RunError(f"{response.url} drafts by {algorithm}; an EAGLE3 draft needs EAGLE3")
+            needed = f"the draft needs {method.upper()}"
+            raise RunError(f"{response.url} drafts by {algorithm}; {needed}")
         names = ("num_steps", "eagle_topk", "num_draft_tokens")
-        return tuple(info[f"speculative_{name}"] for name in names)
+        steps, topk, verify_tokens = (info[f"speculative_{name}"] for name in names)
+        return (verify_tokens - 1 if topk == 1 else steps), topk, verify_tokens  # of a block: 1

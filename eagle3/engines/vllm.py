@@ -30,11 +30,11 @@ class VLLM(Engine):
         options["--per-request-spec-decode-metrics"] = "detailed" if drafting else None
         return self.server_command(launch, options | drafting)
 
-    def samples_drafts(self, topk: int, whole_vocabulary: bool) -> bool:
+    def samples_drafts(self, method: str, topk: int, whole_vocabulary: bool) -> bool:
         return True
 
-    def draft_options(self, draft: str, drafting: Drafting, sampled: bool = False) -> dict:
-        config = {"method": "eagle3", "model": draft, "num_speculative_tokens": drafting[0]}
+    def draft_options(self, draft: str, method: str, drafting: Drafting, sampled=False) -> dict:
+        config = {"method": method, "model": draft, "num_speculative_tokens": drafting[0]}
         config |= {"draft_sample_method": "probabilistic"} if sampled else {}
         return {"--speculative-config": json.dumps(config)}
 
@@ -62,7 +62,7 @@ class VLLM(Engine):
         seconds = timing["generation_time_ms"] / 1000
         return answer_of_rounds(ids, text, accepted, steps, seconds, truncated)
 
-    def read_drafting(self, get: Callable[[str], httpx.Response]) -> Drafting:
+    def read_drafting(self, get: Callable[[str], httpx.Response], method: str) -> Drafting:
         """vLLM does not say it; its counters show how many positions it drafts."""
         response = get("/metrics")
         if response.status_code != 200 or "vllm:" not in response.text:

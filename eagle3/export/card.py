@@ -8,20 +8,22 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, hf_hub_download
 
 from eagle3.config import flatten, last_part
+from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError, first_line
-from eagle3.export.read import is_hub_id
+from eagle3.export.read import is_hub_id, read_config, read_shape
 from eagle3.export.serve import ENGINES, serve_text
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import redact
 from eagle3.runs.report import benchmark_rows, cell, cells, templates
 
 RECIPE = (
-    "mode._target_", "model.aux_layer_ids", "draft.ttt_steps", "draft.vocab_size",
-    "draft.init_from", "loss.gamma", "loss.pointwise._target_", "loss.mask._target_",
-    "loss.weights._target_", "optimizer._target_", "optimizer.lr", "scheduler._target_",
+    "mode._target_", "model.aux_layer_ids", "draft.init_from", "loss.gamma",
+    "loss.pointwise._target_", "loss.mask._target_", "loss.weights._target_",
+    "optimizer._target_", "optimizer.lr", "scheduler._target_",
     "train.epochs", "train.tokens_per_step", "train.grad_accum", "train.documents_per_update",
     "data.max_length", "launch.nproc_per_node", "launch.nnodes", "model.dtype", "seed",
 )  # fmt: skip
+BLOCK = ("draft.layers", "draft.block", "draft.anchors")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -33,7 +35,9 @@ def write_card(run_dir: Path) -> Path:
     evaluation = read_json(run_dir / "evaluation.json")
     benchmark = redact(read_json(run_dir / "benchmark.json"))
     rows, inputs = benchmark_rows(benchmark), run.get("inputs", {})
-    values = {"commands": serve_commands(folder, shown), "recipe": recipe(run, evaluation)}
+    shape = read_shape(folder, read_config(folder))
+    values = {"commands": serve_commands(folder, shown), "recipe": recipe(run, evaluation, shape)}
+    values |= {"shape": shape}
     values |= {"command": shlex.join(["python", "run.py", *run.get("overrides", [])])}
     protocol = {k: v for k, v in benchmark.get("protocol", {}).items() if v is not None}
     values |= {"protocol": {key.replace("_", " "): cell(key, v) for key, v in protocol.items()}}
@@ -49,10 +53,11 @@ def write_card(run_dir: Path) -> Path:
     return path
 
 
-def recipe(run: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, str]:
+def recipe(run: dict[str, Any], evaluation: dict[str, Any], shape: DraftConfig) -> dict[str, str]:
     """What was trained how, by key of the config."""
     settings, versions = flatten(run["config"]), run.get("versions", {})
-    found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in RECIPE}
+    own = BLOCK if shape.reads_mask_token else ("draft.ttt_steps", "draft.vocab_size")
+    found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in RECIPE + own}
     if settings.get("draft.init_from"):
         found["draft.init_from"] = name_of(settings["draft.init_from"])
     found |= {"update of the checkpoint": evaluation.get("update"), "commit": run.get("git")}
@@ -112,7 +117,7 @@ def push(run_dir: Path, report: Path, repository: str, command: str) -> None:
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
-        made = api.create_commit(repository, operations, commit_message="EAGLE3 draft")
+        made = api.create_commit(repository, operations, commit_message="Draft, card and report")
     except Exception as error:  # of whatever kind: the draft is there
         problem = f"export.push_to_hub={repository} failed ({first_line(error).rstrip('.')})"
         raise RunError(f"{problem}; the draft is in {folder}; go on with: {command}") from error

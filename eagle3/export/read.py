@@ -11,19 +11,28 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from eagle3.draft.block import ARCHITECTURES, DSparkConfig
 from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError
 from eagle3.runs.tensors import load_tensors
-from eagle3.target.layers import meant_by
+from eagle3.target.layers import meant_by, numbered_by
 
 SINGLE, PICKLED = "model.safetensors", "pytorch_model.bin"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"  # in config.json, and in its eagle_config
+BLOCK_LAYER_IDS = "target_layer_ids"  # of block drafters, for both engines in our numbers
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 # Names that engines have for them in memory, and some folders on disk.
 IN_MEMORY = {
     "^draft_id_to_target_id$": "d2t", r"^aux_norm_low\.": "fc_norm.0.",
     r"^aux_norm_mid\.": "fc_norm.1.", r"^aux_norm_high\.": "fc_norm.2.",
 }  # fmt: skip
-SIZES = {field.name for field in fields(DraftConfig) if field.type is int} | {"num_hidden_layers"}
+KINDS = ARCHITECTURES | {"DSparkDraftModel": DSparkConfig}  # which both engines know too
+SIZES = {field.name for field in fields(DSparkConfig) if field.type is int} - {"mask_token_id"}
+# What transformers' LlamaConfig and Qwen3Config take where a file says nothing.
+ABSENT = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
 
 
 def is_hub_id(path: str) -> bool:
@@ -75,17 +84,30 @@ def read_config(folder: Path) -> dict[str, Any]:
         config[name] = config.get(name) or {}
         if not isinstance(config[name], dict):
             raise RunError(f"draft at {folder}: {name}={config[name]!r} must be an object")
-    for section in (config, config["eagle_config"]):
-        ids = section.get(LAYER_IDS) or []
+    places = (config, LAYER_IDS), (config["eagle_config"], LAYER_IDS), (config, BLOCK_LAYER_IDS)
+    for section, name in places:
+        ids = section.get(name) or []
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise RunError(f"draft at {folder}: {LAYER_IDS}={ids} must be a list of whole numbers")
+            raise RunError(f"draft at {folder}: {name}={ids} must be a list of whole numbers")
+    if kind_of(config).reads_mask_token:
+        ids = config.get(BLOCK_LAYER_IDS) or []
+        config["eagle_config"] = {LAYER_IDS: ids}
+        config[LAYER_IDS] = config.get(LAYER_IDS) or numbered_by("vllm", ids)  # it adds 1 itself
     return config
 
 
+def kind_of(config: dict[str, Any]) -> type[DraftConfig]:
+    """By the architecture that a config names; of speculators only EAGLE3 is read."""
+    [name, *_] = config.get("architectures") or [None]
+    return DraftConfig if "speculators_model_type" in config else KINDS.get(name, DraftConfig)
+
+
 def flatten(given: dict[str, Any]) -> dict[str, Any]:
-    """The config of speculators as the portable form has it; any other as it is."""
+    """The config of speculators, or one with a section for block drafters, as the portable form has
+    it; any other as it is.
+    """
     if "speculators_model_type" not in given:
-        return given
+        return given | (given.get("dflash_config") or {})  # which engines prefer
     section = given.get("speculators_config") or {}
     [method, *_] = section.get("proposal_methods") or [{}]
     target = (section.get("verifier") or {}).get("name_or_path")
@@ -106,7 +128,10 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
     `use_aux_norm` as another name of `fc_norm`. Raises RunError without sizes.
     """
     given = {key: value for key, value in config.items() if value is not None}
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+    kind = kind_of(config)
+    known = {field.name for field in fields(kind)}
+    own = known - {field.name for field in fields(DraftConfig)}
+    for name in (*NEEDED, *sorted(own), *([BLOCK_LAYER_IDS] if own else [])):
         if name not in given:
             raise RunError(f"draft at {folder}: config.json lacks {name}")
     values = {
@@ -114,16 +139,13 @@ def read_shape(folder: Path, config: dict[str, Any]) -> DraftConfig:
         "head_dim": given["hidden_size"] // given["num_attention_heads"],
         "target_hidden_size": given["hidden_size"],
         "draft_vocab_size": given["vocab_size"],
-        # The defaults of transformers' LlamaConfig, which are not those of DraftConfig.
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 1e-6,  # of both, and not that of DraftConfig
         "fc_norm": given.get("use_aux_norm", False),
     }
     if named := named_layers(config):
         values["num_aux_hidden_states"] = len(named)
-    values |= given | config["rope_parameters"]
-    known = {field.name for field in fields(DraftConfig)}
-    return DraftConfig(**{name: value for name, value in values.items() if name in known})
+    values |= ABSENT[kind.model_type] | given | config["rope_parameters"]
+    return kind(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass
@@ -160,7 +182,9 @@ def read_any(folder: Path) -> DraftFiles:
         raise RunError(f"draft at {folder}: {PICKLED} {reason} {SINGLE}") from error
     is_speculators, tensors = "speculators_model_type" in config, {}
     for name, tensor in named.items():
-        portable = name.removeprefix("model.").replace("layers.0.", "midlayer.")
+        portable = name.removeprefix("model.")
+        if not shape.reads_mask_token:
+            portable = portable.replace("layers.0.", "midlayer.")
         for pattern, replacement in IN_MEMORY.items():
             portable = re.sub(pattern, replacement, portable)
         if portable in tensors:

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from eagle3.draft.attention import Backend, Dense
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.initial import derive_config
-from eagle3.draft.model import Draft
+from eagle3.draft.model import Draft, DraftConfig
 from eagle3.draft.rope import max_positions
 from eagle3.errors import RunError
 from eagle3.export.read import LAYER_IDS, PICKLED, DraftFiles, named_layers, read_any
@@ -25,6 +26,14 @@ ENGINES = {"sglang": "SGLang", "vllm": "vLLM", "trtllm": "TensorRT-LLM"}
 ENGINES |= {"official": "the official code", "ours": "this project"}
 ALL, LOADERS = tuple(ENGINES), ("sglang", "vllm", "trtllm")  # these choose a class by config.json
 OTHERS, NOT_VLLM = (*LOADERS, "official"), ("sglang", "trtllm", "official", "ours")
+READERS = ("sglang", "vllm", "ours")  # of block drafters
+# What a block drafter may say of itself, and what is computed here.
+COMPUTED = {
+    "attention_bias": False, "is_causal": False, "causal": False, "use_swa": False,
+    "attention_sink_bias": False, "attention_value_scale": 1.0, "output_multiplier": 1.0,
+    "final_logit_softcapping": 0.0, "is_neox_style": True, "projector_type": None,
+    "conv_kernel_size": 0, "selector_rank": 0, "confidence_head_with_markov": True,
+}  # fmt: skip
 
 
 @dataclass
@@ -37,9 +46,19 @@ class Finding:
 
 
 def find_all(files: DraftFiles, target: TargetSpec) -> list[Finding]:
-    form = speculators if files.is_speculators else architecture
-    rules = [form, shape, layers, rope, variants, tensors, vocabulary]
-    return [finding for rule in rules for finding in rule(files, target)]
+    form = speculators if files.is_speculators else FORMS[type(files.shape)]
+    own = [uncomputed] if files.shape.reads_mask_token else [variants, vocabulary]
+    rules = [form, shape, layers, rope, tensors, *own]
+    return [finding for rule in rules for finding in narrow(rule(files, target), files)]
+
+
+def narrow(findings: Iterator[Finding], files: DraftFiles) -> Iterator[Finding]:
+    """Without the engines that read no draft of this kind, of which a note says so."""
+    for finding in findings:
+        if files.shape.reads_mask_token and finding.severity != "note":
+            finding.engines = tuple(name for name in finding.engines if name in READERS)
+        if finding.engines:
+            yield finding
 
 
 def read_draft(draft: Path | DraftFiles, attention: Backend, target: TargetSpec) -> Draft:
@@ -69,6 +88,53 @@ def architecture(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         yield Finding(LOADERS, "model_type is not llama, which the layer of an EAGLE3 draft is")
     if files.config.get("draft_vocab_size") is None:
         yield Finding(NOT_VLLM, "config.json lacks draft_vocab_size")
+    if "target_hidden_size" in files.config:
+        if files.config["target_hidden_size"] is None:
+            yield Finding(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
+        elif files.shape.target_hidden_size == files.shape.hidden_size:
+            # The official loader takes its presence for a difference.
+            yield Finding(("official",), "target_hidden_size must be left out", "warning")
+
+
+def block(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
+    """What engines need to know a block drafter by, and to draft with it."""
+    shape, size = files.shape, target.config.vocab_size
+    yield Finding(("trtllm", "official"), f"they read no {shape.title} draft", "note")
+    if files.config.get("model_type") != shape.model_type:
+        yield Finding(READERS, f"model_type is not {shape.model_type}, which its layers are")
+    token = shape.mask_token_id
+    if type(token) is not int or not 0 <= token < size:
+        yield Finding(READERS, f"mask_token_id={token!r} is no token of the target's {size}")
+    if shape.most_drafts < 1:
+        yield Finding(READERS, f"block_size={shape.block_size} drafts nothing")
+    if shape.draft_vocab_size != shape.vocab_size or "d2t" in files.tensors:
+        words = f"it drafts {shape.draft_vocab_size} tokens by d2t; they draft all there are"
+        yield Finding(("sglang", "ours"), words)
+
+
+def markov(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
+    yield from block(files, target)
+    head = files.config.get("markov_head_type")
+    if head is None:
+        yield Finding(("sglang",), "config.json lacks markov_head_type, without which it stops")
+    elif head != "vanilla":
+        yield Finding(("vllm", "ours"), f"markov_head_type is {head}; they compute only vanilla")
+
+
+FORMS = {DraftConfig: architecture, DFlashConfig: block, DSparkConfig: markov}
+
+
+def uncomputed(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
+    """Block drafters of other graphs, which the engines compute."""
+    anchor = {"sample_from_anchor": files.shape.drafts_from == 0}
+    for name, value in (COMPUTED | anchor).items():
+        if (given := files.config.get(name)) is not None and given != value:
+            yield Finding(("ours",), f"{name}={given} is not computed here")
+    if {*(files.config.get("layer_types") or ())} - {"full_attention"}:
+        words = f"layer_types={files.config['layer_types']} are not computed here: all must be full"
+        yield Finding(("ours",), words)
+    if (files.folder / "mask_embedding.pt").exists():
+        yield Finding(("ours",), "mask_embedding.pt is there; this project reads the target's")
 
 
 def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
@@ -76,7 +142,7 @@ def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     config, kind = files.config, files.config["speculators_model_type"]
     yield Finding(("sglang", "trtllm", "official"), "they read no speculators form", "note")
     if kind != "eagle3":
-        yield Finding(ALL, f"speculators_model_type={kind} is no EAGLE3")
+        yield Finding(ALL, f"speculators_model_type={kind} is no EAGLE3, all that is judged here")
     if not config.get("draft_vocab_size"):
         yield Finding(("vllm", "ours"), "config.json lacks draft_vocab_size")
     for name, value in config["made_for"].items():
@@ -90,23 +156,17 @@ def speculators(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def shape(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Sizes that config.json names against the target's."""
-    config, shape, whole = files.config, files.shape, target.config
+    shape, whole = files.shape, target.config
     size, heads, read = shape.hidden_size, shape.num_attention_heads, shape.target_hidden_size
     if shape.vocab_size != whole.vocab_size:
         yield Finding(ALL, f"vocab_size is {shape.vocab_size}, the target's {whole.vocab_size}")
     if read != whole.hidden_size:
         yield Finding(ALL, f"it reads hidden states of {read} numbers, not {whole.hidden_size}")
     elif size != read:
-        yield Finding(("ours",), f"hidden_size is {size}, not the target's {read}: not done here")
-    if "target_hidden_size" in config and not files.is_speculators:
-        if config["target_hidden_size"] is None:
-            yield Finding(LOADERS, "target_hidden_size is null, taken for a number; leave it out")
-        elif read == size:  # the official loader takes its presence for a difference
-            yield Finding(("official",), "target_hidden_size must be left out", "warning")
+        engines = READERS if shape.reads_mask_token else ("ours",)
+        yield Finding(engines, f"hidden_size is {size}, not the target's {read}")
     if shape.head_dim != size // heads:
         yield Finding(("official",), f"head_dim is {shape.head_dim}, not {size} / {heads} heads")
-    if config.get("num_hidden_layers", 1) != 1:
-        yield Finding(("official", "ours"), "num_hidden_layers is not 1; they know one layer")
     if shape.hidden_act != "silu":
         yield Finding((*LOADERS, "ours"), f"hidden_act is {shape.hidden_act}; they know only silu")
 
@@ -135,13 +195,11 @@ def layers(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     if len(named) != number or sorted(set(named) & set(range(count))) != named:
         yield Finding(ALL, f"layers {named} must be {number} of 0..{count - 1}, low to high")
         return
-    if number == 1 and files.shape.target_hidden_size == files.shape.hidden_size:
-        yield Finding(("sglang",), "a single layer's states pass for the draft's: fc is skipped")
     if files.is_speculators and number != 3 and "num_aux_hidden_states" not in files.config:
         yield Finding(("vllm",), "num_aux_hidden_states is absent, which vLLM takes for 3")
     if files.config.get(LAYER_IDS) and read["vllm"] != named:
         above = read.pop("vllm")
-        sentence = f"eagle_config names the outputs of layers {named}, vLLM's key those of {above}"
+        sentence = f"config.json names the outputs of layers {named}, vLLM's key those of {above}"
         yield Finding(("sglang", "vllm"), f"{sentence}: one of them is wrong")
     # As many layers always fit in shape: nothing but a low acceptance gives a wrong choice away.
     reasons = {
@@ -179,7 +237,11 @@ def rope(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
 
 def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     """Other EAGLE3 graphs: which engines compute them, and whether flags and tensors agree."""
-    flags = files.config["eagle_config"] | files.config
+    flags, shape = files.config["eagle_config"] | files.config, files.shape
+    if files.config.get("num_hidden_layers", 1) != 1:
+        yield Finding(("official", "ours"), "num_hidden_layers is not 1; they know one layer")
+    if shape.num_aux_hidden_states == 1 and shape.target_hidden_size == shape.hidden_size:
+        yield Finding(("sglang",), "a single layer's states pass for the draft's: fc is skipped")
     cannot = {"fc_norm": ("official",), "norm_output": ("official",), "use_aux_norm": ("vllm",)}
     cannot |= {"norm_before_fc": ("official", "ours"), "norm_before_residual": NOT_VLLM}
     cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
@@ -202,7 +264,7 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     layer = () if files.is_speculators else ("official",)
     for prefix, engines in {"model.": ("vllm", "trtllm", "official"), "layers.0.": layer}.items():
         if engines and any(name.startswith(prefix) for name in files.names):
-            yield Finding(engines, f"names that begin with {prefix} are skipped silently")
+            yield Finding(engines, f"names that begin with {prefix} are not looked for")
     if files.weights == PICKLED:
         yield Finding(ALL, f"weights are in {PICKLED}, a pickle; safetensors is safe", "note")
     shape, found = files.shape, files.tensors
@@ -215,17 +277,19 @@ def tensors(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
         if tensor is None:
             # vLLM and TensorRT-LLM take the target's head for one of the whole vocabulary
             engines = ("sglang", "official", "ours") if name == "lm_head.weight" and whole else ALL
+            if name.startswith("confidence_head."):
+                engines = ("sglang", "ours")
             yield Finding(engines, f"{name} is missing; engines leave it random without a word")
-        elif name == "embed_tokens.weight":
+        elif name in shape.from_target:
             yield Finding(("ours",), f"{name} is there; this project drafts with the target's")
         elif wanted is None:
             if not name.endswith("inv_freq") and not name.startswith(("fc_norm.", "input_norm.")):
-                yield Finding(ALL, f"{name} is no tensor of an EAGLE3 draft; skipped silently")
+                yield Finding(ALL, f"{name} is no tensor of a draft of {shape.title}; skipped")
         elif tensor.shape != wanted.shape:
             yield Finding(ALL, f"{name} has shape {list(tensor.shape)}, not {list(wanted.shape)}")
         elif not tensor.isfinite().all():
             yield Finding(ALL, f"{name} holds values that are not finite")
-        elif not tensor.any():
+        elif not tensor.any() and name != "confidence_head.proj.bias":
             yield Finding(OTHERS, f"{name} is all zeros, as if never loaded or trained")
 
 

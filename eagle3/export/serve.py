@@ -14,7 +14,7 @@ from pathlib import Path
 from eagle3.engines.sglang import SGLang
 from eagle3.engines.vllm import VLLM
 from eagle3.errors import RunError
-from eagle3.export.read import absolute, locate, named_layers, read_config
+from eagle3.export.read import absolute, kind_of, locate, named_layers, read_config, read_shape
 
 LENGTH = 3  # drafts a round, where nothing says another: that of the published comparisons
 ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
@@ -23,8 +23,13 @@ ENGINES = {"sglang": SGLang(), "vllm": VLLM()}
 def serve_text(
     engine: str, draft: str, target: str | None, length: int | None, port: int | None, more: list
 ) -> str:
-    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError."""
-    config = read_config(locate(draft, "DRAFT"))
+    """The command of `sglang`, `vllm` or `trtllm`; `more` goes to it as it is. Raises RunError.
+
+    A block drafter drafts its whole block unless `length` is less.
+    """
+    place = locate(draft, "DRAFT")
+    config = read_config(place)
+    kind = kind_of(config)
     alone, made_for = "speculators_model_type" in config, config.get("made_for") or {}
     if alone and not (engine in ENGINES and ENGINES[engine].reads_speculators):
         raise RunError(f"{engine} does not read the speculators form of {draft}; serve draft/")
@@ -33,6 +38,12 @@ def serve_text(
         raise RunError(f"draft at {draft} does not name its target; set MODEL=<folder or hub id>")
     if named.startswith(("/", ".", "~")) and not Path(named).expanduser().is_dir():
         raise RunError(f"target {named} of draft {draft} is not there; set MODEL=<folder or id>")
+    if kind.reads_mask_token:
+        most = read_shape(place, config).most_drafts
+        if (length := length or most) > most:
+            raise RunError(f"draft at {draft} drafts at most {most} tokens a round, not {length}")
+        if engine not in ENGINES:
+            raise RunError(f"TensorRT-LLM serves no {kind.title} draft; take sglang or vllm")
     length = length or made_for.get("draft_length") or LENGTH
     # Absolute, so that the printed command can be used anywhere.
     model, folder = absolute(named), absolute(draft)
@@ -41,7 +52,8 @@ def serve_text(
         # A draft of the speculators form names target and length itself.
         if alone and made_for == {"target": named, "draft_length": length}:
             model, folder = folder, None
-        return join([*ENGINES[engine].serve_command(model, folder, length), address, more])
+        command = ENGINES[engine].serve_command(model, folder, kind.method, length)
+        return join([*command, address, more])
     # TensorRT-LLM reads its speculation from a file, and no layers from the draft.
     method = {"decoding_type": "Eagle", "speculative_model_dir": folder, "max_draft_len": length}
     layers = named_layers(config)

@@ -1,4 +1,9 @@
-"""The portable EAGLE3 folder that SGLang, vLLM and TensorRT-LLM load, and its speculators form."""
+"""The folder that engines load (EAGLE3: also TensorRT-LLM), and EAGLE3's speculators form.
+
+Keys of block drafters as SGLang 0.5.23 (`dflash_utils.py`, `dspark_config.py`, `dspark.py`) and
+vLLM 0.32 (`qwen3_dflash.py`, `eagle3_utils.py`) read them: DFlash's in `dflash_config`, as z-lab
+publishes them, DSpark's at the top level, as DeepSpec does.
+"""
 
 import json
 import os
@@ -12,10 +17,10 @@ from rich.console import Console
 
 from eagle3.config import Export
 from eagle3.draft.attention import Dense
-from eagle3.draft.block import ARCHITECTURES
+from eagle3.draft.block import ARCHITECTURES, DFlashConfig, DSparkConfig
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
-from eagle3.export.read import LAYER_IDS, SINGLE, absolute
+from eagle3.export.read import BLOCK_LAYER_IDS, LAYER_IDS, SINGLE, absolute
 from eagle3.runs.checkpoint import load_draft
 from eagle3.runs.tensors import save_tensors
 from eagle3.target.layers import numbered_by
@@ -51,11 +56,15 @@ def export_draft(
 
 
 def write_draft(draft: Draft, folder: Path, config: dict[str, Any]) -> None:
-    """Replace `folder` by config.json and bf16 weights; raises RunError for one not finite."""
+    """Replace `folder` by config.json and bf16 weights; raises RunError for one not finite.
+
+    Engines have the confidence head of DSpark in fp32.
+    """
     prefix = "layers.0." if "speculators_model_type" in config else "midlayer."
     tensors = {}
     for name, parameter in draft.named_parameters():
-        tensor = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        dtype = torch.float32 if name.startswith("confidence_head.") else torch.bfloat16
+        tensor = parameter.detach().to("cpu", dtype).contiguous()
         if not tensor.isfinite().all():
             raise RunError(f"the draft's {name} is not finite; it is not exported")
         tensors[name.replace("midlayer.", prefix)] = tensor
@@ -79,26 +88,51 @@ def portable_config(
     """config.json of the portable form, for a target named `verifier` and drafts of this length."""
     # A flag that is off is left out: whoever does not know the norms need not hear of them.
     shape = {name: value for name, value in asdict(draft).items() if value is not False}
-    layer_ids = target.aux_layer_ids
     if draft.target_hidden_size == draft.hidden_size:
         del shape["target_hidden_size"]  # the official loader takes its presence for a difference
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
+        "architectures": [draft.architecture],
+        "model_type": draft.model_type,
         "torch_dtype": "bfloat16",
         **shape,
-        "num_hidden_layers": 1,
         "attention_bias": False,
-        "mlp_bias": False,
         "rope_scaling": None,  # written, because the official code stops at llama3's
         "tie_word_embeddings": False,
         **{name: getattr(target.config, name) for name in OUTER if name.endswith("_token_id")},
-        # Each engine reads the key of its own, in its own numbers.
-        "eagle_config": {LAYER_IDS: numbered_by("sglang", layer_ids), "use_aux_hidden_state": True},
-        LAYER_IDS: numbered_by("vllm", layer_ids),
+        **OWN_KEYS[type(draft)](draft, target),
         # Engines pass over this key; launch/serve.sh needs nothing but the folder with it.
-        "made_for": {"target": verifier, "draft_length": draft_length},
+        "made_for": {"target": verifier, "draft_length": draft.most_drafts or draft_length},
     }
+
+
+def eagle3_keys(draft: DraftConfig, target: TargetSpec) -> dict[str, Any]:
+    """Each engine reads layers by the key of its own, in its own numbers."""
+    layer_ids = numbered_by("sglang", target.aux_layer_ids)
+    return {
+        "num_hidden_layers": 1,
+        "mlp_bias": False,
+        "eagle_config": {LAYER_IDS: layer_ids, "use_aux_hidden_state": True},
+        LAYER_IDS: numbered_by("vllm", target.aux_layer_ids),
+    }
+
+
+def dflash_keys(draft: DFlashConfig, target: TargetSpec) -> dict[str, Any]:
+    nested = {"mask_token_id": draft.mask_token_id, BLOCK_LAYER_IDS: target.aux_layer_ids}
+    return {"num_target_layers": target.num_layers, "dflash_config": nested}
+
+
+def dspark_keys(draft: DSparkConfig, target: TargetSpec) -> dict[str, Any]:
+    return {
+        "num_target_layers": target.num_layers,
+        BLOCK_LAYER_IDS: target.aux_layer_ids,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "sample_from_anchor": True,  # its first slot drafts
+    }
+
+
+OWN_KEYS = {DraftConfig: eagle3_keys, DFlashConfig: dflash_keys, DSparkConfig: dspark_keys}
 
 
 def speculators_config(portable: dict[str, Any], target: TargetSpec) -> dict[str, Any]:

@@ -15,7 +15,8 @@ FLAGS = {
     str: "host dtype model-path random-seed max-running-requests mem-fraction-static model seed "
     "max-num-seqs per-request-spec-decode-metrics gpu-memory-utilization speculative-algorithm "
     "speculative-draft-model-path tensor-parallel-size tp-size",
-    int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port",
+    int: "speculative-num-steps speculative-eagle-topk speculative-num-draft-tokens port "
+    "speculative-dspark-block-size",
 }
 SWITCHES = "enable-metrics enable-per-request-metrics die-at-start die-at-request refuse "
 SWITCHES += "disable-radix-cache no-enable-prefix-caching "
@@ -79,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def sglang(body):
-    steps = options.speculative_num_steps or 0
+    steps = options.speculative_num_steps or (options.speculative_num_draft_tokens or 1) - 1
     ids, accepted = answer(body["input_ids"], body["sampling_params"]["max_new_tokens"], steps)
     meta = {"finish_reason": {"type": "length"}}
     if options.enable_metrics:

@@ -73,7 +73,7 @@ def assert_same(engine, server, prompts, expected, steps=STEPS, **more):
 def test_sglang_accepts_what_the_built_in_decoder_accepts(
     serve, trained, prompts, generations, tree
 ):
-    drafting = command_line(SGLang().draft_options(str(trained[0]), tree))
+    drafting = command_line(SGLang().draft_options(str(trained[0]), "eagle3", tree))
     with serve("sglang", TARGET, "--enable-metrics", *drafting) as server:
         assert_same(SGLang(), server, prompts, generations[tree], tree[0])
 
@@ -84,7 +84,7 @@ def test_vllm_accepts_what_the_built_in_decoder_accepts(
 ):
     """It finds the target of the speculators form by itself."""
     model, (trained_draft, spec) = TARGET, trained
-    drafting = command_line(VLLM().draft_options(str(trained_draft), CHAIN))
+    drafting = command_line(VLLM().draft_options(str(trained_draft), "eagle3", CHAIN))
     if form == "speculators":
         model, drafting = tmp_path / "form", []
         draft = read_draft(trained_draft, FlashCPU, spec)
