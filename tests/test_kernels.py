@@ -207,6 +207,16 @@ def test_loss_chunk_by_hand(dtype, limit, name, pairs, teachers, vocab):
     check_loss_chunk(BY_HAND[name], pairs, teachers, vocab, dtype, limit)
 
 
+def test_which_losses_are_by_hand():
+    """By where a function is, not by its name, and with all that it adds up."""
+
+    def kl(logits, teacher): ...
+
+    assert set(COMPILED) == {"jsd", "reverse_kl"}
+    shares = {"kl": 0.4, "tv": 0.2, "nla": 0.2, "reverse_kl": 0.0, "jsd": 0.2}
+    assert terms_of(kl) is None and terms_of(partial(loss.mix, **shares)) is None
+
+
 @TRITON
 @pytest.mark.parametrize("name", BY_HAND)
 def test_loss_of_extreme_logits(name):
