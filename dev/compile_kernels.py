@@ -53,7 +53,7 @@ SIX = (B,) * 6
 # Of each kernel, at the shapes of a draft for Llama-3.1-8B: types, constants and warps. Its 4 query
 # heads to a key put as much on a warp as 16 do.
 LANES = {"LANES": jit.LOSS_BLOCK // 8}
-LOSS = [B, B, L, F, F, F, L, I] + ["fp32"] * 4
+LOSS = [B, B, L, F, F, F, L, B, I] + ["fp32"] * 4
 KERNELS = [
     (jit.swiglu_kernel, [B, B, I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
     (jit.swiglu_backward_kernel, [B] * 4 + [I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),

@@ -179,11 +179,12 @@ def check_loss_chunk(pointwise, pairs, teachers, vocab, dtype, limit):
     teacher[-1] = 0  # the uniform one, of rows beyond a document
     rows = torch.arange(pairs) * teachers // max(1, pairs)
     weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
-    value, best, grad = Fused.loss_chunk(pointwise, logits.clone(), teacher, rows, weights)
+    given = logits.clone(), teacher, rows, weights
+    value, best, grad = Fused.loss_chunk(pointwise, *given)
     wide = logits.double(), teacher.double(), rows, weights.double()
     expected = Eager.loss_chunk(pointwise, *wide)
     close((value, grad), (expected[0], expected[2]), limit)
-    assert grad.dtype == dtype and torch.equal(best, expected[1])
+    assert grad.dtype == dtype and torch.equal(best, expected[1]) and torch.equal(given[0], logits)
 
 
 @TRITON
@@ -220,7 +221,7 @@ def test_which_losses_are_by_hand():
 @TRITON
 @pytest.mark.parametrize("name", BY_HAND)
 def test_loss_of_extreme_logits(name):
-    """Nothing is NaN where the plain form is not; an argmax is a token whatever there is."""
+    """NaN where the logits are, and else only where the plain form is; argmaxes stay tokens."""
     logits, teacher = normal(6, 777), normal(6, 777, seed=1)
     logits[0, 5], logits[1, :300], logits[2, 300:] = 1e30, -3e38, float("-inf")
     logits[3] = torch.inf
@@ -228,10 +229,11 @@ def test_loss_of_extreme_logits(name):
     teacher[0, 5:700], teacher[1, 500:], teacher[5, 9] = float("-inf"), -3e38, 3e38
     given = logits, teacher, torch.arange(6), torch.ones(6)
     expected = Eager.loss_chunk(BY_HAND[name], *given)
-    value, best, grad = Fused.loss_chunk(BY_HAND[name], logits.clone(), *given[1:])
+    value, best, grad = Fused.loss_chunk(BY_HAND[name], *given)
     assert ((best >= 0) & (best < 777)).all() and torch.equal(best[:3], expected[1][:3])
     for found, plain in ((value, expected[0]), (grad, expected[2])):
         known = ~plain.isnan()
+        assert found[3:5].isnan().all()
         torch.testing.assert_close(found[known], plain[known], rtol=1e-5, atol=1e-6)
 
 

@@ -253,7 +253,7 @@ def own(call: Call) -> Cost:
 
 # For each logit, as dev/compile_kernels.py counts them in Triton 3.7.1's code for sm_90: of the
 # kernels by hand, and of those that torch 2.13 makes of other losses, of a mix of all.
-OF_KL, OF_ACCEPTANCE, OF_TEACHERS = 34, 52, 9
+OF_KL, OF_ACCEPTANCE, OF_TEACHERS = 27, 47, 9
 OF_COMPILED, OF_COMPILED_TEACHERS = {"reverse_kl": 168, "jsd": 209, "mix": 370}, 16
 
 

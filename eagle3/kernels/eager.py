@@ -180,7 +180,7 @@ class Eager:
     @staticmethod
     def loss_chunk(pointwise, logits, teacher, rows, weights) -> tuple[Tensor, Tensor, Tensor]:
         """Of logits [m,Vd]: the pointwise loss [m], argmax [m], and the gradient of the loss times
-        `weights` [m], in the dtype of the logits, which it may overwrite.
+        `weights` [m], in the dtype of the logits.
 
         `teacher` [u,Vd] are logits too, of which pair i has row `rows[i]`.
         """

@@ -244,9 +244,7 @@ class Fused:
     @staticmethod
     def loss_chunk(pointwise, logits, teacher, rows, weights):
         given, terms = (logits, teacher, rows, weights), terms_of(pointwise)
-        if terms is None:
-            return loss_chunk(*given, number_of(pointwise))
-        return *loss_terms(*given, *terms), logits
+        return loss_terms(*given, *terms) if terms else loss_chunk(*given, number_of(pointwise))
 
     @staticmethod
     def add_product(total, a, b, dtype):
@@ -336,30 +334,26 @@ norm_backward = operator(
         x.new_empty(-(-len(x) // NORM_ROWS), x.shape[1], dtype=torch.float32),
     ),
 )
-# Values and argmaxes of pairs whose loss is made of TERMS; gradients overwrite the logits.
 loss_terms = operator(
-    "loss_terms(Tensor(a!) logits, Tensor teacher, Tensor rows, Tensor weights,"
-    " float kl, float tv, float nla, float? eta) -> (Tensor, Tensor)",
-    lambda *given: (torch.empty_like(given[3]), torch.empty_like(given[2])),
+    "loss_terms(Tensor logits, Tensor teacher, Tensor rows, Tensor weights, float kl, float tv,"
+    " float nla, float? eta) -> (Tensor, Tensor, Tensor)",
+    lambda *given: tuple(torch.empty_like(given[place]) for place in (3, 2, 0)),
 )
-# Shares of cross-entropy, 1 - acceptance and -log(acceptance) in a loss, and the eta of LK; by its
-# function in eagle3/loss.py and that's other arguments. torch.compile makes what is not here.
+# Shares of cross-entropy, 1 - acceptance and -log(acceptance), and eta of LK, as `loss_terms` takes
+# them: by a loss's function in eagle3/loss.py and its keywords. torch.compile makes the others.
 TERMS = {
     "kl": lambda: (1.0, 0.0, 0.0, None),
     "lk": lambda eta: (0.0, 0.0, 0.0, eta),
     "tv": lambda: (0.0, 1.0, 0.0, None),
     "nla": lambda: (0.0, 0.0, 1.0, None),
-    "mix": lambda kl, tv, nla, reverse_kl, jsd: (
-        None if reverse_kl or jsd else (kl, tv, nla, None)
-    ),
-}  # fmt: skip
+    "mix": lambda kl, tv, nla, reverse_kl, jsd: None if reverse_kl or jsd else (kl, tv, nla, None),
+}
 
 
 def terms_of(pointwise) -> tuple | None:
     function = getattr(pointwise, "func", pointwise)
-    if function.__module__ != "eagle3.loss" or function.__name__ not in TERMS:
-        return None
-    return TERMS[function.__name__](**getattr(pointwise, "keywords", {}))
+    made = TERMS.get(function.__name__) if function.__module__ == "eagle3.loss" else None
+    return made and made(**getattr(pointwise, "keywords", {}))
 
 
 # By itself Inductor writes out what several sums read: [m,Vd] in fp32, once or more.
