@@ -1,8 +1,9 @@
 """Compiles the Triton kernels without a GPU: registers and spilled bytes on sm_80, sm_90, sm_100.
 
-python dev/compile_kernels.py           # those of eagle3/kernels/jit.py
-python dev/compile_kernels.py kl lk     # what torch.compile makes of these losses
-Exits with 1 if any spills, or a loss is more than the statistics of teachers and one kernel.
+python dev/compile_kernels.py              # those of eagle3/kernels/jit.py
+python dev/compile_kernels.py jsd          # what torch.compile makes of this loss
+Of losses also the instructions for each logit, in the loops of the code for sm_90. Exits with 1 if
+any spills, or a loss is more than the statistics of teachers and one kernel.
 """
 
 import argparse
@@ -51,20 +52,27 @@ GROUPS = {"S": 6, "G": 8, "R": 16, "D": 128, "HEADS": 16, "SIZE": 128}
 SIX = (B,) * 6
 # Of each kernel, at the shapes of a draft for Llama-3.1-8B: types, constants and warps. Its 4 query
 # heads to a key put as much on a warp as 16 do.
-KERNELS = {
-    jit.swiglu_kernel: ([B, B, I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
-    jit.swiglu_backward_kernel: ([B] * 4 + [I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
-    jit.heads_kernel: ([B, B, L, F, F, B, B, B, I, I, I], SIZES, jit.HEADS_WARPS),
-    jit.heads_backward_kernel: ([B, B, B, L, F, F, B, B, I, I, I, I], SIZES, jit.HEADS_WARPS),
-    jit.merge_kernel: ([B, B, F, SIX, SIX, B, F, "fp32"], GROUPS, jit.merge_warps(16, 128)),
-    jit.merge_backward_kernel: (
-        [B, B, B, F, SIX, SIX, B, SIX, SIX, "fp32"], GROUPS, jit.merge_warps(16, 128),
+LANES = {"LANES": jit.LOSS_BLOCK // 8}
+LOSS = [B, B, L, F, F, F, L, B, I] + ["fp32"] * 4
+KERNELS = [
+    (jit.swiglu_kernel, [B, B, I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
+    (jit.swiglu_backward_kernel, [B] * 4 + [I], {"BLOCK": jit.SWIGLU_BLOCK}, jit.SWIGLU_WARPS),
+    (jit.heads_kernel, [B, B, L, F, F, B, B, B, I, I, I], SIZES, jit.HEADS_WARPS),
+    (jit.heads_backward_kernel, [B, B, B, L, F, F, B, B, I, I, I, I], SIZES, jit.HEADS_WARPS),
+    (jit.merge_kernel, [B, B, F, SIX, SIX, B, F, "fp32"], GROUPS, jit.merge_warps(16, 128)),
+    (
+        jit.merge_backward_kernel, [B, B, B, F, SIX, SIX, B, SIX, SIX, "fp32"], GROUPS,
+        jit.merge_warps(16, 128),
     ),
-    jit.norm_backward_kernel: (
-        [B] * 6 + [F, I, I, "fp32"],
+    (
+        jit.norm_backward_kernel, [B] * 6 + [F, I, I, "fp32"],
         {"D": 4096, "ROWS": jit.NORM_ROWS, "KEPT": True, "BLOCK": 4096}, jit.NORM_WARPS,
     ),
-}  # fmt: skip
+    (jit.logsumexp_kernel, [B, F, I], LANES, jit.LOSS_WARPS),
+    (jit.loss_kernel, LOSS, {"ACCEPTANCE": False, "LK": False} | LANES, jit.LOSS_WARPS),
+    (jit.loss_kernel, LOSS, {"ACCEPTANCE": True, "LK": False} | LANES, jit.LOSS_WARPS),
+    (jit.loss_kernel, LOSS, {"ACCEPTANCE": True, "LK": True} | LANES, jit.LOSS_WARPS),
+]  # fmt: skip
 
 
 def aligned(types: list, place: tuple = ()) -> dict:
@@ -78,28 +86,58 @@ def aligned(types: list, place: tuple = ()) -> dict:
     return found
 
 
-def usage_of(arch: int, source: ASTSource, **options: int) -> tuple[int, int]:
-    """(registers, spilled bytes) of a kernel."""
+def instructions(cubin: str, numbers: float) -> float:
+    """Of each number, in loops over rows of which a turn does so many numbers in a thread."""
+    command = [TOOLS / "nvdisasm", "-c", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code, labels, total = [], {}, 0.0
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    for place, instruction in enumerate(code):
+        jump = re.search(r"BRA\b.*`\((\.L_\w+)\)", instruction)
+        loop = code[labels[jump[1]] : place + 1] if jump else []
+        # An exponential takes as long as 8 others, which run beside it; a wait is a short loop.
+        if len(loop) >= 40:
+            total += max(len(loop), 8 * sum("MUFU" in each for each in loop)) / numbers
+    return total
+
+
+def usage_of(arch: int, source: ASTSource, **options: int) -> tuple[int, int, float]:
+    """(registers, spilled bytes, instructions for a number of a row) of a kernel."""
     built = triton.compile(source, GPUTarget("cuda", arch, 32), options=options)
+    names = source.fn.arg_names
+    constants = {names[place]: value for (place, *_), value in source.constants.items()}
+    numbers = constants.get("LANES", 0) * 8 + constants.get("R0_BLOCK", 0) * constants.get(
+        "XBLOCK", 1
+    )
     with tempfile.NamedTemporaryFile("wb", suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         command = [TOOLS / "cuobjdump", "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True)
+        each = instructions(file.name, numbers / 32 / options["num_warps"]) if numbers else 0.0
     text = usage.stdout + usage.stderr
     registers, stack, local = (
         int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")
     )
-    return registers, stack + local
+    return registers, stack + local, each
 
 
 def own_kernels():
     """(name, warps, function that compiles it for an architecture) of each."""
-    for kernel, (types, constants, warps) in KERNELS.items():
+    for kernel, types, constants, warps in KERNELS:
         signature = dict(zip(kernel.arg_names, types, strict=False))
         signature |= dict.fromkeys(constants, "constexpr")
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned(types))
-        yield kernel.__name__, warps, partial(usage_of, source=source, num_warps=warps)
+        flags = [name for name, value in constants.items() if value is True]
+        yield (
+            " ".join([kernel.__name__, *flags]),
+            warps,
+            partial(usage_of, source=source, num_warps=warps),
+        )
 
 
 class Driver:
@@ -193,11 +231,13 @@ def main() -> None:
     table, spills, archs = Table("kernel", "warps"), 0, (80, 90, 100)
     for arch in archs:
         table.add_column(f"sm_{arch}: registers, spilled bytes")
+    table.add_column("instructions")
     kernels = [each for name in names for each in loss_kernels(name)] or own_kernels()
     for name, warps, compile_for in kernels:
         found = [compile_for(arch) for arch in archs]
-        spills += sum(spilled for _, spilled in found)
-        table.add_row(name, str(warps), *(f"{r}, {s}" for r, s in found))
+        spills += sum(spilled for _, spilled, _ in found)
+        counted = f"{found[1][2]:.0f}" if found[1][2] else ""
+        table.add_row(name, str(warps), *(f"{r}, {s}" for r, s, _ in found), counted)
     Console(width=140).print(table)
     sys.exit(spills > 0)
 

@@ -311,7 +311,7 @@ def candidates(check: Check, work: Work) -> list[dict]:
         names = sorted(name for name in constants if name.rpartition("_")[0] == prefix)
         chosen = [getattr(jit, name) for name in names]
         choices = [
-            [1, 2, 4, 8] if name.endswith("_WARPS") else [value // 2, value, 2 * value]
+            [1, 2, 4, 8, 16] if name.endswith("_WARPS") else [value // 2, value, 2 * value]
             for name, value in zip(names, chosen)
         ]
         operators = [name for name in seen.calls if name.startswith(prefix.lower())]

@@ -40,7 +40,7 @@ from eagle3.target.spec import TargetSpec
 H200_FLOPS = 790e12  # bf16 products, measured
 # Of those, what `dev/roofline/sim.py --json` predicts as share_of_products: with --prefill, and of
 # a step by the share of its tokens that is supervised (--supervised).
-IN_PREFILL, IN_TRAINING = 0.792, {0.3: 0.648, 0.6: 0.698, 1.0: 0.724}
+IN_PREFILL, IN_TRAINING = 0.792, {0.3: 0.659, 0.6: 0.71, 1.0: 0.737}
 CPU, ON_CPU = "this machine", (0.5, 0.4)  # assumed, prefill and training
 ROWS_CUDA, ROWS_CPU = 16384, 512  # of the products that are measured
 SAMPLE_ROWS, SCAN_BYTES = 1000, 1 << 25  # of each source: rows to encode at least, bytes to read

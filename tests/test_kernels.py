@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT
 from reference import random_case, relative_error
 
+from eagle3 import loss
 from eagle3.batch import DocumentSpans
 from eagle3.config import instantiate
 from eagle3.draft.attention import Attend, Dense
@@ -21,7 +22,7 @@ from eagle3.draft.flash import Auto as AutoFlash
 from eagle3.errors import ConfigError
 from eagle3.kernels import fused
 from eagle3.kernels.eager import Eager
-from eagle3.kernels.fused import Auto, Fused
+from eagle3.kernels.fused import Auto, Fused, terms_of
 
 TRITON = pytest.mark.triton
 LIMITS = pytest.mark.parametrize(
@@ -151,12 +152,16 @@ def test_norm(dtype, limit, kept, rows, count, size):
     close(values, run(Eager, norm.to(dtype).double(), x.double()), limit)
 
 
-LOSSES = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/loss/*.yaml")}
+NODES = {path.stem: yaml.safe_load(path.read_text()) for path in ROOT.glob("conf/loss/*.yaml")}
+LOSSES = {name: instantiate(x["pointwise"] | {"_partial_": True}) for name, x in NODES.items()}
+LOSSES["mix of three"] = partial(loss.mix, kl=0.1, tv=0.7, nla=0.2, reverse_kl=0, jsd=0)
+COMPILED = {name: pointwise for name, pointwise in LOSSES.items() if not terms_of(pointwise)}
+BY_HAND = {name: pointwise for name, pointwise in LOSSES.items() if name not in COMPILED}
 
 
 @TRITON
 @pytest.mark.runs
-@pytest.mark.parametrize("losses", [[], list(LOSSES)], ids=["own", "losses"])
+@pytest.mark.parametrize("losses", [[], list(COMPILED)], ids=["own", "losses"])
 def test_compiled_for_every_gpu_without_spills(losses):
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "dev" / "compile_kernels.py", *losses]
@@ -164,29 +169,72 @@ def test_compiled_for_every_gpu_without_spills(losses):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def check_loss_chunk(pointwise, pairs, teachers, vocab, dtype, limit):
+    """Of equals, the first is the argmax, be they in other lanes, blocks or both."""
+    logits = (2 * normal(pairs, vocab)).to(dtype)
+    if pairs > 1:
+        # Much higher, and the gradient of some losses would be nothing but rounding.
+        logits[0, [7, 400]] = logits[1, [400, 8 - vocab % 8192]] = 9.5
+    teacher = (3 * normal(teachers, vocab, seed=1)).to(dtype)
+    teacher[-1] = 0  # the uniform one, of rows beyond a document
+    rows = torch.arange(pairs) * teachers // max(1, pairs)
+    weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
+    given = logits.clone(), teacher, rows, weights
+    value, best, grad = Fused.loss_chunk(pointwise, *given)
+    wide = logits.double(), teacher.double(), rows, weights.double()
+    expected = Eager.loss_chunk(pointwise, *wide)
+    close((value, grad), (expected[0], expected[2]), limit)
+    assert grad.dtype == dtype and torch.equal(best, expected[1]) and torch.equal(given[0], logits)
+
+
 @TRITON
 @pytest.mark.runs
 @LIMITS
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_chunk(dtype, limit, name):
-    """Compiled once for chunks of any size. Of equals, the first is the argmax."""
+@pytest.mark.parametrize("name", COMPILED)
+def test_loss_chunk_that_torch_compiles(dtype, limit, name):
+    """Once for chunks of any size."""
     torch._dynamo.reset()
-    pointwise = instantiate(LOSSES[name]["pointwise"] | {"_partial_": True})
-    for pairs, teachers, vocab in ((23, 5, 777), (8, 3, 777), (1, 1, 777)):
-        logits = (2 * normal(pairs, vocab)).to(dtype)
-        # Much higher, and the gradient of some losses would be nothing but rounding.
-        logits[0, 7] = logits[0, 400] = 9.5
-        teacher = (3 * normal(teachers, vocab, seed=1)).to(dtype)
-        teacher[-1] = 0  # the uniform one, of rows beyond a document
-        rows = torch.arange(pairs) * teachers // pairs
-        weights = torch.rand(pairs, generator=torch.Generator().manual_seed(2))
-        given = logits.clone(), teacher, rows, weights
-        value, best, grad = Fused.loss_chunk(pointwise, *given)
-        assert grad.dtype == dtype and best[0] == 7 and torch.equal(given[0], logits)
-        wide = logits.double(), teacher.double(), rows, weights.double()
-        expected = Eager.loss_chunk(pointwise, *wide)
-        close((value, grad), (expected[0], expected[2]), limit)
-        assert torch.equal(best, expected[1])
+    for pairs, teachers in ((23, 5), (8, 3), (1, 1)):
+        check_loss_chunk(COMPILED[name], pairs, teachers, 777, dtype, limit)
+
+
+@TRITON
+@LIMITS
+@pytest.mark.parametrize(
+    "pairs, teachers, vocab", [(23, 5, 777), (3, 2, 8201), (1, 1, 777), (0, 2, 777)]
+)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_loss_chunk_by_hand(dtype, limit, name, pairs, teachers, vocab):
+    check_loss_chunk(BY_HAND[name], pairs, teachers, vocab, dtype, limit)
+
+
+def test_which_losses_are_by_hand():
+    """By where a function is, not by its name, and with all that it adds up."""
+
+    def kl(logits, teacher): ...
+
+    assert set(COMPILED) == {"jsd", "reverse_kl"}
+    shares = {"kl": 0.4, "tv": 0.2, "nla": 0.2, "reverse_kl": 0.0, "jsd": 0.2}
+    assert terms_of(kl) is None and terms_of(partial(loss.mix, **shares)) is None
+
+
+@TRITON
+@pytest.mark.parametrize("name", BY_HAND)
+def test_loss_of_extreme_logits(name):
+    """NaN where the logits are, and else only where the plain form is; argmaxes stay tokens."""
+    logits, teacher = normal(6, 777), normal(6, 777, seed=1)
+    logits[0, 5], logits[1, :300], logits[2, 300:] = 1e30, -3e38, float("-inf")
+    logits[3] = torch.inf
+    logits[4] = torch.nan
+    teacher[0, 5:700], teacher[1, 500:], teacher[5, 9] = float("-inf"), -3e38, 3e38
+    given = logits, teacher, torch.arange(6), torch.ones(6)
+    expected = Eager.loss_chunk(BY_HAND[name], *given)
+    value, best, grad = Fused.loss_chunk(BY_HAND[name], *given)
+    assert ((best >= 0) & (best < 777)).all() and torch.equal(best[:3], expected[1][:3])
+    for found, plain in ((value, expected[0]), (grad, expected[2])):
+        known = ~plain.isnan()
+        assert found[3:5].isnan().all()
+        torch.testing.assert_close(found[known], plain[known], rtol=1e-5, atol=1e-6)
 
 
 def step(case, kernels, pointwise="kl"):
@@ -196,19 +244,9 @@ def step(case, kernels, pointwise="kl"):
     return out.step_loss.detach(), case.gradients(out.loss / batch.normaliser)
 
 
-@pytest.fixture
-def without_compiler(monkeypatch):
-    """The loss as test_loss_chunk compiles it, which takes half a minute."""
-
-    def region(number):
-        return partial(Eager.loss_chunk, fused.POINTWISE[number])
-
-    monkeypatch.setattr(fused, "compiled_loss_chunk", region)
-
-
 @TRITON
 @pytest.mark.parametrize("pointwise", ["kl", "lk"])
-def test_whole_step(pointwise, without_compiler):
+def test_whole_step(pointwise):
     """Chunks, row sets, documents of one token and rows beyond them, as in test_ttt."""
     case = random_case(AutoFlash, dtype=torch.float32)
     losses, gradients = step(case, Fused, pointwise)
@@ -219,7 +257,7 @@ def test_whole_step(pointwise, without_compiler):
 
 
 @TRITON
-def test_gradients_of_a_step_in_bf16_are_as_near_to_exact_as_the_plain_ones(without_compiler):
+def test_gradients_of_a_step_in_bf16_are_as_near_to_exact_as_the_plain_ones():
     case = random_case(AutoFlash, dtype=torch.float32, lengths=(23, 9, 17))
     for name in ("embedding", "head", "aux", "last_hidden"):
         setattr(case, name, getattr(case, name).bfloat16())

@@ -56,18 +56,18 @@ print(json.dumps(results))
 # The most of each, with about a fiftieth to spare; GiB with the draft's weights and moments.
 LIMITS = {
     "--supervised 0.6": {
-        "likely_milliseconds": 280, "host_milliseconds": 6.9, "gigabytes": 179, "kernels": 745,
+        "likely_milliseconds": 276, "host_milliseconds": 6.9, "gigabytes": 178, "kernels": 744,
         "peak_gib": 19.7,
     },
     "--supervised 1.0": {
-        "likely_milliseconds": 444, "host_milliseconds": 7.7, "gigabytes": 264, "kernels": 818,
+        "likely_milliseconds": 437, "host_milliseconds": 7.7, "gigabytes": 262, "kernels": 817,
         "peak_gib": 26.1,
     },
     "--prefill": {
         "likely_milliseconds": 413, "host_milliseconds": 9.3, "gigabytes": 241, "kernels": 511,
         "peak_gib": 19.5,
     },
-    "--supervised 0.6 loss=lk loss/weights=reached": {"likely_milliseconds": 290},
+    "--supervised 0.6 loss=lk loss/weights=reached": {"likely_milliseconds": 277},
 }  # fmt: skip
 
 

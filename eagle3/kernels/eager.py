@@ -37,8 +37,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def scatter(values: Tensor, rows: Tensor, length: int) -> Tensor:
-    """Put `values` [N, ...] at `rows` of zeros [length, ...]."""
-    return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
+    """Put `values` [N, ...] at `rows` of zeros [length, ...], no two at one."""
+    make = values.new_empty if len(values) == length else values.new_zeros
+    return make(length, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 class TakeRows(torch.autograd.Function):

@@ -248,7 +248,8 @@ class Fused:
 
     @staticmethod
     def loss_chunk(pointwise, logits, teacher, rows, weights):
-        return loss_chunk(logits, teacher, rows, weights, number_of(pointwise))
+        given, terms = (logits, teacher, rows, weights), terms_of(pointwise)
+        return loss_terms(*given, *terms) if terms else loss_chunk(*given, number_of(pointwise))
 
     @staticmethod
     def add_product(total, a, b, dtype):
@@ -338,6 +339,26 @@ norm_backward = operator(
         x.new_empty(-(-len(x) // NORM_ROWS), x.shape[1], dtype=torch.float32),
     ),
 )
+loss_terms = operator(
+    "loss_terms(Tensor logits, Tensor teacher, Tensor rows, Tensor weights, float kl, float tv,"
+    " float nla, float? eta) -> (Tensor, Tensor, Tensor)",
+    lambda *given: tuple(torch.empty_like(given[place]) for place in (3, 2, 0)),
+)
+# Shares of cross-entropy, 1 - acceptance and -log(acceptance), and eta of LK, as `loss_terms` takes
+# them: by a loss's function in eagle3/loss.py and its keywords. torch.compile makes the others.
+TERMS = {
+    "kl": lambda: (1.0, 0.0, 0.0, None),
+    "lk": lambda eta: (0.0, 0.0, 0.0, eta),
+    "tv": lambda: (0.0, 1.0, 0.0, None),
+    "nla": lambda: (0.0, 0.0, 1.0, None),
+    "mix": lambda kl, tv, nla, reverse_kl, jsd: None if reverse_kl or jsd else (kl, tv, nla, None),
+}
+
+
+def terms_of(pointwise) -> tuple | None:
+    function = getattr(pointwise, "func", pointwise)
+    made = TERMS.get(function.__name__) if function.__module__ == "eagle3.loss" else None
+    return made and made(**getattr(pointwise, "keywords", {}))
 
 
 # By itself Inductor writes out what several sums read: [m,Vd] in fp32, once or more.

@@ -14,6 +14,7 @@ SWIGLU_BLOCK, SWIGLU_WARPS = 1024, 4
 NORM_WARPS = 8
 HEADS_BLOCK, HEADS_WARPS = 16, 4
 MERGE_WARPS = 1
+LOSS_BLOCK, LOSS_WARPS = 8192, 16  # so large that the rows in work at a time stay in the cache
 
 
 @triton.jit
@@ -293,3 +294,90 @@ def norm_backward(grad_x, grad_first, grad_normed, x, weight, eps: float):
             BLOCK=triton.next_power_of_2(size), num_warps=NORM_WARPS,
         )  # fmt: skip
     return out, parts
+
+
+@triton.jit
+def exp(x):
+    """A product and one instruction; tl.exp has three more, for numbers below 1e-38."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def numbers(x, at, size):
+    return tl.load(x + at, mask=at < size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def statistics(x, here, size, LANES: tl.constexpr):
+    """logsumexp and argmax of a row by blocks of numbers `here` [LANES,8], a lane to a thread."""
+    # Not -inf, from which the -inf of a lane without numbers would be no distance.
+    top, total = tl.full([LANES], -1e38, tl.float32), tl.zeros([LANES], tl.float32)
+    first = tl.zeros([LANES], tl.int32)  # the block in which a lane's largest number came first
+    for start in range(0, size, LANES * 8):
+        block = numbers(x, start + here, size)
+        new = tl.maximum(top, tl.max(block, 1))
+        total = total * exp(top - new) + tl.sum(exp(block - new[:, None]), 1)
+        first, top = tl.where(new > top, start, first), new
+    highest, at = tl.max(top, 0), first[:, None] + here
+    best = tl.min(tl.where(numbers(x, at, size) == highest, at, size - 1))
+    return highest + tl.log(tl.sum(total * exp(top - highest), 0)), best
+
+
+@triton.jit
+def logsumexp_kernel(x, out, size, LANES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    here = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
+    tl.store(out + row, statistics(x + row * size, here, size, LANES)[0])
+
+
+@triton.jit
+def loss_kernel(
+    logits, teacher, rows, teacher_lse, weights, values, best, grads, size, kl, tv, nla, eta,
+    ACCEPTANCE: tl.constexpr, LK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A pair, whose logits are read once from memory, then from the cache. With probabilities q of
+    the draft, p of the teacher, its gradient is kl (q - p) + tv q (sum of q below p - [q < p]).
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    here = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None]
+    row = tl.load(rows + pair)
+    logits, teacher, grads = logits + pair * size, teacher + row * size, grads + pair * size
+    lse_q, place = statistics(logits, here, size, LANES)
+    tl.store(best + pair, place)
+    lse_p, weight = tl.load(teacher_lse + row), tl.load(weights + pair)
+    accepted, below = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
+    if ACCEPTANCE:
+        for start in range(0, size, LANES * 8):
+            q = exp(numbers(logits, start + here, size) - lse_q)
+            p = exp(numbers(teacher, start + here, size) - lse_p)
+            accepted += tl.sum(tl.minimum(q, p), 1)
+            below += tl.sum(tl.where(q < p, q, 0.0), 1)
+    chance, rate = tl.maximum(tl.sum(accepted, 0), 1.1754943508222875e-38), tl.sum(below, 0)
+    chance += 0 * (lse_q + lse_p)  # NaN where one is not finite, which minima pass over
+    if LK:
+        kl = exp(-eta * chance)
+        tv = 1 - kl
+    of_kl, of_tv = kl * weight, (tv + nla / chance) * weight
+    dot = tl.zeros([LANES], tl.float32)
+    for start in range(0, size, LANES * 8):
+        at = start + here
+        s, log_p = numbers(logits, at, size), numbers(teacher, at, size) - lse_p
+        q, p = exp(s - lse_q), exp(log_p)
+        dot += tl.sum(tl.where(p > 0, p * (s - log_p if LK else s), 0.0), 1)
+        grad = of_kl * (q - p)
+        if ACCEPTANCE:
+            grad += q * tl.where(q < p, of_tv * (rate - 1), of_tv * rate)
+        tl.store(grads + at, grad.to(grads.dtype.element_ty), mask=at < size)
+    value = tl.where(kl > 0, kl * (lse_q - tl.sum(dot, 0)), 0.0)
+    tl.store(values + pair, value + tv * (1 - chance) - nla * tl.log(chance))
+
+
+def loss_terms(logits: Tensor, teacher: Tensor, rows: Tensor, weights: Tensor, kl, tv, nla, eta):
+    value, best, grad = (torch.empty_like(x) for x in (weights, rows, logits))
+    teacher_lse, size, is_lk = weights.new_empty(len(teacher)), logits.shape[1], eta is not None
+    shape = {"LANES": LOSS_BLOCK // 8, "num_warps": LOSS_WARPS}
+    flags = {"ACCEPTANCE": is_lk or tv + nla > 0, "LK": is_lk}
+    logsumexp_kernel[(len(teacher),)](teacher, teacher_lse, size, **shape)
+    tensors = logits, teacher, rows, teacher_lse, weights, value, best, grad
+    loss_kernel[(len(logits),)](*tensors, size, kl, tv, nla, eta or 0.0, **flags, **shape)
+    return value, best, grad
