@@ -263,7 +263,7 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens, variant):
     normal = partial(torch.randn, dtype=torch.float64, generator=random)
     aux = [normal(len(text) - 1, draft.config.aux_size) for text in texts]
     with torch.inference_mode():
-        drafter = Drafter(draft, target.embedding, texts, 8, (steps, topk, verify_tokens))
+        drafter = Drafter(draft, target, texts, 8, (steps, topk, verify_tokens))
         for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):
             ends = [b + c for b, c in zip(before, counts, strict=True)]
             spans = [slice(b, e) for b, e in zip(before, ends, strict=True)]

@@ -63,6 +63,19 @@ class DraftConfig:
         """The fields that the config has keys of its own for."""
         return {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
 
+    num_hidden_layers: ClassVar[int] = 1
+    longest_chain: ClassVar[int | None] = None  # tokens that a draft of chains alone drafts
+
+    @classmethod
+    def slots(cls, steps: int) -> int:
+        """What a pass that drafts so many tokens computes behind each row."""
+        return 1
+
+    @classmethod
+    def evaluated(cls, trained: int, draft_length: int) -> int:
+        """Steps of the unroll that acceptance is read from."""
+        return max(trained, draft_length)
+
     @classmethod
     def complete(cls, section: DraftSection, target_vocab_size: int) -> DraftSection:
         """The config's section with what follows from its other keys and from the target."""
