@@ -1,10 +1,10 @@
 """Drafts at serving time: their cache for a batch of texts, and the trees that they propose.
 
-EAGLE3: position t of a text, once the target has processed it, owns row t: input (h^0_t, E[x_{t+1}]),
-key and value at slot t, rotated by position t. A node of depth k behind the newest row t is that
-row's step k: it reads its parent's output and its own token, is rotated by t + k, and sees the rows
-of its text, its ancestors and itself. Keys of nodes lie behind the longest text and last for one
-round; accepted tokens get rows from the target's features. This equals `ttt.unroll`.
+EAGLE3: position t of a text, once the target has processed it, owns row t: input (h^0_t,
+E[x_{t+1}]), key and value at slot t, rotated by position t. A node of depth k behind the newest row
+t is that row's step k: it reads its parent's output and its own token, is rotated by t + k, and
+sees the rows of its text, its ancestors and itself. Keys of nodes lie behind the longest text and
+last for one round; accepted tokens get rows from the target's features. This equals `ttt.unroll`.
 
 DFlash, DSpark (`draft.block`): row t is key and value of c_t in every layer, and a round's block
 lies behind the longest text. It has only the slots that the drafted tokens take, where the draft
