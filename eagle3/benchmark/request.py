@@ -87,7 +87,7 @@ def check_shape(configs: list[list[int]], shape: DraftConfig) -> None:
         tree = config[1:]
         try:
             if tree != [0, 0, 0]:
-                check_tree(*tree, shape.draft_vocab_size, shape.longest_chain)
+                check_tree(*tree, shape.draft_vocab_size, shape.most_drafts)
         except ConfigError as error:
             raise ConfigError(f"benchmark.configs={config}: {error}") from error
 

@@ -37,7 +37,7 @@ class DraftCache:
     ):  # fmt: skip
         """The target's `embedding` [V,D] has the dtype that is computed in. Raises ConfigError."""
         config, self.embedding = draft.config, target.embedding
-        check_tree(*tree, config.draft_vocab_size, config.longest_chain)
+        check_tree(*tree, config.draft_vocab_size, config.most_drafts)
         steps, topk, verify_tokens = tree
         self.steps, self.topk, self.verify_tokens = steps, topk, verify_tokens
         batch_size, max_length = len(prompts), max(map(len, prompts)) + max_new_tokens

@@ -46,6 +46,10 @@ class DFlashConfig(DraftConfig):
     block_size: int = 16  # slots
     mask_token_id: int = 0  # M
 
+    @property
+    def most_drafts(self) -> int:
+        return self.block_size - self.drafts_from
+
     @classmethod
     def complete(cls, section: DraftSection, target_vocab_size: int) -> DraftSection:
         steps = section.block - cls.drafts_from
@@ -56,17 +60,13 @@ class DFlashConfig(DraftConfig):
         sizes = {"num_hidden_layers": section.layers, "block_size": section.block}
         return sizes | {"mask_token_id": section.mask_token_id}
 
-    @property
-    def longest_chain(self) -> int:
-        return self.block_size - self.drafts_from
-
     @classmethod
     def slots(cls, steps: int) -> int:
         return cls.drafts_from + steps
 
     @classmethod
     def evaluated(cls, trained: int, draft_length: int) -> int:
-        return draft_length  # a longer block would be another one
+        return draft_length  # of blocks as engines have them then
 
     def build(self, attention: type[Backend], t2d: Tensor, d2t: Tensor) -> "DFlash":
         return DFlash(self, attention, t2d, d2t)

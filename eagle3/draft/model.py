@@ -35,6 +35,7 @@ class DraftConfig:
 
     architecture: ClassVar[str] = "LlamaForCausalLMEagle3"  # as engines call it
     reads_mask_token: ClassVar[bool] = False
+    most_drafts: ClassVar[int | None] = None  # tokens a round; None: as many as are asked for
 
     hidden_size: int
     intermediate_size: int
@@ -58,22 +59,23 @@ class DraftConfig:
         """A: numbers that a token's auxiliary states have, all layers together."""
         return self.num_aux_hidden_states * self.target_hidden_size
 
+    @property
+    def num_hidden_layers(self) -> int:
+        return 1
+
     @staticmethod
     def chosen(section: DraftSection) -> dict[str, Any]:
         """The fields that the config has keys of its own for."""
         return {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
 
-    num_hidden_layers: ClassVar[int] = 1
-    longest_chain: ClassVar[int | None] = None  # tokens that a draft of chains alone drafts
-
     @classmethod
     def slots(cls, steps: int) -> int:
-        """What a pass that drafts so many tokens computes behind each row."""
+        """Of a pass that drafts so many tokens, for each row."""
         return 1
 
     @classmethod
     def evaluated(cls, trained: int, draft_length: int) -> int:
-        """Steps of the unroll that acceptance is read from."""
+        """Steps to unroll for the acceptance at this length, and of the others in reach."""
         return max(trained, draft_length)
 
     @classmethod
