@@ -59,14 +59,14 @@ class DraftConfig:
         """A: numbers that a token's auxiliary states have, all layers together."""
         return self.num_aux_hidden_states * self.target_hidden_size
 
-    @property
-    def num_hidden_layers(self) -> int:
-        return 1
-
     @staticmethod
     def chosen(section: DraftSection) -> dict[str, Any]:
         """The fields that the config has keys of its own for."""
         return {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return 1
 
     @classmethod
     def slots(cls, steps: int) -> int:
