@@ -33,7 +33,7 @@ class DraftCache:
     @torch.inference_mode()
     def __init__(
         self, draft: Draft, target, prompts: list[torch.Tensor], max_new_tokens: int,
-        tree: Sequence[int],
+        tree: Sequence[int], num_layers: int = 1,
     ):  # fmt: skip
         """The target's `embedding` [V,D] has the dtype that is computed in. Raises ConfigError."""
         config, self.embedding = draft.config, target.embedding
@@ -47,13 +47,12 @@ class DraftCache:
             draft = copy.deepcopy(draft).to(dtype)
         self.draft, self.target_ids = draft, draft.target_ids
         # Behind the texts come a round's nodes, which the next round overwrites.
-        slots = max_length + steps + max(steps * topk, config.slots(steps))
+        slots = max_length + steps + steps * topk + 1
         # The draft keeps the tables, and training could not use inference tensors.
         with torch.inference_mode(False):
             self.rotation = torch.stack(draft.rope(torch.arange(slots, device=device), slots))
         # Zeros, because what a mask hides must still be finite.
-        shape = (config.num_key_value_heads, slots, config.head_dim)
-        shape = (2, config.num_hidden_layers, batch_size, *shape)
+        shape = (2, num_layers, batch_size, config.num_key_value_heads, slots, config.head_dim)
         self.keys, self.values = map(list, self.embedding.new_zeros(shape))  # L of [B,G,S,d]
         self.numbers = torch.arange(max(slots, batch_size), device=device)
         self.lengths = [0] * batch_size
@@ -70,9 +69,7 @@ class DraftCache:
         self.keys, self.values = ([x[rows] for x in each] for each in (self.keys, self.values))
         self.lengths = [self.lengths[row] for row in rows]
 
-    def attend(
-        self, query: torch.Tensor, length: int, visible: torch.Tensor | None, layer: int = 0
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, length: int, visible: torch.Tensor | None, layer=0):
         """Queries [B*n,H,d] over the first `length` slots, as far as bool [B,n,S] visible."""
         (_, heads, size), (batch, groups) = query.shape, self.keys[layer].shape[:2]
         # The heads of a group go in as query rows: keys need no copy for each head.
@@ -141,9 +138,8 @@ class Drafter(DraftCache):
             if step > 0:
                 slots = slice(length - topk, length)
                 query, k, v = self.project(tokens, hidden, rotation[:, :, step - 1])
-                shape = (batch, topk, *k.shape[1:])
-                self.keys[0][:, :, slots] = k.view(shape).transpose(1, 2)
-                self.values[0][:, :, slots] = v.view(shape).transpose(1, 2)
+                self.keys[0][:, :, slots] = k.view(batch, topk, *k.shape[1:]).transpose(1, 2)
+                self.values[0][:, :, slots] = v.view(batch, topk, *v.shape[1:]).transpose(1, 2)
             attended = self.attend(query, length, visible)
             hidden = self.draft.finish(hidden, attended, Eager, self.weights)
             logits.append(self.draft.logits(hidden, None))
@@ -163,32 +159,29 @@ class Drafter(DraftCache):
 
 
 class BlockDrafter(DraftCache):
-    """Of DFlash and DSpark, which speak with the target's head and its whole vocabulary."""
+    """Of DFlash and DSpark, which speak with the target's head [V,D] and its whole vocabulary."""
 
     @torch.inference_mode()
     def __init__(self, draft: DFlash, target, *given):
-        super().__init__(draft, target, *given)
-        self.head = target.head  # [V,D]
-        self.size = draft.config.slots(self.steps)
-        dtype = self.embedding.dtype
-        self.weights = [layer.weights(Eager, dtype) for layer in self.draft.layers]
+        super().__init__(draft, target, *given, num_layers=len(draft.layers))
+        self.head, self.size = target.head, draft.config.slots(self.steps)
+        dtype, layers = self.embedding.dtype, self.draft.layers
+        self.layers = [(layer, layer.weights(Eager, dtype)) for layer in layers]
 
     def append(self, aux_hidden_states: torch.Tensor, next_ids: torch.Tensor, counts: list[int]):
-        """Add rows, as `Drafter` does; they read no token."""
-        config = self.draft.config
+        """As `Drafter` does; these rows read no token."""
+        config, dtype = self.draft.config, self.embedding.dtype
         slots = self.numbers.new_tensor(self.lengths)[:, None] + self.numbers[: next_ids.shape[1]]
-        context = self.draft.context(aux_hidden_states.to(self.embedding.dtype).flatten(0, 1))
+        context = self.draft.context(aux_hidden_states.to(dtype).flatten(0, 1))
         rotation, heads = self.rotation[:, slots.flatten()], [config.num_key_value_heads] * 2
         queries = config.num_attention_heads * config.head_dim
-        for number, (layer, weights) in enumerate(zip(self.draft.layers, self.weights)):
+        for number, (layer, weights) in enumerate(self.layers):
             projected = F.linear(context, weights.hidden[queries:])
             self.store(number, slots, *layer.heads(projected, heads, rotation))
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def propose(self, newest: torch.Tensor, rule) -> Tree:
-        """A chain behind `newest`, as `Drafter` does: one pass, then what `rule` draws, left to
-        right.
-        """
+        """A chain behind `newest`: one pass, then what `rule` draws, left to right."""
         draft, config, longest = self.draft, self.draft.config, max(self.lengths)
         heads = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
         ends, slots = self.numbers.new_tensor(self.lengths)[:, None], self.numbers[: self.size]
@@ -197,7 +190,7 @@ class BlockDrafter(DraftCache):
             visible = (self.numbers < ends) | (self.numbers >= longest)
             visible = visible[:, None].expand(-1, self.size, -1)
         hidden = draft.embed(newest, self.embedding, self.size)
-        for number, (layer, weights) in enumerate(zip(draft.layers, self.weights)):
+        for number, (layer, weights) in enumerate(self.layers):
             projected = F.linear(layer.input_layernorm(hidden), weights.hidden)
             query, k, v = layer.heads(projected, heads, rotation)
             self.store(number, longest + slots, k, v)

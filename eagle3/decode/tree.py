@@ -37,9 +37,7 @@ def check_tree(
     steps: int, topk: int, verify_tokens: int, draft_vocab_size: int = 1 << 62,
     most_drafts: int | None = None,
 ) -> None:  # fmt: skip
-    """Raise ConfigError where such trees cannot be drafted by a draft of that vocabulary, which may
-    be one that drafts chains alone.
-    """
+    """Raise ConfigError where a draft of that vocabulary, or of blocks, cannot draft such trees."""
     most = 1 + topk + (steps - 1) * topk**2
     if steps < 1 or not 1 <= topk <= draft_vocab_size:
         problem = f"steps must be at least 1, topk in 1..{draft_vocab_size} (the draft vocabulary)"

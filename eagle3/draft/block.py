@@ -62,11 +62,8 @@ class DFlashConfig(DraftConfig):
 
     @classmethod
     def slots(cls, steps: int) -> int:
+        """Of a block that drafts so many tokens."""
         return cls.drafts_from + steps
-
-    @classmethod
-    def evaluated(cls, trained: int, draft_length: int) -> int:
-        return draft_length  # of blocks as engines have them then
 
     def build(self, attention: type[Backend], t2d: Tensor, d2t: Tensor) -> "DFlash":
         return DFlash(self, attention, t2d, d2t)
@@ -215,9 +212,7 @@ class DFlash(Draft):
         return embedding[ids.flatten()]
 
     def unroll(self, embedding: Tensor, aux_hidden_states: Tensor, batch: Batch) -> Tensor:
-        """As `ttt.unroll`: [N_0 + N_1 + ..., *], for the head, of each step's rows. Blocks have as
-        many slots as the batch's steps take.
-        """
+        """As `ttt.unroll`: [N_0 + N_1 + ..., *] for the head; blocks are as long as steps take."""
         config, kernels, dtype = self.config, self.kernels.pick(embedding), embedding.dtype
         size, heads = config.slots(len(batch.row_counts)), config.num_attention_heads
         keys = config.num_key_value_heads

@@ -64,20 +64,6 @@ class DraftConfig:
         """The fields that the config has keys of its own for."""
         return {"fc_norm": section.fc_norm, "norm_output": section.norm_output}
 
-    @property
-    def num_hidden_layers(self) -> int:
-        return 1
-
-    @classmethod
-    def slots(cls, steps: int) -> int:
-        """Of a pass that drafts so many tokens, for each row."""
-        return 1
-
-    @classmethod
-    def evaluated(cls, trained: int, draft_length: int) -> int:
-        """Steps to unroll for the acceptance at this length, and of the others in reach."""
-        return max(trained, draft_length)
-
     @classmethod
     def complete(cls, section: DraftSection, target_vocab_size: int) -> DraftSection:
         """The config's section with what follows from its other keys and from the target."""
