@@ -15,7 +15,7 @@ import torch
 from hydra.utils import get_object
 from transformers import PretrainedConfig
 
-from eagle3.benchmark.request import asks_heldout, check_request
+from eagle3.benchmark.request import asks_heldout, check_request, check_shape, in_steps
 from eagle3.benchmark.scoring import namespaces
 from eagle3.config import HYDRA_KEYS, Data, OneOf, RunConfig, Within, layout, nearest
 from eagle3.data.chat import load_chat
@@ -268,6 +268,9 @@ def check_draft_shape(config: RunConfig, target: PretrainedConfig, num_layers: i
             f"eval.draft_length={length} is more than the {drafted} tokens that a block drafts"
         )
         raise ConfigError(f"{problem}; raise draft.block or lower eval.draft_length")
+    if "benchmark" in config.stages and config.draft_path is None:
+        asked, protocol = config.benchmark["configs"], config.benchmark["protocol"]
+        check_shape([in_steps(each, protocol) for each in asked], shape)
     # Each rank of a ulysses group has all tokens of some heads.
     if shape.num_key_value_heads % ulysses or shape.num_attention_heads % ulysses:
         heads = f"{shape.num_key_value_heads} key/value heads; make parallel.ring larger"

@@ -6,6 +6,8 @@ gives the acceptance length of every draft length at once. On greedy text a draf
 not. On text sampled at a temperature the token x was emitted with probability p(x), as an accepted
 draft with min(p(x), q(x)), and what comes next depends on the text alone: so a draft was accepted
 there with chance min(1, q(x) / p(x)), and the walk adds up the chances that a round begins at t.
+A block drafter is unrolled in blocks as engines serve for `draft_length` (see `decode.drafter`);
+shorter lengths are those of the same block, of which fewer tokens are verified.
 
 n tokens of an answer and its prompt, P answers, A anchors, K steps, M supervised pairs, T packed
 tokens, U teacher rows, V vocabulary.

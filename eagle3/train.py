@@ -82,6 +82,8 @@ def train(
     evaluates, draft_length, measure = data.answers is not None, config.eval.draft_length, None
     if evaluates and ranks.is_main:  # the others wait for what it has measured
         steps, tokens = max(config.draft.ttt_steps, draft_length), section.tokens_per_step
+        if draft.config.most_drafts is not None:  # blocks are as engines make them for so many
+            steps, tokens = draft_length, tokens // draft.config.slots(draft_length)
         answers = {}
         for at in config.eval.temperature:
             answers[at] = pack_answers(load_answers(data.answers, at), draft.t2d, steps, tokens)

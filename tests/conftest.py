@@ -28,7 +28,6 @@ from eagle3.data.vocab import vocab_tensors
 from eagle3.draft.flash import Auto
 from eagle3.draft.initial import derive_config
 from eagle3.draft.model import EAGLE3
-from eagle3.draft.ttt import unroll
 from eagle3.export.write import portable_config, speculators_config, write_draft
 from eagle3.loss import Powers, SoftTargetLoss, kl
 from eagle3.parallel.ranks import set_up_process
@@ -120,7 +119,7 @@ def fit(draft, target, batch, updates, lr) -> None:
     optimizer = torch.optim.AdamW(draft.parameters(), lr=lr)
     features, head = batch.features, target.head[draft.target_ids]
     for _ in range(updates):
-        hidden = unroll(draft, target.embedding, features.aux_hidden_states, batch)
+        hidden = draft.unroll(target.embedding, features.aux_hidden_states, batch)
         output = soft_target_loss()(draft, hidden, features, batch, head)
         (output.loss / batch.normaliser).backward()
         optimizer.step()

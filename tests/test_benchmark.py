@@ -24,8 +24,9 @@ from eagle3.data.chat import Chat
 from eagle3.data.rows import RowError
 from eagle3.decode.speculate import Generation
 from eagle3.decode.tree import Candidates
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import FlashCPU
-from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.model import DraftConfig
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.errors import ConfigError, RunError
 
@@ -37,7 +38,7 @@ class Cycle:
     """A target that counts 0, 1, ..., V - 1, 0, ...: next token = token + 1."""
 
     def __init__(self, vocab_size=40):
-        self.embedding = torch.eye(vocab_size)
+        self.embedding = self.head = torch.eye(vocab_size)
         self.eos_token_ids = set()
 
     def states(self, input_ids, position_ids, cache=None, visible=None):
@@ -142,16 +143,16 @@ def measured(folder, configs, suites, log=None, **changed):
     return json.loads((folder / "benchmark.json").read_text())
 
 
-def decoded(folder, target, prompts=(), subject=None, **changed):
+def decoded(folder, target, prompts=(), subject=None, kind=DraftConfig, **changed):
     """benchmark.json by the built-in decoder with a random draft, on a suite of `prompts`."""
     lines = ({"id": f"h{i}", "input_ids": ids} for i, ids in enumerate(prompts))
     paths = {"heldout": str(write_jsonl(folder / "mine.jsonl", *lines))} if prompts else {}
     subject = subject_of(folder, target, **subject or {})
     changed = {"suites": ["heldout"], "max_new_tokens": 6, "paths": paths} | changed
     vocab_size, hidden = target.embedding.shape
-    config = DraftConfig(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
+    config = kind(hidden, 8, 2, 2, 4, vocab_size, vocab_size, hidden, 64)
     whole = torch.ones(vocab_size, dtype=torch.bool)
-    draft = EAGLE3(config, FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
+    draft = config.build(FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.long))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "read_draft", lambda *arguments: draft)
         request = instantiate(SECTION | changed)
@@ -430,6 +431,16 @@ def test_builtin_runs_trees_and_batches(tmp_path):
     assert [row["config"] for row in rows] == configs
     assert all(row["lossless"] is True and "bigram" not in row for row in rows)
     assert tree["acceptance_length"] >= batch["acceptance_length"] == chain["acceptance_length"]
+
+
+@pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
+def test_builtin_decodes_with_a_block_drafter_or_refuses_the_config(tmp_path, kind):
+    configs, prompts = [*SECTION["configs"], [2, 5, 1, 6], [1, 2, 1, 3]], [[0, 3], [1, 3], [2, 3]]
+    rows = decoded(tmp_path, Cycle(), prompts, kind=kind, configs=configs)["suites"]["heldout"]
+    assert [row["config"] for row in rows] == configs and all(row["lossless"] for row in rows)
+    assert rows[0]["acceptance_length"] == rows[1]["acceptance_length"]
+    with pytest.raises(ConfigError, match=r"benchmark\.configs=\[1, 3, 2, 6\]: .* topk must be 1"):
+        decoded(tmp_path, Cycle(), prompts, kind=kind, configs=[[1, 3, 2, 6]])
 
 
 def test_builtin_answers_in_order_and_without_common_luck():

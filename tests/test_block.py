@@ -2,16 +2,20 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from reference import dense_teacher, random_case, relative_error, rotate_half
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, draw_anchors, pack, serving
 from eagle3.config import compose_flat
+from eagle3.decode.drafter import DRAFTERS
+from eagle3.decode.speculate import Sampling
 from eagle3.draft.attention import Dense
 from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
@@ -43,8 +47,10 @@ def block_case(kind, attention=Auto, dtype=torch.float64, **sizes):
     return case
 
 
-def block_states(case, document: int, row: int) -> torch.Tensor:
-    """[B,D]: the states behind the layers of the block behind a row, from whole matrices."""
+def block_states(case, document: int, row: int, size: int = BLOCK) -> torch.Tensor:
+    """[B,D]: the states behind the layers of the block of `size` slots behind a row, from whole
+    matrices.
+    """
     draft, config = case.draft, case.draft.config
     weights = dict(draft.named_parameters())
     ids, aux = case.input_ids[document], case.aux[document, : row + 1]
@@ -60,8 +66,8 @@ def block_states(case, document: int, row: int) -> torch.Tensor:
         return x * cos + rotate_half(x) * sin
 
     context = rms(aux @ weights["fc.weight"].T, "hidden_norm")
-    z = case.embedding[[int(ids[row + 1]), *[config.mask_token_id] * (config.block_size - 1)]]
-    before, slots = torch.arange(row + 1), torch.arange(row + 1, row + 1 + config.block_size)
+    z = case.embedding[[int(ids[row + 1]), *[config.mask_token_id] * (size - 1)]]
+    before, slots = torch.arange(row + 1), torch.arange(row + 1, row + 1 + size)
     groups = config.num_attention_heads // config.num_key_value_heads
     for number in range(config.num_hidden_layers):
         name = f"layers.{number}.self_attn."
@@ -159,3 +165,42 @@ def test_fewer_anchors_are_the_loss_of_these_rows():
     assert np.isin(batch.rows.tolist(), whole.rows.tolist()).all()
     assert batch.normaliser == batch.pair_counts[0] < whole.normaliser
     assert relative_error(output.loss, dense_loss(case, batch, 0.8)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("slots", [BLOCK, 3])
+@pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
+def test_a_round_of_the_decoder_equals_one_block(kind, slots):
+    """Of texts of uneven lengths, read in two goes, then of fewer texts; fewer tokens make a
+    shorter block.
+    """
+    case, documents, starts = block_case(kind), [0, 2, 3], [0, 0, 0]
+    draft, steps = case.draft, slots - kind.drafts_from
+    texts, aux = case.input_ids[documents], case.aux[documents]
+    target = SimpleNamespace(embedding=case.embedding, head=case.head)
+
+    def equals_blocks(drafter, members):
+        tree = drafter.propose(texts[members, ends[members]], Sampling())
+        assert tree.ids.shape == (len(members), steps + 1) and len(tree.logits) == steps
+        for place, member in enumerate(members):
+            drafted = tree.ids[place]
+            states = block_states(case, documents[member], int(ends[member]) - 1, slots)
+            expected = states[kind.drafts_from :] @ case.head.T
+            if kind is DSparkConfig:
+                w1, w2 = (draft.markov_head[f"markov_w{i}"].weight for i in (1, 2))
+                expected = expected + w1[drafted[:-1]] @ w2.T
+            found = torch.stack([logits[place] for logits in tree.logits])
+            assert relative_error(found, expected) < 1e-12
+            assert drafted[1:].tolist() == expected.argmax(-1).tolist()
+
+    with torch.inference_mode():
+        drafter = DRAFTERS[type(draft)](draft, target, list(texts), 8, (steps, 1, steps + 1))
+        for counts in ([4, 1, 2], [4, 2, 9]):
+            spans = [slice(a, a + n) for a, n in zip(starts, counts, strict=True)]
+            new = pad_sequence([x[span] for x, span in zip(aux, spans)], batch_first=True)
+            drafter.append(new, torch.zeros(new.shape[:2], dtype=torch.long), counts)
+            starts = drafter.lengths
+            ends = torch.tensor(starts)
+            equals_blocks(drafter, [0, 1, 2])
+        for kept, members in (([2, 0], [2, 0]), ([1], [0])):
+            drafter.select(kept)
+            equals_blocks(drafter, members)

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import fit, spec_of
+from conftest import fit, soft_target_loss, spec_of
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM
 
@@ -12,10 +12,13 @@ from eagle3.decode.drafter import Drafter
 from eagle3.decode.speculate import Sampling, accept_matching, generate, speculate
 from eagle3.decode.tree import Candidates, Tree
 from eagle3.decode.tree import chain as drafted_chain
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.model import EAGLE3, DraftConfig
 from eagle3.draft.ttt import unroll
 from eagle3.errors import ConfigError
+from eagle3.evaluate import evaluate, pack_answers
+from eagle3.loss import FrozenWeights
 from eagle3.target.hf import HFTarget
 
 CPU = torch.device("cpu")
@@ -60,6 +63,17 @@ def make_draft(target, draft_vocab_size, seed=0, **variant):
     return draft
 
 
+def make_block(target, kind):
+    """A draft of chains of four tokens."""
+    torch.manual_seed(0)
+    vocab_size, hidden = target.embedding.shape
+    sizes = hidden, 2 * hidden, 4, 2, hidden // 4, vocab_size, vocab_size, hidden, 512
+    shape = {"num_hidden_layers": 1, "block_size": 4 + kind.drafts_from, "mask_token_id": 1}
+    config = kind(*sizes, initializer_range=0.15, **shape)
+    whole = torch.ones(vocab_size, dtype=torch.bool)
+    return config.build(FlashCPU, whole, torch.zeros(vocab_size, dtype=torch.int64)).double()
+
+
 def batch_of(texts, prompt_length, draft, ttt_steps):
     documents = [(i, ids, torch.arange(len(ids)) >= prompt_length) for i, ids in enumerate(texts)]
     return pack([Document(*d) for d in documents], draft.t2d, ttt_steps, serving)
@@ -75,10 +89,7 @@ def prompts():
     return list(torch.randint(64, (4, 6), generator=torch.Generator().manual_seed(3)))
 
 
-@pytest.fixture(scope="module")
-def trained(target, prompts):
-    """A draft of three quarters of the vocabulary, fitted to the answers to `prompts`."""
-    draft = make_draft(target, 48)
+def fit_to_answers(draft, target, prompts):
     pairs = zip(prompts, generate(target, prompts, 48), strict=True)
     texts = [torch.cat([prompt, torch.tensor(answer.ids)]) for prompt, answer in pairs]
     batch = batch_of(texts, 6, draft, 4)
@@ -87,28 +98,50 @@ def trained(target, prompts):
     return draft
 
 
-def teacher_forced(draft, embedding, aux, batch, ttt_steps):
+@pytest.fixture(scope="module")
+def trained(target, prompts):
+    """A draft of three quarters of the vocabulary, fitted to the answers to `prompts`."""
+    return fit_to_answers(make_draft(target, 48), target, prompts)
+
+
+@pytest.fixture(scope="module", params=["EAGLE3", DFlashConfig, DSparkConfig])
+def any_trained(target, prompts, trained, request):
+    if request.param == "EAGLE3":
+        return trained
+    return fit_to_answers(make_block(target, request.param), target, prompts[:2])
+
+
+def teacher_forced(draft, target, aux, batch, ttt_steps):
     """Logits of `unroll` by (row, step)."""
-    outputs = draft.logits(unroll(draft, embedding, aux, batch), None).split(batch.row_counts)
+    hidden = draft.unroll(target.embedding, aux, batch)
+    outputs = draft.logits(hidden, target.head).split(batch.row_counts)
     rows = batch.rows.tolist()
     return {(rows[i], k): x for k in range(ttt_steps) for i, x in enumerate(outputs[k])}
 
 
+@pytest.mark.parametrize("steps", [4, 2])
 @pytest.mark.runs
-def test_emitted_equals_anchor_walk(target, trained, prompts):
-    """The rounds of decoding are those that one teacher-forced unroll of the answer predicts."""
-    steps, rounds = 4, 0
-    for prompt in prompts:
-        generation = chain(target, trained, prompt, steps, 40)
+def test_emitted_equals_anchor_walk(target, any_trained, prompts, steps):
+    """The rounds of decoding are those that one teacher-forced unroll of the answer predicts, for a
+    block drafter of a block as short as it is decoded with.
+    """
+    draft, rounds, documents = any_trained, [], []
+    prompts = prompts[:2]
+    together = speculate(target, draft, prompts, steps, 1, steps + 1, 40)
+    expected = generate(target, prompts, 40)
+    for prompt, of_batch, answer in zip(prompts, together, expected, strict=True):
+        generation = chain(target, draft, prompt, steps, 40)
+        assert generation.ids == of_batch.ids == answer.ids
+        assert generation.emitted == of_batch.emitted and generation.accepted == of_batch.accepted
         text = torch.cat([prompt, torch.tensor(generation.ids)])
-        batch = batch_of([text], 0, trained, steps)
+        batch = batch_of([text], 0, draft, steps)
         aux, _ = target.states(text, batch.position_ids)
-        logits = teacher_forced(trained, target.embedding, aux, batch, steps)
+        logits = teacher_forced(draft, target, aux, batch, steps)
         row, emitted, accepted = len(prompt) - 1, [], []
         while row + 2 < len(text):
             count = 0
             while count < steps and row + count + 2 < len(text):
-                drafted = trained.target_ids[logits[row, count].argmax()]
+                drafted = draft.target_ids[logits[row, count].argmax()]
                 if drafted != text[row + count + 2]:
                     break
                 count += 1
@@ -116,8 +149,13 @@ def test_emitted_equals_anchor_walk(target, trained, prompts):
             accepted.append(count)
             row += count + 1
         assert emitted == generation.emitted and accepted == generation.accepted
-        rounds += len(emitted)
-    assert rounds < 0.6 * 39 * len(prompts), "the draft should be good enough for long runs"
+        rounds.append(len(emitted))
+        batch = batch_of([text], len(prompt), draft, steps)
+        documents.append(Document(0, text, batch.loss_mask, target(batch)))
+    assert sum(rounds) < 0.65 * 39 * len(prompts), "the draft should be good enough for long runs"
+    packed = pack_answers(documents, draft.t2d, steps, 100)
+    frozen = FrozenWeights(target.embedding, target.head[draft.target_ids])
+    assert evaluate(draft, frozen, soft_target_loss(), {0.0: packed}, steps).rounds == rounds
 
 
 @pytest.mark.parametrize("model_class, layers", [(LlamaForCausalLM, 2), (Qwen3ForCausalLM, 8)])
@@ -263,7 +301,7 @@ def test_tree_equals_a_slow_one(target, steps, topk, verify_tokens, variant):
     normal = partial(torch.randn, dtype=torch.float64, generator=random)
     aux = [normal(len(text) - 1, draft.config.aux_size) for text in texts]
     with torch.inference_mode():
-        drafter = Drafter(draft, target.embedding, texts, 8, (steps, topk, verify_tokens))
+        drafter = Drafter(draft, target, texts, 8, (steps, topk, verify_tokens))
         for counts, before in (([4, 1, 2], [0, 0, 0]), ([4, 2, 9], [4, 1, 2])):
             ends = [b + c for b, c in zip(before, counts, strict=True)]
             spans = [slice(b, e) for b, e in zip(before, ends, strict=True)]
@@ -367,6 +405,16 @@ IMPOSSIBLE = [
     ((2, 3, 1), r"verify_tokens must be in 2\.\.13"),
     ((3, 1, 3), "set verify_tokens=4"),
 ]
+
+
+CHAINS_OF_FOUR = [((5, 1, 6), r"steps in 1\.\.4"), ((3, 2, 6), "topk must be 1"), IMPOSSIBLE[-1]]
+
+
+@pytest.mark.parametrize("tree, message", CHAINS_OF_FOUR)
+@pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
+def test_a_block_drafter_refuses_what_is_no_chain_of_its_block(target, kind, tree, message):
+    with pytest.raises(ConfigError, match=message):
+        speculate(target, make_block(target, kind), [], *tree, 8)
 
 
 @pytest.mark.parametrize("tree, message", IMPOSSIBLE)

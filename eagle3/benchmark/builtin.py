@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.request import Request, Subject, check_shape
 from eagle3.benchmark.statistics import Trial
 from eagle3.benchmark.suites import Setup
 from eagle3.data.chat import Chat
-from eagle3.decode.drafter import Drafter
+from eagle3.decode.drafter import DRAFTERS
 from eagle3.decode.speculate import Generation, Sampling, generate
+from eagle3.draft.model import Draft
 from eagle3.engines.engine import Answer, answer_of_rounds
 from eagle3.evaluate import ratio
 from eagle3.export.rules import read_draft
@@ -29,12 +30,14 @@ class Builtin(Request):
 
     in_process: ClassVar[bool] = True
 
-    def check_draft(self, folder: Path, target: TargetSpec) -> None:
-        read_draft(folder, None, target)
+    def check_draft(self, folder: Path, target: TargetSpec) -> Draft:
+        # The decoder attends to caches of its own, so the draft needs none of the backends.
+        draft = read_draft(folder, None, target)
+        check_shape(self.configs, draft.config)
+        return draft
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
-        # The decoder attends to caches of its own, so the draft needs none of the backends.
-        draft = read_draft(subject.draft_folder, None, subject.target.spec)
+        draft = self.check_draft(subject.draft_folder, subject.target.spec)
         self.draft = draft.to(subject.target.device).eval()
         self.target = subject.target.load()
         self.target.check_decoding()
@@ -63,7 +66,8 @@ class Builtin(Request):
             some = ids[start : start + batch]
             drafter = None
             if steps:
-                drafter = Drafter(self.draft, self.target.embedding, some, longest, config[1:])
+                kind = DRAFTERS[type(self.draft)]
+                drafter = kind(self.draft, self.target, some, longest, config[1:])
             generations += generate(self.target, some, longest, rule, drafter, self.count)
         ends = self.target.eos_token_ids
         return [read(generation, steps, setup, self.chat, ends) for generation in generations]

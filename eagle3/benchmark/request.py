@@ -13,6 +13,7 @@ from eagle3.data.chat import Chat
 from eagle3.data.prepare import Prepared
 from eagle3.data.sources import names_data
 from eagle3.decode.tree import check_tree
+from eagle3.draft.model import DraftConfig
 from eagle3.engines.engine import Answer, Drafting
 from eagle3.errors import ConfigError
 from eagle3.target.handle import TargetHandle
@@ -78,6 +79,17 @@ class Request:
 
     def close(self) -> None:
         """End what was started."""
+
+
+def check_shape(configs: list[list[int]], shape: DraftConfig) -> None:
+    """Raise ConfigError for the first of `benchmark.configs` that no such draft can draft."""
+    for config in configs:
+        tree = config[1:]
+        try:
+            if tree != [0, 0, 0]:
+                check_tree(*tree, shape.draft_vocab_size, shape.most_drafts)
+        except ConfigError as error:
+            raise ConfigError(f"benchmark.configs={config}: {error}") from error
 
 
 def check_request(section: dict[str, Any]) -> None:

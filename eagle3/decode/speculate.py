@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from eagle3.decode.drafter import Drafter
+from eagle3.decode.drafter import DRAFTERS, DraftCache
 from eagle3.decode.tree import Tree, chain
 from eagle3.draft.model import Draft
 from eagle3.target.generation import RowsCache
@@ -199,7 +199,7 @@ class DecodingBatch:
 @torch.inference_mode()
 def generate(
     target, prompts: list[torch.Tensor], max_new_tokens: int, rule: Sampling | None = None,
-    drafter: Drafter | None = None, count: Callable[[int], Any] = int,
+    drafter: DraftCache | None = None, count: Callable[[int], Any] = int,
 ) -> list[Generation]:  # fmt: skip
     """Answer a batch of prompts, int64 [n] each, greedily by default, with a drafter's tree in each
     forward pass; without one, a token per pass: what speculation must equal and beat. `count` hears
@@ -219,5 +219,5 @@ def speculate(
 ) -> list[Generation]:  # fmt: skip
     """`generate` with a draft and the trees that `tree` describes. Raises ConfigError."""
     tree = steps, topk, verify_tokens
-    drafter = Drafter(draft, target.embedding, prompts, max_new_tokens, tree)
+    drafter = DRAFTERS[type(draft)](draft, target, prompts, max_new_tokens, tree)
     return generate(target, prompts, max_new_tokens, rule, drafter)

@@ -33,11 +33,16 @@ def chain(ids: torch.Tensor, logits: list[torch.Tensor]) -> Tree:
     return Tree(ids, node[None], parents[None], (node[:, None] >= node)[None], logits)
 
 
-def check_tree(steps: int, topk: int, verify_tokens: int, draft_vocab_size: int = 1 << 62) -> None:
-    """Raise ConfigError where such trees cannot be drafted, by a draft of that vocabulary."""
+def check_tree(
+    steps: int, topk: int, verify_tokens: int, draft_vocab_size: int = 1 << 62,
+    most_drafts: int | None = None,
+) -> None:  # fmt: skip
+    """Raise ConfigError where a draft of that vocabulary, or of blocks, cannot draft such trees."""
     most = 1 + topk + (steps - 1) * topk**2
     if steps < 1 or not 1 <= topk <= draft_vocab_size:
         problem = f"steps must be at least 1, topk in 1..{draft_vocab_size} (the draft vocabulary)"
+    elif most_drafts is not None and (topk > 1 or steps > most_drafts):
+        problem = f"this draft drafts blocks: topk must be 1, steps in 1..{most_drafts}"
     elif topk == 1 and verify_tokens != steps + 1:
         problem = f"a chain (topk=1) verifies steps + 1 tokens; set verify_tokens={steps + 1}"
     elif not 2 <= verify_tokens <= most:

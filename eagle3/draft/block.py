@@ -66,6 +66,11 @@ class DFlashConfig(DraftConfig):
         sizes = {"num_hidden_layers": section.layers, "block_size": section.block}
         return sizes | {"mask_token_id": section.mask_token_id}
 
+    @classmethod
+    def slots(cls, steps: int) -> int:
+        """Of a block that drafts so many tokens."""
+        return cls.drafts_from + steps
+
     def build(self, attention: type[Backend], t2d: Tensor, d2t: Tensor) -> "DFlash":
         return DFlash(self, attention, t2d, d2t)
 
@@ -208,16 +213,16 @@ class DFlash(Draft):
         """c of the target's layers [n,A] -> [n,D]: what all layers make keys and values of."""
         return self.hidden_norm(self.fc(aux_hidden_states))
 
-    def embed(self, newest: Tensor, embedding: Tensor) -> Tensor:
-        """Tokens [n] -> what their blocks read [n*B,D]."""
-        ids = newest[:, None].repeat(1, self.config.block_size)
+    def embed(self, newest: Tensor, embedding: Tensor, size: int) -> Tensor:
+        """Tokens [n] -> what their blocks of `size` slots read [n*size,D]."""
+        ids = newest[:, None].repeat(1, size)
         ids[:, 1:] = self.config.mask_token_id
         return embedding[ids.flatten()]
 
     def unroll(self, embedding: Tensor, aux_hidden_states: Tensor, batch: Batch) -> Tensor:
-        """As `ttt.unroll`: [N_0 + N_1 + ..., *], for the head, of each step's rows."""
+        """As `ttt.unroll`: [N_0 + N_1 + ..., *] for the head; blocks are as long as steps take."""
         config, kernels, dtype = self.config, self.kernels.pick(embedding), embedding.dtype
-        size, heads = config.block_size, config.num_attention_heads
+        size, heads = config.slots(len(batch.row_counts)), config.num_attention_heads
         keys = config.num_key_value_heads
         places = batch.own[batch.rows]
         input_ids = F.pad(batch.input_ids, (0, 1))  # token 0 follows the end of a document
@@ -233,7 +238,7 @@ class DFlash(Draft):
         slots = torch.arange(1, size + 1, device=places.device)
         positions = (batch.position_ids[places][:, None] + slots).flatten()
         rotation = self.rope(positions, batch.max_length + size)
-        hidden = self.embed(ahead(len(places), 1), embedding)
+        hidden = self.embed(ahead(len(places), 1), embedding, size)
 
         def by_group(x: Tensor) -> Tensor:
             """[N*B,G*r,d] -> [N,G*B*r,d]."""
@@ -260,6 +265,10 @@ class DFlash(Draft):
     def step_output(self, hidden: Tensor, newest: Tensor) -> Tensor:
         """For the head, of slots' states [n,D]; `newest` [n] are the tokens before the drafted."""
         return hidden
+
+    def chain_logits(self, logits: Tensor, newest: Tensor) -> Tensor:
+        """Those of a slot by the target's head [n,Vd], once the tokens before [n] are drafted."""
+        return logits
 
     def head_input(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden)
@@ -307,6 +316,10 @@ class DSpark(DFlash):
     def step_output(self, hidden: Tensor, newest: Tensor) -> Tensor:
         bias = F.embedding(newest, self.markov_head["markov_w1"].weight)
         return torch.cat([hidden, bias.to(hidden.dtype)], dim=1)
+
+    def chain_logits(self, logits: Tensor, newest: Tensor) -> Tensor:
+        w1, w2 = (self.markov_head[name].weight for name in ("markov_w1", "markov_w2"))
+        return logits + F.linear(F.embedding(newest, w1), w2)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         states, bias = hidden.split([self.config.hidden_size, self.config.markov_rank], dim=1)
