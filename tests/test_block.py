@@ -1,43 +1,17 @@
 """DFlash and DSpark against themselves written a second time: one block after the other, dense."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from reference import dense_teacher, random_case, relative_error, rotate_half
+from reference import block_case, block_loss, dense_teacher, relative_error, rotate_half
 from torch.nn import functional as F
 
-from eagle3 import loss as trainer_loss
-from eagle3.batch import Document, draw_anchors, pack, serving
+from eagle3.batch import Document, draw_anchors
 from eagle3.draft.attention import Dense
 from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
-
-BLOCK = 5
-POINTWISE = partial(trainer_loss.mix, kl=0.1, tv=0.9, nla=0.0, reverse_kl=0.0, jsd=0.0)
-
-
-def block_case(kind, attention=Auto, dtype=torch.float64, **sizes):
-    """`random_case` with another draft: its target has the draft's hidden size."""
-    case = random_case(attention, draft_vocab_size=50, dtype=dtype)
-    shape = {
-        "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50, "draft_vocab_size": 50,
-        "target_hidden_size": 24, "max_position_embeddings": 64, "num_hidden_layers": 2,
-        "block_size": BLOCK, "mask_token_id": 7,
-    }  # fmt: skip
-    if kind is DSparkConfig:
-        shape["markov_rank"] = 6
-    t2d = torch.ones(50, dtype=torch.bool)
-    draft = kind(**shape | sizes).build(attention, t2d, torch.zeros(50, dtype=torch.int64))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in draft.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and len(p) > 1))
-    case.draft, case.embedding = draft.to(dtype), case.embedding[:, :24].contiguous()
-    return case
 
 
 def block_states(case, document: int, row: int) -> torch.Tensor:
@@ -109,21 +83,11 @@ def dense_loss(case, batch, gamma: float):
     return total, right
 
 
-def fast_loss(case, gamma=0.8, chunk_rows=7, anchors=None):
-    steps = case.draft.config.block_size - case.draft.config.drafts_from
-    documents = [Document(*d) for d in case.documents()]
-    batch = pack(documents, case.draft.t2d, steps, serving, anchors)
-    features = case.features(batch)
-    loss = trainer_loss.SoftTargetLoss(POINTWISE, gamma, chunk_rows, serving)
-    hidden = case.draft.unroll(case.embedding, features.aux_hidden_states, batch)
-    return loss(case.draft, hidden, features, batch, case.head), batch
-
-
 @pytest.mark.parametrize("attention", [Auto, Dense])
 @pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
 def test_equals_one_block_after_the_other(kind, attention):
     case = block_case(kind, attention)
-    output, batch = fast_loss(case)
+    output, batch = block_loss(case)
     expected, right = dense_loss(case, batch, 0.8)
     assert relative_error(output.loss, expected) < 1e-12
     starts = torch.tensor([0, *batch.row_counts]).cumsum(0)
@@ -136,7 +100,7 @@ def test_equals_one_block_after_the_other(kind, attention):
 
 
 def test_anchors_are_drawn_anew_in_each_epoch_and_alike_in_every_layout():
-    documents = [Document(*d) for d in block_case(DFlashConfig).documents()]
+    documents = [Document(*d) for d in block_case(DFlashConfig, Auto).documents()]
     lengths = [len(document.input_ids) for document in documents]
     rows = torch.ones(sum(lengths), dtype=torch.bool)
     drawn = draw_anchors(documents, rows, lengths, 4)
@@ -150,9 +114,9 @@ def test_anchors_are_drawn_anew_in_each_epoch_and_alike_in_every_layout():
 
 
 def test_fewer_anchors_are_the_loss_of_these_rows():
-    case = block_case(DFlashConfig)
-    output, batch = fast_loss(case, anchors=3)
-    whole = fast_loss(case)[1]
+    case = block_case(DFlashConfig, Auto)
+    output, batch = block_loss(case, anchors=3)
+    whole = block_loss(case)[1]
     assert np.isin(batch.rows.tolist(), whole.rows.tolist()).all()
     assert batch.normaliser == batch.pair_counts[0] < whole.normaliser
     assert relative_error(output.loss, dense_loss(case, batch, 0.8)[0]) < 1e-12
