@@ -97,9 +97,9 @@ def run_pipeline(
         unused = "draft.vocab_size, draft.config and draft.initial are not used"
         print(f"train: draft.init_from brings its shape and its vocabulary; {unused}")
     if derived and "train" in listed:
-        unused = "draft.vocab_size, draft.ttt_steps and draft.initial are not used"
         drafted = f"has the target's vocabulary and drafts {config.draft.ttt_steps} tokens"
-        print(f"train: a block drafter {drafted}; {unused}")
+        unused = "draft.ttt_steps, draft.vocab_size, draft.fc_norm, draft.norm_output"
+        print(f"train: a block drafter {drafted}; {unused} and draft/initial are not used")
     if listed & {"check", "benchmark"}:
         draft = find_draft(config, run_dir)
         subject = Subject(draft, target, chat, data, cache_dir, config.seed)
