@@ -8,13 +8,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from eagle3.batch import Batch, Document, fill, split_by_cost
-from eagle3.config import Train
+from eagle3.batch import Batch, Document, SupervisedMask, fill, pack, split_by_cost
+from eagle3.config import DraftSection, Train
+from eagle3.draft.model import DraftConfig
+
+
+def packing(
+    section: DraftSection, shape: DraftConfig, in_draft_vocab: torch.Tensor, mask: SupervisedMask
+) -> Callable[[list[Document]], Batch]:
+    """How a run packs documents: `pack` with all else that it takes."""
+    settings = {"ttt_steps": section.ttt_steps, "mask": mask}
+    if shape.reads_mask_token:
+        settings["anchors"] = section.anchors
+    return partial(pack, in_draft_vocab=in_draft_vocab, **settings)
 
 
 class DocumentSource(Protocol):

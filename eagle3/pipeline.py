@@ -7,7 +7,7 @@ made lies under the fingerprint of what it was made from, and is made once.
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from hydra.utils import get_class
@@ -18,7 +18,7 @@ from eagle3.benchmark.compare import show as show_compared
 from eagle3.benchmark.measure import benchmark, load_tasks
 from eagle3.benchmark.request import Subject
 from eagle3.checks import reads_data, reads_store_alone
-from eagle3.config import RunConfig, instantiate
+from eagle3.config import RunConfig, flatten, instantiate
 from eagle3.data.chat import load_chat
 from eagle3.data.prepare import find_prepared, load_prepared, prepare
 from eagle3.data.regenerate import regenerate
@@ -68,6 +68,9 @@ def run_pipeline(
     processes = config.launch.nproc_per_node
     target = TargetHandle(read_spec(config.model), config.target, device, processes)
     config = replace(config, draft=complete_section(config.draft, target.spec))
+    given = flatten({"draft": asdict(asked.draft)})
+    used = flatten({"draft": asdict(config.draft)})
+    derived = {key: value for key, value in used.items() if value != given[key]}
     counts = config.eval.num_prompts, target.spec.config.vocab_size, config.draft.vocab_size
 
     # What the listed stages read, beside what lies in the run's own folder.
@@ -93,6 +96,10 @@ def run_pipeline(
         read_config(locate(config.draft.init_from, "draft.init_from"))
         unused = "draft.vocab_size, draft.config and draft.initial are not used"
         print(f"train: draft.init_from brings its shape and its vocabulary; {unused}")
+    if derived and "train" in listed:
+        drafted = f"has the target's vocabulary and drafts {config.draft.ttt_steps} tokens"
+        unused = "draft.ttt_steps, draft.vocab_size, draft.fc_norm, draft.norm_output"
+        print(f"train: a block drafter {drafted}; {unused} and draft/initial are not used")
     if listed & {"check", "benchmark"}:
         draft = find_draft(config, run_dir)
         subject = Subject(draft, target, chat, data, cache_dir, config.seed)
@@ -113,6 +120,7 @@ def run_pipeline(
         target,
         track_run(asked, run_dir, overrides, device, console) as tracking,
     ):
+        tracking.content["derived"] = derived
         begin()
         if "import" in listed or (store_alone and "train" in listed):
             path = Path(hidden.path)

@@ -5,7 +5,6 @@ import weakref
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from eagle3.batch import Batch, Features, pack
+from eagle3.batch import Batch, Features
 from eagle3.config import RunConfig, instantiate, layout
 from eagle3.data.chat import Chat
 from eagle3.data.encoder import Encoder
@@ -32,7 +31,7 @@ from eagle3.draft.initial import draft_config
 from eagle3.draft.model import Draft, DraftConfig
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import document_bytes
-from eagle3.loader import Loader
+from eagle3.loader import Loader, packing
 from eagle3.loss import SoftTargetLoss
 from eagle3.runs.disk import free_bytes, parse_size, size_text
 from eagle3.target.spec import TargetSpec
@@ -84,8 +83,7 @@ def plan(
     # Every token is taken for one of the draft vocabulary, a slight overestimate.
     everything = torch.ones(draft.config.vocab_size, dtype=torch.bool)
     budget = config.train.tokens_per_step * config.train.grad_accum * replicas
-    shared = {"ttt_steps": config.draft.ttt_steps, "mask": loss.mask}
-    packed = partial(pack, in_draft_vocab=everything, **shared)
+    packed = packing(config.draft, shape, everything, loss.mask)
     loader = Loader(documents, config.train, packed, budget, config.seed, 0, replicas)
     epoch, batches = loader.plan_epoch(0), []
     for update in epoch[:MEASURED_STEPS]:
@@ -306,8 +304,10 @@ def memory_of(
     ends = embedding if shape.tie_word_embeddings else 2 * embedding
     # A target split by an engine has its embedding and head whole on every GPU.
     target = ends + (parameters * element - ends) // config.target.get("tp_size", 1)
-    # Weight, gradient and AdamW's states in fp32; and the head's rows of the draft vocabulary.
-    draft = 16 * trained + config.draft.vocab_size * shape.hidden_size * element
+    # Weight, gradient and AdamW's states in fp32; and the head's rows of the draft vocabulary,
+    # unless those are all of it.
+    rows = config.draft.vocab_size % shape.vocab_size  # 0 of a whole vocabulary
+    draft = 16 * trained + rows * shape.hidden_size * element
     # Roughly one layer's activations, the auxiliary ones twice, and a chunk of logits.
     tokens = config.target.get("batch_tokens") or config.train.tokens_per_step
     numbers = (

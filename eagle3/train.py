@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 from hydra.utils import get_class
 
-from eagle3.batch import Batch, Document, Features, pack
+from eagle3.batch import Batch, Document, Features
 from eagle3.config import DraftSection, RunConfig, instantiate, layout
 from eagle3.data.prepare import load_prepared
 from eagle3.data.vocab import vocab_tensors
@@ -25,7 +26,7 @@ from eagle3.export.read import locate
 from eagle3.export.rules import read_draft
 from eagle3.hidden_states.store import HybridStore, Store, store_inputs
 from eagle3.hidden_states.supply import Supply
-from eagle3.loader import Feed, Loader
+from eagle3.loader import Feed, Loader, packing
 from eagle3.loss import FrozenWeights, SoftTargetLoss
 from eagle3.optim import GuardedOptimizer, with_prefix
 from eagle3.parallel.ranks import Ranks, load_target
@@ -204,17 +205,15 @@ def build_trainer(
     torch.manual_seed(config.seed)
     draft = build_draft(config.draft, target, weights, supply).to(target.device)
     draft.kernels = instantiate(config.draft.kernels)
-    frozen = FrozenWeights(weights.embedding, weights.head[draft.target_ids])
+    whole = len(draft.target_ids) == len(weights.head)  # a copy would be as large
+    head = weights.head if whole else weights.head[draft.target_ids]
+    frozen = FrozenWeights(weights.embedding, head)
     loss = instantiate(config.loss)
 
     # Ranks that share a batch are one replica: each packs it whole and keeps its part.
     group = math.prod(layout(config))
     replica, replicas = ranks.rank // group, ranks.world_size // group
-    in_vocab, steps = draft.t2d.cpu(), config.draft.ttt_steps
-    anchors = config.draft.anchors if draft.config.reads_mask_token else None
-    packed = partial(
-        pack, in_draft_vocab=in_vocab, ttt_steps=steps, mask=loss.mask, anchors=anchors
-    )
+    packed = packing(config.draft, draft.config, draft.t2d.cpu(), loss.mask)
     features, pack_documents = supply.features, packed
     if group > 1:
         sequence = Sequence(*layout(config), ranks.rank, draft.config, ranks.timeout)
@@ -232,7 +231,7 @@ def build_trainer(
     optimizer = instantiate(config.optimizer)(draft.parameters())
     scheduler = instantiate(config.scheduler)(optimizer, loader.total_updates)
     optim = GuardedOptimizer(optimizer, scheduler, section.max_grad_norm, shape.reduce_dtype)
-    meter = Meter(steps, loss.weights, target.device)
+    meter = Meter(config.draft.ttt_steps, loss.weights, target.device)
     trainer = Trainer(draft, frozen, loss, features, loader, optim, meter, ranks)
     if saved:
         try:
@@ -264,12 +263,15 @@ def build_draft(
                 has = f"draft.init_from={section.init_from} has {name}=false"
                 raise ConfigError(f"draft.{name}=true, but {has}; leave it and draft=eagle31 out")
         return draft
+    size, whole = section.vocab_size, spec.config.vocab_size
     # An imported store comes without prepared data, and counts its own tokens.
-    vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(section.vocab_size)
-    if len(vocab) != section.vocab_size:
-        problem = f"draft.vocab_size={section.vocab_size}, but the data's draft vocabulary has "
+    vocab = supply.prepared.vocab if supply.prepared else supply.store.vocab(size)
+    if size == whole:  # as it is of a block drafter, whatever a store was made with
+        vocab = np.arange(whole)
+    if len(vocab) != size:
+        problem = f"draft.vocab_size={size}, but the data's draft vocabulary has "
         raise ConfigError(f"{problem}{len(vocab)} tokens; set draft.vocab_size={len(vocab)}")
-    t2d, d2t = vocab_tensors(vocab, spec.config.vocab_size)
+    t2d, d2t = vocab_tensors(vocab, whole)
     shape = draft_config(section, spec.config, len(spec.aux_layer_ids))
     draft = shape.build(attention, t2d, d2t)
     draft.begin(instantiate(section.initial), weights.embedding, weights.head)

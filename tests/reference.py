@@ -21,6 +21,7 @@ from eagle3 import batch as supervision
 from eagle3 import loss as trainer_loss
 from eagle3.batch import Document, Features, pack
 from eagle3.draft.attention import Attend
+from eagle3.draft.block import DSparkConfig
 from eagle3.draft.model import EAGLE3, DraftConfig
 from eagle3.draft.ttt import unroll
 from eagle3.kernels.eager import Eager
@@ -280,6 +281,40 @@ def random_case(
     embedding = normal(vocab_size, 32)
     case = Case(draft, embedding, head, lengths, input_ids, loss_mask, aux, last_hidden)
     return case.to(dtype)
+
+
+def block_case(kind, attention, dtype=torch.float64, **sizes):
+    """`random_case` with another draft: its target has the draft's hidden size."""
+    case = random_case(attention, draft_vocab_size=50, dtype=dtype)
+    shape = {
+        "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50, "draft_vocab_size": 50,
+        "target_hidden_size": 24, "max_position_embeddings": 64, "num_hidden_layers": 2,
+        "block_size": 5, "mask_token_id": 7,
+    }  # fmt: skip
+    if kind is DSparkConfig:
+        shape["markov_rank"] = 6
+    t2d = torch.ones(50, dtype=torch.bool)
+    draft = kind(**shape | sizes).build(attention, t2d, torch.zeros(50, dtype=torch.int64))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in draft.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3 + (p.dim() == 1 and len(p) > 1))
+    case.draft, case.embedding = draft.to(dtype), case.embedding[:, :24].contiguous()
+    return case
+
+
+def block_loss(case, gamma=0.8, chunk_rows=7, anchors=None, scale=None):
+    """The trainer's loss of a block drafter (not yet divided) and its batch."""
+    steps = case.draft.config.block_size - case.draft.config.drafts_from
+    documents = [Document(*d) for d in case.documents()]
+    batch = pack(documents, case.draft.t2d, steps, supervision.serving, anchors)
+    features = case.features(batch)
+    shares = {"kl": 0.1, "tv": 0.9, "nla": 0.0, "reverse_kl": 0.0, "jsd": 0.0}
+    pointwise = partial(trainer_loss.mix, **shares)
+    loss = trainer_loss.SoftTargetLoss(pointwise, gamma, chunk_rows, supervision.serving)
+    hidden = case.draft.unroll(case.embedding, features.aux_hidden_states, batch)
+    return loss(case.draft, hidden, features, batch, case.head, scale), batch
 
 
 def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:

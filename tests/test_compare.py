@@ -46,6 +46,15 @@ def make(folder, acceptance, sampled=None, older=False, evaluation=None, pruned=
     return folder
 
 
+def test_what_the_target_decides_is_compared_as_it_was(tmp_path):
+    for name, derived in (("1", {}), ("2", {"draft.ttt_steps": 15})):
+        path = make(tmp_path / name, 2.5) / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"derived": derived}))
+    runs, notes = compare([tmp_path])
+    assert [run.settings for run in runs] == [{"draft.ttt_steps": "5"}, {"draft.ttt_steps": "15"}]
+    assert "runs differ in draft.ttt_steps" in notes[0]
+
+
 def test_only_what_differs_is_shown_and_intervals_are_paired(tmp_path):
     """A run alone is uncertain by what its prompts differ in; not so a difference."""
     changed = {

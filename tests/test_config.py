@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+import shutil
 import sys
 from itertools import chain, product, zip_longest
 from typing import Annotated
@@ -16,7 +17,8 @@ from omegaconf import OmegaConf
 
 from eagle3.checks import check, check_value, fits
 from eagle3.config import Within, flatten, label, layout
-from eagle3.draft.initial import derive_config, read_config
+from eagle3.data.vocab import complete_section
+from eagle3.draft.initial import derive_config, draft_config, read_config
 from eagle3.errors import ConfigError, first_line
 from eagle3.hydra_errors import explain
 from eagle3.runs.resume import command_to_resume, load_config, run_folder
@@ -97,6 +99,12 @@ SENTENCES = {
     "target.tp_size=2": "target.tp_size=2: target=hf cannot split it; use target=sglang",
     "draft.vocab_size=2049": "draft.vocab_size=2049 must be at most the target's vocab_size=2048",
     "draft=dspark & export.speculators=true": "is a form of EAGLE3, not of draft=dspark, which",
+    "draft=dflash & draft.block=1": "draft.block=1 must be within 2 and 16",
+    "draft=dflash & draft.block=17": "draft.block=17 must be within 2 and 16",
+    "draft=dflash & draft.anchors=0": "draft.anchors=0 must be at least 1",
+    "draft=dflash & draft.mask_token_id=2048": "give an id below 2048 of a token that no text",
+    "draft=dspark & eval.draft_length=8": "eval.draft_length=8 is more than the 7 tokens that a",
+    "draft=dflash & draft.block=5": "is more than the 4 tokens that a block drafts; raise draft.b",
     "parallel.ulysses=2": "parallel.ulysses x parallel.ring = 2 must divide launch.nproc_per_node",
     "parallel=usp & parallel.ring=2": "parallel.ring = 2 must divide launch.nproc_per_node x laun",
     "parallel=usp & launch.nproc_per_node=8": "parallel.ulysses=8 must divide the draft's 2 key/",
@@ -382,6 +390,27 @@ def test_draft_config_files(target_folder, tmp_path):
         (tmp_path / "draft.json").write_text(json.dumps({name: value}))
         with pytest.raises(ConfigError, match=f"{name}={value}, but it must be"):
             read_config(str(tmp_path / "draft.json"), derived)
+
+
+def test_what_a_block_drafter_takes_from_its_target(target_folder, tmp_path):
+    """Its vocabulary, and a token for the empty slots, which is to be named where there is no
+    tokenizer; a file with the shape changes neither.
+    """
+    given = "draft=dflash", "draft.ttt_steps=3", "draft.mask_token_id=null"
+    section = OmegaConf.to_object(compose_config(*given)).draft
+    completed = complete_section(section, spec_of(target_folder))
+    assert (completed.ttt_steps, completed.vocab_size) == (15, 2048)
+    assert completed.mask_token_id == 5 and complete_section(completed, spec_of(TINY / "target"))
+    shutil.copy(target_folder / "config.json", tmp_path)
+    with pytest.raises(ConfigError, match="mask_token_id=None: give an id below 2048 of a token"):
+        complete_section(section, spec_of(tmp_path))
+    completed.config, target = str(tmp_path / "draft.json"), spec_of(tmp_path).config
+    for name in ("block_size", "mask_token_id"):
+        (tmp_path / "draft.json").write_text(json.dumps({name: 7, "num_hidden_layers": 2}))
+        with pytest.raises(ConfigError, match=f"{name}=7, but it must be"):
+            draft_config(completed, target, 3)
+    (tmp_path / "draft.json").write_text('{"num_hidden_layers": 2}')
+    assert draft_config(completed, target, 3).num_hidden_layers == 2
 
 
 def test_more_processes_than_gpus(monkeypatch):

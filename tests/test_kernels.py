@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from reference import random_case, relative_error
+from reference import block_case, block_loss, random_case, relative_error
 
 from eagle3 import loss
 from eagle3.batch import DocumentSpans
 from eagle3.config import instantiate
 from eagle3.draft.attention import Attend, Dense
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto as AutoFlash
 from eagle3.errors import ConfigError
 from eagle3.kernels import fused
@@ -251,6 +252,23 @@ def test_whole_step(pointwise):
     case = random_case(AutoFlash, dtype=torch.float32)
     losses, gradients = step(case, Fused, pointwise)
     expected, expected_gradients = step(case.to(torch.float64), Eager, pointwise)
+    assert relative_error(losses, expected) < 1e-6
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name]) < 1e-5, name
+
+
+@TRITON
+@pytest.mark.parametrize("kind", [DFlashConfig, DSparkConfig])
+def test_whole_step_of_block_drafters(kind):
+    def step(case, kernels):
+        case.draft.kernels = kernels
+        _, batch = block_loss(case, anchors=9)
+        out, _ = block_loss(case, anchors=9, scale=1 / batch.normaliser)
+        return out.step_loss.detach(), case.gradients(out.loss / batch.normaliser)
+
+    case = block_case(kind, AutoFlash, torch.float32)
+    losses, gradients = step(case, Fused)
+    expected, expected_gradients = step(case.to(torch.float64), Eager)
     assert relative_error(losses, expected) < 1e-6
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected_gradients[name]) < 1e-5, name

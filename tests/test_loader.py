@@ -164,7 +164,7 @@ def test_a_batch_is_held_until_the_copying_stream_waits_for_its_work(monkeypatch
     ]  # fmt: skip
 
 
-def test_a_micro_step_leaves_nothing_to_the_next(monkeypatch):
+def test_a_micro_step_leaves_nothing_to_the_next():
     """A graph keeps copies of the weights, and what it was made of, as long as anyone holds it."""
     made = []
 
@@ -180,9 +180,8 @@ def test_a_micro_step_leaves_nothing_to_the_next(monkeypatch):
         def __call__(self, draft, hidden, *given, scale):
             return SimpleNamespace(loss=hidden.sum(), step_loss=0, step_correct=0, correct=0)
 
-    monkeypatch.setattr(train, "unroll", unroll)
-    monkeypatch.setattr(train, "training_flops", lambda *given: 0)
     trainer = MagicMock(feed=iter, loss=Loss(), update=0)
+    trainer.draft.unroll, trainer.draft.training_flops = unroll, lambda *given: 0
     trainer.ranks.all_reduce = int
     batches = [SimpleNamespace(features=SimpleNamespace(aux_hidden_states=0), normaliser=1)] * 3
     train.Trainer.train_update(trainer, batches, waited=0.0)

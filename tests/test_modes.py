@@ -17,6 +17,7 @@ from eagle3.target.handle import TargetHandle
 
 ALL = "stages=[prepare,generate,capture,train]"
 MODES = Online, Offline, Hybrid
+BLOCK = ["draft.layers=2", "draft.block=4", "draft.anchors=3", "loss=mix"]
 ALONE = ["train.documents_per_update=1", "train.tokens_per_step=96", "target.batch_tokens=4"]
 
 
@@ -152,6 +153,10 @@ def test_a_store_is_enough_to_train(settings, tmp_path, monkeypatch, capsys):
     again = mode(settings, "offline", "stages=[train,export]", *given)
     run(again, tmp_path / "two")
     assert len(losses(tmp_path / "two")) == 6
+    # Hidden states know nothing of the draft, nor of its vocabulary.
+    other = mode(settings, "offline", "stages=[prepare,train]", *given, "draft=dflash", *BLOCK)
+    run(other, tmp_path / "dflash")
+    assert len(losses(tmp_path / "dflash")) == 6
     with pytest.raises(RunError, match=r"dtype.*fp32.*int8"):
         run([*again, "hidden_states.dtype=int8"], tmp_path / "three")
     damage(path)
@@ -160,7 +165,10 @@ def test_a_store_is_enough_to_train(settings, tmp_path, monkeypatch, capsys):
     run([*again, "hidden_states.on_damage=skip"], tmp_path / "five")
     assert len(losses(tmp_path / "five")) == 6
     said = capsys.readouterr().out
-    assert "1 damaged document" in said and said.count(f"capture: reused {path}\n") == 3
+    assert "1 damaged document" in said and said.count(f"capture: reused {path}\n") == 4
+    assert (
+        said.count("a block drafter has the target's vocabulary and drafts 3 tokens; draft.") == 1
+    )
 
 
 @pytest.mark.runs
@@ -175,15 +183,20 @@ def test_hybrid_is_near_online(settings, tmp_path):
 
 @pytest.mark.runs
 @pytest.mark.parametrize(
-    ("name", "stages", "stops"), [("offline", ALL, [9]), ("hybrid", TRAIN_ONLY, [3, 9])]
+    ("name", "stages", "stops", "kind"),
+    [
+        ("offline", ALL, [9], []),
+        ("hybrid", TRAIN_ONLY, [3, 9], []),
+        ("hybrid", TRAIN_ONLY, [3, 9], ["draft=dspark", *BLOCK]),
+    ],
 )
-def test_stopped_runs_go_on_bit_for_bit(settings, tmp_path, monkeypatch, name, stages, stops):
+def test_stopped_runs_go_on_bit_for_bit(settings, tmp_path, monkeypatch, name, stages, stops, kind):
     """In bf16, so that it shows whether a document was read or computed: in epoch 0 and in a later
-    one.
+    one. Anchors are those of the epoch.
     """
     more = "hidden_states.dtype=bf16", "train.max_steps=14", "train.save_every=4"
     weights = "powers" if name == "offline" else "reached"  # whose running means go on too
-    more += "train.eval_every=14", f"loss/weights={weights}"
+    more += "train.eval_every=14", *kind, f"loss/weights={weights}"
     again = mode(settings, name, stages, *more)
     run([*again, f"hidden_states.path={tmp_path / 'one'}"], tmp_path / "whole")
     given = [*again, f"hidden_states.path={tmp_path / 'two'}"]

@@ -22,9 +22,10 @@ from eagle3.config import Source
 from eagle3.data.chat import Chat
 from eagle3.data.prepare import INDEX, Prepared
 from eagle3.data.sources import find_files
+from eagle3.data.vocab import complete_section
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import Auto
-from eagle3.draft.model import EAGLE3, DraftConfig
-from eagle3.draft.ttt import training_flops, unroll
+from eagle3.draft.model import DraftConfig
 from eagle3.errors import RunError
 from eagle3.hidden_states.shards import document_bytes
 from eagle3.runs.disk import check_disk, free_bytes, size_text
@@ -73,23 +74,30 @@ def test_costs_of_targets():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("supervised", "ttt_steps", "variant"),
-    [(0.3, 7, {}), (0.6, 1, {"fc_norm": True}), (1.0, 3, {"num_aux_hidden_states": 5})],
+    ("supervised", "ttt_steps", "kind", "variant"),
+    [
+        (0.3, 7, DraftConfig, {}),
+        (0.6, 1, DraftConfig, {"fc_norm": True}),
+        (1.0, 3, DraftConfig, {"num_aux_hidden_states": 5}),
+        (0.6, 3, DFlashConfig, {"num_hidden_layers": 2, "block_size": 4}),
+        (0.3, 5, DSparkConfig, {"num_hidden_layers": 3, "block_size": 5, "markov_rank": 12}),
+    ],
 )
 @pytest.mark.runs
-def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps, variant):
+def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps, kind, variant):
     """Its FLOPs are those of the formula, to a thousandth; its peak is what autograd keeps of
     a real step, and what the loss works on.
     """
-    config = DraftConfig(96, 320, 6, 2, 16, 300, 200, 96, 512, **variant)
-    in_vocab, ids = torch.arange(300) < 200, torch.zeros(200, dtype=torch.long)
+    size = 200 if kind is DraftConfig else 300
+    config = kind(96, 320, 6, 2, 16, 300, size, 96, 512, **variant)
+    in_vocab, ids = torch.arange(300) < size, torch.zeros(size, dtype=torch.long)
     masks = [torch.arange(n) >= n * (1 - supervised) for n in (150, 60, 200)]
     documents = [Document(0, ids[: len(mask)], mask) for mask in masks]
     batch, loss = pack(documents, in_vocab, ttt_steps, serving), soft_target_loss()
     hollow = planning.draft_without_data(config)
     flops, peak = planning.measure_step(hollow, batch, loss, dtype)
-    assert flops == pytest.approx(training_flops(config, batch), rel=1e-3)
-    draft = EAGLE3(config, Auto, in_vocab, ids)
+    assert flops == pytest.approx(hollow.training_flops(config, batch), rel=1e-3)
+    draft = config.build(Auto, in_vocab, ids)
     length, teachers = len(batch.input_ids), len(batch.teacher_rows)
     embedding = torch.randn(300, 96).to(dtype)
     aux, last = torch.randn(length, config.aux_size).to(dtype), torch.randn(teachers, 96).to(dtype)
@@ -101,8 +109,8 @@ def test_the_measured_step_is_the_real_one(dtype, supervised, ttt_steps, variant
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = unroll(draft, embedding, aux, batch)
-        loss(draft, hidden, features, batch, embedding[:200])
+        hidden = draft.unroll(embedding, aux, batch)
+        loss(draft, hidden, features, batch, embedding[:size])
     own = {parameter.untyped_storage().data_ptr() for parameter in draft.parameters()}
     sizes = [t.untyped_storage().nbytes() for place, t in kept.items() if place not in own]
     assert 0.7 * sum(sizes) < peak < 2 * sum(sizes)
@@ -196,6 +204,7 @@ def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
         given = ["model=llama3-8b", "data.max_length=4096", "hidden_states.dtype=bf16"]
         given += [f"cache_dir={tmp_path}", *overrides]
         config = OmegaConf.to_object(compose_config(*given))
+        config.draft = complete_section(config.draft, spec(LLAMA))
         return planning.plan(config, spec(LLAMA), [], None, prepared, cpu, tmp_path)
 
     roomy, narrow = made(10e12), made(500e9)
@@ -231,6 +240,15 @@ def test_llama_8b_on_sharegpt(tmp_path, monkeypatch):
     assert narrow.recommended.startswith("mode=online: 450.0 GB")
     assert made(10e12, "train.epochs=1").recommended.startswith("mode=online: 2.4 TB")
     assert made(10e12, "hidden_states.max_disk=2TB").disk[planning.KEPT] == (2e12, 2e12)
+    block = "draft=dflash", "draft.layers=1", "draft.block=4", "draft.mask_token_id=0"
+    few, many = made(10e12, *block, "draft.anchors=8"), made(10e12, *block)
+    assert (
+        few.hours["1 x H200"]["train, mode=offline"]
+        < 0.3 * many.hours["1 x H200"]["train, mode=offline"]
+    )
+    # The head is the target's own.
+    of_weights = 16 * many.data["parameters of the draft"]
+    assert many.memory["draft, gradients, optimiser"][0] == of_weights
     memory = roomy.memory | {planning.GPU: [int(32e9)] * 3}
     assert planning.recommend(roomy.disk, memory, hours).startswith("mode=offline")
     console = Console(width=80, file=io.StringIO(), markup=False, soft_wrap=True)

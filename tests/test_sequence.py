@@ -18,8 +18,9 @@ from conftest import free_port, soft_target_loss
 
 from eagle3.batch import Document, Features, pack, serving, shifted
 from eagle3.draft.attention import Dense
+from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import FlashCPU
-from eagle3.draft.model import EAGLE3, DraftConfig
+from eagle3.draft.model import DraftConfig
 from eagle3.loader import Loader
 from eagle3.loss import FrozenWeights, Powers, Reached, kl
 from eagle3.optim import GuardedOptimizer
@@ -39,6 +40,20 @@ SHAPE = DraftConfig(
     vocab_size=VOCAB, draft_vocab_size=40, target_hidden_size=12, max_position_embeddings=256,
     initializer_range=0.3, num_aux_hidden_states=2, fc_norm=True, norm_output=True,
 )  # fmt: skip
+BLOCKS = {
+    "hidden_size": 12, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 6, "vocab_size": VOCAB, "draft_vocab_size": VOCAB, "target_hidden_size": 12,
+    "max_position_embeddings": 256, "initializer_range": 0.3, "num_aux_hidden_states": 2,
+    "num_hidden_layers": 2, "mask_token_id": 7,
+}  # fmt: skip
+# By the kind of draft and whether its features are stored.
+CASES = {
+    ("eagle3", True): SHAPE,
+    ("eagle3", False): SHAPE,
+    ("dflash", True): DFlashConfig(**BLOCKS, block_size=STEPS + 1),
+    ("dspark", False): DSparkConfig(**BLOCKS, block_size=STEPS, markov_rank=5),
+}
+ANCHORS = 9
 CHOSEN = torch.arange(VOCAB) % 3 < 2
 # (ulysses, ring) by number of processes; the rest of the processes train on other documents
 LAYOUTS = {2: [(1, 1), (2, 1), (1, 2)], 4: [(2, 2), (1, 2), (1, 4)]}
@@ -53,6 +68,9 @@ class Conversations:
         self.ids = [torch.from_numpy(randomly.integers(0, VOCAB, n)) for n in LENGTHS]
         turns = [np.cumsum(randomly.random(n) < 0.15) for n in LENGTHS]
         self.masks = [torch.from_numpy(turn % 2 == 1) for turn in turns]
+        for number in (0, 1, 2, 4, 7):
+            self.masks[number][:] = False
+        self.masks[0][40:45] = True  # a micro-batch of which most ranks have no row
         self.supervised = np.array([int(mask.sum()) for mask in self.masks])
 
     def begin(self, epoch):
@@ -75,17 +93,22 @@ def imagine(batch):
     return Features(states[:, :24], teachers[:, 36:], teachers.argmax(1) + 5, logsumexp)
 
 
-def trainer_of(ranks, ulysses, ring, stored, reduce_dtype=torch.float64):
+def trainer_of(ranks, ulysses, ring, case, reduce_dtype=torch.float64):
+    shape, stored = CASES[case], case[1]
     torch.manual_seed(0)
-    d2t = CHOSEN.nonzero()[:, 0] - torch.arange(40)
-    draft = EAGLE3(SHAPE, FlashCPU, CHOSEN, d2t).double()
-    embedding = torch.randn(VOCAB, 16, dtype=torch.float64)
-    frozen = FrozenWeights(embedding, torch.randn(40, 12, dtype=torch.float64))
+    chosen = CHOSEN if shape is SHAPE else torch.ones(VOCAB, dtype=torch.bool)
+    d2t = chosen.nonzero()[:, 0] - torch.arange(shape.draft_vocab_size)
+    draft = shape.build(FlashCPU, chosen, d2t).double()
+    embedding = torch.randn(VOCAB, shape.hidden_size, dtype=torch.float64)
+    head = torch.randn(shape.draft_vocab_size, 12, dtype=torch.float64)
+    frozen = FrozenWeights(embedding, head)
     features, group = imagine, ulysses * ring
-    packed = partial(pack, in_draft_vocab=CHOSEN, ttt_steps=STEPS, mask=serving)
+    packed = partial(pack, in_draft_vocab=chosen, ttt_steps=STEPS, mask=serving)
+    if shape is not SHAPE:
+        packed = partial(packed, anchors=ANCHORS)
     pack_documents = packed
     if group > 1:
-        shared = Sequence(ulysses, ring, ranks.rank, SHAPE, timedelta(minutes=30))
+        shared = Sequence(ulysses, ring, ranks.rank, shape, timedelta(minutes=30))
         features = partial(shared.features, imagine, embedding.dtype)
 
         def pack_documents(documents):
@@ -133,13 +156,13 @@ def in_process(rank, world_size, port, out):
 
     sequence.all_to_all_single_autograd = counted
     for ulysses, ring in LAYOUTS[world_size]:
-        for stored in (True, False):
+        for case in CASES:
             sent.clear()
-            trainer = trainer_of(ranks, ulysses, ring, stored)
+            trainer = trainer_of(ranks, ulysses, ring, case)
             result = train(trainer) | {"sent": list(sent)}
-            results[ulysses, ring, stored] = result | {"expected": expected_sent(trainer)}
+            results[ulysses, ring, case] = result | expected_sent(trainer)
     if world_size == 2:
-        results["bf16"] = train(trainer_of(ranks, 1, 1, True, torch.bfloat16))
+        results["bf16"] = train(trainer_of(ranks, 1, 1, ("eagle3", True), torch.bfloat16))
     if rank in (0, world_size - 1):
         torch.save(results, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -147,32 +170,36 @@ def in_process(rank, world_size, port, out):
 
 def expected_sent(trainer):
     """Elements that one rank sends in each exchange of the forward pass; the backward pass returns
-    as many.
+    as many. And how many batches had no row for it.
 
     Step 0: its tokens' keys and values, a share of the heads, to each other rank. Then nothing with
     ring alone; with ulysses, the queries (and from step 1 on k and v) of its rows for other ranks'
-    heads, and theirs back.
+    heads, and theirs back. A block drafter does so in each layer, with all slots of its rows.
     """
-    trainer.loader.state, elements = {"epoch": 0, "update": 0}, []
-    updates = iter(trainer.loader)
+    trainer.loader.state, elements, shape = {"epoch": 0, "update": 0}, [], trainer.draft.config
+    updates, empty = iter(trainer.loader), 0
+    kv_heads, slots, layers = 2 * shape.num_key_value_heads, 1, 1
+    if shape.reads_mask_token:
+        slots, layers = shape.block_size, shape.num_hidden_layers
     for batch in [batch for _ in range(UPDATES) for batch in next(updates)]:
-        if batch.exchange is None:
-            continue
-        group = batch.exchange.sequence
-        head = SHAPE.head_dim // group.ulysses
-        elements.append((group.size - 1) * batch.tokens * 2 * SHAPE.num_key_value_heads * head)
-        others, heads = group.ulysses - 1, SHAPE.num_attention_heads
-        for step, everyone in enumerate(map(sum, batch.exchange.row_counts)):
-            if others and (everyone or step == 0):
-                own = heads + (2 * SHAPE.num_key_value_heads if step else 0)
-                elements.append(others * batch.row_counts[step] * own * head)
-                elements.append((everyone - batch.row_counts[step]) * heads * head)
-    return elements
+        empty += len(batch.rows) == 0
+        for _ in range(layers if batch.exchange else 0):
+            group = batch.exchange.sequence
+            head = shape.head_dim // group.ulysses
+            elements.append((group.size - 1) * batch.tokens * kv_heads * head)
+            others, heads = group.ulysses - 1, shape.num_attention_heads
+            steps = batch.exchange.row_counts[: None if layers == 1 else 1]
+            for step, everyone in enumerate(map(sum, steps)):
+                if others and (everyone or step == 0):
+                    own = heads + (kv_heads if step or shape.reads_mask_token else 0)
+                    elements.append(others * batch.row_counts[step] * slots * own * head)
+                    elements.append((everyone - batch.row_counts[step]) * slots * heads * head)
+    return {"expected": elements, "empty": empty}
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return {stored: train(trainer_of(Ranks(), 1, 1, stored)) for stored in (True, False)}
+    return {case: train(trainer_of(Ranks(), 1, 1, case)) for case in CASES}
 
 
 @pytest.mark.runs
@@ -183,13 +210,14 @@ def test_every_layout_equals_one_process(alone, world_size, tmp_path):
     for rank in (0, world_size - 1):
         results = torch.load(tmp_path / f"{rank}.pt")
         if world_size == 2:  # gradients rounded to 8 bits: near, and not the same
-            runs = results.pop("bf16"), alone[True]
+            runs = results.pop("bf16"), alone["eagle3", True]
             rounded, exact = ([update["norm"] for update in run["seen"]] for run in runs)
             assert rounded == pytest.approx(exact, rel=0.05)
             assert rounded != pytest.approx(exact, rel=1e-6)
-        assert len(results) == 2 * len(LAYOUTS[world_size])
-        for (ulysses, ring, stored), result in results.items():
-            layout, expected = (ulysses, ring, stored), alone[stored]
+        assert len(results) == len(CASES) * len(LAYOUTS[world_size])
+        assert rank == 0 or any(result["empty"] for result in results.values())
+        for (ulysses, ring, case), result in results.items():
+            layout, expected = (ulysses, ring, case), alone[case]
             for one, many in zip(expected["seen"], result["seen"], strict=True):
                 assert many == pytest.approx(one, rel=1e-10, abs=1e-12, nan_ok=True), layout
             for name, weight in result["weights"].items():

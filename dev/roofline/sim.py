@@ -37,7 +37,6 @@ from rich.table import Table  # noqa: E402
 from torch._subclasses.fake_tensor import unset_fake_temporarily  # noqa: E402
 from workload import LLAMA, Documents, Work, make_target, make_trainer  # noqa: E402
 
-from eagle3.draft.ttt import training_flops  # noqa: E402
 from eagle3.plan import target_costs  # noqa: E402
 from eagle3.target.hf import HFTarget  # noqa: E402
 
@@ -93,9 +92,12 @@ def simulate(options: argparse.Namespace) -> Simulated:
     if runs_target:
         flops += batch.tokens * target_costs(spec, documents)[2]
     if not options.prefill:
-        flops += training_flops(shape, batch)
-        # Each row of each step meets half of its document's keys, forward and backward.
-        keys = sum(batch.row_counts) * work.length / 2
+        flops += trainer.draft.training_flops(shape, batch)
+        queries = sum(batch.row_counts)
+        if shape.reads_mask_token:
+            queries = len(batch.rows) * shape.block_size * shape.num_hidden_layers
+        # Each meets half of its document's keys, forward and backward.
+        keys = queries * work.length / 2
         attention = 14 * keys * shape.num_attention_heads * shape.head_dim
     return Simulated(recorder, batch.tokens, flops, attention)
 

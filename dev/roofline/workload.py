@@ -2,7 +2,7 @@
 with weights, documents and hidden states made up.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from eagle3.batch import Document, Features, empty_on_host
 from eagle3.config import CONF, RunConfig
+from eagle3.data.vocab import complete_section
 from eagle3.draft.model import Draft
 from eagle3.parallel.ranks import Ranks
 from eagle3.target.hf import HFTarget
@@ -45,11 +46,12 @@ class Work:
 
     def config(self) -> tuple[RunConfig, TargetSpec]:
         given = ["name=x", "model=hf", f"model.path={self.model}", "mode=offline"]
-        given += [f"train.tokens_per_step={self.tokens}", *self.overrides]
+        given += [f"train.tokens_per_step={self.tokens}", "draft.mask_token_id=0", *self.overrides]
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = OmegaConf.to_object(compose("run", given))
-        return config, read_spec(config.model)
+        spec = read_spec(config.model)
+        return replace(config, draft=complete_section(config.draft, spec)), spec
 
 
 class Documents:

@@ -22,12 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from eagle3.benchmark.statistics import interval95
-from eagle3.config import flatten
 from eagle3.errors import ConfigError, RunError
 from eagle3.evaluate import ratio
 from eagle3.runs.disk import read_json
 from eagle3.runs.logger import read_metrics, redact
-from eagle3.runs.report import Plot, cell, curve, series, templates
+from eagle3.runs.report import Plot, cell, curve, series, settings_of, templates
 
 GREEDY = "0"  # the temperature of an evaluation's own numbers; others are in its `sampled`
 # Of the config: what every run has for itself, and what changes the meaning of a loss.
@@ -124,7 +123,7 @@ def read_run(path: Path) -> Run:
     if evaluation and not (isinstance(lengths, dict) and str(length) in lengths):
         raise RunError(f"{path / 'evaluation.json'} is damaged or of an older version")
     pruned = recorded.get("pruned", False)
-    return Run(path, path.name, flatten(recorded["config"]), evaluation, metrics, pruned)
+    return Run(path, path.name, settings_of(recorded), evaluation, metrics, pruned)
 
 
 def in_order(path: Path) -> list[Any]:

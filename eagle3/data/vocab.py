@@ -1,5 +1,6 @@
 """The draft vocabulary: which target tokens the draft can propose."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,8 @@ def complete_section(section: DraftSection, spec: TargetSpec) -> DraftSection:
         return section
     given = section.mask_token_id
     if given is None:
-        given = find_spare_token(load_tokenizer(spec), size)
+        with suppress(ConfigError):  # a target without a tokenizer
+            given = find_spare_token(load_tokenizer(spec), size)
     if given is None or given >= size:
         wanted = f"an id below {size} of a token that no text holds"
         raise ConfigError(f"draft.mask_token_id={section.mask_token_id}: give {wanted}")

@@ -35,7 +35,7 @@ from eagle3.config import DraftSection
 from eagle3.draft.attention import Backend, KeysValues
 from eagle3.draft.model import MLP, Draft, DraftConfig, Linear, RMSNorm
 from eagle3.errors import ConfigError
-from eagle3.kernels.eager import Eager, Weights, rotate
+from eagle3.kernels.eager import Eager, TakeRows, Weights
 
 
 @dataclass
@@ -125,7 +125,9 @@ class BlockLayer(nn.Module):
         rest = (p.weight for p in (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         return kernels.layer_weights(qkv, *rest, dtype)
 
-    def heads(self, projected: Tensor, counts: tuple[int, ...], rotation) -> list[Tensor]:
+    def heads(
+        self, projected: Tensor, counts: tuple[int, ...], rotation, kernels=Eager
+    ) -> list[Tensor]:
         """[n,*] -> heads [n,count,d]; the last `counts` are values, those in front queries (where
         there are three) and keys, normed and rotated.
         """
@@ -133,7 +135,7 @@ class BlockLayer(nn.Module):
         size = self.self_attn.q_norm.normalized_shape[0]
         *turned, values = projected.unflatten(-1, (-1, size)).split(counts, dim=1)
         normed = (norm(x) for norm, x in zip(norms, turned, strict=True))
-        return [*(rotate(x, *rotation) for x in normed), values.contiguous()]
+        return [*(kernels.rotate(x, *rotation) for x in normed), values.contiguous()]
 
     def finish(self, hidden: Tensor, attended: Tensor, kernels, weights: Weights) -> Tensor:
         """Output projection, residual and MLP: hidden [n,D], attended [n,H,d] -> [n,D]."""
@@ -205,7 +207,7 @@ class DFlash(Draft):
 
     def begin(self, initial: Callable[..., None], embedding: Tensor, head: Tensor) -> None:
         token = self.config.mask_token_id
-        if not embedding[token].any():  # a norm leaves it so, and slots would not differ
+        if (embedding[token] == 0).all():  # a norm leaves it so, and slots would not differ
             problem = f"draft.mask_token_id={token}: the target's embedding of it is all zeros"
             raise ConfigError(f"{problem}; name another token that no text holds")
 
@@ -247,22 +249,21 @@ class DFlash(Draft):
         for layer in self.layers:
             weights = layer.weights(kernels, dtype)
             of_context = kernels.linear(context, weights.hidden[heads * config.head_dim :])
-            k, v = layer.heads(of_context, (keys, keys), context_rotation)
+            k, v = layer.heads(of_context, (keys, keys), context_rotation, kernels)
             merging = MergeBlock(size)
             keys_values = (batch.exchange or KeysValues)(merging, self.attention, batch, k, v)
             projected = kernels.linear(layer.input_layernorm(hidden), weights.hidden)
-            block = layer.heads(projected, (heads, keys, keys), rotation)
+            block = layer.heads(projected, (heads, keys, keys), rotation, kernels)
             attended = keys_values.attend(*map(by_group, block))
             attended = attended.unflatten(1, (keys, size, -1)).transpose(1, 2).flatten(0, 1)
             hidden = layer.finish(hidden, attended.flatten(1, 2), kernels, weights)
-        hidden = hidden.unflatten(0, (-1, size))
-        steps = []
-        for step, count in enumerate(batch.row_counts):
-            newest = ahead(count, step + 1)
-            steps.append(self.step_output(hidden[:count, config.drafts_from + step], newest))
-        return torch.cat(steps)
+        first = torch.arange(len(places), device=places.device) * size + config.drafts_from
+        steps = list(enumerate(batch.row_counts))
+        drafting = torch.cat([first[:count] + step for step, count in steps])
+        newest = torch.cat([ahead(count, step + 1) for step, count in steps])
+        return self.outputs(TakeRows.apply(hidden, drafting), newest)
 
-    def step_output(self, hidden: Tensor, newest: Tensor) -> Tensor:
+    def outputs(self, hidden: Tensor, newest: Tensor) -> Tensor:
         """For the head, of slots' states [n,D]; `newest` [n] are the tokens before the drafted."""
         return hidden
 
@@ -278,8 +279,8 @@ class DFlash(Draft):
 
     @staticmethod
     def training_flops(config: DFlashConfig, batch: Batch) -> int:
-        """FLOPs of the products in a forward and backward pass of unroll and loss, without those of
-        attention.
+        """FLOPs of the products in a forward and backward pass of unroll and loss, without the
+        causal part of attention.
         """
         size, length = config.hidden_size, batch.tokens
         queries = config.num_attention_heads * config.head_dim
@@ -287,10 +288,12 @@ class DFlash(Draft):
         slots = len(batch.rows) * config.block_size
         layer = length * size * keys + slots * size * (2 * queries + keys)
         layer += 3 * slots * size * config.intermediate_size
+        within_block = 14 * slots * queries * config.block_size  # its scores are made twice
         once = 4 * length * size * config.aux_size
         head = len(batch.pair_index) * size * config.draft_vocab_size
         teacher = len(batch.teacher_rows) * size * config.draft_vocab_size
-        return once + 6 * config.num_hidden_layers * layer + 4 * head + 2 * teacher
+        layers = config.num_hidden_layers * (6 * layer + within_block)
+        return once + layers + 4 * head + 2 * teacher
 
 
 class DSpark(DFlash):
@@ -313,7 +316,7 @@ class DSpark(DFlash):
         nn.init.zeros_(proj.weight)
         nn.init.zeros_(proj.bias)
 
-    def step_output(self, hidden: Tensor, newest: Tensor) -> Tensor:
+    def outputs(self, hidden: Tensor, newest: Tensor) -> Tensor:
         bias = F.embedding(newest, self.markov_head["markov_w1"].weight)
         return torch.cat([hidden, bias.to(hidden.dtype)], dim=1)
 
@@ -327,6 +330,13 @@ class DSpark(DFlash):
 
     def head_weights(self, target_head: Tensor) -> tuple[Tensor, Tensor]:
         return target_head, self.markov_head["markov_w2"].weight
+
+    @staticmethod
+    def training_flops(config: DSparkConfig, batch: Batch) -> int:
+        rank, pairs = config.markov_rank, len(batch.pair_index)
+        confidence = config.hidden_size + rank
+        further = 6 * pairs * (rank * config.draft_vocab_size + confidence)
+        return DFlash.training_flops(config, batch) + further
 
     def confidence(self, students: Tensor) -> Tensor:
         """[n], before the sigmoid: how likely the target keeps what is drafted."""

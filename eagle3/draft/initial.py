@@ -16,7 +16,7 @@ from eagle3.errors import ConfigError
 
 # What a file of the guides may name but not change.
 FIXED = ("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "hidden_act")
-FIXED += ("num_aux_hidden_states",)
+FIXED += ("num_aux_hidden_states", "block_size", "mask_token_id")
 
 
 def derive_config(target: PretrainedConfig, draft_vocab_size: int) -> DraftConfig:
@@ -64,7 +64,7 @@ def read_config(path: str, derived: DraftConfig) -> DraftConfig:
         problem = f"draft.config={path} is not a JSON object with the draft's shape: {error}"
         raise ConfigError(problem) from error
     for name in FIXED:
-        value, needed = shape.get(name), getattr(derived, name)
+        value, needed = shape.get(name), getattr(derived, name, None)
         if value is not None and value != needed:
             raise ConfigError(f"draft.config={path}: {name}={value}, but it must be {needed} here")
     return replace(derived, **shape)

@@ -7,14 +7,14 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token, hf_hub_download
 
-from eagle3.config import flatten, last_part
+from eagle3.config import last_part
 from eagle3.draft.model import DraftConfig
 from eagle3.errors import ConfigError, RunError, first_line
 from eagle3.export.read import is_hub_id, read_config, read_shape
 from eagle3.export.serve import ENGINES, serve_text
 from eagle3.runs.disk import read_json, write_atomically
 from eagle3.runs.logger import redact
-from eagle3.runs.report import benchmark_rows, cell, cells, templates
+from eagle3.runs.report import benchmark_rows, cell, cells, settings_of, templates
 
 RECIPE = (
     "mode._target_", "model.aux_layer_ids", "draft.init_from", "loss.gamma",
@@ -55,7 +55,7 @@ def write_card(run_dir: Path) -> Path:
 
 def recipe(run: dict[str, Any], evaluation: dict[str, Any], shape: DraftConfig) -> dict[str, str]:
     """What was trained how, by key of the config."""
-    settings, versions = flatten(run["config"]), run.get("versions", {})
+    settings, versions = settings_of(run), run.get("versions", {})
     own = BLOCK if shape.reads_mask_token else ("draft.ttt_steps", "draft.vocab_size")
     found = {key.removesuffix("._target_"): last_name(settings.get(key)) for key in RECIPE + own}
     if settings.get("draft.init_from"):

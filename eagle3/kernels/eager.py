@@ -134,6 +134,8 @@ class Eager:
         gate, up = (linear(x, weight) for weight in weights.gate_up)
         return residual + GatedDown.apply(gate, up, weights.down.to(x.dtype))
 
+    rotate = staticmethod(rotate)
+
     @staticmethod
     def heads(
         projected: Tensor, tokens: Any, places: Tensor, cos: Tensor, sin: Tensor,

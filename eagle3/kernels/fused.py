@@ -177,6 +177,27 @@ class Heads(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
+class Rotate(torch.autograd.Function):
+    """Heads x [n,H,d]; backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return rotate(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """By the kernel that adds tokens: zeros."""
+    n, count, size = x.shape
+    nothing, places = x.new_zeros(1, count * size), torch.zeros_like(cos[:, 0, 0], dtype=torch.long)
+    return heads(x.reshape(n, -1), nothing, places, cos, sin, [count, 0, 0])[0]
+
+
 class Fused:
     """Half precision and fp32, on CUDA (or in Triton's interpreter)."""
 
@@ -233,6 +254,10 @@ class Fused:
     @staticmethod
     def heads(projected, tokens, places, cos, sin, counts):
         return Heads.apply(projected, tokens.anchor, tokens, places, cos, sin, counts)
+
+    @staticmethod
+    def rotate(x, cos, sin):
+        return Rotate.apply(x, cos, sin)
 
     @staticmethod
     def merge(q, out, lse, later):

@@ -173,6 +173,8 @@ class Sequence:
         config, depth_of_token = self.config, torch.zeros_like(batch.input_ids)
         for count in batch.row_counts:
             depth_of_token[batch.rows[:count]] += 1  # how many steps need its row
+        if config.reads_mask_token:  # which goes through all slots and layers
+            depth_of_token[batch.rows] = config.block_size * config.num_hidden_layers
         # Multiplications: fc, k^0 and v^0 of every token; the rest of the layer, the head and
         # attention to the tokens before at every step that needs the row. Prompts cost least.
         queries = config.num_attention_heads * config.head_dim

@@ -164,9 +164,14 @@ def defaults() -> dict[str, Any]:
     return compose_flat(["model=hf"])
 
 
-def changed(config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def settings_of(run: dict[str, Any]) -> dict[str, Any]:
+    """By dotted key what a run.json was asked for, or what the target has made of it."""
+    return flatten(run["config"]) | run.get("derived", {})
+
+
+def changed(given: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs from the defaults: (value, default) by dotted key."""
-    known, given = defaults(), flatten(config)
+    known = defaults()
     keys = [key for key in given if key not in UNCOMPARED and known.get(key, ...) != given[key]]
     return {key: (given[key], known.get(key)) for key in keys}
 
@@ -209,7 +214,7 @@ def write_report(run_dir: Path) -> Path:
     values |= {"warnings": warnings, "samples": benchmark.get("samples", {})}
     values["lengths"] = by_prompt_length(rows)
     values |= {"times": time_parts(run, metrics), "duration": duration}
-    values |= {"changed": changed(run["config"])}
+    values |= {"changed": changed(settings_of(run))}
     values["command"] = shlex.join(["python", "run.py", *run.get("overrides", [])])
     if (run_dir / "draft" / "config.json").exists():
         values["draft"] = shlex.quote(str((run_dir / "draft").resolve()))
