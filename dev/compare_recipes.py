@@ -1,4 +1,4 @@
-"""Ways to train a draft against today's default, at equal data, paired over seeds and prompts.
+"""Ways to train a draft against EAGLE3 and `loss=kl`, at equal data, paired over seeds and prompts.
 
     python dev/compare_recipes.py --seeds 5                      # all recipes, the embedded target
     python dev/compare_recipes.py --recipes mix --add 'both=draft=eagle31 loss=mix'
@@ -28,25 +28,28 @@ from eagle3.config import Model, compose_flat
 from eagle3.target.spec import read_spec
 
 ROOT = Path(__file__).parents[1]
+EAGLE3, EAGLE31 = (f"draft={draft} loss/weights=powers" for draft in ("eagle3", "eagle31"))
+DSPARK = "draft=dspark draft.block=5 loss=mix loss/weights=powers train.max_grad_norm=4"
 RECIPES = {
-    "default": "",
-    "specforge": "loss/mask=shifted draft/initial=drawn",  # whose schedule is the default's
-    "shifted": "loss/mask=shifted",
-    "random": "draft/initial=random",
-    "induction": "draft/initial=induction",
-    "eagle31": "draft=eagle31",
-    "eagle31-random": "draft=eagle31 draft/initial=random",
-    "layers5": "LAYERS5",
-    "layers5-random": "LAYERS5 draft/initial=random",
-    "eagle31-layers5": "draft=eagle31 LAYERS5",
-    "lk": "loss=lk",
-    "tv": "loss=tv",
-    "nla": "loss=nla",
-    "reverse_kl": "loss=reverse_kl",
-    "jsd": "loss=jsd",
-    "mix": "loss=mix",
-    "reached": "loss/weights=reached",
-    "gamma1": "loss.gamma=1",
+    "eagle3": EAGLE3,
+    "specforge": f"{EAGLE3} loss/mask=shifted draft/initial=drawn",  # its schedule is ours
+    "shifted": f"{EAGLE3} loss/mask=shifted",
+    "random": f"{EAGLE3} draft/initial=random",
+    "eagle31": EAGLE31,
+    "eagle31-random": f"{EAGLE31} draft/initial=random",
+    "eagle31-reached": "draft=eagle31 loss/weights=reached",
+    "layers5": f"{EAGLE3} LAYERS5",
+    "eagle31-layers5": f"{EAGLE31} LAYERS5",
+    "lk": f"{EAGLE3} loss=lk",
+    "tv": f"{EAGLE3} loss=tv",
+    "nla": f"{EAGLE3} loss=nla",
+    "reverse_kl": f"{EAGLE3} loss=reverse_kl",
+    "jsd": f"{EAGLE3} loss=jsd",
+    "mix": f"{EAGLE3} loss=mix",
+    "reached": "draft=eagle3 loss/weights=reached",
+    "gamma1": f"{EAGLE3} loss.gamma=1",
+    "dflash": "draft=dflash draft.block=6 loss/weights=powers train.max_grad_norm=4",
+    "dspark": DSPARK,
 }
 AFTER = {"export", "check", "benchmark"}  # stages that the table does not need
 T975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # by degrees of freedom, from 1
@@ -143,7 +146,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs/recipes"))
     parser.add_argument("--recipes", default="", metavar="NAME,NAME")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=OVERRIDES")
-    parser.add_argument("--base", default="default", help="what differences are against")
+    parser.add_argument("--base", default="eagle3", help="what differences are against")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ...")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="only show what is there")
