@@ -1,13 +1,23 @@
-"""DFlash and DSpark drafts in the engines, on the embedded target in fp32."""
+"""DFlash and DSpark drafts in the engines, on the embedded target in fp32.
 
+vLLM serves DFlash on CPUs: there it accepts what the evaluation counts. Of the rest, which they
+serve on GPUs only, their own classes give our logits at every slot.
+"""
+
+import copy
 import json
+import os
+import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, soft_target_loss, spec_of
+from reference import relative_error
+from safetensors.torch import load_file, save_file
 
-from eagle3.batch import by_step, pack, serving
+from eagle3.batch import Document, by_step, pack, serving
 from eagle3.draft.block import DFlashConfig, DSparkConfig
 from eagle3.draft.flash import FlashCPU
 from eagle3.draft.initial import derive_config
@@ -16,7 +26,7 @@ from eagle3.engines.vllm import VLLM
 from eagle3.evaluate import read_answer, walk
 from eagle3.export.write import write_draft
 from eagle3.target.hf import HFTarget
-from engines.conftest import ask
+from engines.conftest import CPU_ENVIRONMENT, ask, interpreter
 
 TARGET, LAYERS, BLOCK, MASK = TINY / "target", [1, 4, 6], 5, 7
 NEW_TOKENS, GREEDY = 64, UNSHAPED | {"temperature": 0.0, "stop": []}
@@ -79,7 +89,11 @@ def config_of(draft):
     """config.json as both engines read it; they count the layers whose outputs are read from 0."""
     shape, layer_ids = asdict(draft.config), {"target_layer_ids": LAYERS}
     kind = type(draft.config)
-    config = {"architectures": [kind.architecture], "model_type": "qwen3", "torch_dtype": "bfloat16"}
+    config = {
+        "architectures": [kind.architecture],
+        "model_type": "qwen3",
+        "torch_dtype": "bfloat16",
+    }
     config |= shape | layer_ids | {"tie_word_embeddings": False, "attention_bias": False}
     if kind is DSparkConfig:
         return config | {
@@ -89,27 +103,76 @@ def config_of(draft):
     return config | {"dflash_config": {"mask_token_id": MASK, **layer_ids}}
 
 
-@pytest.fixture(scope="module", params=[DFlashConfig, DSparkConfig])
-def draft(request, target, documents):
-    return fitted(request.param, target, documents)
+METHODS = {"dflash": DFlashConfig, "dspark": DSparkConfig}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(draft, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("draft") / "draft"
-    write_draft(draft, folder, config_of(draft))
-    return folder
+def draft(method, target, documents):
+    return fitted(METHODS[method], target, documents)
 
 
-@pytest.mark.parametrize("draft", [DFlashConfig], indirect=True)
-def test_vllm_accepts_what_the_evaluation_counts(serve, draft, folder, target, documents):
-    steps = BLOCK - 1
-    drafting = {"method": "dflash", "model": str(folder), "num_speculative_tokens": steps}
-    expected, engine = counted(draft, target, documents), VLLM()
-    with serve("vllm", TARGET, *VLLM_METRICS, "--speculative-config", json.dumps(drafting)) as up:
+def write(draft, parent):
+    write_draft(draft, parent / "draft", config_of(draft))
+    return str(parent / "draft")
+
+
+@pytest.mark.parametrize("method", ["dflash"], indirect=True)
+@pytest.mark.parametrize("steps", [BLOCK - 1, 2])
+def test_vllm_accepts_what_the_evaluation_counts(serve, draft, target, documents, steps, tmp_path):
+    """With fewer drafted tokens its blocks are shorter, whatever `block_size` says."""
+    draft = copy.deepcopy(draft)
+    for layer in draft.layers:  # its norm for CPUs takes the first layer's for all
+        layer.self_attn.k_norm = draft.layers[0].self_attn.k_norm
+    drafting = {
+        "method": "dflash",
+        "model": write(draft, tmp_path),
+        "num_speculative_tokens": steps,
+    }
+    draft.config.block_size = steps + 1
+    with torch.no_grad():
+        expected, engine = counted(draft, target, documents), VLLM()
+    right, rounds = (sum(n) for n in zip(*((a.accepted_at[-1], a.rounds) for a in expected)))
+    assert 0 < right < rounds, "a draft that is always wrong or right shows nothing"
+    given = [*VLLM_METRICS, "--speculative-config", json.dumps(drafting)]
+    with serve("vllm", TARGET, *given) as server:
         for document, own in zip(documents, expected, strict=True):
             prompt = document.input_ids[~document.loss_mask].tolist()
-            body = engine.request_body(prompt, NEW_TOKENS, GREEDY)
-            answer = engine.read_reply(ask(up, engine.generate_path, body | {"model": str(TARGET)}), steps)
+            body = engine.request_body(prompt, NEW_TOKENS, GREEDY) | {"model": str(TARGET)}
+            answer = engine.read_reply(ask(server, engine.generate_path, body), steps)
             assert (answer.ids, answer.rounds) == (own.ids, own.rounds)
             assert answer.accepted_at == own.accepted_at
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@torch.no_grad()
+def test_the_classes_of_an_engine_give_our_logits(
+    engine, method, draft, target, documents, tmp_path
+):
+    """At every slot that drafts, behind little and much context; and the confidences of DSpark."""
+    steps, ids = BLOCK - draft.config.drafts_from, documents[2].input_ids
+    aux = target(pack([Document(0, ids, torch.ones(len(ids)).bool())], draft.t2d, 1, serving))
+    rows = torch.tensor([0, 1, 20, len(ids) - 8])
+    given = {"ids": ids, "aux": aux.aux_hidden_states.contiguous(), "rows": rows}
+    save_file(given, tmp_path / "in")
+    script = Path(__file__).parent / "drafting" / f"in_{engine}.py"
+    words = [TARGET, write(draft, tmp_path), method, tmp_path / "in", tmp_path / "out"]
+    command = [interpreter(engine), str(script), *map(str, words)]
+    environment = os.environ | CPU_ENVIRONMENT
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "out")
+    batch = pack([Document(0, ids, torch.ones(len(ids)).bool())], draft.t2d, steps, serving)
+    by_slot = draft.unroll(target.embedding, given["aux"], batch).split(batch.row_counts)
+    places = torch.searchsorted(batch.rows, rows)
+    hidden = torch.stack([states[places] for states in by_slot], dim=1)
+    logits = draft.logits(hidden.flatten(0, 1), target.head).unflatten(0, hidden.shape[:2])
+    assert relative_error(found["logits"][:, draft.config.drafts_from :], logits) < 1e-5
+    if method == "dspark":
+        sure = draft.confidence(draft.head_input(hidden.flatten(0, 1))).sigmoid()
+        assert relative_error(found["confidence"].flatten(), sure) < 1e-5
+        assert sure.std() > 1e-3, "equal confidences would show nothing"
