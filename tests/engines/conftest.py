@@ -21,7 +21,8 @@ SGLANG_ON_CPU = [
 VLLM_ON_CPU = ["--max-model-len", "2048", "--enforce-eager"]
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+    "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/engines/sgl_kernel_cpu'}",
 }  # fmt: skip
 
 
