@@ -97,7 +97,7 @@ def pair_losses(logits, teacher, pointwise: str, eta: float = 3.0):
     if pointwise in ("tv", "nla"):
         return 1 - acceptance if pointwise == "tv" else -acceptance.log()
     if pointwise == "mix":
-        return 0.1 * cross_entropy + 0.9 * (1 - acceptance)
+        return 0.1 * cross_entropy + 1.8 * (1 - acceptance)
     weight = torch.exp(-eta * acceptance.detach())
     kl_divergence = cross_entropy + torch.xlogy(teacher, teacher).sum(-1)
     return weight * kl_divergence + (1 - weight) * (1 - acceptance)
