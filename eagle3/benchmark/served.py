@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 import httpx
 
-from eagle3.benchmark.request import Request, Subject
+from eagle3.benchmark.request import Request, Subject, check_shape
 from eagle3.benchmark.suites import Setup
 from eagle3.config import Within, instantiate
 from eagle3.draft.model import DraftConfig
@@ -68,11 +68,7 @@ class Served(Request):
         for finding in (*rules.shape(files, target), *([] if files.is_speculators else form)):
             if finding.severity == "wrong" and engine.name.lower() in finding.engines:
                 raise RunError(f"draft at {folder}: {finding.sentence}")
-        most = files.shape.most_drafts
-        for config in self.configs if most else ():
-            if config[1] > most or config[2] > 1:
-                problem = f"benchmark.configs={config}: the draft is a {files.shape.title} draft"
-                raise RunError(f"{problem}, of chains of at most {most} tokens")
+        check_shape(self.configs, files.shape)
         return files.shape
 
     def start(self, subject: Subject, run_dir: Path) -> dict[str, Any]:
