@@ -265,9 +265,7 @@ DEFECTS = [
     ({"norm_before_fc": True}, None, LOADERS, "input_norm.weight is missing"),
     ({}, put("fc_norm.0.weight", ONES), EVERY, "does not say fc_norm"),
     ({}, put("fc_norm.weight", ONES), EVERY, "does not say fc_norm"),
-    ({"fc_norm": True}, lambda t: t.update(NORMS), {"official"}, "fc_norm is true"),
     ({"use_aux_norm": True}, lambda t: t.update(NORMS), {"vllm"}, "use_aux_norm is true"),
-    ({"norm_output": True}, None, {"official"}, "norm_output is true"),
     ({"tie_word_embeddings": True}, None, {"sglang"}, "tie_word_embeddings is true"),
 ]
 
@@ -290,6 +288,8 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(
         ("portable", {}, None, None),
         ("portable", {"rope_theta": 5e5}, "warning", "rope_theta is 500000, the target's 10000"),
         ("portable", {"target_hidden_size": 64}, "warning", "target_hidden_size must be left out"),
+        ("portable", {"fc_norm": True}, "warning", "fc_norm is true, which they do not compute"),
+        ("portable", {"norm_output": True}, "warning", "norm_output is true, which they do not"),
         ("portable", {"eagle_config": None, IDS: None}, "note", r"their default, \[1, 3, 4\]"),
         ("speculators", {}, "note", ""),
         ("speculators", {"norm_before_residual": True}, "wrong", "which they do not compute"),

@@ -247,7 +247,9 @@ def variants(files: DraftFiles, target: TargetSpec) -> Iterator[Finding]:
     cannot["tie_word_embeddings"] = ("sglang",)  # the embedding becomes its head
     for flag, engines in cannot.items():
         if flags.get(flag):
-            yield Finding(engines, f"{flag} is true, which they do not compute")
+            # EAGLE-3.1 was chosen by whoever trained it, for engines that have it.
+            severity = "warning" if engines == ("official",) else "wrong"
+            yield Finding(engines, f"{flag} is true, which they do not compute", severity)
     # Engines make the norms of EAGLE-3.1 by the flag, and fill them with whatever is in the file.
     flags["fc_norm"] = files.shape.fc_norm
     for flag, prefix in {"fc_norm": "fc_norm.", "norm_before_fc": "input_norm."}.items():
