@@ -288,7 +288,6 @@ def test_every_defect_is_found_and_refused_where_it_is_ours(
         ("portable", {}, None, None),
         ("portable", {"rope_theta": 5e5}, "warning", "rope_theta is 500000, the target's 10000"),
         ("portable", {"target_hidden_size": 64}, "warning", "target_hidden_size must be left out"),
-        ("portable", {"fc_norm": True}, "warning", "fc_norm is true, which they do not compute"),
         ("portable", {"norm_output": True}, "warning", "norm_output is true, which they do not"),
         ("portable", {"eagle_config": None, IDS: None}, "note", r"their default, \[1, 3, 4\]"),
         ("speculators", {}, "note", ""),
